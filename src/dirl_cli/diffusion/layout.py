@@ -1,0 +1,182 @@
+"""Packed rows and the one attention rule, which is inference, fine-tuning and reinforcement learning alike.
+
+Every token of a packed row has coordinates: the `group` and `sequence` it belongs to, its `position` in that
+sequence, and its `view`: 0 for the clean copy, 1, 2, … for noised copies of a block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SHARED = 0  # the sequence whose tokens belong to every sequence of their group, such as a common prompt
+PADDING = -1  # the group of padding
+
+
+class Coordinates(NamedTuple):
+    """Where tokens stand; four integer tensors of one shape (or broadcastable against another's)."""
+
+    group: Tensor
+    sequence: Tensor
+    block: Tensor
+    view: Tensor
+
+
+def attends(q: Coordinates, k: Coordinates) -> Tensor:
+    """The attention rule: a query sees earlier clean blocks of its sequence, and its own block in its own view."""
+    same_sequence = (q.group == k.group) & ((q.sequence == k.sequence) | (k.sequence == SHARED))
+    earlier_clean = (k.view == 0) & (k.block < q.block)
+    own_block = (k.view == q.view) & (k.block == q.block)
+    return same_sequence & (earlier_clean | own_block)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Tokens that see each other and so stay in one row; n tokens, of which m are scored.
+
+    token_ids, sequence, position, view: (n,). where: (m,) indices of scored tokens; targets, weight: (m,).
+    """
+
+    token_ids: Tensor
+    sequence: Tensor
+    position: Tensor
+    view: Tensor
+    where: Tensor
+    targets: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A packed batch: R rows of L tokens with their coordinates, N of them scored.
+
+    token_ids, group, sequence, position, view: (R, L), `group` being the strip's index in the packed list.
+    where: (N,) indices of the scored tokens into the flattened rows, ascending. targets: (N,) what they should be.
+    weight: (N,) of each in the loss.
+    """
+
+    token_ids: Tensor
+    group: Tensor
+    sequence: Tensor
+    position: Tensor
+    view: Tensor
+    where: Tensor
+    targets: Tensor
+    weight: Tensor
+    block_size: int
+
+    @property
+    def coordinates(self) -> Coordinates:
+        return Coordinates(self.group, self.sequence, self.position // self.block_size, self.view)
+
+    @property
+    def num_tokens(self) -> int:
+        """Token-forwards without padding."""
+        return int((self.group != PADDING).sum())
+
+    def scored(self, coordinate: Tensor) -> Tensor:
+        """`coordinate`, of shape (R, L), at the scored tokens: (N,)."""
+        return coordinate.flatten()[self.where]
+
+    def to(self, device: torch.device | str) -> "Rows":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rows(**{name: t.to(device) if isinstance(t, Tensor) else t for name, t in tensors.items()})
+
+    def split(self, rows_each: int) -> list["Rows"]:
+        """The same rows, at most `rows_each` at a time, each part as wide as its longest row."""
+        width = self.token_ids.shape[1]
+        row = self.where // width
+        parts = []
+        for first in range(0, len(self.token_ids), rows_each):
+            last = min(first + rows_each, len(self.token_ids))
+            used = int((self.group[first:last] != PADDING).sum(1).max())
+            inside = (row >= first) & (row < last)
+            where = (row[inside] - first) * used + self.where[inside] % width
+            parts.append(
+                replace(
+                    self,
+                    **{name: getattr(self, name)[first:last, :used] for name in PER_TOKEN},
+                    where=where,
+                    targets=self.targets[inside],
+                    weight=self.weight[inside],
+                )
+            )
+        return parts
+
+
+PER_TOKEN = ("token_ids", "group", "sequence", "position", "view")
+
+
+def lay_out(token_ids: Tensor, masked: Tensor, scored: Tensor, weight: Tensor, block_size: int, mask_id: int) -> Strip:
+    """One sequence as a clean copy and the noised blocks that teach something.
+
+    A view is a noised state of the whole sequence. A block is laid out in the views in which it holds a scored
+    token, and clean where a later block will read it; nothing else costs a forward.
+
+    token_ids: (L,), whole blocks. masked: (V, L) bool, what each view hides. scored: (V, L) bool, a part of
+    `masked`. weight: (V, L).
+    """
+    blocks = scored.view(len(scored), -1, block_size).any(-1)  # (V, L / block_size)
+    laid_out = blocks.nonzero()
+    clean = int(laid_out[:, 1].max()) * block_size if len(laid_out) else 0
+    view, position = blocks.repeat_interleave(block_size, 1).nonzero(as_tuple=True)
+    states = torch.where(masked, mask_id, token_ids)  # (V, L)
+    is_scored = scored[view, position]
+    view_scored, position_scored = view[is_scored], position[is_scored]
+    ids = torch.cat([token_ids[:clean], states[view, position]])
+    return Strip(
+        token_ids=ids,
+        sequence=torch.full_like(ids, SHARED),
+        position=torch.cat([torch.arange(clean), position]),
+        view=torch.cat([torch.zeros(clean, dtype=torch.long), view + 1]),
+        where=clean + is_scored.nonzero().squeeze(1),
+        targets=token_ids[position_scored],
+        weight=weight[view_scored, position_scored],
+    )
+
+
+def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int) -> Rows:
+    """Lay strips into rows of at most `row_tokens` tokens (longer only where a single strip is), first fit by length."""
+    bins = first_fit([len(strip) for strip in strips], row_tokens)
+    width = max(sum(len(strips[i]) for i in row) for row in bins)
+    columns = {name: torch.zeros(len(bins), width, dtype=torch.long) for name in PER_TOKEN}
+    columns["token_ids"].fill_(pad_id)
+    columns["group"].fill_(PADDING)
+    where, order = [], []
+    for r, row in enumerate(bins):
+        start = 0
+        for i in row:
+            span = slice(start, start + len(strips[i]))
+            for name in ("token_ids", "sequence", "position", "view"):
+                columns[name][r, span] = getattr(strips[i], name)
+            columns["group"][r, span] = i
+            where.append(strips[i].where + r * width + start)
+            order.append(i)
+            start = span.stop
+    return Rows(
+        **columns,
+        where=torch.cat(where),
+        targets=torch.cat([strips[i].targets for i in order]),
+        weight=torch.cat([strips[i].weight for i in order]),
+        block_size=block_size,
+    )
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of indices whose lengths add up to at most `capacity`, filled longest first."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = next((b for b, room in enumerate(free) if room >= lengths[i]), None)
+        if fitting is None:
+            bins.append([i])
+            free.append(capacity - lengths[i])
+        else:
+            bins[fitting].append(i)
+            free[fitting] -= lengths[i]
+    return bins

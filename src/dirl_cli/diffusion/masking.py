@@ -1,0 +1,158 @@
+"""Masking schedules: which answer tokens a fine-tuning step hides, and what each counts in the loss.
+
+A schedule is called with `block`, the block number of each of the n answer tokens of one demonstration, and a
+generator; it returns `masked` (V, n) bool and `weight` (V, n), one row per noised view. Where a rate p hides a
+token, its weight is 1/p, so that each answer token counts once in expectation (SDAR, arXiv 2510.06303).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from dirl_cli.diffusion.layout import Rows, Strip, lay_out, pack
+
+LOWEST_RATE = 1e-3  # keeps 1/p finite
+
+
+class Masking(Protocol):
+    """A masking schedule."""
+
+    def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """Each block has its own rate, uniform over (0, 1): the paper's objective."""
+
+    def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        return hide(rate(torch.rand(count(block), generator=generator))[index(block)], generator)
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """One rate for the whole answer, uniform over (0, 1), as in the published code."""
+
+    def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        return hide(rate(torch.rand(1, generator=generator)).expand(len(block)), generator)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Each block has its own rate, uniform between `low` and `high`."""
+
+    low: float
+    high: float
+
+    def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        t = torch.rand(count(block), generator=generator)
+        return hide((self.low + (self.high - self.low) * t)[index(block)], generator)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Each block's rate is cos(πt/2), t uniform: heavily masked states are seen most (MaskGIT, arXiv 2202.04200)."""
+
+    def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        t = torch.rand(count(block), generator=generator)
+        return hide(rate(torch.cos(t * math.pi / 2))[index(block)], generator)
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """As per block, but an answer's rates are spread evenly over (0, 1), one in each n-th, in random order."""
+
+    def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        n = count(block)
+        t = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+        return hide(rate(t)[index(block)], generator)
+
+
+@dataclass(frozen=True)
+class Complementary:
+    """As per block, in two views of which one hides what the other shows: every token is trained on every time."""
+
+    def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        t = torch.rand(count(block), generator=generator)
+        p = (LOWEST_RATE + (1 - 2 * LOWEST_RATE) * t)[index(block)]
+        hidden = torch.rand(len(p), generator=generator) < p
+        return torch.stack([hidden, ~hidden]), 0.5 / torch.stack([p, 1 - p])
+
+
+@dataclass(frozen=True)
+class Count:
+    """Each block hides k of its n answer tokens, k uniform over 1..n, each token of weight 1."""
+
+    def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        sizes = torch.bincount(index(block))  # (blocks,)
+        hidden_per_block = (torch.rand(len(sizes), generator=generator) * sizes).long() + 1
+        lottery = torch.rand(len(block), generator=generator)
+        rank = torch.argsort(torch.argsort(index(block) + lottery))  # a random order inside each block, blocks in turn
+        rank_in_block = rank - (torch.cumsum(sizes, 0) - sizes)[index(block)]
+        masked = rank_in_block < hidden_per_block[index(block)]
+        return masked[None], torch.ones(1, len(block))
+
+
+def index(block: Tensor) -> Tensor:
+    """Block numbers counted from the first block that holds an answer token."""
+    return block - block[0]
+
+
+def count(block: Tensor) -> int:
+    return int(block[-1] - block[0]) + 1
+
+
+def rate(t: Tensor) -> Tensor:
+    return (1 - LOWEST_RATE) * t + LOWEST_RATE
+
+
+def hide(p: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Hide each token with its probability p, at least one of them; weights 1/p. p: (n,)."""
+    masked = torch.rand(len(p), generator=generator) < p
+    if not masked.any():
+        masked[torch.randint(len(p), (1,), generator=generator)] = True
+    return masked[None], (1 / p)[None]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A demonstration as tokens, whole blocks. token_ids: (L,) long; trained: (L,) bool, the answer and its padding."""
+
+    token_ids: Tensor
+    trained: Tensor
+
+
+def example(token_ids: Sequence[int], trained: Sequence[bool], block_size: int, pad_id: int) -> Example:
+    """Pad a demonstration to whole blocks; the padding is trained, since the sampler fills whole blocks too."""
+    padding = -len(token_ids) % block_size
+    return Example(
+        torch.tensor([*token_ids, *[pad_id] * padding]), torch.tensor([*trained, *[True] * padding], dtype=torch.bool)
+    )
+
+
+def noised_strip(demonstration: Example, masking: Masking, block_size: int, mask_id: int, generator: Generator) -> Strip:
+    """A demonstration with freshly hidden answer tokens."""
+    answer = demonstration.trained.nonzero().squeeze(1)
+    hidden, weights = masking(answer // block_size, generator)
+    masked = torch.zeros(len(hidden), len(demonstration.token_ids), dtype=torch.bool)
+    weight = torch.zeros(masked.shape)
+    masked[:, answer], weight[:, answer] = hidden, weights
+    return lay_out(demonstration.token_ids, masked, masked, weight, block_size, mask_id)
+
+
+def noised_rows(
+    demonstrations: Sequence[Example],
+    masking: Masking,
+    block_size: int,
+    mask_id: int,
+    pad_id: int,
+    row_tokens: int,
+    generator: Generator,
+) -> tuple[Rows, int]:
+    """Packed rows of freshly masked demonstrations, and how many answer tokens these have (the loss's normaliser)."""
+    strips = [noised_strip(one, masking, block_size, mask_id, generator) for one in demonstrations]
+    answer_tokens = sum(int(one.trained.sum()) for one in demonstrations)
+    return pack(strips, row_tokens, block_size, pad_id), answer_tokens

@@ -1,0 +1,106 @@
+"""From logits to distributions, candidates and confidences."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def temper(logits: Tensor, temperature: float, unsampled_ids: Tensor) -> Tensor:
+    """Logits in fp32 at `temperature` (0 counts as 1), without the ids that are never sampled. logits: (N, V)."""
+    logits = logits.float() / (temperature or 1.0)
+    return logits.index_fill(-1, unsampled_ids, -torch.inf)
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Keep the `top_k` largest logits (0: all), then the fewest of those whose probabilities reach `top_p`. (N, V)."""
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, ids = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the first is always kept
+        logits = logits.masked_fill(beyond.gather(-1, ids.argsort(-1)), -torch.inf)
+    return logits
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """Entropy in nats of normalised log-probabilities, -inf allowed: (…, V) to (…)."""
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A token drawn for each of N positions. tokens, logprobs (as drawn), confidence, entropy: (N,)."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    confidence: Tensor
+    entropy: Tensor
+
+
+def draw(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    confidence: str,
+    unsampled_ids: Tensor,
+) -> Candidates:
+    """Draw one candidate a position; its confidence is taken after temperature and before top-k and top-p.
+
+    logits: (N, V). uniform: (N,) in [0, 1), the only randomness. confidence: sampled, max, or entropy, the
+    latter as exp(-entropy), which like the others lies in (0, 1].
+    """
+    full = temper(logits, temperature, unsampled_ids).log_softmax(-1)
+    if temperature == 0:
+        kept = full
+        tokens = full.argmax(-1)
+    else:
+        kept = truncate(full, top_k, top_p).log_softmax(-1)
+        tokens = invert(kept.exp(), uniform)
+    drawn = tokens[:, None]
+    spread = entropy(full)
+    if confidence == "sampled":
+        certainty = full.gather(-1, drawn).squeeze(-1).exp()
+    elif confidence == "max":
+        certainty = full.amax(-1).exp()
+    else:
+        certainty = (-spread).exp()
+    return Candidates(tokens, kept.gather(-1, drawn).squeeze(-1), certainty, spread)
+
+
+def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The token at `uniform` of the cumulative distribution. probabilities: (N, V); uniform: (N,)."""
+    cumulative = probabilities.double().cumsum(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
+
+
+def request_key(seed: int, prompt_ids: list[int], sample: int) -> int:
+    """A 63-bit key for the `sample`-th answer to a prompt: all that its randomness depends on."""
+    text = f"{seed}:{sample}:{','.join(map(str, prompt_ids))}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def uniform(key: Tensor, position: Tensor, step: Tensor) -> Tensor:
+    """Numbers in [0, 1) that depend on nothing but their arguments, so that a batch cannot change an answer.
+
+    key, position, step: int64, broadcastable. Mixing as in SplitMix64 (Steele et al., OOPSLA 2014).
+    """
+    mixed = _mix(_mix(key + position * -7046029254386353131) + step * -7046029254386353131)
+    return _shift(mixed, 11).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * -4658895280553007687
+    x = (x ^ _shift(x, 27)) * -7723592293110705685
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """A logical right shift, which int64 lacks."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

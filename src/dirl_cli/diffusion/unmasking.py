@@ -1,0 +1,94 @@
+"""Decoding strategies: which candidates of a block are revealed.
+
+A strategy maps a `State` to (N, B) bool. Whatever it returns, the sampler reveals masked positions only and at
+least one of them, the most confident, in every forward.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from dirl_cli.errors import DirlError, did_you_mean
+
+
+@dataclass(frozen=True)
+class State:
+    """N blocks in the midst of denoising.
+
+    masked: (N, B) bool, still to be revealed. confidence, entropy: (N, B), meaningless where revealed.
+    quota: (N,) how many tokens this step owes so that the block is full after its last step.
+    threshold: see `Decoding`.
+    """
+
+    masked: Tensor
+    confidence: Tensor
+    entropy: Tensor
+    quota: Tensor
+    threshold: float
+
+
+Strategy = Callable[[State], Tensor]
+
+
+def sequential(state: State) -> Tensor:
+    """The first `quota` masked positions from the left."""
+    return state.masked & (state.masked.cumsum(-1) <= state.quota[:, None])
+
+
+def low_confidence_static(state: State) -> Tensor:
+    """The `quota` most confident positions."""
+    return state.masked & (rank(state.confidence, state.masked) < state.quota[:, None])
+
+
+def low_confidence_dynamic(state: State) -> Tensor:
+    """Every position above the threshold if those are at least `quota`, else the `quota` most confident."""
+    confident = state.masked & (state.confidence > state.threshold)
+    enough = confident.sum(-1, keepdim=True) >= state.quota[:, None]
+    return torch.where(enough, confident, low_confidence_static(state))
+
+
+def entropy_bounded(state: State) -> Tensor:
+    """In order of entropy, as many positions as keep the summed entropy within the bound (arXiv 2505.24857)."""
+    place = rank(-state.entropy, state.masked)
+    summed = state.entropy.masked_fill(~state.masked, 0).gather(-1, place.argsort(-1)).cumsum(-1)
+    within_bound = (summed <= state.threshold).gather(-1, place)
+    return state.masked & (within_bound | (place == 0))
+
+
+def rank(score: Tensor, among: Tensor) -> Tensor:
+    """Each position's place by descending score among those of `among`, the left one first on a tie. (N, B)."""
+    order = score.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    return order.argsort(-1)
+
+
+def reveal(strategy: Strategy, state: State) -> Tensor:
+    """What the strategy reveals, held to its contract: masked positions only, at least one in each block with any."""
+    chosen = strategy(state) & state.masked
+    best = state.masked & (rank(state.confidence, state.masked) == 0)
+    return torch.where(chosen.any(-1, keepdim=True), chosen, best)
+
+
+def quota(step: Tensor, block_size: int, steps: int) -> Tensor:
+    """Tokens owed at each `step` (N,), from 1, of `steps`: B // S, one more in the first B mod S, at least one."""
+    return (block_size // steps + (step <= block_size % steps).long()).clamp(min=1)
+
+
+BUILT_IN: dict[str, Strategy] = {
+    f.__name__: f for f in (sequential, low_confidence_static, low_confidence_dynamic, entropy_bounded)
+}
+
+
+def find_strategy(name: str) -> Strategy:
+    """A built-in strategy by name, or any function by its import path."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise DirlError(f"no decoding strategy is called {name}: {did_you_mean(name, BUILT_IN)}")
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise DirlError(f"the decoding strategy {name} cannot be imported: {error}") from error

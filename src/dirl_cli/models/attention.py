@@ -1,0 +1,48 @@
+"""The attention rule as what transformers takes: a dense mask for SDPA, a BlockMask for FlexAttention."""
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from dirl_cli.diffusion.layout import Coordinates, Rows, attends
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Attention = Literal["sdpa", "flex_attention"]
+
+
+def dense_mask(coordinates: Coordinates) -> Tensor:
+    """(R, 1, L, L) bool, true where a query may look. coordinates: (R, L)."""
+    queries = Coordinates(*(c[:, :, None] for c in coordinates))
+    keys = Coordinates(*(c[:, None, :] for c in coordinates))
+    return attends(queries, keys)[:, None]
+
+
+def block_mask(coordinates: Coordinates) -> "BlockMask":
+    """The same rule as a BlockMask, evaluated from the coordinates tile by tile. coordinates: (R, L)."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def rule(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return attends(Coordinates(*(c[row, q] for c in coordinates)), Coordinates(*(c[row, k] for c in coordinates)))
+
+    rows, length = coordinates.group.shape
+    device = coordinates.group.device
+    return create_block_mask(rule, rows, None, length, length, device=str(device), _compile=device.type == "cuda")
+
+
+def attention_mask(rows: Rows, implementation: str) -> "Tensor | BlockMask":
+    """What the model's attention implementation takes as its mask."""
+    return block_mask(rows.coordinates) if implementation == "flex_attention" else dense_mask(rows.coordinates)
+
+
+def hidden_states(model: torch.nn.Module, rows: Rows) -> Tensor:
+    """The decoder's last hidden states under the attention rule: (R, L, D)."""
+    output = model.get_decoder()(
+        input_ids=rows.token_ids,
+        position_ids=rows.position,
+        attention_mask=attention_mask(rows, model.config._attn_implementation),
+        use_cache=False,
+    )
+    return output.last_hidden_state

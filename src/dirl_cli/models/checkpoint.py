@@ -1,0 +1,188 @@
+"""Models on disk: loading and saving in the published layout, with everything a sampler or trainer asks of one."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+import dirl_cli.models.sdar  # noqa: F401  # registers `sdar` and `sdar_moe`
+from dirl_cli.errors import DirlError
+
+DEFAULT_BLOCK_SIZE = 4  # published configurations may name neither
+DEFAULT_MASK_TOKEN_ID = 151669
+
+
+@dataclass(frozen=True)
+class DiffusionLM:
+    """A block-diffusion language model: a transformers decoder, its tokenizer and what the method needs to know.
+
+    unsampled_ids: ids that stand for no text (the mask token, the embedding's padding) and are never sampled.
+    stop_token_ids: ids that end an answer.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    block_size: int
+    mask_token_id: int
+    pad_token_id: int
+    stop_token_ids: tuple[int, ...]
+    unsampled_ids: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def max_length(self) -> int:
+        """The most positions the model was made for, prompt and answer together."""
+        return self.model.config.max_position_embeddings
+
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise DirlError(f"{self.model.name_or_path} has no tokenizer: copy its tokenizer files beside config.json")
+        return self.tokenizer
+
+    def save(self, directory: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write the published layout: safetensors, configuration and tokenizer, whole or not at all."""
+        partial = directory.with_name(directory.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.save_pretrained(partial, state_dict=state_dict)
+        if self.tokenizer:
+            self.tokenizer.save_pretrained(partial)
+        name_as_published(partial / "config.json")
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+
+
+def name_as_published(config_file: Path) -> None:
+    """Add the names that published configurations and engines use for what transformers 5 renamed."""
+    config = json.loads(config_file.read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    config["torch_dtype"] = config["dtype"]
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory, or a Hub repository that was downloaded before."""
+
+    name: str
+    path: str
+    block_size: int | None = None
+    mask_token_id: int | None = None
+
+    def load(self, dtype: str = "float32", device: str = "auto", attention: str = "auto") -> DiffusionLM:
+        """Load the model for `device`, in evaluation mode.
+
+        dtype: float32 or bfloat16. attention: sdpa, flex, or auto for what the device does best.
+        Raises DirlError where the directory, a tensor or the tokenizer is missing or damaged.
+        """
+        device = pick_device(device)
+        config = self._config()
+        block_size = agree("block_size", self.block_size, getattr(config, "block_size", None), DEFAULT_BLOCK_SIZE)
+        mask_id = agree(
+            "mask_token_id", self.mask_token_id, getattr(config, "mask_token_id", None), DEFAULT_MASK_TOKEN_ID
+        )
+        if mask_id >= config.vocab_size:
+            raise DirlError(
+                f"mask token {mask_id} is outside the vocabulary of {self.path} ({config.vocab_size}):"
+                " set model.mask_token_id"
+            )
+        model = self._model(dtype, pick_attention(attention, device)).to(device).eval()
+        return diffusion_lm(model, self._tokenizer(), block_size, mask_id)
+
+    def _config(self) -> object:
+        try:
+            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise self._missing(error) from error
+
+    def _model(self, dtype: str, attention: str) -> PreTrainedModel:
+        transformers_logging.disable_progress_bar()
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise DirlError(f"{self.path} holds a damaged weight file ({error}): download or copy it again") from error
+        except (OSError, ValueError) as error:
+            raise self._missing(error) from error
+        if wrong := [*sorted(found["missing_keys"]), *(key for key, *_ in found["mismatched_keys"])]:
+            raise DirlError(
+                f"{self.path} lacks {len(wrong)} tensor{'s' * (len(wrong) > 1)} of the model, such as {wrong[0]}:"
+                " download or copy it again"
+            )
+        return model
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        if Path(self.path).is_dir() and not list(Path(self.path).glob("*token*")):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise DirlError(f"the tokenizer of {self.path} cannot be read ({one_line(error)}): copy it again") from error
+
+    def _missing(self, error: Exception) -> DirlError:
+        if Path(self.path).is_dir():
+            return DirlError(f"{self.path} is not a model that can be loaded: {one_line(error)}")
+        if Path(self.path).exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") != 1:
+            return DirlError(f"{self.path} is not a directory: give model.path the directory of a saved model")
+        return DirlError(f"{self.path} is not on this machine: run `dirl download model={self.name}` first")
+
+
+def diffusion_lm(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, block_size: int, mask_token_id: int
+) -> DiffusionLM:
+    """Gather what the method needs to know about a loaded model, and note it in the configuration that is saved."""
+    model.config.block_size, model.config.mask_token_id = block_size, mask_token_id
+    known = len(tokenizer) if tokenizer else model.config.vocab_size
+    eos = [model.generation_config.eos_token_id, model.config.eos_token_id]
+    stops = {i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
+    if tokenizer:
+        turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        stops |= {i for i in (tokenizer.eos_token_id, turn_end) if i is not None and i != tokenizer.unk_token_id}
+    pad = tokenizer.pad_token_id if tokenizer else model.config.pad_token_id
+    return DiffusionLM(
+        model=model,
+        tokenizer=tokenizer,
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        pad_token_id=pad if pad is not None else min(stops, default=0),
+        stop_token_ids=tuple(sorted(stops)),
+        unsampled_ids=tuple(sorted({mask_token_id, *range(known, model.config.vocab_size)})),
+    )
+
+
+def agree(what: str, asked: int | None, stored: int | None, default: int) -> int:
+    """The one value of a setting that both the configuration and the checkpoint may name."""
+    if asked is not None and stored is not None and asked != stored:
+        raise DirlError(f"{what} is {asked} in the configuration and {stored} in the checkpoint: leave one of them out")
+    return next(value for value in (asked, stored, default) if value is not None)
+
+
+def pick_device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_attention(attention: str, device: str) -> str:
+    """FlexAttention has no backward on a CPU; there and in tests a dense mask serves."""
+    if attention == "auto":
+        attention = "flex" if device.startswith("cuda") else "sdpa"
+    return {"flex": "flex_attention", "sdpa": "sdpa"}[attention]
+
+
+def one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

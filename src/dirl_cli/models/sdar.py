@@ -1,0 +1,43 @@
+"""SDAR for transformers: Qwen3, dense or mixture of experts, under another attention mask and model type.
+
+Importing this module registers `sdar` and `sdar_moe`, so that published checkpoints load without remote code.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+
+class SDARConfig(Qwen3Config):
+    """Qwen3's configuration; `block_size` and `mask_token_id` ride along where a checkpoint names them."""
+
+    model_type = "sdar"
+
+
+class SDARForCausalLM(Qwen3ForCausalLM):
+    """Qwen3 that predicts the token at its own position: logits are not shifted."""
+
+    config_class = SDARConfig
+
+
+class SDARMoeConfig(Qwen3MoeConfig):
+    """Qwen3-MoE's configuration, likewise."""
+
+    model_type = "sdar_moe"
+
+
+class SDARMoeForCausalLM(Qwen3MoeForCausalLM):
+    """SDAR-30B-A3B."""
+
+    config_class = SDARMoeConfig
+
+
+AutoConfig.register("sdar", SDARConfig)
+AutoConfig.register("sdar_moe", SDARMoeConfig)
+AutoModelForCausalLM.register(SDARConfig, SDARForCausalLM)
+AutoModelForCausalLM.register(SDARMoeConfig, SDARMoeForCausalLM)

@@ -1,0 +1,47 @@
+"""What every engine offers: prompts in, trajectories out, weights replaced between calls."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from dirl_cli.types import Decoding, Trajectory
+
+Watch = Callable[[int, int, list[int]], None]
+"""Called after each forward with prompt index, sample index and the answer so far, the mask token where hidden."""
+
+
+class Sampler(Protocol):
+    """An engine; `rollout/native.py` is the one that runs anywhere."""
+
+    def stream(
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        decoding: Decoding,
+        first: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
+        watch: Watch | None = None,
+    ) -> Iterator[tuple[int, int, Trajectory]]:
+        """Sample `n` answers to each prompt; yields (prompt index, sample index, trajectory) as they finish.
+
+        The answer to a prompt depends on the prompt, its seed and its sample index, not on what else is sampled.
+        first: the sample index each prompt's answers start from (default 0), to ask for missing ones only; a
+            prompt then gets those from first[i] up to `n`.
+        seeds: one per prompt, in place of decoding.seed.
+        """
+        ...
+
+    def sample(self, prompts: Sequence[list[int]], n: int, decoding: Decoding) -> list[list[Trajectory]]:
+        """The same, gathered: `n` trajectories for each prompt, in order."""
+        ...
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Sample with these weights from now on; trajectories carry `version`."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the device's memory back until `wake`."""
+        ...
+
+    def wake(self) -> None: ...

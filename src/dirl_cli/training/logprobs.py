@@ -1,0 +1,76 @@
+"""Log-probabilities of the scored tokens of packed rows, without ever holding all logits."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from dirl_cli.diffusion.layout import Rows, pack
+from dirl_cli.diffusion.sampling import entropy, temper, truncate
+from dirl_cli.diffusion.trace import trajectory_strip
+from dirl_cli.models.attention import hidden_states
+from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.types import Decoding, Trajectory
+
+
+class TokenScorer(nn.Module):
+    """Scores tokens in the states in which `Rows` shows them.
+
+    unsampled_ids: left out of the softmax; empty for fine-tuning, as published checkpoints were trained.
+    decoding: its temperature, top-k and top-p shape the softmax as they did when the tokens were drawn.
+    chunk: how many tokens go through the language-model head at once; their logits are recomputed in the backward.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        unsampled_ids: Sequence[int] = (),
+        decoding: Decoding | None = None,
+        chunk: int = 2048,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.decoding = decoding or Decoding(temperature=1.0)
+        self.chunk = chunk
+        self.register_buffer("unsampled", torch.tensor(unsampled_ids, dtype=torch.long), persistent=False)
+
+    def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy in nats, in fp32, of the N scored tokens: (N,), (N,)."""
+        hidden = hidden_states(self.model, rows).flatten(0, 1)[rows.where]  # (N, D)
+        parts = [
+            checkpoint(self._score, *part, use_reentrant=False) if torch.is_grad_enabled() else self._score(*part)
+            for part in zip(hidden.split(self.chunk), rows.targets.split(self.chunk), strict=True)
+        ]
+        logprobs, entropies = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        options = self.decoding
+        logits = temper(self.model.get_output_embeddings()(hidden), options.temperature, self.unsampled)
+        logprobs = truncate(logits, options.top_k, options.top_p).log_softmax(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy(logprobs)
+
+
+@torch.no_grad()
+def score_trajectories(
+    lm: DiffusionLM,
+    trajectories: Sequence[Trajectory],
+    decoding: Decoding | None = None,
+    row_tokens: int = 4096,
+    rows_each: int = 1,
+) -> list[list[float]]:
+    """Each answer token's log-probability in the state in which it was revealed, one list a trajectory.
+
+    decoding: how the tokens were drawn (default: temperature 1, nothing truncated; 0 counts as 1).
+    """
+    scorer = TokenScorer(lm.model, lm.unsampled_ids, decoding).to(lm.device)
+    strips = [trajectory_strip(one, lm.block_size, lm.mask_token_id) for one in trajectories]
+    found = [[0.0] * len(one.token_ids) for one in trajectories]
+    for rows in pack(strips, row_tokens, lm.block_size, lm.pad_token_id).split(rows_each) if strips else []:
+        logprobs, _ = scorer(rows.to(lm.device))
+        places = zip(rows.scored(rows.group).tolist(), rows.scored(rows.position).tolist(), strict=True)
+        for (which, position), logprob in zip(places, logprobs.tolist(), strict=True):
+            found[which][position - len(trajectories[which].prompt_ids)] = logprob
+    return found

@@ -1,0 +1,81 @@
+"""What travels between rooms: plain values that a test can write by hand and another process can send."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from dirl_cli.errors import DirlError, did_you_mean
+
+StopReason = Literal["stop", "length"]
+Confidence = Literal["sampled", "max", "entropy"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with a verifiable answer; `id` is unique within its file or generator, `subset` a label to report apart."""
+
+    id: str
+    question: str
+    answer: str
+    subset: str = ""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a completion is sampled (the strategies are in diffusion/unmasking.py).
+
+    block_size: tokens per block; None takes the model's own.
+    denoising_steps: forwards in which a block is filled at the latest.
+    strategy: a name from diffusion/unmasking.py, or the import path of a function like those.
+    threshold: reveal above this confidence (dynamic), or the bound on summed entropy in nats (entropy_bounded).
+    confidence: `sampled` (probability of the drawn token), `max` or `entropy` (of the distribution alone).
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
+    max_new_tokens: the answer ends with the first whole block that reaches it.
+    stop_token_ids: the answer ends with the block that holds one of them; the text is cut there.
+    """
+
+    block_size: int | None = None
+    denoising_steps: int = 4
+    strategy: str = "low_confidence_dynamic"
+    threshold: float = 0.9
+    confidence: str = "sampled"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.confidence not in get_args(Confidence):
+            raise DirlError(f"no confidence is called {self.confidence}: {did_you_mean(self.confidence, get_args(Confidence))}")
+        if self.denoising_steps < 1 or self.max_new_tokens < 1:
+            raise DirlError("decoding.denoising_steps and decoding.max_new_tokens must be at least 1")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise DirlError("decoding wants temperature ≥ 0, top_k ≥ 0 and 0 < top_p ≤ 1")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A completion and how it came about; one entry per answer token, whole blocks, stop token and tail included.
+
+    reveal_step: the denoising step inside its block, from 1, at which a token was revealed.
+    logprobs: its log-probability then, under the distribution it was drawn from
+        (under the model's own at temperature 0).
+    denoise_forwards: forwards that revealed tokens; forwards: those and the ones that only cached.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    reveal_step: list[int]
+    logprobs: list[float]
+    stop_reason: StopReason
+    denoise_forwards: int = 0
+    forwards: int = 0
+    weights_version: int = 0
+    stop_token_ids: tuple[int, ...] = field(default=())
+
+    @property
+    def completion_ids(self) -> list[int]:
+        """The answer's tokens up to and without the first stop token."""
+        ends = (i for i, token in enumerate(self.token_ids) if token in self.stop_token_ids)
+        return self.token_ids[: next(ends, len(self.token_ids))]
