@@ -4,8 +4,8 @@ Every token of a packed row has coordinates: the `group` and `sequence` it belon
 sequence, and its `view`: 0 for the clean copy, 1, 2, … for noised copies of a block.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -57,7 +57,7 @@ class Rows:
 
     token_ids, group, sequence, position, view: (R, L), `group` being the strip's index in the packed list.
     where: (N,) indices of the scored tokens into the flattened rows, ascending. targets: (N,) what they should be.
-    weight: (N,) of each in the loss.
+    weight: (N,) of each in the loss. notes: more about each, (N,) under a name, such as its advantage.
     """
 
     token_ids: Tensor
@@ -69,6 +69,7 @@ class Rows:
     targets: Tensor
     weight: Tensor
     block_size: int
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -84,8 +85,9 @@ class Rows:
         return coordinate.flatten()[self.where]
 
     def to(self, device: torch.device | str) -> "Rows":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rows(**{name: t.to(device) if isinstance(t, Tensor) else t for name, t in tensors.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved, notes={name: note.to(device) for name, note in self.notes.items()})
 
     def split(self, rows_each: int) -> list["Rows"]:
         """The same rows, at most `rows_each` at a time, each part as wide as its longest row."""
@@ -104,6 +106,7 @@ class Rows:
                     where=where,
                     targets=self.targets[inside],
                     weight=self.weight[inside],
+                    notes={name: note[inside] for name, note in self.notes.items()},
                 )
             )
         return parts
@@ -138,6 +141,38 @@ def lay_out(token_ids: Tensor, masked: Tensor, scored: Tensor, weight: Tensor, b
         targets=token_ids[position_scored],
         weight=weight[view_scored, position_scored],
     )
+
+
+def join(strips: Sequence[Strip], block_size: int) -> Strip:
+    """Several sequences of a group as one strip in which the clean blocks that all begin with stand once.
+
+    Sequences are numbered from 1 in the order given; what they have in common is `SHARED`.
+    """
+    common = common_blocks(strips, block_size)
+    own = [len(strip) - common for strip in strips]
+    before = [sum(own[:i]) for i in range(len(own))]
+    return Strip(
+        token_ids=torch.cat([strips[0].token_ids[:common], *(strip.token_ids[common:] for strip in strips)]),
+        sequence=torch.cat(
+            [strips[0].sequence[:common], *(torch.full((n,), i) for i, n in enumerate(own, start=SHARED + 1))]
+        ),
+        position=torch.cat([strips[0].position[:common], *(strip.position[common:] for strip in strips)]),
+        view=torch.cat([strips[0].view[:common], *(strip.view[common:] for strip in strips)]),
+        where=torch.cat([strip.where + n for strip, n in zip(strips, before, strict=True)]),
+        targets=torch.cat([strip.targets for strip in strips]),
+        weight=torch.cat([strip.weight for strip in strips]),
+    )
+
+
+def common_blocks(strips: Sequence[Strip], block_size: int) -> int:
+    """How many tokens all strips begin with that are clean, unscored and whole blocks."""
+    first = strips[0]
+    n = min(int((strip.view == 0).sum()) for strip in strips)
+    n = min([n, *(int(strip.where.min()) for strip in strips if len(strip.where))])
+    same = torch.ones(n, dtype=torch.bool)
+    for strip in strips[1:]:
+        same &= strip.token_ids[:n] == first.token_ids[:n]
+    return int(same.cumprod(0).sum()) // block_size * block_size
 
 
 def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int) -> Rows:

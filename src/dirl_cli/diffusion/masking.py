@@ -110,11 +110,16 @@ def rate(t: Tensor) -> Tensor:
 
 
 def hide(p: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Hide each token with its probability p, at least one of them; weights 1/p. p: (n,)."""
+    """Hide each token with its probability p, and one of them where that hides none. p: (n,).
+
+    The weight is 1 over the probability of being hidden either way. For all but short answers that is 1/p; there
+    the published code's 1/p would count a token up to 1.4 times.
+    """
     masked = torch.rand(len(p), generator=generator) < p
     if not masked.any():
         masked[torch.randint(len(p), (1,), generator=generator)] = True
-    return masked[None], (1 / p)[None]
+    none_hidden = (1 - p).prod()
+    return masked[None], (1 / (p + none_hidden / len(p)))[None]
 
 
 @dataclass(frozen=True)

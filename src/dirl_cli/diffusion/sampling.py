@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,17 +34,22 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Candidates:
-    """A token drawn for each of N positions. tokens, logprobs (as drawn), confidence, entropy: (N,)."""
+    """A token drawn for each of N positions. tokens, logprobs (as drawn), confidence: (N,); distribution: (N, V)."""
 
     tokens: Tensor
     logprobs: Tensor
     confidence: Tensor
-    entropy: Tensor
+    distribution: Tensor
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """Of the distribution before truncation, in nats: (N,). Few strategies ask, and it is a pass over V."""
+        return entropy(self.distribution)
 
 
 def draw(
     logits: Tensor,
-    uniform: Tensor,
+    uniform: Tensor | None,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -52,32 +58,32 @@ def draw(
 ) -> Candidates:
     """Draw one candidate a position; its confidence is taken after temperature and before top-k and top-p.
 
-    logits: (N, V). uniform: (N,) in [0, 1), the only randomness. confidence: sampled, max, or entropy, the
-    latter as exp(-entropy), which like the others lies in (0, 1].
+    logits: (N, V). uniform: (N,) in [0, 1), the only randomness, which temperature 0 does without. confidence:
+    sampled, max, or entropy, the latter as exp(-entropy), which like the others lies in (0, 1].
     """
     full = temper(logits, temperature, unsampled_ids).log_softmax(-1)
-    if temperature == 0:
-        kept = full
-        tokens = full.argmax(-1)
+    if uniform is None or temperature == 0:
+        kept, tokens = full, full.argmax(-1)
     else:
-        kept = truncate(full, top_k, top_p).log_softmax(-1)
+        kept = truncate(full, top_k, top_p).log_softmax(-1) if top_k or top_p < 1 else full
         tokens = invert(kept.exp(), uniform)
     drawn = tokens[:, None]
-    spread = entropy(full)
     if confidence == "sampled":
         certainty = full.gather(-1, drawn).squeeze(-1).exp()
     elif confidence == "max":
         certainty = full.amax(-1).exp()
     else:
-        certainty = (-spread).exp()
-    return Candidates(tokens, kept.gather(-1, drawn).squeeze(-1), certainty, spread)
+        certainty = (-entropy(full)).exp()
+    return Candidates(tokens, kept.gather(-1, drawn).squeeze(-1), certainty, full)
 
 
 def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The token at `uniform` of the cumulative distribution. probabilities: (N, V); uniform: (N,)."""
     cumulative = probabilities.double().cumsum(-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
+    total = cumulative[:, -1:]
+    below_total = torch.nextafter(total, torch.zeros_like(total))  # a product that rounds up would find no token
+    target = torch.minimum(uniform[:, None] * total, below_total)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
 def request_key(seed: int, prompt_ids: list[int], sample: int) -> int:

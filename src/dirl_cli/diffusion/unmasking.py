@@ -6,11 +6,13 @@ least one of them, the most confident, in every forward.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from dirl_cli.diffusion.sampling import Candidates
 from dirl_cli.errors import DirlError, did_you_mean
 
 
@@ -18,16 +20,24 @@ from dirl_cli.errors import DirlError, did_you_mean
 class State:
     """N blocks in the midst of denoising.
 
-    masked: (N, B) bool, still to be revealed. confidence, entropy: (N, B), meaningless where revealed.
+    masked: (N, B) bool, still to be revealed. candidates: of the M masked positions, row by row.
+    confidence, entropy: (N, B), of the candidates, zero where revealed.
     quota: (N,) how many tokens this step owes so that the block is full after its last step.
     threshold: see `Decoding`.
     """
 
     masked: Tensor
-    confidence: Tensor
-    entropy: Tensor
+    candidates: Candidates
     quota: Tensor
     threshold: float
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        return spread(self.candidates.confidence, self.masked)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        return spread(self.candidates.entropy, self.masked)
 
 
 Strategy = Callable[[State], Tensor]
@@ -67,8 +77,16 @@ def rank(score: Tensor, among: Tensor) -> Tensor:
 def reveal(strategy: Strategy, state: State) -> Tensor:
     """What the strategy reveals, held to its contract: masked positions only, at least one in each block with any."""
     chosen = strategy(state) & state.masked
-    best = state.masked & (rank(state.confidence, state.masked) == 0)
-    return torch.where(chosen.any(-1, keepdim=True), chosen, best)
+    stuck = state.masked.any(-1) & ~chosen.any(-1)
+    if stuck.any():
+        best = state.masked & (rank(state.confidence, state.masked) == 0)
+        chosen = torch.where(stuck[:, None], best, chosen)
+    return chosen
+
+
+def spread(values: Tensor, places: Tensor) -> Tensor:
+    """`values` (M,) at the M true places of `places`, zero elsewhere."""
+    return torch.zeros(places.shape, dtype=values.dtype, device=values.device).masked_scatter(places, values)
 
 
 def quota(step: Tensor, block_size: int, steps: int) -> Tensor:

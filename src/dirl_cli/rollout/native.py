@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dirl_cli.diffusion.layout import Coordinates, attends
 from dirl_cli.diffusion.sampling import draw, request_key, uniform
-from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal
+from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal, spread
 from dirl_cli.errors import DirlError
 from dirl_cli.models.cache import SlotCache
 from dirl_cli.models.checkpoint import DiffusionLM
@@ -61,6 +61,7 @@ class NativeSampler:
         watch: Watch | None = None,
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """See `Sampler.stream`."""
+        self.lm.model.eval()
         block_size = self._block_size(decoding)
         queue = list(reversed(requests(prompts, n, decoding, first, seeds)))
         if not queue:
@@ -193,25 +194,27 @@ class Batch:
         masked = self.masked[index]
         self.step[index] += 1
         step = self.step[index]
-        position = self.start[index][:, None] + torch.arange(self.block_size, device=index.device)
-        noise = uniform(self.key[index][:, None], position, step[:, None])
-        rows = self.lm.model.get_output_embeddings()(hidden[masked])
         options = self.decoding
         drawn = draw(
-            rows, noise[masked], options.temperature, options.top_k, options.top_p, options.confidence, self.unsampled
+            self.lm.model.get_output_embeddings()(hidden[masked]),
+            self._noise(index, step)[masked] if options.temperature else None,
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            options.confidence,
+            self.unsampled,
         )
-        state = State(
-            masked=masked,
-            confidence=spread(drawn.confidence, masked),
-            entropy=spread(drawn.entropy, masked),
-            quota=quota(step, self.block_size, options.denoising_steps),
-            threshold=options.threshold,
-        )
+        state = State(masked, drawn, quota(step, self.block_size, options.denoising_steps), options.threshold)
         chosen = reveal(self.strategy, state)
         self.tokens[index] = torch.where(chosen, spread(drawn.tokens, masked), self.tokens[index])
         self.logprobs[index] = torch.where(chosen, spread(drawn.logprobs, masked), self.logprobs[index])
         self.revealed_at[index] = torch.where(chosen, step[:, None], self.revealed_at[index])
         self.masked[index] = masked & ~chosen
+
+    def _noise(self, index: Tensor, step: Tensor) -> Tensor:
+        """(slots, B) uniform numbers, each a function of its request, position and step."""
+        position = self.start[index][:, None] + torch.arange(self.block_size, device=index.device)
+        return uniform(self.key[index][:, None], position, step[:, None])
 
     def _forward(self, slots: list[int], index: Tensor) -> Tensor:
         """Hidden states of pending tokens and the current block, the former padded on the left. (slots, W, D)."""
@@ -269,11 +272,6 @@ class Batch:
                 request.pending = tokens
                 request.start += self.block_size
                 self._open_block(slot, [])
-
-
-def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` (N,) at the N true places of `mask`, zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def block_causal(positions: Tensor, used: int, block_size: int) -> Tensor:

@@ -1,0 +1,82 @@
+"""From sampled groups and their advantages to packed rows with everything an objective asks of each token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Generator, Tensor
+
+from dirl_cli.algo.objective import Objective
+from dirl_cli.algo.views import Tokens
+from dirl_cli.diffusion.layout import Rows, Strip, common_blocks, join, pack
+from dirl_cli.types import Trajectory
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one problem, and what each is worth beside the others."""
+
+    trajectories: Sequence[Trajectory]
+    advantages: Sequence[float]
+
+
+def objective_rows(
+    groups: Sequence[Group],
+    objective: Objective,
+    tokens: Tokens,
+    pad_id: int,
+    row_tokens: int,
+    train_tail: bool,
+    generator: Generator,
+) -> tuple[Rows, list[int]]:
+    """Packed rows of the groups' trajectories in the objective's views, and each answer's number of trained tokens.
+
+    What the answers of a group begin with in common is laid out once, as long as they fit into a row together.
+    train_tail: whether the tokens after the stop token, which fill up its block, are trained too.
+    Notes of each scored token: sample, length, advantage, and behaviour (the sampler's log-prob).
+    """
+    strips, sizes = [], []
+    for group in groups:
+        parts = [objective.views(one, tokens, generator) for one in group.trajectories]
+        for some in fitting(parts, row_tokens, tokens.block_size):
+            strips.append(join(some, tokens.block_size))
+            sizes.append(len(some))
+    rows = pack(strips, row_tokens, tokens.block_size, pad_id)
+    trajectories = [one for group in groups for one in group.trajectories]
+    lengths = [len(one.token_ids) if train_tail else trained_length(one) for one in trajectories]
+    first = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))])
+    sample = first[rows.scored(rows.group)] + rows.scored(rows.sequence) - 1
+    place = rows.scored(rows.position) - torch.tensor([len(one.prompt_ids) for one in trajectories])[sample]
+    length = torch.tensor(lengths)[sample]
+    notes = {
+        "sample": sample,
+        "length": length.float(),
+        "advantage": torch.tensor([a for group in groups for a in group.advantages])[sample],
+        "behaviour": padded([one.logprobs for one in trajectories])[sample, place],
+    }
+    return replace(rows, weight=rows.weight * (place < length), notes=notes), lengths
+
+
+def fitting(strips: Sequence[Strip], row_tokens: int, block_size: int) -> list[list[Strip]]:
+    """The strips in order, in runs of at most `row_tokens` tokens once they are joined."""
+    runs: list[list[Strip]] = []
+    for strip in strips:
+        if runs and joined_length([*runs[-1], strip], block_size) <= row_tokens:
+            runs[-1].append(strip)
+        else:
+            runs.append([strip])
+    return runs
+
+
+def joined_length(strips: Sequence[Strip], block_size: int) -> int:
+    return sum(map(len, strips)) - (len(strips) - 1) * common_blocks(strips, block_size)
+
+
+def trained_length(trajectory: Trajectory) -> int:
+    """Answer tokens up to and with the stop token."""
+    return min(len(trajectory.completion_ids) + 1, len(trajectory.token_ids))
+
+
+def padded(lists: Sequence[Sequence[float]]) -> Tensor:
+    """Lists of different lengths as one tensor, zeros at the ends."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(values) for values in lists], batch_first=True)

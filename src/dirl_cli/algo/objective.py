@@ -1,0 +1,133 @@
+"""What an RL objective is: views × advantage × ratio level × clip × normaliser × KL.
+
+    loss = Σ_tokens w · [ -min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) + β · k(π ‖ π_ref) ] / norm
+
+with ρ the probability ratio against the recorded log-probs of the same tokens in the same states. The files beside
+this one choose; each states its formula and source.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dirl_cli.algo.advantages import ADVANTAGES
+from dirl_cli.algo.views import Trace
+from dirl_cli.diffusion.layout import Rows
+from dirl_cli.errors import DirlError, did_you_mean
+
+Divergence = Callable[[Tensor], Tensor]
+NORMALIZERS = ("token", "sequence", "constant")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An RL objective; conf/algo/ holds those that have a name.
+
+    views: see algo/views.py. advantage: see algo/advantages.py. level: of the ratio, `token`, `step` (all that one
+    denoising step revealed) or `sequence` (the answer's mean). clip_low, clip_high: ε on either side of 1.
+    normalizer: `token` divides by all tokens of the global batch, `sequence` takes each answer's mean and then the
+    mean of answers, `constant` divides by the answers times the longest allowed. beta: weight of the divergence
+    from a frozen reference, estimated as `kl` says (k1, k2, k3).
+
+    Where the policy is still the one that sampled, every level has the same gradient.
+    """
+
+    views: Any
+    advantage: str
+    level: str
+    normalizer: str
+    clip_low: float
+    clip_high: float
+    beta: float
+    kl: str
+
+    def __post_init__(self) -> None:
+        for name, known in (("advantage", ADVANTAGES), ("level", LEVELS), ("normalizer", NORMALIZERS), ("kl", KL)):
+            if getattr(self, name) not in known:
+                raise DirlError(f"algo.{name}={getattr(self, name)}: {did_you_mean(getattr(self, name), known)}")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether tokens are scored in the states that revealed them, so that the sampler's log-probs are the same."""
+        return isinstance(self.views, Trace)
+
+    def loss(self, rows: Rows, logprobs: Tensor, entropy: Tensor) -> dict[str, Tensor]:
+        """Sums over the scored tokens (N,) of `rows`: the loss, and what is worth watching.
+
+        rows.notes: `sample` (which answer a token belongs to), `length` (its answer's tokens), `advantage`, `old`
+        (recorded log-probs), `reference` (log-probs) where beta is not 0, and `correction` (truncated importance
+        weights) where the sampler's probabilities were not the trainer's.
+        """
+        notes = rows.notes
+        weight = self.weight(rows)
+        ratio = at_level(self.level, logprobs - notes["old"], rows).exp()
+        advantage = notes["advantage"]
+        free = ratio * advantage
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage
+        loss = -torch.minimum(free, clipped)
+        if "correction" in notes:
+            loss = loss * notes["correction"]
+        watched = {"entropy": entropy, "ratio": ratio, "clipped": (free > clipped).float()}
+        if self.beta:
+            kl = KL[self.kl](at_level(self.level, notes["reference"] - logprobs, rows))
+            loss = loss + self.beta * kl
+            watched["kl"] = kl
+        return {"loss": (weight * loss).sum(), **{k: (weight * v).detach().sum() for k, v in watched.items()}}
+
+    def weight(self, rows: Rows) -> Tensor:
+        """What each scored token counts (N,), so that the sum divided by `norm` is the normaliser's mean."""
+        scored = (rows.weight > 0).float()
+        if self.level == "token":
+            weight = rows.weight
+        elif self.level == "step":  # a step has one term, shared out evenly among its tokens; so has an answer
+            weight = rows.weight / summed(scored, step_index(rows)).clamp(min=1)
+        else:
+            sample = rows.notes["sample"]
+            weight = scored * rows.notes["length"] / summed(scored, sample).clamp(min=1)
+        return weight / rows.notes["length"] if self.normalizer == "sequence" else weight
+
+    def norm(self, lengths: Sequence[int], longest: int) -> float:
+        """The normaliser of a global batch of answers with these numbers of tokens, at most `longest` allowed."""
+        return float({"token": sum(lengths), "sequence": len(lengths), "constant": len(lengths) * longest}[self.normalizer])
+
+
+def at_level(level: str, difference: Tensor, rows: Rows) -> Tensor:
+    """A log-ratio for each token (N,): its own, the sum over its denoising step, or its answer's weighted mean."""
+    if level == "token":
+        return difference
+    if level == "step":
+        return summed(difference * (rows.weight > 0), step_index(rows))
+    return summed(rows.weight * difference, rows.notes["sample"]) / rows.notes["length"]
+
+
+def step_index(rows: Rows) -> Tensor:
+    """A number for each scored token (N,), the same for those revealed together."""
+    coordinates = (rows.notes["sample"], rows.scored(rows.coordinates.block), rows.scored(rows.view))
+    return torch.stack(coordinates).unique(dim=1, return_inverse=True)[1]
+
+
+def summed(values: Tensor, index: Tensor) -> Tensor:
+    """Each value's sum over all that share its index. (N,), (N,) to (N,)."""
+    return values.new_zeros(int(index.max()) + 1).index_add(0, index, values)[index]
+
+
+def k1(difference: Tensor) -> Tensor:
+    """-(log π_ref - log π): unbiased as an estimate of the divergence; its own gradient is zero on average."""
+    return -difference
+
+
+def k2(difference: Tensor) -> Tensor:
+    """(log π_ref - log π)² / 2: low variance, and the divergence's true gradient on policy."""
+    return difference.square() / 2
+
+
+def k3(difference: Tensor) -> Tensor:
+    """π_ref/π - 1 - log(π_ref/π): unbiased and never negative (Schulman, 2020)."""
+    return difference.exp() - 1 - difference
+
+
+LEVELS = ("token", "step", "sequence")
+KL: dict[str, Divergence] = {f.__name__: f for f in (k1, k2, k3)}

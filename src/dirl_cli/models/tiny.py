@@ -1,0 +1,52 @@
+"""The embedded model: 0.5 million parameters and a tokenizer, both made on the spot from nothing but code."""
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm, pick_attention, pick_device
+from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
+from dirl_cli.models.tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A freshly initialised SDAR with a vocabulary learned from the arithmetic problems."""
+
+    name: str = "tiny"
+    block_size: int = 4
+    hidden_size: int = 128
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    intermediate_size: int = 384
+    max_position_embeddings: int = 1024
+    seed: int = 0
+
+    def load(self, dtype: str = "float32", device: str = "auto", attention: str = "auto") -> DiffusionLM:
+        """A new random model, the same for the same seed."""
+        from dirl_cli.data.arithmetic import Arithmetic
+
+        device = pick_device(device)
+        tokenizer = train_tokenizer(islice(Arithmetic().texts(), 2000))
+        config = SDARConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_attention_heads,
+            head_dim=self.hidden_size // self.num_attention_heads,
+            intermediate_size=self.intermediate_size,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+        config._attn_implementation = pick_attention(attention, device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = SDARForCausalLM(config)
+        model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+        return diffusion_lm(model, tokenizer, self.block_size, tokenizer.mask_token_id)

@@ -1,0 +1,33 @@
+"""A random model small enough for any test."""
+
+import torch
+
+from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm
+from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
+
+VOCABULARY, MASK, PAD = 50, 49, 0
+
+
+def small_lm(block_size: int = 4, seed: int = 0, attention: str = "sdpa", scale: float = 5.0) -> DiffusionLM:
+    """Two layers, 50 tokens, the mask token last; `scale` sharpens its random distributions."""
+    config = SDARConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        max_position_embeddings=256,
+        pad_token_id=PAD,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    config._attn_implementation = attention
+    torch.manual_seed(seed)
+    model = SDARForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(scale)
+    return diffusion_lm(model, None, block_size, MASK)

@@ -1,0 +1,163 @@
+"""The native sampler against a loop that a reader can check, and what its users count on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small import MASK, VOCABULARY, small_lm
+
+from dirl_cli.diffusion.layout import Coordinates
+from dirl_cli.diffusion.sampling import request_key, uniform
+from dirl_cli.errors import DirlError
+from dirl_cli.models.attention import dense_mask
+from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.training.logprobs import score_trajectories
+from dirl_cli.types import Decoding
+
+STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], []]
+
+
+def decoding(strategy: str, **options) -> Decoding:
+    threshold = 2.0 if strategy == "entropy_bounded" else 0.5
+    return Decoding(**{"strategy": strategy, "threshold": threshold, "max_new_tokens": 14, "temperature": 1.0} | options)
+
+
+def slow_sample(lm, prompt: list[int], options: Decoding) -> tuple[list[int], list[int]]:
+    """One sequence, one token at a time, no cache: sequential strategy with one token a step."""
+    sequence, key = list(prompt), torch.tensor(request_key(options.seed, prompt, 0))
+    end = -(-(len(prompt) + options.max_new_tokens) // lm.block_size) * lm.block_size
+    steps = []
+    for position in range(len(prompt), end):
+        block_end = (position // lm.block_size + 1) * lm.block_size
+        state = torch.tensor([sequence + [MASK] * (block_end - len(sequence))])
+        place = torch.arange(state.shape[1])[None]
+        zeros = torch.zeros_like(place)
+        with torch.no_grad():
+            mask = dense_mask(Coordinates(zeros, zeros, place // lm.block_size, zeros))
+            logits = lm.model(input_ids=state, position_ids=place, attention_mask=mask).logits[0, position].double()
+        logits[MASK] = -torch.inf
+        step = position - max(position // lm.block_size * lm.block_size, len(prompt)) + 1
+        u = uniform(key, torch.tensor(position), torch.tensor(step))
+        probabilities = (logits / options.temperature).softmax(-1)
+        sequence.append(int((probabilities.cumsum(-1) <= u).sum()))
+        steps.append(step)
+    return sequence[len(prompt) :], steps
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_it_equals_a_loop_without_cache_or_batch(prompt, block_size):
+    lm = small_lm(block_size)
+    options = decoding("sequential", denoising_steps=block_size)
+    [[trajectory]] = NativeSampler(lm).sample([prompt], 1, options)
+    assert (trajectory.token_ids, trajectory.reveal_step) == slow_sample(lm, prompt, options)
+
+
+@pytest.mark.parametrize("confidence", ["sampled", "max", "entropy"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_log_probs_at_reveal_equal_the_trainers(strategy, confidence):
+    lm = small_lm()
+    for shape in ({}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}, {"temperature": 0.0}):
+        options = decoding(strategy, confidence=confidence, **shape)
+        trajectories = [t for group in NativeSampler(lm).sample(PROMPTS, 2, options) for t in group]
+        scored = score_trajectories(lm, trajectories, options)
+        for trajectory, logprobs in zip(trajectories, scored, strict=True):
+            assert trajectory.logprobs == pytest.approx(logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(strategy):
+    lm, options = small_lm(), decoding(strategy)
+    together = NativeSampler(lm, max_batch=3).sample(PROMPTS, 3, options)
+    for prompt, group in zip(PROMPTS, together, strict=True):
+        assert [t.token_ids for t in NativeSampler(lm).sample([prompt], 3, options)[0]] == [t.token_ids for t in group]
+
+
+def test_samples_seeds_and_repeated_prompts_give_different_answers():
+    lm, options = small_lm(), decoding("sequential")
+    sampler = NativeSampler(lm)
+    four = sampler.sample([PROMPTS[0]], 4, options)[0]
+    repeated = [group[0] for group in sampler.sample([PROMPTS[0]] * 4, 1, options)]
+    assert len({tuple(t.token_ids) for t in four}) == 4
+    assert [t.token_ids for t in four] == [t.token_ids for t in repeated]
+    assert sampler.sample([PROMPTS[0]], 1, replace(options, seed=1))[0][0].token_ids != four[0].token_ids
+    seeded = list(sampler.stream([PROMPTS[0]], 1, options, seeds=[1]))
+    assert seeded[0][2].token_ids == sampler.sample([PROMPTS[0]], 1, replace(options, seed=1))[0][0].token_ids
+
+
+def test_missing_samples_can_be_asked_for_alone():
+    sampler, options = NativeSampler(small_lm()), decoding("sequential")
+    whole = sampler.sample(PROMPTS[:2], 3, options)
+    rest = {(p, s): t.token_ids for p, s, t in sampler.stream(PROMPTS[:2], 3, options, first=[1, 3])}
+    assert rest == {(0, 1): whole[0][1].token_ids, (0, 2): whole[0][2].token_ids}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_mask_token_is_never_sampled_even_where_it_is_likeliest(strategy):
+    lm = small_lm()
+    with torch.no_grad():
+        head = lm.model.get_output_embeddings().weight
+        head[MASK] = 30 * head[:MASK].abs().max()
+    for trajectory in NativeSampler(lm).sample([[5], [6, 7]], 4, decoding(strategy))[0]:
+        assert MASK not in trajectory.token_ids
+        assert max(trajectory.token_ids) < VOCABULARY
+
+
+def test_an_answer_stops_after_the_block_with_a_stop_token_and_the_text_before_it():
+    lm = small_lm()
+    free = NativeSampler(lm).sample([PROMPTS[0]], 1, decoding("sequential"))[0][0]
+    for place in (0, 2, 5):  # in the block shared with the prompt, and later
+        stop = free.token_ids[place]
+        first = free.token_ids.index(stop)
+        stopped = NativeSampler(lm).sample([PROMPTS[0]], 1, decoding("sequential", stop_token_ids=(stop,)))[0][0]
+        block_end = (len(PROMPTS[0]) + first) // 4 * 4 + 4 - len(PROMPTS[0])
+        assert stopped.stop_reason == "stop"
+        assert stopped.token_ids == free.token_ids[:block_end]
+        assert stopped.completion_ids == free.token_ids[:first]
+    assert free.stop_reason == "length"
+
+
+def test_forwards_are_one_a_denoising_step_and_none_for_caching():
+    for trajectory in NativeSampler(small_lm()).sample([PROMPTS[1]], 2, decoding("sequential", denoising_steps=2))[0]:
+        assert len(trajectory.token_ids) == 16
+        assert trajectory.denoise_forwards == trajectory.forwards == 4 * 2
+
+
+def test_every_step_reveals_and_steps_count_from_one():
+    for group in NativeSampler(small_lm()).sample(PROMPTS, 2, decoding("low_confidence_dynamic", threshold=0.2)):
+        for t in group:
+            place = range(len(t.prompt_ids), len(t.prompt_ids) + len(t.token_ids))
+            blocks = {b: {s for p, s in zip(place, t.reveal_step, strict=True) if p // 4 == b} for b in {p // 4 for p in place}}
+            assert all(steps == set(range(1, max(steps) + 1)) for steps in blocks.values())
+            assert t.denoise_forwards == sum(max(steps) for steps in blocks.values())
+
+
+def test_it_shows_the_blocks_filling():
+    seen = []
+    sampler = NativeSampler(small_lm())
+    [(_, _, trajectory)] = sampler.stream(
+        [PROMPTS[0]], 1, decoding("sequential"), watch=lambda prompt, sample, ids: seen.append(ids)
+    )
+    assert seen[-1] == trajectory.token_ids
+    assert [ids.count(MASK) for ids in seen[:3]] == [0, 3, 2]
+    assert len(seen) == trajectory.forwards
+
+
+def test_new_weights_are_used_and_versioned():
+    sampler, other = NativeSampler(small_lm(seed=0)), small_lm(seed=1)
+    expected = NativeSampler(other).sample([PROMPTS[0]], 1, decoding("sequential"))[0][0]
+    sampler.update_weights(other.model.named_parameters(), version=7)
+    trajectory = sampler.sample([PROMPTS[0]], 1, decoding("sequential"))[0][0]
+    assert trajectory.token_ids == expected.token_ids
+    assert trajectory.weights_version == 7
+
+
+def test_what_cannot_be_sampled_is_told_in_a_sentence():
+    sampler = NativeSampler(small_lm())
+    with pytest.raises(DirlError, match=r"block_size is 8 and the model's is 4"):
+        sampler.sample([[5]], 1, Decoding(block_size=8))
+    with pytest.raises(DirlError, match="exceed the model's 256 positions"):
+        sampler.sample([[5] * 250], 1, Decoding(max_new_tokens=14))
+    with pytest.raises(DirlError, match="did you mean sampled"):
+        Decoding(confidence="sample")

@@ -1,0 +1,75 @@
+"""Decoding strategies on blocks small enough to check by eye."""
+
+import pytest
+import torch
+
+from dirl_cli.diffusion.sampling import Candidates
+from dirl_cli.diffusion.unmasking import State, find_strategy, low_confidence_static, quota, reveal
+from dirl_cli.errors import DirlError
+
+
+NONE = torch.tensor([])
+
+
+def state(confidence, masked=(1, 1, 1, 1), owed=1, threshold=0.9) -> State:
+    """One block; the entropies of its positions are 0.1, 0.2, 0.3 and 0.4."""
+    masked = torch.tensor([masked], dtype=torch.bool)
+    candidates = Candidates(NONE, NONE, torch.tensor([confidence])[masked], NONE)
+    candidates.__dict__["entropy"] = torch.tensor([[0.1, 0.2, 0.3, 0.4]])[masked]  # as if computed already
+    return State(masked, candidates, torch.tensor([owed]), threshold)
+
+
+def revealed(name: str, s: State) -> list[int]:
+    return reveal(find_strategy(name), s)[0].int().tolist()
+
+
+def test_sequential_takes_the_leftmost_masked():
+    assert revealed("sequential", state([0.1, 0.2, 0.3, 0.9], masked=[0, 1, 1, 1], owed=2)) == [0, 1, 1, 0]
+
+
+def test_static_takes_the_most_confident_masked():
+    assert revealed("low_confidence_static", state([0.99, 0.2, 0.5, 0.4], masked=[0, 1, 1, 1], owed=2)) == [0, 0, 1, 1]
+
+
+def test_dynamic_takes_all_above_the_threshold_or_what_it_owes():
+    assert revealed("low_confidence_dynamic", state([0.95, 0.2, 0.91, 0.92])) == [1, 0, 1, 1]
+    assert revealed("low_confidence_dynamic", state([0.5, 0.2, 0.3, 0.6], owed=2)) == [1, 0, 0, 1]
+    assert revealed("low_confidence_dynamic", state([0.5, 0.2, 0.3, 0.95], owed=2)) == [1, 0, 0, 1]
+
+
+def test_entropy_bounded_takes_the_longest_prefix_within_the_bound_and_at_least_one():
+    assert revealed("entropy_bounded", state([0.0] * 4, threshold=0.35)) == [1, 1, 0, 0]
+    assert revealed("entropy_bounded", state([0.0] * 4, threshold=0.05, masked=[0, 1, 1, 1])) == [0, 1, 0, 0]
+
+
+def test_a_tie_goes_to_the_left():
+    assert revealed("low_confidence_static", state([0.5, 0.5, 0.5, 0.5], owed=2)) == [1, 1, 0, 0]
+
+
+def test_a_strategy_that_reveals_nothing_or_too_much_is_held_to_the_contract():
+    s = state([0.1, 0.2, 0.4, 0.3], masked=[0, 1, 1, 1])
+    assert reveal(lambda s: torch.zeros_like(s.masked), s)[0].tolist() == [False, False, True, False]
+    assert reveal(lambda s: torch.ones_like(s.masked), s)[0].tolist() == [False, True, True, True]
+
+
+def test_a_block_without_masks_reveals_nothing():
+    assert not reveal(low_confidence_static, state([0.9] * 4, masked=[0, 0, 0, 0])).any()
+
+
+@pytest.mark.parametrize(
+    ("block_size", "steps", "owed"),
+    [(4, 4, [1, 1, 1, 1]), (4, 3, [2, 1, 1]), (8, 3, [3, 3, 2]), (4, 1, [4]), (2, 3, [1, 1, 1])],
+)
+def test_the_steps_together_owe_a_block(block_size, steps, owed):
+    assert quota(torch.arange(1, steps + 1), block_size, steps).tolist() == owed
+
+
+def test_an_unknown_strategy_is_told_with_its_nearest_name():
+    with pytest.raises(DirlError, match="did you mean sequential"):
+        find_strategy("sequentail")
+
+
+def test_a_strategy_may_come_from_the_users_own_module():
+    assert find_strategy("dirl_cli.diffusion.unmasking.sequential") is find_strategy("sequential")
+    with pytest.raises(DirlError, match=r"no_such\.strategy cannot be imported"):
+        find_strategy("no_such.strategy")
