@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from small import small_lm
 
 from dirl_cli.diffusion.layout import PADDING, SHARED, Coordinates, Strip, attends, first_fit, lay_out, pack
@@ -54,7 +53,10 @@ def test_a_common_prompt_is_seen_by_every_answer_and_answers_do_not_see_each_oth
     assert seen.tolist() == [[True, False, False], [True, True, False], [True, False, True]]
 
 
-@pytest.mark.parametrize(("block_size", "expected"), [(1, torch.ones(6, 6).tril().bool()), (6, torch.ones(6, 6).bool())])
+@pytest.mark.parametrize(
+    ("block_size", "expected"),
+    [(1, torch.ones(6, 6).tril().bool()), (6, torch.ones(6, 6).bool())],
+)
 def test_blocks_of_one_are_causal_and_one_block_is_bidirectional(block_size, expected):
     zeros = torch.zeros(1, 6, dtype=torch.long)
     rule = dense_mask(Coordinates(zeros, zeros, torch.arange(6)[None] // block_size, zeros))

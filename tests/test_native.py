@@ -1,5 +1,6 @@
 """The native sampler against a loop that a reader can check, and what its users count on."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,8 @@ PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], []]
 
 def decoding(strategy: str, **options) -> Decoding:
     threshold = 2.0 if strategy == "entropy_bounded" else 0.5
-    return Decoding(**{"strategy": strategy, "threshold": threshold, "max_new_tokens": 14, "temperature": 1.0} | options)
+    defaults = {"strategy": strategy, "threshold": threshold, "max_new_tokens": 14, "temperature": 1.0}
+    return Decoding(**defaults | options)
 
 
 def slow_sample(lm, prompt: list[int], options: Decoding) -> tuple[list[int], list[int]]:
@@ -74,13 +76,13 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(strategy):
         assert [t.token_ids for t in NativeSampler(lm).sample([prompt], 3, options)[0]] == [t.token_ids for t in group]
 
 
-def test_samples_seeds_and_repeated_prompts_give_different_answers():
+def test_samples_and_seeds_give_different_answers_and_equal_requests_equal_ones():
     lm, options = small_lm(), decoding("sequential")
     sampler = NativeSampler(lm)
     four = sampler.sample([PROMPTS[0]], 4, options)[0]
     repeated = [group[0] for group in sampler.sample([PROMPTS[0]] * 4, 1, options)]
     assert len({tuple(t.token_ids) for t in four}) == 4
-    assert [t.token_ids for t in four] == [t.token_ids for t in repeated]
+    assert repeated[0] == repeated[3] == four[0]
     assert sampler.sample([PROMPTS[0]], 1, replace(options, seed=1))[0][0].token_ids != four[0].token_ids
     seeded = list(sampler.stream([PROMPTS[0]], 1, options, seeds=[1]))
     assert seeded[0][2].token_ids == sampler.sample([PROMPTS[0]], 1, replace(options, seed=1))[0][0].token_ids
@@ -118,6 +120,12 @@ def test_an_answer_stops_after_the_block_with_a_stop_token_and_the_text_before_i
     assert free.stop_reason == "length"
 
 
+def test_an_answer_ends_with_the_models_last_position():
+    [[trajectory]] = NativeSampler(small_lm()).sample([[5] * 249], 1, decoding("sequential", max_new_tokens=100))
+    assert len(trajectory.token_ids) == 7
+    assert trajectory.stop_reason == "length"
+
+
 def test_forwards_are_one_a_denoising_step_and_none_for_caching():
     for trajectory in NativeSampler(small_lm()).sample([PROMPTS[1]], 2, decoding("sequential", denoising_steps=2))[0]:
         assert len(trajectory.token_ids) == 16
@@ -127,8 +135,9 @@ def test_forwards_are_one_a_denoising_step_and_none_for_caching():
 def test_every_step_reveals_and_steps_count_from_one():
     for group in NativeSampler(small_lm()).sample(PROMPTS, 2, decoding("low_confidence_dynamic", threshold=0.2)):
         for t in group:
-            place = range(len(t.prompt_ids), len(t.prompt_ids) + len(t.token_ids))
-            blocks = {b: {s for p, s in zip(place, t.reveal_step, strict=True) if p // 4 == b} for b in {p // 4 for p in place}}
+            blocks = defaultdict(set)
+            for i, step in enumerate(t.reveal_step, start=len(t.prompt_ids)):
+                blocks[i // 4].add(step)
             assert all(steps == set(range(1, max(steps) + 1)) for steps in blocks.values())
             assert t.denoise_forwards == sum(max(steps) for steps in blocks.values())
 
@@ -157,7 +166,7 @@ def test_what_cannot_be_sampled_is_told_in_a_sentence():
     sampler = NativeSampler(small_lm())
     with pytest.raises(DirlError, match=r"block_size is 8 and the model's is 4"):
         sampler.sample([[5]], 1, Decoding(block_size=8))
-    with pytest.raises(DirlError, match="exceed the model's 256 positions"):
-        sampler.sample([[5] * 250], 1, Decoding(max_new_tokens=14))
+    with pytest.raises(DirlError, match="256 tokens and the model has room for 255"):
+        sampler.sample([[5] * 256], 1, Decoding())
     with pytest.raises(DirlError, match="did you mean sampled"):
         Decoding(confidence="sample")

@@ -7,7 +7,6 @@ from dirl_cli.diffusion.sampling import Candidates
 from dirl_cli.diffusion.unmasking import State, find_strategy, low_confidence_static, quota, reveal
 from dirl_cli.errors import DirlError
 
-
 NONE = torch.tensor([])
 
 

@@ -11,7 +11,7 @@ Confidence = Literal["sampled", "max", "entropy"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with a verifiable answer; `id` is unique within its file or generator, `subset` a label to report apart."""
+    """A question with a verifiable answer; `id` is unique in its source, `subset` a label to report apart."""
 
     id: str
     question: str
@@ -29,7 +29,7 @@ class Decoding:
     threshold: reveal above this confidence (dynamic), or the bound on summed entropy in nats (entropy_bounded).
     confidence: `sampled` (probability of the drawn token), `max` or `entropy` (of the distribution alone).
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
-    max_new_tokens: the answer ends with the first whole block that reaches it.
+    max_new_tokens: the answer ends with the first whole block that reaches it, or with the model's last position.
     stop_token_ids: the answer ends with the block that holds one of them; the text is cut there.
     """
 
@@ -47,7 +47,8 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.confidence not in get_args(Confidence):
-            raise DirlError(f"no confidence is called {self.confidence}: {did_you_mean(self.confidence, get_args(Confidence))}")
+            hint = did_you_mean(self.confidence, get_args(Confidence))
+            raise DirlError(f"no confidence is called {self.confidence}: {hint}")
         if self.denoising_steps < 1 or self.max_new_tokens < 1:
             raise DirlError("decoding.denoising_steps and decoding.max_new_tokens must be at least 1")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -67,12 +68,12 @@ class Trajectory:
     prompt_ids: list[int]
     token_ids: list[int]
     reveal_step: list[int]
-    logprobs: list[float]
-    stop_reason: StopReason
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: StopReason = "length"
     denoise_forwards: int = 0
     forwards: int = 0
     weights_version: int = 0
-    stop_token_ids: tuple[int, ...] = field(default=())
+    stop_token_ids: tuple[int, ...] = ()
 
     @property
     def completion_ids(self) -> list[int]:

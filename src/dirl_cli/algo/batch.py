@@ -33,7 +33,8 @@ def objective_rows(
 
     What the answers of a group begin with in common is laid out once, as long as they fit into a row together.
     train_tail: whether the tokens after the stop token, which fill up its block, are trained too.
-    Notes of each scored token: sample, length, advantage, and behaviour (the sampler's log-prob).
+    Notes of each scored token: sample, length, advantage, behaviour (the sampler's log-prob) and the version of the
+    weights that it was sampled from.
     """
     strips, sizes = [], []
     for group in groups:
@@ -52,6 +53,7 @@ def objective_rows(
         "sample": sample,
         "length": length.float(),
         "advantage": torch.tensor([a for group in groups for a in group.advantages])[sample],
+        "version": torch.tensor([one.weights_version for one in trajectories])[sample],
         "behaviour": padded([one.logprobs for one in trajectories])[sample, place],
     }
     return replace(rows, weight=rows.weight * (place < length), notes=notes), lengths

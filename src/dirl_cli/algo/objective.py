@@ -35,6 +35,7 @@ class Objective:
     Where the policy is still the one that sampled, every level has the same gradient.
     """
 
+    name: str
     views: Any
     advantage: str
     level: str
@@ -58,12 +59,13 @@ class Objective:
         """Sums over the scored tokens (N,) of `rows`: the loss, and what is worth watching.
 
         rows.notes: `sample` (which answer a token belongs to), `length` (its answer's tokens), `advantage`, `old`
-        (recorded log-probs), `reference` (log-probs) where beta is not 0, and `correction` (truncated importance
-        weights) where the sampler's probabilities were not the trainer's.
+        (recorded log-probs; without them these are taken for it, and the ratio is 1), `reference` (log-probs) where
+        beta is not 0, and `correction` (truncated importance weights) where the sampler's probabilities were not
+        the trainer's.
         """
         notes = rows.notes
         weight = self.weight(rows)
-        ratio = at_level(self.level, logprobs - notes["old"], rows).exp()
+        ratio = at_level(self.level, logprobs - notes.get("old", logprobs.detach()), rows).exp()
         advantage = notes["advantage"]
         free = ratio * advantage
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage
@@ -91,7 +93,8 @@ class Objective:
 
     def norm(self, lengths: Sequence[int], longest: int) -> float:
         """The normaliser of a global batch of answers with these numbers of tokens, at most `longest` allowed."""
-        return float({"token": sum(lengths), "sequence": len(lengths), "constant": len(lengths) * longest}[self.normalizer])
+        norms = {"token": sum(lengths), "sequence": len(lengths), "constant": len(lengths) * longest}
+        return float(norms[self.normalizer])
 
 
 def at_level(level: str, difference: Tensor, rows: Rows) -> Tensor:

@@ -88,7 +88,10 @@ class AnswerMasked:
 
 @dataclass(frozen=True)
 class RandomMasks:
-    """Answer tokens masked at random on the clean prefix, one rate in [low, high] a draw (UniGRPO, arXiv 2505.15809)."""
+    """Answer tokens masked at random on the clean prefix, at one rate in [low, high] a draw (MMaDA, arXiv 2505.15809).
+
+    Several draws are averaged.
+    """
 
     low: float
     high: float

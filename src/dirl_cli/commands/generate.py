@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,14 +42,14 @@ def run(cfg: DictConfig, out: Path) -> None:
     lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
     asked = requests(cfg, lm)
     decoding = build(cfg.decoding, Decoding)
-    decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids, seed=cfg.seed)
+    decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
     sampler = NativeSampler(lm, cfg.max_batch)
     screen = Screen(console, lm, cfg.pace) if cfg.watch else None
     answers = sampler.stream(
         [request.prompt_ids for request in asked],
         cfg.samples,
         decoding,
-        seeds=[request.given.get("seed", cfg.seed) for request in asked],
+        seeds=[request.given.get("seed", decoding.seed) for request in asked],
         watch=screen.show if screen else None,
     )
     file = out / "completions.jsonl"
@@ -76,7 +76,7 @@ def requests(cfg: DictConfig, lm: DiffusionLM) -> list[Request]:
     if cfg.prompt is not None:
         return [Request(encode_prompt(lm.require_tokenizer(), cfg.prompt), {"prompt": cfg.prompt})]
     if cfg.messages is not None:
-        messages = OmegaConf.to_container(cfg.messages)
+        messages: Any = OmegaConf.to_container(cfg.messages)
         return [Request(encode_messages(lm.require_tokenizer(), messages), {"messages": messages})]
     return [Request(encode_row(lm, row, cfg.instruction), row.fields) for row in read_rows(cfg.input)]
 
@@ -90,7 +90,7 @@ def encode_row(lm: DiffusionLM, row: Row, instruction: str | None) -> list[int]:
         if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
             raise DirlError(f"{row.place}: prompt_ids must be a list of token ids below {vocabulary}")
         return ids
-    encoders = {
+    encoders: dict[str, Callable[[PreTrainedTokenizerBase, Any], list[int]]] = {
         "prompt": encode_prompt,
         "messages": encode_messages,
         "question": lambda tokenizer, text: encode_question(tokenizer, text, instruction),
@@ -166,5 +166,5 @@ class Screen:
                 text.append(HIDDEN * 2, style="dim")
             else:
                 is_new = i >= len(before) or before[i] == self.lm.mask_token_id
-                text.append(self.tokenizer.decode([token]), style="bold green" if is_new else "")
+                text.append(str(self.tokenizer.decode([token])), style="bold green" if is_new else "")
         return text

@@ -6,7 +6,7 @@ sequence, and its `view`: 0 for the clean copy, 1, 2, … for noised copies of a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Rows:
 
     def to(self, device: torch.device | str) -> "Rows":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved, notes={name: note.to(device) for name, note in self.notes.items()})
 
     def split(self, rows_each: int) -> list["Rows"]:
@@ -99,10 +99,11 @@ class Rows:
             used = int((self.group[first:last] != PADDING).sum(1).max())
             inside = (row >= first) & (row < last)
             where = (row[inside] - first) * used + self.where[inside] % width
+            columns: dict[str, Any] = {name: getattr(self, name)[first:last, :used] for name in PER_TOKEN}
             parts.append(
                 replace(
                     self,
-                    **{name: getattr(self, name)[first:last, :used] for name in PER_TOKEN},
+                    **columns,
                     where=where,
                     targets=self.targets[inside],
                     weight=self.weight[inside],
@@ -176,10 +177,10 @@ def common_blocks(strips: Sequence[Strip], block_size: int) -> int:
 
 
 def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int) -> Rows:
-    """Lay strips into rows of at most `row_tokens` tokens (longer only where a single strip is), first fit by length."""
+    """Lay strips into rows of at most `row_tokens` tokens (more only where one strip has them), first fit by length."""
     bins = first_fit([len(strip) for strip in strips], row_tokens)
     width = max(sum(len(strips[i]) for i in row) for row in bins)
-    columns = {name: torch.zeros(len(bins), width, dtype=torch.long) for name in PER_TOKEN}
+    columns: dict[str, Any] = {name: torch.zeros(len(bins), width, dtype=torch.long) for name in PER_TOKEN}
     columns["token_ids"].fill_(pad_id)
     columns["group"].fill_(PADDING)
     where, order = [], []

@@ -124,7 +124,7 @@ def hide(p: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Example:
-    """A demonstration as tokens, whole blocks. token_ids: (L,) long; trained: (L,) bool, the answer and its padding."""
+    """A demonstration as whole blocks. token_ids: (L,) long; trained: (L,) bool, the answer and its padding."""
 
     token_ids: Tensor
     trained: Tensor
@@ -138,7 +138,9 @@ def example(token_ids: Sequence[int], trained: Sequence[bool], block_size: int, 
     )
 
 
-def noised_strip(demonstration: Example, masking: Masking, block_size: int, mask_id: int, generator: Generator) -> Strip:
+def noised_strip(
+    demonstration: Example, masking: Masking, block_size: int, mask_id: int, generator: Generator
+) -> Strip:
     """A demonstration with freshly hidden answer tokens."""
     answer = demonstration.trained.nonzero().squeeze(1)
     hidden, weights = masking(answer // block_size, generator)

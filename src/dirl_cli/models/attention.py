@@ -1,16 +1,14 @@
 """The attention rule as what transformers takes: a dense mask for SDPA, a BlockMask for FlexAttention."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dirl_cli.diffusion.layout import Coordinates, Rows, attends
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-Attention = Literal["sdpa", "flex_attention"]
 
 
 def dense_mask(coordinates: Coordinates) -> Tensor:
@@ -37,7 +35,7 @@ def attention_mask(rows: Rows, implementation: str) -> "Tensor | BlockMask":
     return block_mask(rows.coordinates) if implementation == "flex_attention" else dense_mask(rows.coordinates)
 
 
-def hidden_states(model: torch.nn.Module, rows: Rows) -> Tensor:
+def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
     """The decoder's last hidden states under the attention rule: (R, L, D)."""
     output = model.get_decoder()(
         input_ids=rows.token_ids,

@@ -20,7 +20,9 @@ class SlotCache:
         self.rows, self.positions, self.used = slots, positions, used
         return self
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Store (N, heads, W, head_dim) and return what the queries may see, up to position `used`."""
         if layer == len(self.keys):
             shape = (self.slots, keys.shape[1], self.length, keys.shape[3])

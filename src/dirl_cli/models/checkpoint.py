@@ -2,18 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 import dirl_cli.models.sdar  # noqa: F401  # registers `sdar` and `sdar_moe`
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, did_you_mean
 
 DEFAULT_BLOCK_SIZE = 4  # published configurations may name neither
 DEFAULT_MASK_TOKEN_ID = 151669
@@ -44,15 +51,21 @@ class DiffusionLM:
         """The most positions the model was made for, prompt and answer together."""
         return self.model.config.max_position_embeddings
 
+    @property
+    def longest_prompt(self) -> int:
+        """The most tokens a prompt may have that is to be answered."""
+        return self.max_length // self.block_size * self.block_size - 1
+
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise DirlError(f"{self.model.name_or_path} has no tokenizer: copy its tokenizer files beside config.json")
         return self.tokenizer
 
-    def save(self, directory: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    def save(self, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the published layout: safetensors, configuration and tokenizer, whole or not at all."""
         partial = directory.with_name(directory.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
+        transformers_logging.disable_progress_bar()
         self.model.save_pretrained(partial, state_dict=state_dict)
         if self.tokenizer:
             self.tokenizer.save_pretrained(partial)
@@ -78,10 +91,10 @@ class Checkpoint:
     block_size: int | None = None
     mask_token_id: int | None = None
 
-    def load(self, dtype: str = "float32", device: str = "auto", attention: str = "auto") -> DiffusionLM:
+    def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
         """Load the model for `device`, in evaluation mode.
 
-        dtype: float32 or bfloat16. attention: sdpa, flex, or auto for what the device does best.
+        dtype: float32, bfloat16, or auto for bfloat16 on a GPU. attention: sdpa, flex, or auto for the device's best.
         Raises DirlError where the directory, a tensor or the tokenizer is missing or damaged.
         """
         device = pick_device(device)
@@ -95,21 +108,22 @@ class Checkpoint:
                 f"mask token {mask_id} is outside the vocabulary of {self.path} ({config.vocab_size}):"
                 " set model.mask_token_id"
             )
-        model = self._model(dtype, pick_attention(attention, device)).to(device).eval()
+        model = self._model(pick_dtype(dtype, device), pick_attention(attention, device))
+        torch.nn.Module.to(model, device).eval()
         return diffusion_lm(model, self._tokenizer(), block_size, mask_id)
 
-    def _config(self) -> object:
+    def _config(self) -> PreTrainedConfig:
         try:
             return AutoConfig.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise self._missing(error) from error
 
-    def _model(self, dtype: str, attention: str) -> PreTrainedModel:
+    def _model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
         transformers_logging.disable_progress_bar()
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
-                dtype=getattr(torch, dtype),
+                dtype=dtype,
                 attn_implementation=attention,
                 local_files_only=True,
                 output_loading_info=True,
@@ -118,12 +132,13 @@ class Checkpoint:
             raise DirlError(f"{self.path} holds a damaged weight file ({error}): download or copy it again") from error
         except (OSError, ValueError) as error:
             raise self._missing(error) from error
+        model, found = loaded
         if wrong := [*sorted(found["missing_keys"]), *(key for key, *_ in found["mismatched_keys"])]:
             raise DirlError(
                 f"{self.path} lacks {len(wrong)} tensor{'s' * (len(wrong) > 1)} of the model, such as {wrong[0]}:"
                 " download or copy it again"
             )
-        return model
+        return cast(PreTrainedModel, model)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
         if Path(self.path).is_dir() and not list(Path(self.path).glob("*token*")):
@@ -131,7 +146,8 @@ class Checkpoint:
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise DirlError(f"the tokenizer of {self.path} cannot be read ({one_line(error)}): copy it again") from error
+            reason = one_line(error)
+            raise DirlError(f"the tokenizer of {self.path} cannot be read ({reason}): copy it again") from error
 
     def _missing(self, error: Exception) -> DirlError:
         if Path(self.path).is_dir():
@@ -177,11 +193,23 @@ def pick_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    found = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
+    if found is None:
+        raise DirlError(f"dtype={dtype}: {did_you_mean(dtype, ('auto', 'float32', 'bfloat16'))}")
+    return found
+
+
 def pick_attention(attention: str, device: str) -> str:
     """FlexAttention has no backward on a CPU; there and in tests a dense mask serves."""
     if attention == "auto":
         attention = "flex" if device.startswith("cuda") else "sdpa"
-    return {"flex": "flex_attention", "sdpa": "sdpa"}[attention]
+    found = {"flex": "flex_attention", "sdpa": "sdpa"}.get(attention)
+    if found is None:
+        raise DirlError(f"attention={attention}: {did_you_mean(attention, ('auto', 'sdpa', 'flex'))}")
+    return found
 
 
 def one_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from itertools import islice
 
 import torch
 
-from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm, pick_attention, pick_device
+from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm, pick_attention, pick_device, pick_dtype
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.models.tokenizer import train_tokenizer
 
@@ -23,7 +23,7 @@ class Tiny:
     max_position_embeddings: int = 1024
     seed: int = 0
 
-    def load(self, dtype: str = "float32", device: str = "auto", attention: str = "auto") -> DiffusionLM:
+    def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
         """A new random model, the same for the same seed."""
         from dirl_cli.data.arithmetic import Arithmetic
 
@@ -48,5 +48,5 @@ class Tiny:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = SDARForCausalLM(config)
-        model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+        torch.nn.Module.to(model, device=device, dtype=pick_dtype(dtype, device)).eval()
         return diffusion_lm(model, tokenizer, self.block_size, tokenizer.mask_token_id)

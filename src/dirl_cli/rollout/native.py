@@ -4,7 +4,6 @@ One forward commits what a sequence has finished (at first the prompt's whole bl
 its next block, so caching costs no forward of its own. Sequences join and leave at block boundaries.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -67,8 +66,12 @@ class NativeSampler:
         if not queue:
             return
         longest = max(len(request.prompt_ids) for request in queue)
-        self._require_room(longest, decoding)
-        blocks = -(-(longest + decoding.max_new_tokens) // block_size) + 1  # one more for padding to write to
+        if longest > self.lm.longest_prompt:
+            raise DirlError(
+                f"a prompt has {longest} tokens and the model has room for {self.lm.longest_prompt}: shorten it"
+            )
+        end = min(longest + decoding.max_new_tokens, self.lm.longest_prompt + 1)
+        blocks = -(-end // block_size) + 1  # one more for padding to write to
         batch = Batch(self.lm, decoding, min(self.max_batch, len(queue)), block_size, blocks * block_size)
         while queue or batch.running:
             while queue and batch.free:
@@ -103,13 +106,6 @@ class NativeSampler:
             )
         return self.lm.block_size
 
-    def _require_room(self, longest: int, decoding: Decoding) -> None:
-        if longest + decoding.max_new_tokens > self.lm.max_length:
-            raise DirlError(
-                f"a prompt of {longest} tokens and max_new_tokens={decoding.max_new_tokens} exceed the model's"
-                f" {self.lm.max_length} positions: shorten one of them"
-            )
-
     def _trajectory(self, request: Request, stop_reason: str, decoding: Decoding) -> Trajectory:
         return Trajectory(
             prompt_ids=request.prompt_ids,
@@ -127,15 +123,12 @@ class NativeSampler:
 def requests(
     prompts: Sequence[list[int]], n: int, decoding: Decoding, first: Sequence[int] | None, seeds: Sequence[int] | None
 ) -> list[Request]:
-    """One request an answer. Repeated prompts go on counting samples, so that their answers differ."""
-    seen: Counter[tuple[int, ...]] = Counter()
+    """One request an answer, in order."""
     wanted = []
     for i, prompt_ids in enumerate(prompts):
-        repeat = seen[tuple(prompt_ids)]
-        seen[tuple(prompt_ids)] += 1
         seed = seeds[i] if seeds else decoding.seed
         for sample in range(first[i] if first else 0, n):
-            wanted.append(Request(i, sample, prompt_ids, request_key(seed, prompt_ids, repeat * n + sample)))
+            wanted.append(Request(i, sample, prompt_ids, request_key(seed, prompt_ids, sample)))
     return wanted
 
 
@@ -150,6 +143,7 @@ class Batch:
         self.unsampled = torch.tensor(lm.unsampled_ids, device=device)
         self.cache = SlotCache(slots, length)
         self.padding_position = length - 1
+        self.last_position = lm.longest_prompt + 1
         self.free = list(reversed(range(slots)))
         self.running: dict[int, Request] = {}
         self.tokens = torch.full((slots, block_size), lm.mask_token_id, device=device)
@@ -251,7 +245,8 @@ class Batch:
 
     def finish_blocks(self, slots: list[int]) -> Iterator[tuple[Request, str]]:
         """Move full blocks of `slots` to their requests; yields those that thereby end."""
-        full = [slot for slot, any_masked in zip(slots, self.masked[slots].any(1).tolist(), strict=True) if not any_masked]
+        unfinished = self.masked[slots].any(1).tolist()
+        full = [slot for slot, hidden in zip(slots, unfinished, strict=True) if not hidden]
         if not full:
             return
         columns = zip(
@@ -264,7 +259,8 @@ class Batch:
             request.reveal_step += revealed_at[given:]
             request.logprobs += logprobs[given:]
             stopped = not self.stops.isdisjoint(tokens[given:])
-            if stopped or len(request.token_ids) >= self.decoding.max_new_tokens:
+            is_full = request.start + self.block_size >= self.last_position
+            if stopped or is_full or len(request.token_ids) >= self.decoding.max_new_tokens:
                 del self.running[slot]
                 self.free.append(slot)
                 yield request, "stop" if stopped else "length"

@@ -25,7 +25,8 @@ class Sampler(Protocol):
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """Sample `n` answers to each prompt; yields (prompt index, sample index, trajectory) as they finish.
 
-        The answer to a prompt depends on the prompt, its seed and its sample index, not on what else is sampled.
+        An answer depends on its prompt, seed and sample index, not on what else is sampled: a prompt that is given
+        twice gets the same answers twice, unless `seeds` tell them apart.
         first: the sample index each prompt's answers start from (default 0), to ask for missing ones only; a
             prompt then gets those from first[i] up to `n`.
         seeds: one per prompt, in place of decoding.seed.

@@ -34,6 +34,7 @@ class TokenScorer(nn.Module):
         self.model = model
         self.decoding = decoding or Decoding(temperature=1.0)
         self.chunk = chunk
+        self.unsampled: Tensor
         self.register_buffer("unsampled", torch.tensor(unsampled_ids, dtype=torch.long), persistent=False)
 
     def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:

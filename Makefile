@@ -1,0 +1,38 @@
+# make demo: install, then fine-tune, sample and evaluate the embedded model. make test: all that CI checks.
+PYTHON ?= python3
+PIP_FLAGS ?=
+JOBS ?= 2
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install demo test test-slow check compare-algos clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dirl needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (a few minutes the first time)"
+	@$(BIN)/pip install -qq -c constraints.txt $(PIP_FLAGS) -e '.[dev]'
+	@touch $@
+
+demo: install
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
+
+check: install
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check . || { echo "Reformat with $(BIN)/ruff format"; exit 1; }
+	@$(BIN)/mypy
+
+test: check
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+
+test-slow: install
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'slow and not gpu'
+
+compare-algos: install
+	@$(BIN)/python benchmarks/compare_algos.py
+
+clean:
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

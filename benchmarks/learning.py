@@ -1,0 +1,53 @@
+"""Does it learn, on three seeds? Fine-tuning, then reinforcement, against as much more fine-tuning.
+
+    python benchmarks/learning.py           # about 25 minutes on two cores; continues where it was stopped
+"""
+
+from experiment import ROOT, SEEDS, at_once, card, evaluated, fine_tuned, history, late, mean_and_error, percent
+
+TASKS = {"mixed (default)": ("sft", ()), "every demonstration worked": ("sft-worked", ("data.worked=1.0",))}
+
+
+def main() -> None:
+    at_once(fine_tuned(seed, *words, name=name)[1] for name, words in TASKS.values() for seed in SEEDS)
+    at_once(reinforcement(seed) for seed in SEEDS)
+    # RL takes about as long as 300 steps of fine-tuning: as many more, on fresh optimizer and schedule
+    at_once(
+        ["sft", f"seed={seed}", f"model={fine_tuned(seed)[0]}", f"out={ROOT}/more-{seed}", "steps=300",
+         "batch_size=32", "row_tokens=192", "micro_rows=4", "masking=count", "optim=muon", "schedule=cosine",
+         "max_tokens=256", "eval_problems=100", "decoding.max_new_tokens=64"]
+        for seed in SEEDS
+    )  # fmt: skip
+    models = {
+        **{name: [fine_tuned(seed, name=room)[0] for seed in SEEDS] for name, (room, _) in TASKS.items()},
+        "mixed, then 60 RL steps": [ROOT / f"rl-{seed}" / "model" for seed in SEEDS],
+        "mixed, then as much more fine-tuning": [ROOT / f"more-{seed}" / "model" for seed in SEEDS],
+    }
+    at_once(evaluated(model)[1] for group in models.values() for model in group)
+    print("| | greedy accuracy, each seed | mean ± s.e. | unseen numbers | tokens per forward | minutes |")
+    print("|---|---|--:|--:|--:|--:|")
+    for name, group in models.items():
+        cards = [card(model) for model in group]
+        overall = [one["metrics"]["accuracy"] for one in cards]
+        unseen = [one["subsets"]["unseen"]["accuracy"] for one in cards]
+        speed = [one["metrics"]["tokens_per_forward"] for one in cards]
+        minutes = [sum(v for line in history(m.parent) for k, v in line.items() if k.startswith("seconds/")) / 60 for m in group]
+        print(f"| {name} | {', '.join(f'{100 * a:.1f}' for a in overall)} | {percent(overall)} | {percent(unseen)}"
+              f" | {mean_and_error(speed, 2)} | {max(minutes):.1f} |")  # fmt: skip
+    runs = [ROOT / f"rl-{seed}" for seed in SEEDS]
+    print(f"\nRollouts at temperature 1, first and last 15 steps: {percent([first(run) for run in runs])} →"
+          f" {percent([late(run, 'accuracy') for run in runs])}; largest |sampler - trainer| log-prob over all steps:"
+          f" {max(line.get('mismatch_max', 0) for run in runs for line in history(run)):.1e}")  # fmt: skip
+
+
+def first(run) -> float:
+    lines = [line["accuracy"] for line in history(run) if "accuracy" in line][:15]
+    return sum(lines) / len(lines)
+
+
+def reinforcement(seed: int) -> list[object]:
+    return ["rl", f"seed={seed}", f"model={fine_tuned(seed)[0]}", f"out={ROOT}/rl-{seed}", "show_every=0"]
+
+
+if __name__ == "__main__":
+    main()

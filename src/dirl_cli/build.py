@@ -1,0 +1,60 @@
+"""From a group's config to the object it describes."""
+
+from dataclasses import fields, replace
+from importlib import import_module
+from typing import Any, TypeVar, cast, get_origin, get_type_hints, overload
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from dirl_cli.errors import DirlError, did_you_mean
+
+T = TypeVar("T")
+
+
+@overload
+def build(cfg: DictConfig) -> Any: ...
+@overload
+def build(cfg: DictConfig, kind: type[T]) -> T: ...
+def build(cfg: DictConfig, kind: type | None = None) -> Any:
+    """An instance of the dataclass `kind`, or of the one that `cfg._target_` names, every field converted and checked.
+
+    A value that names a `_target_` of its own, such as algo.views, is built the same way.
+    Raises DirlError that names the key: a wrong type, an unknown or a missing field, a target that is not there.
+    """
+    group = str(cfg._get_full_key(None)) or "config"
+    kind = kind or find(str(cfg._target_), group)
+    given = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    given.pop("_target_", None)
+    nested = [key for key, value in given.items() if isinstance(value, dict) and "_target_" in value]
+    given |= {key: build(cfg[key]) for key in nested}
+    typed = OmegaConf.structured(kind)
+    try:
+        built = OmegaConf.to_object(OmegaConf.merge(typed, given))
+    except MissingMandatoryValue as error:
+        raise DirlError(f"give a value for {group}.{error.full_key}, such as {group}.{error.full_key}=…") from error
+    except ConfigKeyError as error:
+        raise DirlError(f"{group}.{error.full_key}: no such key; {did_you_mean(str(error.key), typed)}") from error
+    except OmegaConfBaseException as error:
+        raise DirlError(f"{group}.{error.full_key}: {str(error).partition(chr(10))[0]}") from error
+    return with_tuples(built)
+
+
+def find(target: str, group: str) -> type:
+    """The class that an import path names."""
+    module_name, _, name = target.rpartition(".")
+    try:
+        module = import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise DirlError(f"{group}._target_={target}: {error}") from error
+    if not hasattr(module, name):
+        known = [known for known in vars(module) if not known.startswith("_")]
+        raise DirlError(f"{group}._target_={target}: {module_name} has no {name}; {did_you_mean(name, known)}")
+    return cast(type, getattr(module, name))
+
+
+def with_tuples(built: Any) -> Any:
+    """OmegaConf gives lists where a dataclass declares tuples."""
+    types = get_type_hints(type(built))
+    tuples = [field.name for field in fields(built) if get_origin(types[field.name]) is tuple]
+    return replace(built, **{name: tuple(getattr(built, name)) for name in tuples}) if tuples else built

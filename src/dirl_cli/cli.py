@@ -1,0 +1,97 @@
+"""The `dirl` command: Typer reads the command line, Hydra composes the configuration.
+
+`dirl NAME` composes conf/NAME.yaml and hands the result to `run` in dirl_cli/commands/NAME.py.
+Nothing heavier than Typer is imported until a command starts, so help and completion stay quick.
+"""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dirl_cli.errors import DirlError
+
+app = typer.Typer(
+    help="Post-train block-diffusion language models.",
+    epilog="To begin with: dirl sft, then dirl eval model=runs/sft/tiny-arithmetic/model",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # drawing boxes doubles the time that help takes
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+View = StrEnum("View", ["job", "hydra", "all"])
+Topic = StrEnum("Topic", ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"])
+
+
+def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+    from dirl_cli.complete import complete_override
+
+    words = ctx.params.get("overrides") or []
+    return complete_override(str(ctx.command.name), words, incomplete, ctx.params.get("config_dir"))
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"dirl {version('dirl')}")
+        raise typer.Exit
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="What differs from conf/.", autocompletion=complete),
+]
+Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of comma-separated values.")]
+Cfg = Annotated[View | None, typer.Option("--cfg", "-c", help="Print the composed config and exit.")]
+Info = Annotated[Topic | None, typer.Option("--info", "-i", help="Explain where the config comes from and exit.")]
+ConfigDir = Annotated[
+    Path | None,
+    typer.Option("--config-dir", "-cd", exists=True, file_okay=False, help="Your config tree; it wins over ours."),
+]
+Version = Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")]
+
+
+@app.callback()
+def main(version: Version = False) -> None:
+    pass
+
+
+def add(name: str, summary: str, example: str) -> None:
+    """Add a command whose whole configuration is Hydra's."""
+    epilog = f"Such as: dirl {name} {example}\n\nEvery key: dirl {name} --cfg job"
+
+    @app.command(name, help=summary, epilog=epilog)
+    def command(
+        overrides: Overrides = None,
+        multirun: Multirun = False,
+        cfg: Cfg = None,
+        info: Info = None,
+        config_dir: ConfigDir = None,
+    ) -> None:
+        from dirl_cli.launch import launch
+
+        flags = {"--multirun": multirun, "--cfg": cfg, "--info": info}
+        given = [flag for flag, value in flags.items() if value]
+        if len(given) > 1:
+            raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
+        if cfg or info:
+            given.append(str(cfg or info))
+        full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+        try:
+            launch(name, given, overrides or [], config_dir)
+        except DirlError as error:
+            if full_error:
+                raise
+            typer.echo(f"dirl {name}: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+add("sft", "Fine-tune a model on demonstrations.", "model=sdar8b data=demonstrations.json steps=200")
+add("rl", "Reinforce a model with verifiable rewards.", "algo=dipo model=runs/sft/tiny-arithmetic/model")
+add("eval", "Score a model on a benchmark.", "model=runs/sft/tiny-arithmetic/model bench=problems.json samples=4")
+add("generate", "Sample completions of prompts.", "model=sdar8b prompt='What is 7 times 8?' watch=true")
+add("download", "Fetch a model from the Hub.", "model=sdar8b")

@@ -1,0 +1,212 @@
+"""`dirl rl`: sample groups of answers, reward them, and learn from the denoising steps that led to them."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+from rich.text import Text
+
+from dirl_cli.algo.advantages import ADVANTAGES
+from dirl_cli.algo.objective import Objective
+from dirl_cli.build import build
+from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.evaluation.metrics import mean
+from dirl_cli.loop.exam import Exam
+from dirl_cli.loop.groups import Answers, Replayed, Sampled, State, with_advantages
+from dirl_cli.loop.learn import Learner
+from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.reward.scoring import Rewards, Scorer
+from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.record import Record, rollout_files, rollout_path, write_rollout
+from dirl_cli.training.checkpoint import Checkpoints, find, load, save_model
+from dirl_cli.training.interrupt import StopSignal
+from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.metrics import NoLog, open_log
+from dirl_cli.training.plot import Panel
+from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
+from dirl_cli.training.trainer import Trainer, start_accelerator
+from dirl_cli.types import Decoding
+
+PANELS = (
+    Panel("Accuracy", {"accuracy": "rollouts", "greedy_accuracy": "greedy, held out"}, percent=True),
+    Panel("Reward", {"reward": "reward"}),
+    Panel("Tokens per forward", {"tokens_per_forward": "tokens"}),
+    Panel("Answer length", {"length": "tokens"}),
+    Panel("Entropy", {"entropy": "nats"}),
+    Panel("Sampler against trainer", {"mismatch_mean": "mean", "mismatch_max": "largest"}),
+    Panel("Divergence from the reference", {"kl": "nats"}),
+)
+SHOWN = ("reward", "accuracy", "length", "tokens_per_forward", "kept", "loss", "grad_norm")
+
+
+def run(cfg: DictConfig, out: Path) -> None:
+    """Reinforce cfg.model on cfg.data until `out`/model holds the result."""
+    accelerator = start_accelerator(cfg.device, cfg.dtype)
+    progress = StepProgress(cfg.steps, cfg.log_every, SHOWN, quiet=not accelerator.is_main_process)
+    saved = out / "model"
+    if saved.exists():
+        progress.say(f"{out} is finished: run `dirl eval model={saved}`, or give another name= to train again")
+        return
+
+    lm: DiffusionLM = build(cfg.model).load("float32", str(accelerator.device), cfg.attention)
+    data = build(cfg.data)
+    objective = build(cfg.algo, Objective)
+    decoding = build(cfg.decoding, Decoding)
+    decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
+    trainer = Trainer(
+        accelerator,
+        TokenScorer(lm.model, lm.unsampled_ids, decoding),
+        build(cfg.optim).build(lm.model),
+        partial(build(cfg.schedule), steps=cfg.steps * cfg.rl.mini_batches * cfg.rl.epochs),
+        cfg.clip_norm,
+    )
+    learner = Learner(
+        trainer,
+        objective,
+        lm,
+        reference=frozen(lm, decoding) if objective.beta else None,
+        old_from_sampler=old_from_sampler(cfg.rl.old, objective),
+        correction_cap=cfg.rl.correction_cap,
+        mini_batches=cfg.rl.mini_batches,
+        epochs=cfg.rl.epochs,
+        train_tail=cfg.rl.train_tail,
+        row_tokens=cfg.row_tokens,
+        micro_rows=cfg.micro_rows,
+        longest=decoding.max_new_tokens,
+        seed=cfg.seed,
+    )
+    checkpoints = Checkpoints(out / "checkpoints", cfg.keep_checkpoints, accelerator)
+    state = State()
+    if start := checkpoints.latest() or find(cfg.resume):
+        remembered = load(start, lm.model, trainer.optimizers)
+        trainer.steps_taken, state = remembered["updates"], State.from_json(remembered)
+        progress.say(f"going on after step {state.step}, from {start}")
+    config = OmegaConf.to_container(cfg)
+    log = open_log(out, state.step, build(cfg.logger), config) if accelerator.is_main_process else NoLog()
+    exam = Exam(data.problems()[: cfg.eval_problems], data.instruction, decoding, accelerator)
+    sampler = NativeSampler(lm, cfg.max_batch)
+    sampler.weights_version = state.step
+
+    with Scorer(build(cfg.reward, Rewards)) as scorer, StopSignal(accelerator) as stop:
+        groups_source: Sampled | Replayed = (
+            Replayed(rollout_files(Path(cfg.rl.replay)))
+            if cfg.rl.replay
+            else Sampled(
+                data.training_problems(),
+                data.instruction,
+                lm,
+                sampler,
+                scorer,
+                decoding,
+                accelerator,
+                problems=cfg.rl.problems,
+                group_size=cfg.rl.group_size,
+                filter=cfg.rl.filter,
+                max_rounds=cfg.rl.max_rounds,
+                seed=cfg.seed,
+            )
+        )
+        if state.step == 0 and not cfg.rl.rollout_only:
+            with trainer.times("evaluation"):
+                before = {"greedy_accuracy": exam.accuracy(lm, sampler, scorer.grader)} if exam.problems else {}
+            log.write(0, before)
+            progress.say(f"before · {describe(before, 'greedy_accuracy')}")
+        with progress.after(state.step):
+            while state.step < cfg.steps:
+                torch.manual_seed(cfg.seed + state.step)  # for models with dropout
+                with trainer.times("rollout"):
+                    groups, sampled = groups_source.take(state)
+                groups = with_advantages(groups, ADVANTAGES[objective.advantage])
+                metrics = measured(sampled, groups)
+                if groups and not cfg.rl.rollout_only:
+                    metrics |= learner.learn(groups, state.step, sampler.weights_version)
+                state.step += 1
+                sampler.update_weights(lm.model.named_parameters(), state.step)
+                if accelerator.is_main_process and not cfg.rl.replay:
+                    write_rollout(rollout_path(out / "rollouts", state.step), records(groups, sampled))
+
+                step, is_last = state.step, state.step == cfg.steps
+                progress.update(step, metrics)
+                if due(step, cfg.show_every):
+                    progress.console.print(answer_table(groups or sampled, step))
+                if (is_last or due(step, cfg.eval_every)) and exam.problems and not cfg.rl.rollout_only:
+                    with trainer.times("evaluation"):
+                        metrics["greedy_accuracy"] = exam.accuracy(lm, sampler, scorer.grader)
+                    progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'greedy_accuracy')}")
+                log.write(step, metrics | trainer.times.take())
+                must_stop = bool(stop) and not is_last
+                if is_last or must_stop or due(step, cfg.save_every):
+                    with trainer.times("saving"):
+                        path = checkpoints.save(
+                            step, lm.model, trainer.optimizers, updates=trainer.steps_taken, **state.to_json()
+                        )
+                        log.draw(PANELS, cfg.name, out / "rl.png")
+                if must_stop:
+                    raise DirlError(f"stopped after step {step} of {cfg.steps}, saved in {path}: the same goes on")
+
+    if not cfg.rl.rollout_only:
+        save_model(lm, cfg.dtype, saved, accelerator)
+        progress.say(f"the model is in {saved}: run `dirl eval model={saved}`")
+    log.close()
+    times = trainer.times.total
+    progress.say(f"{clock(sum(times.values()))} went into {shares(times)}")
+
+
+def frozen(lm: DiffusionLM, decoding: Decoding) -> TokenScorer:
+    """A scorer of the model as it is now, to stay near."""
+    return TokenScorer(copy.deepcopy(lm.model).requires_grad_(False).eval(), lm.unsampled_ids, decoding).to(lm.device)
+
+
+def old_from_sampler(old: str, objective: Objective) -> bool:
+    """Whether the ratio's denominator is the sampler's log-prob, which only views of the true states can use."""
+    if old not in ("sampler", "trainer"):
+        raise DirlError(f"rl.old={old}: {did_you_mean(old, ('sampler', 'trainer'))}")
+    return old == "sampler" and objective.is_exact
+
+
+def measured(sampled: Sequence[Answers], groups: Sequence[Answers]) -> dict[str, float]:
+    """What a rollout looks like, before the filter and after it (`kept`: the share of sampled groups with a signal)."""
+    answers = [record for group in sampled for record in group]
+    if not answers:
+        return {"groups": len(groups)}
+    trajectories = [record.trajectory for record in answers]
+    tokens = sum(len(one.token_ids) for one in trajectories)
+    metrics = {
+        "reward": mean(record.reward or 0.0 for record in answers),
+        "accuracy": mean(record.correct for record in answers),
+        "length": mean(len(one.completion_ids) for one in trajectories),
+        "truncated": mean(one.stop_reason == "length" for one in trajectories),
+        "tokens_per_forward": tokens / sum(one.forwards for one in trajectories),
+        "tokens_per_denoising_forward": tokens / sum(one.denoise_forwards for one in trajectories),
+        "kept": mean(any(record.kept for record in group) for group in sampled),
+        "groups": len(groups),
+    }
+    for part in answers[0].parts:
+        metrics[f"reward/{part}"] = mean(record.parts[part] for record in answers)
+    if groups:
+        metrics["kept_reward"] = mean(record.reward or 0.0 for group in groups for record in group)
+    return metrics
+
+
+def records(groups: Sequence[Answers], sampled: Sequence[Answers]) -> list[Record]:
+    """What a step learned from, then what it sampled besides."""
+    used = {id(record.trajectory) for group in groups for record in group}
+    rest = [record for group in sampled for record in group if id(record.trajectory) not in used]
+    return [record for group in groups for record in group] + rest
+
+
+def answer_table(groups: Sequence[Answers], step: int, rows: int = 3) -> Table:
+    """A few sampled answers with their rewards, the worst and the best of each of the first groups."""
+    table = Table(title=f"step {step}", title_justify="left", show_lines=True)
+    for column in ("question", "answer", "reward"):
+        table.add_column(column, overflow="fold")
+    for group in groups[:rows]:
+        ordered = sorted(group, key=lambda record: record.reward or 0.0)
+        for record in (ordered[0], ordered[-1]):
+            table.add_row(Text(record.problem.question), Text(record.completion[:400]), f"{record.reward:.2f}")
+    return table

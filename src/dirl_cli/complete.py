@@ -1,0 +1,47 @@
+"""What Tab offers: a command's groups with their choices, and every key of the chosen config at its value."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from dirl_cli import overrides, tree
+from dirl_cli.errors import DirlError
+
+
+def complete_override(command: str, words: Sequence[str], incomplete: str, config_dir: Path | None = None) -> list[str]:
+    """The completions of `incomplete`, the last word of `dirl COMMAND WORDS…`, as the shell wants them."""
+    tree.prepare(config_dir)
+    *words, word = rejoin([*words, incomplete])
+    try:
+        found = [candidate for candidate in candidates(command, words) if candidate.startswith(word)]
+    except (DirlError, HydraException, OmegaConfBaseException):  # an earlier word does not compose (yet)
+        found = []
+    typed = word.removesuffix(incomplete)  # what the shell keeps of the word itself
+    return [candidate.removeprefix(typed) for candidate in found]
+
+
+def rejoin(words: Sequence[str]) -> list[str]:
+    """Undo bash, which hands over `model=sdar8b` as the three words model, = and sdar8b."""
+    *words, word = re.sub(" ?= ?", "=", " ".join(words)).split(" ")
+    if words and "=" not in words[-1]:  # `model=` and nothing after it: Typer dropped the `=`
+        word = f"{words.pop()}={word}"
+    return [*words, word]
+
+
+def candidates(command: str, words: Sequence[str]) -> list[str]:
+    """Whole `key=value` words: every choice of every group, every key at its value, every model trained here."""
+    groups, values = tree.survey(command, overrides.rewrite(words, tree.choices, sweep=False))
+    chosen = [f"{group}={name}" for group, names in groups.items() for name in names]
+    trained = [f"model={path}" for path in sorted(Path("runs").glob("*/*/model"))] if "model" in groups else []
+    return [*chosen, *trained, *(f"{key}={spell(value)}" for key, value in values.items())]
+
+
+def spell(value: object) -> str:
+    """A value as it is typed on the command line; nothing for one that is computed from others or still missing."""
+    if isinstance(value, str) and (value == "???" or "${" in value):
+        return ""
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...").replace(", ", ",")

@@ -1,0 +1,155 @@
+"""Mixed word problems: the embedded data set, made of two or three additions and subtractions of the numbers 1 to 9."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from random import Random
+from typing import NamedTuple, TypeVar
+
+from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.types import Problem
+
+NAMES = ("Tom", "Anna", "Ben", "Emma", "Sam", "Lena", "Nora", "Otto")
+OBJECTS = ("pens", "books", "cards", "coins", "eggs", "apples", "shells", "stamps")
+GAINS = ("buys", "finds", "gets", "wins")
+LOSSES = ("sells", "loses", "drops", "eats")
+
+T = TypeVar("T")
+Chain = tuple[int, ...]  # the first number, then each change with its sign
+
+
+class Item(NamedTuple):
+    """A word problem and the chain of numbers behind it."""
+
+    question: str
+    chain: Chain
+
+    @property
+    def answer(self) -> str:
+        return str(sum(self.chain))
+
+    def solution(self, worked: bool) -> str:
+        """The demonstrated answer: one equation per line and the box, or the box alone."""
+        return f"{working(self.chain) if worked else ''}\\boxed{{{self.answer}}}"
+
+
+class Splits(NamedTuple):
+    test: list[Item]
+    validation: list[Item]
+    train: list[Item]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Word problems with solutions, drawn from `seed`; no question occurs in two of the three splits.
+
+    train, held_out, test: problems per split. The test problems depend on `seed` and `test` alone.
+    worked: share of the demonstrations that show the working; the others give the answer at once.
+    split: what `problems` gives: train, validation or test.
+    """
+
+    name: str = "arithmetic"
+    train: int = 40_000
+    held_out: int = 300
+    test: int = 1_000
+    worked: float = 0.7
+    seed: int = 0
+    split: str = "test"
+    instruction: str | None = None
+
+    def demonstrations(self) -> list[dict]:
+        """The training problems with their solutions, as messages."""
+        return self._messages("train", self._splits().train)
+
+    def validation(self) -> list[dict]:
+        """As many demonstrations as are held out."""
+        return self._messages("validation", self._splits().validation)
+
+    def problems(self) -> list[Problem]:
+        """The problems of `split`; the subset says whether training holds the same numbers and operations."""
+        splits = self._splits()
+        if self.split not in splits._fields:
+            raise DirlError(f"arithmetic has no split {self.split}: {did_you_mean(self.split, splits._fields)}")
+        seen = {item.chain for item in splits.train}
+        return [
+            Problem(f"{self.split}-{i}", item.question, item.answer, "seen" if item.chain in seen else "unseen")
+            for i, item in enumerate(getattr(splits, self.split))
+        ]
+
+    def training_problems(self) -> list[Problem]:
+        """The training problems as questions with answers, to be reinforced on."""
+        return replace(self, split="train").problems()
+
+    def texts(self) -> Iterator[str]:
+        """The training questions, each followed by its solution: what a tokenizer may learn from."""
+        for row in self.demonstrations():
+            yield from (message["content"] for message in row["messages"])
+
+    def _splits(self) -> Splits:
+        return draw_splits(self.train, self.held_out, self.test, self.seed)
+
+    def _messages(self, split: str, items: list[Item]) -> list[dict]:
+        rng = Random(f"{self.seed}/{split}/worked")  # its own, so that the questions do not depend on `worked`
+        return [
+            {
+                "messages": [
+                    {"role": "user", "content": item.question},
+                    {"role": "assistant", "content": item.solution(rng.random() < self.worked)},
+                ]
+            }
+            for item in items
+        ]
+
+
+@lru_cache(maxsize=2)
+def draw_splits(train: int, held_out: int, test: int, seed: int) -> Splits:
+    """The three splits, test first, without a question that occurs twice."""
+    known: set[str] = set()
+    sizes = {"test": test, "validation": held_out, "train": train}
+    return Splits(**{name: draw(Random(f"{seed}/{name}"), size, known) for name, size in sizes.items()})
+
+
+def draw(rng: Random, size: int, known: set[str]) -> list[Item]:
+    """`size` problems whose questions are not in `known`, to which they are added."""
+    items: list[Item] = []
+    while len(items) < size:
+        chain = draw_chain(rng)
+        question = tell(rng, chain)
+        if question not in known:
+            known.add(question)
+            items.append(Item(question, chain))
+    return items
+
+
+def draw_chain(rng: Random) -> Chain:
+    """A number and two or three changes of 1 to 9, never falling below 1."""
+    total = pick(rng, range(1, 10))
+    chain = [total]
+    for _ in range(pick(rng, (2, 3))):
+        change = pick(rng, range(1, 10)) if total == 1 or rng.random() < 0.5 else -pick(rng, range(1, min(total, 10)))
+        total += change
+        chain.append(change)
+    return tuple(chain)
+
+
+def tell(rng: Random, chain: Chain) -> str:
+    """The chain as a story, such as: Tom has 7 pens. Tom buys 5. Tom sells 3. How many pens?"""
+    name, things = pick(rng, NAMES), pick(rng, OBJECTS)
+    first, *changes = chain
+    events = "".join(f" {name} {pick(rng, GAINS if change > 0 else LOSSES)} {abs(change)}." for change in changes)
+    return f"{name} has {first} {things}.{events} How many {things}?"
+
+
+def working(chain: Chain) -> str:
+    """Each change as an equation on its own line, such as 7+5=12."""
+    total, *changes = chain
+    lines = ""
+    for change in changes:
+        lines += f"{total}{change:+d}={total + change}\n"
+        total += change
+    return lines
+
+
+def pick(rng: Random, options: Sequence[T]) -> T:
+    """One of the options; made of `random()`, the only method that Python promises never to change."""
+    return options[int(rng.random() * len(options))]

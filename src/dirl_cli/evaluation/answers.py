@@ -1,0 +1,100 @@
+"""Answers on disk: a JSON line for each as it is graded, read back when the same evaluation goes on."""
+
+import json
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from dirl_cli.errors import DirlError
+from dirl_cli.types import StopReason
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One graded completion.
+
+    length: tokens before the stop token. tokens: all that were revealed, whole blocks.
+    seconds: sampling time since the answer before it, so that an evaluation's sum is its sampling time.
+    """
+
+    problem: str
+    sample: int
+    text: str
+    correct: bool
+    stop_reason: StopReason
+    length: int
+    tokens: int
+    denoise_forwards: int
+    forwards: int
+    seconds: float
+
+
+class AnswerLog:
+    """Appends answers to a file, each in one write, so that several processes may share it. Use as a context."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def append(self, answer: Answer) -> None:
+        line = (json.dumps(asdict(answer)) + "\n").encode()
+        try:
+            while line:  # a disk that fills up takes a part, then refuses
+                line = line[os.write(self._descriptor, line) :]
+        except OSError as error:
+            raise DirlError(
+                f"{self.path} cannot be written ({error.strerror}): make room, then give the same command to go on"
+            ) from error
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off what an interrupted write left behind the last complete line."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """The answers of a file, none if it is not there; the last of two to the same sample of a problem counts."""
+    if not path.exists():
+        return []
+    answers = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            answer = Answer(**json.loads(line))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise DirlError(f"{path} line {number} is not an answer: remove it, and it is sampled again") from error
+        answers[answer.problem, answer.sample] = answer
+    return list(answers.values())
+
+
+class Run(NamedTuple):
+    """Samples `first` to `end` - 1 of the problem at `place` in its list."""
+
+    place: int
+    first: int
+    end: int
+
+
+def missing(problem_ids: Sequence[str], n: int, done: Collection[tuple[str, int]]) -> Iterator[Run]:
+    """The samples of each problem that are not among the `done` (problem id, sample), in runs without a gap."""
+    for place, problem_id in enumerate(problem_ids):
+        first = None
+        for sample in range(n + 1):
+            wanted = sample < n and (problem_id, sample) not in done
+            if wanted and first is None:
+                first = sample
+            elif not wanted and first is not None:
+                yield Run(place, first, sample)
+                first = None

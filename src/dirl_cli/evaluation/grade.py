@@ -1,0 +1,39 @@
+"""From trajectories to graded answers, while more are being sampled."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from dirl_cli.evaluation.answers import Answer
+from dirl_cli.reward.grading import Grader
+from dirl_cli.types import Problem, Trajectory
+
+
+def graded(
+    sampled: Iterable[tuple[int, int, Trajectory]],
+    problems: Sequence[Problem],
+    decode: Callable[[list[int]], str],
+    grader: Grader,
+) -> Iterator[Answer]:
+    """Grade (problem index, sample index, trajectory) as they come; yields answers as their verdicts are reached."""
+    waiting: dict[object, Answer] = {}
+    before = time.perf_counter()
+    for index, sample, trajectory in sampled:
+        now = time.perf_counter()
+        text = decode(trajectory.completion_ids)
+        waiting[index, sample] = Answer(
+            problem=problems[index].id,
+            sample=sample,
+            text=text,
+            correct=False,
+            stop_reason=trajectory.stop_reason,
+            length=len(trajectory.completion_ids),
+            tokens=len(trajectory.token_ids),
+            denoise_forwards=trajectory.denoise_forwards,
+            forwards=trajectory.forwards,
+            seconds=now - before,
+        )
+        grader.submit((index, sample), problems[index].answer, text)
+        yield from (replace(waiting.pop(key), correct=correct) for key, correct in grader.finished())
+        before = now
+    yield from (replace(waiting.pop(key), correct=correct) for key, correct in grader.rest())

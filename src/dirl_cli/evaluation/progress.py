@@ -1,0 +1,28 @@
+"""What an evaluation shows while it goes: a live line in a terminal, ten plain lines elsewhere."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dirl_cli.evaluation.answers import Answer
+
+
+def tracked(answers: Iterable[Answer], known: Iterable[Answer], total: int, console: Console) -> Iterator[Answer]:
+    """The answers, with accuracy so far (`known` ones included), tokens/s and time left shown as they pass."""
+    columns = [BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}")]
+    columns += [TimeRemainingColumn(compact=True), TextColumn("left")]
+    live = console.is_terminal and not console.quiet
+    known = list(known)
+    done, right, tokens, started = len(known), sum(answer.correct for answer in known), 0, time.perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=not live) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        for answer in answers:
+            done, right, tokens = done + 1, right + answer.correct, tokens + answer.tokens
+            speed = tokens / (time.perf_counter() - started)
+            text = f"accuracy {100 * right / done:.1f} · {speed:,.0f} tokens/s"
+            bar.update(task, completed=done, description=text)
+            if not live and (10 * done // total > 10 * (done - 1) // total):
+                console.print(f"{done}/{total} answers · {text}", markup=False, highlight=False)
+            yield answer

@@ -1,0 +1,1 @@
+"""What the training loops of the commands are made of, put together from the rooms below."""

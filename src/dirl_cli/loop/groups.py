@@ -1,0 +1,166 @@
+"""Where groups of scored answers come from: sampled with dynamic sampling, or read back from an earlier run."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from dirl_cli.algo.advantages import Advantage
+from dirl_cli.algo.select import has_signal
+from dirl_cli.data.chat import encode_problems
+from dirl_cli.diffusion.sampling import request_key
+from dirl_cli.errors import DirlError
+from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.reward.answer import Answer
+from dirl_cli.reward.scoring import Scorer
+from dirl_cli.rollout.record import Record, from_json, read_rollout, to_json
+from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.types import Decoding, Problem
+
+Answers = list[Record]  # those to one problem
+
+
+@dataclass
+class State:
+    """What a run knows besides its parameters: steps done, problems drawn, groups left over for the next step."""
+
+    step: int = 0
+    drawn: int = 0
+    surplus: list[Answers] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rl_step": self.step,
+            "drawn": self.drawn,
+            "surplus": [[to_json(record) for record in group] for group in self.surplus],
+        }
+
+    @staticmethod
+    def from_json(saved: dict[str, Any]) -> "State":
+        surplus = [[from_json(record) for record in group] for group in saved["surplus"]]
+        return State(saved["rl_step"], saved["drawn"], surplus)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Draws problems in seeded order and samples, scores and filters groups of answers until enough are kept.
+
+    problems: a step's. filter: see `has_signal`. max_rounds: draws in which to find them.
+    """
+
+    pool: Sequence[Problem]
+    instruction: str | None
+    lm: DiffusionLM
+    sampler: Sampler
+    scorer: Scorer
+    decoding: Decoding
+    accelerator: Accelerator
+    problems: int
+    group_size: int
+    filter: str
+    max_rounds: int
+    seed: int
+
+    def take(self, state: State) -> tuple[list[Answers], list[Answers]]:
+        """The groups to learn from, of earlier steps first, and all that were sampled; moves `state` on."""
+        kept, sampled = list(state.surplus), []
+        for turn in range(self.max_rounds):
+            if len(kept) >= self.problems:
+                break
+            groups = self.sample(state, turn)
+            state.drawn += self.problems
+            for group in groups:
+                teaches = self.teaches(group)
+                group = [replace(record, kept=teaches) for record in group]
+                sampled.append(group)
+                if teaches:
+                    kept.append(group)
+        state.surplus = kept[self.problems :]
+        return kept[: self.problems], sampled
+
+    def teaches(self, group: Answers) -> bool:
+        rewards = [record.reward or 0.0 for record in group]
+        return len(group) > 0 and has_signal(rewards, [record.correct for record in group], self.filter)
+
+    def sample(self, state: State, turn: int) -> list[Answers]:
+        """Answers to the next problems, each process sampling its share of them."""
+        places = range(state.drawn, state.drawn + self.problems)
+        share = list(places)[self.accelerator.process_index :: self.accelerator.num_processes]
+        own = list(self.answers(share, [state.step, turn]))
+        everyone = gather_object(own) if self.accelerator.num_processes > 1 else own
+        found: dict[int, Answers] = {place: [] for place in places}
+        for place, record in everyone:
+            found[place].append(record)
+        return [sorted(group, key=lambda record: record.sample) for group in found.values()]
+
+    def answers(self, places: Sequence[int], moment: list[int]) -> Iterator[tuple[int, Record]]:
+        """(place, record) of each scored answer to the problems at these places of the endless order.
+
+        moment: step and turn, which with the place make the seed, since a problem may come up again.
+        """
+        decoding = self.decoding
+        seeds = [request_key(self.seed, [*moment, place], 0) for place in places]
+        tokenizer = self.lm.require_tokenizer()
+        asked = [problem_at(self.pool, place, self.seed) for place in places]
+        prompts = encode_problems(tokenizer, asked, self.instruction, self.lm.longest_prompt)
+        waiting: dict[tuple[int, int], Record] = {}
+
+        def finished() -> Iterator[tuple[tuple[int, int], Answer]]:
+            for i, sample, trajectory in self.sampler.stream(prompts, self.group_size, decoding, seeds=seeds):
+                text = str(tokenizer.decode(trajectory.completion_ids, skip_special_tokens=True))
+                waiting[i, sample] = Record(asked[i], sample, text, trajectory)
+                yield (
+                    (i, sample),
+                    Answer.of(asked[i], trajectory, text, decoding.max_new_tokens, self.lm.block_size),
+                )
+
+        for key, scored in self.scorer.score(finished()):
+            record = waiting.pop(key)
+            if scored is not None:
+                rewarded = replace(record, reward=scored.total, parts=scored.parts, correct=scored.correct)
+                yield places[key[0]], rewarded
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The groups that an earlier run learned from, step by step."""
+
+    files: dict[int, Path]
+
+    def take(self, state: State) -> tuple[list[Answers], list[Answers]]:
+        """As `Sampled.take`; raises DirlError where the earlier run had no such step."""
+        file = self.files.get(state.step + 1)
+        if file is None:
+            raise DirlError(f"there is no rollout of step {state.step + 1} to replay: set steps={max(self.files)}")
+        groups: list[Answers] = []
+        for record in read_rollout(file):
+            if record.kept:
+                if not groups or not continues(groups[-1][-1], record):
+                    groups.append([])
+                groups[-1].append(record)
+        return groups, groups
+
+
+def continues(last: Record, record: Record) -> bool:
+    """Whether a record belongs to the group of the one before it; a problem may be drawn twice in a step."""
+    return record.problem == last.problem and record.sample > last.sample
+
+
+def with_advantages(groups: Sequence[Answers], advantage: Advantage) -> list[Answers]:
+    """The groups with what each answer is worth beside the others."""
+    worth = [advantage(torch.tensor([record.reward for record in group])).tolist() for group in groups]
+    return [
+        [replace(record, advantage=value, kept=True) for record, value in zip(group, values, strict=True)]
+        for group, values in zip(groups, worth, strict=True)
+    ]
+
+
+def problem_at(pool: Sequence[Problem], place: int, seed: int) -> Problem:
+    """The problem at a place of an endless order that is shuffled anew in every epoch."""
+    epoch, i = divmod(place, len(pool))
+    generator = torch.Generator().manual_seed(request_key(seed, [epoch, len(pool)], 0))
+    return pool[int(torch.randperm(len(pool), generator=generator)[i])]

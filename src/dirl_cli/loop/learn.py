@@ -1,0 +1,110 @@
+"""What is learned from a step's groups: packed rows, recorded log-probs, and the optimizer steps on them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from dirl_cli.algo.batch import Group, objective_rows
+from dirl_cli.algo.mismatch import Mismatch, corrections
+from dirl_cli.algo.objective import Objective
+from dirl_cli.algo.views import Tokens
+from dirl_cli.diffusion.layout import Rows
+from dirl_cli.loop.groups import Answers
+from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.training.batches import generator
+from dirl_cli.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """What one optimizer step learns from."""
+
+    micro_batches: list[Rows]
+    norm: float
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Takes the optimizer steps of a rollout.
+
+    reference: a frozen scorer to stay near. old_from_sampler: the ratio's denominator is the sampler's log-prob; else
+    it is the trainer's at the first pass, and `correction_cap` above 0 bounds the weights that make up for the
+    difference. longest: answer tokens allowed.
+    """
+
+    trainer: Trainer
+    objective: Objective
+    lm: DiffusionLM
+    reference: nn.Module | None
+    old_from_sampler: bool
+    correction_cap: float
+    mini_batches: int
+    epochs: int
+    train_tail: bool
+    row_tokens: int
+    micro_rows: int | None
+    longest: int
+    seed: int
+
+    def learn(self, groups: Sequence[Answers], step: int, version: int) -> dict[str, float]:
+        """Learn from the groups; returns the mean metrics of the optimizer steps. version: the weights'."""
+        n = min(self.mini_batches, len(groups))
+        parts = [groups[i * len(groups) // n : (i + 1) * len(groups) // n] for i in range(n)]
+        with self.trainer.times("rows"):
+            batches = [self.prepare(part, step, i) for i, part in enumerate(parts)]
+        watch = Mismatch(self.objective, version)
+        taken: list[dict[str, float]] = []
+        for _ in range(self.epochs):
+            for batch in batches:
+                loss = self.objective.loss if taken or not self.objective.is_exact else watch.loss
+                taken.append(self.trainer.step(batch.micro_batches, loss, batch.norm))
+        first, metrics = taken[0], {name: mean([one[name] for one in taken]) for name in taken[-1]}
+        if compared := first.get("compared"):
+            for name in ("mismatch_mean", "mismatch_kl"):
+                metrics[name] = first[name] / compared
+            metrics["mismatch_max"] = float(self.trainer.accelerator.gather(watch.largest[None]).max())
+        metrics["token_forwards"] = sum(rows.num_tokens for batch in batches for rows in batch.micro_batches)
+        metrics.pop("compared", None)
+        return metrics
+
+    def prepare(self, groups: Sequence[Answers], step: int, part: int) -> MiniBatch:
+        """Rows in the objective's views with all that it asks of each token."""
+        scored = [Group([r.trajectory for r in group], [r.advantage or 0.0 for r in group]) for group in groups]
+        rows, lengths = objective_rows(
+            scored,
+            self.objective,
+            Tokens(self.lm.block_size, self.lm.mask_token_id),
+            self.lm.pad_token_id,
+            self.row_tokens,
+            self.train_tail,
+            generator(self.seed, step, part),
+        )
+        micro_batches = self.trainer.cut(rows, self.micro_rows)
+        if self.old_from_sampler:
+            micro_batches = [noted(rows, old=rows.notes["behaviour"]) for rows in micro_batches]
+        elif self.mini_batches * self.epochs > 1 or self.correction_cap:
+            micro_batches = self.scored(micro_batches, self.trainer.scorer, "old")
+        if self.correction_cap and not self.old_from_sampler:
+            micro_batches = [
+                noted(rows, correction=corrections(rows.notes["old"], rows.notes["behaviour"], self.correction_cap))
+                for rows in micro_batches
+            ]
+        if self.reference is not None:
+            micro_batches = self.scored(micro_batches, self.reference, "reference")
+        return MiniBatch(micro_batches, self.objective.norm(lengths, self.longest))
+
+    @torch.no_grad()
+    def scored(self, micro_batches: Sequence[Rows], scorer: nn.Module, name: str) -> list[Rows]:
+        """The micro-batches with a scorer's log-probs noted under `name`."""
+        device = self.trainer.accelerator.device
+        return [noted(rows, **{name: scorer(rows.to(device))[0].to(rows.where.device)}) for rows in micro_batches]
+
+
+def noted(rows: Rows, **notes: torch.Tensor) -> Rows:
+    return replace(rows, notes={**rows.notes, **notes})
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

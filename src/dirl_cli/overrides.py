@@ -1,0 +1,64 @@
+"""The words of a command line before Hydra reads them: paths in the place of group choices, and mistyped choices."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+
+from dirl_cli.errors import DirlError, did_you_mean
+
+PATH_CHOICE = {"data": "file", "bench": "file", "model": "path"}  # the choice whose `path` takes any path
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+def rewrite(words: Sequence[str], choices: Callable[[str], list[str]], sweep: bool) -> list[str]:
+    """Spell `data=FILE` as `data=file data.path='FILE'`, likewise bench and model, and check every group's choice.
+
+    choices: what a group offers, nothing for a key that is no group. sweep: whether commas separate values.
+    """
+    return [new for word in words for new in rewrite_word(word, choices, sweep)]
+
+
+def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) -> list[str]:
+    group, equals, value = word.partition("=")
+    if not (equals and value and re.fullmatch(r"[\w/]+", group)) or value[0] in "[{$" or value == "null":
+        return [word]
+    known = choices(group)
+    commas = sweep or all(part in known for part in value.split(","))  # without -m, Hydra says what a comma needs
+    values = value.split(",") if commas and not Path(value).exists() else [value]
+    strange = [value for value in values if value not in known]
+    if not known or not strange or re.fullmatch(r"\w+\(.*\)", value):  # Hydra's functions, such as choice(a,b)
+        return [word]
+    if group not in PATH_CHOICE or not all(looks_like_path(value) for value in strange):
+        path = ["a path"] if group in PATH_CHOICE else []
+        raise DirlError(f"{group}={strange[0]}: {did_you_mean(strange[0], [*known, *path])}")
+    if len(strange) < len(values):
+        raise DirlError(f"{word} mixes names and paths: sweep over the names, then over the paths")
+    return [f"{group}={PATH_CHOICE[group]}", f"{group}.path={','.join(quote(path) for path in values)}"]
+
+
+def looks_like_path(value: str) -> bool:
+    return "/" in value or value.endswith(DATA_SUFFIXES) or unquote(value).exists()
+
+
+def unquote(value: str) -> Path:
+    """The path a user meant, `~` and the quotes that Hydra needs around odd characters included."""
+    quoted = re.fullmatch(r"""(['"])(.*)\1""", value)
+    return Path(quoted[2] if quoted else value).expanduser()
+
+
+def quote(value: str) -> str:
+    """A path in Hydra's quotes, whatever characters it holds."""
+    return QuotedString(str(unquote(value)).replace("${", "\\${"), Quote.single).with_quotes()
+
+
+def fixed_keys(words: Sequence[str]) -> list[str]:
+    """The keys that have the same value in every job of a sweep."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(words))
+    except HydraException:
+        return []  # Hydra tells what is wrong with it
+    return [override.get_key_element() for override in parsed if not override.is_sweep_override()]

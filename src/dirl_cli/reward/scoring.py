@@ -1,0 +1,153 @@
+"""From answers to rewards, while more are being sampled: graded, scored by every reward, summed by weight."""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.reward.answer import Answer
+from dirl_cli.reward.find import check_options
+from dirl_cli.reward.grading import Grader
+from dirl_cli.reward.pool import Outcome, RewardPool, attempt
+from dirl_cli.reward.rewards import BUILT_IN
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """A weighted sum of rewards.
+
+    weights: by a reward's name, its import path or its file; a weight of 0 reports a reward without paying it.
+    options: keyword arguments of the rewards that take any, by the same names.
+    on_error: what becomes of an answer whose reward raises, hangs or is not a finite number: `stop` ends the run,
+        `exclude` counts the answer and leaves it out.
+    workers: processes that compare answers, and as many for rewards of the user's own.
+    timeout: seconds, for each answer and each such reward.
+    """
+
+    weights: dict[str, float]
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    on_error: str = "stop"
+    workers: int = 2
+    timeout: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("stop", "exclude"):
+            raise DirlError(f"reward.on_error={self.on_error}: choose stop or exclude")
+        if self.workers < 1 or self.timeout <= 0:
+            raise DirlError("reward.workers must be at least 1 and reward.timeout above 0")
+        if not self.weights:
+            raise DirlError("reward.weights is empty: name at least one reward")
+        for name in [name for name, weight in self.weights.items() if not isinstance(weight, int | float)]:
+            # a dotted name on the command line is read as a path into the config
+            raise DirlError(f"reward.weights.{name} is no number: give a dotted name in braces, as {{{name}.…: 1}}")
+        if not all(map(isfinite, self.weights.values())):
+            raise DirlError(f"reward.weights must be finite, not {self.weights}")
+        for name in self.options:
+            if name not in self.weights:
+                raise DirlError(f"reward.options.{name} has no weight: {did_you_mean(name, self.weights)}")
+        for name in self.weights:
+            check_options(name, self.options.get(name, {}))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer's reward, its parts before weighting in the order of the weights, and whether it was right."""
+
+    total: float
+    parts: dict[str, float]
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An answer on its way, and the rewards that are known of it."""
+
+    answer: Answer
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+
+class Scorer:
+    """Scores answers by `rewards`; use as a context.
+
+    Built-in rewards are computed on the spot: they are arithmetic. Verification and a user's own rewards run in
+    worker processes. excluded: answers left out so far, by the reward that failed.
+    """
+
+    def __init__(self, rewards: Rewards) -> None:
+        self.rewards = rewards
+        self.grader = Grader(rewards.workers, rewards.timeout)
+        self.excluded: Counter[str] = Counter()
+        self._own = [name for name in rewards.weights if name not in BUILT_IN]
+        self._pool = RewardPool(self._own, rewards.workers, rewards.timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.grader.__exit__(kind, error, trace)
+        self._pool.close()
+
+    def score(self, answers: Iterable[tuple[Key, Answer]]) -> Iterator[tuple[Key, Scored | None]]:
+        """The score under each answer's key, as it is reached; None for an answer that is left out.
+
+        To be iterated to its end. Keys, such as (problem id, sample), must differ. Raises DirlError for a reward
+        that fails unless such answers are excluded.
+        """
+        waiting: dict[Key, Waiting] = {}
+        for key, answer in answers:
+            assert key not in waiting, f"two answers under the key {key}"
+            waiting[key] = Waiting(answer)
+            self.grader.submit(key, answer.problem.answer, answer.completion)
+            yield from self._graded(waiting, self.grader.finished())
+            yield from self._computed(waiting, self._pool.finished())
+        yield from self._graded(waiting, self.grader.rest())
+        yield from self._computed(waiting, self._pool.rest())
+
+    def _graded(
+        self, waiting: dict[Key, Waiting], verdicts: Iterator[tuple[Hashable, bool]]
+    ) -> Iterator[tuple[Key, Scored | None]]:
+        for verdict_key, correct in verdicts:
+            key = cast(Key, verdict_key)
+            one = waiting[key] = Waiting(replace(waiting[key].answer, correct=correct))
+            for name in self.rewards.weights:
+                options = self.rewards.options.get(name, {})
+                if name in BUILT_IN:
+                    one.outcomes[name] = attempt(name, one.answer, options)
+                else:
+                    self._pool.submit((key, name), name, one.answer, options)
+            if not self._own:
+                yield key, self._scored(waiting.pop(key))
+
+    def _computed(
+        self, waiting: dict[Key, Waiting], outcomes: Iterator[tuple[Hashable, Outcome]]
+    ) -> Iterator[tuple[Key, Scored | None]]:
+        for outcome_key, outcome in outcomes:
+            key, name = cast(tuple[Key, str], outcome_key)
+            waiting[key].outcomes[name] = outcome
+            if len(waiting[key].outcomes) == len(self.rewards.weights):
+                yield key, self._scored(waiting.pop(key))
+
+    def _scored(self, one: Waiting) -> Scored | None:
+        parts: dict[str, float] = {}
+        for name in self.rewards.weights:  # whatever came first, so that sums are the same to the last bit
+            outcome = one.outcomes[name]
+            if isinstance(outcome, float) and isfinite(outcome):
+                parts[name] = outcome
+            elif self.rewards.on_error == "exclude":
+                self.excluded[name] += 1
+                return None
+            else:
+                reason = outcome if isinstance(outcome, str) else f"it gave {outcome}"
+                raise DirlError(
+                    f"the reward {name} failed on problem {one.answer.problem.id}: {reason};"
+                    " correct it, or leave such answers out with reward.on_error=exclude"
+                )
+        total = sum(weight * parts[name] for name, weight in self.rewards.weights.items())
+        return Scored(total, parts, one.answer.right)

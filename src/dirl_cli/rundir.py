@@ -1,0 +1,135 @@
+"""A run directory: one configuration, one process at a time, and the same command continues what is there."""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dirl_cli.errors import DirlError
+from dirl_cli.tree import leaves
+
+# Keys that may change between two starts of a run, because its result does not depend on them.
+FREE = frozenset(
+    {"name", "out", "resume", "gpus", "device", "logger", "log_every", "save_every", "keep_checkpoints"}
+    | {"eval_every", "eval_problems", "show_every", "max_batch", "grade_workers", "reward.workers"}
+)
+PACKAGES = ("dirl", "torch", "transformers", "accelerate")
+
+
+@contextmanager
+def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
+    """Hold the run directory `out` as long as the lock file that is yielded stays open.
+
+    Writes `config.yaml` and `environment.json` into it.
+
+    resume: `never` moves an existing run to `out`~1, `out`~2, …; anything else continues it.
+    Raises DirlError if another process holds it, if it cannot be written, or if the run there has another config.
+    """
+    config = OmegaConf.to_yaml(cfg, resolve=True)
+    if resume == "never" and (out / "config.yaml").exists():
+        with locked(out):
+            out.rename(next(aside for n in count(1) if not (aside := out.with_name(f"{out.name}~{n}")).exists()))
+    with locked(out) as lock:
+        refuse_other(out, config)
+        write(out / "config.yaml", config)
+        write(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        yield lock
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[IO[str]]:
+    """Keep other processes out of a directory, which is made if it is not there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / "lock").open("w")
+    except OSError as error:
+        raise DirlError(f"{out} cannot be written ({error.strerror}): give another directory with out=…") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DirlError(f"{out} is in use by another process: wait for it, or give this run a name=…") from error
+        yield lock
+
+
+def refuse_other(out: Path, config: str) -> None:
+    """Refuse a directory whose run has another configuration."""
+    if not (out / "config.yaml").exists():
+        return
+    changed = differences(flatten((out / "config.yaml").read_text()), flatten(config))
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise DirlError(
+            f"{out} holds a run with another configuration ({', '.join(changed[:5])}{more}): "
+            "give this one a name=… or out=…, or set that one aside with resume=never"
+        )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What is not the same in two configurations and matters: `key: old → new`."""
+    keys = [key for key in {**old, **new} if not {key, key.partition(".")[0]} & FREE]
+    pairs = [(key, old.get(key, "absent"), new.get(key, "absent")) for key in keys]
+    return [f"{key}: {spell(before)} → {spell(after)}" for key, before, after in pairs if before != after]
+
+
+def spell(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+def flatten(config: str) -> dict[str, Any]:
+    return dict(leaves(OmegaConf.to_container(OmegaConf.create(config))))
+
+
+def environment() -> dict[str, Any]:
+    """What this start of the run runs on."""
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: installed(name) for name in PACKAGES},
+        "git": git_state(Path(__file__).parents[2]),
+    }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_state(checkout: Path) -> dict[str, Any] | None:
+    """The commit of a checkout and whether files differ from it; None for an installed package."""
+    if not (checkout / ".git").exists():
+        return None
+    git = ["git", "-C", str(checkout)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except FileNotFoundError:  # git is not installed
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout)} if commit.returncode == 0 else None
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it, at any moment, finds all of the old or all of the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise DirlError(f"{path} cannot be written ({error.strerror}): make room, or give out=…") from error

@@ -1,0 +1,167 @@
+"""The types of what commands read beside their groups, and the functions that the config files may call.
+
+The values are in conf/: a field here has a name and a type. Groups with code behind them carry their types in the
+dataclass that their `_target_` names.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from dirl_cli.types import Decoding
+
+
+@dataclass
+class JobConfig:
+    """Of every command that writes something: `out` is where, by default a directory called `name`."""
+
+    seed: int
+    name: str
+    out: str
+
+
+@dataclass
+class RunConfig(JobConfig):
+    """Of every command whose work is continued when the same command is given again."""
+
+    gpus: int
+    resume: str
+
+
+@dataclass
+class SftConfig(RunConfig):
+    model: Any
+    data: Any
+    masking: Any
+    optim: Any
+    schedule: Any
+    logger: Any
+    steps: int
+    batch_size: int
+    row_tokens: int
+    micro_rows: int | None
+    max_tokens: int
+    clip_norm: float
+    dtype: str
+    attention: str
+    device: str
+    log_every: int
+    eval_every: int
+    eval_problems: int
+    save_every: int
+    keep_checkpoints: int
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+@dataclass
+class ReinforcementConfig:
+    problems: int
+    group_size: int
+    mini_batches: int
+    epochs: int
+    filter: str
+    max_rounds: int
+    old: str
+    correction_cap: float
+    train_tail: bool
+    rollout_only: bool
+    replay: str | None
+
+
+@dataclass
+class RlConfig(RunConfig):
+    model: Any
+    data: Any
+    algo: Any
+    reward: Any
+    optim: Any
+    schedule: Any
+    logger: Any
+    rl: ReinforcementConfig
+    steps: int
+    row_tokens: int
+    micro_rows: int | None
+    max_batch: int
+    clip_norm: float
+    dtype: str
+    attention: str
+    device: str
+    log_every: int
+    show_every: int
+    eval_every: int
+    eval_problems: int
+    save_every: int
+    keep_checkpoints: int
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+@dataclass
+class EvalConfig(RunConfig):
+    model: Any
+    bench: Any
+    samples: int
+    limit: int | None
+    max_batch: int
+    dtype: str
+    attention: str
+    device: str
+    grade_workers: int
+    grade_timeout: float
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+@dataclass
+class GenerateConfig(JobConfig):
+    model: Any
+    prompt: str | None
+    messages: list[dict[str, str]] | None
+    input: str | None
+    samples: int
+    instruction: str | None
+    watch: bool
+    pace: float
+    max_batch: int
+    dtype: str
+    attention: str
+    device: str
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+@dataclass
+class DownloadConfig:
+    model: Any
+    to: str | None
+
+
+SCHEMAS = {"sft": SftConfig, "rl": RlConfig, "eval": EvalConfig, "generate": GenerateConfig, "download": DownloadConfig}
+
+
+def register() -> None:
+    """Make the schemas known to Hydra as NAME_schema, and the functions to the config files."""
+    for name, kind in SCHEMAS.items():
+        node = OmegaConf.structured(kind)
+        if "decoding" in node:
+            OmegaConf.set_readonly(node.decoding, None)  # OmegaConf takes a frozen dataclass for a constant
+        ConfigStore.instance().store(f"{name}_schema", node)
+    OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("pick", pick, replace=True)
+
+
+def slug(text: str) -> str:
+    """A path or an override as one file name: `../runs/sft/a/model` becomes `runs-sft-a-model`."""
+    parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".", "..")]
+    name = re.sub(r"\.(json|jsonl|parquet)$", "", "-".join(parts))
+    name = re.sub(r"[^\w.,=+-]+", "", name.replace(" ", "-"))
+    return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def pick(choice: str, table: dict[str, str], otherwise: str) -> str:
+    """`${pick:${model},{tiny: muon},adamw}` is muon where the model is tiny, and adamw for any other."""
+    return table.get(choice, otherwise)
+
+
+register()  # at import, since sweeps compose in other processes too (joblib, SLURM)

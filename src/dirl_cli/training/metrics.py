@@ -1,0 +1,165 @@
+"""What a run measures: one line of JSON per step, and a tracker beside it by choice."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from dirl_cli.errors import DirlError
+from dirl_cli.training.disk import writing
+from dirl_cli.training.plot import Panel, plot
+
+Metrics = Mapping[str, float]
+
+
+class Tracker(Protocol):
+    """Where metrics go besides the file."""
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run that goes on after `step`: later lines are dropped, so that no step is told twice."""
+
+    def __init__(self, path: Path, step: int, tracker: Tracker) -> None:
+        self.path = path
+        self.tracker = tracker
+        self.history = [line for line in read_metrics(path) if line["step"] <= step]
+        with writing(path):
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            partial.replace(path)
+            self.file = path.open("a", buffering=1)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        line = {"step": step, **metrics}
+        self.history.append(line)
+        with writing(self.path):
+            self.file.write(json.dumps(line) + "\n")
+        self.tracker.log(step, metrics)
+
+    def draw(self, panels: Sequence[Panel], title: str, file: Path) -> None:
+        """The picture of the run so far."""
+        plot(self.history, panels, title, file)
+
+    def close(self) -> None:
+        self.file.close()
+        self.tracker.close()
+
+
+class NoLog:
+    """The log of a process that is not the main one."""
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def draw(self, panels: Sequence[Panel], title: str, file: Path) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics file; one that a crash cut short ends it."""
+    lines: list[dict[str, float]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class Logger(Protocol):
+    """Settings of a tracker; `step` is where the run goes on."""
+
+    def open(self, out: Path, config: Mapping[str, Any], step: int) -> Tracker: ...
+
+
+def open_log(out: Path, step: int, logger: Logger, config: Any) -> MetricsLog:
+    """The log of the run in `out`, which goes on after `step`. config: what the tracker shows of the run."""
+    return MetricsLog(out / "metrics.jsonl", step, logger.open(out, config, step))
+
+
+@dataclass(frozen=True)
+class FileOnly:
+    """No tracker: metrics.jsonl alone."""
+
+    def open(self, out: Path, config: Mapping[str, Any], step: int) -> Tracker:
+        return self
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class TensorBoard:
+    """TensorBoard event files in the run's directory."""
+
+    def open(self, out: Path, config: Mapping[str, Any], step: int) -> Tracker:
+        return TensorBoardTracker(needed("torch.utils.tensorboard", "tensorboard"), out / "tensorboard", step)
+
+
+class TensorBoardTracker:
+    def __init__(self, tensorboard: ModuleType, directory: Path, step: int) -> None:
+        self.writer = tensorboard.SummaryWriter(str(directory), purge_step=step + 1)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """Weights & Biases; a run that goes on is continued there. mode: online, offline or disabled."""
+
+    project: str
+    mode: str
+    entity: str | None = None
+
+    def open(self, out: Path, config: Mapping[str, Any], step: int) -> Tracker:
+        wandb = needed("wandb", "wandb")
+        remembered = out / "wandb_run_id"
+        resumed = step > 0 and remembered.exists()
+        run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            mode=self.mode,
+            name=out.name,
+            dir=str(out),
+            config=dict(config),
+            id=remembered.read_text() if resumed else None,
+            resume="allow" if resumed else None,
+        )
+        remembered.write_text(run.id)
+        return WandbTracker(run)
+
+
+class WandbTracker:
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def needed(module: str, package: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise DirlError(f"logger={package} needs the package {package} ({error}): pip install {package}") from error

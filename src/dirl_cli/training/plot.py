@@ -1,0 +1,95 @@
+"""A run's curves as a picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dirl_cli.training.disk import writing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, FAINT, COLORS = "#33373d", "#d9dce1", ("#2f6db5", "#d9632a", "#3a8f5c")
+SPARSE = 60  # a curve of fewer points is drawn with markers and not smoothed
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes; `curves` maps names in the metrics to labels.
+
+    percent: the values are shares of 1. log: a logarithmic axis. smooth: draw the mean over a fiftieth of the run.
+    """
+
+    title: str
+    curves: Mapping[str, str]
+    percent: bool = False
+    log: bool = False
+    smooth: bool = True
+
+
+def plot(history: Sequence[Mapping[str, float]], panels: Sequence[Panel], title: str, file: Path) -> None:
+    """Draw the panels that have something to show, the first of them wide."""
+    from matplotlib.figure import Figure
+
+    shown = [panel for panel in panels if any(name in line for line in history for name in panel.curves)]
+    columns = max(min(len(shown) - 1, 4), 1)
+    rows = -(-(len(shown) - 1) // columns)
+    figure = Figure(figsize=(12, 3.9 + 2.5 * rows), layout="constrained", facecolor="white")
+    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
+    grid = figure.add_gridspec(1 + rows, columns, height_ratios=(3, *[2] * rows))
+    places = [grid[0, :], *(grid[1 + i // columns, i % columns] for i in range(len(shown) - 1))]
+    for panel, place in zip(shown, places, strict=False):
+        axes = figure.add_subplot(place)
+        draw(axes, panel, history)
+        axes.set_xlim(0, history[-1]["step"])
+    with writing(file):
+        figure.savefig(file, dpi=120)
+
+
+def draw(axes: "Axes", panel: Panel, history: Sequence[Mapping[str, float]]) -> None:
+    for (name, label), color in zip(panel.curves.items(), COLORS, strict=False):
+        points = [(line["step"], line[name]) for line in history if name in line]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        if len(points) < SPARSE:
+            axes.plot(steps, values, color=color, linewidth=1.8, marker="o", markersize=4, label=label, clip_on=False)
+        elif panel.smooth:
+            axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
+            axes.plot(steps, smooth(values, len(points) // 100), color=color, linewidth=1.8, label=label)
+        else:
+            axes.plot(steps, values, color=color, linewidth=1.8, label=label)
+    scale(axes, panel)
+    axes.set_title(panel.title, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel("step", fontsize=9, color=INK)
+    axes.tick_params(which="both", labelsize=9, color=FAINT, labelcolor=INK)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(side == "bottom")
+        axes.spines[side].set_color(FAINT)
+    if len(panel.curves) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+
+def scale(axes: "Axes", panel: Panel) -> None:
+    """Say numbers as one would, and begin at zero where nothing is below."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if panel.log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif axes.get_ylim()[0] >= 0 or axes.dataLim.y0 >= 0:
+        axes.set_ylim(bottom=0, top=1 if panel.percent else None)
+    spell = (lambda value, _: f"{100 * value:.0f} %") if panel.percent else (lambda value, _: f"{value:,.6g}")
+    axes.yaxis.set_major_formatter(spell)
+
+
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """The mean of each value and its neighbours up to `reach` places away, as many on either side."""
+    sums = [0.0, *accumulate(values)]
+    near = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
+    return [(sums[i + n + 1] - sums[i - n]) / (2 * n + 1) for i, n in enumerate(near)]

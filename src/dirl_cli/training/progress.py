@@ -1,0 +1,86 @@
+"""What a run shows while it goes: a live line in a terminal, a plain line every so often elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+FORMS = {
+    "loss": "loss {:.4f}",
+    "grad_norm": "grad {:.2f}",
+    "lr": "lr {:.2e}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "validation_loss": "validation loss {:.4f}",
+    "accuracy": "accuracy {:.1%}",
+    "greedy_accuracy": "greedy accuracy {:.1%}",
+    "reward": "reward {:.3f}",
+    "length": "{:.0f} tokens long",
+    "tokens_per_forward": "{:.2f} tokens/forward",
+    "kept": "{:.0%} kept",
+}
+
+
+class StepProgress:
+    """Shows steps on standard output, outside a terminal every `every` of them; a quiet one shows nothing.
+
+    shown: the metrics told of each step, by name.
+    """
+
+    def __init__(self, steps: int, every: int, shown: Sequence[str], quiet: bool = False) -> None:
+        self.steps, self.every, self.shown = steps, every, shown
+        self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self.live = self.console.is_terminal and not quiet
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            console=self.console,
+            disable=not self.live,
+        )
+
+    @contextmanager
+    def after(self, done: int) -> Iterator[None]:
+        """Show the steps that follow those `done`."""
+        self.done, self.started = done, time.perf_counter()
+        self.task = self.bar.add_task("", total=self.steps, completed=done)
+        with self.bar:
+            yield
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Tell how a step went."""
+        left = (time.perf_counter() - self.started) / (step - self.done) * (self.steps - step)
+        text = f"step {step}/{self.steps} · {clock(left)} left · {describe(metrics, *self.shown)}"
+        if self.live:
+            self.bar.update(self.task, completed=step, description=text)
+        elif due(step, self.every) or step == self.steps:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self.console.print(text, markup=False)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps is to be done now; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def describe(metrics: Mapping[str, float], *names: str) -> str:
+    """Such as: loss 0.1234 · lr 1.00e-05."""
+    return " · ".join(FORMS[name].format(metrics[name]) for name in names if name in metrics)
+
+
+def clock(seconds: float) -> str:
+    """Such as 1:05 or 2:01:05."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def shares(times: Mapping[str, float]) -> str:
+    """Where the time went, such as: backpropagation 88% · optimizer 9% · rows 3%."""
+    total = sum(times.values()) or 1.0
+    ordered = sorted(times.items(), key=lambda item: -item[1])
+    return " · ".join(f"{phase} {seconds / total:.0%}" for phase, seconds in ordered)

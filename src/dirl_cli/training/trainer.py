@@ -1,0 +1,125 @@
+"""One optimizer step, the same for every objective and any number of processes."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from dirl_cli.diffusion.layout import Rows
+from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.models.checkpoint import pick_device, pick_dtype
+from dirl_cli.training.timing import PhaseTimes
+
+Sums = dict[str, Tensor]
+Loss = Callable[[Rows, Tensor, Tensor], Sums]
+"""From rows and their scored tokens' log-probs (N,) and entropies (N,) to `loss` and any metrics, each summed."""
+
+
+PRECISION = {torch.float32: "no", torch.bfloat16: "bf16"}
+
+
+def start_accelerator(device: str, dtype: str) -> Accelerator:
+    """This process's place among those of the run. device: auto, cpu or cuda. dtype: of the forward."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise DirlError(f"device={device}: {did_you_mean(device, ('auto', 'cpu', 'cuda'))}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DirlError("device=cuda: there is no CUDA device here, so leave it at auto")
+    AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
+    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISION[pick_dtype(dtype, pick_device(device))])
+
+
+class Trainer:
+    """Takes optimizer steps on packed rows.
+
+    The parameters stay in float32 and bf16 is autocast around the forward (the accelerator's `mixed_precision`),
+    so that small updates are not rounded away. `schedule` gives the factor on every learning rate at a step.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        scorer: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedule: Callable[[int], float],
+        clip_norm: float,
+    ) -> None:
+        self.accelerator = accelerator
+        self.scorer, *prepared = accelerator.prepare(scorer, *optimizers)
+        self.optimizers: list[torch.optim.Optimizer] = [one.optimizer for one in prepared]
+        self.schedule = schedule
+        self.clip_norm = clip_norm
+        self.full_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.steps_taken = 0
+        self.times = PhaseTimes()
+
+    def step(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
+        """Descend on Σ loss ÷ `normalizer`; returns that and the other sums likewise, the gradient's norm and the rate.
+
+        micro_batches: those of all processes, the same list on each, which computes its share. How they are cut and
+        how many processes there are changes nothing but the time. A loss that is not finite raises DirlError before
+        any parameter changes.
+        """
+        rate = self.set_learning_rates()
+        self.scorer.train()
+        share = self.share(micro_batches)
+        totals: list[Sums] = []
+        with self.times("backpropagation"):
+            for i, (rows, counts) in enumerate(share):
+                is_last = i + 1 == len(share)
+                with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
+                    sums = self.sums(rows, loss, counts / normalizer)
+                    # data parallelism takes the mean over processes; the sum is meant
+                    self.accelerator.backward(sums["loss"] * self.accelerator.num_processes)
+                totals.append({name: value.detach() for name, value in sums.items()})
+            metrics = self.reduce(totals)
+        with self.times("optimizer"):
+            norm = float(self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.clip_norm))
+            if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
+                raise DirlError(
+                    f"the loss is {metrics['loss']:.3g} and its gradient {norm:.3g} at step {self.steps_taken + 1}: "
+                    "lower optim.lr or the data's weights, then run the same command to go on from the last checkpoint"
+                )
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        self.steps_taken += 1
+        return {**metrics, "grad_norm": norm, "lr": rate}
+
+    @torch.no_grad()
+    def measure(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
+        """What `step` would return as its sums, without learning."""
+        self.scorer.eval()
+        return self.reduce([self.sums(rows, loss, counts / normalizer) for rows, counts in self.share(micro_batches)])
+
+    def cut(self, rows: Rows, micro_rows: int | None) -> list[Rows]:
+        """Micro-batches of at most `micro_rows` rows, one for every process at least where the rows allow it."""
+        each = -(-len(rows.token_ids) // self.accelerator.num_processes)
+        return rows.split(min(micro_rows or each, each))
+
+    def share(self, micro_batches: Sequence[Rows]) -> list[tuple[Rows, float]]:
+        """This process's micro-batches, as many as every other's; those that only keep step count 0, the others 1."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        own = [(rows, 1.0) for rows in micro_batches[rank::world]]
+        return own + [(micro_batches[0], 0.0)] * (-(-len(micro_batches) // world) - len(own))
+
+    def sums(self, rows: Rows, loss: Loss, scale: float) -> Sums:
+        rows = rows.to(self.accelerator.device)
+        return {name: value * scale for name, value in loss(rows, *self.scorer(rows)).items()}
+
+    def reduce(self, totals: Sequence[Sums]) -> dict[str, float]:
+        """Each sum over all micro-batches of all processes."""
+        stacked = torch.stack([torch.stack([sums[name].float() for name in totals[0]]) for sums in totals]).sum(0)
+        reduced = self.accelerator.reduce(stacked, "sum")
+        return dict(zip(totals[0], reduced.tolist(), strict=True))
+
+    def set_learning_rates(self) -> float:
+        """Set what the schedule asks at this step; returns the first optimizer's rate."""
+        factor = self.schedule(self.steps_taken)
+        for optimizer, rates in zip(self.optimizers, self.full_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        return self.full_rates[0][0] * factor

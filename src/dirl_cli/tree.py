@@ -1,0 +1,73 @@
+"""The config tree: where it lies, what it offers, and how a user's own tree comes before it."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+
+import dirl_cli.schema  # noqa: F401  # registers the schemas
+
+
+def conf_dir() -> Path:
+    """The config tree: inside the package once installed, at the top of the repository in a checkout."""
+    here = Path(__file__).parent
+    return here / "conf" if (here / "conf").is_dir() else here.parents[1] / "conf"
+
+
+def prepare(config_dir: Path | None) -> None:
+    """Make Hydra find the user's tree before ours, and modules in the working directory."""
+    sys.path.append("")  # so that a `_target_` may name a module in the working directory
+    UserConfigs.directory = config_dir
+    Plugins.instance().register(UserConfigs)
+
+
+class UserConfigs(SearchPathPlugin):
+    """Lets the user's files shadow ours. Hydra's own --config-dir lets ours shadow theirs."""
+
+    directory: Path | None = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.directory:
+            search_path.prepend("--config-dir", f"file://{self.directory.resolve()}")
+
+
+def choices(group: str) -> list[str]:
+    """What a config group offers, in the user's tree and in ours; nothing if there is no such group."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return options(group)
+
+
+def options(group: str) -> list[str]:
+    return GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
+
+
+def survey(command: str, words: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """The groups of a command with their choices, and the keys of its config with their values.
+
+    words: overrides, of which only the choices of groups count.
+    """
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        chosen = [word for word in words if options(word.partition("=")[0])]
+        cfg = compose(command, chosen, return_hydra_config=True)
+        groups = [str(group) for group in cfg.hydra.runtime.choices if not str(group).startswith("hydra/")]
+        offered = {group: options(group) for group in groups}
+    values = dict(leaves(OmegaConf.to_container(cfg)))
+    mine = [key for key in values if not key.startswith("hydra.") and not key.endswith("_target_")]
+    return offered, {key: values[key] for key in mine}
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted key and value of everything in a nested dict that is not a dict itself."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

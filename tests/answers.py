@@ -1,0 +1,116 @@
+"""Answers written by hand or at random, and the packed computation of an objective on them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from small import MASK, PAD
+from torch import Tensor
+
+from dirl_cli.algo.batch import Group, objective_rows
+from dirl_cli.algo.objective import Objective
+from dirl_cli.algo.views import Tokens
+from dirl_cli.diffusion.layout import PADDING, PER_TOKEN, Rows
+from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.types import Trajectory
+
+BLOCK, STOP, LONGEST = 4, 1, 16
+TOKENS = Tokens(BLOCK, MASK)
+
+
+def answer(prompt: list[int], length: int, seed: int, steps: int = 4, stop_at: int | None = None) -> Trajectory:
+    """A random answer of `length` tokens, each block revealed in at most `steps` steps."""
+    generator = torch.Generator().manual_seed(seed)
+    token_ids = torch.randint(5, 45, (length,), generator=generator).tolist()
+    if stop_at is not None:
+        token_ids[stop_at] = STOP
+    drawn = torch.randint(1, steps + 1, (length,), generator=generator).tolist()
+    blocks = [(len(prompt) + k) // BLOCK for k in range(length)]
+    used = {block: sorted({step for step, b in zip(drawn, blocks, strict=True) if b == block}) for block in blocks}
+    return Trajectory(
+        prompt_ids=prompt,
+        token_ids=token_ids,
+        reveal_step=[used[block].index(step) + 1 for step, block in zip(drawn, blocks, strict=True)],
+        logprobs=(-torch.rand(length, generator=generator)).tolist(),
+        stop_reason="length" if stop_at is None else "stop",
+        stop_token_ids=(STOP,),
+    )
+
+
+SIX, SEVEN, EIGHT, TWO = [5, 6, 7, 8, 9, 10], [11] * 7, [12] * 8, [13, 14]
+ANSWERS = [
+    [
+        answer(SIX, 10, seed=0),
+        answer(SIX, 2, seed=1),
+        answer(SIX, 6, seed=2, stop_at=3),
+    ],  # two blocks of tail; inside it
+    [answer(SEVEN, 1, seed=3), answer(SEVEN, 9, seed=4, stop_at=0)],  # a single token; nothing but a stop token
+    [answer(EIGHT, 8, seed=5, steps=2), answer(EIGHT, 4, seed=6, stop_at=3)],  # whole blocks
+    [answer(TWO, 6, seed=7), answer(TWO, 2, seed=8, stop_at=0)],  # a prompt shorter than a block
+]
+REWARDS = [[1.0, 0.0, 0.5], [0.0, 1.0], [1.0, 0.25], [0.0, 1.0]]
+
+
+def packed(
+    lm: DiffusionLM,
+    objective: Objective,
+    groups: Sequence[Group],
+    old: Tensor | None = None,
+    reference: Tensor | None = None,
+    correction: Tensor | None = None,
+    row_tokens: int = 96,
+    rows_each: int = 1,
+    train_tail: bool = True,
+    padding: int = 0,
+) -> tuple[float, Tensor, dict[str, float]]:
+    """The loss of the global batch, its gradient (flat) and the other sums divided by the normaliser.
+
+    old, reference: (answers, tokens) what to add to the log-probabilities to get those of the old and the
+    reference policy; nothing by default. padding: tokens of padding behind every row.
+    """
+    rows, lengths = objective_rows(
+        groups, objective, TOKENS, PAD, row_tokens, train_tail, torch.Generator().manual_seed(7)
+    )
+    norm = objective.norm(lengths, LONGEST)
+    scorer = TokenScorer(lm.model, lm.unsampled_ids)
+    lm.model.zero_grad()
+    sums: dict[str, float] = {}
+    for part in rows.split(rows_each):
+        logprobs, entropy = scorer(widened(part, padding))
+        place = part.scored(part.position) - prompt_lengths(groups)[part.notes["sample"]]
+        for name, shift in (("old", old), ("reference", reference)):
+            if shift is not None:
+                part.notes[name] = logprobs.detach() + shift[part.notes["sample"], place]
+        if correction is not None:
+            part.notes["correction"] = correction[part.notes["sample"]]
+        for name, value in objective.loss(part, logprobs, entropy).items():
+            sums[name] = sums.get(name, 0) + value.item() / norm
+            if name == "loss":
+                (value / norm).backward()
+    return sums.pop("loss"), gradient(lm), sums
+
+
+def widened(rows: Rows, columns: int) -> Rows:
+    """The same rows with `columns` more tokens of padding in each."""
+    if not columns:
+        return rows
+    fill = {"token_ids": PAD, "group": PADDING}
+    width = rows.token_ids.shape[1]
+    wide = {n: torch.nn.functional.pad(getattr(rows, n), (0, columns), value=fill.get(n, 0)) for n in PER_TOKEN}
+    return replace(rows, **wide, where=rows.where // width * (width + columns) + rows.where % width)
+
+
+def prompt_lengths(groups: Sequence[Group]) -> Tensor:
+    return torch.tensor([len(one.prompt_ids) for group in groups for one in group.trajectories])
+
+
+def gradient(lm: DiffusionLM) -> Tensor:
+    return torch.cat([parameter.grad.flatten().clone() for parameter in lm.model.parameters()])
+
+
+def assert_same(ours: tuple[float, Tensor], theirs: tuple[float, Tensor], tolerance: float = 1e-5) -> None:
+    """Losses within `tolerance`, gradients within it relative to their size."""
+    assert abs(ours[0] - theirs[0]) <= tolerance
+    assert theirs[1].norm() > 1e-3
+    assert (ours[1] - theirs[1]).norm() <= tolerance * max(1.0, float(theirs[1].norm()))

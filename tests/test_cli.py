@@ -1,0 +1,261 @@
+"""`dirl` from the words of a command line to the config and directory that a command is handed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from typer.testing import CliRunner
+
+from dirl_cli import tree
+from dirl_cli.build import build
+from dirl_cli.cli import app
+from dirl_cli.complete import complete_override, rejoin
+from dirl_cli.errors import DirlError
+from dirl_cli.schema import SCHEMAS, slug
+from dirl_cli.types import Decoding
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory, and a process that finds itself unchanged afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    return tmp_path
+
+
+@pytest.fixture
+def jobs(here, monkeypatch):
+    """What a stand-in for every command was handed, as dicts; a config with seed=13 makes it fail."""
+    handed = []
+
+    def run(cfg, out):
+        handed.append(OmegaConf.to_container(cfg))
+        if cfg.get("seed") == 13:
+            raise DirlError("13 brings bad luck: take another seed")
+
+    for name in ("sft", "eval", "generate", "download"):
+        monkeypatch.setitem(sys.modules, f"dirl_cli.commands.{name}", SimpleNamespace(run=run))
+    return handed
+
+
+def dirl(*words, full_error="0"):
+    """Run the command line in this process."""
+    return CliRunner().invoke(app, list(words), env={"HYDRA_FULL_ERROR": full_error})
+
+
+def refusal(*words):
+    """The one sentence with which a command line is refused."""
+    result = dirl(*words)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (sentence,) = result.stderr.splitlines()
+    return sentence
+
+
+def compose_job(command, *words):
+    tree.prepare(None)
+    with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
+        return compose(command, list(words))
+
+
+def test_help_imports_neither_hydra_nor_torch():
+    code = (
+        "import sys; from typer.testing import CliRunner; from dirl_cli.cli import app\n"
+        "assert 'sft' in CliRunner().invoke(app, ['--help']).stdout\n"
+        "print([name for name in ('hydra', 'omegaconf', 'yaml', 'torch', 'transformers') if name in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+def test_a_command_is_handed_its_config_and_its_directory(jobs):
+    assert dirl("sft", "optim.lr=0.5").exit_code == 0
+    (cfg,) = jobs
+    assert cfg["optim"]["lr"] == 0.5
+    assert cfg["out"] == "runs/sft/tiny-arithmetic"
+    assert Path("runs/sft/tiny-arithmetic/config.yaml").exists()
+
+
+def test_the_recipe_of_a_model_gives_way_to_the_command_line():
+    tiny, large = compose_job("sft"), compose_job("sft", "model=sdar8b")
+    assert (tiny.optim._target_.split(".")[-1], tiny.steps, tiny.dtype) == ("Muon", 1000, "float32")
+    assert (large.optim._target_.split(".")[-1], large.optim.lr, large.dtype) == ("AdamW", 1e-5, "bfloat16")
+    mine = compose_job("sft", "optim=adamw", "steps=7")
+    assert (mine.optim._target_.split(".")[-1], mine.steps, mine.dtype) == ("AdamW", 7, "float32")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["optim.lrr=1"], "dirl sft: optim.lrr: no such key; did you mean optim.lr?"),
+        (["lr=1"], "dirl sft: lr: no such key; did you mean optim.lr?"),
+        (["decoding=dynamc"], "dirl sft: decoding=dynamc: did you mean dynamic?"),
+        (["optim=sgd"], "dirl sft: optim=sgd: choose one of adamw, muon"),
+        (["steps=few"], "dirl sft: steps=few: Value 'few' of type 'str' could not be converted to Integer"),
+        (["seed=1,2"], "dirl sft: seed=1,2: add -m to run each of them, or write seed=[1,2] for a list"),
+        (["-m", "seed=1,2", "optim.lrr=1"], "dirl sft: optim.lrr: no such key; did you mean optim.lr?"),
+        (["seed"], "dirl sft: seed: an override has the form KEY=VALUE"),
+        (["+seed=1"], "dirl sft: +seed: the key is there already; write seed=… without the +"),
+        (["data=file"], "dirl sft: give a value for data.path, such as data.path=…"),
+        (
+            ["-m", "model=tiny,a/b"],
+            "dirl sft: model=tiny,a/b mixes names and paths: sweep over the names, then over the paths",
+        ),
+        (["seed=13"], "dirl sft: 13 brings bad luck: take another seed"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(jobs, words, sentence):
+    assert refusal("sft", *words) == sentence
+
+
+def test_a_mistyped_model_is_compared_with_the_choices(jobs):
+    assert refusal("download", "model=sdar8") == "dirl download: model=sdar8: did you mean sdar8b?"
+    assert refusal("download").startswith("dirl download: give a value for model: dirl8b, path, sdar1b")
+
+
+def test_a_path_takes_the_place_of_a_choice(jobs, here):
+    (here / "plain").mkdir()
+    odd = "../it's odd, ${so}/x=1"
+    for value, path, name in [
+        ("runs/sft/a/model/", "runs/sft/a/model", "runs-sft-a-model"),
+        ("plain", "plain", "plain"),
+        ("JetLM/SDAR-8B-Chat", "JetLM/SDAR-8B-Chat", "JetLM-SDAR-8B-Chat"),
+        (odd, odd, "its-odd,-so-x=1"),
+    ]:
+        assert dirl("generate", f"model={value}").exit_code == 0
+        assert jobs[-1]["model"]["path"] == path
+        assert jobs[-1]["out"] == f"runs/generate/{name}"
+    assert dirl("sft", "data=some/demos.jsonl").exit_code == 0
+    assert (jobs[-1]["data"]["path"], jobs[-1]["name"]) == ("some/demos.jsonl", "tiny-some-demos")
+
+
+def test_a_sweep_runs_every_combination_in_a_directory_of_its_own(jobs):
+    assert dirl("sft", "-m", "optim.lr=0.1,0.2", "seed=1,2", "steps=5").exit_code == 0
+    assert [(job["optim"]["lr"], job["seed"], job["steps"]) for job in jobs] == [
+        (0.1, 1, 5), (0.1, 2, 5), (0.2, 1, 5), (0.2, 2, 5),
+    ]  # fmt: skip
+    assert jobs[1]["out"] == "runs/sft/tiny-arithmetic/optim.lr=0.1,seed=2"
+    assert dirl("sft", "-m", "optim.lr=0.1,0.2", "seed=1,2", "steps=5").exit_code == 0
+    assert [job["out"] for job in jobs[4:]] == [job["out"] for job in jobs[:4]]
+
+
+def test_a_sweep_takes_several_paths(jobs):
+    assert dirl("eval", "-m", "model=runs/a b/model,runs/c/model").exit_code == 0
+    assert [job["model"]["path"] for job in jobs] == ["runs/a b/model", "runs/c/model"]
+    assert jobs[1]["out"] == "runs/eval/runs-c-model-arithmetic/model.path=runs-c-model"
+    assert "mixes names and paths" in refusal("eval", "-m", "model=tiny,runs/c/model")
+
+
+def test_a_failed_job_of_a_sweep_is_named_and_the_others_run(jobs):
+    result = dirl("sft", "-m", "seed=13,14")
+    assert result.exit_code == 1
+    assert [job["seed"] for job in jobs] == [13, 14]
+    first, *_, last = result.stderr.splitlines()
+    assert first == "dirl sft: 13 brings bad luck: take another seed"
+    assert last == "dirl sft: the sweep is over, and not every run of it succeeded"
+
+
+def test_the_users_tree_wins(jobs, here):
+    (here / "my" / "decoding").mkdir(parents=True)
+    (here / "my/decoding/dynamic.yaml").write_text("strategy: mine.shadow\n")
+    (here / "my/decoding/extra.yaml").write_text("strategy: mine.extra\n")
+    assert dirl("generate", "-cd", "my").exit_code == 0
+    assert dirl("generate", "-cd", "my", "decoding=extra").exit_code == 0
+    assert dirl("generate").exit_code == 0
+    assert [job["decoding"]["strategy"] for job in jobs] == ["mine.shadow", "mine.extra", "low_confidence_dynamic"]
+    assert "decoding=extra" in complete_override("generate", [], "decoding=e", Path("my"))
+
+
+def test_the_config_is_printed_instead_of_run(jobs):
+    printed = dirl("sft", "--cfg", "job", "seed=5")
+    assert yaml.safe_load(printed.stdout)["seed"] == 5
+    assert "my-tree" not in dirl("sft", "--info", "searchpath").stdout
+    assert dirl("sft", "-m", "--cfg", "job").exit_code == 2
+    assert jobs == []
+
+
+def test_hydra_full_error_shows_where_a_sentence_comes_from(jobs):
+    assert isinstance(dirl("sft", "seed=13", full_error="1").exception, DirlError)
+
+
+def test_a_bug_is_shown_from_the_command_on(here):
+    (here / "commands_of_mine.py").write_text(
+        "import sys, types\n"
+        "def run(cfg, out): raise ZeroDivisionError('a bug')\n"
+        "sys.modules['dirl_cli.commands.generate'] = types.SimpleNamespace(run=run)\n"
+        "sys.argv[1:] = ['generate']\n"
+        "from dirl_cli.cli import app; app()\n"
+    )
+    result = subprocess.run([sys.executable, "commands_of_mine.py"], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "commands_of_mine.py" in result.stderr and "ZeroDivisionError: a bug" in result.stderr
+    assert "hydra" not in result.stderr
+
+
+@pytest.mark.parametrize(("words", "word"), [(["model", "=", "s"], "model=s"), (["a=1", "model"], None), ([""], "")])
+def test_bash_words_are_joined_again(words, word):
+    assert rejoin(words)[-1] == (word if word is not None else ["a=1", "model"][-1])
+
+
+def test_tab_completes_in_bash_and_zsh(here):
+    bash = {"_DIRL_COMPLETE": "complete_bash", "COMP_WORDS": "dirl sft optim = mu", "COMP_CWORD": "4"}
+    zsh = {"_DIRL_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "dirl sft optim=mu"}
+    for shell, offered in [(bash, "muon"), (zsh, """_arguments '*: :(("optim=muon"))'""")]:
+        completed = subprocess.check_output([Path(sys.executable).with_name("dirl")], env=os.environ | shell, text=True)
+        assert offered in completed.splitlines()
+
+
+def test_tab_offers_the_keys_of_the_chosen_group_and_the_models_trained_here(here):
+    assert complete_override("sft", ["optim=muon"], "optim.m") == ["optim.momentum=0.95"]
+    assert complete_override("sft", ["optim=adamw"], "optim.m") == []
+    assert complete_override("sft", ["optim", "=", "adamw"], "schedule=co") == ["schedule=constant", "schedule=cosine"]
+    (here / "runs/sft/mine/model").mkdir(parents=True)
+    assert complete_override("eval", ["model", "="], "runs") == ["runs/sft/mine/model"]
+    assert complete_override("eval", ["model=nonsense"], "sam") == []
+
+
+def test_every_yaml_composes_and_builds():
+    tree.prepare(None)
+    surveyed = {command: tree.survey(command, ["model=tiny"])[0] for command in reversed(SCHEMAS)}
+    with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
+        for group, name, command in {
+            (group, name): (group, name, command)  # each choice once, in one of the commands that have it
+            for command, groups in surveyed.items()
+            for group, names in groups.items()
+            for name in names
+        }.values():
+            path = [f"{group}.path=some/file.json"] if name in ("file", "path") else []
+            cfg = compose(command, [f"{group}={name}", *path, *(["model=tiny"] if group != "model" else [])])
+            if group in cfg:  # a recipe is not a group of its own
+                build(cfg[group], *([Decoding] if group == "decoding" else []))
+
+
+def test_build_names_the_key_that_is_wrong():
+    good = {"_target_": "dirl_cli.diffusion.masking.Band", "low": 0.1, "high": 0.2}
+    assert build(OmegaConf.create(good)).high == 0.2
+    for change, sentence in [
+        ({"low": "wide"}, "masking.low: Value 'wide' of type 'str' could not be converted to Float"),
+        ({"low": "???"}, "give a value for masking.low, such as masking.low=…"),
+        ({"hihg": 0.5}, "masking.hihg: no such key; did you mean high?"),
+        ({"_target_": "dirl_cli.diffusion.masking.Bnad"}, "did you mean Band?"),
+        ({"_target_": "no.such.Thing"}, "masking._target_=no.such.Thing: No module named 'no'"),
+    ]:
+        with pytest.raises(DirlError) as error:
+            build(OmegaConf.create({"masking": good | change}).masking)
+        assert sentence in str(error.value)
+
+
+def test_tuples_stay_tuples():
+    assert build(OmegaConf.create({"stop_token_ids": [1, 2]}), Decoding).stop_token_ids == (1, 2)
+
+
+def test_long_names_are_cut_and_stay_apart():
+    assert slug("a" * 300) != slug("a" * 299 + "b")
+    assert len(slug("a" * 300)) <= 200

@@ -1,0 +1,220 @@
+"""Evaluation: nothing is sampled twice, nothing is lost, and what stopped it changes no answer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerBase
+
+from dirl_cli.commands import eval as command
+from dirl_cli.data.arithmetic import Arithmetic
+from dirl_cli.data.chat import encode_problems
+from dirl_cli.errors import DirlError
+from dirl_cli.evaluation.answers import Answer, AnswerLog, Run, drop_torn_line, missing, read_answers
+from dirl_cli.evaluation.grade import graded
+from dirl_cli.evaluation.metrics import measure
+from dirl_cli.models.tokenizer import train_tokenizer
+from dirl_cli.reward.grading import Grader
+from dirl_cli.types import Decoding, Problem, Trajectory
+
+ANSWER = Answer("a", 0, "\\boxed{1}\n é", True, "stop", 10, 12, 6, 8, 0.5)
+CONFIG = OmegaConf.create(
+    {
+        "gpus": 1,
+        "model": {"_target_": "dirl_cli.models.tiny.Tiny", "name": "tiny"},
+        "bench": {"_target_": "dirl_cli.data.arithmetic.Arithmetic", "train": 100, "test": 12},
+        "samples": 2,
+        "limit": 6,
+        "max_batch": 4,
+        "dtype": "float32",
+        "attention": "auto",
+        "device": "cpu",
+        "grade_workers": 1,
+        "grade_timeout": 10.0,
+        "decoding": {"max_new_tokens": 12, "temperature": 1.0},
+    }
+)
+
+
+class Oracle:
+    """A sampler that boxes its sample index and notes what it was asked for; the last answer comes first."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.asked: list[tuple[str, int, int]] = []  # question, seed, sample
+
+    def stream(
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        decoding: Decoding,
+        first: Sequence[int],
+        seeds: Sequence[int],
+    ) -> Iterator[tuple[int, int, Trajectory]]:
+        for i in reversed(range(len(prompts))):
+            for sample in range(first[i], n):
+                question = self.tokenizer.decode(prompts[i]).split("user\n")[1].split("<|im_end|>")[0]
+                self.asked.append((question, seeds[i], sample))
+                ids = self.tokenizer(f"\\boxed{{{sample}}}<|im_end|><|endoftext|>")["input_ids"]
+                yield i, sample, Trajectory(prompts[i], ids, [1] * len(ids), [0.0] * len(ids), "stop", 2, 3, 0, (2,))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(islice(Arithmetic(train=500).texts(), 1000))
+
+
+def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
+    other = Answer("b", 1, "", False, "length", 0, 4, 1, 1, 0.1)
+    for answer in (ANSWER, other):  # as in two starts of the same run
+        with AnswerLog(tmp_path / "answers.jsonl") as log:
+            log.append(answer)
+    assert read_answers(tmp_path / "answers.jsonl") == [ANSWER, other]
+    assert read_answers(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30])
+def test_a_torn_last_line_is_dropped_and_no_other(tmp_path: Path, cut: int) -> None:
+    file = tmp_path / "answers.jsonl"
+    with AnswerLog(file) as log:
+        log.append(ANSWER)
+        log.append(ANSWER)
+    os.truncate(file, file.stat().st_size - cut)
+    drop_torn_line(file)
+    assert read_answers(file) == [ANSWER] and file.read_text().endswith("}\n")
+
+
+def test_a_damaged_line_is_named_by_its_number(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    with AnswerLog(file) as log:
+        log.append(ANSWER)
+    file.write_text(file.read_text() + '{"problem": "a"}\n')
+    with pytest.raises(DirlError, match="line 2 is not an answer"):
+        read_answers(file)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_a_full_disk_is_told_in_one_sentence() -> None:
+    with AnswerLog(Path("/dev/full")) as log, pytest.raises(DirlError, match="No space left on device"):
+        log.append(ANSWER)
+
+
+def test_only_missing_samples_are_asked_for() -> None:
+    done = {("a", 0), ("a", 1), ("a", 2), ("b", 1), ("c", 0)}
+    assert list(missing(["a", "b", "c", "d"], 3, done)) == [Run(1, 0, 1), Run(1, 2, 3), Run(2, 1, 3), Run(3, 0, 3)]
+
+
+def test_an_interrupted_sampling_asks_for_the_same_samples_as_a_whole_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    problems = [Problem(str(i), question, "1") for i, question in enumerate(["a", "b", "a", "c", "a"])]
+    prompts = encode_problems(tokenizer, problems, None, 100)
+    whole, rest = Oracle(tokenizer), Oracle(tokenizer)
+    ids = [problem.id for problem in problems]
+    everything = list(command.sample(whole, prompts, list(missing(ids, 4, set())), Decoding()))
+    done = {("0", 1), ("2", 0), ("2", 3), ("3", 0), ("3", 1), ("3", 2), ("3", 3)}
+    others = list(command.sample(rest, prompts, list(missing(ids, 4, done)), Decoding()))
+    assert {(str(i), sample) for i, sample, _ in others} == {(str(i), sample) for i, sample, _ in everything} - done
+    assert len(whole.asked) == len(set(whole.asked)) == 20  # also the three equal questions differ, by their seeds
+    assert set(rest.asked) < set(whole.asked) and len(rest.asked) == 13
+
+
+def test_answers_are_graded_against_their_own_problem(tokenizer: PreTrainedTokenizerBase) -> None:
+    problems = [Problem("x", "What?", "0"), Problem("y", "Why?", "1.0"), Problem("z", "Who?", "2")]
+    prompts = encode_problems(tokenizer, problems, None, 100)
+    runs = list(missing([problem.id for problem in problems], 2, set()))
+    sampled = command.sample(Oracle(tokenizer), prompts, runs, Decoding())
+    with Grader(1, 30.0) as grader:
+        answers = list(graded(sampled, problems, command.decoder(tokenizer), grader))
+    right = {(answer.problem, answer.sample): answer.correct for answer in answers}
+    assert right == {("x", 0): True, ("x", 1): False, ("y", 0): False, ("y", 1): True, ("z", 0): False, ("z", 1): False}
+    one = next(answer for answer in answers if answer.problem == "x")
+    assert one.text == "\\boxed{0}" and (one.length, one.tokens) == (
+        len(tokenizer(one.text)["input_ids"]),
+        one.length + 2,
+    )
+    assert measure(answers).accuracy == pytest.approx(1 / 3)
+
+
+def test_a_prompt_over_the_limit_is_named_by_its_problem(tokenizer: PreTrainedTokenizerBase) -> None:
+    problems = [Problem("short", "a", "1"), Problem("long", "a " * 50, "1")]
+    with pytest.raises(DirlError, match=r"the prompt of problem long has 1\d\d tokens and the model has room for 60"):
+        encode_problems(tokenizer, problems, None, 60)
+
+
+def config(**changes: object) -> DictConfig:
+    return OmegaConf.merge(CONFIG, OmegaConf.create(changes))
+
+
+def by_sample(out: Path) -> dict[tuple[str, int], str]:
+    return {(answer.problem, answer.sample): answer.text for answer in read_answers(out / "answers.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation of the untrained tiny model."""
+    out = tmp_path_factory.mktemp("whole")
+    command.run(config(), out)
+    return out
+
+
+def test_an_evaluation_leaves_its_answers_and_a_card_with_every_setting(finished: Path) -> None:
+    assert len(by_sample(finished)) == 12
+    card = json.loads((finished / "eval_card.json").read_text())
+    assert card["metrics"]["problems"] == 6 and card["metrics"]["answers"] == 12 and card["samples"] == 2
+    assert set(card["decoding"]) == set(Decoding.__dataclass_fields__)
+    assert (card["decoding"]["block_size"], card["decoding"]["stop_token_ids"]) == (4, [2])
+    assert card["model"]["name"] == "tiny" and card["bench"]["limit"] == 6 and "torch" in card["versions"]
+
+
+def test_what_an_interruption_left_is_kept_and_the_rest_is_sampled_the_same(finished: Path, tmp_path: Path) -> None:
+    lines = (finished / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text("".join(lines[2:7]) + lines[8][:40])
+    command.run(config(), tmp_path)
+    assert by_sample(tmp_path) == by_sample(finished)
+    assert (tmp_path / "answers.jsonl").read_text().startswith("".join(lines[2:7]))
+
+
+def test_the_batch_size_changes_no_answer(finished: Path, tmp_path: Path) -> None:
+    command.run(config(max_batch=3), tmp_path)
+    assert by_sample(tmp_path) == by_sample(finished)
+
+
+def test_answers_of_other_weights_are_not_mixed_in(finished: Path, tmp_path: Path) -> None:
+    for name in ("answers.jsonl", "sampled_from.json"):
+        (tmp_path / name).write_text((finished / name).read_text())
+    with pytest.raises(DirlError, match="answers of other weights, changed since"):
+        command.run(config(model={"seed": 1}), tmp_path)
+    with pytest.raises(DirlError, match="answers of other problems, changed since"):
+        command.run(config(bench={"seed": 1}), tmp_path)
+    assert by_sample(tmp_path) == by_sample(finished)
+
+
+@pytest.mark.parametrize("changes", [{"limit": 0}, {"samples": 0}])
+def test_nothing_to_evaluate_is_an_error(tmp_path: Path, changes: dict[str, int]) -> None:
+    with pytest.raises(DirlError, match="nothing to evaluate"):
+        command.run(config(**changes), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "from dirl_cli.cli import app; app()", "eval"]
+    words += ["limit=40", "decoding.temperature=1", "decoding.max_new_tokens=16", "max_batch=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    file = tmp_path / "cut" / "answers.jsonl"
+    process = subprocess.Popen([*words, f"out={tmp_path / 'cut'}"], env=environment, stdout=subprocess.DEVNULL)
+    while not (file.exists() and file.stat().st_size > 1000) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    some = read_answers(file) if file.read_bytes().endswith(b"\n") else []
+    assert len(some) < 40
+    for out in ("cut", "whole"):
+        subprocess.run([*words, f"out={tmp_path / out}"], env=environment, check=True, capture_output=True)
+    assert by_sample(tmp_path / "cut") == by_sample(tmp_path / "whole")

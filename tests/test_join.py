@@ -1,0 +1,131 @@
+"""Sharing a prompt, splitting, padding and packing change how much is computed, never what."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from answers import ANSWERS, BLOCK, EIGHT, REWARDS, SIX, TOKENS, answer, assert_same, packed
+from omegaconf import OmegaConf
+from small import MASK, PAD, small_lm
+
+from dirl_cli.algo.advantages import normalised
+from dirl_cli.algo.batch import Group, fitting, joined_length, objective_rows
+from dirl_cli.algo.objective import Objective
+from dirl_cli.build import build
+from dirl_cli.diffusion.layout import SHARED, common_blocks, join, pack
+from dirl_cli.diffusion.trace import trajectory_strip
+
+GROUPS = [Group(a, normalised(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
+ALONE = [
+    Group([one], [worth]) for group in GROUPS for one, worth in zip(group.trajectories, group.advantages, strict=True)
+]
+OLD = 0.3 * torch.randn(9, 10, generator=torch.Generator().manual_seed(2))
+
+
+def algorithm(name: str, **changed) -> Objective:
+    return build(OmegaConf.merge(OmegaConf.load(Path(__file__).parents[1] / "conf" / "algo" / f"{name}.yaml"), changed))
+
+
+def rows_of(groups: list[Group], row_tokens: int):
+    return objective_rows(groups, algorithm("dipo"), TOKENS, PAD, row_tokens, True, torch.Generator())[0]
+
+
+@pytest.mark.parametrize("row_tokens", [1, 40, 80, 1000])  # each answer alone, some of a group, all of it, everything
+@pytest.mark.parametrize(("name", "level"), [("dipo", "token"), ("dipo", "step"), ("gspo", "sequence")])
+def test_sharing_the_prompt_among_a_group_changes_nothing(name, level, row_tokens):
+    lm, objective = small_lm(scale=3.0), algorithm(name, level=level, clip_low=0.2, clip_high=0.28)
+    assert_same(packed(lm, objective, GROUPS, OLD, row_tokens=row_tokens)[:2], packed(lm, objective, ALONE, OLD)[:2])
+
+
+def test_a_masked_answer_shares_its_prompt_where_that_is_whole():
+    lm, objective = small_lm(scale=3.0), algorithm("diffu_grpo", views={"prompt_rate": 0.0})
+    assert_same(packed(lm, objective, GROUPS, OLD)[:2], packed(lm, objective, ALONE, OLD)[:2])
+
+
+def test_full_prompt_blocks_are_laid_out_once_a_group():
+    group = Group([answer(EIGHT, 4, seed=s, steps=1) for s in range(3)], [0.0] * 3)
+    rows = rows_of([group], row_tokens=100)
+    assert rows.num_tokens == 8 + 3 * 4  # the prompt, and each answer's one noised block
+    assert (rows.sequence[rows.view == 0] == SHARED).all()
+    apart = [Group([one], [0.0]) for one in group.trajectories]
+    assert rows_of(apart, row_tokens=100).num_tokens == 3 * (8 + 4)
+
+
+def test_the_rest_of_a_prompt_is_repeated_in_each_answer():
+    group = Group([answer(SIX, 2, seed=s, steps=1) for s in range(3)], [0.0] * 3)
+    assert rows_of([group], row_tokens=100).num_tokens == 4 + 3 * 4
+
+
+def test_a_group_too_long_for_a_row_repeats_its_prompt_in_each():
+    strips = [trajectory_strip(answer(EIGHT, 4, seed=s, steps=1), BLOCK, MASK) for s in range(5)]
+    assert [len(run) for run in fitting(strips, 16, BLOCK)] == [2, 2, 1]  # 8 for the prompt and 4 an answer
+    assert [len(run) for run in fitting(strips, 28, BLOCK)] == [5]
+    assert [len(run) for run in fitting(strips, 1, BLOCK)] == [1] * 5
+    assert joined_length(strips, BLOCK) == len(join(strips, BLOCK)) == 28
+
+
+def test_answers_that_begin_alike_share_that_too():
+    first, second = (answer(EIGHT, 8, seed=s, steps=1) for s in (0, 1))
+    twin = replace(second, token_ids=first.token_ids[:4] + second.token_ids[4:])
+    strips = [trajectory_strip(one, BLOCK, MASK) for one in (first, twin)]
+    assert common_blocks(strips, BLOCK) == 12
+    lm, objective = small_lm(scale=3.0), algorithm("dipo")
+    assert_same(
+        packed(lm, objective, [Group([first, twin], [1.0, -0.5])], OLD)[:2],
+        packed(lm, objective, [Group([first], [1.0]), Group([twin], [-0.5])], OLD)[:2],
+    )
+
+
+def test_the_very_same_answer_twice_counts_twice():
+    lm, objective, one = small_lm(scale=3.0), algorithm("dipo"), answer(SIX, 6, seed=0)
+    twice = packed(lm, objective, [Group([one, one], [1.0, 1.0])])
+    assert_same(twice[:2], packed(lm, objective, [Group([one], [1.0])])[:2])  # the mean of two that are equal
+
+
+@pytest.mark.parametrize("name", ["dipo", "grpo", "gspo", "espo", "unigrpo"])
+def test_micro_batches_and_padding_change_neither_loss_nor_gradient(name):
+    lm, objective = small_lm(scale=3.0), algorithm(name)
+    at_once = packed(lm, objective, GROUPS, row_tokens=50, rows_each=100)
+    for options in ({"rows_each": 1}, {"rows_each": 3}, {"rows_each": 2, "padding": 5}, {"row_tokens": 1000}):
+        again = packed(lm, objective, GROUPS, **({"row_tokens": 50} | options))
+        assert_same(again[:2], at_once[:2])
+        assert again[2] == pytest.approx(at_once[2], abs=1e-5)
+
+
+def test_the_order_of_groups_and_answers_changes_nothing():
+    lm, objective = small_lm(scale=3.0), algorithm("grpo")
+    turned = [Group(group.trajectories[::-1], group.advantages[::-1]) for group in GROUPS[::-1]]
+    assert_same(packed(lm, objective, turned)[:2], packed(lm, objective, GROUPS)[:2])
+
+
+def test_every_scored_token_knows_its_answer_and_what_the_sampler_thought_of_it():
+    rows = rows_of(GROUPS, row_tokens=50)
+    every = [one for some in ANSWERS for one in some]
+    worth = [a for group in GROUPS for a in group.advantages]
+    place = rows.scored(rows.position)
+    seen = set()
+    for i, sample in enumerate(rows.notes["sample"].tolist()):
+        one, k = every[sample], int(place[i]) - len(every[sample].prompt_ids)
+        assert rows.targets[i] == one.token_ids[k]
+        assert rows.notes["behaviour"][i] == pytest.approx(one.logprobs[k])
+        assert rows.notes["advantage"][i] == pytest.approx(worth[sample])
+        assert rows.notes["length"][i] == len(one.token_ids)
+        seen.add((sample, k))
+    assert len(seen) == len(place) == sum(len(one.token_ids) for one in every)
+
+
+def test_what_follows_the_stop_token_is_context_and_not_loss():
+    one = answer(EIGHT, 8, seed=0, stop_at=5)
+    rows, lengths = objective_rows([Group([one], [1.0])], algorithm("dipo"), TOKENS, PAD, 100, False, torch.Generator())
+    assert lengths == [6]
+    place = rows.scored(rows.position) - 8
+    assert torch.equal(rows.weight, (place < 6).float())
+    assert (rows.notes["length"] == 6).all()
+
+
+def test_rows_of_one_token_budget_hold_strips_of_several_groups():
+    strips = [trajectory_strip(one, BLOCK, MASK) for some in ANSWERS for one in some]
+    rows = pack(strips, 200, BLOCK, PAD)
+    assert len(rows.token_ids) < len(strips)
+    assert rows.num_tokens == sum(map(len, strips))

@@ -1,0 +1,91 @@
+"""What graded answers are condensed to, on numbers small enough to check by hand."""
+
+from dataclasses import replace
+from itertools import combinations
+from math import sqrt
+
+import pytest
+
+from dirl_cli.evaluation.answers import Answer
+from dirl_cli.evaluation.metrics import majority, measure, measure_subsets, pass_at, standard_error
+from dirl_cli.types import Problem
+
+ANSWER = Answer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
+
+
+def answers(verdicts: dict[str, list[bool]]) -> list[Answer]:
+    """Answers of each problem, right or wrong as listed."""
+    return [
+        replace(ANSWER, problem=problem, sample=i, correct=right)
+        for problem, row in verdicts.items()
+        for i, right in enumerate(row)
+    ]
+
+
+def test_accuracy_is_the_mean_over_problems_and_its_error_their_spread() -> None:
+    metrics = measure(answers({"a": [True, True], "b": [True, False], "c": [False, False]}))
+    assert (metrics.problems, metrics.answers) == (3, 6)
+    assert metrics.accuracy == 0.5
+    assert metrics.standard_error == pytest.approx(0.5 / sqrt(3))  # shares 1, ½, 0: s = ½
+
+
+def test_the_standard_error_of_zeros_and_ones_is_the_binomial_one() -> None:
+    values = [1.0] * 30 + [0.0] * 70
+    assert standard_error(values) == pytest.approx(sqrt(0.3 * 0.7 / 99))
+    assert standard_error([1.0]) is None
+
+
+def test_speed_is_a_ratio_of_sums_not_a_mean_of_ratios() -> None:
+    quick = replace(ANSWER, tokens=4, denoise_forwards=1, forwards=2, seconds=0.1)
+    slow = replace(ANSWER, problem="b", tokens=12, denoise_forwards=7, forwards=8, seconds=0.3)
+    metrics = measure([quick, slow])
+    assert metrics.tokens_per_denoising_forward == 16 / 8
+    assert metrics.tokens_per_forward == 16 / 10
+    assert metrics.tokens_per_second == pytest.approx(16 / 0.4)
+
+
+def test_length_and_truncation_are_means_over_answers() -> None:
+    metrics = measure([ANSWER, replace(ANSWER, problem="b", length=30, stop_reason="length")])
+    assert (metrics.length, metrics.truncated) == (20, 0.5)
+
+
+def test_pass_at_m_is_the_share_of_subsets_with_a_right_answer() -> None:
+    samples = [True, True, False, False, False]
+    for m in range(1, 6):
+        subsets = list(combinations(samples, m))
+        assert pass_at(m, 5, 2) == pytest.approx(sum(any(subset) for subset in subsets) / len(subsets))
+
+
+def test_pass_at_is_given_for_powers_of_two_and_k() -> None:
+    metrics = measure(answers({"a": [True, False, False], "b": [False] * 3}))
+    assert metrics.pass_at == pytest.approx({1: 1 / 6, 2: 1 / 3, 3: 1 / 2})
+    assert measure([ANSWER]).pass_at == {} and measure([ANSWER]).majority is None
+
+
+@pytest.mark.parametrize(
+    ("boxes", "right"),
+    [
+        (["5", "5", "6"], 1.0),
+        (["6", "6", "5"], 0.0),
+        (["5", " 5 ", "6", "6 "], 0.5),
+        (["5", "6", "7"], 1 / 3),
+        ([None, None, "5"], 1.0),
+        ([None, None], 0.0),
+    ],
+)
+def test_the_majority_is_right_when_the_most_frequent_box_is(boxes: list[str | None], right: float) -> None:
+    texts = ["no box" if box is None else rf"so \boxed{{{box}}}" for box in boxes]
+    group = [replace(ANSWER, sample=i, text=text, correct="5" in text) for i, text in enumerate(texts)]
+    assert majority(group) == pytest.approx(right)
+
+
+def test_subsets_are_measured_apart_and_without_a_speed_of_their_own() -> None:
+    problems = [Problem(name, "", "", subset) for name, subset in [("a", "seen"), ("b", "unseen"), ("c", "seen")]]
+    graded = answers({"a": [True], "b": [False], "c": [True]})
+    subsets = measure_subsets(graded, problems)
+    assert {name: (part.problems, part.accuracy) for name, part in subsets.items()} == {
+        "seen": (2, 1),
+        "unseen": (1, 0),
+    }
+    assert subsets["seen"].tokens_per_second is None
+    assert measure_subsets(graded[:1], problems[:1]) == {}

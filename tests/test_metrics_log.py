@@ -1,0 +1,138 @@
+"""The run's record: every step once, whatever happens in between, and curves that can be looked at."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from dirl_cli.errors import DirlError
+from dirl_cli.training.metrics import FileOnly, MetricsLog, NoLog, TensorBoard, Wandb, read_metrics
+from dirl_cli.training.plot import Panel, plot, smooth
+from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
+from dirl_cli.training.timing import PhaseTimes
+
+NOWHERE = FileOnly().open(None, {}, 0)
+
+
+def steps(path):
+    return [line["step"] for line in map(json.loads, path.read_text().splitlines())]
+
+
+def test_a_step_that_is_taken_again_is_told_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0, NOWHERE)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1 / step})
+    log.close()
+    resumed = MetricsLog(path, 2, NOWHERE)
+    assert steps(path) == [1, 2]
+    resumed.write(3, {"loss": 0.5})
+    assert steps(path) == [1, 2, 3]
+    assert resumed.history[-1] == {"step": 3, "loss": 0.5}
+
+
+def test_a_line_is_on_the_disk_as_soon_as_it_is_written(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, NOWHERE)
+    log.write(1, {"loss": 2.0})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    MetricsLog(path, 2, NOWHERE).write(2, {"loss": 1.0})
+    assert steps(path) == [1, 2]
+
+
+def test_a_process_that_is_not_the_main_one_writes_nothing():
+    log = NoLog()
+    log.write(1, {"loss": 1.0})
+    log.close()
+
+
+def test_tensorboard_shows_a_resumed_run_without_the_steps_taken_twice(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step, losses in ((0, {1: 3.0, 2: 2.0, 3: 9.0}), (2, {3: 1.0})):
+        tracker = TensorBoard().open(tmp_path, {}, step)
+        for number, loss in losses.items():
+            tracker.log(number, {"loss": loss})
+        tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_wandb_is_given_its_run_again(tmp_path, monkeypatch):
+    asked, logged = [], []
+
+    def init(**options):
+        asked.append(options)
+        return SimpleNamespace(id="abc", log=lambda metrics, step: logged.append((step, metrics)), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    settings = Wandb(project="dirl", mode="offline")
+    settings.open(tmp_path, {"steps": 9}, 0).log(1, {"loss": 2.0})
+    settings.open(tmp_path, {"steps": 9}, 1)
+    assert asked[0]["id"] is None and asked[0]["config"] == {"steps": 9} and asked[0]["mode"] == "offline"
+    assert asked[1]["id"] == "abc" and asked[1]["resume"] == "allow"
+    assert logged == [(1, {"loss": 2.0})]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(DirlError, match=r"logger=wandb needs the package wandb \(.*\): pip install wandb"):
+        Wandb(project="dirl", mode="online").open(tmp_path, {}, 0)
+
+
+def test_the_plot_is_a_picture_with_what_there_is_to_show(tmp_path):
+    history = [{"step": step, "loss": 4 / step} for step in range(1, 101)] + [{"step": 100, "accuracy": 0.5}]
+    panels = (Panel("Loss", {"loss": "training", "validation_loss": "validation"}), Panel("?", {"nothing": "nothing"}))
+    plot(history, panels, "a run", tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.size[0] > 1000 and len(set(picture.convert("L").get_flattened_data())) > 50
+
+
+def test_smoothing_takes_as_many_neighbours_on_either_side():
+    assert smooth([0.0, 3.0, 6.0, 0.0, 9.0], reach=1) == pytest.approx([0.0, 3.0, 3.0, 5.0, 9.0])
+    assert smooth([1.0, 2.0, 4.0], reach=0) == [1.0, 2.0, 4.0]
+
+
+def test_outside_a_terminal_progress_is_a_line_every_so_often(capsys):
+    progress = StepProgress(steps=5, every=2, shown=["loss", "grad_norm", "lr", "tokens_per_s"])
+    with progress.after(0):
+        for step in range(1, 6):
+            progress.update(step, {"loss": 0.5, "lr": 1e-5, "tokens_per_s": 12345.6, "grad_norm": 1.0})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" ·")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5"]
+    assert lines[0] == "step 2/5 · 0:00 left · loss 0.5000 · grad 1.00 · lr 1.00e-05 · 12,346 tokens/s"
+
+
+def test_a_quiet_progress_shows_nothing(capsys):
+    progress = StepProgress(steps=1, every=1, shown=["loss"], quiet=True)
+    with progress.after(0):
+        progress.update(1, {"loss": 0.5})
+        progress.say("hello")
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_due():
+    assert [step for step in range(1, 7) if due(step, 3)] == [3, 6]
+    assert not due(5, 0)
+
+
+def test_durations_and_shares_in_words():
+    assert clock(65) == "1:05" and clock(7265) == "2:01:05"
+    assert describe({"accuracy": 0.5}, "loss", "accuracy") == "accuracy 50.0%"
+    assert shares({"optimizer": 1.0, "rows": 3.0}) == "rows 75% · optimizer 25%"
+
+
+def test_phases_add_up_and_are_taken_once():
+    times = PhaseTimes()
+    for _ in range(2):
+        with times("rows"):
+            pass
+    taken = times.take()
+    assert set(taken) == {"seconds/rows"} and taken["seconds/rows"] == pytest.approx(times.total["rows"])
+    assert times.take() == {}

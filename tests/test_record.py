@@ -1,0 +1,119 @@
+"""Rollouts on disk come back as they were."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from dirl_cli.errors import DirlError
+from dirl_cli.rollout.record import Record, read_rollout, rollout_files, rollout_path, write_rollout
+from dirl_cli.types import Problem, Trajectory
+
+TRAJECTORY = Trajectory(
+    prompt_ids=[5, 6],
+    token_ids=[7, 8, 9, 2],
+    reveal_step=[1, 2, 2, 1],
+    logprobs=[-0.1, math.log(1 / 3), -5e-324, -0.0],
+    stop_reason="stop",
+    denoise_forwards=2,
+    forwards=3,
+    weights_version=11,
+    stop_token_ids=(2, 3),
+)
+RECORD = Record(
+    Problem("p-1", "7+5 → ?\nand\u2028then", "12", "sums"),
+    sample=3,
+    completion=r"7+5=12 \boxed{12}",
+    trajectory=TRAJECTORY,
+    reward=1.1,
+    parts={"accuracy": 1.0, "boxed": 0.1},
+    correct=True,
+    advantage=0.7071067811865476,
+    kept=False,
+)
+
+
+def test_records_come_back_to_the_last_bit(tmp_path):
+    path = rollout_path(tmp_path / "rollouts", 12)
+    unscored = Record(RECORD.problem, 4, "", replace(TRAJECTORY, stop_reason="length", stop_token_ids=()))
+    write_rollout(path, [RECORD, unscored])
+    assert path.name == "step-000012.jsonl"
+    found = read_rollout(path)
+    assert found == [RECORD, unscored]
+    before, after = TRAJECTORY.logprobs, found[0].trajectory.logprobs
+    assert [x.hex() for x in after] == [x.hex() for x in before]
+
+
+def test_a_line_holds_what_people_look_for(tmp_path):
+    write_rollout(tmp_path / "step-000001.jsonl", [RECORD])
+    (line,) = (tmp_path / "step-000001.jsonl").read_text().splitlines()
+    shown = json.loads(line)
+    assert (shown["problem"], shown["sample"], shown["answer"], shown["parts"]) == ("p-1", 3, "12", RECORD.parts)
+    assert shown["reveal_step"] == [1, 2, 2, 1]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "step-000001.jsonl"
+    write_rollout(path, [RECORD])
+
+    def records():
+        yield RECORD
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_rollout(path, records())
+    assert read_rollout(path) == [RECORD]
+    assert list(rollout_files(tmp_path)) == [1]
+
+
+def test_the_files_of_a_run_are_found_in_the_order_of_steps(tmp_path):
+    for step in (10, 9, 1_000_000):
+        write_rollout(rollout_path(tmp_path / "rollouts", step), [])
+    assert list(rollout_files(tmp_path)) == list(rollout_files(tmp_path / "rollouts")) == [9, 10, 1_000_000]
+    assert read_rollout(rollout_files(tmp_path)[9]) == []
+    with pytest.raises(DirlError, match="holds no step"):
+        rollout_files(tmp_path / "elsewhere")
+
+
+def write_lines(path, **changed):
+    """A good line, then one with `changed` values; None leaves the key out."""
+    write_rollout(path, [RECORD])
+    good = path.read_text()
+    bad = {key: value for key, value in {**json.loads(good), **changed}.items() if value is not None}
+    path.write_text(good + json.dumps(bad) + "\n")
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"reveal_step": None}, "has no reveal_step"),
+        ({"token_ids": [7, 8, 9]}, "differ in length"),
+        ({"token_ids": [7, 8, 9, "2"]}, "token_ids holds something that is not int"),
+        ({"stop_reason": "bored"}, "stop_reason is called bored"),
+        ({"reward": "high"}, "reward is not float"),
+        ({"parts": {"accuracy": []}}, "accuracy is not float"),
+        ({"correct": 1}, "correct is not bool"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, changed, reason):
+    path = tmp_path / "step-000001.jsonl"
+    write_lines(path, **changed)
+    with pytest.raises(DirlError, match=rf"step-000001.jsonl line 2.*{reason}"):
+        read_rollout(path)
+
+
+@pytest.mark.parametrize("line", [b"{", b"", b"[]", b"\xff", b"[" * 100_000])
+def test_a_line_that_is_no_object_is_named(tmp_path, line):
+    path = tmp_path / "step-000001.jsonl"
+    path.write_bytes(line + b"\n")
+    with pytest.raises(DirlError, match="line 1"):
+        read_rollout(path)
+
+
+def test_a_place_that_cannot_be_written_or_read_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DirlError, match="cannot be written"):
+        write_rollout(tmp_path / "file" / "step-000001.jsonl", [RECORD])
+    with pytest.raises(DirlError, match="cannot be read"):
+        read_rollout(tmp_path / "step-000001.jsonl")

@@ -1,0 +1,98 @@
+"""Run directories: continued by the same configuration, refused to another one, held by one process, never deleted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from dirl_cli.errors import DirlError
+from dirl_cli.rundir import environment, git_state, open_run
+
+CONFIG = {"seed": 0, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "name": "a", "gpus": 1, "limit": None}
+
+
+def start(out, resume="auto", **changes):
+    """Open a run as its command does, and leave a file in it."""
+    with open_run(out, OmegaConf.create(CONFIG | changes), resume):
+        (out / "work").write_text("done")
+
+
+def test_the_same_configuration_continues(tmp_path):
+    start(tmp_path / "run")
+    start(tmp_path / "run")
+    assert OmegaConf.load(tmp_path / "run/config.yaml") == CONFIG
+
+
+def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path):
+    start(tmp_path / "run")
+    with pytest.raises(DirlError) as error:
+        start(tmp_path / "run", optim={"lr": 0.2, "momentum": 0.9}, limit=5)
+    told = "optim.lr: 0.1 → 0.2, optim.betas: [0.9, 0.95] → absent, limit: null → 5, optim.momentum: absent → 0.9"
+    assert told in str(error.value)
+    assert "name=" in str(error.value) and "resume=never" in str(error.value)
+    assert OmegaConf.load(tmp_path / "run/config.yaml") == CONFIG
+
+
+def test_at_most_five_differences_are_told(tmp_path):
+    start(tmp_path / "run")
+    with pytest.raises(DirlError, match="and 2 more"):
+        start(tmp_path / "run", **{f"key{n}": n for n in range(7)})
+
+
+def test_keys_that_do_not_change_the_result_may_change(tmp_path):
+    start(tmp_path / "run")
+    start(tmp_path / "run", name="b", gpus=4, logger={"_target_": "mine"})
+    assert OmegaConf.load(tmp_path / "run/config.yaml").gpus == 4  # worker processes read this file
+
+
+def test_never_sets_the_old_run_aside(tmp_path):
+    start(tmp_path / "run")
+    for aside in ("run~1", "run~2"):
+        start(tmp_path / "run", resume="never", seed=1)
+        assert (tmp_path / aside / "work").read_text() == "done"
+    assert OmegaConf.load(tmp_path / "run~1/config.yaml").seed == 0
+
+
+def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from omegaconf import OmegaConf\n"
+        "from dirl_cli.rundir import open_run\n"
+        "with open_run(Path(sys.argv[1]), OmegaConf.create({}), 'auto'): print('open', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "open\n"
+        for resume in ("auto", "never"):
+            with pytest.raises(DirlError, match="in use by another process"):
+                start(tmp_path / "run", resume)
+        other.kill()
+    start(tmp_path / "run", resume="never")  # a killed process holds nothing
+
+
+def test_a_directory_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DirlError, match="out="):
+        start(tmp_path / "file" / "run")
+
+
+def test_the_environment_is_written_down(tmp_path):
+    start(tmp_path / "run")
+    written = json.loads((tmp_path / "run/environment.json").read_text())
+    assert written == environment()
+    assert written["packages"]["torch"].startswith("2.")
+    assert written["command"]
+
+
+def test_git_tells_the_commit_and_whether_files_differ(tmp_path):
+    assert git_state(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert git_state(tmp_path) is None  # no commit yet
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    state = git_state(tmp_path)
+    assert len(state["commit"]) == 40 and not state["dirty"]
+    Path(tmp_path, "new").write_text("")
+    assert git_state(tmp_path)["dirty"]

@@ -1,0 +1,258 @@
+"""Fine-tuning from end to end on a model of a few thousand parameters."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dirl_cli import schema
+from dirl_cli.commands.sft import run
+from dirl_cli.diffusion.masking import PerBlock, example
+from dirl_cli.errors import DirlError
+from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
+from dirl_cli.training.batches import Noise, NoisedBatches, generator
+from dirl_cli.tree import conf_dir
+
+SMALL = (
+    "+model.hidden_size=32",
+    "+model.num_hidden_layers=1",
+    "+model.intermediate_size=32",
+    "data.train=40",
+    "data.held_out=4",
+    "data.test=4",
+    "steps=6",
+    "batch_size=8",
+    "save_every=2",
+    "log_every=1",
+    "eval_problems=2",
+    "decoding.max_new_tokens=4",
+    "device=cpu",
+)
+
+
+def config(*words: str) -> DictConfig:
+    schema.register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("sft", [*SMALL, *words])
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model/model.safetensors").read_bytes()
+
+
+KILLED = config("steps=6", "save_every=1", "eval_problems=0")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of six steps, evaluated after the third and the last."""
+    out = tmp_path_factory.mktemp("finished")
+    run(config("eval_every=3"), out)
+    return out
+
+
+def test_every_step_is_on_record_and_evaluations_where_they_were_asked_for(finished):
+    assert [line["step"] for line in lines(finished)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(finished) if "validation_loss" in line and "accuracy" in line] == [3, 6]
+    wanted = {"loss", "grad_norm", "lr", "tokens_per_s", "epoch", "seconds/rows", "seconds/optimizer"}
+    assert wanted < lines(finished)[0].keys()
+
+
+def test_the_loss_falls(finished):
+    losses = [line["loss"] for line in lines(finished)]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_the_model_loads_as_published_models_do(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    assert (model.config.block_size, model.config.hidden_size) == (4, 32)
+    assert tokenizer.mask_token_id == model.config.mask_token_id
+
+
+def test_the_loss_plot_is_drawn(finished):
+    with Image.open(finished / "loss.png") as picture:
+        assert picture.size == (1440, 768)
+
+
+def test_a_finished_run_says_so(finished, capsys):
+    before = weights(finished)
+    run(config("eval_every=3"), finished)
+    assert f"{finished} is finished: run `dirl eval model={finished}/model`" in capsys.readouterr().out
+    assert weights(finished) == before
+
+
+def test_what_the_run_shows(tmp_path, capsys):
+    run(config("max_tokens=49"), tmp_path)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "32 training demonstrations, 1,315 tokens; 8 left out, longer than max_tokens=49"
+    assert any(line.startswith("step 6/6 · 0:00 left · loss ") for line in shown)
+    assert any(line.startswith("step 6/6 · validation loss ") for line in shown)
+    assert shown[-1] == f"the model is in {tmp_path}/model: run `dirl eval model={tmp_path}/model`"
+
+
+def test_micro_batches_change_nothing(finished, tmp_path):
+    run(config("eval_every=3", "micro_rows=1"), tmp_path)
+    found = [[line[name] for name in ("loss", "grad_norm")] for line in lines(tmp_path)]
+    expected = [[line[name] for name in ("loss", "grad_norm")] for line in lines(finished)]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-3)
+
+
+def test_bf16_keeps_the_parameters_in_float32_and_saves_them_as_bf16(tmp_path):
+    run(config("dtype=bfloat16", "steps=2", "eval_problems=0"), tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == torch.bfloat16
+    checkpoint = tmp_path / "checkpoints/step-000002/model.safetensors"
+    assert checkpoint.stat().st_size > 1.9 * len(weights(tmp_path)) - 20_000
+
+
+def test_a_run_may_start_from_the_checkpoint_of_another(finished, tmp_path, capsys):
+    run(config("eval_every=3", f"resume={finished}/checkpoints/step-000004"), tmp_path)
+    assert "going on after step 4" in capsys.readouterr().out
+    assert weights(tmp_path) == weights(finished)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["max_tokens=9"], "no demonstration has at most max_tokens=9 tokens: raise it"),
+        (["dtype=float16"], "dtype=float16: did you mean"),
+        (["device=gpu"], "device=gpu: did you mean cpu"),
+        (["optim.lr=1e30", "optim.adamw_lr=1e30"], "the loss is .* at step .: lower optim.lr"),
+        (["resume=nowhere"], "nowhere holds no checkpoint"),
+    ],
+)
+def test_what_a_user_can_fix_is_told_in_a_sentence(tmp_path, words, sentence):
+    with pytest.raises(DirlError, match=sentence):
+        run(config("eval_problems=0", *words), tmp_path)
+
+
+class Child:
+    """A run in a process of its own, which may be killed."""
+
+    def __init__(self, out: Path) -> None:
+        self.log = out.with_suffix(".log")
+        sys.stdout.flush()
+        self.pid = os.fork()  # a new interpreter would take seconds to import torch, each time
+        if self.pid:
+            return
+        code = 1
+        try:
+            with self.log.open("a", buffering=1) as sys.stdout:
+                run(KILLED, out)
+            code = 0
+        except DirlError as error:
+            self.log.write_text(self.log.read_text() + str(error))
+        finally:
+            os._exit(code)
+
+    def send(self, number: int, after: str) -> "Child":
+        """Send a signal once the run has shown some words."""
+        while not self.log.exists() or after not in self.log.read_text():
+            time.sleep(0.005)
+        os.kill(self.pid, number)
+        return self
+
+    def end(self) -> int:
+        """The exit code, or minus the signal that ended it."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
+    torch.set_num_threads(1)
+    through, out = tmp_path / "through", tmp_path / "killed"
+    through.mkdir()
+    out.mkdir()
+    run(KILLED, through)
+    for moment in ("40 training", "step 1/6", "step 2/6"):
+        assert Child(out).send(signal.SIGKILL, moment).end() == -signal.SIGKILL
+    assert Child(out).send(signal.SIGTERM, "step 3/6").end() == 1
+    assert Child(out).end() == 0
+    told = out.with_suffix(".log").read_text()
+    assert re.search(r"stopped after step [345] of 6, saved in .*: the same command goes on", told)
+    assert "going on after step" in told
+    assert weights(out) == weights(through)
+    assert [line["step"] for line in lines(out)] == [*range(1, 7)]
+    assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(through)]
+
+
+def published_vocabulary(directory: Path, shared: Path) -> Path:
+    """A random model of two layers with the real tokenizer and its 151 936 tokens."""
+    config = SDARConfig(
+        vocab_size=151936,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    shutil.copytree(shared / "models/sdar-tokenizer", directory)
+    SDARForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def test_real_demonstrations_with_the_real_tokenizer_train_save_and_go_on(shared, tmp_path, capsys):
+    model = published_vocabulary(tmp_path / "random", shared)
+    rows = json.loads((shared / "data/GSM8K-train-sft.json").read_text())[:200]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    words = ["model=path", f"model.path={model}", "data=file", f"data.path={tmp_path}/data.json", "data.held_out=2"]
+    size = ["steps=3", "batch_size=2", "save_every=2", "dtype=float32", "optim.lr=1e-2", "device=cpu"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("sft", [*words, *size, "max_tokens=300", "row_tokens=512"])
+    OmegaConf.resolve(cfg)
+    run(cfg, tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    shutil.rmtree(tmp_path / "checkpoints/step-000003")
+    run(cfg, tmp_path)
+    assert "going on after step 2" in capsys.readouterr().out
+    losses = [line["loss"] for line in lines(tmp_path)]
+    assert len(losses) == 3 and losses[0] == pytest.approx(math.log(151936), rel=0.2) and losses[-1] < losses[0]
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").convert_tokens_to_ids("<|im_end|>") == 151645
+
+
+def batches(batch_size: int, seed: int = 0) -> NoisedBatches:
+    """Five demonstrations, each of its own token."""
+    demonstrations = [example([i] * 8, [False] * 4 + [True] * 4, 4, 0) for i in range(1, 6)]
+    return NoisedBatches(demonstrations, batch_size, Noise(PerBlock(), 4, 9, 0, 16), seed)
+
+
+def test_every_epoch_shows_every_demonstration_once_in_a_new_order():
+    drawn = [i for step in range(5) for i in batches(2).order(step)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
+    assert drawn[:5] != drawn[5:]
+
+
+def test_a_batch_is_the_same_whenever_it_is_asked_for_and_another_for_another_seed():
+    one, again, other = batches(4)[3][0], batches(4)[3][0], batches(4, seed=1)[3][0]
+    assert torch.equal(one.token_ids, again.token_ids) and torch.equal(one.where, again.where)
+    assert one.token_ids.shape != other.token_ids.shape or not torch.equal(one.token_ids, other.token_ids)
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    assert sorted(batches(10).order(0)) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_generators_differ_in_every_number_and_their_order():
+    draws = {float(torch.rand(1, generator=generator(*numbers))) for numbers in ((0,), (1,), (0, 1), (1, 0), (0, 0))}
+    assert len(draws) == 5

@@ -1,0 +1,150 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dirl_cli.diffusion.layout import Rows
+from dirl_cli.errors import DirlError
+from dirl_cli.training.trainer import Sums, Trainer
+
+VOCABULARY = 6
+
+
+class Bigram(nn.Module):
+    """Predicts a token from the token that stands in its place, by a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(VOCABULARY, VOCABULARY)
+
+    def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        logprobs = self.table(rows.scored(rows.token_ids)).log_softmax(-1)
+        return logprobs.gather(-1, rows.targets[:, None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+def rows_of(n: int) -> Rows:
+    """`n` rows of four tokens whose second and third are scored, with uneven weights."""
+    generator = torch.Generator().manual_seed(1)
+    token_ids = torch.randint(VOCABULARY, (n, 4), generator=generator)
+    where = torch.tensor([4 * row + column for row in range(n) for column in (1, 2)])
+    return Rows(
+        token_ids=token_ids,
+        group=torch.arange(n)[:, None].expand(n, 4),
+        sequence=torch.zeros(n, 4, dtype=torch.long),
+        position=torch.arange(4).expand(n, 4),
+        view=torch.zeros(n, 4, dtype=torch.long),
+        where=where,
+        targets=torch.randint(VOCABULARY, (2 * n,), generator=generator),
+        weight=torch.rand(2 * n, generator=generator),
+        block_size=4,
+    )
+
+
+def weighted(rows: Rows, logprobs: Tensor, entropy: Tensor) -> Sums:
+    return {"loss": -(rows.weight * logprobs).sum(), "entropy": entropy.sum()}
+
+
+def trainer(clip_norm: float = 1e9, lr: float = 0.1, accelerator: Accelerator | None = None) -> Trainer:
+    scorer = Bigram()
+    optimizer = torch.optim.SGD(scorer.parameters(), lr=lr)
+    return Trainer(accelerator or Accelerator(cpu=True), scorer, [optimizer], lambda step: 1.0, clip_norm)
+
+
+def table(one: Trainer) -> Tensor:
+    return one.accelerator.unwrap_model(one.scorer).table.weight.detach()
+
+
+def test_a_step_is_plain_gradient_descent_on_the_sum_over_the_normalizer():
+    by_hand = Bigram()
+    rows = rows_of(5)
+    logprobs, _ = by_hand(rows)
+    loss = -(rows.weight * logprobs).sum() / 7
+    loss.backward()
+    one = trainer()
+    metrics = one.step([rows], weighted, normalizer=7)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(by_hand.table.weight.grad.norm().item(), rel=1e-6)
+    torch.testing.assert_close(table(one), by_hand.table.weight.detach() - 0.1 * by_hand.table.weight.grad)
+
+
+@pytest.mark.parametrize("rows_each", [1, 2, 3])
+def test_how_a_batch_is_cut_into_micro_batches_changes_nothing(rows_each):
+    whole, cut = trainer(), trainer()
+    rows = rows_of(5)
+    for _ in range(3):
+        expected = whole.step([rows], weighted, normalizer=7)
+        found = cut.step(rows.split(rows_each), weighted, normalizer=7)
+    assert found == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(table(cut), table(whole), rtol=1e-6, atol=1e-7)
+
+
+def test_a_long_gradient_is_clipped_and_reported_as_it_was():
+    start, one = Bigram().table.weight.detach(), trainer(clip_norm=0.01, lr=1.0)
+    metrics = one.step([rows_of(5)], weighted, normalizer=1)
+    assert metrics["grad_norm"] > 0.01
+    assert (table(one) - start).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_schedule_sets_every_rate_from_the_number_of_steps_taken():
+    one = trainer(lr=0.4)
+    one.schedule = lambda step: [1.0, 0.5, 0.25][step]
+    rates = [one.step([rows_of(1)], weighted, 1)["lr"] for _ in range(3)]
+    assert rates == pytest.approx([0.4, 0.2, 0.1])
+    one.steps_taken = 1
+    assert one.step([rows_of(1)], weighted, 1)["lr"] == pytest.approx(0.2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_parameter_changes():
+    one = trainer()
+    before = table(one).clone()
+    with pytest.raises(DirlError, match=r"the loss is nan .* at step 1: lower optim.lr"):
+        one.step([rows_of(2)], lambda *_: {"loss": one.scorer.table.weight.sum() * float("nan")}, 1)
+    assert torch.equal(table(one), before)
+
+
+def test_measuring_gives_the_same_sums_and_learns_nothing():
+    one = trainer()
+    before = table(one).clone()
+    measured = one.measure(rows_of(5).split(2), weighted, 7)
+    assert torch.equal(table(one), before)
+    stepped = one.step(rows_of(5).split(2), weighted, 7)
+    assert measured == pytest.approx({name: stepped[name] for name in measured}, rel=1e-6)
+
+
+def several_steps(one: Trainer) -> list[float]:
+    """Losses of three steps; five micro-batches, which two processes cannot share evenly."""
+    return [one.step(rows_of(5).split(1), weighted, 7)["loss"] for _ in range(3)]
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
+    one = trainer()
+    losses = several_steps(one)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path / f"{rank}.pt")],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found["losses"] == pytest.approx(losses, rel=1e-5)
+        torch.testing.assert_close(found["table"], table(one), rtol=1e-5, atol=1e-6)
+
+
+if __name__ == "__main__":  # one of the two processes
+    shared = trainer(accelerator=Accelerator(cpu=True))
+    assert shared.accelerator.num_processes == 2
+    torch.save({"losses": several_steps(shared), "table": table(shared)}, Path(sys.argv[1]))
