@@ -71,7 +71,7 @@ def finished(tmp_path_factory) -> Path:
 
 def test_every_step_is_on_record_and_evaluations_where_they_were_asked_for(finished):
     assert [line["step"] for line in lines(finished)] == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in lines(finished) if "validation_loss" in line and "accuracy" in line] == [3, 6]
+    assert [line["step"] for line in lines(finished) if "validation_loss" in line and "greedy_accuracy" in line] == [3, 6]
     wanted = {"loss", "grad_norm", "lr", "tokens_per_s", "epoch", "seconds/rows", "seconds/optimizer"}
     assert wanted < lines(finished)[0].keys()
 

@@ -113,7 +113,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         )
         if state.step == 0 and not cfg.rl.rollout_only:
             with trainer.times("evaluation"):
-                before = {"greedy_accuracy": exam.accuracy(lm, sampler, scorer.grader)} if exam.problems else {}
+                before = exam.take(lm, sampler, scorer.grader)
             log.write(0, before)
             progress.say(f"before · {describe(before, 'greedy_accuracy')}")
         with progress.after(state.step):
@@ -134,9 +134,9 @@ def run(cfg: DictConfig, out: Path) -> None:
                 progress.update(step, metrics)
                 if due(step, cfg.show_every):
                     progress.console.print(answer_table(groups or sampled, step))
-                if (is_last or due(step, cfg.eval_every)) and exam.problems and not cfg.rl.rollout_only:
+                if (is_last or due(step, cfg.eval_every)) and not cfg.rl.rollout_only:
                     with trainer.times("evaluation"):
-                        metrics["greedy_accuracy"] = exam.accuracy(lm, sampler, scorer.grader)
+                        metrics |= exam.take(lm, sampler, scorer.grader)
                     progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'greedy_accuracy')}")
                 log.write(step, metrics | trainer.times.take())
                 must_stop = bool(stop) and not is_last

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dirl_cli.build import build
-from dirl_cli.data.chat import encode_demonstrations, encode_question
+from dirl_cli.data.chat import encode_demonstrations
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Example, example
 from dirl_cli.errors import DirlError
-from dirl_cli.evaluation.grade import graded
+from dirl_cli.loop.exam import Exam
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
@@ -27,11 +27,11 @@ from dirl_cli.training.metrics import NoLog, open_log
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
 from dirl_cli.training.trainer import Sums, Trainer, start_accelerator
-from dirl_cli.types import Decoding, Problem
+from dirl_cli.types import Decoding
 
 PANELS = (
     Panel("Loss per answer token", {"loss": "training", "validation_loss": "validation"}, log=True),
-    Panel("Greedy accuracy", {"accuracy": "accuracy"}, percent=True),
+    Panel("Greedy accuracy", {"greedy_accuracy": "accuracy"}, percent=True),
     Panel("Learning rate", {"lr": "learning rate"}, smooth=False),
     Panel("Gradient norm", {"grad_norm": "gradient norm"}),
     Panel("Tokens per second", {"tokens_per_s": "tokens"}),
@@ -60,14 +60,10 @@ def run(cfg: DictConfig, out: Path) -> None:
     schedule = partial(build(cfg.schedule), steps=cfg.steps)
     optimizers = build(cfg.optim).build(lm.model)
     trainer = Trainer(accelerator, TokenScorer(lm.model), optimizers, schedule, cfg.clip_norm)
-    exam = Exam(
-        lm,
-        trainer,
-        validation=noise.rows(held_out, cfg.seed) if held_out else None,
-        micro_rows=cfg.micro_rows,
-        problems=data.problems()[: cfg.eval_problems],
-        decoding=evaluation_decoding(cfg, lm),
-    )
+    validation = noise.rows(held_out, cfg.seed) if held_out else None
+    decoding = build(cfg.decoding, Decoding)
+    decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
+    exam = Exam(data.problems()[: cfg.eval_problems], data.instruction, decoding, accelerator)
 
     checkpoints = Checkpoints(out / "checkpoints", cfg.keep_checkpoints, accelerator)
     if start := checkpoints.latest() or find(cfg.resume):
@@ -76,7 +72,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     main, config = accelerator.is_main_process, OmegaConf.to_container(cfg)
     log = open_log(out, trainer.steps_taken, build(cfg.logger), config) if main else NoLog()
 
-    with StopSignal(accelerator) as stop, progress.after(trainer.steps_taken):
+    sampler = NativeSampler(lm)
+    with Grader(workers=1) as grader, StopSignal(accelerator) as stop, progress.after(trainer.steps_taken):
         while trainer.steps_taken < cfg.steps:
             began = time.perf_counter()
             torch.manual_seed(cfg.seed + trainer.steps_taken)  # for models with dropout
@@ -91,8 +88,8 @@ def run(cfg: DictConfig, out: Path) -> None:
             progress.update(step, metrics)
             if is_last or due(step, cfg.eval_every):
                 with trainer.times("evaluation"):
-                    metrics |= exam.take()
-                progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'validation_loss', 'accuracy')}")
+                    metrics |= validated(trainer, validation, cfg.micro_rows) | exam.take(lm, sampler, grader)
+                progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'validation_loss', 'greedy_accuracy')}")
             log.write(step, metrics | trainer.times.take())
             must_stop = bool(stop) and not is_last
             if is_last or must_stop or due(step, cfg.save_every):
@@ -125,49 +122,14 @@ def tokenise(
     return [example(ids, trained, lm.block_size, lm.pad_token_id) for ids, trained in fitting]
 
 
+def validated(trainer: Trainer, validation: tuple[Rows, int] | None, micro_rows: int | None) -> dict[str, float]:
+    """`validation_loss` on held-out demonstrations, whose noise is always the same; nothing without any."""
+    if validation is None:
+        return {}
+    rows, answer_tokens = validation
+    return {"validation_loss": trainer.measure(trainer.cut(rows, micro_rows), cross_entropy, answer_tokens)["loss"]}
+
+
 def cross_entropy(rows: Rows, logprobs: Tensor, entropy: Tensor) -> Sums:
     """The masked tokens' cross-entropy, weighted as the masking schedule asks."""
     return {"loss": -(rows.weight * logprobs).sum()}
-
-
-@dataclass(frozen=True)
-class Exam:
-    """What the model is asked while it learns: held-out demonstrations under fixed noise, and problems to answer."""
-
-    lm: DiffusionLM
-    trainer: Trainer
-    validation: tuple[Rows, int] | None
-    micro_rows: int | None
-    problems: Sequence[Problem]
-    decoding: Decoding
-
-    def take(self) -> dict[str, float]:
-        """`validation_loss` and `accuracy`, those there is data for. Every process takes its share."""
-        found = {}
-        if self.validation:
-            rows, answer_tokens = self.validation
-            measured = self.trainer.measure(self.trainer.cut(rows, self.micro_rows), cross_entropy, answer_tokens)
-            found["validation_loss"] = measured["loss"]
-        if self.problems:
-            found["accuracy"] = self.accuracy()
-        return found
-
-    def accuracy(self) -> float:
-        """The share of the problems that the model answers right."""
-        accelerator, tokenizer = self.trainer.accelerator, self.lm.require_tokenizer()
-        own = self.problems[accelerator.process_index :: accelerator.num_processes]
-        prompts = [encode_question(tokenizer, problem.question) for problem in own]
-
-        def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-        self.lm.model.eval()
-        with Grader(workers=1) as grader, accelerator.autocast():
-            answers = NativeSampler(self.lm).stream(prompts, 1, self.decoding)
-            right = sum(answer.correct for answer in graded(answers, own, decode, grader))
-        return float(accelerator.reduce(torch.tensor(float(right), device=accelerator.device))) / len(self.problems)
-
-
-def evaluation_decoding(cfg: DictConfig, lm: DiffusionLM) -> Decoding:
-    decoding = build(cfg.decoding, Decoding)
-    return replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)

@@ -23,8 +23,10 @@ class Exam:
     decoding: Decoding
     accelerator: Accelerator
 
-    def accuracy(self, lm: DiffusionLM, sampler: Sampler, grader: Grader) -> float:
-        """The share of the problems that are answered right."""
+    def take(self, lm: DiffusionLM, sampler: Sampler, grader: Grader) -> dict[str, float]:
+        """`greedy_accuracy`: the share of the problems that are answered right; nothing without problems."""
+        if not self.problems:
+            return {}
         tokenizer = lm.require_tokenizer()
         own = self.problems[self.accelerator.process_index :: self.accelerator.num_processes]
         prompts = [encode_question(tokenizer, problem.question, self.instruction) for problem in own]
@@ -36,4 +38,4 @@ class Exam:
             answers = sampler.stream(prompts, 1, replace(self.decoding, temperature=0.0))
             right = sum(answer.correct for answer in graded(answers, own, decode, grader))
         right_everywhere = self.accelerator.reduce(torch.tensor(float(right), device=self.accelerator.device))
-        return float(right_everywhere) / len(self.problems)
+        return {"greedy_accuracy": float(right_everywhere) / len(self.problems)}

@@ -90,7 +90,8 @@ class Sampled:
         """Answers to the next problems, each process sampling its share of them."""
         places = range(state.drawn, state.drawn + self.problems)
         share = list(places)[self.accelerator.process_index :: self.accelerator.num_processes]
-        own = list(self.answers(share, [state.step, turn]))
+        with self.accelerator.autocast():
+            own = list(self.answers(share, [state.step, turn]))
         everyone = gather_object(own) if self.accelerator.num_processes > 1 else own
         found: dict[int, Answers] = {place: [] for place in places}
         for place, record in everyone:

@@ -1,11 +1,15 @@
 """The attention rule as what transformers takes: a dense mask for SDPA, a BlockMask for FlexAttention."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dirl_cli.diffusion.layout import Coordinates, Rows, attends
+from dirl_cli.errors import DirlError
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -37,10 +41,24 @@ def attention_mask(rows: Rows, implementation: str) -> "Tensor | BlockMask":
 
 def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
     """The decoder's last hidden states under the attention rule: (R, L, D)."""
+    implementation = model.config._attn_implementation
+    if implementation == "flex_attention" and torch.is_grad_enabled() and rows.token_ids.device.type == "cpu":
+        raise DirlError("attention=flex cannot learn on a CPU: leave it at auto")
     output = model.get_decoder()(
         input_ids=rows.token_ids,
         position_ids=rows.position,
-        attention_mask=attention_mask(rows, model.config._attn_implementation),
+        attention_mask=attention_mask(rows, implementation),
         use_cache=False,
     )
     return output.last_hidden_state
+
+
+@contextmanager
+def dense_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Forwards inside take a dense mask, whatever attention the model was loaded with."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -115,11 +116,12 @@ class Checkpoint:
     def _config(self) -> PreTrainedConfig:
         try:
             return AutoConfig.from_pretrained(self.path, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
             raise self._missing(error) from error
 
     def _model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
         transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # its report of what is missing says in a page what follows below
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
@@ -127,13 +129,19 @@ class Checkpoint:
                 attn_implementation=attention,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below
             )
         except (SafetensorError, json.JSONDecodeError) as error:
             raise DirlError(f"{self.path} holds a damaged weight file ({error}): download or copy it again") from error
         except (OSError, ValueError) as error:
             raise self._missing(error) from error
         model, found = loaded
-        if wrong := [*sorted(found["missing_keys"]), *(key for key, *_ in found["mismatched_keys"])]:
+        for key, stored, wanted in sorted(found["mismatched_keys"])[:1]:
+            raise DirlError(
+                f"{self.path} holds {key} with shape {tuple(stored)}, and its config.json asks for {tuple(wanted)}:"
+                " download or copy it again"
+            )
+        if wrong := sorted(found["missing_keys"]):
             raise DirlError(
                 f"{self.path} lacks {len(wrong)} tensor{'s' * (len(wrong) > 1)} of the model, such as {wrong[0]}:"
                 " download or copy it again"
@@ -153,8 +161,10 @@ class Checkpoint:
         if Path(self.path).is_dir():
             return DirlError(f"{self.path} is not a model that can be loaded: {one_line(error)}")
         if Path(self.path).exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") != 1:
-            return DirlError(f"{self.path} is not a directory: give model.path the directory of a saved model")
-        return DirlError(f"{self.path} is not on this machine: run `dirl download model={self.name}` first")
+            return DirlError(
+                f"{self.path} is not a directory: give model.path that of a saved model, such as `dirl sft` leaves"
+            )
+        return DirlError(f"{self.path} is not on this machine: run `dirl download model={self.path}` first")
 
 
 def diffusion_lm(
@@ -188,9 +198,15 @@ def agree(what: str, asked: int | None, stored: int | None, default: int) -> int
 
 
 def pick_device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise DirlError(f"device={device}: {did_you_mean(device, ('auto', 'cpu', 'cuda'))}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise DirlError(f"device={device}: there is no CUDA device here, so leave it at auto")
+    return device
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:

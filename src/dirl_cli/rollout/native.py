@@ -14,6 +14,7 @@ from dirl_cli.diffusion.layout import Coordinates, attends
 from dirl_cli.diffusion.sampling import draw, request_key, uniform
 from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal, spread
 from dirl_cli.errors import DirlError
+from dirl_cli.models.attention import dense_attention
 from dirl_cli.models.cache import SlotCache
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.sampler import Watch
@@ -40,6 +41,8 @@ class NativeSampler:
     """Samples from `lm` with at most `max_batch` sequences at once."""
 
     def __init__(self, lm: DiffusionLM, max_batch: int = 64) -> None:
+        if max_batch < 1:
+            raise DirlError("max_batch must be at least 1")
         self.lm = lm
         self.max_batch = max_batch
         self.weights_version = 0
@@ -228,13 +231,14 @@ class Batch:
             self.running[slot].pending = []
             self.running[slot].forwards += 1
         used = max(self.running[slot].start for slot in slots) + self.block_size
-        output = self.lm.model.get_decoder()(
-            input_ids=token_ids,
-            position_ids=positions,
-            attention_mask=block_causal(positions, used, self.block_size),
-            past_key_values=self.cache.at(index, positions, used),
-            use_cache=False,
-        )
+        with dense_attention(self.lm.model):
+            output = self.lm.model.get_decoder()(
+                input_ids=token_ids,
+                position_ids=positions,
+                attention_mask=block_causal(positions, used, self.block_size),
+                past_key_values=self.cache.at(index, positions, used),
+                use_cache=False,
+            )
         return output.last_hidden_state
 
     def show(self, slots: list[int], watch: Watch) -> None:
