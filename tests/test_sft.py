@@ -101,7 +101,7 @@ def test_a_finished_run_says_so(finished, capsys):
 
 
 def test_what_the_run_shows(tmp_path, capsys):
-    run(config("max_tokens=49"), tmp_path)
+    run(config("max_tokens=49", "data.worked=0.7"), tmp_path)
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "32 training demonstrations, 1,315 tokens; 8 left out, longer than max_tokens=49"
     assert any(line.startswith("step 6/6 · 0:00 left · loss ") for line in shown)

@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.build import build
+from dirl_cli.commands.eval import digest, digest_weights, plain
 from dirl_cli.data.chat import encode_messages, encode_prompt, encode_question
-from dirl_cli.data.files import Row, read_rows
+from dirl_cli.data.files import Row, read_rows, text
 from dirl_cli.errors import DirlError
+from dirl_cli.evaluation.answers import drop_torn_line
+from dirl_cli.evaluation.report import write_json
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding, Trajectory
 
 HIDDEN = "░"
+SOURCE = "sampled_from.json"
 PANELS = 6  # answers watched at a time
 
 
@@ -33,39 +38,54 @@ class Request:
     """What is asked for: prompt tokens, and what its line of the input said besides."""
 
     prompt_ids: list[int]
+    seed: int
     given: dict[str, Any] = field(default_factory=dict)
 
 
 def run(cfg: DictConfig, out: Path) -> None:
-    """Print the completions, and write them as JSON lines where they come from a file or `out` was given."""
-    console = Console()
+    """Write completions as JSON lines, those of an input file on from where they were interrupted; print the others."""
+    if cfg.samples < 1:
+        raise DirlError("samples must be at least 1")
+    console = Console(highlight=False, soft_wrap=True)
     lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
     asked = requests(cfg, lm)
     decoding = build(cfg.decoding, Decoding)
     decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
     sampler = NativeSampler(lm, cfg.max_batch)
     screen = Screen(console, lm, cfg.pace) if cfg.watch else None
+    file, total = out / "completions.jsonl", len(asked) * cfg.samples
+    source = {
+        "model": plain(cfg.model),
+        "decoding": asdict(decoding),
+        "digest": digest(digest_weights(lm.model), asdict(decoding), [(one.prompt_ids, one.seed) for one in asked]),
+    }
+    done = known(file, source) if cfg.input else set()
+    if done:
+        console.print(f"{len(done)} of {total} completions are in {file}", markup=False)
+    else:
+        begin(file, source)
     answers = sampler.stream(
         [request.prompt_ids for request in asked],
         cfg.samples,
         decoding,
-        seeds=[request.given.get("seed", decoding.seed) for request in asked],
+        first=[next((s for s in range(cfg.samples) if (i, s) not in done), cfg.samples) for i in range(len(asked))],
+        seeds=[request.seed for request in asked],
         watch=screen.show if screen else None,
     )
-    file = out / "completions.jsonl"
-    written = write(file, answers, asked, lm.tokenizer)
+    new = (answer for answer in answers if answer[:2] not in done)
+    written = write(file, new, asked, lm.tokenizer)
     if cfg.input and not screen:
-        total = len(asked) * cfg.samples
-        for _ in track(written, "Sampling", total, console=console, transient=True):
+        hidden = not console.is_terminal
+        for _ in track(written, "Sampling", total, len(done), console=console, transient=True, disable=hidden):
             pass
     else:
         with screen.live if screen else nullcontext():
             for line in written:
                 if screen:
                     screen.finish(line["index"], line["sample"])
-                console.print(f"[dim]{summary(line)}[/dim]")
-                console.print(line["text"], markup=False, highlight=False)
-    console.print(f"[dim]{len(asked) * cfg.samples} completions in {file}[/dim]")
+                console.print(summary(line), style="dim", markup=False)
+                console.print(line["text"], markup=False)
+    console.print(f"{total} completions in {file}", style="dim", markup=False)
 
 
 def requests(cfg: DictConfig, lm: DiffusionLM) -> list[Request]:
@@ -73,12 +93,19 @@ def requests(cfg: DictConfig, lm: DiffusionLM) -> list[Request]:
     given = [name for name in ("prompt", "messages", "input") if cfg[name] is not None]
     if len(given) != 1:
         raise DirlError("give one of prompt=TEXT, messages=[…] and input=FILE.jsonl")
-    if cfg.prompt is not None:
-        return [Request(encode_prompt(lm.require_tokenizer(), cfg.prompt), {"prompt": cfg.prompt})]
-    if cfg.messages is not None:
-        messages: Any = OmegaConf.to_container(cfg.messages)
-        return [Request(encode_messages(lm.require_tokenizer(), messages), {"messages": messages})]
-    return [Request(encode_row(lm, row, cfg.instruction), row.fields) for row in read_rows(cfg.input)]
+    said: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, given))
+    rows = read_rows(cfg.input) if cfg.input is not None else [Row("the command line", said)]
+    asked = []
+    for row in rows:
+        seed = row.fields.get("seed", cfg.decoding.seed)
+        if type(seed) is not int:
+            raise DirlError(f"{row.place}: seed must be a whole number, not {seed}")
+        prompt_ids = encode_row(lm, row, cfg.instruction)
+        if len(prompt_ids) > lm.longest_prompt:
+            room = f"{len(prompt_ids)} tokens and the model has room for {lm.longest_prompt}"
+            raise DirlError(f"the prompt of {row.place} has {room}: shorten it or leave it out")
+        asked.append(Request(prompt_ids, seed, row.fields))
+    return asked
 
 
 def encode_row(lm: DiffusionLM, row: Row, instruction: str | None) -> list[int]:
@@ -87,18 +114,48 @@ def encode_row(lm: DiffusionLM, row: Row, instruction: str | None) -> list[int]:
     if "prompt_ids" in fields:
         ids = fields["prompt_ids"]
         vocabulary = lm.model.config.vocab_size
-        if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
             raise DirlError(f"{row.place}: prompt_ids must be a list of token ids below {vocabulary}")
         return ids
-    encoders: dict[str, Callable[[PreTrainedTokenizerBase, Any], list[int]]] = {
-        "prompt": encode_prompt,
-        "messages": encode_messages,
-        "question": lambda tokenizer, text: encode_question(tokenizer, text, instruction),
-    }
-    for name, encode in encoders.items():
-        if name in fields:
-            return encode(lm.require_tokenizer(), fields[name])
+    tokenizer = lm.require_tokenizer()
+    if "prompt" in fields:
+        return encode_prompt(tokenizer, text(row, "prompt", ""))
+    if "messages" in fields:
+        return encode_messages(tokenizer, messages_of(row))
+    if "question" in fields:
+        return encode_question(tokenizer, text(row, "question", ""), instruction)
     raise DirlError(f"{row.place} has no prompt: give question, prompt, messages or prompt_ids")
+
+
+def messages_of(row: Row) -> list[dict[str, str]]:
+    messages = row.fields["messages"]
+    if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
+        raise DirlError(f"{row.place}: messages must be a list of objects with role and content, both text")
+    return messages
+
+
+def is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def known(file: Path, source: dict[str, Any]) -> set[tuple[int, int]]:
+    """The (index, sample) of the completions that an earlier start wrote, if it sampled from the same."""
+    note = file.with_name(SOURCE)
+    if not (file.exists() and note.exists() and json.loads(note.read_text())["digest"] == source["digest"]):
+        return set()
+    drop_torn_line(file)
+    with file.open() as lines:
+        return {(line["index"], line["sample"]) for line in map(json.loads, lines)}
+
+
+def begin(file: Path, source: dict[str, Any]) -> None:
+    """Note what is sampled from; an earlier file is kept beside, numbered."""
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            asides = (file.with_name(f"{file.stem}~{n}{file.suffix}") for n in count(1))
+            file.rename(next(aside for aside in asides if not aside.exists()))
+        write_json(file.with_name(SOURCE), source)
 
 
 def write(
@@ -107,17 +164,15 @@ def write(
     asked: list[Request],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Iterator[dict[str, Any]]:
-    """Write each answer as a JSON line as soon as it is finished; an earlier file is kept beside, numbered."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        taken = sum(1 for _ in file.parent.glob(f"{file.stem}~*{file.suffix}"))
-        file.rename(file.with_name(f"{file.stem}~{taken + 1}{file.suffix}"))
-    with file.open("w") as lines:
+    """Append each answer as a JSON line as soon as it is finished."""
+    with writing(file), file.open("a", encoding="utf-8") as lines:
         for index, sample, trajectory in answers:
             line = {
+                "index": 0,
+                "sample": 0,
+                **asked[index].given,
                 "index": index,
                 "sample": sample,
-                **asked[index].given,
                 "text": tokenizer.decode(trajectory.completion_ids, skip_special_tokens=True) if tokenizer else None,
                 "prompt_ids": trajectory.prompt_ids,
                 "token_ids": trajectory.token_ids,
@@ -130,6 +185,17 @@ def write(
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             lines.flush()
             yield line
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DirlError(
+            f"{file} cannot be written ({error.strerror}): make room or give another out=…,"
+            " then the same command goes on"
+        ) from error
 
 
 def summary(line: dict[str, Any]) -> str:

@@ -171,6 +171,8 @@ def diffusion_lm(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, block_size: int, mask_token_id: int
 ) -> DiffusionLM:
     """Gather what the method needs to know about a loaded model, and note it in the configuration that is saved."""
+    if block_size < 1:
+        raise DirlError(f"block_size is {block_size}: it must be at least 1")
     model.config.block_size, model.config.mask_token_id = block_size, mask_token_id
     known = len(tokenizer) if tokenizer else model.config.vocab_size
     eos = [model.generation_config.eos_token_id, model.config.eos_token_id]
