@@ -88,7 +88,7 @@ def test_the_recipe_of_a_model_gives_way_to_the_command_line():
     assert (tiny.optim._target_.split(".")[-1], tiny.steps, tiny.dtype) == ("Muon", 1000, "auto")
     assert (large.optim._target_.split(".")[-1], large.optim.lr, large.dtype) == ("AdamW", 1e-5, "auto")
     mine = compose_job("sft", "optim=adamw", "steps=7")
-    assert (mine.optim._target_.split(".")[-1], mine.steps, mine.dtype) == ("AdamW", 7, "float32")
+    assert (mine.optim._target_.split(".")[-1], mine.steps, mine.dtype) == ("AdamW", 7, "auto")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ FREE = frozenset(
     {"name", "out", "resume", "gpus", "device", "logger", "log_every", "save_every", "keep_checkpoints"}
     | {"eval_every", "eval_problems", "show_every", "max_batch", "grade_workers", "reward.workers"}
 )
+BEGINNINGS = {"config.yaml", "environment.json", "lock", "failure.txt"}  # what a run leaves that failed at once
 PACKAGES = ("dirl", "torch", "transformers", "accelerate")
 
 
@@ -64,8 +65,8 @@ def locked(out: Path) -> Iterator[IO[str]]:
 
 
 def refuse_other(out: Path, config: str) -> None:
-    """Refuse a directory whose run has another configuration."""
-    if not (out / "config.yaml").exists():
+    """Refuse a directory whose run has another configuration and has come to something."""
+    if not (out / "config.yaml").exists() or {path.name for path in out.iterdir()} <= BEGINNINGS:
         return
     changed = differences(flatten((out / "config.yaml").read_text()), flatten(config))
     if changed:

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from dirl_cli.errors import DirlError, did_you_mean
-
 FILTERS = ("accuracy", "reward", "none")
 
 
@@ -13,6 +11,5 @@ def has_signal(rewards: Sequence[float], correct: Sequence[bool], rule: str) -> 
         return True
     if rule == "accuracy":
         return any(correct) and not all(correct)
-    if rule == "reward":
-        return len(set(rewards)) > 1
-    raise DirlError(f"rl.filter={rule}: {did_you_mean(rule, FILTERS)}")
+    assert rule == "reward", rule
+    return len(set(rewards)) > 1

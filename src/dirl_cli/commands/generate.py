@@ -23,7 +23,6 @@ from dirl_cli.data.chat import encode_messages, encode_prompt, encode_question
 from dirl_cli.data.files import Row, read_rows, text
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import drop_torn_line
-from dirl_cli.evaluation.report import write_json
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding, Trajectory
@@ -57,7 +56,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     source = {
         "model": plain(cfg.model),
         "decoding": asdict(decoding),
-        "digest": digest(digest_weights(lm.model), asdict(decoding), [(one.prompt_ids, one.seed) for one in asked]),
+        "samples": cfg.samples,
+        "digest": digest(digest_weights(lm.model), [(one.prompt_ids, one.seed) for one in asked]),
     }
     done = known(file, source) if cfg.input else set()
     if done:
@@ -141,21 +141,25 @@ def is_message(message: object) -> bool:
 def known(file: Path, source: dict[str, Any]) -> set[tuple[int, int]]:
     """The (index, sample) of the completions that an earlier start wrote, if it sampled from the same."""
     note = file.with_name(SOURCE)
-    if not (file.exists() and note.exists() and json.loads(note.read_text())["digest"] == source["digest"]):
+    if not (file.exists() and note.exists() and note.read_text() == spell(source)):
         return set()
     drop_torn_line(file)
     with file.open() as lines:
         return {(line["index"], line["sample"]) for line in map(json.loads, lines)}
 
 
+def spell(source: dict[str, Any]) -> str:
+    return json.dumps(source, indent=2) + "\n"
+
+
 def begin(file: Path, source: dict[str, Any]) -> None:
     """Note what is sampled from; an earlier file is kept beside, numbered."""
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        if file.exists() and file.stat().st_size:
             asides = (file.with_name(f"{file.stem}~{n}{file.suffix}") for n in count(1))
             file.rename(next(aside for aside in asides if not aside.exists()))
-        write_json(file.with_name(SOURCE), source)
+        file.with_name(SOURCE).write_text(spell(source))
 
 
 def write(
@@ -168,8 +172,6 @@ def write(
     with writing(file), file.open("a", encoding="utf-8") as lines:
         for index, sample, trajectory in answers:
             line = {
-                "index": 0,
-                "sample": 0,
                 **asked[index].given,
                 "index": index,
                 "sample": sample,

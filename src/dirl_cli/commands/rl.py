@@ -13,16 +13,18 @@ from rich.text import Text
 
 from dirl_cli.algo.advantages import ADVANTAGES
 from dirl_cli.algo.objective import Objective
+from dirl_cli.algo.select import FILTERS
 from dirl_cli.build import build
+from dirl_cli.data.chat import encode_problems
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.evaluation.metrics import mean
 from dirl_cli.loop.exam import Exam
-from dirl_cli.loop.groups import Answers, Replayed, Sampled, State, with_advantages
+from dirl_cli.loop.groups import Answers, Replayed, Sampled, State, replayed, with_advantages
 from dirl_cli.loop.learn import Learner
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.scoring import Rewards, Scorer
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.rollout.record import Record, rollout_files, rollout_path, write_rollout
+from dirl_cli.rollout.record import Record, rollout_path, write_rollout
 from dirl_cli.training.checkpoint import Checkpoints, find, load, save_model
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
@@ -41,7 +43,7 @@ PANELS = (
     Panel("Sampler against trainer", {"mismatch_mean": "mean", "mismatch_max": "largest"}),
     Panel("Divergence from the reference", {"kl": "nats"}),
 )
-SHOWN = ("reward", "accuracy", "length", "tokens_per_forward", "kept", "loss", "grad_norm")
+SHOWN = ("reward", "accuracy", "length", "tokens_per_forward", "kept")
 
 
 def run(cfg: DictConfig, out: Path) -> None:
@@ -53,16 +55,18 @@ def run(cfg: DictConfig, out: Path) -> None:
         progress.say(f"{out} is finished: run `dirl eval model={saved}`, or give another name= to train again")
         return
 
-    lm: DiffusionLM = build(cfg.model).load("float32", str(accelerator.device), cfg.attention)
-    data = build(cfg.data)
-    objective = build(cfg.algo, Objective)
-    decoding = build(cfg.decoding, Decoding)
+    model, data, optim, schedule, logger = (
+        build(cfg[name]) for name in ("model", "data", "optim", "schedule", "logger")
+    )
+    objective, rewards, decoding = build(cfg.algo, Objective), build(cfg.reward, Rewards), build(cfg.decoding, Decoding)
+    check(cfg.rl, objective)
+    lm: DiffusionLM = model.load("float32", str(accelerator.device), cfg.attention)
     decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
     trainer = Trainer(
         accelerator,
         TokenScorer(lm.model, lm.unsampled_ids, decoding),
-        build(cfg.optim).build(lm.model),
-        partial(build(cfg.schedule), steps=cfg.steps * cfg.rl.mini_batches * cfg.rl.epochs),
+        optim.build(lm.model),
+        partial(schedule, steps=cfg.steps * cfg.rl.mini_batches * cfg.rl.epochs),
         cfg.clip_norm,
     )
     learner = Learner(
@@ -70,7 +74,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         objective,
         lm,
         reference=frozen(lm, decoding) if objective.beta else None,
-        old_from_sampler=old_from_sampler(cfg.rl.old, objective),
+        old_from_sampler=cfg.rl.old == "sampler" and objective.is_exact,
         correction_cap=cfg.rl.correction_cap,
         mini_batches=cfg.rl.mini_batches,
         epochs=cfg.rl.epochs,
@@ -84,21 +88,23 @@ def run(cfg: DictConfig, out: Path) -> None:
     state = State()
     if start := checkpoints.latest() or find(cfg.resume):
         remembered = load(start, lm.model, trainer.optimizers)
+        if "updates" not in remembered:
+            raise DirlError(f"{start} is no checkpoint of `dirl rl`: to begin with a trained model, give it as model=…")
         trainer.steps_taken, state = remembered["updates"], State.from_json(remembered)
         progress.say(f"going on after step {state.step}, from {start}")
     config = OmegaConf.to_container(cfg)
-    log = open_log(out, state.step, build(cfg.logger), config) if accelerator.is_main_process else NoLog()
+    log = open_log(out, state.step or -1, logger, config) if accelerator.is_main_process else NoLog()
     exam = Exam(data.problems()[: cfg.eval_problems], data.instruction, decoding, accelerator)
     sampler = NativeSampler(lm, cfg.max_batch)
-    sampler.weights_version = state.step
+    sampler.weights_version = trainer.steps_taken
 
-    with Scorer(build(cfg.reward, Rewards)) as scorer, StopSignal(accelerator) as stop:
+    with Scorer(rewards) as scorer, StopSignal(accelerator) as stop:
         groups_source: Sampled | Replayed = (
-            Replayed(rollout_files(Path(cfg.rl.replay)))
+            replayed(Path(cfg.rl.replay), cfg.steps)
             if cfg.rl.replay
             else Sampled(
-                data.training_problems(),
-                data.instruction,
+                problems := data.training_problems(),
+                encode_problems(lm.require_tokenizer(), problems, data.instruction, lm.longest_prompt),
                 lm,
                 sampler,
                 scorer,
@@ -114,19 +120,20 @@ def run(cfg: DictConfig, out: Path) -> None:
         if state.step == 0 and not cfg.rl.rollout_only:
             with trainer.times("evaluation"):
                 before = exam.take(lm, sampler, scorer.grader)
-            log.write(0, before)
-            progress.say(f"before · {describe(before, 'greedy_accuracy')}")
+            if before:
+                log.write(0, before)
+                progress.say(f"before · {describe(before, 'greedy_accuracy')}")
         with progress.after(state.step):
             while state.step < cfg.steps:
                 torch.manual_seed(cfg.seed + state.step)  # for models with dropout
                 with trainer.times("rollout"):
                     groups, sampled = groups_source.take(state)
                 groups = with_advantages(groups, ADVANTAGES[objective.advantage])
-                metrics = measured(sampled, groups)
+                metrics = measured(sampled, groups, 0 if cfg.rl.replay else cfg.rl.group_size)
                 if groups and not cfg.rl.rollout_only:
                     metrics |= learner.learn(groups, state.step, sampler.weights_version)
                 state.step += 1
-                sampler.update_weights(lm.model.named_parameters(), state.step)
+                sampler.update_weights(lm.model.named_parameters(), trainer.steps_taken)
                 if accelerator.is_main_process and not cfg.rl.replay:
                     write_rollout(rollout_path(out / "rollouts", state.step), records(groups, sampled))
 
@@ -147,9 +154,13 @@ def run(cfg: DictConfig, out: Path) -> None:
                         )
                         log.draw(PANELS, cfg.name, out / "rl.png")
                 if must_stop:
-                    raise DirlError(f"stopped after step {step} of {cfg.steps}, saved in {path}: the same goes on")
+                    raise DirlError(
+                        f"stopped after step {step} of {cfg.steps}, saved in {path}: the same command goes on"
+                    )
 
-    if not cfg.rl.rollout_only:
+    if cfg.rl.rollout_only:
+        progress.say(f"the rollouts are in {out / 'rollouts'}: learn from them with rl.replay={out}")
+    else:
         save_model(lm, cfg.dtype, saved, accelerator)
         progress.say(f"the model is in {saved}: run `dirl eval model={saved}`")
     log.close()
@@ -162,15 +173,26 @@ def frozen(lm: DiffusionLM, decoding: Decoding) -> TokenScorer:
     return TokenScorer(copy.deepcopy(lm.model).requires_grad_(False).eval(), lm.unsampled_ids, decoding).to(lm.device)
 
 
-def old_from_sampler(old: str, objective: Objective) -> bool:
-    """Whether the ratio's denominator is the sampler's log-prob, which only views of the true states can use."""
-    if old not in ("sampler", "trainer"):
-        raise DirlError(f"rl.old={old}: {did_you_mean(old, ('sampler', 'trainer'))}")
-    return old == "sampler" and objective.is_exact
+def check(rl: DictConfig, objective: Objective) -> None:
+    """Raises DirlError for choices of `rl` that do not exist or exclude each other, before anything is loaded."""
+    for name, known in (("old", ("sampler", "trainer")), ("filter", FILTERS)):
+        if rl[name] not in known:
+            raise DirlError(f"rl.{name}={rl[name]}: {did_you_mean(rl[name], known)}")
+    for name in ("problems", "group_size", "mini_batches", "epochs", "max_rounds"):
+        if rl[name] < 1:
+            raise DirlError(f"rl.{name} must be at least 1, not {rl[name]}")
+    if rl.correction_cap and not (rl.old == "trainer" and objective.is_exact):
+        raise DirlError("rl.correction_cap wants rl.old=trainer and an algorithm that scores the true trace, as dipo")
+    if rl.replay and rl.rollout_only:
+        raise DirlError("rl.replay learns without sampling and rl.rollout_only samples without learning: give one")
 
 
-def measured(sampled: Sequence[Answers], groups: Sequence[Answers]) -> dict[str, float]:
-    """What a rollout looks like, before the filter and after it (`kept`: the share of sampled groups with a signal)."""
+def measured(sampled: Sequence[Answers], groups: Sequence[Answers], group_size: int) -> dict[str, float]:
+    """What a rollout looks like, before the filter and after it (`kept_…`).
+
+    kept: the share of sampled groups with a signal. excluded: how many of `group_size` answers to each problem have
+    no reward.
+    """
     answers = [record for group in sampled for record in group]
     if not answers:
         return {"groups": len(groups)}
@@ -188,15 +210,18 @@ def measured(sampled: Sequence[Answers], groups: Sequence[Answers]) -> dict[str,
     }
     for part in answers[0].parts:
         metrics[f"reward/{part}"] = mean(record.parts[part] for record in answers)
-    if groups:
-        metrics["kept_reward"] = mean(record.reward or 0.0 for group in groups for record in group)
+    if excluded := len(sampled) * group_size - len(answers):
+        metrics["excluded"] = excluded
+    if kept := [record for group in groups for record in group]:
+        metrics["kept_reward"] = mean(record.reward or 0.0 for record in kept)
+        metrics["kept_accuracy"] = mean(record.correct for record in kept)
     return metrics
 
 
 def records(groups: Sequence[Answers], sampled: Sequence[Answers]) -> list[Record]:
-    """What a step learned from, then what it sampled besides."""
+    """What a step learned from, then what it sampled besides, be it for a later step."""
     used = {id(record.trajectory) for group in groups for record in group}
-    rest = [record for group in sampled for record in group if id(record.trajectory) not in used]
+    rest = [replace(one, kept=False) for group in sampled for one in group if id(one.trajectory) not in used]
     return [record for group in groups for record in group] + rest
 
 
@@ -205,7 +230,7 @@ def answer_table(groups: Sequence[Answers], step: int, rows: int = 3) -> Table:
     table = Table(title=f"step {step}", title_justify="left", show_lines=True)
     for column in ("question", "answer", "reward"):
         table.add_column(column, overflow="fold")
-    for group in groups[:rows]:
+    for group in [group for group in groups if group][:rows]:
         ordered = sorted(group, key=lambda record: record.reward or 0.0)
         for record in (ordered[0], ordered[-1]):
             table.add_row(Text(record.problem.question), Text(record.completion[:400]), f"{record.reward:.2f}")

@@ -48,21 +48,22 @@ def run(cfg: DictConfig, out: Path) -> None:
         progress.say(f"{out} is finished: run `dirl eval model={saved}`, or give another name= to train again")
         return
 
-    lm: DiffusionLM = build(cfg.model).load("float32", str(accelerator.device), cfg.attention)
-    data = build(cfg.data)
+    model, data, masking, optim, schedule, logger = (
+        build(cfg[name]) for name in ("model", "data", "masking", "optim", "schedule", "logger")
+    )
+    decoding = build(cfg.decoding, Decoding)
+    lm: DiffusionLM = model.load("float32", str(accelerator.device), cfg.attention)
+    decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
     examples = tokenise(lm, data.demonstrations(), cfg.max_tokens, "training", progress)
     held_out = tokenise(lm, data.validation(), cfg.max_tokens, "held-out", progress)
     if not examples:
         raise DirlError(f"no demonstration has at most max_tokens={cfg.max_tokens} tokens: raise it")
-    noise = Noise(build(cfg.masking), lm.block_size, lm.mask_token_id, lm.pad_token_id, cfg.row_tokens)
+    noise = Noise(masking, lm.block_size, lm.mask_token_id, lm.pad_token_id, cfg.row_tokens)
     batches = NoisedBatches(examples, cfg.batch_size, noise, cfg.seed)
 
-    schedule = partial(build(cfg.schedule), steps=cfg.steps)
-    optimizers = build(cfg.optim).build(lm.model)
-    trainer = Trainer(accelerator, TokenScorer(lm.model), optimizers, schedule, cfg.clip_norm)
+    rates = partial(schedule, steps=cfg.steps)
+    trainer = Trainer(accelerator, TokenScorer(lm.model), optim.build(lm.model), rates, cfg.clip_norm)
     validation = noise.rows(held_out, cfg.seed) if held_out else None
-    decoding = build(cfg.decoding, Decoding)
-    decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
     exam = Exam(data.problems()[: cfg.eval_problems], data.instruction, decoding, accelerator)
 
     checkpoints = Checkpoints(out / "checkpoints", cfg.keep_checkpoints, accelerator)
@@ -70,7 +71,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         trainer.steps_taken = load(start, lm.model, trainer.optimizers)["step"]
         progress.say(f"going on after step {trainer.steps_taken}, from {start}")
     main, config = accelerator.is_main_process, OmegaConf.to_container(cfg)
-    log = open_log(out, trainer.steps_taken, build(cfg.logger), config) if main else NoLog()
+    log = open_log(out, trainer.steps_taken, logger, config) if main else NoLog()
 
     sampler = NativeSampler(lm)
     with Grader(workers=1) as grader, StopSignal(accelerator) as stop, progress.after(trainer.steps_taken):

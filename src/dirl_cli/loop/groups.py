@@ -11,13 +11,12 @@ from accelerate.utils import gather_object
 
 from dirl_cli.algo.advantages import Advantage
 from dirl_cli.algo.select import has_signal
-from dirl_cli.data.chat import encode_problems
 from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.answer import Answer
 from dirl_cli.reward.scoring import Scorer
-from dirl_cli.rollout.record import Record, from_json, read_rollout, to_json
+from dirl_cli.rollout.record import Record, from_json, read_rollout, rollout_files, to_json
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.types import Decoding, Problem
 
@@ -49,11 +48,12 @@ class State:
 class Sampled:
     """Draws problems in seeded order and samples, scores and filters groups of answers until enough are kept.
 
-    problems: a step's. filter: see `has_signal`. max_rounds: draws in which to find them.
+    pool, prompts: the problems and their prompts. problems: a step's. filter: see `has_signal`.
+    max_rounds: draws in which to find them.
     """
 
     pool: Sequence[Problem]
-    instruction: str | None
+    prompts: Sequence[list[int]]
     lm: DiffusionLM
     sampler: Sampler
     scorer: Scorer
@@ -103,21 +103,18 @@ class Sampled:
 
         moment: step and turn, which with the place make the seed, since a problem may come up again.
         """
-        decoding = self.decoding
         seeds = [request_key(self.seed, [*moment, place], 0) for place in places]
         tokenizer = self.lm.require_tokenizer()
-        asked = [problem_at(self.pool, place, self.seed) for place in places]
-        prompts = encode_problems(tokenizer, asked, self.instruction, self.lm.longest_prompt)
+        drawn = [problem_at(place, len(self.pool), self.seed) for place in places]
+        asked, prompts = [self.pool[i] for i in drawn], [self.prompts[i] for i in drawn]
         waiting: dict[tuple[int, int], Record] = {}
 
         def finished() -> Iterator[tuple[tuple[int, int], Answer]]:
-            for i, sample, trajectory in self.sampler.stream(prompts, self.group_size, decoding, seeds=seeds):
+            for i, sample, trajectory in self.sampler.stream(prompts, self.group_size, self.decoding, seeds=seeds):
                 text = str(tokenizer.decode(trajectory.completion_ids, skip_special_tokens=True))
                 waiting[i, sample] = Record(asked[i], sample, text, trajectory)
-                yield (
-                    (i, sample),
-                    Answer.of(asked[i], trajectory, text, decoding.max_new_tokens, self.lm.block_size),
-                )
+                longest, block_size = self.decoding.max_new_tokens, self.lm.block_size
+                yield (i, sample), Answer.of(asked[i], trajectory, text, longest, block_size)
 
         for key, scored in self.scorer.score(finished()):
             record = waiting.pop(key)
@@ -133,17 +130,23 @@ class Replayed:
     files: dict[int, Path]
 
     def take(self, state: State) -> tuple[list[Answers], list[Answers]]:
-        """As `Sampled.take`; raises DirlError where the earlier run had no such step."""
-        file = self.files.get(state.step + 1)
-        if file is None:
-            raise DirlError(f"there is no rollout of step {state.step + 1} to replay: set steps={max(self.files)}")
+        """As `Sampled.take`."""
         groups: list[Answers] = []
-        for record in read_rollout(file):
+        for record in read_rollout(self.files[state.step + 1]):
             if record.kept:
                 if not groups or not continues(groups[-1][-1], record):
                     groups.append([])
                 groups[-1].append(record)
         return groups, groups
+
+
+def replayed(directory: Path, steps: int) -> Replayed:
+    """The rollouts of the run in `directory`. Raises DirlError if there is none for one of the steps."""
+    files = rollout_files(directory)
+    missing = [step for step in range(1, steps + 1) if step not in files]
+    if missing:
+        raise DirlError(f"{directory} holds no rollout of step {missing[0]}: replay fewer with steps={missing[0] - 1}")
+    return Replayed(files)
 
 
 def continues(last: Record, record: Record) -> bool:
@@ -160,8 +163,8 @@ def with_advantages(groups: Sequence[Answers], advantage: Advantage) -> list[Ans
     ]
 
 
-def problem_at(pool: Sequence[Problem], place: int, seed: int) -> Problem:
-    """The problem at a place of an endless order that is shuffled anew in every epoch."""
-    epoch, i = divmod(place, len(pool))
-    generator = torch.Generator().manual_seed(request_key(seed, [epoch, len(pool)], 0))
-    return pool[int(torch.randperm(len(pool), generator=generator)[i])]
+def problem_at(place: int, problems: int, seed: int) -> int:
+    """Which of so many problems is at a place of an endless order that is shuffled anew in every epoch."""
+    epoch, i = divmod(place, problems)
+    generator = torch.Generator().manual_seed(request_key(seed, [epoch, problems], 0))
+    return int(torch.randperm(problems, generator=generator)[i])

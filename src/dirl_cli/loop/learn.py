@@ -16,6 +16,8 @@ from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.training.batches import generator
 from dirl_cli.training.trainer import Trainer
 
+COMPARED = ("compared", "mismatch_mean", "mismatch_kl")  # sums that only a first optimizer step has
+
 
 @dataclass(frozen=True)
 class MiniBatch:
@@ -60,13 +62,12 @@ class Learner:
             for batch in batches:
                 loss = self.objective.loss if taken or not self.objective.is_exact else watch.loss
                 taken.append(self.trainer.step(batch.micro_batches, loss, batch.norm))
-        first, metrics = taken[0], {name: mean([one[name] for one in taken]) for name in taken[-1]}
-        if compared := first.get("compared"):
-            for name in ("mismatch_mean", "mismatch_kl"):
-                metrics[name] = first[name] / compared
+        compared, *differences = (taken[0].pop(name, 0.0) for name in COMPARED)
+        metrics = {name: mean([one[name] for one in taken]) for name in taken[0]}
+        if compared:
+            metrics |= {name: value / compared for name, value in zip(COMPARED[1:], differences, strict=True)}
             metrics["mismatch_max"] = float(self.trainer.accelerator.gather(watch.largest[None]).max())
         metrics["token_forwards"] = sum(rows.num_tokens for batch in batches for rows in batch.micro_batches)
-        metrics.pop("compared", None)
         return metrics
 
     def prepare(self, groups: Sequence[Answers], step: int, part: int) -> MiniBatch:
@@ -89,6 +90,8 @@ class Learner:
         if self.correction_cap and not self.old_from_sampler:
             micro_batches = [
                 noted(rows, correction=corrections(rows.notes["old"], rows.notes["behaviour"], self.correction_cap))
+                if "old" in rows.notes
+                else rows
                 for rows in micro_batches
             ]
         if self.reference is not None:
@@ -97,9 +100,16 @@ class Learner:
 
     @torch.no_grad()
     def scored(self, micro_batches: Sequence[Rows], scorer: nn.Module, name: str) -> list[Rows]:
-        """The micro-batches with a scorer's log-probs noted under `name`."""
-        device = self.trainer.accelerator.device
-        return [noted(rows, **{name: scorer(rows.to(device))[0].to(rows.where.device)}) for rows in micro_batches]
+        """The micro-batches with a scorer's log-probs noted under `name`, by each process on its share of them."""
+        accelerator = self.trainer.accelerator
+        with accelerator.autocast():
+            logprobs = {
+                id(rows): scorer(rows.to(accelerator.device))[0] for rows, _ in self.trainer.share(micro_batches)
+            }
+        return [
+            noted(rows, **{name: logprobs[id(rows)].to(rows.where.device)}) if id(rows) in logprobs else rows
+            for rows in micro_batches
+        ]
 
 
 def noted(rows: Rows, **notes: torch.Tensor) -> Rows:
