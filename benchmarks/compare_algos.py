@@ -1,6 +1,6 @@
 """Every algorithm on the embedded task: same rollout budget, three seeds, one table and one plot.
 
-    make compare-algos                      # about 25 minutes on two cores; continues where it was stopped
+make compare-algos                      # about 25 minutes on two cores; continues where it was stopped
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ def main() -> None:
         for seed in SEEDS
     )
     at_once(evaluated(run(name, seed) / "model")[1] for name in ALGORITHMS for seed in SEEDS)
-    print("| algo | rollouts at T = 1, last 15 steps | greedy, 1000 problems | tokens per forward | token-forwards per update |")
+    print("| algo | rollouts at T = 1, last 15 steps | greedy | tokens per forward | token-forwards a step |")
     print("|---|--:|--:|--:|--:|")
     for name in sorted(ALGORITHMS, key=lambda name: -sum(late(run(name, seed), "accuracy") for seed in SEEDS)):
         runs = [run(name, seed) for seed in SEEDS]

@@ -1,6 +1,6 @@
 """Does it learn, on three seeds? Fine-tuning, then reinforcement, against as much more fine-tuning.
 
-    python benchmarks/learning.py           # about 25 minutes on two cores; continues where it was stopped
+python benchmarks/learning.py           # about 25 minutes on two cores; continues where it was stopped
 """
 
 from experiment import ROOT, SEEDS, at_once, card, evaluated, fine_tuned, history, late, mean_and_error, percent
@@ -31,13 +31,17 @@ def main() -> None:
         overall = [one["metrics"]["accuracy"] for one in cards]
         unseen = [one["subsets"]["unseen"]["accuracy"] for one in cards]
         speed = [one["metrics"]["tokens_per_forward"] for one in cards]
-        minutes = [sum(v for line in history(m.parent) for k, v in line.items() if k.startswith("seconds/")) / 60 for m in group]
+        minutes = [seconds(model.parent) / 60 for model in group]
         print(f"| {name} | {', '.join(f'{100 * a:.1f}' for a in overall)} | {percent(overall)} | {percent(unseen)}"
               f" | {mean_and_error(speed, 2)} | {max(minutes):.1f} |")  # fmt: skip
     runs = [ROOT / f"rl-{seed}" for seed in SEEDS]
     print(f"\nRollouts at temperature 1, first and last 15 steps: {percent([first(run) for run in runs])} →"
           f" {percent([late(run, 'accuracy') for run in runs])}; largest |sampler - trainer| log-prob over all steps:"
           f" {max(line.get('mismatch_max', 0) for run in runs for line in history(run)):.1e}")  # fmt: skip
+
+
+def seconds(run) -> float:
+    return sum(value for line in history(run) for name, value in line.items() if name.startswith("seconds/"))
 
 
 def first(run) -> float:

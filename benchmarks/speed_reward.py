@@ -1,6 +1,6 @@
 """What the speed reward adds to tokens per forward and costs in accuracy: the same start, with it and without.
 
-    python benchmarks/speed_reward.py       # about 20 minutes on two cores; continues where it was stopped
+python benchmarks/speed_reward.py       # about 20 minutes on two cores; continues where it was stopped
 """
 
 from experiment import ROOT, SEEDS, at_once, card, evaluated, fine_tuned, mean_and_error, percent

@@ -2,17 +2,15 @@
 
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 
 from dirl_cli.diffusion.layout import Rows, lay_out, pack
 from dirl_cli.diffusion.trace import trajectory_strip
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.types import Trajectory
 
-matplotlib.use("Agg")
-from matplotlib.colors import ListedColormap  # noqa: E402  # after the backend is chosen
-from matplotlib.figure import Figure  # noqa: E402
 
 BLOCK, MASK = 4, 99
 PROMPT, ANSWER = list(range(4)), list(range(4, 12))
@@ -23,13 +21,11 @@ def main() -> None:
     ids = torch.tensor(PROMPT + ANSWER)
     hidden = torch.tensor([[0] * 4 + [0, 1, 1, 0] + [1, 0, 1, 1]], dtype=torch.bool)
     trace = Trajectory(PROMPT, ANSWER, [1, 2, 1, 2, 1, 1, 2, 3], [0.0] * 8, "length")
-    none = torch.zeros(1, 12, dtype=torch.bool)
-    last = none.clone()
-    last[0, -1] = True
+    strips = lay_out(ids, hidden, hidden, hidden.float(), BLOCK, MASK), trajectory_strip(trace, BLOCK, MASK)
     pictures = {
         "Inference: one clean copy": clean_only(ids),
-        "Fine-tuning: and one noised view": pack([lay_out(ids, hidden, hidden, hidden.float(), BLOCK, MASK)], 99, BLOCK, 0),
-        "Reinforcement: one view per denoising step": pack([trajectory_strip(trace, BLOCK, MASK)], 99, BLOCK, 0),
+        "Fine-tuning: and one noised view": pack(strips[:1], 99, BLOCK, 0),
+        "Reinforcement: one view per denoising step": pack(strips[1:], 99, BLOCK, 0),
     }
     figure = Figure(figsize=(15, 5.6), layout="constrained", facecolor="white")
     for axes, (title, rows) in zip(figure.subplots(1, 3), pictures.items(), strict=True):
@@ -39,7 +35,8 @@ def main() -> None:
 
 def clean_only(ids: torch.Tensor) -> Rows:
     zeros = torch.zeros(1, len(ids), dtype=torch.long)
-    return Rows(ids[None], zeros, zeros, torch.arange(len(ids))[None], zeros, zeros[0, :0], zeros[0, :0], zeros[0, :0], BLOCK)
+    nothing = zeros[0, :0]
+    return Rows(ids[None], zeros, zeros, torch.arange(len(ids))[None], zeros, nothing, nothing, nothing, BLOCK)
 
 
 def draw(axes, title: str, rows: Rows) -> None:

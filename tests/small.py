@@ -1,5 +1,8 @@
 """A random model small enough for any test."""
 
+import shutil
+from pathlib import Path
+
 import torch
 
 from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm
@@ -31,3 +34,22 @@ def small_lm(block_size: int = 4, seed: int = 0, attention: str = "sdpa", scale:
             if parameter.ndim == 2:
                 parameter.mul_(scale)
     return diffusion_lm(model, None, block_size, MASK)
+
+
+def published_vocabulary(directory: Path, shared: Path) -> Path:
+    """Save a random model of two layers with the real tokenizer and its 151 936 tokens."""
+    config = SDARConfig(
+        vocab_size=151936,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    shutil.copytree(shared / "models/sdar-tokenizer", directory)
+    SDARForCausalLM(config).save_pretrained(directory)
+    return directory

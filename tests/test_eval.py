@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from small import published_vocabulary
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.commands import eval as command
@@ -149,7 +150,12 @@ def test_a_prompt_over_the_limit_is_named_by_its_problem(tokenizer: PreTrainedTo
 
 
 def config(**changes: object) -> DictConfig:
-    return OmegaConf.merge(CONFIG, OmegaConf.create(changes))
+    """The configuration with changes; a group with another `_target_` is another group."""
+    base = CONFIG.copy()
+    for name, change in changes.items():
+        if isinstance(change, dict) and "_target_" in change:
+            del base[name]
+    return OmegaConf.merge(base, OmegaConf.create(changes))
 
 
 def by_sample(out: Path) -> dict[tuple[str, int], str]:
@@ -194,6 +200,26 @@ def test_answers_of_other_weights_are_not_mixed_in(finished: Path, tmp_path: Pat
     with pytest.raises(DirlError, match="answers of other problems, changed since"):
         command.run(config(bench={"seed": 1}), tmp_path)
     assert by_sample(tmp_path) == by_sample(finished)
+
+
+@pytest.mark.parametrize("limit", [12, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("name", ["MATH500", "GSM8K"])
+def test_real_benchmarks_run_to_the_end(shared: Path, tmp_path: Path, name: str, limit: int | None) -> None:
+    model = published_vocabulary(tmp_path / "model", shared)
+    command.run(
+        config(
+            model={"_target_": "dirl_cli.models.checkpoint.Checkpoint", "name": "random", "path": str(model)},
+            bench={"_target_": "dirl_cli.data.files.ProblemFile", "name": name, "path": f"{shared}/data/{name}.json"},
+            samples=1,
+            limit=limit,
+            max_batch=64,
+            decoding={"max_new_tokens": 8},
+        ),
+        tmp_path,
+    )
+    card = json.loads((tmp_path / "eval_card.json").read_text())
+    assert card["metrics"]["problems"] == (limit or {"MATH500": 500, "GSM8K": 1319}[name])
+    assert card["metrics"]["truncated"] == 1.0
 
 
 @pytest.mark.parametrize("changes", [{"limit": 0}, {"samples": 0}])

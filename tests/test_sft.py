@@ -15,13 +15,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from small import published_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dirl_cli import schema
 from dirl_cli.commands.sft import run
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
-from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.training.batches import Noise, NoisedBatches, generator
 from dirl_cli.tree import conf_dir
 
@@ -71,7 +71,10 @@ def finished(tmp_path_factory) -> Path:
 
 def test_every_step_is_on_record_and_evaluations_where_they_were_asked_for(finished):
     assert [line["step"] for line in lines(finished)] == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in lines(finished) if "validation_loss" in line and "greedy_accuracy" in line] == [3, 6]
+    assert [line["step"] for line in lines(finished) if "validation_loss" in line and "greedy_accuracy" in line] == [
+        3,
+        6,
+    ]
     wanted = {"loss", "grad_norm", "lr", "tokens_per_s", "epoch", "seconds/rows", "seconds/optimizer"}
     assert wanted < lines(finished)[0].keys()
 
@@ -191,25 +194,6 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     assert weights(out) == weights(through)
     assert [line["step"] for line in lines(out)] == [*range(1, 7)]
     assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(through)]
-
-
-def published_vocabulary(directory: Path, shared: Path) -> Path:
-    """A random model of two layers with the real tokenizer and its 151 936 tokens."""
-    config = SDARConfig(
-        vocab_size=151936,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=64,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    shutil.copytree(shared / "models/sdar-tokenizer", directory)
-    SDARForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 def test_real_demonstrations_with_the_real_tokenizer_train_save_and_go_on(shared, tmp_path, capsys):

@@ -70,6 +70,7 @@ class ReinforcementConfig:
     train_tail: bool
     rollout_only: bool
     replay: str | None
+    rescore: bool
 
 
 @dataclass

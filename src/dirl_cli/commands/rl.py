@@ -19,7 +19,7 @@ from dirl_cli.data.chat import encode_problems
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.evaluation.metrics import mean
 from dirl_cli.loop.exam import Exam
-from dirl_cli.loop.groups import Answers, Replayed, Sampled, State, replayed, with_advantages
+from dirl_cli.loop.groups import Answers, Replayed, Sampled, State, replayed, rescored, with_advantages
 from dirl_cli.loop.learn import Learner
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.scoring import Rewards, Scorer
@@ -128,13 +128,15 @@ def run(cfg: DictConfig, out: Path) -> None:
                 torch.manual_seed(cfg.seed + state.step)  # for models with dropout
                 with trainer.times("rollout"):
                     groups, sampled = groups_source.take(state)
+                if cfg.rl.rescore:
+                    groups = sampled = rescored(groups, scorer, decoding.max_new_tokens, lm.block_size)
                 groups = with_advantages(groups, ADVANTAGES[objective.advantage])
                 metrics = measured(sampled, groups, 0 if cfg.rl.replay else cfg.rl.group_size)
                 if groups and not cfg.rl.rollout_only:
                     metrics |= learner.learn(groups, state.step, sampler.weights_version)
                 state.step += 1
                 sampler.update_weights(lm.model.named_parameters(), trainer.steps_taken)
-                if accelerator.is_main_process and not cfg.rl.replay:
+                if accelerator.is_main_process and (cfg.rl.rescore or not cfg.rl.replay):
                     write_rollout(rollout_path(out / "rollouts", state.step), records(groups, sampled))
 
                 step, is_last = state.step, state.step == cfg.steps
@@ -144,7 +146,8 @@ def run(cfg: DictConfig, out: Path) -> None:
                 if (is_last or due(step, cfg.eval_every)) and not cfg.rl.rollout_only:
                     with trainer.times("evaluation"):
                         metrics |= exam.take(lm, sampler, scorer.grader)
-                    progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'greedy_accuracy')}")
+                    if exam.problems:
+                        progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'greedy_accuracy')}")
                 log.write(step, metrics | trainer.times.take())
                 must_stop = bool(stop) and not is_last
                 if is_last or must_stop or due(step, cfg.save_every):
@@ -183,6 +186,8 @@ def check(rl: DictConfig, objective: Objective) -> None:
             raise DirlError(f"rl.{name} must be at least 1, not {rl[name]}")
     if rl.correction_cap and not (rl.old == "trainer" and objective.is_exact):
         raise DirlError("rl.correction_cap wants rl.old=trainer and an algorithm that scores the true trace, as dipo")
+    if rl.rescore and not rl.replay:
+        raise DirlError("rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR")
     if rl.replay and rl.rollout_only:
         raise DirlError("rl.replay learns without sampling and rl.rollout_only samples without learning: give one")
 
@@ -194,11 +199,14 @@ def measured(sampled: Sequence[Answers], groups: Sequence[Answers], group_size: 
     no reward.
     """
     answers = [record for group in sampled for record in group]
+    metrics: dict[str, float] = {"groups": len(groups)}
+    if (excluded := len(sampled) * group_size - len(answers)) > 0:
+        metrics["excluded"] = excluded
     if not answers:
-        return {"groups": len(groups)}
+        return metrics
     trajectories = [record.trajectory for record in answers]
     tokens = sum(len(one.token_ids) for one in trajectories)
-    metrics = {
+    metrics |= {
         "reward": mean(record.reward or 0.0 for record in answers),
         "accuracy": mean(record.correct for record in answers),
         "length": mean(len(one.completion_ids) for one in trajectories),
@@ -206,12 +214,9 @@ def measured(sampled: Sequence[Answers], groups: Sequence[Answers], group_size: 
         "tokens_per_forward": tokens / sum(one.forwards for one in trajectories),
         "tokens_per_denoising_forward": tokens / sum(one.denoise_forwards for one in trajectories),
         "kept": mean(any(record.kept for record in group) for group in sampled),
-        "groups": len(groups),
     }
     for part in answers[0].parts:
         metrics[f"reward/{part}"] = mean(record.parts[part] for record in answers)
-    if excluded := len(sampled) * group_size - len(answers):
-        metrics["excluded"] = excluded
     if kept := [record for group in groups for record in group]:
         metrics["kept_reward"] = mean(record.reward or 0.0 for record in kept)
         metrics["kept_accuracy"] = mean(record.correct for record in kept)

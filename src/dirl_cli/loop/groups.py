@@ -15,7 +15,7 @@ from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.answer import Answer
-from dirl_cli.reward.scoring import Scorer
+from dirl_cli.reward.scoring import Scored, Scorer
 from dirl_cli.rollout.record import Record, from_json, read_rollout, rollout_files, to_json
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.types import Decoding, Problem
@@ -119,8 +119,7 @@ class Sampled:
         for key, scored in self.scorer.score(finished()):
             record = waiting.pop(key)
             if scored is not None:
-                rewarded = replace(record, reward=scored.total, parts=scored.parts, correct=scored.correct)
-                yield places[key[0]], rewarded
+                yield places[key[0]], rewarded(record, scored)
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,24 @@ def replayed(directory: Path, steps: int) -> Replayed:
     if missing:
         raise DirlError(f"{directory} holds no rollout of step {missing[0]}: replay fewer with steps={missing[0] - 1}")
     return Replayed(files)
+
+
+def rescored(groups: Sequence[Answers], scorer: Scorer, longest: int, block_size: int) -> list[Answers]:
+    """The groups with their answers rewarded anew, without those that have no reward. longest: tokens allowed."""
+    found: list[dict[int, Record]] = [{} for _ in groups]
+    answers = (
+        ((i, k), Answer.of(record.problem, record.trajectory, record.completion, longest, block_size))
+        for i, group in enumerate(groups)
+        for k, record in enumerate(group)
+    )
+    for (i, k), scored in scorer.score(answers):
+        if scored is not None:
+            found[i][k] = rewarded(groups[i][k], scored)
+    return [[record for _, record in sorted(group.items())] for group in found if group]
+
+
+def rewarded(record: Record, scored: Scored) -> Record:
+    return replace(record, reward=scored.total, parts=scored.parts, correct=scored.correct)
 
 
 def continues(last: Record, record: Record) -> bool:

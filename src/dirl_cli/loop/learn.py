@@ -102,6 +102,7 @@ class Learner:
     def scored(self, micro_batches: Sequence[Rows], scorer: nn.Module, name: str) -> list[Rows]:
         """The micro-batches with a scorer's log-probs noted under `name`, by each process on its share of them."""
         accelerator = self.trainer.accelerator
+        scorer.eval()
         with accelerator.autocast():
             logprobs = {
                 id(rows): scorer(rows.to(accelerator.device))[0] for rows, _ in self.trainer.share(micro_batches)

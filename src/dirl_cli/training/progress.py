@@ -14,11 +14,11 @@ FORMS = {
     "lr": "lr {:.2e}",
     "tokens_per_s": "{:,.0f} tokens/s",
     "validation_loss": "validation loss {:.4f}",
-    "accuracy": "accuracy {:.1%}",
+    "accuracy": "accuracy {:.0%}",
     "greedy_accuracy": "greedy accuracy {:.1%}",
     "reward": "reward {:.3f}",
-    "length": "{:.0f} tokens long",
-    "tokens_per_forward": "{:.2f} tokens/forward",
+    "length": "{:.0f} tokens",
+    "tokens_per_forward": "{:.2f} a forward",
     "kept": "{:.0%} kept",
 }
 

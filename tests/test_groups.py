@@ -1,0 +1,222 @@
+"""Dynamic sampling with a sampler and a scorer written by hand: which groups are kept, and which wait."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dirl_cli.algo.advantages import mean_only, normalised
+from dirl_cli.commands.rl import answer_table, measured, records
+from dirl_cli.errors import DirlError
+from dirl_cli.loop.groups import Sampled, State, continues, problem_at, replayed, rescored, with_advantages
+from dirl_cli.reward.scoring import Rewards, Scored, Scorer
+from dirl_cli.rollout.record import Record, rollout_path, write_rollout
+from dirl_cli.types import Decoding, Problem, Trajectory
+
+POOL = [Problem(str(i), f"what is {i}?", str(i)) for i in range(6)]
+
+
+@dataclass
+class FakeSampler:
+    """Answers are the number of the prompt and of the sample, the last ones first; notes every request."""
+
+    asked: list[tuple[int, int]] = field(default_factory=list)  # prompt, seed
+
+    def stream(self, prompts, n, decoding, seeds) -> Iterator[tuple[int, int, Trajectory]]:
+        self.asked += [(prompt[0], seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        for i in reversed(range(len(prompts))):
+            for sample in reversed(range(n)):
+                yield i, sample, Trajectory(prompts[i], [sample, 9], [1, 1], [-0.5, -0.25], "stop", 1, 2, 3, (9,))
+
+
+@dataclass
+class FakeScorer:
+    """Gives the sample's number among the problem's rewards; None leaves the answer out."""
+
+    rewards: dict[str, list[float | None]]
+
+    def score(self, answers):
+        for key, answer in answers:
+            reward = self.rewards[answer.problem.id][int(answer.completion)]
+            yield key, None if reward is None else Scored(reward, {"accuracy": reward}, reward == 1)
+
+
+def source(rewards: dict[str, list[float | None]], **options) -> Sampled:
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(str, ids)))
+    lm = SimpleNamespace(require_tokenizer=lambda: tokenizer, block_size=2)
+    defaults = {"problems": 2, "group_size": 2, "filter": "accuracy", "max_rounds": 3, "seed": 0}
+    decoding, prompts = Decoding(max_new_tokens=4), [[i] for i in range(len(POOL))]
+    scorer = FakeScorer(rewards)
+    return Sampled(POOL, prompts, lm, FakeSampler(), scorer, decoding, Accelerator(cpu=True), **defaults | options)
+
+
+def order(epoch: int = 0) -> list[str]:
+    """The ids of the problems as seed 0 draws them."""
+    return [POOL[problem_at(epoch * len(POOL) + i, len(POOL), 0)].id for i in range(len(POOL))]
+
+
+def each(rewards: list[float | None]) -> dict[str, list[float | None]]:
+    """The same rewards for the answers to every problem."""
+    return {problem.id: rewards for problem in POOL}
+
+
+def ids(groups) -> list[str]:
+    return [group[0].problem.id for group in groups]
+
+
+MIXED, SAME = [1.0, 0.0], [0.0, 0.0]
+
+
+def test_every_epoch_draws_every_problem_once_in_another_order():
+    assert sorted(order(0)) == sorted(order(1)) == [problem.id for problem in POOL]
+    assert order(0) != order(1)
+
+
+def test_problems_are_drawn_until_enough_groups_have_right_and_wrong_answers():
+    first, second, third, fourth, *_ = order()
+    state = State()
+    groups, sampled = source({**each(MIXED), first: SAME, third: [1.0, 1.0]}).take(state)
+    assert ids(groups) == [second, fourth]
+    assert ids(sampled) == [first, second, third, fourth]
+    assert [group[0].kept for group in sampled] == [False, True, False, True]
+    assert state == State(step=0, drawn=4, surplus=[])
+
+
+def test_draws_end_at_the_cap():
+    state = State()
+    groups, sampled = source(each(SAME), max_rounds=2).take(state)
+    assert (groups, len(sampled), state.drawn) == ([], 4, 4)
+
+
+def test_the_surplus_is_for_the_next_step_also_after_a_checkpoint():
+    first, second, third, fourth, *_ = order()
+    ours, state = source({**each(MIXED), first: SAME}), State()
+    groups, _ = ours.take(state)
+    assert ids(groups) == [second, third]
+    assert ids(state.surplus) == [fourth]
+    state.step = 1
+    restored = State.from_json(json.loads(json.dumps(state.to_json())))
+    assert restored == state
+    groups, sampled = ours.take(restored)
+    assert ids(groups) == [fourth, order()[4]]
+    assert ids(sampled) == order()[4:]
+    assert ids(restored.surplus) == [order()[5]]
+
+
+def test_nothing_is_sampled_while_the_surplus_suffices():
+    ours, state = source(each(MIXED)), State()
+    state.surplus = [group for _ in range(2) for group in ours.take(State())[0]]
+    groups, sampled = ours.take(state)
+    assert (len(groups), sampled, len(state.surplus), state.drawn) == (2, [], 2, 0)
+    assert measured(sampled, groups, 2)["groups"] == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "rewards", "kept"),
+    [
+        ("accuracy", [1.0, 0.0], True),
+        ("accuracy", [0.5, 0.0], False),
+        ("reward", [0.5, 0.0], True),
+        ("reward", [0.5, 0.5], False),
+        ("none", [0.5, 0.5], True),
+        ("none", [None, None], False),
+        ("reward", [0.5, None], False),
+    ],
+)
+def test_which_groups_each_filter_keeps(rule, rewards, kept):
+    groups, _ = source(each(rewards), filter=rule, max_rounds=1).take(State())
+    assert bool(groups) is kept
+
+
+def test_answers_come_in_order_whatever_finishes_first():
+    groups, _ = source(each([1.0, 0.0, 0.0]), group_size=3).take(State())
+    assert [[record.sample for record in group] for group in groups] == [[0, 1, 2]] * 2
+    assert [record.completion for record in groups[0]] == ["0", "1", "2"]
+    assert [record.reward for record in groups[0]] == [1.0, 0.0, 0.0]
+
+
+def test_a_problem_drawn_twice_in_a_step_is_asked_with_two_seeds():
+    ours = source(each(MIXED), problems=12, max_rounds=1)
+    ours.take(State())
+    assert len(ours.sampler.asked) == len(set(ours.sampler.asked)) == 12
+    again = source(each(MIXED), problems=12, max_rounds=1)
+    again.take(State())
+    assert again.sampler.asked == ours.sampler.asked
+
+
+def test_answers_left_out_are_counted_and_the_rest_is_learned_from():
+    rewards = {**each([1.0, None, 0.0]), order()[0]: [None, None, None]}
+    groups, sampled = source(rewards, group_size=3, max_rounds=1).take(State())
+    assert [[record.sample for record in group] for group in groups] == [[0, 2]]
+    metrics = measured(sampled, groups, 3)
+    assert (metrics["excluded"], metrics["kept"], metrics["reward"], metrics["kept_reward"]) == (4, 0.5, 0.5, 0.5)
+    assert answer_table(sampled, 1).row_count == 2
+
+
+def test_a_rollout_of_which_nothing_is_left_is_no_error():
+    groups, sampled = source(each([None, None]), max_rounds=1).take(State())
+    assert measured(sampled, groups, 2) == {"groups": 0, "excluded": 4}
+    assert answer_table(sampled, 1).row_count == 0
+
+
+def test_metrics_tell_what_was_sampled_and_what_was_kept():
+    first, *_ = order()
+    groups, sampled = source({**each(MIXED), first: SAME}, max_rounds=1).take(State())
+    metrics = measured(sampled, groups, 2)
+    assert metrics["reward"] == metrics["accuracy"] == metrics["reward/accuracy"] == 0.25
+    assert metrics["kept_reward"] == metrics["kept_accuracy"] == metrics["kept"] == 0.5
+    assert (metrics["length"], metrics["tokens_per_forward"], metrics["tokens_per_denoising_forward"]) == (1, 1, 2)
+    assert "excluded" not in metrics
+
+
+def test_only_what_a_step_learned_from_is_replayed(tmp_path):
+    first, second, third, fourth, *_ = order()
+    groups, sampled = source({**each(MIXED), first: SAME}).take(State())
+    groups = with_advantages(groups, mean_only)
+    write_rollout(rollout_path(tmp_path / "rollouts", 1), records(groups, sampled))
+    replay = replayed(tmp_path, steps=1)
+    assert replay.take(State()) == (groups, groups)
+    written = [json.loads(line) for line in (tmp_path / "rollouts/step-000001.jsonl").read_text().splitlines()]
+    assert [(line["problem"], line["kept"]) for line in written[::2]] == [
+        (second, True),
+        (third, True),
+        (first, False),
+        (fourth, False),  # the surplus: the next step's
+    ]
+
+
+def test_a_problem_that_comes_twice_in_a_row_is_two_groups_when_replayed():
+    record = Record(POOL[0], 1, "", Trajectory([1], [9], [1], [0.0], "stop"))
+    assert continues(record, replace(record, sample=2))
+    assert not continues(record, replace(record, sample=0))
+    assert not continues(record, replace(record, sample=2, problem=POOL[1]))
+
+
+def test_a_replay_longer_than_the_run_is_told_before_it_starts(tmp_path):
+    for step in (1, 2):
+        write_rollout(rollout_path(tmp_path, step), [])
+    assert replayed(tmp_path, 2).take(State(step=1)) == ([], [])
+    with pytest.raises(DirlError, match="holds no rollout of step 3: replay fewer with steps=2"):
+        replayed(tmp_path, 5)
+    with pytest.raises(DirlError, match=r"holds no step-….jsonl"):
+        replayed(tmp_path / "elsewhere", 1)
+
+
+def test_advantages_are_taken_within_groups():
+    groups, _ = source(each([1.0, 0.0, 0.0, 0.0]), group_size=4).take(State())
+    found = [record.advantage for record in with_advantages(groups, normalised)[0]]
+    assert torch.allclose(torch.tensor(found), torch.tensor([3.0, -1.0, -1.0, -1.0]) / 3**0.5)
+
+
+def test_a_replay_may_be_rewarded_anew():
+    trajectory = Trajectory([1], [9], [1], [0.0], "stop", denoise_forwards=1)
+    problem = Problem("a", "1+1?", "2")
+    right, wrong = (Record(problem, k, rf"\boxed{{{n}}}", trajectory) for k, n in enumerate((2, 3)))
+    with Scorer(Rewards({"binary": 1.0}, workers=1, timeout=30.0)) as scorer:
+        [[first, second]] = rescored([[right, wrong]], scorer, longest=8, block_size=4)
+    assert (first.reward, first.correct, second.reward, second.correct) == (1.0, True, -1.0, False)
+    assert first.trajectory is trajectory

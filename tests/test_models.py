@@ -1,0 +1,384 @@
+"""Models on disk: published configurations and names, bit-identical round trips, one sentence for what is damaged."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import MASK, small_lm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
+)
+
+from dirl_cli import Decoding, load_sampler, score
+from dirl_cli.diffusion.layout import Coordinates
+from dirl_cli.errors import DirlError
+from dirl_cli.models.attention import dense_attention, dense_mask
+from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM, pick_device
+from dirl_cli.models.sdar import SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
+from dirl_cli.models.tiny import Tiny
+from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.training.logprobs import score_trajectories
+
+OPTIONS = Decoding(temperature=1.0, max_new_tokens=9, strategy="sequential")
+PROMPTS = [[5, 6, 7], [11] * 9]
+
+
+def load(path: Path, **named: int) -> DiffusionLM:
+    return Checkpoint("mine", str(path), **named).load("float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A small model in the published layout, without a tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "small"
+    small_lm().save(directory)
+    return directory
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+# What is saved
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_come_back_to_the_last_bit_under_the_published_names(tmp_path, dtype):
+    lm = small_lm()
+    lm.model.to(getattr(torch, dtype))
+    lm.save(tmp_path / "model")
+    back = Checkpoint("mine", str(tmp_path / "model")).load(dtype, "cpu").model.state_dict()
+    assert back.keys() == lm.model.state_dict().keys()
+    for name, tensor in lm.model.state_dict().items():
+        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+    with torch.device("meta"):
+        published = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2)).state_dict().keys()
+    assert load_file(tmp_path / "model/model.safetensors").keys() == published
+
+
+def test_the_configuration_says_what_published_ones_say_and_what_the_method_needs(saved):
+    config = json.loads((saved / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("sdar", ["SDARForCausalLM"])
+    assert (config["block_size"], config["mask_token_id"]) == (4, MASK)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] and config["torch_dtype"] == "float32"
+    assert "auto_map" not in config
+
+
+def test_plain_transformers_loads_what_was_saved(saved):
+    code = f"""
+import sys, torch
+from transformers import Qwen3ForCausalLM
+model, found = Qwen3ForCausalLM.from_pretrained({str(saved)!r}, output_loading_info=True)
+assert not found["missing_keys"] and not found["unexpected_keys"] and not found["mismatched_keys"]
+assert "dirl_cli" not in sys.modules
+print(model(torch.arange(5, 9)[None]).logits.double().sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = load(saved).model(torch.arange(5, 9)[None]).logits.double().sum().item()
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_interrupted_save_leaves_the_model_that_was_there(saved, tmp_path, monkeypatch):
+    directory = Path(shutil.copytree(saved, tmp_path / "model"))
+    before = (directory / "model.safetensors").read_bytes()
+    other = small_lm(seed=1)
+    monkeypatch.setattr(other.model, "save_pretrained", lambda path, **_: (path.mkdir(), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        other.save(directory)
+    assert (directory / "model.safetensors").read_bytes() == before
+    small_lm(seed=1).save(directory)
+    assert (directory / "model.safetensors").read_bytes() != before
+
+
+def test_a_tied_head_is_stored_once_and_samples_the_same_when_it_comes_back(tmp_path):
+    lm = Tiny(hidden_size=32, num_hidden_layers=1, intermediate_size=32).load("float32", "cpu")
+    lm.save(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied/model.safetensors")
+    back = load(tmp_path / "tied")
+    embedding, head = back.model.get_input_embeddings().weight, back.model.get_output_embeddings().weight
+    assert embedding.data_ptr() == head.data_ptr()
+    assert NativeSampler(back).sample(PROMPTS, 1, OPTIONS) == NativeSampler(lm).sample(PROMPTS, 1, OPTIONS)
+    assert back.tokenizer.chat_template == lm.tokenizer.chat_template
+    assert (back.stop_token_ids, back.unsampled_ids) == (lm.stop_token_ids, lm.unsampled_ids)
+
+
+def test_an_untied_head_comes_back_apart(saved):
+    model = load(saved).model
+    assert model.get_input_embeddings().weight.data_ptr() != model.get_output_embeddings().weight.data_ptr()
+
+
+def test_the_embedded_model_is_the_same_for_the_same_seed_and_leaves_the_random_state_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    one, same, other = (Tiny(seed=seed).load("float32", "cpu").model.state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+# What is registered
+
+
+def test_a_dense_and_a_mixture_model_load_by_their_type_without_remote_code(saved, tmp_path):
+    assert type(AutoModelForCausalLM.from_pretrained(saved)) is SDARForCausalLM
+    config = SDARMoeConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        mask_token_id=MASK,
+    )
+    torch.manual_seed(0)
+    SDARMoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    lm = load(tmp_path / "moe")
+    assert type(lm.model) is SDARMoeForCausalLM and lm.model.config.model_type == "sdar_moe"
+    with torch.device("meta"):
+        assert lm.model.state_dict().keys() == Qwen3MoeForCausalLM(config).state_dict().keys()
+    trajectories = [group[0] for group in NativeSampler(lm).sample(PROMPTS, 1, OPTIONS)]
+    for trajectory, logprobs in zip(trajectories, score_trajectories(lm, trajectories, OPTIONS), strict=True):
+        assert trajectory.logprobs == pytest.approx(logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("SDAR-4B-Chat", 4_411_424_256), ("SDAR-8B-Chat", 8_190_735_360)])
+def test_published_configurations_load_with_as_many_parameters_as_published(shared, tmp_path, name, parameters):
+    shutil.copy(shared / f"models/configs/{name}.json", tmp_path / "config.json")
+    config = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    assert type(model) is SDARForCausalLM
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_the_published_tokenizer_gives_the_ids_of_the_method(shared, tmp_path):
+    shutil.copytree(shared / "models/sdar-tokenizer", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")) == (151643, 151645)
+
+
+# Block size and mask token
+
+
+def test_block_size_and_mask_token_come_from_either_side_and_default_to_the_published_ones(copy):
+    assert (load(copy).block_size, load(copy).mask_token_id) == (4, MASK)
+    assert load(copy, block_size=4, mask_token_id=MASK).block_size == 4
+    edit_config(copy, block_size=None, mask_token_id=None)
+    asked = load(copy, block_size=8, mask_token_id=3)
+    assert (asked.block_size, asked.mask_token_id, asked.unsampled_ids) == (8, 3, (3,))
+    assert load(copy, mask_token_id=3).block_size == 4
+    with pytest.raises(DirlError, match=r"mask token 151669 is outside the vocabulary of .*: set model.mask_token_id"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("named", "sentence"),
+    [
+        ({"block_size": 8}, "block_size is 8 in the configuration and 4 in the checkpoint: leave one of them out"),
+        ({"mask_token_id": 3}, f"mask_token_id is 3 in the configuration and {MASK} in the checkpoint"),
+    ],
+)
+def test_a_mismatch_names_both_sides(saved, named, sentence):
+    with pytest.raises(DirlError, match=sentence):
+        load(saved, **named)
+
+
+def test_a_block_has_at_least_one_token(copy):
+    edit_config(copy, block_size=0)
+    with pytest.raises(DirlError, match="block_size is 0: it must be at least 1"):
+        load(copy)
+
+
+# What is missing or damaged
+
+
+def without_tensor(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncated(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def shard_missing(directory: Path) -> None:
+    small_lm().model.save_pretrained(directory, max_shard_size="20KB")
+    (directory / "model.safetensors").unlink()
+    min(directory.glob("model-*.safetensors")).unlink()
+
+
+DAMAGES = {
+    "lacks 1 tensor of the model, such as model.layers.0.mlp.up_proj.weight: download": without_tensor,
+    "holds a damaged weight file .*: download or copy it again": truncated,
+    "is not a model that can be loaded: No such file .*model-00001": shard_missing,
+    "is not a model that can be loaded: Error no file named model.safetensors": lambda d: (
+        d / "model.safetensors"
+    ).unlink(),
+    "is not a model that can be loaded: Unrecognized model": lambda d: (d / "config.json").unlink(),
+    "is not a model that can be loaded: It looks like the config": lambda d: (d / "config.json").write_text("{"),
+    "is not a model that can be loaded: list indices": lambda d: (d / "config.json").write_text("[]"),
+    "is not a model that can be loaded: Validation error": lambda d: edit_config(d, hidden_size="a"),
+    r"holds .* with shape \(50, 32\), and its config.json asks for \(50, 64\)": lambda d: edit_config(
+        d, hidden_size=64
+    ),
+    "is not a model that can be loaded: The checkpoint": lambda d: edit_config(d, model_type="other"),
+    "the tokenizer of .* cannot be read": lambda d: (d / "tokenizer.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("sentence", DAMAGES)
+def test_a_damaged_model_is_told_in_one_sentence(copy, sentence, capfd):
+    DAMAGES[sentence](copy)
+    with pytest.raises(DirlError, match=sentence) as told:
+        load(copy)
+    assert "\n" not in str(told.value) and str(copy) in str(told.value)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("nowhere", "nowhere is not a directory: give model.path that of a saved model"),
+        ("./no/where", "./no/where is not a directory"),
+        (__file__, "is not a directory"),
+        ("JetLM/SDAR-4B-Chat", "is not on this machine: run `dirl download model=JetLM/SDAR-4B-Chat` first"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told_with_the_remedy(path, sentence, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DirlError, match=sentence):
+        Checkpoint("mine", path).load("float32", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("float16", "cpu", "auto"), "dtype=float16: did you mean bfloat16"),
+        (("auto", "gpu", "auto"), "device=gpu: did you mean cpu"),
+        (("auto", "cpu", "flash"), "attention=flash: choose one of auto, sdpa, flex"),
+    ],
+)
+def test_an_unknown_choice_names_the_known_ones(saved, options, sentence):
+    with pytest.raises(DirlError, match=sentence):
+        Checkpoint("mine", str(saved)).load(*options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_told():
+    assert pick_device("auto") == "cpu"
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(DirlError, match=f"device={device}: there is no CUDA device here, so leave it at auto"):
+            pick_device(device)
+
+
+def test_a_model_without_a_tokenizer_loads_and_says_so_where_one_is_needed(saved):
+    lm = load(saved)
+    assert lm.tokenizer is None
+    with pytest.raises(DirlError, match=f"{saved} has no tokenizer: copy its tokenizer files beside config.json"):
+        lm.require_tokenizer()
+
+
+def test_a_model_has_room_for_whole_blocks_only(copy):
+    edit_config(copy, max_position_embeddings=30)
+    assert load(copy).longest_prompt == 27
+
+
+# Attention
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_sampler_samples_the_same_whatever_attention_the_model_was_loaded_with(n):
+    lm, flex = small_lm(), small_lm(attention="flex_attention")
+    assert NativeSampler(flex).sample(PROMPTS, n, OPTIONS) == NativeSampler(lm).sample(PROMPTS, n, OPTIONS)
+    assert flex.model.config._attn_implementation == "flex_attention"
+
+
+def test_the_attention_comes_back_also_after_an_error():
+    model = small_lm(attention="flex_attention").model
+    with pytest.raises(ZeroDivisionError), dense_attention(model):
+        assert model.config._attn_implementation == "sdpa"
+        _ = 1 / 0
+    assert model.config._attn_implementation == "flex_attention"
+
+
+def test_a_dense_mask_makes_the_model_block_causal(saved):
+    lm, ids = load(saved), torch.arange(5, 17)[None]
+    position, zeros = torch.arange(12)[None], torch.zeros(1, 12, dtype=torch.long)
+    mask = dense_mask(Coordinates(zeros, zeros, position // 4, zeros))
+    with torch.no_grad():
+        whole = lm.model(ids, position_ids=position, attention_mask=mask).logits
+        changed = ids.clone()
+        changed[0, 8] = 40
+        other = lm.model(changed, position_ids=position, attention_mask=mask).logits
+    assert torch.equal(whole[:, :8], other[:, :8])
+    assert not torch.allclose(whole[:, 11], other[:, 11])
+
+
+# From Python
+
+
+def test_importing_the_package_imports_no_torch():
+    code = (
+        "import sys, dirl_cli; from dirl_cli import Decoding, Trajectory; Decoding(); assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    code = "import dirl_cli; dirl_cli.nothing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "module 'dirl_cli' has no attribute 'nothing'" in done.stderr
+
+
+def test_sampling_and_scoring_from_python(saved):
+    sampler = load_sampler(saved, device="cpu", dtype="float32")
+    decoding = Decoding(
+        block_size=None,
+        denoising_steps=4,
+        strategy="low_confidence_dynamic",
+        threshold=0.9,
+        confidence="sampled",
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=10,
+        stop_token_ids=(),
+        seed=0,
+    )
+    groups = sampler.sample(prompts=PROMPTS, n=2, decoding=decoding)
+    assert [len(group) for group in groups] == [2, 2]
+    one = groups[0][0]
+    assert (one.prompt_ids, one.stop_reason, len(one.token_ids)) == (PROMPTS[0], "length", 13)
+    assert len(one.reveal_step) == len(one.logprobs) == 13
+    assert 0 < one.denoise_forwards <= one.forwards
+    for trajectory, logprobs in zip(groups[1], score(saved, groups[1]), strict=True):
+        assert trajectory.logprobs == pytest.approx(logprobs, abs=1e-5)
+    assert score(saved, []) == []
+
+
+def test_a_sampler_holds_at_least_one_sequence(saved):
+    with pytest.raises(DirlError, match="max_batch must be at least 1"):
+        load_sampler(saved, max_batch=0)
