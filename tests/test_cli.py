@@ -97,7 +97,7 @@ def test_the_recipe_of_a_model_gives_way_to_the_command_line():
         (["optim.lrr=1"], "dirl sft: optim.lrr: no such key; did you mean optim.lr?"),
         (["lr=1"], "dirl sft: lr: no such key; did you mean optim.lr?"),
         (["decoding=dynamc"], "dirl sft: decoding=dynamc: did you mean dynamic?"),
-        (["optim=sgd"], "dirl sft: optim=sgd: choose one of adamw, muon"),
+        (["optim=sgd"], "dirl sft: optim=sgd: choose one of adamw, adamw_rl, adamw_rl_tiny, muon"),
         (["steps=few"], "dirl sft: steps=few: Value 'few' of type 'str' could not be converted to Integer"),
         (["seed=1,2"], "dirl sft: seed=1,2: add -m to run each of them, or write seed=[1,2] for a list"),
         (["-m", "seed=1,2", "optim.lrr=1"], "dirl sft: optim.lrr: no such key; did you mean optim.lr?"),

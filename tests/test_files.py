@@ -119,3 +119,16 @@ def test_the_real_files_are_read() -> None:
     sizes = {"MATH500": 500, "GSM8K": 1319, "AIME2024": 30, "AIME2025": 30, "OlympiadBench": 675}
     assert {name: len(problems(str(SHARED / f"{name}.json"))) for name in sizes} == sizes
     assert len(TrainingFile("d", str(SHARED / "GSM8K-train-sft.json")).demonstrations()) == 7473
+
+
+def test_parquet_rows_are_read_like_any_other(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"question": "1+1?", "ground_truth_answer": "2"}, {"question": "2+2?", "ground_truth_answer": "4"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "sums.parquet")
+    problems = ProblemFile("sums", str(tmp_path / "sums.parquet")).problems()
+    assert [(one.question, one.answer) for one in problems] == [("1+1?", "2"), ("2+2?", "4")]
+    (tmp_path / "torn.parquet").write_bytes((tmp_path / "sums.parquet").read_bytes()[:40])
+    with pytest.raises(DirlError, match=r"torn\.parquet is not a Parquet file that can be read"):
+        ProblemFile("torn", str(tmp_path / "torn.parquet")).problems()

@@ -217,7 +217,7 @@ def test_an_earlier_file_is_kept_beside(model, tmp_path):
 ROWS = [{"question": f"{i}+1?"} for i in range(6)]
 
 
-class Interrupted(Exception):
+class Interruption(KeyboardInterrupt):
     pass
 
 
@@ -227,7 +227,7 @@ def interrupt(monkeypatch, after: int) -> None:
 
     def stream(self, *args, **kwargs):
         yield from islice(whole(self, *args, **kwargs), after)
-        raise Interrupted
+        raise Interruption
 
     monkeypatch.setattr(NativeSampler, "stream", stream)
 
@@ -235,7 +235,7 @@ def interrupt(monkeypatch, after: int) -> None:
 def test_an_interrupted_file_goes_on_where_it_stopped(model, tmp_path, monkeypatch, capsys):
     options = {"input": file(tmp_path, *ROWS), "samples": 2, "max_batch": 3}
     whole = by_place(dirl_generate(model, tmp_path / "whole", **options))
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
         interrupt(patch, after=5)
         dirl_generate(model, tmp_path / "out", **options)
     written = read(tmp_path / "out")
@@ -254,7 +254,7 @@ def test_an_interrupted_file_goes_on_where_it_stopped(model, tmp_path, monkeypat
 
 def test_a_run_that_was_interrupted_before_its_first_answer_leaves_nothing_aside(model, tmp_path, monkeypatch):
     options = {"input": file(tmp_path, *ROWS)}
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
         interrupt(patch, after=0)
         dirl_generate(model, tmp_path / "out", **options)
     assert len(dirl_generate(model, tmp_path / "out", **options)) == 6
@@ -267,8 +267,9 @@ def test_a_run_that_was_interrupted_before_its_first_answer_leaves_nothing_aside
 def test_another_request_begins_anew_and_keeps_what_there_was(model, tmp_path, change):
     options = {"input": file(tmp_path, *ROWS)}
     before = dirl_generate(model, tmp_path / "out", **options)
-    file(tmp_path, *change.pop("rows", ROWS))
-    dirl_generate(model, tmp_path / "out", **options, **change)
+    file(tmp_path, *change.get("rows", ROWS))
+    changed = {key: value for key, value in change.items() if key != "rows"}
+    dirl_generate(model, tmp_path / "out", **options, **changed)
     assert [json.loads(line) for line in (tmp_path / "out/completions~1.jsonl").read_text().splitlines()] == before
 
 

@@ -179,7 +179,9 @@ def test_only_what_a_step_learned_from_is_replayed(tmp_path):
     groups = with_advantages(groups, mean_only)
     write_rollout(rollout_path(tmp_path / "rollouts", 1), records(groups, sampled))
     replay = replayed(tmp_path, steps=1)
-    assert replay.take(State()) == (groups, groups)
+    learned, on_record = replay.take(State())
+    assert learned == groups == on_record[:2]
+    assert [group[0].problem.id for group in on_record] == [second, third, first, fourth]
     written = [json.loads(line) for line in (tmp_path / "rollouts/step-000001.jsonl").read_text().splitlines()]
     assert [(line["problem"], line["kept"]) for line in written[::2]] == [
         (second, True),

@@ -45,11 +45,14 @@ def test_log_probs_and_entropy_are_those_of_the_full_logits(decoding):
         logits = logits.flatten(0, 1)[packed.where].double()
         logits[:, MASK] = -torch.inf
         logits /= decoding.temperature
+        own = logits.gather(1, packed.targets[:, None])
         if decoding.top_k:
             logits[logits < logits.topk(decoding.top_k).values[:, -1:]] = -torch.inf
             ordered, places = logits.softmax(-1).sort(descending=True)
             beyond = ordered.cumsum(-1) - ordered >= decoding.top_p
             logits[torch.zeros_like(beyond).scatter(1, places, beyond)] = -torch.inf
+            assert (logits.gather(1, packed.targets[:, None]) == -torch.inf).any()  # some tokens lie outside …
+            logits.scatter_(1, packed.targets[:, None], own)  # … and are scored all the same
         logprobs = logits.log_softmax(-1)
         expected = logprobs.gather(1, packed.targets[:, None]).squeeze(1)
         expected_entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)

@@ -16,13 +16,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
+from small import published_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dirl_cli import schema
 from dirl_cli.commands import rl
 from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import Checkpoint
-from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.record import read_rollout
 from dirl_cli.tree import conf_dir
@@ -155,7 +155,8 @@ def test_what_the_run_shows(model, tmp_path, capsys):
     run(config(model, "steps=2"), tmp_path)
     shown = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"before · greedy accuracy .*%", shown[0])
-    assert any(line.startswith("step 1/2 · ") and "reward -" in line and "tokens/forward" in line for line in shown)
+    [summary] = [line for line in shown if line.startswith("step 1/2 · ")]
+    assert "reward -" in summary and "accuracy 0%" in summary and len(summary) <= 100
     assert any("│ question" in line or "┃ question" in line for line in shown)
     assert any(re.fullmatch(r"step 2/2 · greedy accuracy .*%", line) for line in shown)
     assert f"the model is in {tmp_path}/model: run `dirl eval model={tmp_path}/model`" in shown
@@ -190,6 +191,19 @@ def test_a_replay_learns_the_same_without_sampling(finished, model, tmp_path):
     assert weights(tmp_path) == weights(finished)
     assert updates(tmp_path) == updates(finished)
     assert not (tmp_path / "rollouts").exists()
+
+
+def test_a_replay_may_reward_anew(finished, model, tmp_path):
+    words = ("eval_problems=0", f"rl.replay={finished}", "rl.rescore=true")
+    run(config(model, *words), tmp_path / "same")
+    assert weights(tmp_path / "same") == weights(finished)
+    run(config(model, *words, "+reward.weights={soft_overlong: -1.0}"), tmp_path / "opposite")
+    assert weights(tmp_path / "opposite") != weights(finished)
+    name = "rollouts/step-000002.jsonl"
+    before, after = ([r for r in read_rollout(out / name) if r.kept] for out in (finished, tmp_path / "opposite"))
+    assert [r.trajectory for r in after] == [r.trajectory for r in before]
+    assert [r.reward for r in after] == [-r.reward for r in before]
+    assert [r.advantage for r in after] == pytest.approx([-r.advantage for r in before])
 
 
 # Two answers to each of three problems, most of which end at once, so that some groups are all the same.
@@ -313,6 +327,7 @@ def test_bf16_keeps_the_parameters_in_float32_and_saves_them_as_bf16(model, tmp_
         (["rl.correction_cap=2", "rl.old=trainer", "algo=diffu_grpo"], "rl.correction_cap wants rl.old=trainer"),
         (["rl.replay=nowhere"], "nowhere holds no step-"),
         (["rl.replay=nowhere", "rl.rollout_only=true"], "give one"),
+        (["rl.rescore=true"], "rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR"),
         (["algo.kl=k4"], "algo.kl=k4: choose one of k1, k2, k3"),
         (["dtype=float16"], "dtype=float16: did you mean"),
         (["device=gpu"], "device=gpu: did you mean cpu"),
@@ -489,12 +504,7 @@ def test_two_processes_give_what_one_gives(model, tmp_path, more):
 
 
 def test_real_problems_with_the_real_tokenizer_are_learned_from_saved_resumed_and_evaluated(shared, tmp_path, capsys):
-    model = tmp_path / "random"
-    shutil.copytree(shared / "models/sdar-tokenizer", model)
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    published = {"vocab_size": 151936, "head_dim": 16, "intermediate_size": 64, "max_position_embeddings": 1024}
-    SDARForCausalLM(SDARConfig(**size, **published, tie_word_embeddings=True)).save_pretrained(model)
+    model = published_vocabulary(tmp_path / "random", shared)
     words = ["data=file", f"data.path={shared}/data/GSM8K-train-rl.json", "data.held_out=2", "steps=2", "save_every=1"]
     words += ["decoding.max_new_tokens=8", "decoding.stop_token_ids=[]", "row_tokens=512", "dtype=float32"]
     words += ["rl.filter=none", "optim.lr=1e-3"]

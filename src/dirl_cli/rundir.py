@@ -21,7 +21,7 @@ from dirl_cli.tree import leaves
 
 # Keys that may change between two starts of a run, because its result does not depend on them.
 FREE = frozenset(
-    {"name", "out", "resume", "gpus", "device", "logger", "log_every", "save_every", "keep_checkpoints"}
+    {"name", "out", "resume", "gpus", "logger", "log_every", "save_every", "keep_checkpoints"}
     | {"eval_every", "eval_problems", "show_every", "max_batch", "grade_workers", "reward.workers"}
 )
 BEGINNINGS = {"config.yaml", "environment.json", "lock", "failure.txt"}  # what a run leaves that failed at once
@@ -37,6 +37,8 @@ def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
     resume: `never` moves an existing run to `out`~1, `out`~2, …; anything else continues it.
     Raises DirlError if another process holds it, if it cannot be written, or if the run there has another config.
     """
+    if resume not in ("auto", "never") and not Path(resume).expanduser().exists():
+        raise DirlError(f"resume={resume}: there is no such checkpoint; give auto, never or the path of one")
     config = OmegaConf.to_yaml(cfg, resolve=True)
     if resume == "never" and (out / "config.yaml").exists():
         with locked(out):

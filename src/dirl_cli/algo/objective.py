@@ -77,7 +77,8 @@ class Objective:
             kl = KL[self.kl](at_level(self.level, notes["reference"] - logprobs, rows))
             loss = loss + self.beta * kl
             watched["kl"] = kl
-        return {"loss": (weight * loss).sum(), **{k: (weight * v).detach().sum() for k, v in watched.items()}}
+        watched = {name: (weight * value).detach().sum() for name, value in watched.items()}
+        return {"loss": (weight * loss).sum(), "weight": weight.sum(), **watched}
 
     def weight(self, rows: Rows) -> Tensor:
         """What each scored token counts (N,), so that the sum divided by `norm` is the normaliser's mean."""

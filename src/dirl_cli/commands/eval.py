@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.build import build
 from dirl_cli.data.chat import encode_problems
@@ -23,7 +23,7 @@ from dirl_cli.evaluation.grade import graded
 from dirl_cli.evaluation.metrics import measure, measure_subsets
 from dirl_cli.evaluation.progress import tracked
 from dirl_cli.evaluation.report import table, write_json
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import Sampler
@@ -47,7 +47,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     prompts = encode_problems(tokenizer, problems, bench.instruction, lm.longest_prompt)
 
     file = out / "answers.jsonl"
-    source = {"weights": digest_weights(lm.model), "problems": digest(prompts, [p.answer for p in problems])}
+    source = {"weights": fingerprint(lm.model), "problems": digest(prompts, [p.answer for p in problems])}
     if processes.is_first:
         require_same(out / "sampled_from.json", source)
         drop_torn_line(file)
@@ -134,15 +134,6 @@ def require_same(path: Path, source: dict[str, str]) -> None:
 
 def digest(*values: object) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def digest_weights(model: PreTrainedModel) -> str:
-    """A fingerprint of the weights from some of the values of each, as quick for a large model as for a small one."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        values = tensor.flatten()
-        found.update(name.encode() + values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
-    return found.hexdigest()
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

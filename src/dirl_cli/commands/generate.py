@@ -18,12 +18,12 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.build import build
-from dirl_cli.commands.eval import digest, digest_weights, plain
+from dirl_cli.commands.eval import digest, plain
 from dirl_cli.data.chat import encode_messages, encode_prompt, encode_question
 from dirl_cli.data.files import Row, read_rows, text
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import drop_torn_line
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding, Trajectory
 
@@ -57,7 +57,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         "model": plain(cfg.model),
         "decoding": asdict(decoding),
         "samples": cfg.samples,
-        "digest": digest(digest_weights(lm.model), [(one.prompt_ids, one.seed) for one in asked]),
+        "digest": digest(fingerprint(lm.model), [(one.prompt_ids, one.seed) for one in asked]),
     }
     done = known(file, source) if cfg.input else set()
     if done:

@@ -18,10 +18,10 @@ from dirl_cli.build import build
 from dirl_cli.data.chat import encode_problems
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.evaluation.metrics import mean
-from dirl_cli.loop.exam import Exam
-from dirl_cli.loop.groups import Answers, Replayed, Sampled, State, replayed, rescored, with_advantages
+from dirl_cli.loop.exam import exam
+from dirl_cli.loop.groups import Answers, Replayed, Sampled, State, replayed, rescored, teaches, with_advantages
 from dirl_cli.loop.learn import Learner
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 from dirl_cli.reward.scoring import Rewards, Scorer
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.record import Record, rollout_path, write_rollout
@@ -59,7 +59,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         build(cfg[name]) for name in ("model", "data", "optim", "schedule", "logger")
     )
     objective, rewards, decoding = build(cfg.algo, Objective), build(cfg.reward, Rewards), build(cfg.decoding, Decoding)
-    check(cfg.rl, objective)
+    check(cfg.rl, objective, decoding)
     lm: DiffusionLM = model.load("float32", str(accelerator.device), cfg.attention)
     decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
     trainer = Trainer(
@@ -86,15 +86,19 @@ def run(cfg: DictConfig, out: Path) -> None:
     )
     checkpoints = Checkpoints(out / "checkpoints", cfg.keep_checkpoints, accelerator)
     state = State()
-    if start := checkpoints.latest() or find(cfg.resume):
+    began_as = fingerprint(lm.model)
+    given = find(cfg.resume)
+    if start := checkpoints.latest() or given:
         remembered = load(start, lm.model, trainer.optimizers)
         if "updates" not in remembered:
             raise DirlError(f"{start} is no checkpoint of `dirl rl`: to begin with a trained model, give it as model=…")
+        if objective.beta and remembered["began_as"] != began_as:
+            raise DirlError(f"{cfg.model.path} has changed since this run began, and is its reference: put it back")
         trainer.steps_taken, state = remembered["updates"], State.from_json(remembered)
         progress.say(f"going on after step {state.step}, from {start}")
     config = OmegaConf.to_container(cfg)
     log = open_log(out, state.step or -1, logger, config) if accelerator.is_main_process else NoLog()
-    exam = Exam(data.problems()[: cfg.eval_problems], data.instruction, decoding, accelerator)
+    questions = exam(data.problems()[: cfg.eval_problems], data.instruction, lm, decoding, accelerator)
     sampler = NativeSampler(lm, cfg.max_batch)
     sampler.weights_version = trainer.steps_taken
 
@@ -119,7 +123,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         )
         if state.step == 0 and not cfg.rl.rollout_only:
             with trainer.times("evaluation"):
-                before = exam.take(lm, sampler, scorer.grader)
+                before = questions.take(sampler, scorer.grader)
             if before:
                 log.write(0, before)
                 progress.say(f"before · {describe(before, 'greedy_accuracy')}")
@@ -129,7 +133,8 @@ def run(cfg: DictConfig, out: Path) -> None:
                 with trainer.times("rollout"):
                     groups, sampled = groups_source.take(state)
                 if cfg.rl.rescore:
-                    groups = sampled = rescored(groups, scorer, decoding.max_new_tokens, lm.block_size)
+                    sampled = rescored(sampled, scorer, decoding.max_new_tokens, lm.block_size)
+                    groups = [group for group in sampled if teaches(group, cfg.rl.filter)]
                 groups = with_advantages(groups, ADVANTAGES[objective.advantage])
                 metrics = measured(sampled, groups, 0 if cfg.rl.replay else cfg.rl.group_size)
                 if groups and not cfg.rl.rollout_only:
@@ -145,16 +150,15 @@ def run(cfg: DictConfig, out: Path) -> None:
                     progress.console.print(answer_table(groups or sampled, step))
                 if (is_last or due(step, cfg.eval_every)) and not cfg.rl.rollout_only:
                     with trainer.times("evaluation"):
-                        metrics |= exam.take(lm, sampler, scorer.grader)
-                    if exam.problems:
+                        metrics |= questions.take(sampler, scorer.grader)
+                    if questions.problems:
                         progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'greedy_accuracy')}")
                 log.write(step, metrics | trainer.times.take())
                 must_stop = bool(stop) and not is_last
                 if is_last or must_stop or due(step, cfg.save_every):
                     with trainer.times("saving"):
-                        path = checkpoints.save(
-                            step, lm.model, trainer.optimizers, updates=trainer.steps_taken, **state.to_json()
-                        )
+                        remembered = {"updates": trainer.steps_taken, "began_as": began_as, **state.to_json()}
+                        path = checkpoints.save(step, lm.model, trainer.optimizers, **remembered)
                         log.draw(PANELS, cfg.name, out / "rl.png")
                 if must_stop:
                     raise DirlError(
@@ -176,7 +180,7 @@ def frozen(lm: DiffusionLM, decoding: Decoding) -> TokenScorer:
     return TokenScorer(copy.deepcopy(lm.model).requires_grad_(False).eval(), lm.unsampled_ids, decoding).to(lm.device)
 
 
-def check(rl: DictConfig, objective: Objective) -> None:
+def check(rl: DictConfig, objective: Objective, decoding: Decoding) -> None:
     """Raises DirlError for choices of `rl` that do not exist or exclude each other, before anything is loaded."""
     for name, known in (("old", ("sampler", "trainer")), ("filter", FILTERS)):
         if rl[name] not in known:
@@ -186,6 +190,8 @@ def check(rl: DictConfig, objective: Objective) -> None:
             raise DirlError(f"rl.{name} must be at least 1, not {rl[name]}")
     if rl.correction_cap and not (rl.old == "trainer" and objective.is_exact):
         raise DirlError("rl.correction_cap wants rl.old=trainer and an algorithm that scores the true trace, as dipo")
+    if decoding.temperature == 0 and not rl.replay:
+        raise DirlError("decoding.temperature=0 gives a group equal answers, from which there is nothing to learn")
     if rl.rescore and not rl.replay:
         raise DirlError("rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR")
     if rl.replay and rl.rollout_only:

@@ -15,7 +15,7 @@ from dirl_cli.data.chat import encode_demonstrations
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Example, example
 from dirl_cli.errors import DirlError
-from dirl_cli.loop.exam import Exam
+from dirl_cli.loop.exam import exam
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
@@ -64,10 +64,11 @@ def run(cfg: DictConfig, out: Path) -> None:
     rates = partial(schedule, steps=cfg.steps)
     trainer = Trainer(accelerator, TokenScorer(lm.model), optim.build(lm.model), rates, cfg.clip_norm)
     validation = noise.rows(held_out, cfg.seed) if held_out else None
-    exam = Exam(data.problems()[: cfg.eval_problems], data.instruction, decoding, accelerator)
+    questions = exam(data.problems()[: cfg.eval_problems], data.instruction, lm, decoding, accelerator)
 
     checkpoints = Checkpoints(out / "checkpoints", cfg.keep_checkpoints, accelerator)
-    if start := checkpoints.latest() or find(cfg.resume):
+    given = find(cfg.resume)
+    if start := checkpoints.latest() or given:
         trainer.steps_taken = load(start, lm.model, trainer.optimizers)["step"]
         progress.say(f"going on after step {trainer.steps_taken}, from {start}")
     main, config = accelerator.is_main_process, OmegaConf.to_container(cfg)
@@ -89,7 +90,7 @@ def run(cfg: DictConfig, out: Path) -> None:
             progress.update(step, metrics)
             if is_last or due(step, cfg.eval_every):
                 with trainer.times("evaluation"):
-                    metrics |= validated(trainer, validation, cfg.micro_rows) | exam.take(lm, sampler, grader)
+                    metrics |= validated(trainer, validation, cfg.micro_rows) | questions.take(sampler, grader)
                 progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'validation_loss', 'greedy_accuracy')}")
             log.write(step, metrics | trainer.times.take())
             must_stop = bool(stop) and not is_last

@@ -123,6 +123,8 @@ def text(row: Row, key: str, expected: str) -> str:
 def read_rows(path: str | Path) -> list[Row]:
     """Every object of the file. Raises DirlError, naming the line or item, for anything that is not one."""
     path = Path(path)
+    if path.suffix == ".parquet" and path.exists():
+        return parquet_rows(path)
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -138,6 +140,18 @@ def read_rows(path: str | Path) -> list[Row]:
         if not isinstance(row.fields, dict):
             raise DirlError(f"{row.place} is not a JSON object but {json.dumps(row.fields)[:40]}: correct it")
     return rows
+
+
+def parquet_rows(path: Path) -> list[Row]:
+    import pyarrow.parquet
+
+    try:
+        fields = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DirlError(f"{path} is not a Parquet file that can be read: {error}") from error
+    if not fields:
+        raise DirlError(f"{path} holds no rows: give a file with at least one")
+    return [Row(f"{path} row {i}", row) for i, row in enumerate(fields, start=1)]
 
 
 def json_list(path: Path, content: str) -> Iterator[Row]:

@@ -15,7 +15,10 @@ def graded(
     decode: Callable[[list[int]], str],
     grader: Grader,
 ) -> Iterator[Answer]:
-    """Grade (problem index, sample index, trajectory) as they come; yields answers as their verdicts are reached."""
+    """Grade (problem index, sample index, trajectory) as they come; yields answers as their verdicts are reached.
+
+    An answer that ran into the length limit is not correct, whatever it holds, as in training.
+    """
     waiting: dict[object, Answer] = {}
     before = time.perf_counter()
     for index, sample, trajectory in sampled:
@@ -34,6 +37,10 @@ def graded(
             seconds=now - before,
         )
         grader.submit((index, sample), problems[index].answer, text)
-        yield from (replace(waiting.pop(key), correct=correct) for key, correct in grader.finished())
+        yield from (verdict(waiting.pop(key), correct) for key, correct in grader.finished())
         before = now
-    yield from (replace(waiting.pop(key), correct=correct) for key, correct in grader.rest())
+    yield from (verdict(waiting.pop(key), correct) for key, correct in grader.rest())
+
+
+def verdict(answer: Answer, correct: bool) -> Answer:
+    return replace(answer, correct=correct and answer.stop_reason == "stop")

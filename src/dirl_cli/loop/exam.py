@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 
-from dirl_cli.data.chat import encode_question
+from dirl_cli.data.chat import encode_problems
 from dirl_cli.evaluation.grade import graded
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.grading import Grader
@@ -16,20 +16,21 @@ from dirl_cli.types import Decoding, Problem
 
 @dataclass(frozen=True)
 class Exam:
-    """Problems and how they are answered: as `decoding` says, but greedily. Every process answers its share."""
+    """Problems with their prompts, answered as `decoding` says, but greedily. Every process answers its share."""
 
     problems: Sequence[Problem]
-    instruction: str | None
+    prompts: Sequence[list[int]]
+    lm: DiffusionLM
     decoding: Decoding
     accelerator: Accelerator
 
-    def take(self, lm: DiffusionLM, sampler: Sampler, grader: Grader) -> dict[str, float]:
+    def take(self, sampler: Sampler, grader: Grader) -> dict[str, float]:
         """`greedy_accuracy`: the share of the problems that are answered right; nothing without problems."""
         if not self.problems:
             return {}
-        tokenizer = lm.require_tokenizer()
-        own = self.problems[self.accelerator.process_index :: self.accelerator.num_processes]
-        prompts = [encode_question(tokenizer, problem.question, self.instruction) for problem in own]
+        tokenizer = self.lm.require_tokenizer()
+        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        own, prompts = self.problems[share], self.prompts[share]
 
         def decode(ids: list[int]) -> str:
             return str(tokenizer.decode(ids, skip_special_tokens=True))
@@ -39,3 +40,11 @@ class Exam:
             right = sum(answer.correct for answer in graded(answers, own, decode, grader))
         right_everywhere = self.accelerator.reduce(torch.tensor(float(right), device=self.accelerator.device))
         return {"greedy_accuracy": float(right_everywhere) / len(self.problems)}
+
+
+def exam(
+    problems: Sequence[Problem], instruction: str | None, lm: DiffusionLM, decoding: Decoding, accelerator: Accelerator
+) -> Exam:
+    """The exam on these problems. Raises DirlError for one whose prompt leaves no room for an answer."""
+    prompts = encode_problems(lm.require_tokenizer(), problems, instruction, lm.longest_prompt) if problems else []
+    return Exam(problems, prompts, lm, decoding, accelerator)

@@ -74,17 +74,13 @@ class Sampled:
             groups = self.sample(state, turn)
             state.drawn += self.problems
             for group in groups:
-                teaches = self.teaches(group)
-                group = [replace(record, kept=teaches) for record in group]
+                keep = teaches(group, self.filter)
+                group = [replace(record, kept=keep) for record in group]
                 sampled.append(group)
-                if teaches:
+                if keep:
                     kept.append(group)
         state.surplus = kept[self.problems :]
         return kept[: self.problems], sampled
-
-    def teaches(self, group: Answers) -> bool:
-        rewards = [record.reward or 0.0 for record in group]
-        return len(group) > 0 and has_signal(rewards, [record.correct for record in group], self.filter)
 
     def sample(self, state: State, turn: int) -> list[Answers]:
         """Answers to the next problems, each process sampling its share of them."""
@@ -124,7 +120,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Replayed:
-    """The groups that an earlier run learned from, step by step."""
+    """The groups of an earlier run, step by step: those it learned from, and all that a step has on record."""
 
     files: dict[int, Path]
 
@@ -132,11 +128,10 @@ class Replayed:
         """As `Sampled.take`."""
         groups: list[Answers] = []
         for record in read_rollout(self.files[state.step + 1]):
-            if record.kept:
-                if not groups or not continues(groups[-1][-1], record):
-                    groups.append([])
-                groups[-1].append(record)
-        return groups, groups
+            if not groups or not continues(groups[-1][-1], record):
+                groups.append([])
+            groups[-1].append(record)
+        return [group for group in groups if group[0].kept], groups
 
 
 def replayed(directory: Path, steps: int) -> Replayed:
@@ -146,6 +141,12 @@ def replayed(directory: Path, steps: int) -> Replayed:
     if missing:
         raise DirlError(f"{directory} holds no rollout of step {missing[0]}: replay fewer with steps={missing[0] - 1}")
     return Replayed(files)
+
+
+def teaches(group: Answers, rule: str) -> bool:
+    """Whether a group holds a signal; see `has_signal`."""
+    rewards = [record.reward or 0.0 for record in group]
+    return len(group) > 0 and has_signal(rewards, [record.correct for record in group], rule)
 
 
 def rescored(groups: Sequence[Answers], scorer: Scorer, longest: int, block_size: int) -> list[Answers]:
@@ -168,7 +169,7 @@ def rewarded(record: Record, scored: Scored) -> Record:
 
 def continues(last: Record, record: Record) -> bool:
     """Whether a record belongs to the group of the one before it; a problem may be drawn twice in a step."""
-    return record.problem == last.problem and record.sample > last.sample
+    return record.problem == last.problem and record.sample > last.sample and record.kept == last.kept
 
 
 def with_advantages(groups: Sequence[Answers], advantage: Advantage) -> list[Answers]:

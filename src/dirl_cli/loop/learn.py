@@ -63,6 +63,9 @@ class Learner:
                 loss = self.objective.loss if taken or not self.objective.is_exact else watch.loss
                 taken.append(self.trainer.step(batch.micro_batches, loss, batch.norm))
         compared, *differences = (taken[0].pop(name, 0.0) for name in COMPARED)
+        for one in taken:
+            weight = one.pop("weight")
+            one |= {name: one[name] / weight for name in ("entropy", "ratio", "clipped", "kl") if name in one}
         metrics = {name: mean([one[name] for one in taken]) for name in taken[0]}
         if compared:
             metrics |= {name: value / compared for name, value in zip(COMPARED[1:], differences, strict=True)}

@@ -50,8 +50,12 @@ class TokenScorer(nn.Module):
     def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         options = self.decoding
         logits = temper(self.model.get_output_embeddings()(hidden), options.temperature, self.unsampled)
-        logprobs = truncate(logits, options.top_k, options.top_p).log_softmax(-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy(logprobs)
+        if options.temperature:  # greedy decoding truncates nothing
+            # a token drawn from other weights may lie outside today's top-k or top-p, and still needs a finite score
+            kept = truncate(logits, options.top_k, options.top_p)
+            logits = kept.scatter(-1, targets[:, None], logits.gather(-1, targets[:, None]))
+        logprobs = logits.log_softmax(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy(logprobs.detach())
 
 
 @torch.no_grad()
