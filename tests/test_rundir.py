@@ -99,9 +99,7 @@ def test_git_tells_the_commit_and_whether_files_differ(tmp_path):
 
 
 def test_a_mistyped_resume_is_refused_before_anything_is_touched(tmp_path):
-    with pytest.raises(
-        DirlError, match="resume=nevr: there is no such checkpoint; give auto, never or the path of one"
-    ):
-        with open_run(tmp_path / "run", OmegaConf.create({"a": 1}), "nevr"):
-            pass
+    run = open_run(tmp_path / "run", OmegaConf.create({"a": 1}), "nevr")
+    with pytest.raises(DirlError, match="resume=nevr: there is no such checkpoint; give auto, never or the path"), run:
+        pass
     assert not (tmp_path / "run").exists()
