@@ -11,7 +11,6 @@ from dirl_cli.diffusion.trace import trajectory_strip
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.types import Trajectory
 
-
 BLOCK, MASK = 4, 99
 PROMPT, ANSWER = list(range(4)), list(range(4, 12))
 INK, EMPTY, CLEAN, OWN = "#33373d", "#f1f3f5", "#9db8d9", "#2f6db5"
