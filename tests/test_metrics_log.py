@@ -124,7 +124,7 @@ def test_what_is_due():
 
 def test_durations_and_shares_in_words():
     assert clock(65) == "1:05" and clock(7265) == "2:01:05"
-    assert describe({"accuracy": 0.5}, "loss", "accuracy") == "accuracy 50.0%"
+    assert describe({"accuracy": 0.5}, "loss", "accuracy") == "accuracy 50%"
     assert shares({"optimizer": 1.0, "rows": 3.0}) == "rows 75% · optimizer 25%"
 
 

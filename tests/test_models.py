@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from small import MASK, small_lm
 from transformers import (
@@ -27,6 +28,7 @@ from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM, pick_device
 from dirl_cli.models.sdar import SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.training.checkpoint import save_model
 from dirl_cli.training.logprobs import score_trajectories
 
 OPTIONS = Decoding(temperature=1.0, max_new_tokens=9, strategy="sequential")
@@ -100,11 +102,11 @@ def test_an_interrupted_save_leaves_the_model_that_was_there(saved, tmp_path, mo
     directory = Path(shutil.copytree(saved, tmp_path / "model"))
     before = (directory / "model.safetensors").read_bytes()
     other = small_lm(seed=1)
-    monkeypatch.setattr(other.model, "save_pretrained", lambda path, **_: (path.mkdir(), 1 / 0))
+    monkeypatch.setattr(other.model, "save_pretrained", lambda path, **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        other.save(directory)
+        save_model(other, "float32", directory, Accelerator(cpu=True))
     assert (directory / "model.safetensors").read_bytes() == before
-    small_lm(seed=1).save(directory)
+    save_model(small_lm(seed=1), "float32", directory, Accelerator(cpu=True))
     assert (directory / "model.safetensors").read_bytes() != before
 
 

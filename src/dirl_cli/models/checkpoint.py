@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -64,16 +63,12 @@ class DiffusionLM:
         return self.tokenizer
 
     def save(self, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the published layout: safetensors, configuration and tokenizer, whole or not at all."""
-        partial = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        """Write the published layout into a directory: safetensors, configuration and tokenizer."""
         transformers_logging.disable_progress_bar()
-        self.model.save_pretrained(partial, state_dict=state_dict)
+        self.model.save_pretrained(directory, state_dict=state_dict)
         if self.tokenizer:
-            self.tokenizer.save_pretrained(partial)
-        name_as_published(partial / "config.json")
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+            self.tokenizer.save_pretrained(directory)
+        name_as_published(directory / "config.json")
 
 
 def name_as_published(config_file: Path) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import DiffusionLM, pick_dtype
-from dirl_cli.training.disk import remove, whole_directory, writing
+from dirl_cli.training.disk import remove, whole_directory
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
@@ -94,8 +94,8 @@ def save_model(lm: DiffusionLM, dtype: str, directory: Path, accelerator: Accele
     nn.Module.to(lm.model, dtype=pick_dtype(dtype, str(lm.device)))
     state: Any = get_model_state_dict(lm.model, options=GATHERED)
     if accelerator.is_main_process:
-        with writing(directory):
-            lm.save(directory, state)
+        with whole_directory(directory) as partial:
+            lm.save(partial, state)
     accelerator.wait_for_everyone()
 
 
