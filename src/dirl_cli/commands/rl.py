@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +27,7 @@ from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 from dirl_cli.reward.scoring import Rewards, Scorer
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.record import Record, rollout_path, write_rollout
+from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.checkpoint import Checkpoints, find, load, save_model
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
@@ -103,23 +106,10 @@ def run(cfg: DictConfig, out: Path) -> None:
     sampler.weights_version = trainer.steps_taken
 
     with Scorer(rewards) as scorer, StopSignal(accelerator) as stop:
-        groups_source: Sampled | Replayed = (
+        source: Sampled | Replayed = (
             replayed(Path(cfg.rl.replay), cfg.steps)
             if cfg.rl.replay
-            else Sampled(
-                problems := data.training_problems(),
-                encode_problems(lm.require_tokenizer(), problems, data.instruction, lm.longest_prompt),
-                lm,
-                sampler,
-                scorer,
-                decoding,
-                accelerator,
-                problems=cfg.rl.problems,
-                group_size=cfg.rl.group_size,
-                filter=cfg.rl.filter,
-                max_rounds=cfg.rl.max_rounds,
-                seed=cfg.seed,
-            )
+            else sampled_from(data, lm, sampler, scorer, decoding, accelerator, cfg.rl, cfg.seed)
         )
         if state.step == 0 and not cfg.rl.rollout_only:
             with trainer.times("evaluation"):
@@ -131,7 +121,7 @@ def run(cfg: DictConfig, out: Path) -> None:
             while state.step < cfg.steps:
                 torch.manual_seed(cfg.seed + state.step)  # for models with dropout
                 with trainer.times("rollout"):
-                    groups, sampled = groups_source.take(state)
+                    groups, sampled = source.take(state)
                 if cfg.rl.rescore:
                     sampled = rescored(sampled, scorer, decoding.max_new_tokens, lm.block_size)
                     groups = [group for group in sampled if teaches(group, cfg.rl.filter)]
@@ -173,6 +163,35 @@ def run(cfg: DictConfig, out: Path) -> None:
     log.close()
     times = trainer.times.total
     progress.say(f"{clock(sum(times.values()))} went into {shares(times)}")
+
+
+def sampled_from(
+    data: Any,
+    lm: DiffusionLM,
+    sampler: Sampler,
+    scorer: Scorer,
+    decoding: Decoding,
+    accelerator: Accelerator,
+    rl: DictConfig,
+    seed: int,
+) -> Sampled:
+    """Groups sampled from the training problems of `data`, all of which must fit the model."""
+    problems = data.training_problems()
+    prompts = encode_problems(lm.require_tokenizer(), problems, data.instruction, lm.longest_prompt)
+    return Sampled(
+        problems,
+        prompts,
+        lm,
+        sampler,
+        scorer,
+        decoding,
+        accelerator,
+        problems=rl.problems,
+        group_size=rl.group_size,
+        filter=rl.filter,
+        max_rounds=rl.max_rounds,
+        seed=seed,
+    )
 
 
 def frozen(lm: DiffusionLM, decoding: Decoding) -> TokenScorer:
