@@ -1,6 +1,6 @@
 """The native sampler against the published loop: the same greedy tokens, fewer forwards, less time.
 
-python benchmarks/sampler.py            # about two minutes on one core
+python benchmarks/sampler.py            # about eight minutes on one core
 """
 
 import platform
