@@ -35,8 +35,11 @@ def test_every_draw_hides_something(masking):
 
 @pytest.mark.parametrize("masking", EXACT, ids=lambda m: type(m).__name__)
 def test_each_answer_token_counts_once_in_expectation(masking):
-    counts = torch.stack([(masked * weight).sum(0) for masked, weight in draws(masking, 8000)])
-    assert counts.mean().item() == pytest.approx(1, abs=0.05)
+    for block in (BLOCK, BLOCK[:1]):  # a short answer too, where a token is often hidden because none else is
+        generator = torch.Generator().manual_seed(0)
+        drawn = (masking(block, generator) for _ in range(8000))
+        counts = torch.stack([(masked * weight).sum(0) for masked, weight in drawn])
+        assert counts.mean(0).tolist() == pytest.approx([1.0] * len(block), abs=0.12)
 
 
 def test_one_rate_a_sample_gives_equal_weights_and_one_rate_a_block_does_not():

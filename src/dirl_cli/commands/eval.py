@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.build import build
-from dirl_cli.data.chat import encode_problems
+from dirl_cli.data.chat import answer_text, encode_problems
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import Answer, AnswerLog, Run, drop_torn_line, missing, read_answers
 from dirl_cli.evaluation.grade import graded
@@ -94,7 +95,7 @@ def report(
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    return lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=True))
+    return partial(answer_text, tokenizer)
 
 
 def sample(

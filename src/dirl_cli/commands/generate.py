@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.build import build
 from dirl_cli.commands.eval import digest, plain
-from dirl_cli.data.chat import encode_messages, encode_prompt, encode_question
+from dirl_cli.data.chat import answer_text, encode_messages, encode_prompt, encode_question
 from dirl_cli.data.files import Row, read_rows, text
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import drop_torn_line
@@ -175,7 +175,7 @@ def write(
                 **asked[index].given,
                 "index": index,
                 "sample": sample,
-                "text": tokenizer.decode(trajectory.completion_ids, skip_special_tokens=True) if tokenizer else None,
+                "text": answer_text(tokenizer, trajectory.completion_ids) if tokenizer else None,
                 "prompt_ids": trajectory.prompt_ids,
                 "token_ids": trajectory.token_ids,
                 "reveal_step": trajectory.reveal_step,

@@ -106,6 +106,11 @@ def encode_problems(
     return prompts
 
 
+def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """What an answer says: its tokens up to the stop token as text, special tokens left out."""
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
     """The conversation so far, ready for the assistant's turn."""
     text = render(tokenizer, messages, add_generation_prompt=True)

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 
-from dirl_cli.data.chat import encode_problems
+from dirl_cli.data.chat import answer_text, encode_problems
 from dirl_cli.evaluation.grade import graded
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.grading import Grader
@@ -31,13 +32,9 @@ class Exam:
         tokenizer = self.lm.require_tokenizer()
         share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         own, prompts = self.problems[share], self.prompts[share]
-
-        def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=True))
-
         with self.accelerator.autocast():
             answers = sampler.stream(prompts, 1, replace(self.decoding, temperature=0.0))
-            right = sum(answer.correct for answer in graded(answers, own, decode, grader))
+            right = sum(answer.correct for answer in graded(answers, own, partial(answer_text, tokenizer), grader))
         right_everywhere = self.accelerator.reduce(torch.tensor(float(right), device=self.accelerator.device))
         return {"greedy_accuracy": float(right_everywhere) / len(self.problems)}
 

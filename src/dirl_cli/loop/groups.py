@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 
 from dirl_cli.algo.advantages import Advantage
 from dirl_cli.algo.select import has_signal
+from dirl_cli.data.chat import answer_text
 from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import DiffusionLM
@@ -107,7 +108,7 @@ class Sampled:
 
         def finished() -> Iterator[tuple[tuple[int, int], Answer]]:
             for i, sample, trajectory in self.sampler.stream(prompts, self.group_size, self.decoding, seeds=seeds):
-                text = str(tokenizer.decode(trajectory.completion_ids, skip_special_tokens=True))
+                text = answer_text(tokenizer, trajectory.completion_ids)
                 waiting[i, sample] = Record(asked[i], sample, text, trajectory)
                 longest, block_size = self.decoding.max_new_tokens, self.lm.block_size
                 yield (i, sample), Answer.of(asked[i], trajectory, text, longest, block_size)

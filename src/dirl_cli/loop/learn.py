@@ -11,6 +11,7 @@ from dirl_cli.algo.mismatch import Mismatch, corrections
 from dirl_cli.algo.objective import Objective
 from dirl_cli.algo.views import Tokens
 from dirl_cli.diffusion.layout import Rows
+from dirl_cli.evaluation.metrics import mean
 from dirl_cli.loop.groups import Answers
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.training.batches import generator
@@ -118,7 +119,3 @@ class Learner:
 
 def noted(rows: Rows, **notes: torch.Tensor) -> Rows:
     return replace(rows, notes={**rows.notes, **notes})
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
