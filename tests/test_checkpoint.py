@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from small import small_lm
 from torch import nn
 
+from dirl_cli.disk import whole_directory
 from dirl_cli.errors import DirlError
 from dirl_cli.training.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoints, find, load, save_model
-from dirl_cli.training.disk import whole_directory
 from dirl_cli.training.optim import Muon
 
 Run = tuple[nn.Module, list[torch.optim.Optimizer]]

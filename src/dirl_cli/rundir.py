@@ -1,8 +1,6 @@
 """A run directory: one configuration, one process at a time, and the same command continues what is there."""
 
 import fcntl
-import json
-import os
 import platform
 import shlex
 import subprocess
@@ -16,6 +14,7 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dirl_cli.disk import write_json, write_text
 from dirl_cli.errors import DirlError
 from dirl_cli.tree import leaves
 
@@ -45,8 +44,8 @@ def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
             out.rename(next(aside for n in count(1) if not (aside := out.with_name(f"{out.name}~{n}")).exists()))
     with locked(out) as lock:
         refuse_other(out, config)
-        write(out / "config.yaml", config)
-        write(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        write_text(out / "config.yaml", config)
+        write_json(out / "environment.json", environment())
         yield lock
 
 
@@ -123,16 +122,3 @@ def git_state(checkout: Path) -> dict[str, Any] | None:
     except FileNotFoundError:  # git is not installed
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout)} if commit.returncode == 0 else None
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, at any moment, finds all of the old or all of the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise DirlError(f"{path} cannot be written ({error.strerror}): make room, or give out=…") from error

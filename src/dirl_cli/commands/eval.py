@@ -18,12 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.build import build
 from dirl_cli.data.chat import answer_text, encode_problems
+from dirl_cli.disk import write_json
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import Answer, AnswerLog, Run, drop_torn_line, missing, read_answers
 from dirl_cli.evaluation.grade import graded
 from dirl_cli.evaluation.metrics import measure, measure_subsets
 from dirl_cli.evaluation.progress import tracked
-from dirl_cli.evaluation.report import table, write_json
+from dirl_cli.evaluation.report import table
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler

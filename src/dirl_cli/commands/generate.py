@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -21,6 +21,7 @@ from dirl_cli.build import build
 from dirl_cli.commands.eval import digest, plain
 from dirl_cli.data.chat import answer_text, encode_messages, encode_prompt, encode_question
 from dirl_cli.data.files import Row, read_rows, text
+from dirl_cli.disk import writing
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import drop_torn_line
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
@@ -187,17 +188,6 @@ def write(
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             lines.flush()
             yield line
-
-
-@contextmanager
-def writing(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DirlError(
-            f"{file} cannot be written ({error.strerror}): make room or give another out=…,"
-            " then the same command goes on"
-        ) from error
 
 
 def summary(line: dict[str, Any]) -> str:

@@ -1,14 +1,10 @@
 """What an evaluation leaves: a table on the screen and a card on disk."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.metrics import Metrics
 
 CAPTION = "tok/step: tokens per denoising forward. tok/fwd: per forward, those that only cache included."
@@ -50,15 +46,3 @@ def accuracy(metrics: Metrics) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the file whole, or leave it as it was and raise DirlError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise DirlError(
-            f"{path} cannot be written ({error.strerror}): make room, then give the same command"
-        ) from error

@@ -1,7 +1,6 @@
 """Rollouts on disk: `step-000012.jsonl` with a line for each answer of a step, to look at, score again or replay."""
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
+from dirl_cli.disk import write_text
 from dirl_cli.errors import DirlError
 from dirl_cli.types import Problem, StopReason, Trajectory
 
@@ -49,16 +49,7 @@ def rollout_files(directory: Path) -> dict[int, Path]:
 
 def write_rollout(path: Path, records: Iterable[Record]) -> None:
     """Write a step's answers: whoever looks finds the whole file or none, even after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(to_json(record)) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise DirlError(f"{path} cannot be written ({error.strerror}): make room or give another out=…") from error
+    write_text(path, (json.dumps(to_json(record)) + "\n" for record in records))
 
 
 def read_rollout(path: Path) -> list[Record]:

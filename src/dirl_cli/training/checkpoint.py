@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from dirl_cli.disk import remove, whole_directory
 from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import DiffusionLM, pick_dtype
-from dirl_cli.training.disk import remove, whole_directory
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from dirl_cli.disk import write_text, writing
 from dirl_cli.errors import DirlError
-from dirl_cli.training.disk import writing
 from dirl_cli.training.plot import Panel, plot
 
 Metrics = Mapping[str, float]
@@ -30,10 +30,8 @@ class MetricsLog:
         self.path = path
         self.tracker = tracker
         self.history = [line for line in read_metrics(path) if line["step"] <= step]
+        write_text(path, (json.dumps(line) + "\n" for line in self.history))
         with writing(path):
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-            partial.replace(path)
             self.file = path.open("a", buffering=1)
 
     def write(self, step: int, metrics: Metrics) -> None:

@@ -6,7 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dirl_cli.training.disk import writing
+from dirl_cli.disk import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,10 +1,12 @@
 """Writing files so that neither a full disk nor a crash costs what is already there."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -19,9 +21,25 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).split(": ")[-1].partition(" (os error")[0]
         raise DirlError(
-            f"{path} cannot be written ({reason}): make room or give out=DIR another disk, "
-            "then run the same command to go on from the last checkpoint"
+            f"{path} cannot be written ({reason}): make room or give out=DIR another disk,"
+            " then the same command goes on from what is there"
         ) from error
+
+
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a file, and its directory where it is not there: whoever looks finds all of the old or all of the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
