@@ -6,9 +6,20 @@ from pathlib import Path
 import torch
 
 from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm
-from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
+from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 
 VOCABULARY, MASK, PAD = 50, 49, 0
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "max_position_embeddings": 256,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
 
 
 def small_lm(block_size: int = 4, seed: int = 0, attention: str = "sdpa", scale: float = 5.0) -> DiffusionLM:
@@ -34,6 +45,16 @@ def small_lm(block_size: int = 4, seed: int = 0, attention: str = "sdpa", scale:
             if parameter.ndim == 2:
                 parameter.mul_(scale)
     return diffusion_lm(model, None, block_size, MASK)
+
+
+def random_lm(kind: str) -> DiffusionLM:
+    """kind: untied, tied or moe."""
+    if kind == "untied":
+        return small_lm()
+    torch.manual_seed(0)
+    tied = SDARConfig(**SIZES, tie_word_embeddings=True)
+    model = SDARMoeForCausalLM(SDARMoeConfig(**SIZES, **EXPERTS)) if kind == "moe" else SDARForCausalLM(tied)
+    return diffusion_lm(model.eval(), None, 4, MASK)
 
 
 def published_vocabulary(directory: Path, shared: Path) -> Path:

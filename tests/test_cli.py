@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from typer.testing import CliRunner
 
 from dirl_cli import tree
@@ -18,17 +18,7 @@ from dirl_cli.cli import app
 from dirl_cli.complete import complete_override, rejoin
 from dirl_cli.errors import DirlError
 from dirl_cli.schema import SCHEMAS, slug
-from dirl_cli.types import Decoding
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working directory, and a process that finds itself unchanged afterwards."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    return tmp_path
+from dirl_cli.types import Decoding, Instruction
 
 
 @pytest.fixture
@@ -117,7 +107,6 @@ def test_a_mistake_is_told_in_one_sentence(jobs, words, sentence):
 
 def test_a_mistyped_model_is_compared_with_the_choices(jobs):
     assert refusal("download", "model=sdar8") == "dirl download: model=sdar8: did you mean sdar8b?"
-    assert refusal("download").startswith("dirl download: give a value for model: dirl8b, path, sdar1b")
 
 
 def test_a_path_takes_the_place_of_a_choice(jobs, here):
@@ -160,6 +149,78 @@ def test_a_failed_job_of_a_sweep_is_named_and_the_others_run(jobs):
     first, *_, last = result.stderr.splitlines()
     assert first == "dirl sft: 13 brings bad luck: take another seed"
     assert last == "dirl sft: the sweep is over, and not every run of it succeeded"
+
+
+def test_a_sweep_is_summed_up_by_its_command_from_the_runs_that_succeeded(jobs, here, monkeypatch):
+    ends = []
+    eval_command = sys.modules["dirl_cli.commands.eval"]
+    monkeypatch.setattr(eval_command, "after_sweep", lambda *given: ends.append(given), raising=False)
+    assert dirl("eval", "-m", "seed=12,13,14", "samples=2").exit_code == 1
+    folder = Path("runs/eval/tiny-arithmetic")
+    assert ends == [("seed=12,13,14", [(["seed=12"], folder / "seed=12"), (["seed=14"], folder / "seed=14")])]
+    assert dirl("eval", "-m", "seed=13,13").exit_code == 1 and dirl("eval", "seed=1").exit_code == 0
+    assert len(ends) == 1
+    assert not list(here.glob("runs/eval/.*"))
+
+
+def test_all_of_a_group_is_a_sweep_over_its_members(jobs):
+    benches = ["math500", "gsm8k", "aime2024", "aime2025", "olympiadbench"]
+    assert dirl("eval", "bench=all", "model=sdar8b").exit_code == 0
+    assert [job["bench"]["name"] for job in jobs] == benches
+    assert [job["out"] for job in jobs] == [f"runs/eval/sdar8b-{bench}" for bench in benches]  # as without the sweep
+    assert dirl("eval", "-m", "bench=all", "name=twice").exit_code == 0
+    assert len(jobs) == 10 and jobs[-1]["out"] == "runs/eval/twice/bench=olympiadbench"
+    assert "each" in yaml.safe_load(dirl("eval", "bench=all", "--cfg", "job").stdout)["bench"]
+    assert "bench=all" in complete_override("eval", [], "bench=a")
+
+
+def test_a_choice_that_the_name_tells_is_not_told_again(jobs):
+    assert dirl("eval", "-m", "model=tiny,tiny_sft", "bench=arithmetic,gsm8k").exit_code == 0
+    assert [job["out"] for job in jobs] == [
+        "runs/eval/tiny-arithmetic",
+        "runs/eval/tiny-gsm8k",
+        "runs/eval/tiny-arithmetic/model=tiny_sft",  # whose name is tiny too
+        "runs/eval/tiny-gsm8k/model=tiny_sft",
+    ]
+
+
+def test_a_path_without_a_choice_chooses_the_file(jobs):
+    assert dirl("eval", "predictions=a.jsonl", "bench.path=b.json", "out=graded").exit_code == 0
+    assert (jobs[-1]["bench"]["name"], jobs[-1]["bench"]["path"]) == ("b", "b.json")
+    assert dirl("eval", "bench=gsm8k", "bench.path=c.json").exit_code == 0
+    assert (jobs[-1]["bench"]["name"], jobs[-1]["bench"]["path"]) == ("gsm8k", "c.json")
+    assert dirl("eval", "experiment=eval_paper", "bench.path=d.json", "model=tiny").exit_code == 0
+    assert (jobs[-1]["bench"]["name"], jobs[-1]["bench"]["path"]) == ("math500", "d.json")
+    assert dirl("generate", "model.path=some/model").exit_code == 0
+    assert jobs[-1]["model"]["name"] == "some-model"
+
+
+def test_what_only_looks_opens_no_run_directory(jobs, here):
+    odd = "runs/eval/a/decoding.threshold=0.5"
+    assert dirl("eval", f"compare=[{odd},b c/d]").exit_code == 0
+    assert jobs[-1]["compare"] == [odd, "b c/d"]
+    assert list(here.iterdir()) == []
+
+
+EXPERIMENTS = {"dirl8b_sft": "sft", "dirl8b_rl": "rl", "eval_paper": "eval"}
+
+
+def test_an_experiment_gives_way_to_the_command_line(jobs):
+    cfg = compose_job("sft", "experiment=dirl8b_sft")
+    assert (cfg.model.name, cfg.optim.lr, cfg.batch_size, cfg.schedule.warmup) == ("sdar8b", 1e-5, 512, 0.03)
+    assert cfg.schedule._target_.endswith("Cosine") and cfg.masking._target_.endswith("PerBlock")
+    mine = compose_job("sft", "experiment=dirl8b_sft", "model=tiny", "optim=muon", "steps=3", "schedule=constant")
+    assert (mine.model.name, mine.steps, mine.optim.lr, mine.batch_size) == ("tiny", 3, 0.02, 512)
+    static = compose_job("eval", "experiment=eval_paper", "decoding=static", "samples=2", "bench=arithmetic")
+    assert (static.decoding.strategy, static.decoding.temperature) == ("low_confidence_static", 1.0)
+    assert (static.samples, static.bench.name, static.decoding.max_new_tokens) == (2, "arithmetic", 8192)
+    rl = compose_job("rl", "experiment=dirl8b_rl", "model=tiny", "data=arithmetic")
+    assert (rl.rl.problems, rl.optim.lr, rl.model.path if "path" in rl.model else None) == (128, 1e-6, None)
+
+
+def test_an_experiment_of_another_command_is_told(jobs):
+    sentence = "dirl sft: experiment=eval_paper is for another command: dirl sft has no bench"
+    assert refusal("sft", "experiment=eval_paper") == sentence
 
 
 def test_the_users_tree_wins(jobs, here):
@@ -224,6 +285,7 @@ def test_tab_offers_the_keys_of_the_chosen_group_and_the_models_trained_here(her
 def test_every_yaml_composes_and_builds():
     tree.prepare(None)
     surveyed = {command: tree.survey(command, ["model=tiny"])[0] for command in reversed(SCHEMAS)}
+    values_only = {"decoding": [Decoding], "instruction": [Instruction]}
     with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
         for group, name, command in {
             (group, name): (group, name, command)  # each choice once, in one of the commands that have it
@@ -232,23 +294,29 @@ def test_every_yaml_composes_and_builds():
             for name in names
         }.values():
             path = [f"{group}.path=some/file.json"] if name in ("file", "path") else []
+            path += ["data.sources=[{path: a.json, weight: 0.7}, {path: b.json}]"] if name == "mix" else []
+            command = EXPERIMENTS[name] if group == "experiment" else command
             cfg = compose(command, [f"{group}={name}", *path, *(["model=tiny"] if group != "model" else [])])
-            if group in cfg:  # a recipe is not a group of its own
-                build(cfg[group], *([Decoding] if group == "decoding" else []))
+            for part in cfg if group == "experiment" else {group} & cfg.keys():  # a recipe is not a group of its own
+                if part in values_only or (isinstance(cfg[part], DictConfig) and "_target_" in cfg[part]):
+                    build(cfg[part], *values_only.get(part, []))
 
 
 def test_build_names_the_key_that_is_wrong():
     good = {"_target_": "dirl_cli.diffusion.masking.Band", "low": 0.1, "high": 0.2}
+    mix = {"_target_": "dirl_cli.data.files.Mix", "name": "mix"}
     assert build(OmegaConf.create(good)).high == 0.2
     for change, sentence in [
         ({"low": "wide"}, "masking.low: Value 'wide' of type 'str' could not be converted to Float"),
         ({"low": "???"}, "give a value for masking.low, such as masking.low=…"),
         ({"hihg": 0.5}, "masking.hihg: no such key; did you mean high?"),
         ({"_target_": "dirl_cli.diffusion.masking.Bnad"}, "did you mean Band?"),
+        ({**mix, "sources": [{"pth": "a.json"}]}, "masking.pth: no such key; did you mean path?"),
+        ({**mix, "sources": [{"weight": 1}]}, "give a value for masking.sources[0].path"),
         ({"_target_": "no.such.Thing"}, "masking._target_=no.such.Thing: No module named 'no'"),
     ]:
         with pytest.raises(DirlError) as error:
-            build(OmegaConf.create({"masking": good | change}).masking)
+            build(OmegaConf.create({"masking": change if "sources" in change else good | change}).masking)
         assert sentence in str(error.value)
 
 

@@ -7,39 +7,51 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from small import published_vocabulary
 from transformers import PreTrainedTokenizerBase
 
+from dirl_cli import tree
 from dirl_cli.commands import eval as command
 from dirl_cli.data.arithmetic import Arithmetic
-from dirl_cli.data.chat import encode_problems
+from dirl_cli.data.chat import answer_text, encode_problems
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import Answer, AnswerLog, Run, drop_torn_line, missing, read_answers
 from dirl_cli.evaluation.grade import graded
 from dirl_cli.evaluation.metrics import measure
+from dirl_cli.evaluation.report import PROTOCOL
+from dirl_cli.loop import ask
 from dirl_cli.models.tokenizer import train_tokenizer
 from dirl_cli.reward.grading import Grader
-from dirl_cli.types import Decoding, Problem, Trajectory
+from dirl_cli.types import Decoding, Instruction, Problem, Trajectory
 
 ANSWER = Answer("a", 0, "\\boxed{1}\n é", True, "stop", 10, 12, 6, 8, 0.5)
 CONFIG = OmegaConf.create(
     {
         "gpus": 1,
         "model": {"_target_": "dirl_cli.models.tiny.Tiny", "name": "tiny"},
-        "bench": {"_target_": "dirl_cli.data.arithmetic.Arithmetic", "train": 100, "test": 12},
+        "bench": {"_target_": "dirl_cli.data.arithmetic.Arithmetic", "name": "arithmetic", "train": 100, "test": 12},
         "samples": 2,
         "limit": 6,
+        "ids": None,
+        "predictions": None,
+        "compare": None,
         "max_batch": 4,
         "dtype": "float32",
         "attention": "auto",
         "device": "cpu",
         "grade_workers": 1,
         "grade_timeout": 10.0,
+        "instruction": {},
         "decoding": {"max_new_tokens": 12, "temperature": 1.0},
     }
 )
@@ -115,12 +127,12 @@ def test_only_missing_samples_are_asked_for() -> None:
 
 def test_an_interrupted_sampling_asks_for_the_same_samples_as_a_whole_one(tokenizer: PreTrainedTokenizerBase) -> None:
     problems = [Problem(str(i), question, "1") for i, question in enumerate(["a", "b", "a", "c", "a"])]
-    prompts = encode_problems(tokenizer, problems, None, 100)
+    prompts = encode_problems(tokenizer, problems, Instruction(), 100)
     whole, rest = Oracle(tokenizer), Oracle(tokenizer)
     ids = [problem.id for problem in problems]
-    everything = list(command.sample(whole, prompts, list(missing(ids, 4, set())), Decoding()))
+    everything = list(ask.sample(whole, prompts, list(missing(ids, 4, set())), Decoding()))
     done = {("0", 1), ("2", 0), ("2", 3), ("3", 0), ("3", 1), ("3", 2), ("3", 3)}
-    others = list(command.sample(rest, prompts, list(missing(ids, 4, done)), Decoding()))
+    others = list(ask.sample(rest, prompts, list(missing(ids, 4, done)), Decoding()))
     assert {(str(i), sample) for i, sample, _ in others} == {(str(i), sample) for i, sample, _ in everything} - done
     assert len(whole.asked) == len(set(whole.asked)) == 20  # also the three equal questions differ, by their seeds
     assert set(rest.asked) < set(whole.asked) and len(rest.asked) == 13
@@ -128,11 +140,11 @@ def test_an_interrupted_sampling_asks_for_the_same_samples_as_a_whole_one(tokeni
 
 def test_answers_are_graded_against_their_own_problem(tokenizer: PreTrainedTokenizerBase) -> None:
     problems = [Problem("x", "What?", "0"), Problem("y", "Why?", "1.0"), Problem("z", "Who?", "2")]
-    prompts = encode_problems(tokenizer, problems, None, 100)
+    prompts = encode_problems(tokenizer, problems, Instruction(), 100)
     runs = list(missing([problem.id for problem in problems], 2, set()))
-    sampled = command.sample(Oracle(tokenizer), prompts, runs, Decoding())
+    sampled = ask.sample(Oracle(tokenizer), prompts, runs, Decoding())
     with Grader(1, 30.0) as grader:
-        answers = list(graded(sampled, problems, command.decoder(tokenizer), grader))
+        answers = list(graded(sampled, problems, partial(answer_text, tokenizer), grader))
     right = {(answer.problem, answer.sample): answer.correct for answer in answers}
     assert right == {("x", 0): True, ("x", 1): False, ("y", 0): False, ("y", 1): True, ("z", 0): False, ("z", 1): False}
     one = next(answer for answer in answers if answer.problem == "x")
@@ -146,7 +158,7 @@ def test_answers_are_graded_against_their_own_problem(tokenizer: PreTrainedToken
 def test_a_prompt_over_the_limit_is_named_by_its_problem(tokenizer: PreTrainedTokenizerBase) -> None:
     problems = [Problem("short", "a", "1"), Problem("long", "a " * 50, "1")]
     with pytest.raises(DirlError, match=r"the prompt of problem long has 1\d\d tokens and the model has room for 60"):
-        encode_problems(tokenizer, problems, None, 60)
+        encode_problems(tokenizer, problems, Instruction(), 60)
 
 
 def config(**changes: object) -> DictConfig:
@@ -200,6 +212,60 @@ def test_answers_of_other_weights_are_not_mixed_in(finished: Path, tmp_path: Pat
     with pytest.raises(DirlError, match="answers of other problems, changed since"):
         command.run(config(bench={"seed": 1}), tmp_path)
     assert by_sample(tmp_path) == by_sample(finished)
+
+
+def test_more_samples_and_problems_add_to_the_answers_there_are(finished: Path, tmp_path: Path) -> None:
+    command.run(config(samples=1, limit=3), tmp_path)
+    few = (tmp_path / "answers.jsonl").read_text()
+    command.run(config(), tmp_path)
+    assert by_sample(tmp_path) == by_sample(finished)
+    assert (tmp_path / "answers.jsonl").read_text().startswith(few)
+
+
+def test_fewer_samples_and_problems_are_reported_without_sampling(finished: Path, tmp_path: Path) -> None:
+    copytree(finished, tmp_path, dirs_exist_ok=True)
+    command.run(config(samples=1, limit=3), tmp_path)
+    metrics = json.loads((tmp_path / "eval_card.json").read_text())["metrics"]
+    assert (metrics["problems"], metrics["answers"], metrics["majority"]) == (3, 3, None)
+    assert (tmp_path / "answers.jsonl").read_text() == (finished / "answers.jsonl").read_text()
+
+
+def test_problems_are_chosen_by_id(finished: Path, tmp_path: Path) -> None:
+    ids = sorted({problem for problem, _ in by_sample(finished)})[2:4]
+    command.run(config(ids=ids), tmp_path)
+    assert by_sample(tmp_path) == {key: text for key, text in by_sample(finished).items() if key[0] in ids}
+    with pytest.raises(DirlError, match=r"arithmetic has no problem 7: they go from .+ to .+"):
+        command.run(config(ids=["7"]), tmp_path)
+
+
+def test_the_published_figure_stands_beside_ours_and_says_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bench = OmegaConf.to_container(CONFIG.bench) | {"_target_": f"{__name__}.Published"}
+    bench["published"] = {"tiny": {"low_confidence_dynamic": [50.0, 2.0, 100]}}
+    command.run(config(bench=bench), tmp_path)
+    card = json.loads((tmp_path / "eval_card.json").read_text())
+    assert card["published"]["difference"] == pytest.approx(100 * card["metrics"]["accuracy"] - 50)
+    assert card["published"]["differently"]["samples"] == [2, 16]
+    assert "decoding.threshold" not in card["published"]["differently"]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "published (avg@16): 50 %, 2 tok/step, length 100" in shown
+    assert "samples 2 instead of 16, bench.limit 6 instead of none" in shown
+
+
+@dataclass(frozen=True)
+class Published(Arithmetic):
+    """A benchmark with published figures."""
+
+    published: dict[str, Any] = field(default_factory=dict)
+
+
+def test_the_experiment_of_the_papers_is_their_protocol() -> None:
+    with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
+        cfg = compose("eval", ["experiment=eval_paper"])
+    asked = {key: OmegaConf.select(cfg, key) for key in PROTOCOL if not key.startswith("bench.")}
+    assert asked == {key: value for key, value in PROTOCOL.items() if not key.startswith("bench.")}
+    assert cfg.decoding.strategy == "low_confidence_dynamic" and cfg.limit is cfg.ids is None
 
 
 @pytest.mark.parametrize("limit", [12, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])

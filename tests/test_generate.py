@@ -128,7 +128,7 @@ def test_the_instruction_is_asked_after_each_question_but_no_other_prompt(model,
     rows = file(tmp_path, {"question": "1+1?"}, {"prompt": "1+1?"})
     question, prompt = (
         lines[key]["prompt_ids"]
-        for lines in [by_place(dirl_generate(model, tmp_path / "out", input=rows, instruction="Box it."))]
+        for lines in [by_place(dirl_generate(model, tmp_path / "out", input=rows, instruction__text="Box it."))]
         for key in ((0, 0), (1, 0))
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -262,7 +262,7 @@ def test_a_run_that_was_interrupted_before_its_first_answer_leaves_nothing_aside
 
 
 @pytest.mark.parametrize(
-    "change", [{"decoding__seed": 1}, {"samples": 2}, {"instruction": "Box it."}, {"rows": ROWS[:5]}]
+    "change", [{"decoding__seed": 1}, {"samples": 2}, {"instruction__text": "Box it."}, {"rows": ROWS[:5]}]
 )
 def test_another_request_begins_anew_and_keeps_what_there_was(model, tmp_path, change):
     options = {"input": file(tmp_path, *ROWS)}

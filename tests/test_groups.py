@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from dirl_cli.algo.advantages import mean_only, normalised
 from dirl_cli.commands.rl import answer_table, measured, records
 from dirl_cli.errors import DirlError
-from dirl_cli.loop.groups import Sampled, State, continues, problem_at, replayed, rescored, with_advantages
+from dirl_cli.loop.groups import Sampled, State, continues, drawing, replayed, rescored, with_advantages
 from dirl_cli.reward.scoring import Rewards, Scored, Scorer
 from dirl_cli.rollout.record import Record, rollout_path, write_rollout
 from dirl_cli.types import Decoding, Problem, Trajectory
@@ -49,6 +49,7 @@ def source(rewards: dict[str, list[float | None]], **options) -> Sampled:
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(str, ids)))
     lm = SimpleNamespace(require_tokenizer=lambda: tokenizer, block_size=2)
     defaults = {"problems": 2, "group_size": 2, "filter": "accuracy", "max_rounds": 3, "seed": 0}
+    defaults["order"] = drawing([len(POOL)], [1.0], 0)
     decoding, prompts = Decoding(max_new_tokens=4), [[i] for i in range(len(POOL))]
     scorer = FakeScorer(rewards)
     return Sampled(POOL, prompts, lm, FakeSampler(), scorer, decoding, Accelerator(cpu=True), **defaults | options)
@@ -56,7 +57,8 @@ def source(rewards: dict[str, list[float | None]], **options) -> Sampled:
 
 def order(epoch: int = 0) -> list[str]:
     """The ids of the problems as seed 0 draws them."""
-    return [POOL[problem_at(epoch * len(POOL) + i, len(POOL), 0)].id for i in range(len(POOL))]
+    places = range(epoch * len(POOL), (epoch + 1) * len(POOL))
+    return [POOL[drawing([len(POOL)], [1.0], 0)[place]].id for place in places]
 
 
 def each(rewards: list[float | None]) -> dict[str, list[float | None]]:

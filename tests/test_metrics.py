@@ -68,6 +68,8 @@ def test_pass_at_is_given_for_powers_of_two_and_k() -> None:
         (["5", "5", "6"], 1.0),
         (["6", "6", "5"], 0.0),
         (["5", " 5 ", "6", "6 "], 0.5),
+        (["5", "\\frac{10}{2}", "5.0", "6", "6"], 1.0),  # the same number
+        (["(1,\\, 5)", "\\left(1, 5\\right)", "6"], 1.0),  # the same text
         (["5", "6", "7"], 1 / 3),
         ([None, None, "5"], 1.0),
         ([None, None], 0.0),
@@ -75,8 +77,25 @@ def test_pass_at_is_given_for_powers_of_two_and_k() -> None:
 )
 def test_the_majority_is_right_when_the_most_frequent_box_is(boxes: list[str | None], right: float) -> None:
     texts = ["no box" if box is None else rf"so \boxed{{{box}}}" for box in boxes]
-    group = [replace(ANSWER, sample=i, text=text, correct="5" in text) for i, text in enumerate(texts)]
+    group = [replace(ANSWER, sample=i, text=text, correct="5" in text or "10" in text) for i, text in enumerate(texts)]
     assert majority(group) == pytest.approx(right)
+
+
+def test_an_answer_that_was_cut_off_does_not_make_its_equals_wrong() -> None:
+    whole = replace(ANSWER, text=r"\boxed{5}", correct=True)
+    assert majority([whole, replace(whole, correct=False, stop_reason="length")]) == 1.0
+
+
+def test_problems_may_have_different_numbers_of_answers() -> None:
+    metrics = measure(answers({"a": [True, True, False], "b": [False, True]}))
+    assert metrics.answers == 5
+    assert metrics.accuracy == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert metrics.pass_at == pytest.approx({1: (2 / 3 + 1 / 2) / 2, 2: 1.0})
+
+
+def test_of_answers_that_are_only_text_no_speed_is_known() -> None:
+    metrics = measure([replace(ANSWER, length=0, tokens=0, denoise_forwards=0, forwards=0, seconds=0.0)])
+    assert metrics.length is metrics.truncated is metrics.tokens_per_forward is metrics.tokens_per_second is None
 
 
 def test_subsets_are_measured_apart_and_without_a_speed_of_their_own() -> None:

@@ -14,9 +14,6 @@ from small import MASK, small_lm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3MoeForCausalLM,
 )
 
@@ -60,20 +57,6 @@ def copy(saved, tmp_path) -> Path:
 # What is saved
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_come_back_to_the_last_bit_under_the_published_names(tmp_path, dtype):
-    lm = small_lm()
-    lm.model.to(getattr(torch, dtype))
-    lm.save(tmp_path / "model")
-    back = Checkpoint("mine", str(tmp_path / "model")).load(dtype, "cpu").model.state_dict()
-    assert back.keys() == lm.model.state_dict().keys()
-    for name, tensor in lm.model.state_dict().items():
-        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
-    with torch.device("meta"):
-        published = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2)).state_dict().keys()
-    assert load_file(tmp_path / "model/model.safetensors").keys() == published
-
-
 def test_the_configuration_says_what_published_ones_say_and_what_the_method_needs(saved):
     config = json.loads((saved / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("sdar", ["SDARForCausalLM"])
@@ -104,10 +87,11 @@ def test_an_interrupted_save_leaves_the_model_that_was_there(saved, tmp_path, mo
     other = small_lm(seed=1)
     monkeypatch.setattr(other.model, "save_pretrained", lambda path, **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_model(other, "float32", directory, Accelerator(cpu=True))
+        save_model(other, "float32", directory, "", Accelerator(cpu=True))
     assert (directory / "model.safetensors").read_bytes() == before
-    save_model(small_lm(seed=1), "float32", directory, Accelerator(cpu=True))
+    save_model(small_lm(seed=1), "float32", directory, "# Another\n", Accelerator(cpu=True))
     assert (directory / "model.safetensors").read_bytes() != before
+    assert (directory / "README.md").read_text() == "# Another\n"
 
 
 def test_a_tied_head_is_stored_once_and_samples_the_same_when_it_comes_back(tmp_path):
@@ -177,12 +161,6 @@ def test_published_configurations_load_with_as_many_parameters_as_published(shar
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-def test_the_published_tokenizer_gives_the_ids_of_the_method(shared, tmp_path):
-    shutil.copytree(shared / "models/sdar-tokenizer", tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert (tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")) == (151643, 151645)
-
-
 # Block size and mask token
 
 
@@ -229,16 +207,49 @@ def truncated(directory: Path) -> None:
     file.write_bytes(file.read_bytes()[:5000])
 
 
-def shard_missing(directory: Path) -> None:
+def into_shards(directory: Path) -> Path:
+    """The first of them."""
     small_lm().model.save_pretrained(directory, max_shard_size="20KB")
     (directory / "model.safetensors").unlink()
-    min(directory.glob("model-*.safetensors")).unlink()
+    return min(directory.glob("model-*.safetensors"))
+
+
+def shard_truncated(directory: Path) -> None:
+    shard = into_shards(directory)
+    shard.write_bytes(shard.read_bytes()[:-4])
+
+
+def shard_without_a_tensor_of_the_index(directory: Path) -> None:
+    shard = into_shards(directory)
+    tensors = load_file(shard)
+    tensors.pop(min(tensors))
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+def index_without_files(directory: Path) -> None:
+    into_shards(directory)
+    (directory / "model.safetensors.index.json").write_text("{}")
+
+
+def stray_tensor(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors") | {"value_head.weight": torch.zeros(1)}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 DAMAGES = {
     "lacks 1 tensor of the model, such as model.layers.0.mlp.up_proj.weight: download": without_tensor,
     "holds a damaged weight file .*: download or copy it again": truncated,
-    "is not a model that can be loaded: No such file .*model-00001": shard_missing,
+    "is not a model that can be loaded: No such file .*model-00001": lambda d: into_shards(d).unlink(),
+    "holds a damaged weight file .*file not fully covered.*: download": shard_truncated,
+    "lacks 1 tensor of the model, such as .*: download": shard_without_a_tensor_of_the_index,
+    "cannot be loaded as its config.json and index say .'weight_map'.: download or copy": index_without_files,
+    "holds 1 tensor that its config.json does not know, such as value_head.weight: download or copy": stray_tensor,
+    "holds 11 tensors that its config.json does not know, such as model.layers.1": lambda d: edit_config(
+        d, num_hidden_layers=1
+    ),
+    "cannot be loaded as its config.json and index say .list index out of range": lambda d: edit_config(
+        d, num_hidden_layers=3
+    ),
     "is not a model that can be loaded: Error no file named model.safetensors": lambda d: (
         d / "model.safetensors"
     ).unlink(),
@@ -269,7 +280,7 @@ def test_a_damaged_model_is_told_in_one_sentence(copy, sentence, capfd):
         ("nowhere", "nowhere is not a directory: give model.path that of a saved model"),
         ("./no/where", "./no/where is not a directory"),
         (__file__, "is not a directory"),
-        ("JetLM/SDAR-4B-Chat", "is not on this machine: run `dirl download model=JetLM/SDAR-4B-Chat` first"),
+        ("JetLM/SDAR-4B-Chat", "is not on this machine, or not all of it: run `dirl download model=sdar4b` first"),
     ],
 )
 def test_a_model_that_is_not_there_is_told_with_the_remedy(path, sentence, monkeypatch):

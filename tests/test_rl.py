@@ -25,6 +25,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.record import read_rollout
+from dirl_cli.schema import slug
 from dirl_cli.tree import conf_dir
 
 # A random model answers nothing right, so answers are rewarded for ending early, at any of many tokens.
@@ -154,7 +155,8 @@ def test_a_finished_run_says_so(finished, model, capsys):
 def test_what_the_run_shows(model, tmp_path, capsys):
     run(config(model, "steps=2"), tmp_path)
     shown = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"before · greedy accuracy .*%", shown[0])
+    assert shown[:2] == ["40 training problems of arithmetic", "2 held-out problems"]
+    assert re.fullmatch(r"before · greedy accuracy .*%", shown[2])
     [summary] = [line for line in shown if line.startswith("step 1/2 · ")]
     assert "reward -" in summary and "accuracy 0%" in summary and len(summary) <= 100
     assert any("│ question" in line or "┃ question" in line for line in shown)
@@ -342,13 +344,16 @@ def test_what_a_user_can_fix_is_told_in_a_sentence(model, tmp_path, words, sente
         run(config(model, *words), tmp_path)
 
 
-def test_a_problem_that_does_not_fit_is_named_before_anything_is_sampled(model, tmp_path):
-    (tmp_path / "data.json").write_text(
-        json.dumps([{"question": "a" * n, "ground_truth_answer": 1} for n in (3, 5000, 3)])
-    )
-    words = ["data=file", f"data.path={tmp_path}/data.json"]
-    with pytest.raises(DirlError, match=r"the prompt of problem .*data-1 has 50\d\d tokens .* leave the problem out"):
-        run(config(model, *words), tmp_path)
+def test_problems_that_do_not_fit_are_left_out_and_without_others_nothing_is_learned(model, tmp_path, capsys):
+    rows = [{"question": "a" * n, "ground_truth_answer": 1} for n in (3, 5000, 3)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    (tmp_path / "long.json").write_text(json.dumps(rows[1:2]))
+    words = ["data=file", "instruction=none", f"data.path={tmp_path}/data.json", "steps=1"]
+    run(config(model, *words), tmp_path / "out")
+    reason = "1 left out that have prompts longer than the 1023 tokens there is room for"
+    assert capsys.readouterr().out.splitlines()[0] == f"2 training problems of {slug(str(tmp_path))}-data; {reason}"
+    with pytest.raises(DirlError, match=r"nothing of .*-long is left to learn from: .* or give other data"):
+        run(config(model, *words, f"data.path={tmp_path}/long.json"), tmp_path / "nothing")
 
 
 def test_a_checkpoint_of_another_command_is_refused(finished, model, tmp_path):

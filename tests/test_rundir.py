@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from dirl_cli.errors import DirlError
 from dirl_cli.rundir import environment, git_state, open_run
 
-CONFIG = {"seed": 0, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "name": "a", "gpus": 1, "limit": None}
+CONFIG = {"seed": 0, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "name": "a", "gpus": 1, "steps": None}
 
 
 def start(out, resume="auto", **changes):
@@ -29,8 +29,8 @@ def test_the_same_configuration_continues(tmp_path):
 def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path):
     start(tmp_path / "run")
     with pytest.raises(DirlError) as error:
-        start(tmp_path / "run", optim={"lr": 0.2, "momentum": 0.9}, limit=5)
-    told = "optim.lr: 0.1 → 0.2, optim.betas: [0.9, 0.95] → absent, limit: null → 5, optim.momentum: absent → 0.9"
+        start(tmp_path / "run", optim={"lr": 0.2, "momentum": 0.9}, steps=5)
+    told = "optim.lr: 0.1 → 0.2, optim.betas: [0.9, 0.95] → absent, steps: null → 5, optim.momentum: absent → 0.9"
     assert told in str(error.value)
     assert "name=" in str(error.value) and "resume=never" in str(error.value)
     assert OmegaConf.load(tmp_path / "run/config.yaml") == CONFIG

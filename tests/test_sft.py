@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from dirl_cli.commands.sft import run
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
 from dirl_cli.training.batches import Noise, NoisedBatches, generator
+from dirl_cli.training.order import Order
 from dirl_cli.tree import conf_dir
 
 SMALL = (
@@ -106,7 +108,9 @@ def test_a_finished_run_says_so(finished, capsys):
 def test_what_the_run_shows(tmp_path, capsys):
     run(config("max_tokens=49", "data.worked=0.7"), tmp_path)
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "32 training demonstrations, 1,315 tokens; 8 left out, longer than max_tokens=49"
+    assert shown[0] == (
+        "32 training demonstrations of arithmetic, 1,315 tokens; 8 left out that are longer than max_tokens=49"
+    )
     assert any(line.startswith("step 6/6 · 0:00 left · loss ") for line in shown)
     assert any(line.startswith("step 6/6 · validation loss ") for line in shown)
     assert shown[-1] == f"the model is in {tmp_path}/model: run `dirl eval model={tmp_path}/model`"
@@ -135,7 +139,7 @@ def test_a_run_may_start_from_the_checkpoint_of_another(finished, tmp_path, caps
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["max_tokens=9"], "no demonstration has at most max_tokens=9 tokens: raise it"),
+        (["max_tokens=9"], "nothing of arithmetic is left to learn from: raise max_tokens"),
         (["dtype=float16"], "dtype=float16: did you mean"),
         (["device=gpu"], "device=gpu: did you mean cpu"),
         (["optim.lr=1e30", "optim.adamw_lr=1e30"], "the loss is .* at step .: lower optim.lr"),
@@ -218,11 +222,12 @@ def test_real_demonstrations_with_the_real_tokenizer_train_save_and_go_on(shared
 def batches(batch_size: int, seed: int = 0) -> NoisedBatches:
     """Five demonstrations, each of its own token."""
     demonstrations = [example([i] * 8, [False] * 4 + [True] * 4, 4, 0) for i in range(1, 6)]
-    return NoisedBatches(demonstrations, batch_size, Noise(PerBlock(), 4, 9, 0, 16), seed)
+    order = Order((5,), (1.0,), partial(generator, seed))
+    return NoisedBatches(demonstrations, order, batch_size, Noise(PerBlock(), 4, 9, 0, 16), seed)
 
 
 def test_every_epoch_shows_every_demonstration_once_in_a_new_order():
-    drawn = [i for step in range(5) for i in batches(2).order(step)]
+    drawn = [i for step in range(5) for i in batches(2).chosen(step)]
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
     assert drawn[:5] != drawn[5:]
 
@@ -234,7 +239,7 @@ def test_a_batch_is_the_same_whenever_it_is_asked_for_and_another_for_another_se
 
 
 def test_a_batch_may_be_larger_than_the_data():
-    assert sorted(batches(10).order(0)) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert sorted(batches(10).chosen(0)) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_generators_differ_in_every_number_and_their_order():

@@ -34,7 +34,8 @@ def build(cfg: DictConfig, kind: type | None = None) -> Any:
     except MissingMandatoryValue as error:
         raise DirlError(f"give a value for {group}.{error.full_key}, such as {group}.{error.full_key}=…") from error
     except ConfigKeyError as error:
-        raise DirlError(f"{group}.{error.full_key}: no such key; {did_you_mean(str(error.key), typed)}") from error
+        known = [field.name for field in fields(cast(Any, error.object_type))]  # of `kind`, or of what it holds
+        raise DirlError(f"{group}.{error.full_key}: no such key; {did_you_mean(str(error.key), known)}") from error
     except OmegaConfBaseException as error:
         raise DirlError(f"{group}.{error.full_key}: {str(error).partition(chr(10))[0]}") from error
     return with_tuples(built)

@@ -45,6 +45,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="What differs from conf/.", autocompletion=complete),
 ]
+Wanted = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="GROUP=NAME or ID", help="What to fetch: choices in conf/, ids on the Hub.", autocompletion=complete
+    ),
+]
+To = Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Where to put it, instead of the Hub's cache.")]
 Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of comma-separated values.")]
 Cfg = Annotated[View | None, typer.Option("--cfg", "-c", help="Print the composed config and exit.")]
 Info = Annotated[Topic | None, typer.Option("--info", "-i", help="Explain where the config comes from and exit.")]
@@ -62,9 +69,8 @@ def main(version: Version = False) -> None:
 
 def add(name: str, summary: str, example: str) -> None:
     """Add a command whose whole configuration is Hydra's."""
-    epilog = f"Such as: dirl {name} {example}\n\nEvery key: dirl {name} --cfg job"
 
-    @app.command(name, help=summary, epilog=epilog)
+    @app.command(name, help=summary, epilog=hints(name, example))
     def command(
         overrides: Overrides = None,
         multirun: Multirun = False,
@@ -72,26 +78,57 @@ def add(name: str, summary: str, example: str) -> None:
         info: Info = None,
         config_dir: ConfigDir = None,
     ) -> None:
-        from dirl_cli.launch import launch
+        start(name, overrides or [], multirun, cfg, info, config_dir)
 
-        flags = {"--multirun": multirun, "--cfg": cfg, "--info": info}
-        given = [flag for flag, value in flags.items() if value]
-        if len(given) > 1:
-            raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
-        if cfg or info:
-            given.append(str(cfg or info))
-        full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-        try:
-            launch(name, given, overrides or [], config_dir)
-        except DirlError as error:
-            if full_error:
-                raise
-            typer.echo(f"dirl {name}: {error}", err=True)
-            raise typer.Exit(1) from None
+
+def hints(name: str, example: str) -> str:
+    return f"Such as: dirl {name} {example}\n\nEvery key: dirl {name} --cfg job"
+
+
+def start(
+    name: str, words: list[str], multirun: bool, cfg: View | None, info: Topic | None, config_dir: Path | None
+) -> None:
+    """Launch a command and tell what the user can fix in one sentence."""
+    from dirl_cli.launch import launch
+
+    flags = {"--multirun": multirun, "--cfg": cfg, "--info": info}
+    given = [flag for flag, value in flags.items() if value]
+    if len(given) > 1:
+        raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
+    if cfg or info:
+        given.append(str(cfg or info))
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        launch(name, given, words, config_dir)
+    except DirlError as error:
+        if full_error:
+            raise
+        typer.echo(f"dirl {name}: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 add("sft", "Fine-tune a model on demonstrations.", "model=sdar8b data=demonstrations.json steps=200")
 add("rl", "Reinforce a model with verifiable rewards.", "algo=dipo model=runs/sft/tiny-arithmetic/model")
 add("eval", "Score a model on a benchmark.", "model=runs/sft/tiny-arithmetic/model bench=problems.json samples=4")
 add("generate", "Sample completions of prompts.", "model=sdar8b prompt='What is 7 times 8?' watch=true")
-add("download", "Fetch a model from the Hub.", "model=sdar8b")
+add("merge", "Make a LoRA adapter part of a model's weights.", "model=sdar8b model.adapter=DIR to=merged")
+
+
+@app.command(
+    help="Fetch models, benchmarks and data sets from the Hub.",
+    epilog=hints("download", "model=sdar8b bench=all, or: dirl download JetLM/SDAR-8B-Chat datasets/Auraithm/MATH500"),
+)
+def download(
+    overrides: Wanted = None,
+    to: To = None,
+    multirun: Multirun = False,
+    cfg: Cfg = None,
+    info: Info = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    from dirl_cli.overrides import gather, quote
+
+    if to and multirun:
+        raise typer.BadParameter("--to and --multirun exclude each other")
+    words = gather(overrides or [], "ids") + ([f"to={quote(str(to))}"] if to else [])
+    start("download", words, multirun, cfg, info, config_dir)

@@ -17,6 +17,8 @@ def explain(error: HydraException | OmegaConfBaseException, command: str, words:
         if "=" not in error.override:
             return f"{error.override}: an override has the form KEY=VALUE"
         return f"{error.override}: quote the value, as in \"{error.override.partition('=')[0]}='…'\""
+    if found := re.search(r"In 'experiment/(.+?)': Could not override '(.+?)'", text):
+        return f"experiment={found[1]} is for another command: dirl {command} has no {found[2]}"
     if found := re.search(r"Could not override '(.+?)'", text):
         return f"{found[1]}: no such key; {hint(found[1], keys(command, words))}"
     if found := re.match(r"Error merging override (.+)", text):

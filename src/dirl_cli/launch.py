@@ -1,5 +1,6 @@
 """From a command line to running commands: Hydra composes each job's config, its run directory is opened, it starts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,6 +25,8 @@ from dirl_cli.explain import explain
 from dirl_cli.rundir import open_run
 from dirl_cli.worker import FAILURE
 
+READ_ONLY = ("dry_run", "compare")  # keys that make a command look and tell: it opens no run directory
+
 
 def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Path | None = None) -> None:
     """Compose conf/`name`.yaml with the overrides in `words` and run the command on it, once per sweep point.
@@ -31,14 +35,21 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow a busy machine 6-fold
     tree.prepare(config_dir)
+    may_sweep = flags in ([], ["--multirun"]) and name != "download"
+    if may_sweep and (spelled := overrides.spell_out(words, tree.each)) != words:
+        flags, words = ["--multirun"], spelled
     sweep = "--multirun" in flags
     words = overrides.rewrite(words, tree.choices, sweep)
+    words = overrides.choose_files(words, lambda key: tree.has(name, words, key))
     fixed = [] if not sweep else overrides.fixed_keys(words)
+    title = schema.slug(",".join(word for word in words if word.partition("=")[0] not in fixed))
+    ledger = Path("runs", name, f".sweep-{os.getpid()}").absolute()  # a file, since jobs may be other processes
+    ledger.unlink(missing_ok=True)  # of a sweep that was killed
     failed: list[DirlError] = []
 
     def task(cfg: DictConfig) -> None:
         try:
-            start(name, cfg, fixed)
+            start(name, cfg, fixed, ledger)
         except DirlError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 print(f"dirl {name}: {error}", file=sys.stderr)
@@ -53,15 +64,22 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
     except (HydraException, OmegaConfBaseException) as error:
         raise DirlError(explain(error, name, words)) from error
     except DirlError as error:
+        sum_up(name, title, ledger)
         raise DirlError("the sweep is over, and not every run of it succeeded") from error
     if failed:
         raise failed[0]
+    if sweep:
+        sum_up(name, title, ledger)
 
 
-def start(name: str, cfg: DictConfig, fixed: Sequence[str]) -> None:
-    """Run a command on a composed config. fixed: the keys that do not tell a sweep's jobs apart."""
+def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> None:
+    """Run a command on a composed config.
+
+    fixed: the keys that do not tell a sweep's jobs apart. ledger: where a job of a sweep notes that it is done.
+    """
     if missing := [key for key, value in tree.leaves(OmegaConf.to_container(cfg)) if value == "???"]:
         raise DirlError(f"give a value for {' and '.join(missing)}, such as {missing[0]}=…")
+    unresolved = OmegaConf.to_container(cfg)
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
@@ -69,15 +87,35 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str]) -> None:
     out = Path(cfg.out) if "out" in cfg else None
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         job = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in fixed]
-        out = out and out / schema.slug(",".join(job))
-        print(f"dirl {name} {' '.join(job)} → {out}", flush=True)
+        out = out and out / schema.slug(",".join(word for word in job if not is_told(unresolved, word)))
+        print(f"dirl {name} {' '.join(job)}", *(["→", out] if out else []), flush=True)
     if out:
         cfg.out = str(out)
-    with open_run(out, cfg, cfg.resume) if out and "resume" in cfg else nullcontext() as lock:
+    writes = out and "resume" in cfg and not any(cfg.get(key) for key in READ_ONLY)
+    with open_run(out, cfg, cfg.resume) if out and writes else nullcontext() as lock:
         if out and lock and cfg.gpus > 1:
             start_processes(name, cfg, out, lock.fileno())
         else:
             import_module(f"dirl_cli.commands.{name}").run(cfg, out)
+    if writes and HydraConfig.get().mode == RunMode.MULTIRUN:
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        with ledger.open("a") as lines:
+            lines.write(json.dumps([HydraConfig.get().job.num, job, str(out)]) + "\n")
+
+
+def is_told(unresolved: Any, word: str) -> bool:
+    """Whether the run's name tells the choice of an override, as tiny-arithmetic does for bench=arithmetic."""
+    group, _, choice = word.partition("=")
+    name, out = unresolved.get("name", ""), unresolved.get("out", "")
+    return "${name}" in out and f"${{{group}.name}}" in name and unresolved[group]["name"] == choice
+
+
+def sum_up(name: str, title: str, ledger: Path) -> None:
+    """End a sweep with the command's own `after_sweep`, if it has one. title: the sweep as the name of a file."""
+    done = sorted(map(json.loads, ledger.read_text().splitlines())) if ledger.exists() else []
+    ledger.unlink(missing_ok=True)
+    if done and hasattr(command := import_module(f"dirl_cli.commands.{name}"), "after_sweep"):
+        command.after_sweep(title, [(job, Path(out)) for _, job, out in done])
 
 
 def start_processes(name: str, cfg: DictConfig, out: Path, lock: int) -> None:

@@ -17,13 +17,39 @@ DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 def rewrite(words: Sequence[str], choices: Callable[[str], list[str]], sweep: bool) -> list[str]:
     """Spell `data=FILE` as `data=file data.path='FILE'`, likewise bench and model, and check every group's choice.
 
+    Paths in a list, as in `compare=[A,B]`, are put in Hydra's quotes.
+
     choices: what a group offers, nothing for a key that is no group. sweep: whether commas separate values.
     """
     return [new for word in words for new in rewrite_word(word, choices, sweep)]
 
 
+def spell_out(words: Sequence[str], each: Callable[[str], list[str]]) -> list[str]:
+    """Spell `bench=all` as the choices that it stands for: `each` of a group."""
+    members = {word: each(word.removesuffix("=all")) for word in words if word.endswith("=all")}
+    return [f"{word[:-3]}{','.join(members[word])}" if members.get(word) else word for word in words]
+
+
+def gather(words: Sequence[str], key: str) -> list[str]:
+    """Spell the words that are no overrides as one list, the value of `key`."""
+    bare = [word for word in words if "=" not in word and not word.startswith("~")]
+    others = [word for word in words if word not in bare]
+    quoted = [QuotedString(word, Quote.single).with_quotes() for word in bare]
+    return [*others, f"{key}=[{','.join(quoted)}]"] if bare else others
+
+
+def choose_files(words: Sequence[str], has: Callable[[str], bool]) -> list[str]:
+    """Put `bench=file` before a `bench.path=FILE` that finds no place in the default choice; `has` knows the keys."""
+    given = {word.partition("=")[0] for word in words}
+    alone = [group for group in PATH_CHOICE if f"{group}.path" in given and group not in given]
+    lost = [group for group in alone if not has(f"{group}.path")]
+    return [*(f"{group}={PATH_CHOICE[group]}" for group in lost), *words]
+
+
 def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) -> list[str]:
     group, equals, value = word.partition("=")
+    if paths := re.fullmatch(r"\[([^'\"\[\]{}]+/[^'\"\[\]{}]+)\]", value):
+        return [f"{group}=[{','.join(quote(path) for path in paths[1].split(','))}]"]
     if not (equals and value and re.fullmatch(r"[\w/]+", group)) or value[0] in "[{$" or value == "null":
         return [word]
     known = choices(group)

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from dirl_cli.types import Decoding
+from dirl_cli.types import Decoding, Instruction
 
 
 @dataclass
@@ -44,16 +44,21 @@ class SftConfig(RunConfig):
     batch_size: int
     row_tokens: int
     micro_rows: int | None
+    gradient_checkpointing: bool
     max_tokens: int
     clip_norm: float
     dtype: str
     attention: str
     device: str
+    memory_gb: float | None
     log_every: int
     eval_every: int
     eval_problems: int
     save_every: int
     keep_checkpoints: int
+    dry_run: bool
+    push_to_hub: str | None
+    instruction: Instruction = field(default_factory=Instruction)
     decoding: Decoding = field(default_factory=Decoding)
 
 
@@ -65,6 +70,7 @@ class ReinforcementConfig:
     epochs: int
     filter: str
     max_rounds: int
+    max_prompt_tokens: int | None
     old: str
     correction_cap: float
     train_tail: bool
@@ -86,17 +92,22 @@ class RlConfig(RunConfig):
     steps: int
     row_tokens: int
     micro_rows: int | None
+    gradient_checkpointing: bool
     max_batch: int
     clip_norm: float
     dtype: str
     attention: str
     device: str
+    memory_gb: float | None
     log_every: int
     show_every: int
     eval_every: int
     eval_problems: int
     save_every: int
     keep_checkpoints: int
+    dry_run: bool
+    push_to_hub: str | None
+    instruction: Instruction = field(default_factory=Instruction)
     decoding: Decoding = field(default_factory=Decoding)
 
 
@@ -106,12 +117,16 @@ class EvalConfig(RunConfig):
     bench: Any
     samples: int
     limit: int | None
+    ids: list[str] | None
+    predictions: str | None
+    compare: list[str] | None
     max_batch: int
     dtype: str
     attention: str
     device: str
-    grade_workers: int
+    grade_workers: int | None
     grade_timeout: float
+    instruction: Instruction = field(default_factory=Instruction)
     decoding: Decoding = field(default_factory=Decoding)
 
 
@@ -122,40 +137,60 @@ class GenerateConfig(JobConfig):
     messages: list[dict[str, str]] | None
     input: str | None
     samples: int
-    instruction: str | None
     watch: bool
     pace: float
     max_batch: int
     dtype: str
     attention: str
     device: str
+    instruction: Instruction = field(default_factory=Instruction)
     decoding: Decoding = field(default_factory=Decoding)
 
 
 @dataclass
-class DownloadConfig:
+class MergeConfig:
     model: Any
+    to: str
+    dtype: str
+    push_to_hub: str | None
+
+
+@dataclass
+class DownloadConfig:
+    ids: list[str]
     to: str | None
+    dry_run: bool
+    model: Any = None
+    data: Any = None
+    bench: Any = None
 
 
-SCHEMAS = {"sft": SftConfig, "rl": RlConfig, "eval": EvalConfig, "generate": GenerateConfig, "download": DownloadConfig}
+SCHEMAS = {
+    "sft": SftConfig,
+    "rl": RlConfig,
+    "eval": EvalConfig,
+    "generate": GenerateConfig,
+    "merge": MergeConfig,
+    "download": DownloadConfig,
+}
 
 
 def register() -> None:
     """Make the schemas known to Hydra as NAME_schema, and the functions to the config files."""
     for name, kind in SCHEMAS.items():
         node = OmegaConf.structured(kind)
-        if "decoding" in node:
-            OmegaConf.set_readonly(node.decoding, None)  # OmegaConf takes a frozen dataclass for a constant
+        for group in {"decoding", "instruction"} & node.keys():
+            OmegaConf.set_readonly(node[group], None)  # OmegaConf takes a frozen dataclass for a constant
         ConfigStore.instance().store(f"{name}_schema", node)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
     OmegaConf.register_new_resolver("pick", pick, replace=True)
+    OmegaConf.register_new_resolver("either", lambda first, second: first or second, replace=True)
 
 
 def slug(text: str) -> str:
     """A path or an override as one file name: `../runs/sft/a/model` becomes `runs-sft-a-model`."""
     parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".", "..")]
-    name = re.sub(r"\.(json|jsonl|parquet)$", "", "-".join(parts))
+    name = re.sub(r"\.(json|jsonl|parquet)(\.gz)?$", "", "-".join(parts))
     name = re.sub(r"[^\w.,=+-]+", "", name.replace(" ", "-"))
     return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 

@@ -10,6 +10,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
@@ -47,6 +48,20 @@ def choices(group: str) -> list[str]:
 
 def options(group: str) -> list[str]:
     return GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
+
+
+def each(group: str) -> list[str]:
+    """The choices that `all` of a group stands for, nothing if it has no such choice."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return list(compose(f"{group}/all")[group].each) if "all" in options(group) else []
+
+
+def has(command: str, words: Sequence[str], key: str) -> bool:
+    """Whether a command's config has a key, the choices in `words` made."""
+    try:
+        return key in survey(command, words)[1]
+    except ConfigCompositionException:  # a choice is still missing
+        return False
 
 
 def survey(command: str, words: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, Any]]:

@@ -20,6 +20,31 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Instruction:
+    """How a question is put to a model.
+
+    text: what is asked of it, on a line after the question (role user) or in a turn before it (role system).
+    think: whether the prompt ends in `<think>`, so that the answer begins with a thought.
+    """
+
+    text: str | None = None
+    role: str = "user"
+    think: bool = False
+
+    def __post_init__(self) -> None:
+        if self.role not in ("user", "system"):
+            raise DirlError(f"instruction.role={self.role}: {did_you_mean(self.role, ('user', 'system'))}")
+
+    def messages(self, question: str) -> list[dict[str, str]]:
+        """The turns that put the question."""
+        if not self.text:
+            return [{"role": "user", "content": question}]
+        if self.role == "user":
+            return [{"role": "user", "content": f"{question}\n{self.text}"}]
+        return [{"role": "system", "content": self.text}, {"role": "user", "content": question}]
+
+
+@dataclass(frozen=True)
 class Decoding:
     """How a completion is sampled (the strategies are in diffusion/unmasking.py).
 

@@ -1,137 +1,218 @@
-"""`dirl eval`: ask a model every problem of a benchmark, grade as answers come, report how good and how fast it is."""
+"""`dirl eval`: ask a model every problem of a benchmark, grade as answers come, report how good and how fast it is.
+
+`predictions=FILE` grades answers that exist, `compare=[A,B]` tells two evaluations apart: neither imports torch.
+"""
 
 import hashlib
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+import os
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.build import build
-from dirl_cli.data.chat import answer_text, encode_problems
-from dirl_cli.disk import write_json
+from dirl_cli.data.rows import read_rows
+from dirl_cli.disk import write_json, write_text
 from dirl_cli.errors import DirlError
-from dirl_cli.evaluation.answers import Answer, AnswerLog, Run, drop_torn_line, missing, read_answers
+from dirl_cli.evaluation import compare, report, sweep
+from dirl_cli.evaluation.answers import Answer, AnswerLog, drop_torn_line, missing, read_answers
+from dirl_cli.evaluation.card import ANSWERS, CARD, SOURCE, read_evaluation, require_same
 from dirl_cli.evaluation.grade import graded
-from dirl_cli.evaluation.metrics import measure, measure_subsets
+from dirl_cli.evaluation.metrics import Metrics, measure, measure_subsets
+from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.evaluation.progress import tracked
-from dirl_cli.evaluation.report import table
-from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 from dirl_cli.reward.grading import Grader
-from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.rollout.sampler import Sampler
-from dirl_cli.types import Decoding, Problem, Trajectory
+from dirl_cli.types import Decoding, Instruction, Problem
 
-PACKAGES = ("dirl", "torch", "transformers", "math-verify", "latex2sympy2_extended", "sympy")
+GRADERS = ("dirl", "math-verify", "latex2sympy2_extended", "sympy")
+PROBE = Problem("probe", "How many legs have two cats?", "8")  # shows how questions are put
+console = Console(highlight=False)
 
 
 def run(cfg: DictConfig, out: Path) -> None:
+    """Compare two evaluations, grade a file of answers, or ask cfg.model; the last two leave a card in `out`."""
+    if cfg.compare:
+        show_comparison(cfg.compare)
+    elif cfg.predictions:
+        grade(cfg, out, chosen_problems(cfg))
+    else:
+        ask(cfg, out, chosen_problems(cfg))
+
+
+def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
     """Evaluate cfg.model on cfg.bench: answers go to `out`/answers.jsonl as they come, the rest to eval_card.json."""
+    from dirl_cli.data.chat import answer_text, encode_problems
+    from dirl_cli.loop.ask import Processes, sample
+    from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
+    from dirl_cli.rollout.native import NativeSampler
+
     processes = Processes(cfg.gpus, cfg.device)
-    console = Console(quiet=not processes.is_first, highlight=False, soft_wrap=True)
-    bench = build(cfg.bench)
-    problems = bench.problems()[: cfg.limit]
-    if not problems or cfg.samples < 1:
-        raise DirlError("there is nothing to evaluate: limit and samples must be at least 1")
+    console.quiet = not processes.is_first
     lm: DiffusionLM = build(cfg.model).load(cfg.dtype, processes.device, cfg.attention)
     tokenizer = lm.require_tokenizer()
     decoding = build(cfg.decoding, Decoding)
     decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
-    prompts = encode_problems(tokenizer, problems, bench.instruction, lm.longest_prompt)
+    instruction = build(cfg.instruction, Instruction)
+    prompts = encode_problems(tokenizer, problems, instruction, lm.longest_prompt)
 
-    file = out / "answers.jsonl"
-    source = {"weights": fingerprint(lm.model), "problems": digest(prompts, [p.answer for p in problems])}
+    probe = encode_problems(tokenizer, [PROBE], instruction, lm.longest_prompt)
+    source = {"weights": fingerprint(lm.model), "prompts": digest(probe), "problems": digests(problems)}
     if processes.is_first:
-        require_same(out / "sampled_from.json", source)
-        drop_torn_line(file)
+        require_same(out / SOURCE, source)
+        drop_torn_line(out / ANSWERS)
     processes.wait()
-    known = read_answers(file)
+    known = asked_for(read_answers(out / ANSWERS), problems, cfg.samples)
     processes.wait()  # nobody appends before all have read
     runs = list(missing([problem.id for problem in problems], cfg.samples, {(a.problem, a.sample) for a in known}))
     if known and runs:
-        console.print(f"continue after {len(known)} answers in {file}")
+        console.print(f"continue after {len(known)} answers in {out / ANSWERS}", soft_wrap=True)
     runs = runs[processes.rank :: processes.count]
     total = len(known) + sum(run.end - run.first for run in runs)
-    with Grader(cfg.grade_workers, cfg.grade_timeout) as grader, AnswerLog(file) as log:
+    with Grader(cfg.grade_workers, cfg.grade_timeout) as grader, AnswerLog(out / ANSWERS) as log:
         sampled = sample(NativeSampler(lm, cfg.max_batch), prompts, runs, decoding)
-        for answer in tracked(graded(sampled, problems, decoder(tokenizer), grader), known, total, console):
+        answers = graded(sampled, problems, partial(answer_text, tokenizer), grader)
+        for answer in tracked(answers, known, total, console):
             log.append(answer)
-        if grader.gave_up:
-            console.print(f"{grader.gave_up} answers took too long or too much to compare and count as wrong")
+        say_what_gave_up(grader)
 
     processes.wait()
     if processes.is_first:
         facts = {
             "model": {**plain(cfg.model), "block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
-            "bench": {**plain(cfg.bench), "limit": cfg.limit},
             "samples": cfg.samples,
             "decoding": {**asdict(decoding), "block_size": lm.block_size},
+            "instruction": asdict(instruction),
             "dtype": cfg.dtype,
             "device": str(lm.device),
-            "grade_timeout": cfg.grade_timeout,
-            "sampled_from": source,
-            "versions": {package: version(package) for package in PACKAGES},
+            "sampled_from": {**source, "problems": digest(source["problems"])},
+            "versions": {package: version(package) for package in ("torch", "transformers")},
         }
-        report(out, f"{cfg.model.name} on {bench.name}", read_answers(file), problems, facts, console)
-
-
-def report(
-    out: Path, title: str, answers: list[Answer], problems: Sequence[Problem], facts: dict[str, Any], console: Console
-) -> None:
-    """Draw the table and write the card."""
-    overall, subsets = measure(answers), measure_subsets(answers, problems)
-    parts = {name: asdict(part) for name, part in subsets.items()}
-    write_json(out / "eval_card.json", {**facts, "metrics": asdict(overall), "subsets": parts})
-    console.print(table(title, {"all": overall, **subsets}))
-    console.print(f"{overall.tokens_per_second:,.0f} tokens/s · {out / 'eval_card.json'} · {out / 'answers.jsonl'}")
-
-
-def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    return partial(answer_text, tokenizer)
-
-
-def sample(
-    sampler: Sampler, prompts: Sequence[list[int]], runs: Sequence[Run], decoding: Decoding
-) -> Iterator[tuple[int, int, Trajectory]]:
-    """Sample the runs; an answer depends on its prompt and sample index, not on which others are missing.
-
-    Problems with the same prompt get seeds of their own, so that their answers differ.
-    """
-    seen: Counter[tuple[int, ...]] = Counter()
-    seeds = []
-    for prompt in prompts:
-        seeds.append(decoding.seed + 1_000_003 * seen[tuple(prompt)])
-        seen[tuple(prompt)] += 1
-    by_end: dict[int, list[Run]] = defaultdict(list)
-    for run in runs:
-        by_end[run.end].append(run)
-    for end, group in by_end.items():
-        wanted = [prompts[run.place] for run in group]
-        first = [run.first for run in group]
-        for i, number, trajectory in sampler.stream(
-            wanted, end, decoding, first, seeds=[seeds[run.place] for run in group]
-        ):
-            yield group[i].place, number, trajectory
-
-
-def require_same(path: Path, source: dict[str, str]) -> None:
-    """Note what the answers are sampled from. Raises DirlError where those already there came from something else."""
-    if not path.exists():
-        write_json(path, source)
-    elif changed := [name for name, value in json.loads(path.read_text()).items() if source[name] != value]:
-        raise DirlError(
-            f"{path.parent} holds answers of other {' and '.join(changed)}, changed since under the same name:"
-            " give this evaluation a name=…, or set that one aside with resume=never"
+        all_answers = asked_for(read_answers(out / ANSWERS), problems, cfg.samples)
+        metrics = conclude(cfg, out, cfg.model.name, all_answers, problems, facts)
+        console.print(
+            f"{metrics.tokens_per_second or 0:,.0f} tokens/s · {out / CARD} · {out / ANSWERS}", soft_wrap=True
         )
+
+
+def grade(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
+    """Grade the answers in cfg.predictions: verdicts go to `out`/graded.jsonl in the file's order."""
+    place = {problem.id: i for i, problem in enumerate(problems)}
+    answers = read_predictions(((row.place, row.fields) for row in read_rows(cfg.predictions)), problems)
+    began = time.perf_counter()
+    with Grader(cfg.grade_workers, cfg.grade_timeout) as grader:
+        reached = tracked(regraded(answers, problems, grader), [], len(answers), console)
+        verdicts = {(answer.problem, answer.sample): answer for answer in reached}
+        say_what_gave_up(grader)
+    seconds = time.perf_counter() - began
+    answers = [verdicts[answer.problem, answer.sample] for answer in answers]
+    lines = ({"index": place[answer.problem], "correct": answer.correct} for answer in answers)
+    write_text(out / "graded.jsonl", (json.dumps(line) + "\n" for line in lines))
+    write_text(out / ANSWERS, (json.dumps(asdict(answer)) + "\n" for answer in answers))
+    write_json(out / SOURCE, {"problems": digests(problems)})
+    conclude(cfg, out, cfg.predictions, answers, problems, {"predictions": cfg.predictions})
+    if silent := len(place.keys() - {answer.problem for answer in answers}):
+        console.print(f"{silent} of {len(problems)} problems have no answer in the file and do not count")
+    speed = f"{len(answers):,} answers graded in {seconds:.1f} s, {len(answers) / seconds:,.0f} a second"
+    console.print(f"{speed} · {out / 'graded.jsonl'} · {out / CARD}", soft_wrap=True)
+
+
+def conclude(
+    cfg: DictConfig, out: Path, name: str, answers: Sequence[Answer], problems: Sequence[Problem], facts: dict[str, Any]
+) -> Metrics:
+    """Write the card and draw the table of these answers by `name`; facts: what else the card says of them."""
+    overall, subsets = measure(answers), measure_subsets(answers, problems)
+    bench = {key: value for key, value in plain(cfg.bench).items() if key != "published"}
+    card = {
+        **facts,
+        "bench": {**bench, "limit": cfg.limit, "ids": cfg.ids and list(cfg.ids)},
+        "grade_timeout": cfg.grade_timeout,
+        "versions": facts.get("versions", {}) | {package: version(package) for package in GRADERS},
+        "metrics": asdict(overall),
+        "subsets": {name: asdict(part) for name, part in subsets.items()},
+    }
+    published = plain(cfg.bench).get("published", {}).get(name, {})
+    if theirs := published.get(facts.get("decoding", {}).get("strategy")):
+        card["published"] = report.beside(theirs, overall, compare.settings(card))
+    write_json(out / CARD, card)
+    header = (bench.get("columns") or {}).get("subset", "")  # what the file calls its subsets, such as level
+    console.print(report.table(f"{name} on {cfg.bench.name}", {"all": overall, **subsets}, header))
+    if "published" in card:
+        console.print(report.spell_published(card["published"]))
+    return overall
+
+
+def show_comparison(names: Sequence[str]) -> None:
+    """Say how much two evaluations differ, and whether that is more than chance would have it."""
+    if len(names) != 2:
+        raise DirlError("compare takes two evaluations: compare=[A,B]")
+    a, b = (read_evaluation(name) for name in names)
+    common = compare.common_problems(a, b)
+    if len(common) > 1:
+        how = f"paired over the {len(common)} problems that both answered"
+    else:
+        how = "not paired, since they have no problems in common that both hold answers to"
+    found = {name: compare.cells(name, difference) for name, difference in compare.compare(a, b, common)}
+    for letter, evaluation in (("A", a), ("B", b)):
+        console.print(f"{letter}: {evaluation.of} · {evaluation.name}", soft_wrap=True)
+    console.print(report.draw(f"B against A, {how}", found, caption=compare.CAPTION))
+    if others := compare.differing_settings(a, b):
+        console.print(f"not the same: {', '.join(others)}")
+
+
+def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
+    """Show the evaluations of a sweep together: a table here, a CSV file and a picture beside their directories.
+
+    title: what was swept over. jobs: the overrides that set each apart, and its directory.
+    """
+    from dirl_cli.training.plot import scatter
+
+    members = [sweep.Member(sweep.overrides(job), read_evaluation(out)) for job, out in jobs]
+    folder = Path(os.path.commonpath([out.parent for _, out in jobs]))
+    title = "-".join([*(name for name in sweep.common_names(members) if name not in folder.name), title])
+    caption = sweep.CAPTION if any("published" in member.evaluation.card for member in members) else report.CAPTION
+    console.print(report.draw(title, sweep.rows(members), ", ".join(members[0].overrides), caption))
+    files = [folder / f"{title}.csv"]
+    write_text(files[0], sweep.as_csv(members))
+    if curves := sweep.curves(members):
+        files.append(files[0].with_name(f"{title}.png"))
+        scatter(curves, f"{title}: accuracy ± its standard error", "tokens per forward", files[-1])
+    console.print(" · ".join(map(str, files)), soft_wrap=True)
+
+
+def chosen_problems(cfg: DictConfig) -> list[Problem]:
+    """The problems of cfg.bench that are to be answered."""
+    problems: list[Problem] = build(cfg.bench).problems()
+    if cfg.ids:
+        known = [problem.id for problem in problems]
+        if strange := [name for name in cfg.ids if name not in known]:
+            raise DirlError(f"{cfg.bench.name} has no problem {strange[0]}: they go from {known[0]} to {known[-1]}")
+        problems = [problem for problem in problems if problem.id in cfg.ids]
+    if cfg.samples < 1 or (cfg.limit is not None and cfg.limit < 1):
+        raise DirlError("there is nothing to evaluate: limit and samples must be at least 1")
+    return problems[: cfg.limit]
+
+
+def asked_for(answers: Sequence[Answer], problems: Sequence[Problem], samples: int) -> list[Answer]:
+    """Those of the answers that are asked for now; an earlier start may have asked for more."""
+    ids = {problem.id for problem in problems}
+    return [answer for answer in answers if answer.problem in ids and answer.sample < samples]
+
+
+def say_what_gave_up(grader: Grader) -> None:
+    if grader.gave_up:
+        console.print(f"{grader.gave_up} answers took too long or too much to compare and count as wrong")
+
+
+def digests(problems: Sequence[Problem]) -> dict[str, str]:
+    """What tells a problem from another one of the same id."""
+    return {problem.id: digest(problem.question, problem.answer)[:16] for problem in problems}
 
 
 def digest(*values: object) -> str:
@@ -142,25 +223,3 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-class Processes:
-    """The processes of one evaluation: this one's rank and device, and how many there are."""
-
-    def __init__(self, count: int, device: str) -> None:
-        self.rank, self.count, self.device = 0, 1, device
-        if count > 1:
-            from accelerate import PartialState  # takes seconds to import
-
-            on_cpu = device == "cpu" or not torch.cuda.is_available()
-            self.state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # the first to finish waits for the last
-            self.rank, self.count = self.state.process_index, self.state.num_processes
-            self.device = str(self.state.device)
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def wait(self) -> None:
-        if self.count > 1:
-            self.state.wait_for_everyone()

@@ -20,13 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from dirl_cli.build import build
 from dirl_cli.commands.eval import digest, plain
 from dirl_cli.data.chat import answer_text, encode_messages, encode_prompt, encode_question
-from dirl_cli.data.files import Row, read_rows, text
+from dirl_cli.data.columns import text
+from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.disk import writing
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import drop_torn_line
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.types import Decoding, Trajectory
+from dirl_cli.types import Decoding, Instruction, Trajectory
 
 HIDDEN = "░"
 SOURCE = "sampled_from.json"
@@ -96,12 +97,12 @@ def requests(cfg: DictConfig, lm: DiffusionLM) -> list[Request]:
         raise DirlError("give one of prompt=TEXT, messages=[…] and input=FILE.jsonl")
     said: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, given))
     rows = read_rows(cfg.input) if cfg.input is not None else [Row("the command line", said)]
-    asked = []
+    instruction, asked = build(cfg.instruction, Instruction), []
     for row in rows:
         seed = row.fields.get("seed", cfg.decoding.seed)
         if type(seed) is not int:
             raise DirlError(f"{row.place}: seed must be a whole number, not {seed}")
-        prompt_ids = encode_row(lm, row, cfg.instruction)
+        prompt_ids = encode_row(lm, row, instruction)
         if len(prompt_ids) > lm.longest_prompt:
             room = f"{len(prompt_ids)} tokens and the model has room for {lm.longest_prompt}"
             raise DirlError(f"the prompt of {row.place} has {room}: shorten it or leave it out")
@@ -109,7 +110,7 @@ def requests(cfg: DictConfig, lm: DiffusionLM) -> list[Request]:
     return asked
 
 
-def encode_row(lm: DiffusionLM, row: Row, instruction: str | None) -> list[int]:
+def encode_row(lm: DiffusionLM, row: Row, instruction: Instruction) -> list[int]:
     """The prompt of one line: prompt_ids, prompt (text), messages, or question (with the instruction)."""
     fields = row.fields
     if "prompt_ids" in fields:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,42 @@ from dirl_cli.algo.advantages import ADVANTAGES
 from dirl_cli.algo.objective import Objective
 from dirl_cli.algo.select import FILTERS
 from dirl_cli.build import build
-from dirl_cli.data.chat import encode_problems
+from dirl_cli.data.files import sources_of
+from dirl_cli.data.preview import show
+from dirl_cli.data.tokens import Tokens
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.evaluation.metrics import mean
-from dirl_cli.loop.exam import exam
-from dirl_cli.loop.groups import Answers, Replayed, Sampled, State, replayed, rescored, teaches, with_advantages
+from dirl_cli.loop.exam import Exam
+from dirl_cli.loop.forecast import RL, rl_budget
+from dirl_cli.loop.groups import (
+    Answers,
+    Replayed,
+    Sampled,
+    State,
+    drawing,
+    replayed,
+    rescored,
+    teaches,
+    with_advantages,
+)
 from dirl_cli.loop.learn import Learner
+from dirl_cli.loop.sources import Questions, Reader, epochs
+from dirl_cli.models.card import model_card
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
+from dirl_cli.models.push import push, require_pushable
 from dirl_cli.reward.scoring import Rewards, Scorer
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.record import Record, rollout_path, write_rollout
 from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.training.budget import Place
 from dirl_cli.training.checkpoint import Checkpoints, find, load, save_model
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
-from dirl_cli.training.metrics import NoLog, open_log
+from dirl_cli.training.metrics import NoLog, curves, open_log
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
 from dirl_cli.training.trainer import Trainer, start_accelerator
-from dirl_cli.types import Decoding
+from dirl_cli.types import Decoding, Instruction
 
 PANELS = (
     Panel("Accuracy", {"accuracy": "rollouts", "greedy_accuracy": "greedy, held out"}, percent=True),
@@ -47,23 +64,48 @@ PANELS = (
     Panel("Divergence from the reference", {"kl": "nats"}),
 )
 SHOWN = ("reward", "accuracy", "length", "tokens_per_forward", "kept")
+RECIPE = ("model", "data", "instruction", "algo", "reward", "rl", "optim", "schedule", "steps", "clip_norm", "seed")
 
 
 def run(cfg: DictConfig, out: Path) -> None:
     """Reinforce cfg.model on cfg.data until `out`/model holds the result."""
-    accelerator = start_accelerator(cfg.device, cfg.dtype)
+    accelerator = start_accelerator("cpu" if cfg.dry_run else cfg.device, cfg.dtype)
     progress = StepProgress(cfg.steps, cfg.log_every, SHOWN, quiet=not accelerator.is_main_process)
     saved = out / "model"
-    if saved.exists():
+    if saved.exists() and not cfg.dry_run:
         progress.say(f"{out} is finished: run `dirl eval model={saved}`, or give another name= to train again")
         return
+    require_pushable(cfg.push_to_hub)
 
     model, data, optim, schedule, logger = (
         build(cfg[name]) for name in ("model", "data", "optim", "schedule", "logger")
     )
     objective, rewards, decoding = build(cfg.algo, Objective), build(cfg.reward, Rewards), build(cfg.decoding, Decoding)
+    instruction = build(cfg.instruction, Instruction)
     check(cfg.rl, objective, decoding)
-    lm: DiffusionLM = model.load("float32", str(accelerator.device), cfg.attention)
+    lm: DiffusionLM = model.load("float32", "meta", cfg.attention)  # its weights come once they are known to fit
+    reader = Reader(lm, instruction, accelerator, progress, max_prompt_tokens=cfg.rl.max_prompt_tokens)
+    sources, weights = ([], []) if cfg.rl.replay else sources_of(data)
+    names = [source.name for source in sources]
+    pools = [reader.problems(f"training problems of {s.name}", s.training_problems()) for s in sources]
+    if empty := [name for name, pool in zip(names, pools, strict=True) if not pool.problems]:
+        raise DirlError(f"nothing of {empty[0]} is left to learn from: raise rl.max_prompt_tokens, or give other data")
+    if cfg.dry_run:
+        prompts = [Tokens.of([(prompt, [False] * len(prompt)) for prompt in pool.prompts]) for pool in pools]
+        show(dict(zip(names, prompts, strict=True)), lm.require_tokenizer(), progress.console)
+    longest = max((len(prompt) for pool in pools for prompt in pool.prompts), default=0)  # not known of a replay
+    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus, cfg.memory_gb)
+    chosen = {key: OmegaConf.select(cfg, key) for key in RL}
+    samples, learns = not cfg.rl.replay, not cfg.rl.rollout_only
+    budget = rl_budget(lm, optim, objective, decoding, place, chosen, longest, samples, learns)
+    if cfg.dry_run:
+        budget.show(OmegaConf.to_container(cfg), progress.console)
+        return
+    if doubt := budget.require():
+        progress.say(doubt)
+    lm = model.load("float32", str(accelerator.device), cfg.attention)
+    if cfg.gradient_checkpointing:
+        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
     trainer = Trainer(
         accelerator,
@@ -101,7 +143,8 @@ def run(cfg: DictConfig, out: Path) -> None:
         progress.say(f"going on after step {state.step}, from {start}")
     config = OmegaConf.to_container(cfg)
     log = open_log(out, state.step or -1, logger, config) if accelerator.is_main_process else NoLog()
-    questions = exam(data.problems()[: cfg.eval_problems], data.instruction, lm, decoding, accelerator)
+    held_out = reader.problems("held-out problems", data.problems()[: cfg.eval_problems])
+    exam = Exam(held_out.problems, held_out.prompts, lm, decoding, accelerator)
     sampler = NativeSampler(lm, cfg.max_batch)
     sampler.weights_version = trainer.steps_taken
 
@@ -109,11 +152,11 @@ def run(cfg: DictConfig, out: Path) -> None:
         source: Sampled | Replayed = (
             replayed(Path(cfg.rl.replay), cfg.steps)
             if cfg.rl.replay
-            else sampled_from(data, lm, sampler, scorer, decoding, accelerator, cfg.rl, cfg.seed)
+            else sampled_from(pools, weights, lm, sampler, scorer, decoding, accelerator, cfg.rl, cfg.seed)
         )
         if state.step == 0 and not cfg.rl.rollout_only:
             with trainer.times("evaluation"):
-                before = questions.take(sampler, scorer.grader)
+                before = exam.take(sampler, scorer.grader)
             if before:
                 log.write(0, before)
                 progress.say(f"before · {describe(before, 'greedy_accuracy')}")
@@ -127,6 +170,8 @@ def run(cfg: DictConfig, out: Path) -> None:
                     groups = [group for group in sampled if teaches(group, cfg.rl.filter)]
                 groups = with_advantages(groups, ADVANTAGES[objective.advantage])
                 metrics = measured(sampled, groups, 0 if cfg.rl.replay else cfg.rl.group_size)
+                if isinstance(source, Sampled):
+                    metrics |= epochs(source.order, names, state.drawn)
                 if groups and not cfg.rl.rollout_only:
                     metrics |= learner.learn(groups, state.step, sampler.weights_version)
                 state.step += 1
@@ -140,8 +185,8 @@ def run(cfg: DictConfig, out: Path) -> None:
                     progress.console.print(answer_table(groups or sampled, step))
                 if (is_last or due(step, cfg.eval_every)) and not cfg.rl.rollout_only:
                     with trainer.times("evaluation"):
-                        metrics |= questions.take(sampler, scorer.grader)
-                    if questions.problems:
+                        metrics |= exam.take(sampler, scorer.grader)
+                    if exam.problems:
                         progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'greedy_accuracy')}")
                 log.write(step, metrics | trainer.times.take())
                 must_stop = bool(stop) and not is_last
@@ -158,15 +203,28 @@ def run(cfg: DictConfig, out: Path) -> None:
     if cfg.rl.rollout_only:
         progress.say(f"the rollouts are in {out / 'rollouts'}: learn from them with rl.replay={out}")
     else:
-        save_model(lm, cfg.dtype, saved, accelerator)
+        settings: Any = OmegaConf.to_container(cfg)
+        card = model_card(
+            cfg.name,
+            cfg.push_to_hub,
+            f"{cfg.model.name}, reinforced on {cfg.data.name} with `dirl rl algo={cfg.algo.name}`.",
+            cfg.model.get("path"),
+            {name: settings[name] for name in RECIPE},
+            curves(out / "metrics.jsonl", PANELS),
+            asdict(decoding) | {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
+        )
+        save_model(lm, cfg.dtype, saved, card, accelerator)
         progress.say(f"the model is in {saved}: run `dirl eval model={saved}`")
     log.close()
     times = trainer.times.total
     progress.say(f"{clock(sum(times.values()))} went into {shares(times)}")
+    if cfg.push_to_hub and saved.exists() and accelerator.is_main_process:
+        progress.say(f"the model is at {push(saved, cfg.push_to_hub)}")
 
 
 def sampled_from(
-    data: Any,
+    pools: Sequence[Questions],
+    weights: Sequence[float],
     lm: DiffusionLM,
     sampler: Sampler,
     scorer: Scorer,
@@ -175,12 +233,10 @@ def sampled_from(
     rl: DictConfig,
     seed: int,
 ) -> Sampled:
-    """Groups sampled from the training problems of `data`, all of which must fit the model."""
-    problems = data.training_problems()
-    prompts = encode_problems(lm.require_tokenizer(), problems, data.instruction, lm.longest_prompt)
+    """Groups sampled from pools of problems, which are drawn from by weight."""
     return Sampled(
-        problems,
-        prompts,
+        [problem for pool in pools for problem in pool.problems],
+        [prompt for pool in pools for prompt in pool.prompts],
         lm,
         sampler,
         scorer,
@@ -190,6 +246,7 @@ def sampled_from(
         group_size=rl.group_size,
         filter=rl.filter,
         max_rounds=rl.max_rounds,
+        order=drawing([len(pool.problems) for pool in pools], weights, seed),
         seed=seed,
     )
 

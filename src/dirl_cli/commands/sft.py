@@ -1,33 +1,40 @@
 """`dirl sft`: hide answer tokens of demonstrations and learn to fill them in."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dirl_cli.build import build
-from dirl_cli.data.chat import encode_demonstrations
+from dirl_cli.data.files import sources_of
+from dirl_cli.data.preview import show
 from dirl_cli.diffusion.layout import Rows
-from dirl_cli.diffusion.masking import Example, example
 from dirl_cli.errors import DirlError
-from dirl_cli.loop.exam import exam
+from dirl_cli.loop.exam import Exam
+from dirl_cli.loop.forecast import SFT, sft_budget
+from dirl_cli.loop.sources import Reader, epochs
+from dirl_cli.models.card import model_card
 from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.push import push, require_pushable
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.batches import Noise, NoisedBatches
+from dirl_cli.training.batches import Noise, NoisedBatches, Padded, generator
+from dirl_cli.training.budget import Place
 from dirl_cli.training.checkpoint import Checkpoints, find, load, save_model
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
-from dirl_cli.training.metrics import NoLog, open_log
+from dirl_cli.training.metrics import NoLog, curves, open_log
+from dirl_cli.training.order import Order
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
 from dirl_cli.training.trainer import Sums, Trainer, start_accelerator
-from dirl_cli.types import Decoding
+from dirl_cli.types import Decoding, Instruction
 
 PANELS = (
     Panel("Loss per answer token", {"loss": "training", "validation_loss": "validation"}, log=True),
@@ -37,34 +44,71 @@ PANELS = (
     Panel("Tokens per second", {"tokens_per_s": "tokens"}),
 )
 SHOWN = ("loss", "grad_norm", "lr", "tokens_per_s")
+RECIPE = (
+    "model",
+    "data",
+    "instruction",
+    "masking",
+    "optim",
+    "schedule",
+    "steps",
+    "batch_size",
+    "max_tokens",
+    "clip_norm",
+    "seed",
+)
 
 
 def run(cfg: DictConfig, out: Path) -> None:
     """Fine-tune cfg.model on cfg.data until `out`/model holds the result."""
-    accelerator = start_accelerator(cfg.device, cfg.dtype)
+    accelerator = start_accelerator("cpu" if cfg.dry_run else cfg.device, cfg.dtype)
     progress = StepProgress(cfg.steps, cfg.log_every, SHOWN, quiet=not accelerator.is_main_process)
     saved = out / "model"
-    if saved.exists():
+    if saved.exists() and not cfg.dry_run:
         progress.say(f"{out} is finished: run `dirl eval model={saved}`, or give another name= to train again")
         return
+    require_pushable(cfg.push_to_hub)
 
     model, data, masking, optim, schedule, logger = (
         build(cfg[name]) for name in ("model", "data", "masking", "optim", "schedule", "logger")
     )
-    decoding = build(cfg.decoding, Decoding)
-    lm: DiffusionLM = model.load("float32", str(accelerator.device), cfg.attention)
+    instruction, decoding = build(cfg.instruction, Instruction), build(cfg.decoding, Decoding)
+    lm: DiffusionLM = model.load("float32", "meta", cfg.attention)  # its weights come once they are known to fit
     decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
-    examples = tokenise(lm, data.demonstrations(), cfg.max_tokens, "training", progress)
-    held_out = tokenise(lm, data.validation(), cfg.max_tokens, "held-out", progress)
-    if not examples:
-        raise DirlError(f"no demonstration has at most max_tokens={cfg.max_tokens} tokens: raise it")
+    sources, weights = sources_of(data)
+    names = [source.name for source in sources]
+    reader = Reader(lm, instruction, accelerator, progress, cfg.max_tokens)
+    training = [reader.demonstrations(f"training demonstrations of {s.name}", s.demonstrations()) for s in sources]
+    held_out = [reader.demonstrations(f"held-out demonstrations of {s.name}", s.validation()) for s in sources]
+    if empty := [name for name, tokens in zip(names, training, strict=True) if not len(tokens)]:
+        raise DirlError(f"nothing of {empty[0]} is left to learn from: raise max_tokens, or give other data")
+    order = Order(tuple(map(len, training)), tuple(weights), partial(generator, cfg.seed))
+    if cfg.dry_run:
+        show(dict(zip(names, training, strict=True)), lm.require_tokenizer(), progress.console)
+        reached = epochs(order, names, cfg.steps * cfg.batch_size)
+        progress.say(f"after {cfg.steps} steps: {' · '.join(f'{name} {n:.2f}' for name, n in reached.items())}")
+    asked = reader.problems("held-out problems", data.problems()[: cfg.eval_problems])
+    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus, cfg.memory_gb)
+    lengths = np.concatenate([tokens.lengths for tokens in training])
+    chosen = {key: OmegaConf.select(cfg, key) for key in SFT}
+    budget = sft_budget(lm, optim, masking, decoding, place, chosen, lengths, asked.prompts)
+    if cfg.dry_run:
+        budget.show(OmegaConf.to_container(cfg), progress.console)
+        return
+    if doubt := budget.require():
+        progress.say(doubt)
+    lm = model.load("float32", str(accelerator.device), cfg.attention)
+    if cfg.gradient_checkpointing:
+        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    exam = Exam(asked.problems, asked.prompts, lm, decoding, accelerator)
+    del data, sources  # and their rows
     noise = Noise(masking, lm.block_size, lm.mask_token_id, lm.pad_token_id, cfg.row_tokens)
-    batches = NoisedBatches(examples, cfg.batch_size, noise, cfg.seed)
+    batches = NoisedBatches(Padded(training, lm.block_size, lm.pad_token_id), order, cfg.batch_size, noise, cfg.seed)
 
     rates = partial(schedule, steps=cfg.steps)
     trainer = Trainer(accelerator, TokenScorer(lm.model), optim.build(lm.model), rates, cfg.clip_norm)
-    validation = noise.rows(held_out, cfg.seed) if held_out else None
-    questions = exam(data.problems()[: cfg.eval_problems], data.instruction, lm, decoding, accelerator)
+    unseen = Padded(held_out, lm.block_size, lm.pad_token_id)
+    validation = noise.rows([unseen[i] for i in range(len(unseen))], cfg.seed) if len(unseen) else None
 
     checkpoints = Checkpoints(out / "checkpoints", cfg.keep_checkpoints, accelerator)
     given = find(cfg.resume)
@@ -84,13 +128,13 @@ def run(cfg: DictConfig, out: Path) -> None:
                 micro_batches = trainer.cut(rows, cfg.micro_rows)
             metrics = trainer.step(micro_batches, cross_entropy, answer_tokens)
             metrics["tokens_per_s"] = rows.num_tokens / (time.perf_counter() - began)
-            metrics["epoch"] = trainer.steps_taken * cfg.batch_size / len(examples)
+            metrics |= epochs(order, names, trainer.steps_taken * cfg.batch_size)
 
             step, is_last = trainer.steps_taken, trainer.steps_taken == cfg.steps
             progress.update(step, metrics)
             if is_last or due(step, cfg.eval_every):
                 with trainer.times("evaluation"):
-                    metrics |= validated(trainer, validation, cfg.micro_rows) | questions.take(sampler, grader)
+                    metrics |= validated(trainer, validation, cfg.micro_rows) | exam.take(sampler, grader)
                 progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'validation_loss', 'greedy_accuracy')}")
             log.write(step, metrics | trainer.times.take())
             must_stop = bool(stop) and not is_last
@@ -102,26 +146,23 @@ def run(cfg: DictConfig, out: Path) -> None:
             if must_stop:
                 raise DirlError(f"stopped after step {step} of {cfg.steps}, saved in {path}: the same command goes on")
 
-    save_model(lm, cfg.dtype, saved, accelerator)
+    settings: Any = OmegaConf.to_container(cfg)
+    card = model_card(
+        cfg.name,
+        cfg.push_to_hub,
+        f"{cfg.model.name}, fine-tuned on {cfg.data.name} with `dirl sft`.",
+        cfg.model.get("path"),
+        {name: settings[name] for name in RECIPE},
+        curves(out / "metrics.jsonl", PANELS),
+        asdict(decoding) | {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
+    )
+    save_model(lm, cfg.dtype, saved, card, accelerator)
     log.close()
     times = trainer.times.total
     progress.say(f"{clock(sum(times.values()))} went into {shares(times)}")
     progress.say(f"the model is in {saved}: run `dirl eval model={saved}`")
-
-
-def tokenise(
-    lm: DiffusionLM, rows: Sequence[dict], max_tokens: int, kind: str, progress: StepProgress
-) -> list[Example]:
-    """The demonstrations as tokens, those left out that are too long; says how many there are of both."""
-    longest = min(max_tokens, lm.max_length)
-    encoded = encode_demonstrations(lm.require_tokenizer(), rows)
-    fitting = [(ids, trained) for ids, trained in encoded if len(ids) <= longest]
-    limit = f"max_tokens={longest}" if longest == max_tokens else f"the model's {longest} positions"
-    left_out = f"; {len(encoded) - len(fitting):,} left out, longer than {limit}" if len(fitting) < len(encoded) else ""
-    if encoded:
-        tokens = sum(len(ids) for ids, _ in fitting)
-        progress.say(f"{len(fitting):,} {kind} demonstrations, {tokens:,} tokens{left_out}")
-    return [example(ids, trained, lm.block_size, lm.pad_token_id) for ids, trained in fitting]
+    if cfg.push_to_hub and main:
+        progress.say(f"and at {push(saved, cfg.push_to_hub)}")
 
 
 def validated(trainer: Trainer, validation: tuple[Rows, int] | None, micro_rows: int | None) -> dict[str, float]:

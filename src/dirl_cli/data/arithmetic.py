@@ -55,7 +55,6 @@ class Arithmetic:
     worked: float = 0.7
     seed: int = 0
     split: str = "test"
-    instruction: str | None = None
 
     def demonstrations(self) -> list[dict]:
         """The training problems with their solutions, as messages."""

@@ -1,30 +1,33 @@
 """From text and chat messages to token ids, through the tokenizer's own chat template."""
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.errors import DirlError
-from dirl_cli.types import Problem
+from dirl_cli.types import Instruction, Problem
 
 Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are trained
 Piece = tuple[str, bool]  # a stretch of text, and whether it is trained
 
-
-def encode_demonstration(tokenizer: PreTrainedTokenizerBase, row: dict) -> Encoded:
-    """The tokens of one demonstration and which of them are answer; see `encode_demonstrations`."""
-    return encode_demonstrations(tokenizer, [row])[0]
+PLACE = "\ue000{}\ue001"  # private-use characters that hold the place of what the assistant says in the n-th message
+THOUGHTS_ADDED = re.compile("<think>\\s*(</think>\\s*)?(?=\ue000|\\Z)")
 
 
-def encode_demonstrations(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict]) -> list[Encoded]:
+def encode_demonstrations(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict], instruction: Instruction
+) -> list[Encoded]:
     """Token ids of each row, and for each token whether it is trained.
 
-    `{"prompt", "response"}` is taken as written and the response trained; of `{"messages"}` every assistant turn is,
-    from the end of its generation prompt to the end of the turn. Text is split where a sampler's prompt would end, so
-    that training sees the tokens that sampling sees. The last token ends a turn; it is added where it is missing.
+    `{"prompt", "response"}` is taken as written and the response trained; `{"question", "response"}` is put as the
+    instruction says; of `{"messages"}` every assistant turn is trained, from the end of its generation prompt to the
+    end of the turn. Text is split where a sampler's prompt would end, so that training sees the tokens that sampling
+    sees. The last token ends a turn; it is added where it is missing.
     """
-    pieces = [list(pieces_of(tokenizer, row)) for row in rows]
+    pieces = [list(pieces_of(tokenizer, row, instruction)) for row in rows]
     tokens = iter(tokenize(tokenizer, [text for row in pieces for text, _ in row]))
     return [join(tokenizer, [(next(tokens), trained) for _, trained in row]) for row in pieces]
 
@@ -49,54 +52,55 @@ def join(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[tuple[list[int], b
     return token_ids, trained
 
 
-def pieces_of(tokenizer: PreTrainedTokenizerBase, row: dict) -> Iterable[Piece]:
+def pieces_of(tokenizer: PreTrainedTokenizerBase, row: dict, instruction: Instruction) -> Iterable[Piece]:
     if "messages" in row:
         return pieces_of_messages(tokenizer, row["messages"])
-    return [(row["prompt"], False), (row["response"], True)]
+    if "prompt" in row:
+        return [(row["prompt"], False), (row["response"], True)]
+    response = row["response"].removeprefix("<think>") if instruction.think else row["response"]
+    return [(question_text(tokenizer, row["question"], instruction), False), (response, True)]
 
 
 def pieces_of_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Iterable[Piece]:
     """The rendered conversation, cut at the end of each generation prompt and of each assistant turn."""
-    whole = render(tokenizer, messages)
+    whole = frame(tokenizer, messages)
     end = str(tokenizer.convert_ids_to_tokens(turn_end(tokenizer)))
     done = 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = render(tokenizer, messages[:i], add_generation_prompt=True)
-        if not whole.startswith(prompt) or len(prompt) < done:
+        prompt, place = frame(tokenizer, messages[:i], add_generation_prompt=True), PLACE.format(i)
+        if not whole.startswith(prompt + place):
             raise DirlError(
                 "the tokenizer's chat template renders a conversation differently as it grows, so its assistant turns"
                 " cannot be found: give the data as prompt and response instead"
             )
         yield whole[done : len(prompt)], False
-        stop = whole.find(end, len(prompt))
+        said = len(prompt) + len(place)
+        stop = whole.find(end, said)
         done = stop + len(end) if stop >= 0 else len(whole)
-        yield whole[len(prompt) : done], True
+        yield words(message) + whole[said:done], True
     if not done:
-        raise DirlError("a demonstration has no assistant message, so there is nothing to learn from it: remove it")
+        raise DirlError("a demonstration has no assistant message, so there is nothing to learn from: remove it")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """A prompt that already holds a special token is taken as written; any other becomes a user turn."""
-    if tokenizer.chat_template is None or any(token in text for token in tokenizer.all_special_tokens):
+    if any(token in text for token in tokenizer.all_special_tokens):
         return tokenize(tokenizer, [text])[0]
-    return encode_messages(tokenizer, [{"role": "user", "content": text}])
+    return encode_question(tokenizer, text, Instruction())
 
 
-def encode_question(tokenizer: PreTrainedTokenizerBase, question: str, instruction: str | None = None) -> list[int]:
-    """The question as a user turn, the instruction on a line of its own, ready for the answer."""
-    text = f"{question}\n{instruction}" if instruction else question
-    if tokenizer.chat_template is None:
-        return tokenize(tokenizer, [text])[0]
-    return encode_messages(tokenizer, [{"role": "user", "content": text}])
+def encode_question(tokenizer: PreTrainedTokenizerBase, question: str, instruction: Instruction) -> list[int]:
+    """The question put as the instruction says, ready for the answer."""
+    return tokenize(tokenizer, [question_text(tokenizer, question, instruction)])[0]
 
 
 def encode_problems(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], instruction: str | None, longest: int
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], instruction: Instruction, longest: int
 ) -> list[list[int]]:
     """The prompt of each problem. Raises DirlError for the first that has more than `longest` tokens."""
-    prompts = [encode_question(tokenizer, problem.question, instruction) for problem in problems]
+    prompts = encode_questions(tokenizer, problems, instruction)
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) > longest:
             raise DirlError(
@@ -106,6 +110,23 @@ def encode_problems(
     return prompts
 
 
+def encode_questions(
+    tokenizer: PreTrainedTokenizerBase, problems: Iterable[Problem], instruction: Instruction
+) -> list[list[int]]:
+    """The prompt of each problem, however long."""
+    return tokenize(tokenizer, [question_text(tokenizer, problem.question, instruction) for problem in problems])
+
+
+def question_text(tokenizer: PreTrainedTokenizerBase, question: str, instruction: Instruction) -> str:
+    """The prompt that puts a question; without a chat template its turns are lines."""
+    messages = instruction.messages(question)
+    if tokenizer.chat_template is None:
+        text = "\n".join(message["content"] for message in messages)
+    else:
+        text = frame(tokenizer, messages, add_generation_prompt=True)
+    return f"{text}<think>" if instruction.think else text
+
+
 def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
     """What an answer says: its tokens up to the stop token as text, special tokens left out."""
     return str(tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -113,14 +134,42 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
     """The conversation so far, ready for the assistant's turn."""
-    text = render(tokenizer, messages, add_generation_prompt=True)
+    text = frame(tokenizer, messages, add_generation_prompt=True)
+    for i, message in enumerate(messages):
+        text = text.replace(PLACE.format(i), words(message))
     return tokenize(tokenizer, [text])[0]
+
+
+def words(message: dict) -> str:
+    """What an assistant says: the content as written, after the `reasoning_content` where there is one."""
+    thought = message.get("reasoning_content")
+    return f"<think>\n{thought.strip()}\n</think>\n\n{message['content']}" if thought else message["content"]
+
+
+def frame(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    """The conversation as the chat template renders it, with places instead of what the assistant says.
+
+    Templates drop the thoughts of earlier turns and add empty ones where they find none: a model would be trained and
+    prompted with what nobody wrote. So the template only sees places, and the thoughts that it adds are left out.
+    """
+    unsaid = [dict(message) for message in messages]
+    for i, message in enumerate(unsaid):
+        if message["role"] == "assistant":
+            message |= {"content": PLACE.format(i), "reasoning_content": None}
+    return THOUGHTS_ADDED.sub("", render(tokenizer, unsaid, add_generation_prompt))
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> str:
     if tokenizer.chat_template is None:
         raise DirlError("the tokenizer has no chat template: give prompt texts instead of messages")
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except (TemplateError, TypeError) as error:
+        turns, reason = ", ".join(message["role"] for message in messages), " ".join(str(error).split())
+        raise DirlError(
+            f"the tokenizer's chat template refuses a conversation of {turns} ({reason}):"
+            " leave such rows out, or give the data as prompt and response"
+        ) from error
 
 
 @lru_cache(maxsize=8)

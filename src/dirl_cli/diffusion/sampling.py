@@ -63,10 +63,18 @@ def draw(
     """
     full = temper(logits, temperature, unsampled_ids).log_softmax(-1)
     if uniform is None or temperature == 0:
-        kept, tokens = full, full.argmax(-1)
-    else:
-        kept = truncate(full, top_k, top_p).log_softmax(-1) if top_k or top_p < 1 else full
-        tokens = invert(kept.exp(), uniform)
+        return candidates(full, full, full.argmax(-1), confidence)
+    kept = truncated(full, top_k, top_p)
+    return candidates(full, kept, invert(kept.exp(), uniform), confidence)
+
+
+def truncated(full: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The log-probabilities of what top-k and top-p leave over. (N, V)."""
+    return truncate(full, top_k, top_p).log_softmax(-1) if top_k or top_p < 1 else full
+
+
+def candidates(full: Tensor, kept: Tensor, tokens: Tensor, confidence: str) -> Candidates:
+    """What was drawn. full, kept: (N, V) log-probabilities before and after truncation; tokens: (N,)."""
     drawn = tokens[:, None]
     if confidence == "sampled":
         certainty = full.gather(-1, drawn).squeeze(-1).exp()

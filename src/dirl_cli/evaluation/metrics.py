@@ -1,12 +1,14 @@
 """What a set of graded answers says about a model."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import comb, sqrt
 
 from dirl_cli.evaluation.answers import Answer
 from dirl_cli.reward.boxed import last_boxed
+from dirl_cli.reward.notation import number, tidy
 from dirl_cli.types import Problem
 
 
@@ -22,41 +24,51 @@ class Metrics:
         subset, which is sampled among others.
     pass_at: for each power of two up to k, and k, the chance that at least one of so many samples is right.
     majority: share of problems whose most frequent boxed answer is right (maj@k); ties count their average.
+
+    Length, truncation and speeds are None of answers that nothing but the text is known of. Where problems have
+    different numbers of answers, k is the smallest.
     """
 
     problems: int
     answers: int
     accuracy: float
     standard_error: float | None
-    length: float
-    truncated: float
-    tokens_per_denoising_forward: float
-    tokens_per_forward: float
+    length: float | None
+    truncated: float | None
+    tokens_per_denoising_forward: float | None
+    tokens_per_forward: float | None
     tokens_per_second: float | None
     pass_at: dict[int, float]
     majority: float | None
 
 
 def measure(answers: Iterable[Answer]) -> Metrics:
-    """The metrics of at least one answer; every problem must have the same number of them."""
+    """The metrics of at least one answer."""
     groups: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         groups[answer.problem].append(answer)
-    (k,) = {len(group) for group in groups.values()}
+    k = min(len(group) for group in groups.values())
     flat = [answer for group in groups.values() for answer in group]
-    shares = [mean(answer.correct for answer in group) for group in groups.values()]
-    tokens = sum(answer.tokens for answer in flat)
+    right = {problem: sum(answer.correct for answer in group) for problem, group in groups.items()}
+    shares = [right[problem] / len(group) for problem, group in groups.items()]
+    tokens, is_sampled = sum(answer.tokens for answer in flat), any(answer.forwards for answer in flat)
+
+    def tokens_per(total: float) -> float | None:
+        return tokens / total if total else None
+
     return Metrics(
         problems=len(groups),
         answers=len(flat),
         accuracy=mean(shares),
         standard_error=standard_error(shares),
-        length=mean(answer.length for answer in flat),
-        truncated=mean(answer.stop_reason == "length" for answer in flat),
-        tokens_per_denoising_forward=tokens / sum(answer.denoise_forwards for answer in flat),
-        tokens_per_forward=tokens / sum(answer.forwards for answer in flat),
-        tokens_per_second=tokens / max(sum(answer.seconds for answer in flat), 1e-9),
-        pass_at={m: mean(pass_at(m, k, round(k * share)) for share in shares) for m in powers(k)},
+        length=mean(answer.length for answer in flat) if is_sampled else None,
+        truncated=mean(answer.stop_reason == "length" for answer in flat) if is_sampled else None,
+        tokens_per_denoising_forward=tokens_per(sum(answer.denoise_forwards for answer in flat)),
+        tokens_per_forward=tokens_per(sum(answer.forwards for answer in flat)),
+        tokens_per_second=tokens_per(sum(answer.seconds for answer in flat)),
+        pass_at={
+            m: mean(pass_at(m, len(group), right[problem]) for problem, group in groups.items()) for m in powers(k)
+        },
         majority=mean(majority(group) for group in groups.values()) if k > 1 else None,
     )
 
@@ -87,14 +99,24 @@ def pass_at(m: int, k: int, right: int) -> float:
     return 1 - comb(k - right, m) / comb(k, m)
 
 
-def majority(group: Sequence[Answer]) -> float:
+def majority(group: Iterable[Answer]) -> float:
     """1 if the most frequent boxed answer is right, 0 if not, the average over those that tie; no box is no vote."""
-    boxed = [("".join((last_boxed(answer.text) or "").split()), answer.correct) for answer in group]
-    votes = Counter(text for text, _ in boxed if text)
-    if not votes:
-        return 0.0
-    right = dict(boxed)
-    return mean(right[text] for text, count in votes.items() if count == max(votes.values()))
+    votes: dict[Fraction | str, list[bool]] = defaultdict(list)
+    for answer in group:
+        if box := last_boxed(answer.text):
+            votes[spelling(box)].append(answer.correct)
+    most = max(map(len, votes.values()), default=0)
+    return mean([any(correct) for correct in votes.values() if len(correct) == most] or [0.0])
+
+
+def spelling(box: str) -> Fraction | str:
+    """What equal answers share: their exact value where they are numbers, otherwise the text without its formatting.
+
+    The reference answer has no part in it: to merge what it calls right, and nothing else, would favour the right.
+    """
+    text = tidy(box)
+    value = number(text)
+    return "".join(text.split()) if value is None else value
 
 
 def powers(k: int) -> list[int]:

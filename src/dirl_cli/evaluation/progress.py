@@ -20,8 +20,9 @@ def tracked(answers: Iterable[Answer], known: Iterable[Answer], total: int, cons
         task = bar.add_task("", total=total, completed=done)
         for answer in answers:
             done, right, tokens = done + 1, right + answer.correct, tokens + answer.tokens
-            speed = tokens / (time.perf_counter() - started)
-            text = f"accuracy {100 * right / done:.1f} · {speed:,.0f} tokens/s"
+            seconds = time.perf_counter() - started
+            speed = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{done / seconds:,.0f} answers/s"
+            text = f"accuracy {100 * right / done:.1f} · {speed}"
             bar.update(task, completed=done, description=text)
             if not live and (10 * done // total > 10 * (done - 1) // total):
                 console.print(f"{done}/{total} answers · {text}", markup=False, highlight=False)

@@ -1,6 +1,7 @@
-"""What an evaluation leaves: a table on the screen and a card on disk."""
+"""What an evaluation shows: a table, and the published figure beside ours."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -9,33 +10,60 @@ from dirl_cli.evaluation.metrics import Metrics
 
 CAPTION = "tok/step: tokens per denoising forward. tok/fwd: per forward, those that only cache included."
 
+# What the published figures were measured with (arXiv 2512.22234); `experiment=eval_paper` sets it.
+PROTOCOL = {
+    "samples": 16,
+    "bench.limit": None,
+    "bench.ids": None,
+    "instruction.text": r"Please reason step by step, and put your final answer within $\boxed{}$.",
+    "decoding.block_size": 4,
+    "decoding.denoising_steps": 4,
+    "decoding.threshold": 0.9,
+    "decoding.confidence": "sampled",
+    "decoding.temperature": 1.0,
+    "decoding.top_k": 50,
+    "decoding.top_p": 1.0,
+    "decoding.max_new_tokens": 8192,
+}
 
-def table(title: str, rows: Mapping[str, Metrics]) -> Table:
-    """A row for each named set of answers; columns for pass@k and maj@k where there are several samples."""
-    k = max(next(iter(rows.values())).pass_at, default=1)
-    several = [f"pass@{k}", f"maj@{k}"] if k > 1 else []
-    drawn = Table(title=title, caption=CAPTION, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
-    drawn.padding = 0, 1, 0, 0
-    drawn.add_column("")
-    for column in ("problems", f"avg@{k} %", *several, "length", "cut %", "tok/step", "tok/fwd"):
+
+def table(title: str, rows: Mapping[str, Metrics], header: str = "") -> Table:
+    """A row for each named set of answers, a column for all that is known of any; `header` heads the names."""
+    k = common_k(rows.values())
+    caption = CAPTION if any(metrics.tokens_per_forward for metrics in rows.values()) else None
+    return draw(title, {name: cells(metrics, k) for name, metrics in rows.items()}, header, caption)
+
+
+def draw(title: str, rows: Mapping[str, Mapping[str, str]], header: str = "", caption: str | None = None) -> Table:
+    """A table of text by row and column, without the columns that are empty in every row."""
+    drawn = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    drawn.padding = 0
+    drawn.add_column(header, overflow="fold")
+    columns = [name for name in next(iter(rows.values())) if any(row[name] for row in rows.values())]
+    for column in columns:
         drawn.add_column(column, justify="right", no_wrap=True)
-    for name, metrics in rows.items():
-        drawn.add_row(name, *cells(metrics))
+    for name, row in rows.items():
+        drawn.add_row(name, *(row[column] for column in columns))
     return drawn
 
 
-def cells(metrics: Metrics) -> list[str]:
-    several = [percent(metrics.pass_at[max(metrics.pass_at)])] if metrics.pass_at else []
-    several += [percent(metrics.majority)] if metrics.majority is not None else []
-    return [
-        str(metrics.problems),
-        accuracy(metrics),
-        *several,
-        f"{metrics.length:.0f}",
-        percent(metrics.truncated),
-        f"{metrics.tokens_per_denoising_forward:.2f}",
-        f"{metrics.tokens_per_forward:.2f}",
-    ]
+def common_k(sets: Any) -> str:
+    """How many answers to each problem there are in all of the sets, or the letter k where they differ."""
+    ks = {max(metrics.pass_at, default=1) for metrics in sets}
+    return str(ks.pop()) if len(ks) == 1 else "k"
+
+
+def cells(metrics: Metrics, k: str) -> dict[str, str]:
+    return {
+        "problems": str(metrics.problems),
+        f"avg@{k} %": accuracy(metrics),
+        f"pass@{k}": percent(metrics.pass_at[max(metrics.pass_at)] if metrics.pass_at else None),
+        f"maj@{k}": percent(metrics.majority),
+        "length": number(metrics.length, 0),
+        "cut %": percent(metrics.truncated),
+        "tok/step": number(metrics.tokens_per_denoising_forward, 2),
+        "tok/fwd": number(metrics.tokens_per_forward, 2),
+    }
 
 
 def accuracy(metrics: Metrics) -> str:
@@ -44,5 +72,44 @@ def accuracy(metrics: Metrics) -> str:
     return f"{percent(metrics.accuracy)}{error}"
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def percent(share: float | None) -> str:
+    return number(None if share is None else 100 * share, 1)
+
+
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def beside(published: Sequence[float], ours: Metrics, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A published accuracy in %, tokens per denoising forward and length, and how far ours is from them.
+
+    standard_errors: the difference in accuracy over our own standard error; the published one is not known.
+    differently: those of our settings that are not the published ones, and these.
+    """
+    accuracy, tokens_per_step, length = published
+    difference = 100 * ours.accuracy - accuracy
+    return {
+        "accuracy": accuracy,
+        "tokens_per_step": tokens_per_step,
+        "length": length,
+        "difference": difference,
+        "standard_errors": difference / (100 * ours.standard_error) if ours.standard_error else None,
+        "differently": {key: [settings[key], theirs] for key, theirs in PROTOCOL.items() if settings[key] != theirs},
+    }
+
+
+def spell_published(published: Mapping[str, Any]) -> str:
+    """What `beside` found, in words."""
+    errors = published["standard_errors"]
+    distance = "" if errors is None else f", {abs(errors):.1f} of our standard errors"
+    text = (
+        f"published (avg@16): {published['accuracy']:g} %, {published['tokens_per_step']:g} tok/step,"
+        f" length {published['length']:g}. Ours is {published['difference']:+.1f} points from it{distance}."
+    )
+    spelled = {
+        key: ["none" if value is None else value for value in pair] for key, pair in published["differently"].items()
+    }
+    others = ", ".join(f"{key} {ours} instead of {theirs}" for key, (ours, theirs) in spelled.items())
+    return (
+        f"{text}\nOurs is another protocol ({others}): experiment=eval_paper is the published one." if others else text
+    )

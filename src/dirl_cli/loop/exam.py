@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
-from dirl_cli.data.chat import answer_text, encode_problems
+from dirl_cli.data.chat import answer_text
 from dirl_cli.evaluation.grade import graded
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.grading import Grader
@@ -37,11 +37,3 @@ class Exam:
             right = sum(answer.correct for answer in graded(answers, own, partial(answer_text, tokenizer), grader))
         right_everywhere = self.accelerator.reduce(torch.tensor(float(right), device=self.accelerator.device))
         return {"greedy_accuracy": float(right_everywhere) / len(self.problems)}
-
-
-def exam(
-    problems: Sequence[Problem], instruction: str | None, lm: DiffusionLM, decoding: Decoding, accelerator: Accelerator
-) -> Exam:
-    """The exam on these problems. Raises DirlError for one whose prompt leaves no room for an answer."""
-    prompts = encode_problems(lm.require_tokenizer(), problems, instruction, lm.longest_prompt) if problems else []
-    return Exam(problems, prompts, lm, decoding, accelerator)

@@ -19,6 +19,7 @@ from dirl_cli.reward.answer import Answer
 from dirl_cli.reward.scoring import Scored, Scorer
 from dirl_cli.rollout.record import Record, from_json, read_rollout, rollout_files, to_json
 from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.training.order import Order
 from dirl_cli.types import Decoding, Problem
 
 Answers = list[Record]  # those to one problem
@@ -47,10 +48,10 @@ class State:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Draws problems in seeded order and samples, scores and filters groups of answers until enough are kept.
+    """Draws problems in their order and samples, scores and filters groups of answers until enough are kept.
 
     pool, prompts: the problems and their prompts. problems: a step's. filter: see `has_signal`.
-    max_rounds: draws in which to find them.
+    max_rounds: draws in which to find them. seed: of the answers.
     """
 
     pool: Sequence[Problem]
@@ -64,6 +65,7 @@ class Sampled:
     group_size: int
     filter: str
     max_rounds: int
+    order: Order
     seed: int
 
     def take(self, state: State) -> tuple[list[Answers], list[Answers]]:
@@ -102,7 +104,7 @@ class Sampled:
         """
         seeds = [request_key(self.seed, [*moment, place], 0) for place in places]
         tokenizer = self.lm.require_tokenizer()
-        drawn = [problem_at(place, len(self.pool), self.seed) for place in places]
+        drawn = [self.order[place] for place in places]
         asked, prompts = [self.pool[i] for i in drawn], [self.prompts[i] for i in drawn]
         waiting: dict[tuple[int, int], Record] = {}
 
@@ -182,8 +184,10 @@ def with_advantages(groups: Sequence[Answers], advantage: Advantage) -> list[Ans
     ]
 
 
-def problem_at(place: int, problems: int, seed: int) -> int:
-    """Which of so many problems is at a place of an endless order that is shuffled anew in every epoch."""
-    epoch, i = divmod(place, problems)
-    generator = torch.Generator().manual_seed(request_key(seed, [epoch, problems], 0))
-    return int(torch.randperm(problems, generator=generator)[i])
+def drawing(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Order:
+    """The order in which the problems of some sources are drawn."""
+
+    def seeded(*numbers: int) -> torch.Generator:
+        return torch.Generator().manual_seed(request_key(seed, list(numbers), 0))
+
+    return Order(tuple(sizes), tuple(weights), seeded)

@@ -34,9 +34,13 @@ def block_mask(coordinates: Coordinates) -> "BlockMask":
     return create_block_mask(rule, rows, None, length, length, device=str(device), _compile=device.type == "cuda")
 
 
-def attention_mask(rows: Rows, implementation: str) -> "Tensor | BlockMask":
-    """What the model's attention implementation takes as its mask."""
-    return block_mask(rows.coordinates) if implementation == "flex_attention" else dense_mask(rows.coordinates)
+def attention_mask(rows: Rows, implementation: str, dtype: torch.dtype) -> "Tensor | BlockMask":
+    """What the model's attention implementation takes as its mask. dtype: that of the queries."""
+    if implementation == "flex_attention":
+        return block_mask(rows.coordinates)
+    seen = dense_mask(rows.coordinates)
+    # SDPA would turn bools into these numbers once per layer, and backpropagation keep them all
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
@@ -44,10 +48,12 @@ def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
     implementation = model.config._attn_implementation
     if implementation == "flex_attention" and torch.is_grad_enabled() and rows.token_ids.device.type == "cpu":
         raise DirlError("attention=flex cannot learn on a CPU: leave it at auto")
+    device = rows.token_ids.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     output = model.get_decoder()(
         input_ids=rows.token_ids,
         position_ids=rows.position,
-        attention_mask=attention_mask(rows, implementation),
+        attention_mask=attention_mask(rows, implementation, dtype),
         use_cache=False,
     )
     return output.last_hidden_state

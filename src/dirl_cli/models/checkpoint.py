@@ -21,10 +21,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import dirl_cli.models.sdar  # noqa: F401  # registers `sdar` and `sdar_moe`
+from dirl_cli import hub
 from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.models.adapter import merged
+from dirl_cli.models.published import save_published
 
 DEFAULT_BLOCK_SIZE = 4  # published configurations may name neither
 DEFAULT_MASK_TOKEN_ID = 151669
+MASK_NAMES = ("<|MASK|>", "<MASK>", "<|mask|>", "<mask>")  # a tokenizer's files may hold more than one
 
 
 @dataclass(frozen=True)
@@ -62,37 +66,27 @@ class DiffusionLM:
             raise DirlError(f"{self.model.name_or_path} has no tokenizer: copy its tokenizer files beside config.json")
         return self.tokenizer
 
-    def save(self, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the published layout into a directory: safetensors, configuration and tokenizer."""
-        transformers_logging.disable_progress_bar()
-        self.model.save_pretrained(directory, state_dict=state_dict)
-        if self.tokenizer:
-            self.tokenizer.save_pretrained(directory)
-        name_as_published(directory / "config.json")
-
-
-def name_as_published(config_file: Path) -> None:
-    """Add the names that published configurations and engines use for what transformers 5 renamed."""
-    config = json.loads(config_file.read_text())
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    config["torch_dtype"] = config["dtype"]
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    def save(self, directory: Path, card: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Make a directory in the published layout, whole or not at all, with `card` as its README.md."""
+        save_published(directory, self.model, self.tokenizer, card, state_dict)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory, or a Hub repository that was downloaded before."""
+    """A model directory, or a Hub repository that was downloaded before; `adapter`: what to merge into it."""
 
     name: str
     path: str
     block_size: int | None = None
     mask_token_id: int | None = None
+    adapter: str | None = None
 
     def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
         """Load the model for `device`, in evaluation mode.
 
         dtype: float32, bfloat16, or auto for bfloat16 on a GPU. attention: sdpa, flex, or auto for the device's best.
-        Raises DirlError where the directory, a tensor or the tokenizer is missing or damaged.
+        device: as torch's; on `meta` the model has shapes but no weights.
+        Raises DirlError where the directory, a tensor, the tokenizer or the adapter is missing or damaged.
         """
         device = pick_device(device)
         config = self._config()
@@ -105,13 +99,18 @@ class Checkpoint:
                 f"mask token {mask_id} is outside the vocabulary of {self.path} ({config.vocab_size}):"
                 " set model.mask_token_id"
             )
+        if device == "meta":  # its shapes alone: no weight is read
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=pick_dtype(dtype, device))
+            return diffusion_lm(model.eval(), self._tokenizer(), block_size, mask_id)
         model = self._model(pick_dtype(dtype, device), pick_attention(attention, device))
+        model = merged(model, self.adapter) if self.adapter else model
         torch.nn.Module.to(model, device).eval()
         return diffusion_lm(model, self._tokenizer(), block_size, mask_id)
 
     def _config(self) -> PreTrainedConfig:
         try:
-            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+            return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, TypeError, StrictDataclassError) as error:
             raise self._missing(error) from error
 
@@ -124,6 +123,7 @@ class Checkpoint:
                 dtype=dtype,
                 attn_implementation=attention,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below
             )
@@ -131,6 +131,11 @@ class Checkpoint:
             raise DirlError(f"{self.path} holds a damaged weight file ({error}): download or copy it again") from error
         except (OSError, ValueError) as error:
             raise self._missing(error) from error
+        except (TypeError, LookupError, RuntimeError) as error:
+            raise DirlError(
+                f"{self.path} cannot be loaded as its config.json and index say ({one_line(error)}):"
+                " download or copy it again"
+            ) from error
         model, found = loaded
         for key, stored, wanted in sorted(found["mismatched_keys"])[:1]:
             raise DirlError(
@@ -142,13 +147,18 @@ class Checkpoint:
                 f"{self.path} lacks {len(wrong)} tensor{'s' * (len(wrong) > 1)} of the model, such as {wrong[0]}:"
                 " download or copy it again"
             )
+        if strange := sorted(found["unexpected_keys"]):
+            raise DirlError(
+                f"{self.path} holds {len(strange)} tensor{'s' * (len(strange) > 1)} that its config.json does not know,"
+                f" such as {strange[0]}: download or copy config.json again"
+            )
         return cast(PreTrainedModel, model)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
         if Path(self.path).is_dir() and not list(Path(self.path).glob("*token*")):
             return None
         try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = one_line(error)
             raise DirlError(f"the tokenizer of {self.path} cannot be read ({reason}): copy it again") from error
@@ -160,7 +170,8 @@ class Checkpoint:
             return DirlError(
                 f"{self.path} is not a directory: give model.path that of a saved model, such as `dirl sft` leaves"
             )
-        return DirlError(f"{self.path} is not on this machine: run `dirl download model={self.path}` first")
+        words = hub.words(self.path, "model")
+        return DirlError(f"{self.path} is not on this machine, or not all of it: run `dirl download {words}` first")
 
 
 def diffusion_lm(
@@ -170,21 +181,30 @@ def diffusion_lm(
     if block_size < 1:
         raise DirlError(f"block_size is {block_size}: it must be at least 1")
     model.config.block_size, model.config.mask_token_id = block_size, mask_token_id
-    known = len(tokenizer) if tokenizer else model.config.vocab_size
     eos = [model.generation_config.eos_token_id, model.config.eos_token_id]
     stops = {i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
+    vocabulary: dict[str, int] = tokenizer.get_vocab() if tokenizer else {}
     if tokenizer:
-        turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        stops |= {i for i in (tokenizer.eos_token_id, turn_end) if i is not None and i != tokenizer.unk_token_id}
+        stops |= {tokenizer.eos_token_id, vocabulary.get("<|im_end|>")} - {None}
     pad = tokenizer.pad_token_id if tokenizer else model.config.pad_token_id
+    pad = min(stops, default=0) if pad is None else pad
+    ids = range(model.config.vocab_size)
+    text = set(vocabulary.values() or ids) - {mask_token_id, *map(vocabulary.get, MASK_NAMES)}
+    vars(model.generation_config).update(
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=pad,
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        _from_model_config=None,  # what it knows beyond the model's configuration is kept
+    )
     return DiffusionLM(
         model=model,
         tokenizer=tokenizer,
         block_size=block_size,
         mask_token_id=mask_token_id,
-        pad_token_id=pad if pad is not None else min(stops, default=0),
+        pad_token_id=pad,
         stop_token_ids=tuple(sorted(stops)),
-        unsampled_ids=tuple(sorted({mask_token_id, *range(known, model.config.vocab_size)})),
+        unsampled_ids=tuple(i for i in ids if i not in text),
     )
 
 
@@ -236,4 +256,9 @@ def pick_attention(attention: str, device: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """What transformers complains of, in fewer words."""
+    if "custom code" in str(error):
+        return "it needs code of its own, which is never run"
+    if "conversion of the weights" in str(error):
+        return "the experts of a layer are incomplete or differ in shape"
+    return str(error).strip().split("\n")[0].rstrip(" :")

@@ -6,11 +6,14 @@ Importing this module registers `sdar` and `sdar_moe`, so that published checkpo
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 
 class SDARConfig(Qwen3Config):
@@ -41,3 +44,7 @@ AutoConfig.register("sdar", SDARConfig)
 AutoConfig.register("sdar_moe", SDARMoeConfig)
 AutoModelForCausalLM.register(SDARConfig, SDARForCausalLM)
 AutoModelForCausalLM.register(SDARMoeConfig, SDARMoeForCausalLM)
+AutoTokenizer.register(SDARConfig, Qwen2Tokenizer)
+AutoTokenizer.register(SDARMoeConfig, Qwen2Tokenizer)
+# Files hold each expert by itself, models the experts of a layer as one tensor.
+register_checkpoint_conversion_mapping("sdar_moe", get_checkpoint_conversion_mapping("qwen3_moe"))

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Protocol
 
-import torch
 from torch import Generator
 
 from dirl_cli.diffusion.layout import Rows
-from dirl_cli.diffusion.masking import Example, Masking, noised_rows
+from dirl_cli.diffusion.masking import Example, Masking, example, noised_rows
+from dirl_cli.training.order import Order
 
 
 @dataclass(frozen=True)
@@ -28,26 +29,53 @@ class Noise:
         )
 
 
+class Tokens(Protocol):
+    """Demonstrations, each as its token ids and which of them are trained."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> tuple[list[int], list[bool]]: ...
+
+
+class Examples(Protocol):
+    def __getitem__(self, i: int, /) -> Example: ...
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Demonstrations of several sources one after another, each made whole blocks when it is asked for."""
+
+    sources: Sequence[Tokens]
+    block_size: int
+    pad_id: int
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, i: int) -> Example:
+        for source in self.sources:
+            if i < len(source):
+                return example(*source[i], self.block_size, self.pad_id)
+            i -= len(source)
+        raise IndexError
+
+
 @dataclass(frozen=True)
 class NoisedBatches:
-    """Batch by step: `batch_size` demonstrations in an order that is new in every epoch, freshly masked."""
+    """Batch by step: the next `batch_size` demonstrations in their order, freshly masked."""
 
-    examples: Sequence[Example]
+    examples: Examples
+    order: Order
     batch_size: int
     noise: Noise
     seed: int
 
     def __getitem__(self, step: int) -> tuple[Rows, int]:
-        chosen = [self.examples[i] for i in self.order(step)]
-        return self.noise.rows(chosen, self.seed, step)
+        return self.noise.rows([self.examples[i] for i in self.chosen(step)], self.seed, step)
 
-    def order(self, step: int) -> list[int]:
+    def chosen(self, step: int) -> list[int]:
         """Which examples make batch `step`, in which one epoch may end and the next begin."""
-        first, n = step * self.batch_size, len(self.examples)
-        places = range(first, first + self.batch_size)
-        epochs = {place // n for place in places}
-        shuffled = {epoch: torch.randperm(n, generator=generator(self.seed, epoch, n)) for epoch in epochs}
-        return [int(shuffled[place // n][place % n]) for place in places]
+        first = step * self.batch_size
+        return [self.order[place] for place in range(first, first + self.batch_size)]
 
 
 def generator(*numbers: int) -> Generator:

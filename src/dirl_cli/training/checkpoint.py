@@ -89,13 +89,12 @@ def find(resume: str) -> Path | None:
     return found[-1]
 
 
-def save_model(lm: DiffusionLM, dtype: str, directory: Path, accelerator: Accelerator) -> None:
+def save_model(lm: DiffusionLM, dtype: str, directory: Path, card: str, accelerator: Accelerator) -> None:
     """Write the trained model in the published layout, its weights as `dtype`, which they keep from now on."""
     nn.Module.to(lm.model, dtype=pick_dtype(dtype, str(lm.device)))
     state: Any = get_model_state_dict(lm.model, options=GATHERED)
     if accelerator.is_main_process:
-        with whole_directory(directory) as partial:
-            lm.save(partial, state)
+        lm.save(directory, card, state)
     accelerator.wait_for_everyone()
 
 

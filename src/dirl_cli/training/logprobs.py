@@ -14,6 +14,8 @@ from dirl_cli.models.attention import hidden_states
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.types import Decoding, Trajectory
 
+CHUNK = 2048  # tokens that go through the language-model head at once
+
 
 class TokenScorer(nn.Module):
     """Scores tokens in the states in which `Rows` shows them.
@@ -28,7 +30,7 @@ class TokenScorer(nn.Module):
         model: PreTrainedModel,
         unsampled_ids: Sequence[int] = (),
         decoding: Decoding | None = None,
-        chunk: int = 2048,
+        chunk: int = CHUNK,
     ) -> None:
         super().__init__()
         self.model = model

@@ -74,6 +74,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
+def curves(path: Path, panels: Sequence[Panel]) -> dict[str, list[float]]:
+    """The values of each metric of `panels` over a run, as far as its metrics file has them."""
+    lines = read_metrics(path)
+    names = [name for panel in panels for name in panel.curves]
+    return {name: [line[name] for line in lines if name in line] for name in names}
+
+
 class Logger(Protocol):
     """Settings of a tracker; `step` is where the run goes on."""
 

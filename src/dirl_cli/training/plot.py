@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,9 @@ from dirl_cli.disk import writing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, FAINT, COLORS = "#33373d", "#d9dce1", ("#2f6db5", "#d9632a", "#3a8f5c")
+INK, FAINT = "#33373d", "#d9dce1"
+COLORS = ("#2f6db5", "#d9632a", "#3a8f5c", "#8a5fb0", "#a8842c")
+Point = tuple[float, float, float, str]  # x, a share of 1, its standard error, a label
 SPARSE = 60  # a curve of fewer points is drawn with markers and not smoothed
 
 
@@ -62,15 +64,36 @@ def draw(axes: "Axes", panel: Panel, history: Sequence[Mapping[str, float]]) -> 
         else:
             axes.plot(steps, values, color=color, linewidth=1.8, label=label)
     scale(axes, panel)
-    axes.set_title(panel.title, loc="left", fontsize=10, color=INK)
-    axes.set_xlabel("step", fontsize=9, color=INK)
+    style(axes, panel.title, "step", legend=len(panel.curves) > 1)
+
+
+def scatter(series: Mapping[str, Sequence[Point]], title: str, xlabel: str, file: Path) -> None:
+    """Draw named series of points with their labels, the points of each joined in their order."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    for (name, points), color in zip(series.items(), cycle(COLORS), strict=False):
+        xs, ys, errors, labels = zip(*points, strict=True)
+        axes.errorbar(xs, ys, errors, color=color, linewidth=1.5, marker="o", markersize=5, capsize=3, label=name)
+        for x, y, label in zip(xs, ys, labels, strict=True):
+            axes.annotate(label, (x, y), (6, 6), textcoords="offset points", fontsize=8, color=INK)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    style(axes, title, xlabel, legend=True)
+    with writing(file):
+        figure.savefig(file, dpi=120)
+
+
+def style(axes: "Axes", title: str, xlabel: str, legend: bool) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel(xlabel, fontsize=9, color=INK)
     axes.tick_params(which="both", labelsize=9, color=FAINT, labelcolor=INK)
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(side == "bottom")
         axes.spines[side].set_color(FAINT)
-    if len(panel.curves) > 1:
+    if legend:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from dirl_cli.diffusion.layout import Rows
@@ -29,7 +30,9 @@ def start_accelerator(device: str, dtype: str) -> Accelerator:
     if device == "cuda" and not torch.cuda.is_available():
         raise DirlError("device=cuda: there is no CUDA device here, so leave it at auto")
     AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
-    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISION[pick_dtype(dtype, pick_device(device))])
+    in_place = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
+    precision = PRECISION[pick_dtype(dtype, pick_device(device))]
+    return Accelerator(cpu=device == "cpu", mixed_precision=precision, kwargs_handlers=[in_place])
 
 
 class Trainer:

@@ -1,0 +1,45 @@
+"""What a model would see: the first examples with their trained tokens marked, and how long all of them are."""
+
+from collections.abc import Mapping
+from itertools import groupby
+
+import numpy as np
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dirl_cli.data.chat import Encoded
+from dirl_cli.data.tokens import Tokens
+
+SHOWN = 2  # examples of each source
+
+
+def show(sources: Mapping[str, Tokens], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    """Print the first examples of each source as the model gets them, and a table of their lengths."""
+    for name, tokens in sources.items():
+        for i in range(min(SHOWN, len(tokens))):
+            console.rule(f"{name}, example {i + 1}: {tokens.lengths[i]:,} tokens", align="left")
+            console.print(marked(tokenizer, tokens[i]))
+    console.print(lengths(sources))
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> Text:
+    """The text of an example, what is trained of it green and, for logs without colours, in ⟦ ⟧."""
+    text = Text()
+    for trained, run in groupby(zip(*encoded, strict=True), key=lambda pair: pair[1]):
+        words = str(tokenizer.decode([token for token, _ in run]))
+        text.append(f"⟦{words}⟧" if trained else words, style="bold green" if trained else "")
+    return text
+
+
+def lengths(sources: Mapping[str, Tokens]) -> Table:
+    """How many examples and tokens there are, how many are trained of all, and how long the examples are."""
+    table = Table(Column("tokens", overflow="fold"), box=None, padding=(0, 2, 0, 0))
+    for column in ("examples", "in all", "trained", "shortest", "median", "95 %", "longest"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, tokens in sources.items():
+        spread = np.percentile(tokens.lengths, [0, 50, 95, 100], method="nearest")
+        counts = [len(tokens), tokens.lengths.sum(), tokens.answer_tokens, *spread]
+        table.add_row(name, *(f"{int(count):,}" for count in counts))
+    return table

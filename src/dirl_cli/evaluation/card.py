@@ -1,0 +1,73 @@
+"""The directory of an evaluation: its card, its answers, and what they answer."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dirl_cli.disk import write_json
+from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.evaluation.answers import Answer, read_answers
+from dirl_cli.evaluation.metrics import Metrics
+
+CARD, ANSWERS, SOURCE = "eval_card.json", "answers.jsonl", "sampled_from.json"
+HOME = Path("runs/eval")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation as it lies on disk.
+
+    card: every setting. answers: none where only the card is there. problems: a digest of each question by its id.
+    """
+
+    name: str
+    card: dict[str, Any]
+    metrics: Metrics
+    answers: Sequence[Answer]
+    problems: Mapping[str, str]
+
+    @property
+    def of(self) -> str:
+        """Whose answers they are, and to what."""
+        source = self.card["model"]["name"] if "model" in self.card else self.card["predictions"]
+        return f"{source} on {self.card['bench']['name']}"
+
+
+def read_evaluation(path: str | Path) -> Evaluation:
+    """The evaluation in a directory, that a card belongs to, or of a name in runs/eval."""
+    found = next((place for place in (Path(path).expanduser(), HOME / path) if place.exists()), None)
+    card_file = found / CARD if found and found.is_dir() else found
+    if card_file is None or not card_file.exists():
+        known = [file.parent.relative_to(HOME).as_posix() for file in HOME.glob(f"**/{CARD}")]
+        hint = did_you_mean(str(path), known) if known else "run `dirl eval` first"
+        raise DirlError(f"{path} holds no finished evaluation: {hint}")
+    folder = card_file.parent
+    try:
+        card = json.loads(card_file.read_text())
+        metrics = dict(card["metrics"])
+        metrics["pass_at"] = {int(m): share for m, share in metrics["pass_at"].items()}
+    except (ValueError, TypeError, KeyError) as error:
+        raise DirlError(f"{card_file} is not the card of an evaluation: give the directory of one") from error
+    source = json.loads((folder / SOURCE).read_text()) if (folder / SOURCE).exists() else {"problems": {}}
+    return Evaluation(str(path), card, Metrics(**metrics), read_answers(folder / ANSWERS), source["problems"])
+
+
+def require_same(path: Path, source: dict[str, Any]) -> None:
+    """Note what answers come from: `problems` by id, anything else as a whole.
+
+    Raises DirlError where those that are already there came from something else.
+    """
+    if path.exists():
+        before = json.loads(path.read_text())
+        common = before["problems"].keys() & source["problems"].keys()
+        changed = [name for name in source if name != "problems" and before[name] != source[name]]
+        changed += ["problems"] if any(before["problems"][i] != source["problems"][i] for i in common) else []
+        if changed:
+            raise DirlError(
+                f"{path.parent} holds answers of other {' and '.join(changed)}, changed since under the same name:"
+                " give this evaluation a name=…, or set that one aside with resume=never"
+            )
+        source = {**source, "problems": before["problems"] | source["problems"]}
+    write_json(path, source)

@@ -1,0 +1,143 @@
+"""The memory that a run is going to take, from its settings and the lengths of what it learns from."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dirl_cli.algo.objective import Objective
+from dirl_cli.algo.views import Tokens
+from dirl_cli.diffusion.layout import Strip
+from dirl_cli.diffusion.masking import Masking, example, noised_strip
+from dirl_cli.models.checkpoint import DiffusionLM, pick_attention, pick_dtype
+from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.training.batches import generator
+from dirl_cli.training.budget import Budget, Place, Settings, halvings
+from dirl_cli.training.optim import Optim
+from dirl_cli.training.plan import Bytes, Memory, MicroBatch, Parallelism, architecture, micro_batch
+from dirl_cli.types import Decoding, Trajectory
+
+UPDATE = ("micro_rows", "gradient_checkpointing", "row_tokens", "decoding.max_new_tokens")
+SFT = (*UPDATE, "batch_size", "max_tokens", "eval_problems")
+RL = (*UPDATE, "max_batch", "rl.problems", "rl.group_size", "rl.mini_batches")
+LEAST = 64  # tokens of a row, a demonstration or an answer that are worth proposing
+
+
+def sft_budget(
+    lm: DiffusionLM,
+    optim: Optim,
+    masking: Masking,
+    decoding: Decoding,
+    place: Place,
+    settings: Settings,
+    lengths: NDArray[np.int64],
+    prompts: Sequence[Sequence[int]],
+) -> Budget:
+    """Of fine-tuning on demonstrations of these lengths and answering these prompts. settings: those named in SFT."""
+    memory = memory_of(lm, optim, place)
+
+    def batch(settings: Settings) -> MicroBatch:
+        kept = lengths[lengths <= max(settings["max_tokens"], lengths.min())]
+        longest = int(kept.max())
+        demonstration = example([0] * longest, [True] * longest, lm.block_size, lm.pad_token_id)
+        strip = noised_strip(demonstration, masking, lm.block_size, lm.mask_token_id, generator(0))
+        return packed(strip, settings["batch_size"] * float(kept.mean()) / longest, settings, place)
+
+    def phases(settings: Settings) -> dict[str, Bytes]:
+        found = {"update": update(memory, batch(settings), settings)}
+        if asked := prompts[: settings["eval_problems"]]:
+            slots = min(NativeSampler(lm).max_batch, math.ceil(len(asked) / place.gpus))
+            greedy = replace(decoding, temperature=0.0)
+            found["evaluation"] = rollout(memory, slots, max(map(len, asked)), lm, greedy, settings)
+        return found
+
+    knobs = update_knobs(settings, batch(settings)) | {
+        "eval_problems": halvings(settings["eval_problems"], 1),
+        "max_tokens": halvings(settings["max_tokens"], LEAST),
+    }
+    return Budget(phases, settings, knobs, place, f"{memory}\nabout {batch(settings)}")
+
+
+def rl_budget(
+    lm: DiffusionLM,
+    optim: Optim,
+    objective: Objective,
+    decoding: Decoding,
+    place: Place,
+    settings: Settings,
+    longest_prompt: int,
+    samples: bool,
+    learns: bool,
+) -> Budget:
+    """Of reinforcement on prompts of at most so many tokens. settings: those named in RL.
+
+    All answers are taken to be as long as they may be, and revealed in as many steps as they may take.
+    """
+    memory = memory_of(lm, optim, place, reference=objective.beta > 0)
+    sorts = decoding.temperature > 0 and decoding.top_p < 1
+    tokens = Tokens(lm.block_size, lm.mask_token_id)
+
+    def batch(settings: Settings) -> MicroBatch:
+        answer = with_answer(longest_prompt, lm, settings) - longest_prompt
+        longest = slowest(longest_prompt, answer, decoding.denoising_steps, lm.block_size)
+        answers = settings["rl.problems"] * settings["rl.group_size"] / settings["rl.mini_batches"]
+        return packed(objective.views(longest, tokens, generator(0)), answers, settings, place)
+
+    def phases(settings: Settings) -> dict[str, Bytes]:
+        slots = min(settings["max_batch"], math.ceil(settings["rl.problems"] / place.gpus) * settings["rl.group_size"])
+        sampled = {"rollout": rollout(memory, slots, longest_prompt, lm, decoding, settings)} if samples else {}
+        return sampled | ({"update": update(memory, batch(settings), settings, sorts)} if learns else {})
+
+    knobs = {
+        "max_batch": halvings(settings["max_batch"], 1),
+        **update_knobs(settings, batch(settings)),
+        "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
+    }
+    return Budget(phases, settings, knobs, place, f"{memory}\nat most {batch(settings)}")
+
+
+def memory_of(lm: DiffusionLM, optim: Optim, place: Place, reference: bool = False) -> Memory:
+    return Memory(
+        architecture(lm.model.config, optim),
+        bf16=pick_dtype(place.dtype, place.kind) == torch.bfloat16,
+        dense=pick_attention(place.attention, place.kind) == "sdpa",
+        reference=reference,
+        parallelism=Parallelism(gradients_stay=place.gpus > 1),
+    )
+
+
+def slowest(prompt: int, answer: int, steps: int, block_size: int) -> Trajectory:
+    """The answer of so many tokens that takes most steps: each block reveals as little at a time as it may."""
+    end = -(-(prompt + answer) // block_size) * block_size
+    reveal_step = [place % block_size * min(steps, block_size) // block_size + 1 for place in range(prompt, end)]
+    return Trajectory([0] * prompt, [0] * len(reveal_step), reveal_step)
+
+
+def packed(strip: Strip, strips: float, settings: Settings, place: Place) -> MicroBatch:
+    return micro_batch(strip, strips, settings["row_tokens"], settings["micro_rows"], place.gpus)
+
+
+def update(memory: Memory, batch: MicroBatch, settings: Settings, sorts: bool = False) -> Bytes:
+    return replace(memory, checkpointing=settings["gradient_checkpointing"]).update(batch, sorts)
+
+
+def rollout(memory: Memory, slots: int, prompt: int, lm: DiffusionLM, decoding: Decoding, settings: Settings) -> Bytes:
+    return memory.rollout(slots, prompt, with_answer(prompt, lm, settings), lm.block_size, decoding)
+
+
+def with_answer(prompt: int, lm: DiffusionLM, settings: Settings) -> int:
+    """Tokens of a prompt and its longest answer."""
+    return min(prompt + settings["decoding.max_new_tokens"], lm.longest_prompt + 1)
+
+
+def update_knobs(settings: Settings, batch: MicroBatch) -> dict[str, Sequence[Any]]:
+    """What makes an update smaller, the result the same: fewer rows, less kept of each layer, shorter rows."""
+    return {
+        "micro_rows": halvings(batch.rows, 1),
+        "gradient_checkpointing": [] if settings["gradient_checkpointing"] else [True],
+        "row_tokens": halvings(settings["row_tokens"], LEAST),
+    }

@@ -1,0 +1,38 @@
+"""LoRA adapters, through PEFT: merged into the weights that they were trained beside."""
+
+from pathlib import Path
+from typing import cast
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from dirl_cli import hub
+from dirl_cli.errors import DirlError
+
+
+def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """The model with an adapter added to its weights, in place. adapter: a directory, or a downloaded Hub repository.
+
+    Raises DirlError without PEFT, and where the adapter is not there, damaged or made for another model.
+    """
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise DirlError(f"model.adapter needs the package peft ({error}): pip install 'dirl[peft]'") from error
+    is_path = Path(adapter).is_dir() or adapter.count("/") != 1
+    directory = Path(adapter) if is_path else hub.local(adapter, "model")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (directory / name).is_file():
+            raise DirlError(f"{adapter} has no {name}: give model.adapter the directory that PEFT saved an adapter in")
+    try:
+        adapted = PeftModel(model, PeftConfig.from_pretrained(str(directory)))
+        loaded = adapted.load_adapter(directory, "default", torch_device=str(model.device))
+        strays = [*loaded.missing_keys, *loaded.unexpected_keys]
+        reason = f"tensors that are not in both, such as {strays[0]}" if strays else ""
+    except (SafetensorError, ValueError, RuntimeError, TypeError, LookupError) as error:
+        reason = " ".join(line.strip() for line in str(error).split("\n")[:2])
+    if reason:
+        raise DirlError(
+            f"{adapter} cannot be merged into {model.name_or_path} ({reason}): give the model it was trained beside"
+        )
+    return cast(PreTrainedModel, adapted.merge_and_unload())

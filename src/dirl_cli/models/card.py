@@ -1,0 +1,104 @@
+"""The model card: what a saved model comes from, how it was made, how good it was and how it is used."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+from yaml import YAMLError
+
+TAGS = ["block-diffusion", "dirl"]
+KEPT = ("base_model", "license", "license_name", "license_link")  # of a base model's card
+PACKAGES = ("dirl", "torch", "transformers")
+USE = """```bash
+dirl generate model={name} prompt="What is 7 times 8?"
+```
+
+```python
+import dirl_cli.models.sdar  # registers the model type
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+```
+
+Inside a block the model looks both ways, and at all blocks before it. The logits at a position are those of the token
+at that position: they are not shifted. Where dirl is not installed, `Qwen3ForCausalLM` (or `Qwen3MoeForCausalLM`) loads
+the same weights."""
+
+
+def model_card(
+    title: str,
+    repository: str | None,
+    summary: str,
+    base: str | None,
+    recipe: Mapping[str, object],
+    metrics: Mapping[str, Sequence[float]],
+    decoding: Mapping[str, object],
+) -> str:
+    """The README.md of a model, as Markdown with a YAML header.
+
+    repository: its name on the Hub; without one it is loaded from the card's own directory. summary: how it came about,
+    in a sentence. base: the path or Hub name of the model it began as. recipe, decoding: settings by name.
+    metrics: the values of each in the course of training.
+    """
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        datasets=list(dict.fromkeys(repositories(recipe.get("data")))) or None,
+        **inherited(base) if base else {},
+    )
+    measured = [[key, values[-1], min(values), max(values)] for key, values in metrics.items() if values]
+    sections = {
+        f"# {title}": summary,
+        "## Recipe": table(["", ""], [*recipe.items()]),
+        "## Metrics": table(["", "last", "lowest", "highest"], measured) if measured else "",
+        "## Decoding": table(["", ""], [*decoding.items()]) if decoding else "",
+        "## Use": USE.format(name=repository or "."),
+        "## Versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+    }
+    body = "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items() if text)
+    return f"---\n{header.to_yaml()}\n---\n\n{body}\n"
+
+
+def inherited(base: str) -> dict[str, Any]:
+    """The base model's Hub name and licence, as far as its own card tells."""
+    is_repository = list(repositories(base)) == [base]
+    try:
+        file = try_to_load_from_cache(base, "README.md") if is_repository else Path(base, "README.md")
+        known = metadata_load(file) if isinstance(file, str | Path) and Path(file).is_file() else None
+    except (ValueError, YAMLError):  # a broken card is no reason to fail
+        known = None
+    kept = {key: value for key, value in (known or {}).items() if key in KEPT}
+    return {**kept, "base_model": base} if is_repository else kept
+
+
+def repositories(settings: object) -> Iterator[str]:
+    """The Hub names among the values of nested settings: OWNER/NAME where there is no such file or directory."""
+    if isinstance(settings, Mapping | list):
+        for value in settings.values() if isinstance(settings, Mapping) else settings:
+            yield from repositories(value)
+    elif isinstance(settings, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", settings) and not Path(settings).exists():
+        yield settings
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    cells = [[" ".join(told(cell).replace("|", "\\|").split()) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *cells])
+
+
+def told(value: object) -> str:
+    """A setting as a reader wants it: `AdamW(lr=1e-05, weight_decay=0.0)`; of an absolute path the last name only."""
+    if isinstance(value, Mapping):
+        kind = str(value.get("_target_", "")).rpartition(".")[2]
+        given = {key: inner for key, inner in value.items() if key != "_target_" and inner is not None}
+        inner = ", ".join(f"{key}={told(inner)}" for key, inner in given.items())
+        return f"{kind}({inner})" if kind and inner else kind or inner
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(told, value))}]"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else str(value)

@@ -1,0 +1,49 @@
+"""The published layout: weights in shards with an index, tokenizer, card, and the names that published models use."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dirl_cli.disk import whole_directory
+
+SHARD = "5GB"  # as published checkpoints are cut
+LOCAL = ("auto_map", "is_local", "local_files_only")  # remote code that is not saved; how a tokenizer was read
+RENAMED = {
+    "dtype": "torch_dtype",
+    "num_local_experts": "num_experts",
+    "extra_special_tokens": "additional_special_tokens",
+}
+
+
+def save_published(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    card: str | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+    max_shard_size: str = SHARD,
+) -> None:
+    """Make a directory of a model, whole or not at all. state_dict: the weights, where they are not the model's own."""
+    transformers_logging.disable_progress_bar()
+    with whole_directory(directory) as partial:
+        model.save_pretrained(partial, state_dict=state_dict, max_shard_size=max_shard_size)
+        name_as_published(partial / "config.json")
+        if tokenizer:
+            tokenizer.save_pretrained(partial)
+            name_as_published(partial / "tokenizer_config.json")
+        for shard in partial.glob("*.safetensors"):  # which safetensors makes readable for their owner only
+            shard.chmod((partial / "config.json").stat().st_mode)
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def name_as_published(file: Path) -> None:
+    """Give a configuration the names that published ones and engines use for what transformers 5 renamed."""
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key not in LOCAL}
+    config |= {published: config.pop(new) for new, published in RENAMED.items() if new in config}
+    if rope := config.get("rope_parameters"):
+        config["rope_theta"] = rope["rope_theta"]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,0 +1,151 @@
+"""Whether a run fits the memory there is, and if not, the nearest settings that do."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Column, Table
+
+from dirl_cli.errors import DirlError
+from dirl_cli.models.checkpoint import pick_device
+from dirl_cli.training.plan import Bytes
+
+SPARE = 0.95  # what fits leaves a twentieth free
+ERROR = 1.15  # what is refused would not fit either if the estimate were so much too high
+
+Settings = Mapping[str, Any]
+Phases = Callable[[Settings], dict[str, Bytes]]
+"""From settings by key to what each phase of the run holds."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run takes place, in the words of its settings; it need not be here if `memory_gb` says what there is."""
+
+    device: str
+    dtype: str
+    attention: str
+    gpus: int
+    memory_gb: float | None
+
+    @property
+    def kind(self) -> str:
+        """cuda or cpu. Raises DirlError for what is neither."""
+        return self.device if self.device in ("cpu", "cuda") else pick_device(self.device)
+
+    def room(self) -> int:
+        """Bytes that each process may take: `memory_gb`, or its share of what is free now."""
+        if self.memory_gb is not None:
+            return int(self.memory_gb * 1e9)
+        if self.kind == "cpu":
+            return int(psutil.virtual_memory().available) // self.gpus
+        if not torch.cuda.is_available():
+            raise DirlError("there is no CUDA device here to ask: say what each GPU has, such as memory_gb=80")
+        return torch.cuda.mem_get_info()[0]
+
+    @property
+    def whose(self) -> str:
+        """Whose memory a process takes, such as `each GPU's`."""
+        whose = {"cuda": ("the GPU's", "each GPU's"), "cpu": ("the machine's", "each process's")}[self.kind]
+        return f"{whose[self.gpus > 1]}{' free' if self.memory_gb is None else ''}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A run's memory against what there is.
+
+    settings: what the phases depend on, as configured. knobs: by key, what it may be instead, from the least change
+    on; those first that cost least. facts: what else is worth knowing.
+    """
+
+    phases: Phases
+    settings: Settings
+    knobs: Mapping[str, Sequence[Any]]
+    place: Place
+    facts: str
+
+    @cached_property
+    def room(self) -> int:
+        return self.place.room()
+
+    def need(self, changes: Settings) -> int:
+        """Bytes of the phase that holds most."""
+        return max(sum(parts.values()) for parts in self.phases({**self.settings, **changes}).values())
+
+    def fits(self, changes: Settings) -> bool:
+        return self.need(changes) <= SPARE * self.room
+
+    def nearest(self) -> dict[str, Any] | None:
+        """Changes that make it fit, none of which could be left out or be smaller; None if nothing does."""
+        changes: dict[str, Any] = {}
+        for key, value in ((key, value) for key, values in self.knobs.items() for value in values):
+            if self.fits(changes):
+                break
+            changes[key] = value
+        if not self.fits(changes):
+            return None
+        for key in reversed(list(changes)):
+            others = {other: value for other, value in changes.items() if other != key}
+            least = next(value for value in self.knobs[key] if self.fits({**others, key: value}))
+            changes = others if self.fits(others) else {**others, key: least}
+        return {key: changes[key] for key in self.knobs if key in changes}
+
+    def verdict(self) -> str:
+        """Whether it fits, and else what does, in a sentence."""
+        now, need = self.phases(self.settings), self.need({})
+        phase = max(now, key=lambda name: sum(now[name].values()))
+        takes = f"the {phase} takes about {size(need)} of {self.place.whose} {size(self.room)}"
+        if self.fits({}):
+            return f"this fits: {takes}"
+        takes = f"this {'may' if need <= ERROR * self.room else 'does'} not fit: {takes}"
+        anyway = f"(memory_gb={math.ceil(need / SPARE / 1e9)} starts it all the same)"
+        if changes := self.nearest():
+            words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+            return f"{takes}: give {words}, which takes {size(self.need(changes))} {anyway}"
+        least = self.need({key: values[-1] for key, values in self.knobs.items() if values})
+        millions = now[phase]["parameters"] / 4e6 * SPARE * self.room / least
+        return (
+            f"{takes}, and {size(least)} whatever the settings, since every process holds all parameters, gradients and"
+            f" optimizer states: choose a model of at most {millions:,.0f} million parameters {anyway}"
+        )
+
+    def require(self) -> str | None:
+        """Raises DirlError if it clearly does not fit; returns a sentence if it may not."""
+        if self.need({}) > ERROR * self.room:
+            raise DirlError(self.verdict())
+        return None if self.fits({}) else self.verdict()
+
+    def show(self, config: Any, console: Console) -> None:
+        """Print the configuration, the memory that each part takes in each phase, and the verdict."""
+        text = yaml.safe_dump(config, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110)
+        console.print(Syntax("", "yaml", theme="ansi_dark").highlight(text))
+        console.print(self.table())
+        console.print(f"\n{self.facts}\n{self.verdict()}", markup=False)
+
+    def table(self) -> Table:
+        """A row for each part, a column for each phase."""
+        phases = self.phases(self.settings)
+        table = Table("memory", *(Column(phase, justify="right") for phase in phases), box=None, padding=(0, 2, 0, 0))
+        for part in dict.fromkeys(part for parts in phases.values() for part in parts):
+            sizes = [parts.get(part, 0) for parts in phases.values()]
+            if any(sizes):
+                table.add_row(part, *(size(one) if one else "" for one in sizes))
+        table.add_row("together", *(size(sum(parts.values())) for parts in phases.values()), style="bold")
+        return table
+
+
+def halvings(value: int, least: int) -> list[int]:
+    """Half of it, a quarter, and so on, not below `least`."""
+    return [value >> i for i in range(1, value.bit_length()) if value >> i >= least]
+
+
+def size(count: float) -> str:
+    """Bytes as 65.5 GB or 71 MB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

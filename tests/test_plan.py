@@ -1,0 +1,314 @@
+"""Plans of memory: the bytes that are measured, and remedies that work."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from measured import ADAMW, Size, Trial, Untrained, dipo, measured
+from omegaconf import DictConfig, OmegaConf
+from small import small_lm
+from transformers import AutoConfig
+
+from dirl_cli import schema
+from dirl_cli.commands import rl, sft
+from dirl_cli.errors import DirlError
+from dirl_cli.loop.forecast import UPDATE, rl_budget, slowest, update_knobs
+from dirl_cli.models.sdar import SDARMoeConfig
+from dirl_cli.training.budget import Budget, Place, halvings
+from dirl_cli.training.optim import Muon
+from dirl_cli.training.plan import Architecture, Memory, MicroBatch, Parallelism, architecture
+from dirl_cli.tree import conf_dir
+from dirl_cli.types import Decoding
+
+GROUPED = Size(hidden=64, layers=3, heads=4, key_heads=2, inner=192, vocabulary=1500, head_dim=32)
+TIED = Size(hidden=128, layers=6, heads=4, key_heads=4, inner=256, vocabulary=300, head_dim=32, tied=True)
+MUON = Muon(0.02, 0.95, 1e-3, (0.9, 0.95), 1e-8, 0.0)
+LAPTOP = Place("cpu", "float32", "auto", gpus=1, memory_gb=None)
+BIG_GPU = Place("cuda", "auto", "auto", gpus=1, memory_gb=80)
+
+
+# What is planned is what is measured
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("micro_rows", [1, 2])
+def test_fine_tuning_takes_the_bytes_that_were_planned(dtype, checkpointing, micro_rows):
+    trial = Trial(GROUPED, dtype, checkpointing=checkpointing, micro_rows=micro_rows)
+    found, planned = measured(trial, "fine_tune")
+    assert planned == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        Trial(GROUPED, optim=MUON),
+        Trial(TIED),
+        Trial(TIED, tokens=400),  # one float mask of 700 × 700 for all six layers
+        Trial(replace(GROUPED, layers=1, vocabulary=20_000), tokens=400),  # six copies of a chunk of logits
+    ],
+)
+def test_so_it_does_with_muon_a_tied_head_a_long_row_and_a_large_vocabulary(trial):
+    found, planned = measured(trial, "fine_tune")
+    assert planned == pytest.approx(found, rel=0.08)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_reinforcement_takes_the_bytes_that_were_planned(dtype, checkpointing, beta):
+    trial = Trial(GROUPED, dtype, checkpointing=checkpointing, beta=beta, tokens=64)
+    found, planned = measured(trial, "reinforce")
+    assert planned == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("work", ["reinforce", "sample"])
+def test_top_p_takes_the_bytes_that_were_planned(work):
+    found, planned = measured(Trial(replace(GROUPED, layers=1, vocabulary=20_000), top_p=0.9, tokens=64), work)
+    assert planned == pytest.approx(found, rel=0.08)
+
+
+@pytest.mark.parametrize(("prompt", "tokens"), [(21, 16), (300, 8), (150, 40)])  # logits, the prompt, the cache
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampling_takes_the_bytes_that_were_planned(dtype, prompt, tokens):
+    found, planned = measured(Trial(GROUPED, dtype, prompt=prompt, tokens=tokens), "sample")
+    assert planned == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("work", ["fine_tune", "reinforce", "sample"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_gpu_takes_the_bytes_that_were_planned(work, checkpointing):
+    size = Size(hidden=1024, layers=8, heads=16, key_heads=8, inner=3072, vocabulary=32_000)
+    trial = Trial(size, "bfloat16", "cuda", checkpointing=checkpointing, tokens=500, prompt=301, row_tokens=4096)
+    found, planned = measured(trial, work)
+    assert planned == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("SDAR-4B-Chat", 4_411_424_256), ("SDAR-8B-Chat", 8_190_735_360)])
+def test_published_models_have_their_parameters(shared, tmp_path, name, parameters):
+    shutil.copy(shared / f"models/configs/{name}.json", tmp_path / "config.json")
+    found = architecture(AutoConfig.from_pretrained(tmp_path), ADAMW)
+    assert found.parameters == parameters
+    assert found.state_bytes == pytest.approx(8 * parameters, rel=1e-6)
+    assert found.vocabulary_parameters == 2 * 151936 * found.hidden
+
+
+def test_so_do_the_smallest_and_the_mixture(shared, tmp_path):
+    eight = json.loads((shared / "models/configs/SDAR-8B-Chat.json").read_text())
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144}
+    (tmp_path / "config.json").write_text(json.dumps(eight | sizes))
+    assert architecture(AutoConfig.from_pretrained(tmp_path), Untrained()).parameters == 2_031_739_904
+    mixture = SDARMoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+    )
+    found = architecture(mixture, Untrained())
+    assert found.parameters == 30_532_122_624
+    assert (found.inner, found.experts) == (8 * 768, 8)
+
+
+def test_muon_keeps_one_number_of_a_layers_matrices_and_two_of_the_rest():
+    config = small_lm().model.config
+    matrices = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    both, one = architecture(config, ADAMW), architecture(config, MUON)
+    assert both.state_bytes - one.state_bytes == pytest.approx(4 * matrices, rel=0.01)
+
+
+def test_an_optimizer_that_looks_at_values_is_counted_too():
+    class Adafactor:
+        def build(self, model):
+            return [torch.optim.Adafactor(model.parameters(), lr=0.1)]
+
+    assert 0 < architecture(small_lm().model.config, Adafactor()).state_bytes < 40_000
+
+
+def test_what_processes_share_is_divided_and_buckets_stay_in_every_phase():
+    model = architecture(small_lm().model.config, ADAMW)
+    alone = Memory(model, bf16=False, dense=True)
+    sharded = replace(alone, parallelism=Parallelism(parameters=2, gradients=4, states=8))
+    batch, decoding = MicroBatch(1, 64, 32, 64), Decoding()
+    assert {part: alone.update(batch)[part] // sharded.update(batch)[part] for part in ("parameters", "gradients")} == {
+        "parameters": 2,
+        "gradients": 4,
+    }
+    assert alone.update(batch)["optimizer states"] // 8 == sharded.update(batch)["optimizer states"]
+    together = replace(alone, parallelism=Parallelism(gradients_stay=True))
+    assert alone.rollout(1, 4, 8, 4, decoding)["gradients"] == 0
+    assert together.rollout(1, 4, 8, 4, decoding)["gradients"] == 4 * model.parameters
+
+
+def test_an_answer_takes_as_many_steps_as_it_may():
+    assert slowest(prompt=5, answer=7, steps=4, block_size=4).reveal_step == [2, 3, 4, 1, 2, 3, 4]
+    assert slowest(prompt=4, answer=7, steps=2, block_size=4).reveal_step == [1, 1, 2, 2, 1, 1, 2, 2]
+    assert slowest(prompt=4, answer=4, steps=9, block_size=4).reveal_step == [1, 2, 3, 4]
+
+
+# Remedies
+
+
+@st.composite
+def budgets(draw) -> Budget:
+    """An update of any model, of any size, on a device that may be too small for it."""
+    number = lambda low, high: draw(st.integers(low, high))  # noqa: E731
+    parameters = number(10**6, 10**10)
+    model = Architecture(
+        vocabulary_parameters=parameters // 10,
+        layer_parameters=parameters - parameters // 10,
+        state_bytes=8 * parameters,
+        vocabulary=number(1000, 150_000),
+        layers=number(1, 40),
+        hidden=number(64, 4096),
+        queries=number(64, 4096),
+        keys=number(64, 1024),
+        inner=number(64, 12_288),
+        experts=0,
+    )
+    memory = Memory(model, bf16=draw(st.booleans()), dense=draw(st.booleans()))
+
+    def phases(now: Any) -> dict[str, dict[str, int]]:
+        rows, width = now["micro_rows"], now["row_tokens"]
+        checkpointed = replace(memory, checkpointing=now["gradient_checkpointing"])
+        return {"update": checkpointed.update(MicroBatch(rows, width, rows * width // 2, 0))}
+
+    asked = {"micro_rows": number(1, 64), "row_tokens": number(64, 32_768), "gradient_checkpointing": False}
+    place = replace(LAPTOP, memory_gb=sum(phases(asked)["update"].values()) / 1e9 * number(10, 120) / 100)
+    batch = MicroBatch(asked["micro_rows"], asked["row_tokens"], 0, 0)
+    return Budget(phases, asked, update_knobs(asked, batch), place, "")
+
+
+@given(budgets())
+@settings(max_examples=200, deadline=None)
+def test_what_is_proposed_fits_and_none_of_it_could_be_left_out_or_be_less(budget):
+    changes = budget.nearest()
+    if changes is None:
+        assert not budget.fits({key: values[-1] for key, values in budget.knobs.items() if values})
+        return
+    assert budget.fits(changes)
+    assert replace(budget, settings={**budget.settings, **changes}).verdict().startswith("this fits")
+    for key, value in changes.items():
+        kinder = [None, *budget.knobs[key][: budget.knobs[key].index(value)]]
+        rest = {other: changes[other] for other in changes if other != key}
+        assert not any(budget.fits(rest if less is None else {**rest, key: less}) for less in kinder)
+
+
+@given(budgets())
+@settings(max_examples=50, deadline=None)
+def test_only_what_clearly_exceeds_the_memory_is_refused(budget):
+    if budget.need({}) > 1.15 * budget.room:
+        with pytest.raises(DirlError, match="this does not fit"):
+            budget.require()
+    elif budget.need({}) > 0.95 * budget.room:
+        assert budget.require().startswith("this may not fit")
+    else:
+        assert budget.require() is None
+
+
+def budget_of(needs: dict[str, int], room_gb: float, gpus: int = 1) -> Budget:
+    """An update that takes so many GB by the value of micro_rows, 10 of them parameters."""
+    place = Place("cuda", "auto", "auto", gpus, room_gb)
+    phases = lambda now: {"update": {"parameters": 10**10, "rest": needs[now["micro_rows"]] * 10**9 - 10**10}}  # noqa: E731
+    return Budget(phases, {"micro_rows": 4}, {"micro_rows": [2, 1]}, place, "")
+
+
+def test_a_verdict_says_by_how_much_and_what_to_give():
+    needs = {4: 100, 2: 60, 1: 40}
+    assert budget_of(needs, 120).verdict() == "this fits: the update takes about 100.0 GB of the GPU's 120.0 GB"
+    assert budget_of(needs, 80).verdict() == (
+        "this does not fit: the update takes about 100.0 GB of the GPU's 80.0 GB: give micro_rows=2, which takes"
+        " 60.0 GB (memory_gb=106 starts it all the same)"
+    )
+    assert budget_of(needs, 100).verdict().startswith("this may not fit: the update takes about 100.0 GB")
+    assert budget_of(needs, 20, gpus=8).verdict() == (
+        "this does not fit: the update takes about 100.0 GB of each GPU's 20.0 GB, and 40.0 GB whatever the settings,"
+        " since every process holds all parameters, gradients and optimizer states: choose a model of at most 1,188"
+        " million parameters (memory_gb=106 starts it all the same)"
+    )
+    assert budget_of(needs, 106).require() is None
+
+
+def test_halvings_end_at_the_least():
+    assert halvings(64, 1) == [32, 16, 8, 4, 2, 1]
+    assert halvings(100, 20) == [50, 25]
+    assert halvings(1, 1) == []
+
+
+def test_room_is_what_is_free_shared_among_processes_or_what_is_said():
+    assert 0 < replace(LAPTOP, gpus=4).room() < LAPTOP.room()
+    assert replace(LAPTOP, memory_gb=1.5).room() == 1_500_000_000
+    with pytest.raises(DirlError, match=r"no CUDA device here to ask: say what each GPU has, such as memory_gb=80"):
+        replace(BIG_GPU, memory_gb=None).room()
+    with pytest.raises(DirlError, match="device=gpu"):
+        replace(BIG_GPU, device="gpu", memory_gb=None).room()
+
+
+def test_longer_rollouts_want_fewer_at_once(shared, tmp_path):
+    lm = small_lm()
+    asked = {"micro_rows": 1, "gradient_checkpointing": True, "row_tokens": 64, "decoding.max_new_tokens": 200}
+    asked |= {"max_batch": 64, "rl.problems": 8, "rl.group_size": 8, "rl.mini_batches": 1}
+    place = replace(LAPTOP, memory_gb=0.006)
+    budget = rl_budget(lm, ADAMW, dipo(0.0), Decoding(temperature=1.0), place, asked, 20, samples=True, learns=False)
+    assert list(budget.nearest()) == ["max_batch"]
+    assert set(UPDATE) <= set(asked)
+
+
+# Commands
+
+
+@pytest.fixture
+def eight_billion(shared, tmp_path) -> Path:
+    """The published configuration and tokenizer, and no weights."""
+    directory = Path(shutil.copytree(shared / "models/sdar-tokenizer", tmp_path / "model"))
+    shutil.copy(shared / "models/configs/SDAR-8B-Chat.json", directory / "config.json")
+    return directory
+
+
+def config(name: str, *words: str) -> DictConfig:
+    schema.register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose(name, ["device=cuda", "memory_gb=80", "data=arithmetic", "data.train=20", *words])
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize(("command", "phases"), [(sft, "update  evaluation"), (rl, "rollout    update")])
+def test_a_dry_run_plans_a_model_that_has_no_weights_for_a_gpu_that_is_not_here(
+    command, phases, eight_billion, tmp_path, capsys
+):
+    name = command.__name__.rpartition(".")[2]
+    command.run(config(name, "model=path", f"model.path={eight_billion}", "dry_run=true"), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert re.search(r"^batch_size: 512|^max_batch: 64", said, re.M)
+    assert phases in said
+    assert "optimizer states" in said and "65.5 GB" in said
+    assert "8,190,735,360 parameters, 1,244,659,712 of them in embedding and head" in said
+    assert "whatever the settings" in said and "choose a model of at most 4," in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [sft, rl])
+def test_a_run_that_cannot_fit_ends_before_weights_are_looked_for(command, eight_billion, tmp_path):
+    name = command.__name__.rpartition(".")[2]
+    with pytest.raises(DirlError, match="this does not fit: the update takes about"):
+        command.run(config(name, "model=path", f"model.path={eight_billion}", "device=cpu"), tmp_path / "out")
+
+
+def test_a_run_that_is_started_all_the_same_looks_for_weights(eight_billion, tmp_path):
+    cfg = config("sft", "model=path", f"model.path={eight_billion}", "device=cpu", "memory_gb=1000")
+    with pytest.raises(DirlError, match=f"{eight_billion} is not a model that can be loaded"):
+        sft.run(cfg, tmp_path / "out")

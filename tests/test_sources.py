@@ -1,0 +1,149 @@
+"""From files to what a run learns from: what is left out and why, tokens made once, several sources, a dry run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from small import published_vocabulary
+
+from dirl_cli import schema
+from dirl_cli.commands import rl, sft
+from dirl_cli.errors import DirlError
+from dirl_cli.loop.sources import Reader
+from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.tiny import Tiny
+from dirl_cli.training.progress import StepProgress
+from dirl_cli.tree import conf_dir
+from dirl_cli.types import Instruction, Problem
+
+SMALL = ("+model.hidden_size=32", "+model.num_hidden_layers=1", "+model.intermediate_size=32")
+SHORT = ("steps=2", "device=cpu", "eval_problems=2", "decoding.max_new_tokens=4", "log_every=1")
+
+
+def config(command: str, *words: str) -> DictConfig:
+    schema.register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose(command, ["model=tiny", *SMALL, *SHORT, *words])
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def save(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def lm() -> DiffusionLM:
+    return Tiny(max_position_embeddings=64).load("float32", "meta", "sdpa")
+
+
+def reader_for(lm: DiffusionLM, **limits) -> Reader:
+    return Reader(lm, Instruction(), Accelerator(cpu=True), StepProgress(1, 1, ()), **limits)
+
+
+def said(capsys) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def test_demonstrations_are_tokenised_once_and_counted(lm, capsys):
+    reader = reader_for(lm, max_tokens=40)
+    rows = [{"prompt": "1+1?", "response": f"{'2' * n}"} for n in (1, 20, 60, 80)] + [
+        {"prompt": "1+1?", "response": " \n"},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]},
+    ]
+    first, again = reader.demonstrations("rows", rows), reader.demonstrations("rows", rows)
+    assert [first[i] for i in range(len(first))] == [again[i] for i in range(len(again))] and len(first) == 2
+    counted = "2 rows, {} tokens{}; 2 left out that answer nothing; 2 left out that are longer than max_tokens=40"
+    assert said(capsys) == [counted.format(first.lengths.sum(), before) for before in ("", ", tokenised before")]
+
+
+def test_what_is_longer_than_the_model_is_told_apart(lm, capsys):
+    reader_for(lm, max_tokens=1000).demonstrations("rows", [{"prompt": "?", "response": "2" * n} for n in (20, 100)])
+    assert said(capsys)[0].endswith("; 1 left out that are longer than the model's 64 positions")
+
+
+def test_nothing_is_said_of_no_rows(lm, capsys):
+    reader = reader_for(lm)
+    assert len(reader.demonstrations("rows", [])) == len(reader.problems("problems", []).problems) == 0
+    assert said(capsys) == []
+
+
+def test_problems_without_an_answer_or_with_a_long_prompt_are_left_out(lm, capsys):
+    problems = [Problem("a", "1+1?", "2"), Problem("b", "1+1?", " "), Problem("c", "1" * 40, "2")]
+    found = reader_for(lm, max_prompt_tokens=20).problems("problems", problems)
+    assert ([one.id for one in found.problems], len(found.prompts)) == (["a"], 1)
+    left_out = "1 left out that have no answer; 1 left out that have prompts longer than"
+    assert said(capsys) == [f"1 problems; {left_out} rl.max_prompt_tokens=20"]
+    roomy = reader_for(lm)
+    assert [one.id for one in roomy.problems("problems", problems).problems] == ["a", "c"]
+    assert roomy.problems("problems", [Problem("d", "1" * 60, "2")]).problems == []
+    assert said(capsys)[1].endswith("longer than the 63 tokens there is room for")
+
+
+@pytest.fixture
+def sources(tmp_path) -> list[str]:
+    """A mix of demonstrations as written, and of questions with responses under other names."""
+    ours = [{"prompt": f"{i}+1?", "response": str(i + 1)} for i in range(6)]
+    theirs = [{"problem": f"{i}+2?", "solution": str(i + 2), "answer": i + 2} for i in range(5)]
+    columns = "{question: problem, response: solution, ground_truth_answer: answer}"
+    first, second = save(tmp_path / "a.jsonl", ours), save(tmp_path / "b.jsonl", theirs)
+    parts = f"[{{path: {first}, weight: 3}}, {{path: {second}, name: b, weight: 1, held_out: 2, columns: {columns}}}]"
+    return ["data=mix", f"data.sources={parts}"]
+
+
+def test_a_mix_is_learned_from_by_weight_with_epochs_of_each(sources, tmp_path, capsys):
+    sft.run(config("sft", *sources, "batch_size=4"), tmp_path / "out")
+    shown = said(capsys)
+    assert shown[0].startswith(f"6 training demonstrations of {tmp_path}/a.jsonl, ")
+    assert [line.partition(", ")[0] for line in shown[1:4]] == [
+        "3 training demonstrations of b", "2 held-out demonstrations of b", "2 held-out problems",
+    ]  # fmt: skip
+    last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
+    assert (last[f"epoch/{tmp_path}/a.jsonl"], last["epoch/b"]) == (6 / 6, 2 / 3)
+    assert "validation_loss" in last and "greedy_accuracy" in last
+
+
+def test_a_dry_run_shows_what_is_trained_and_writes_nothing(sources, tmp_path, capsys):
+    sft.run(config("sft", *sources, "batch_size=4", "dry_run=true"), tmp_path / "out")
+    shown = said(capsys)
+    assert "0+1?⟦1<|im_end|>⟧" in shown and "⟦2<|im_end|>⟧" in shown
+    at = next(i for i, line in enumerate(shown) if line.startswith("b, example 1: "))
+    boxed = r"Please reason step by step, and put your final answer within $\boxed{}$.<|im_end|>"
+    assert shown[at + 1 : at + 4] == ["<|im_start|>user", "0+2?", boxed]
+    assert f"after 2 steps: epoch/{tmp_path}/a.jsonl 1.00 · epoch/b 0.67" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_reads_no_weights(shared, tmp_path, capsys):
+    model = published_vocabulary(tmp_path / "random", shared)
+    (model / "model.safetensors").unlink()
+    words = ["model=path", f"model.path={model}", f"data.path={shared}/data/GSM8K-train-rl.json", "dry_run=true"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("rl", ["data=file", *words, "rl.max_prompt_tokens=200", "device=cpu"])
+    OmegaConf.resolve(cfg)
+    rl.run(cfg, tmp_path / "out")
+    shown = said(capsys)
+    assert shown[0].startswith("7,") and "left out that have prompts longer than rl.max_prompt_tokens=200" in shown[0]
+    question = json.loads((shared / "data/GSM8K-train-rl.json").read_text())[0]["question"]
+    assert shown[2:4] == ["<|im_start|>user", question]
+    assert not (tmp_path / "out").exists()
+
+
+def test_reinforcement_draws_from_a_mix_without_what_does_not_fit(sources, tmp_path, capsys):
+    words = [*sources, "instruction=none", "rl.problems=4", "rl.group_size=2", "rl.filter=none", "rl.max_rounds=1"]
+    with pytest.raises(DirlError, match=r"a.jsonl line 1 has no question"):  # it has prompts and responses only
+        rl.run(config("rl", *words), tmp_path / "out")
+    theirs = [{"question": f"{i}+2?" + "!" * 30 * (i % 3 == 0), "ground_truth_answer": i + 2} for i in range(9)]
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.json", theirs)
+    parts = f"[{{path: {tmp_path}/a.json, name: a, weight: 3}}, {{path: {tmp_path}/b.json, name: b}}]"
+    more = ["data=mix", f"data.sources={parts}", "instruction=none", *words[3:], "rl.max_prompt_tokens=30"]
+    rl.run(config("rl", *more, "decoding.temperature=1", "optim.lr=1e-3"), tmp_path / "out")
+    counted = "6 training problems of {}; 3 left out that have prompts longer than rl.max_prompt_tokens=30"
+    assert said(capsys)[:2] == [counted.format(name) for name in "ab"]
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch/a"], line["epoch/b"]) for line in lines] == [(3 / 6, 1 / 6), (6 / 6, 2 / 6)]

@@ -1,0 +1,109 @@
+"""How a sweep of evaluations ends: one table, one CSV file, one picture."""
+
+import csv
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dirl_cli.cli import app
+from dirl_cli.commands.eval import after_sweep
+from dirl_cli.evaluation.answers import Answer
+from dirl_cli.evaluation.card import read_evaluation
+from dirl_cli.evaluation.metrics import measure
+from dirl_cli.evaluation.sweep import Member, curves, published, rows
+
+ANSWER = Answer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
+
+
+def card(out: Path, right: int, forwards: int, model: str = "mine", bench: str = "quiz", **more: Any) -> Path:
+    """The card of an evaluation with `right` of 4 answers right, each in so many forwards."""
+    answers = [replace(ANSWER, problem=str(i), correct=i < right, forwards=forwards) for i in range(4)]
+    facts = {"model": {"name": model}, "bench": {"name": bench}, **more}
+    out.mkdir(parents=True)
+    (out / "eval_card.json").write_text(json.dumps({**facts, "metrics": asdict(measure(answers))}))
+    return out
+
+
+def end(jobs: list[tuple[list[str], Path]], capsys: pytest.CaptureFixture, title: str = "swept") -> list[str]:
+    """The lines that a sweep ends with, blanks as one."""
+    after_sweep(title, jobs)
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_sweep_ends_with_a_table_a_file_and_a_picture_beside_its_directories(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    jobs = [
+        (["decoding.threshold=0.5"], card(tmp_path / "run/a", 1, forwards=3)),
+        (["decoding.threshold=0.9"], card(tmp_path / "run/b", 3, forwards=6)),
+    ]
+    lines = end(jobs, capsys)
+    assert "decoding.threshold avg@1 % length tok/step tok/fwd" in lines
+    assert "0.5 25.0 ± 25.0 10 2.00 4.00" in lines and "0.9 75.0 ± 25.0 10 2.00 2.00" in lines
+    assert lines[-1] == f"{tmp_path}/run/mine-quiz-swept.csv · {tmp_path}/run/mine-quiz-swept.png"
+    with (tmp_path / "run/mine-quiz-swept.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(line["decoding.threshold"], float(line["accuracy"])) for line in table] == [("0.5", 0.25), ("0.9", 0.75)]
+    assert table[0]["directory"] == f"{tmp_path}/run/a" and float(table[0]["tokens_per_forward"]) == 4
+    assert (tmp_path / "run/mine-quiz-swept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_of_benchmarks_shows_what_is_published_and_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    figure = {"accuracy": 83.05, "standard_errors": -0.42, "differently": {}}
+    jobs = [
+        (["bench=x"], card(tmp_path / "mine-x", 2, 3, bench="x", published=figure)),
+        (["bench=y"], card(tmp_path / "mine-y", 2, 3, bench="y")),
+        (["bench=z"], card(tmp_path / "mine-z", 2, 3, bench="z", published={**figure, "differently": {"samples": []}})),
+    ]
+    lines = end(jobs, capsys)
+    assert "bench avg@1 % published (z) length tok/step tok/fwd" in lines
+    assert "x 50.0 ± 28.9 83.05 (-0.4) 10 2.00 4.00" in lines and "y 50.0 ± 28.9 10 2.00 4.00" in lines
+    assert published(read_evaluation(jobs[2][1]).card) == "83.05"  # another protocol has no distance
+    assert (tmp_path / "mine-swept.csv").exists()
+
+
+def test_a_curve_runs_through_what_was_swept_and_not_through_models_or_benchmarks(tmp_path: Path) -> None:
+    points = [("x", "0.9", 6), ("x", "0.5", 3), ("y", "0.9", 4)]
+    outs = [card(tmp_path / f"{bench}{t}", 1, forwards, bench=bench) for bench, t, forwards in points]
+    members = [
+        Member({"bench": bench, "decoding.threshold": t}, read_evaluation(out))
+        for (bench, t, _), out in zip(points, outs, strict=True)
+    ]
+    found = curves(members)
+    assert {name: [(point[0], point[3]) for point in points] for name, points in found.items()} == {
+        "mine on x": [(2.0, "0.9"), (4.0, "0.5")],  # in order of speed
+        "mine on y": [(3.0, "0.9")],
+    }
+    assert list(rows(members)) == ["x, 0.9", "x, 0.5", "y, 0.9"]
+
+
+def test_evaluations_with_different_numbers_of_samples_share_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    jobs = [(["samples=1"], card(tmp_path / "a", 2, 3)), (["samples=2"], card(tmp_path / "b", 2, 3))]
+    several = json.loads((tmp_path / "b/eval_card.json").read_text())
+    several["metrics"] |= {"pass_at": {"1": 0.5, "2": 0.75}, "majority": 0.5}
+    (tmp_path / "b/eval_card.json").write_text(json.dumps(several))
+    lines = end(jobs, capsys)
+    assert "samples avg@k % pass@k maj@k length tok/step tok/fwd" in lines
+    assert "2 50.0 ± 28.9 75.0 50.0 10 2.00 4.00" in lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_of_the_tiny_model_ends_so_too(here: Path, launcher: str) -> None:
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the extra `launchers` is not installed")
+    words = ["eval", "-m", f"hydra/launcher={launcher}", "limit=2", "decoding.max_new_tokens=4"]
+    for steps in ("2,4", "4,0,2"):  # the second time only a mistake is new
+        result = CliRunner().invoke(app, [*words, f"decoding.denoising_steps={steps}"], env={"HYDRA_FULL_ERROR": "0"})
+    assert result.exit_code == 1 and "not every run of it succeeded" in result.stderr
+    with (here / "runs/eval/tiny-arithmetic/decoding.denoising_steps=4,0,2.csv").open() as file:
+        assert [line["decoding.denoising_steps"] for line in csv.DictReader(file)] == ["4", "2"]
+    assert not list((here / "runs/eval").glob(".sweep*"))
