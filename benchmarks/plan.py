@@ -1,6 +1,6 @@
 """Memory as planned against memory as measured, for models of three sizes on a CPU.
 
-python benchmarks/plan.py            # about ten minutes on one core, at most 4 GB
+python benchmarks/plan.py            # about half an hour on one busy core, at most 4 GB
 """
 
 import os
