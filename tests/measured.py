@@ -136,7 +136,7 @@ class Trial:
             "batch_size": 4,
             "max_tokens": self.tokens,
             "eval_problems": 0,
-            "max_batch": 8,
+            "rollout.max_batch": 8,
             "rl.problems": 2,
             "rl.group_size": 4,
             "rl.mini_batches": 1,

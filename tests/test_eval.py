@@ -45,7 +45,7 @@ CONFIG = OmegaConf.create(
         "ids": None,
         "predictions": None,
         "compare": None,
-        "max_batch": 4,
+        "rollout": {"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 4},
         "dtype": "float32",
         "attention": "auto",
         "device": "cpu",
@@ -200,7 +200,7 @@ def test_what_an_interruption_left_is_kept_and_the_rest_is_sampled_the_same(fini
 
 
 def test_the_batch_size_changes_no_answer(finished: Path, tmp_path: Path) -> None:
-    command.run(config(max_batch=3), tmp_path)
+    command.run(config(rollout={"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 3}), tmp_path)
     assert by_sample(tmp_path) == by_sample(finished)
 
 
@@ -278,7 +278,7 @@ def test_real_benchmarks_run_to_the_end(shared: Path, tmp_path: Path, name: str,
             bench={"_target_": "dirl_cli.data.files.ProblemFile", "name": name, "path": f"{shared}/data/{name}.json"},
             samples=1,
             limit=limit,
-            max_batch=64,
+            rollout={"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 64},
             decoding={"max_new_tokens": 8},
         ),
         tmp_path,
@@ -297,7 +297,7 @@ def test_nothing_to_evaluate_is_an_error(tmp_path: Path, changes: dict[str, int]
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     words = [sys.executable, "-c", "from dirl_cli.cli import app; app()", "eval"]
-    words += ["limit=40", "decoding.temperature=1", "decoding.max_new_tokens=16", "max_batch=4"]
+    words += ["limit=40", "decoding.temperature=1", "decoding.max_new_tokens=16", "rollout.max_batch=4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     file = tmp_path / "cut" / "answers.jsonl"
     process = subprocess.Popen([*words, f"out={tmp_path / 'cut'}"], env=environment, stdout=subprocess.DEVNULL)

@@ -162,7 +162,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids_and_nothing_else(bare, tmp_
         ({}, r"give one of prompt=TEXT, messages=\[…\] and input=FILE.jsonl"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "give one of prompt=TEXT"),
         ({"prompt": "a", "samples": 0}, "samples must be at least 1"),
-        ({"prompt": "a", "max_batch": 0}, "max_batch must be at least 1"),
+        ({"prompt": "a", "rollout__max_batch": 0}, "max_batch must be at least 1"),
         ({"prompt": "a", "decoding__block_size": 8}, "block_size is 8 and the model's is 4"),
         ({"prompt": "a", "decoding__strategy": "sequental"}, "did you mean sequential"),
         ({"prompt": "a " * 2000}, r"the prompt of the command line has \d+ tokens and the model has room for 1023"),
@@ -233,7 +233,7 @@ def interrupt(monkeypatch, after: int) -> None:
 
 
 def test_an_interrupted_file_goes_on_where_it_stopped(model, tmp_path, monkeypatch, capsys):
-    options = {"input": file(tmp_path, *ROWS), "samples": 2, "max_batch": 3}
+    options = {"input": file(tmp_path, *ROWS), "samples": 2, "rollout__max_batch": 3}
     whole = by_place(dirl_generate(model, tmp_path / "whole", **options))
     with monkeypatch.context() as patch, pytest.raises(Interruption):
         interrupt(patch, after=5)

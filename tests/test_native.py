@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,3 +172,33 @@ def test_what_cannot_be_sampled_is_told_in_a_sentence():
         sampler.sample([[5] * 256], 1, Decoding())
     with pytest.raises(DirlError, match="did you mean sampled"):
         Decoding(confidence="sample")
+
+
+def test_an_engine_that_is_not_there_is_told(monkeypatch):
+    from dirl_cli.rollout import engines
+
+    engine = engines.Lmdeploy(max_batch=8, cache_share=0.5)
+
+    def no_version(name):
+        raise engines.PackageNotFoundError
+
+    monkeypatch.setattr(engines, "version", no_version)
+    with pytest.raises(DirlError, match=r"wants LMDeploy: pip install 'dirl\[lmdeploy\]'"):
+        engine.start(small_lm())
+    monkeypatch.setattr(engines, "version", lambda name: "0.17.2")
+    with pytest.raises(DirlError, match=r"wants LMDeploy 0.18, not 0.17.2"):
+        engine.start(small_lm())
+    monkeypatch.setattr(engines, "version", lambda name: "0.18.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DirlError, match="wants a CUDA device and there is none"):
+        engine.start(small_lm())
+
+
+def test_an_engine_of_its_own_gets_a_checkpoint_to_start_from(tmp_path):
+    from dirl_cli.models.checkpoint import Checkpoint
+    from dirl_cli.rollout.engines import on_disk
+
+    lm = small_lm()
+    made = on_disk(lm)
+    assert (Path(made) / "config.json").exists()
+    assert on_disk(Checkpoint("made", made).load("float32", "cpu")) == made

@@ -260,10 +260,10 @@ def test_room_is_what_is_free_shared_among_processes_or_what_is_said():
 def test_longer_rollouts_want_fewer_at_once(shared, tmp_path):
     lm = small_lm()
     asked = {"micro_rows": 1, "gradient_checkpointing": True, "row_tokens": 64, "decoding.max_new_tokens": 200}
-    asked |= {"max_batch": 64, "rl.problems": 8, "rl.group_size": 8, "rl.mini_batches": 1}
+    asked |= {"rollout.max_batch": 64, "rl.problems": 8, "rl.group_size": 8, "rl.mini_batches": 1}
     place = replace(LAPTOP, memory_gb=0.006)
     budget = rl_budget(lm, ADAMW, dipo(0.0), Decoding(temperature=1.0), place, asked, 20, samples=True, learns=False)
-    assert list(budget.nearest()) == ["max_batch"]
+    assert list(budget.nearest()) == ["rollout.max_batch"]
     assert set(UPDATE) <= set(asked)
 
 
@@ -293,7 +293,7 @@ def test_a_dry_run_plans_a_model_that_has_no_weights_for_a_gpu_that_is_not_here(
     name = command.__name__.rpartition(".")[2]
     command.run(config(name, "model=path", f"model.path={eight_billion}", "dry_run=true"), tmp_path / "out")
     said = capsys.readouterr().out
-    assert re.search(r"^batch_size: 512|^max_batch: 64", said, re.M)
+    assert re.search(r"^batch_size: 512|^rollout: .*max_batch: 64", said, re.M)
     assert phases in said
     assert "optimizer states" in said and "65.5 GB" in said
     assert "8,190,735,360 parameters, 1,244,659,712 of them in embedding and head" in said

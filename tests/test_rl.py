@@ -335,7 +335,7 @@ def test_bf16_keeps_the_parameters_in_float32_and_saves_them_as_bf16(model, tmp_
         (["device=gpu"], "device=gpu: did you mean cpu"),
         (["attention=flex", "eval_problems=0"], "attention=flex cannot learn on a CPU: leave it at auto"),
         (["resume=nowhere"], "nowhere holds no checkpoint"),
-        (["max_batch=0"], "max_batch must be at least 1"),
+        (["rollout.max_batch=0"], "max_batch must be at least 1"),
         (["+reward.weights={acuracy: 1}"], "acuracy"),
     ],
 )

@@ -21,7 +21,7 @@ from dirl_cli.tree import leaves
 # Keys that may change between two starts of a run, because its result does not depend on them.
 FREE = frozenset(
     {"name", "out", "resume", "gpus", "logger", "log_every", "save_every", "keep_checkpoints", "push_to_hub"}
-    | {"eval_every", "eval_problems", "show_every", "max_batch", "grade_workers", "reward.workers"}
+    | {"eval_every", "eval_problems", "show_every", "rollout.max_batch", "grade_workers", "reward.workers"}
     | {"gradient_checkpointing", "memory_gb", "dry_run"}
     | {"samples", "limit", "ids"}  # which answers an evaluation has, not what they are
 )

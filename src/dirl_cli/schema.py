@@ -93,7 +93,7 @@ class RlConfig(RunConfig):
     row_tokens: int
     micro_rows: int | None
     gradient_checkpointing: bool
-    max_batch: int
+    rollout: Any
     clip_norm: float
     dtype: str
     attention: str
@@ -120,7 +120,7 @@ class EvalConfig(RunConfig):
     ids: list[str] | None
     predictions: str | None
     compare: list[str] | None
-    max_batch: int
+    rollout: Any
     dtype: str
     attention: str
     device: str
@@ -139,7 +139,7 @@ class GenerateConfig(JobConfig):
     samples: int
     watch: bool
     pace: float
-    max_batch: int
+    rollout: Any
     dtype: str
     attention: str
     device: str

@@ -51,7 +51,6 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
     from dirl_cli.data.chat import answer_text, encode_problems
     from dirl_cli.loop.ask import Processes, sample
     from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
-    from dirl_cli.rollout.native import NativeSampler
 
     processes = Processes(cfg.gpus, cfg.device)
     console.quiet = not processes.is_first
@@ -76,7 +75,7 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
     runs = runs[processes.rank :: processes.count]
     total = len(known) + sum(run.end - run.first for run in runs)
     with Grader(cfg.grade_workers, cfg.grade_timeout) as grader, AnswerLog(out / ANSWERS) as log:
-        sampled = sample(NativeSampler(lm, cfg.max_batch), prompts, runs, decoding)
+        sampled = sample(build(cfg.rollout).start(lm), prompts, runs, decoding)
         answers = graded(sampled, problems, partial(answer_text, tokenizer), grader)
         for answer in tracked(answers, known, total, console):
             log.append(answer)

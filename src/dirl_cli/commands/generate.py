@@ -26,7 +26,6 @@ from dirl_cli.disk import writing
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import drop_torn_line
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
-from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding, Instruction, Trajectory
 
 HIDDEN = "░"
@@ -52,7 +51,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     asked = requests(cfg, lm)
     decoding = build(cfg.decoding, Decoding)
     decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
-    sampler = NativeSampler(lm, cfg.max_batch)
+    sampler = build(cfg.rollout).start(lm)
     screen = Screen(console, lm, cfg.pace) if cfg.watch else None
     file, total = out / "completions.jsonl", len(asked) * cfg.samples
     source = {

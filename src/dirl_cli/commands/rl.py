@@ -41,7 +41,7 @@ from dirl_cli.models.card import model_card
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 from dirl_cli.models.push import push, require_pushable
 from dirl_cli.reward.scoring import Rewards, Scorer
-from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.record import Record, rollout_path, write_rollout
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.budget import Place
@@ -77,8 +77,8 @@ def run(cfg: DictConfig, out: Path) -> None:
         return
     require_pushable(cfg.push_to_hub)
 
-    model, data, optim, schedule, logger = (
-        build(cfg[name]) for name in ("model", "data", "optim", "schedule", "logger")
+    model, data, optim, schedule, logger, engine = (
+        build(cfg[name]) for name in ("model", "data", "optim", "schedule", "logger", "rollout")
     )
     objective, rewards, decoding = build(cfg.algo, Objective), build(cfg.reward, Rewards), build(cfg.decoding, Decoding)
     instruction = build(cfg.instruction, Instruction)
@@ -96,7 +96,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     longest = max((len(prompt) for pool in pools for prompt in pool.prompts), default=0)  # not known of a replay
     place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus, cfg.memory_gb)
     chosen = {key: OmegaConf.select(cfg, key) for key in RL}
-    samples, learns = not cfg.rl.replay, not cfg.rl.rollout_only
+    samples = not cfg.rl.replay and isinstance(engine, Native)  # LMDeploy takes the share it is given
+    learns = not cfg.rl.rollout_only
     budget = rl_budget(lm, optim, objective, decoding, place, chosen, longest, samples, learns)
     if cfg.dry_run:
         budget.show(OmegaConf.to_container(cfg), progress.console)
@@ -145,8 +146,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     log = open_log(out, state.step or -1, logger, config) if accelerator.is_main_process else NoLog()
     held_out = reader.problems("held-out problems", data.problems()[: cfg.eval_problems])
     exam = Exam(held_out.problems, held_out.prompts, lm, decoding, accelerator)
-    sampler = NativeSampler(lm, cfg.max_batch)
-    sampler.weights_version = trainer.steps_taken
+    sampler: Sampler = engine.start(lm)
+    sampler.update_weights(lm.model.named_parameters(), trainer.steps_taken)
 
     with Scorer(rewards) as scorer, StopSignal(accelerator) as stop:
         source: Sampled | Replayed = (
@@ -173,9 +174,11 @@ def run(cfg: DictConfig, out: Path) -> None:
                 if isinstance(source, Sampled):
                     metrics |= epochs(source.order, names, state.drawn)
                 if groups and not cfg.rl.rollout_only:
+                    sampler.sleep()
                     metrics |= learner.learn(groups, state.step, sampler.weights_version)
+                    sampler.update_weights(lm.model.named_parameters(), trainer.steps_taken)
+                    sampler.wake()
                 state.step += 1
-                sampler.update_weights(lm.model.named_parameters(), trainer.steps_taken)
                 if accelerator.is_main_process and (cfg.rl.rescore or not cfg.rl.replay):
                     write_rollout(rollout_path(out / "rollouts", state.step), records(groups, sampled))
 

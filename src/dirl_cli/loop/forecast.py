@@ -23,7 +23,7 @@ from dirl_cli.types import Decoding, Trajectory
 
 UPDATE = ("micro_rows", "gradient_checkpointing", "row_tokens", "decoding.max_new_tokens")
 SFT = (*UPDATE, "batch_size", "max_tokens", "eval_problems")
-RL = (*UPDATE, "max_batch", "rl.problems", "rl.group_size", "rl.mini_batches")
+RL = (*UPDATE, "rollout.max_batch", "rl.problems", "rl.group_size", "rl.mini_batches")
 LEAST = 64  # tokens of a row, a demonstration or an answer that are worth proposing
 
 
@@ -88,12 +88,14 @@ def rl_budget(
         return packed(objective.views(longest, tokens, generator(0)), answers, settings, place)
 
     def phases(settings: Settings) -> dict[str, Bytes]:
-        slots = min(settings["max_batch"], math.ceil(settings["rl.problems"] / place.gpus) * settings["rl.group_size"])
+        slots = min(
+            settings["rollout.max_batch"], math.ceil(settings["rl.problems"] / place.gpus) * settings["rl.group_size"]
+        )
         sampled = {"rollout": rollout(memory, slots, longest_prompt, lm, decoding, settings)} if samples else {}
         return sampled | ({"update": update(memory, batch(settings), settings, sorts)} if learns else {})
 
     knobs = {
-        "max_batch": halvings(settings["max_batch"], 1),
+        "rollout.max_batch": halvings(settings["rollout.max_batch"], 1),
         **update_knobs(settings, batch(settings)),
         "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
     }

@@ -14,6 +14,8 @@ Watch = Callable[[int, int, list[int]], None]
 class Sampler(Protocol):
     """An engine; `rollout/native.py` is the one that runs anywhere."""
 
+    weights_version: int
+
     def stream(
         self,
         prompts: Sequence[list[int]],

@@ -1,0 +1,323 @@
+"""The contract with LMDeploy: its own bookkeeping, driven on a CPU, gives the trajectories of the native engine.
+
+Only its CUDA parts are replaced: the forward, by the small model under the attention rule, and random draws, by
+greedy ones. Sequences, states, stopping, batching and logit processing are the installed package's.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from small import MASK, VOCABULARY, small_lm
+
+pytest.importorskip("lmdeploy", reason="needs lmdeploy 0.18.0 (pip install --no-deps): `make install` brings it")
+
+from lmdeploy.messages import ResponseType
+from lmdeploy.pytorch.config import DLLMConfig, UnmaskingStrategy
+from lmdeploy.pytorch.configurations.sdar import SDARModelConfigBuilder
+from lmdeploy.pytorch.consts import DLLM_CACHED, DLLM_MASKED, DLLM_UNMASKED
+from lmdeploy.pytorch.engine.logits_process import FusedLogitsProcessor
+from lmdeploy.pytorch.engine.model_agent.agent import BatchedOutputs
+from lmdeploy.pytorch.messages import MessageStatus, SamplingParam, SchedulerSession, SequenceMeta
+from lmdeploy.pytorch.model_inputs import ModelInputs, ModelInputsDelta
+from lmdeploy.pytorch.paging.seq_states.states import RunningState
+from lmdeploy.pytorch.strategies.dllm.model_agent import DLLMExtraInputs
+from lmdeploy.pytorch.strategies.dllm.sampling import DLLMSamplingStrategy
+from lmdeploy.pytorch.strategies.dllm.step_inputs import DLLMStepInputs
+from lmdeploy.pytorch.strategies.dllm.unmasking import UnmaskingProcessor
+
+from dirl_cli.errors import DirlError
+from dirl_cli.rollout.lmdeploy import Agent, LmdeploySampler, Trace, TracedSequences, check, generation, masking_with
+from dirl_cli.rollout.native import NativeSampler, block_causal, requests
+from dirl_cli.types import Decoding
+
+STRATEGIES = {
+    "sequential": UnmaskingStrategy.SEQUENTIAL,
+    "low_confidence_static": UnmaskingStrategy.LOW_CONFIDENCE_STATIC,
+    "low_confidence_dynamic": UnmaskingStrategy.LOW_CONFIDENCE_DYNAMIC,
+}
+
+
+@dataclass
+class Lifecycle:
+    """What a session asks of the scheduler: sequences run until they finish."""
+
+    count: int = 0
+
+    def new_sequence_id(self):
+        self.count += 1
+        return self.count
+
+    def add_sequence(self, sequence, status):
+        sequence.set_state(RunningState(sequence, self))
+
+    def transition(self, sequence, state):
+        sequence.set_state(state(sequence, self))
+
+
+class Loop:
+    """LMDeploy's engine loop over one batch: a prefill, then decoding until all have finished."""
+
+    def __init__(self, lm, decoding):
+        self.lm, self.decoding, self.size = lm, decoding, lm.block_size
+        config = DLLMConfig(self.size, UnmaskingStrategy.LOW_CONFIDENCE_DYNAMIC, self.size, 0.9)
+        self.agent = Agent(config, lm.mask_token_id)
+        self.agent.decoding = decoding
+        self.sequences = TracedSequences(self.size, lm.mask_token_id)
+        self.sampling = DLLMSamplingStrategy(0, self.size)
+        self.meta = SequenceMeta(64, strategy=self.sequences, sampling_strategy=self.sampling)
+        self.steps = DLLMStepInputs(_block_size=self.size, _dllm_mask_token=lm.mask_token_id)
+
+    @torch.inference_mode()
+    def run(self, prompts):
+        """The trace of an answer to each prompt."""
+        running = []
+        for i, request in enumerate(requests(prompts, 1, self.decoding, None, None)):
+            options = SamplingParam.from_gen_config(generation(request, self.decoding, self.lm))
+            session = SchedulerSession(i, self.meta, Lifecycle())
+            running.append(session.add_sequence(np.array(request.prompt_ids), options))
+        self.prefill(running)
+        while running := self.without_finished(running):
+            sampling = self.sampling.make_sampling_inputs(running)
+            inputs, extra = self.steps.model_inputs, self.steps.extra_inputs
+            sampling.update_delta(self.steps.sampling_delta)
+            tokens, extra, stopping = self.forward(running, inputs, extra, self.steps.stopping_criteria, sampling)
+            self.steps.step_decode(inputs, extra, stopping, sampling.get_delta(), tokens, None, None)
+        return [self.sequences.traces[i] for i in range(len(prompts))]
+
+    def prefill(self, running):
+        lengths = torch.tensor([len(sequence.token_ids) for sequence in running])
+        inputs = ModelInputs(
+            input_ids=torch.as_tensor(np.concatenate([sequence.token_ids for sequence in running]))[None],
+            seq_length=lengths,
+            history_lengths=torch.zeros(len(running), dtype=torch.long),
+            block_offsets=torch.zeros(len(running), 1, dtype=torch.long),
+            is_decoding=False,
+            num_ignored_history=torch.zeros(len(running), dtype=torch.long),
+            max_q_seqlen=int(lengths.max()),
+            max_kv_seqlen=int(lengths.max()),
+            sum_kv_seqlen=int(lengths.sum()),
+        )
+        extra = self.agent.make_extra_inputs(running, inputs)
+        extra = self.agent.slice_extra_inputs(extra, inputs, {})
+        stopping, sampling = self.agent.make_stopping_criteria(running), self.sampling.make_sampling_inputs(running)
+        tokens, extra, stopping = self.forward(running, inputs, extra, stopping, sampling)
+        self.steps.merge_prefill(
+            inputs, extra, stopping, sampling.get_delta(), tokens, None, self.agent.make_extra_outputs(extra)
+        )
+
+    def forward(self, running, inputs, extra, stopping, sampling):
+        """What the model agent does in a step, and the engine with its outputs."""
+        processor = FusedLogitsProcessor(sampling)
+        logits, _ = asyncio.run(processor(self.logits(running)))
+        tokens = processor.sampling(logits)
+        tokens, extra = self.agent.post_sampling(inputs, logits, tokens, extra)
+        stopped, stop_pos, stopping = stopping.step(tokens, sampling.stop_words, inputs=inputs, extra_inputs=extra)
+        outputs = BatchedOutputs(tokens, stopped, stop_pos, extra_outputs=self.agent.make_extra_outputs(extra))
+        self.sequences.update_running(running, outputs.to_cpu(), inputs, None)
+        return tokens, extra, stopping
+
+    def logits(self, running):
+        """Of each sequence's last block, all that it holds gone through the model at once."""
+        found = []
+        for sequence in running:
+            ids = torch.as_tensor(sequence.history_cache[: sequence.num_history_ids + sequence.num_token_ids])[None]
+            positions = torch.arange(ids.shape[1])[None]
+            mask = block_causal(positions, ids.shape[1], self.size)
+            output = self.lm.model(input_ids=ids.long(), position_ids=positions, attention_mask=mask, use_cache=False)
+            found.append(output.logits[0, -self.size :])
+        return torch.cat(found).float()
+
+    def without_finished(self, running):
+        """Those that go on, LMDeploy's batch cut down to them."""
+        going = [i for i, sequence in enumerate(running) if sequence.status == MessageStatus.RUNNING]
+        if going and len(going) < len(running):
+            indices = torch.tensor(going)
+            blocks = torch.zeros(len(going), 1, dtype=torch.long)
+            self.steps.reindex(ModelInputsDelta(indices, blocks, np.array(going), self.size, 1, 1))
+        return [running[i] for i in going]
+
+
+PROMPTS = [[2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17], [18], [2, 3]]
+
+
+@pytest.mark.parametrize("confidence", ["sampled", "max", "entropy"])
+@pytest.mark.parametrize(
+    ("strategy", "steps", "threshold"),
+    [
+        ("sequential", 4, 0.0),
+        ("sequential", 2, 0.0),
+        ("low_confidence_static", 4, 0.0),
+        ("low_confidence_static", 2, 0.0),
+        ("low_confidence_dynamic", 4, 0.5),
+        ("low_confidence_dynamic", 2, 0.3),
+        ("entropy_bounded", 4, 1.5),
+    ],
+)
+def test_its_bookkeeping_gives_the_native_engines_trajectories(strategy, steps, threshold, confidence):
+    """Prompts that end in a block, in the midst of one, and within the first; some answers stop, others run out."""
+    lm = small_lm()
+    decoding = Decoding(
+        strategy=strategy,
+        denoising_steps=steps,
+        threshold=threshold,
+        confidence=confidence,
+        max_new_tokens=14,
+        stop_token_ids=(5, 18, 35),
+    )
+    expected = [answers[0] for answers in NativeSampler(lm).sample(PROMPTS, 1, decoding)]
+    traces = Loop(lm, decoding).run(PROMPTS)
+    assert [trace.token_ids for trace in traces] == [one.token_ids for one in expected]
+    assert [trace.reveal_step for trace in traces] == [one.reveal_step for one in expected]
+    for trace, one in zip(traces, expected, strict=True):
+        assert trace.logprobs == pytest.approx(one.logprobs, abs=1e-4)
+        assert trace.denoise_forwards == one.denoise_forwards
+
+
+def test_some_of_these_answers_stop_at_once_some_later_and_some_run_out():
+    decoding = Decoding(max_new_tokens=14, stop_token_ids=(5, 18, 35), denoising_steps=2, strategy="sequential")
+    answers = [one[0] for one in NativeSampler(small_lm()).sample(PROMPTS, 1, decoding)]
+    assert {one.stop_reason for one in answers} == {"stop", "length"}
+    assert any(len(one.token_ids) < 4 for one in answers), "one stops in the block that its prompt begins"
+
+
+@pytest.mark.parametrize("steps", [4, 2, 1])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_our_strategies_reveal_what_its_own_would(strategy, steps):
+    """With the published confidence; for `dynamic` with as many steps as tokens, which LMDeploy takes for granted."""
+    if strategy == "low_confidence_dynamic" and steps < 4:
+        pytest.skip("LMDeploy's dynamic strategy owes one token a step, whatever the number of steps")
+    generator = torch.Generator().manual_seed(steps)
+    blocks, threshold = 200, 0.4
+    states = torch.randint(0, 2, (blocks, 4), generator=generator).to(torch.uint8)  # some masked, some not
+    states[:20], states[20:40] = DLLM_UNMASKED, DLLM_MASKED
+    if strategy == "sequential":
+        states = states.sort(-1, descending=True).values  # what is masked is at the right, as it always is there
+    given = torch.where(states.flatten() == DLLM_MASKED, MASK, 7)
+    logits = 3 * torch.randn(blocks * 4, VOCABULARY, generator=generator)
+    logits[:, MASK] = -torch.inf
+    drawn = logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+
+    theirs = UnmaskingProcessor(DLLMConfig(4, STRATEGIES[strategy], steps, threshold))
+    expected_states, expected_tokens = theirs(logits, given, drawn, states.flatten().clone())
+    agent = Agent(DLLMConfig(4, STRATEGIES[strategy], steps, threshold), MASK)
+    agent.decoding = Decoding(strategy=strategy, denoising_steps=steps, threshold=threshold, temperature=1.0)
+    inputs = SimpleNamespace(input_ids=given[None], seq_length=torch.full((blocks,), 4))
+    tokens, extra = agent.post_sampling(inputs, logits, drawn, DLLMExtraInputs(states.flatten()))
+
+    revealed = expected_states != DLLM_MASKED
+    assert extra.dllm_mask.tolist() == expected_states.tolist()
+    assert tokens[revealed].tolist() == expected_tokens[revealed].tolist()
+    assert (extra.dllm_mask.view(-1, 4)[:20] == DLLM_CACHED).all()
+
+
+def test_a_token_is_scored_under_the_distribution_it_was_drawn_from():
+    """Temperature is in LMDeploy's logits already; top-k is not."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(2, 1)
+    agent = Agent(DLLMConfig(2, UnmaskingStrategy.SEQUENTIAL, 2, 0.9), 3)
+    agent.decoding = Decoding(strategy="sequential", denoising_steps=2, temperature=0.5, top_k=2)
+    inputs = SimpleNamespace(input_ids=torch.tensor([[3, 3]]), seq_length=torch.tensor([2]))
+    states = DLLMExtraInputs(torch.zeros(2, dtype=torch.uint8))
+    _, extra = agent.post_sampling(inputs, logits, torch.tensor([1, 0]), states)
+    assert extra.logprobs.tolist() == pytest.approx([-np.log(1 + np.e), np.log(np.e / (1 + np.e))])
+    assert extra.dllm_mask.tolist() == [DLLM_UNMASKED, DLLM_MASKED]
+
+
+def test_what_it_cannot_do_is_told():
+    lm = small_lm()
+    with pytest.raises(DirlError, match="a number of denoising steps that divides the block of 4, not 3"):
+        check(Decoding(denoising_steps=3), lm, None)
+    with pytest.raises(DirlError, match="watch=true wants rollout=native"):
+        check(Decoding(), lm, print)
+    with pytest.raises(DirlError, match=r"decoding.block_size is 8 and the model's is 4"):
+        check(Decoding(block_size=8), lm, None)
+
+
+def test_an_answer_gets_no_more_room_than_the_model_has_positions():
+    lm = small_lm()  # 256 positions
+    [request] = requests([[2] * 250], 1, Decoding(), None, None)
+    assert generation(request, Decoding(max_new_tokens=100), lm).max_new_tokens == 6
+    assert set(generation(request, Decoding(), lm).bad_token_ids) == {MASK}
+
+
+class Instance:
+    """Answers every request with one block of tokens, or refuses those whose prompt begins with 13."""
+
+    def __init__(self, sequences):
+        self.sequences, self.asked = sequences, []
+
+    async def async_stream_infer(self, session, prompt_ids, options):
+        self.asked.append(options)
+        refused = prompt_ids[0] == 13
+        trace = self.sequences().traces[session] = Trace()
+        trace.record(np.zeros(4), np.array([1, 0, 1, 0]), np.array([20, MASK, 22, MASK]), np.array([-1.0, 0, -2, 0]))
+        await asyncio.sleep(0)
+        trace.record(np.array([1, 0, 1, 0]), np.ones(4), np.array([20, 21, 22, 1]), np.array([0, -3.0, 0, -4]))
+        yield SimpleNamespace(status=ResponseType.CANCEL if refused else ResponseType.FINISH)
+
+
+def sampler_of(lm):
+    """A sampler whose engine is a double, and what the double was asked."""
+    engine = SimpleNamespace(
+        executor=SimpleNamespace(model_agent=SimpleNamespace()),
+        misc_config=SimpleNamespace(dllm_config=DLLMConfig(4, UnmaskingStrategy.SEQUENTIAL, 4, 0.9)),
+        seq_meta=SimpleNamespace(),
+        start=lambda: True,
+    )
+    instance = Instance(lambda: engine.seq_meta.strategy)
+    engine.create_instance = lambda: instance
+    return LmdeploySampler(lm, engine), instance
+
+
+def test_answers_come_with_their_traces_and_seeds_of_their_own():
+    sampler, instance = sampler_of(small_lm())
+    sampler.weights_version = 3
+    decoding = Decoding(temperature=1.0, top_k=5, stop_token_ids=(1,))
+    (a, b), (c, _) = sampler.sample([[2, 3], [4]], 2, decoding)
+    assert (a.token_ids, a.reveal_step, a.logprobs) == ([20, 21, 22, 1], [1, 2, 1, 2], [-1.0, -3.0, -2.0, -4.0])
+    assert (a.stop_reason, a.denoise_forwards, a.forwards, a.weights_version) == ("stop", 2, 2, 3)
+    assert (a.prompt_ids, b.prompt_ids, c.prompt_ids) == ([2, 3], [2, 3], [4])
+    assert len({options.random_seed for options in instance.asked}) == 4
+    assert {options.top_k for options in instance.asked} == {5}
+
+
+def test_a_request_that_is_given_up_ends_the_stream_with_a_sentence():
+    sampler, _ = sampler_of(small_lm())
+    with pytest.raises(DirlError, match=r"LMDeploy gave a request up \(CANCEL\): lower rollout.max_batch"):
+        sampler.sample([[2], [13]], 1, Decoding())
+
+
+def test_pushed_weights_are_ours_in_its_fused_layout():
+    pytest.importorskip("triton", reason="LMDeploy builds its modules with Triton's kernels")
+    from lmdeploy.pytorch.model_inputs import BuildModelContext, StepContextManager
+    from lmdeploy.pytorch.models.sdar import SDARForCausalLM
+
+    lm = small_lm()
+    context = BuildModelContext(dllm_config=DLLMConfig(4, UnmaskingStrategy.SEQUENTIAL, 4, 0.9))
+    theirs = SDARForCausalLM(lm.model.config, StepContextManager(context), dtype=torch.float32, device="cpu")
+    sampler, _ = sampler_of(lm)
+    sampler.agent.patched_model = SimpleNamespace(get_model=lambda: theirs)
+    sampler.agent.all_context = torch.inference_mode
+    with torch.no_grad():
+        lm.model.model.norm.weight.mul_(3.0)
+    sampler.update_weights(lm.model.named_parameters(), version=7)
+
+    pushed, own = dict(theirs.named_parameters()), lm.model.state_dict()
+    for i in range(2):
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        fused = torch.cat([own[f"{attention}.{name}_proj.weight"] for name in "qkv"])
+        assert torch.equal(pushed.pop(f"{attention}.qkv_proj.weight"), fused)
+        fused = torch.cat([own[f"{mlp}.{name}_proj.weight"] for name in ("gate", "up")])
+        assert torch.equal(pushed.pop(f"{mlp}.gate_up_proj.weight"), fused)
+    for name, tensor in pushed.items():
+        assert torch.equal(tensor, own[name]), name
+    assert sampler.weights_version == 7
+
+
+def test_another_mask_token_than_the_published_one_reaches_its_configuration():
+    with masking_with(49):
+        assert SDARModelConfigBuilder.build(small_lm().model.config, "somewhere").dllm_mask_token == 49
+    assert SDARModelConfigBuilder.build(small_lm().model.config, "somewhere").dllm_mask_token == 151669
