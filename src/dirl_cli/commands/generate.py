@@ -209,7 +209,8 @@ class Screen:
         self.previous[prompt, sample] = self.answers.get((prompt, sample), [])
         self.answers[prompt, sample] = token_ids
         watched = list(self.answers)[:PANELS]
-        self.live.update(Group(*(Panel(self.picture(key), title=f"{key[0]}.{key[1]}") for key in watched)))
+        pictures = (Panel(self.picture(key), title=f"{key[0]}.{key[1]}") for key in watched)
+        self.live.update(Group(*pictures), refresh=True)
         if (prompt, sample) == watched[-1]:
             time.sleep(self.pace)
 
