@@ -163,13 +163,17 @@ def test_a_sweep_is_summed_up_by_its_command_from_the_runs_that_succeeded(jobs, 
     assert not list(here.glob("runs/eval/.*"))
 
 
-def test_all_of_a_group_is_a_sweep_over_its_members(jobs):
+def test_all_of_a_group_is_a_sweep_over_its_members(jobs, monkeypatch):
+    titles = []
+    command = sys.modules["dirl_cli.commands.eval"]
+    monkeypatch.setattr(command, "after_sweep", lambda title, _: titles.append(title), raising=False)
     benches = ["math500", "gsm8k", "aime2024", "aime2025", "olympiadbench"]
     assert dirl("eval", "bench=all", "model=sdar8b").exit_code == 0
     assert [job["bench"]["name"] for job in jobs] == benches
     assert [job["out"] for job in jobs] == [f"runs/eval/sdar8b-{bench}" for bench in benches]  # as without the sweep
     assert dirl("eval", "-m", "bench=all", "name=twice").exit_code == 0
     assert len(jobs) == 10 and jobs[-1]["out"] == "runs/eval/twice/bench=olympiadbench"
+    assert titles == ["bench=all", "bench=all"]
     assert "each" in yaml.safe_load(dirl("eval", "bench=all", "--cfg", "job").stdout)["bench"]
     assert "bench=all" in complete_override("eval", [], "bench=a")
 

@@ -36,13 +36,15 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow a busy machine 6-fold
     tree.prepare(config_dir)
     may_sweep = flags in ([], ["--multirun"]) and name != "download"
-    if may_sweep and (spelled := overrides.spell_out(words, tree.each)) != words:
+    spelled = overrides.spell_out(words, tree.each) if may_sweep else list(words)
+    short = dict(zip(spelled, words, strict=True))
+    if spelled != list(words):
         flags, words = ["--multirun"], spelled
     sweep = "--multirun" in flags
     words = overrides.rewrite(words, tree.choices, sweep)
     words = overrides.choose_files(words, lambda key: tree.has(name, words, key))
     fixed = [] if not sweep else overrides.fixed_keys(words)
-    title = schema.slug(",".join(word for word in words if word.partition("=")[0] not in fixed))
+    title = schema.slug(",".join(short.get(word, word) for word in words if word.partition("=")[0] not in fixed))
     ledger = Path("runs", name, f".sweep-{os.getpid()}").absolute()  # a file, since jobs may be other processes
     ledger.unlink(missing_ok=True)  # of a sweep that was killed
     failed: list[DirlError] = []
