@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,20 @@ from dirl_cli.loop.groups import (
     teaches,
     with_advantages,
 )
+from dirl_cli.loop.keep import keep
 from dirl_cli.loop.learn import Learner
 from dirl_cli.loop.sources import Questions, Reader, epochs
-from dirl_cli.models.card import model_card
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
-from dirl_cli.models.push import push, require_pushable
+from dirl_cli.models.push import require_pushable
 from dirl_cli.reward.scoring import Rewards, Scorer
 from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.record import Record, rollout_path, write_rollout
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.budget import Place
-from dirl_cli.training.checkpoint import Checkpoints, find, load, save_model
+from dirl_cli.training.checkpoint import Checkpoints, find, load
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
-from dirl_cli.training.metrics import NoLog, curves, open_log
+from dirl_cli.training.metrics import NoLog, open_log
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
 from dirl_cli.training.trainer import Trainer, start_accelerator
@@ -203,26 +203,15 @@ def run(cfg: DictConfig, out: Path) -> None:
                         f"stopped after step {step} of {cfg.steps}, saved in {path}: the same command goes on"
                     )
 
-    if cfg.rl.rollout_only:
-        progress.say(f"the rollouts are in {out / 'rollouts'}: learn from them with rl.replay={out}")
-    else:
-        settings: Any = OmegaConf.to_container(cfg)
-        card = model_card(
-            cfg.name,
-            cfg.push_to_hub,
-            f"{cfg.model.name}, reinforced on {cfg.data.name} with `dirl rl algo={cfg.algo.name}`.",
-            cfg.model.get("path"),
-            {name: settings[name] for name in RECIPE},
-            curves(out / "metrics.jsonl", PANELS),
-            asdict(decoding) | {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
-        )
-        save_model(lm, cfg.dtype, saved, card, accelerator)
-        progress.say(f"the model is in {saved}: run `dirl eval model={saved}`")
     log.close()
     times = trainer.times.total
     progress.say(f"{clock(sum(times.values()))} went into {shares(times)}")
-    if cfg.push_to_hub and saved.exists() and accelerator.is_main_process:
-        progress.say(f"the model is at {push(saved, cfg.push_to_hub)}")
+    if cfg.rl.rollout_only:
+        progress.say(f"the rollouts are in {out / 'rollouts'}: learn from them with rl.replay={out}")
+        return
+    settings: Any = OmegaConf.to_container(cfg)
+    summary = f"{cfg.model.name}, reinforced on {cfg.data.name} with `dirl rl algo={cfg.algo.name}`."
+    keep(lm, out, summary, settings, RECIPE, PANELS, decoding, accelerator, progress)
 
 
 def sampled_from(

@@ -1,7 +1,7 @@
 """`dirl sft`: hide answer tokens of demonstrations and learn to fill them in."""
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError
 from dirl_cli.loop.exam import Exam
 from dirl_cli.loop.forecast import SFT, sft_budget
+from dirl_cli.loop.keep import keep
 from dirl_cli.loop.sources import Reader, epochs
-from dirl_cli.models.card import model_card
 from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.models.push import push, require_pushable
+from dirl_cli.models.push import require_pushable
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import Noise, NoisedBatches, Padded, generator
 from dirl_cli.training.budget import Place
-from dirl_cli.training.checkpoint import Checkpoints, find, load, save_model
+from dirl_cli.training.checkpoint import Checkpoints, find, load
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
-from dirl_cli.training.metrics import NoLog, curves, open_log
+from dirl_cli.training.metrics import NoLog, open_log
 from dirl_cli.training.order import Order
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
@@ -146,23 +146,12 @@ def run(cfg: DictConfig, out: Path) -> None:
             if must_stop:
                 raise DirlError(f"stopped after step {step} of {cfg.steps}, saved in {path}: the same command goes on")
 
-    settings: Any = OmegaConf.to_container(cfg)
-    card = model_card(
-        cfg.name,
-        cfg.push_to_hub,
-        f"{cfg.model.name}, fine-tuned on {cfg.data.name} with `dirl sft`.",
-        cfg.model.get("path"),
-        {name: settings[name] for name in RECIPE},
-        curves(out / "metrics.jsonl", PANELS),
-        asdict(decoding) | {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
-    )
-    save_model(lm, cfg.dtype, saved, card, accelerator)
     log.close()
     times = trainer.times.total
     progress.say(f"{clock(sum(times.values()))} went into {shares(times)}")
-    progress.say(f"the model is in {saved}: run `dirl eval model={saved}`")
-    if cfg.push_to_hub and main:
-        progress.say(f"and at {push(saved, cfg.push_to_hub)}")
+    settings: Any = OmegaConf.to_container(cfg)
+    summary = f"{cfg.model.name}, fine-tuned on {cfg.data.name} with `dirl sft`."
+    keep(lm, out, summary, settings, RECIPE, PANELS, decoding, accelerator, progress)
 
 
 def validated(trainer: Trainer, validation: tuple[Rows, int] | None, micro_rows: int | None) -> dict[str, float]:
