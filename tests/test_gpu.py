@@ -10,7 +10,7 @@ import torch
 from dirl_cli.cli import app
 from dirl_cli.diffusion.layout import pack
 from dirl_cli.diffusion.trace import trajectory_strip
-from dirl_cli.models.attention import attention_mask, dense_mask, hidden_states
+from dirl_cli.models.attention import block_mask, dense_mask, hidden_states
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import TokenScorer, score_trajectories
@@ -37,7 +37,7 @@ def test_the_compiled_block_mask_is_the_dense_one():
     lm = Tiny().load("float32", "cuda")
     rows = packed(lm, answers(lm)).to(lm.device)
     length = rows.token_ids.shape[1]
-    mask = attention_mask(rows, "flex_attention")
+    mask = block_mask(rows.coordinates)
     query, key = torch.arange(length, device="cuda")[:, None], torch.arange(length, device="cuda")[None]
     for row, dense in enumerate(dense_mask(rows.coordinates)):
         where = torch.tensor(row, device="cuda")

@@ -19,7 +19,14 @@ def main(tokenizer: str, shape: str = "1.7B", engine: str = "native") -> None:
     del lm
     words = [f"model={model}", f"rollout={engine}", "steps=3", f"out={directory / 'run'}"]
     words += ["rl.problems=16", "rl.group_size=8", "rl.filter=none", "decoding.max_new_tokens=256", "eval_problems=0"]
-    words += ["rl.mini_batches=1", "optim=adamw_rl", "optim.lr=1e-6", "row_tokens=16384", "show_every=0"]
+    words += [
+        "rl.mini_batches=1",
+        "optim=adamw_rl",
+        "optim.lr=1e-6",
+        "row_tokens=16384",
+        "gradient_checkpointing=true",
+        "show_every=0",
+    ]
     subprocess.run([sys.executable, "-c", "from dirl_cli.cli import app; app()", "rl", *words], check=True)
     lines = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
     phases = {name: seconds for name, seconds in lines[-1].items() if name.startswith("seconds/")}
