@@ -5,7 +5,7 @@ JOBS ?= 2
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-slow check compare-algos clean
+.PHONY: install demo test test-slow test-faults fuzz check compare-algos clean
 
 install: .venv/installed
 
@@ -32,7 +32,17 @@ test: check .venv/lmdeploy
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 test-slow: install
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'slow and not gpu'
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'slow and not gpu and not faults'
+
+# Ends with a table of what was tried, survived and lost; in minutes.
+test-faults: install
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m faults tests/faults
+
+# Mutated files, overrides, answers and checkpoints; what breaks something is left in FINDINGS.
+MINUTES ?= 60
+FINDINGS ?= runs/fuzz
+fuzz: install
+	@$(BIN)/python scripts/fuzz.py --minutes $(MINUTES) --findings $(FINDINGS)
 
 compare-algos: install
 	@$(BIN)/python benchmarks/compare_algos.py

@@ -8,8 +8,13 @@ from dirl_cli.models.checkpoint import DiffusionLM
 
 
 @torch.inference_mode()
-def reference_sample(lm: DiffusionLM, prompt_ids: list[int], new_tokens: int, steps: int) -> tuple[list[int], int]:
-    """Greedy, `low_confidence_static`; returns the answer and the number of forwards, caching ones included."""
+def reference_sample(
+    lm: DiffusionLM, prompt_ids: list[int], new_tokens: int, steps: int, trace: list[list[int]] | None = None
+) -> tuple[list[int], int]:
+    """Greedy, `low_confidence_static`; returns the answer and the number of forwards, caching ones included.
+
+    trace: instead, the step at which each token of a block is revealed, of as many blocks as then come again.
+    """
     size, model = lm.block_size, lm.model
     cache = DynamicCache(config=model.config)
     prefix = len(prompt_ids) // size * size
@@ -40,6 +45,10 @@ def reference_sample(lm: DiffusionLM, prompt_ids: list[int], new_tokens: int, st
             confidence[block != lm.mask_token_id] = -torch.inf
             owed = size // steps + (step < size % steps)
             chosen = confidence.topk(min(owed, int((block == lm.mask_token_id).sum()))).indices
+            if trace:
+                steps_of = torch.tensor(trace[start // size % len(trace)])
+                steps_of[block != lm.mask_token_id] = size + 1
+                chosen = (steps_of == steps_of.min()).nonzero()[:, 0]
             block[chosen] = candidates[chosen]
             step += 1
         forward(block, start)

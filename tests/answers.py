@@ -98,7 +98,8 @@ def widened(rows: Rows, columns: int) -> Rows:
     fill = {"token_ids": PAD, "group": PADDING}
     width = rows.token_ids.shape[1]
     wide = {n: torch.nn.functional.pad(getattr(rows, n), (0, columns), value=fill.get(n, 0)) for n in PER_TOKEN}
-    return replace(rows, **wide, where=rows.where // width * (width + columns) + rows.where % width)
+    where = rows.where // width * (width + columns) + rows.where % width
+    return replace(rows, **wide, where=where, block_masks={})
 
 
 def prompt_lengths(groups: Sequence[Group]) -> Tensor:

@@ -20,14 +20,17 @@ from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.loop.forecast import rl_budget, sft_budget, slowest
 from dirl_cli.loop.learn import Learner
 from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm, pick_attention
+from dirl_cli.models.lora import WHOLE, Peft
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
+from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.record import Record
 from dirl_cli.training.batches import Noise
 from dirl_cli.training.budget import Budget, Place
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW, Optim
-from dirl_cli.training.trainer import Trainer, start_accelerator
+from dirl_cli.training.parallel import start_accelerator
+from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding, Problem
 
 
@@ -121,6 +124,7 @@ class Trial:
     prompt: int = 21
     row_tokens: int = 256
     micro_rows: int = 1
+    peft: Peft = WHOLE
 
     @property
     def place(self) -> Place:
@@ -129,6 +133,7 @@ class Trial:
     @property
     def settings(self) -> dict[str, Any]:
         return {
+            "launch": "auto",
             "micro_rows": self.micro_rows,
             "gradient_checkpointing": self.checkpointing,
             "row_tokens": self.row_tokens,
@@ -140,6 +145,7 @@ class Trial:
             "rl.problems": 2,
             "rl.group_size": 4,
             "rl.mini_batches": 1,
+            "rl.async_rollout": False,
         }
 
     def trainer(self, lm: DiffusionLM, decoding: Decoding | None = None) -> Trainer:
@@ -158,14 +164,16 @@ class Trial:
         for step in range(2):
             rows, answer_tokens = noise.rows([demonstration] * 4, step)
             trainer.step(trainer.cut(rows, self.micro_rows), cross_entropy, answer_tokens)
-        return sft_budget(lm, self.optim, masking, Decoding(), self.place, self.settings, np.array([self.tokens]), [])
+        return sft_budget(
+            lm, self.optim, masking, Decoding(), self.place, self.settings, np.array([self.tokens]), [], self.peft
+        )
 
     def reinforce(self, lm: DiffusionLM) -> Budget:
         """Two updates on two groups of four answers, as the slowest decoding gives them."""
         objective = dipo(self.beta)
         decoding = Decoding(temperature=1.0, top_p=self.top_p, max_new_tokens=self.tokens)
         trainer = self.trainer(lm, decoding)
-        reference = frozen(lm, decoding) if self.beta else None
+        reference = frozen(self.peft.reference(lm), decoding) if self.beta else None
         learner = Learner(
             trainer, objective, lm, reference, True, 0.0, 1, 1, True, self.row_tokens, self.micro_rows, self.tokens, 0
         )
@@ -173,9 +181,9 @@ class Trial:
         answer = replace(answer, logprobs=[-1.0] * len(answer.token_ids))
         for step in range(2):
             group = [Record(PROBLEM, i, "", answer, advantage=i - 1.5) for i in range(4)]
-            learner.learn([group, group], step, 0)
+            learner.learn([group, group], step)
         return rl_budget(
-            lm, self.optim, objective, decoding, self.place, self.settings, self.prompt, samples=False, learns=True
+            lm, self.optim, objective, decoding, self.place, self.settings, self.prompt, None, True, self.peft
         )
 
     def sample(self, lm: DiffusionLM) -> Budget:
@@ -184,7 +192,7 @@ class Trial:
         with start_accelerator(self.device, self.dtype).autocast():
             NativeSampler(lm, 8).sample([[1] * self.prompt] * 8, 1, decoding)
         return rl_budget(
-            lm, Untrained(), dipo(0.0), decoding, self.place, self.settings, self.prompt, samples=True, learns=False
+            lm, Untrained(), dipo(0.0), decoding, self.place, self.settings, self.prompt, engine=Native(8), learns=False
         )
 
 
@@ -192,6 +200,8 @@ def measured(trial: Trial, work: str) -> tuple[int, int]:
     """Bytes at the peak of a trial's `work` (fine_tune, reinforce or sample): as counted, and as planned."""
     with Live() if trial.device == "cpu" else nullcontext() as live:
         lm = trial.size.build(trial.device)
+        lm.model.to(trial.peft.base_dtype(trial.dtype, trial.device))
+        trial.peft.adapt(lm.model)
         if live:
             live.peak = live.now
         else:

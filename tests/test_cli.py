@@ -206,7 +206,7 @@ def test_what_only_looks_opens_no_run_directory(jobs, here):
     assert list(here.iterdir()) == []
 
 
-EXPERIMENTS = {"dirl8b_sft": "sft", "dirl8b_rl": "rl", "eval_paper": "eval"}
+EXPERIMENTS = {"dirl8b_sft": "sft", "dirl8b_rl": "rl", "rl_1gpu": "rl", "eval_paper": "eval"}
 
 
 def test_an_experiment_gives_way_to_the_command_line(jobs):
@@ -318,6 +318,8 @@ def test_build_names_the_key_that_is_wrong():
         ({**mix, "sources": [{"pth": "a.json"}]}, "masking.pth: no such key; did you mean path?"),
         ({**mix, "sources": [{"weight": 1}]}, "give a value for masking.sources[0].path"),
         ({"_target_": "no.such.Thing"}, "masking._target_=no.such.Thing: No module named 'no'"),
+        ({"_target_": "..a"}, "masking._target_=..a: "),
+        ({"_target_": "a." * 3000 + "b"}, "masking._target_=a.a.a."),
     ]:
         with pytest.raises(DirlError) as error:
             build(OmegaConf.create({"masking": change if "sources" in change else good | change}).masking)

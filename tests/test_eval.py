@@ -38,6 +38,7 @@ ANSWER = Answer("a", 0, "\\boxed{1}\n é", True, "stop", 10, 12, 6, 8, 0.5)
 CONFIG = OmegaConf.create(
     {
         "gpus": 1,
+        "nodes": 1,
         "model": {"_target_": "dirl_cli.models.tiny.Tiny", "name": "tiny"},
         "bench": {"_target_": "dirl_cli.data.arithmetic.Arithmetic", "name": "arithmetic", "train": 100, "test": 12},
         "samples": 2,

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from rich.console import Console
 from small import MASK, small_lm
 from transformers import AutoTokenizer
 
@@ -22,6 +21,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.screen import PlainConsole
 from dirl_cli.training.logprobs import score_trajectories
 from dirl_cli.tree import conf_dir
 from dirl_cli.types import Decoding, Trajectory
@@ -302,8 +302,8 @@ def test_a_directory_that_cannot_be_is_told_in_one_sentence(bare, tmp_path):
 @pytest.fixture
 def terminal(monkeypatch) -> io.StringIO:
     screen = io.StringIO()
-    fake = partial(Console, file=screen, force_terminal=True, width=100, color_system="truecolor")
-    monkeypatch.setattr(generate, "Console", fake)
+    fake = partial(PlainConsole, file=screen, force_terminal=True, width=100, color_system="truecolor")
+    monkeypatch.setattr(generate, "PlainConsole", fake)
     return screen
 
 
@@ -319,7 +319,7 @@ def test_the_blocks_are_watched_filling(model, tmp_path, terminal):
 def test_what_a_forward_revealed_is_lit(model):
     lm = Checkpoint("", str(model)).load("float32", "cpu")
     mask = lm.mask_token_id
-    screen = generate.Screen(Console(file=io.StringIO()), lm, pace=0.0)
+    screen = generate.Screen(PlainConsole(file=io.StringIO()), lm, pace=0.0)
     screen.show(0, 0, [20, mask])
     screen.show(0, 0, [20, 21])
     picture = screen.picture((0, 0))

@@ -22,7 +22,7 @@ def golden(request, shared):
 
 def test_forward_logits(golden):
     path, cases = golden
-    lm = load_sampler(path).lm
+    lm = load_sampler(path, device="cpu", dtype="float32").lm
     token_ids = torch.tensor([cases["forward"]["input_ids"]])
     position = torch.arange(token_ids.shape[1])[None]
     zeros = torch.zeros_like(position)
@@ -34,7 +34,7 @@ def test_forward_logits(golden):
 
 def test_greedy_generation(golden):
     path, cases = golden
-    sampler = load_sampler(path)
+    sampler = load_sampler(path, device="cpu", dtype="float32")
     for case in cases["generate"]:
         decoding = Decoding(
             block_size=case["block_length"],
@@ -52,7 +52,7 @@ def test_greedy_generation(golden):
 
 def test_fine_tuning_losses(golden):
     path, cases = golden
-    lm = load_sampler(path).lm
+    lm = load_sampler(path, device="cpu", dtype="float32").lm
     for case in cases["sft_loss"]:
         token_ids, masked = torch.tensor(case["input_ids"]), torch.tensor([case["masked"]], dtype=torch.bool)
         strip = lay_out(token_ids, masked, masked, masked / case["p_mask"], lm.block_size, lm.mask_token_id)

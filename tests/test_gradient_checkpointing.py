@@ -22,7 +22,8 @@ from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
-from dirl_cli.training.trainer import Trainer, start_accelerator
+from dirl_cli.training.parallel import start_accelerator
+from dirl_cli.training.trainer import Trainer
 from dirl_cli.tree import conf_dir
 
 

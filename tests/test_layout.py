@@ -1,11 +1,14 @@
 """The attention rule, and rows laid out and packed by it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small import small_lm
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from dirl_cli.diffusion.layout import PADDING, SHARED, Coordinates, Strip, attends, first_fit, lay_out, pack
-from dirl_cli.models.attention import block_mask, dense_mask, hidden_states
+from dirl_cli.models.attention import TILE, attention_mask, block_mask, dense_mask, hidden_states
 
 MASK = 49
 
@@ -44,6 +47,47 @@ def test_both_backends_equal_the_rule_written_out():
         assert torch.equal(dense[r, 0], expected)
         q = torch.arange(expected.shape[0])
         assert torch.equal(flex.mask_mod(torch.tensor(r), 0, q[:, None], q[None, :]), expected)
+
+
+def flex_mask_of_torch(coordinates: Coordinates) -> BlockMask:
+    """What torch makes of the dense mask, padded to whole tiles by tokens that see each other."""
+    dense = dense_mask(coordinates)[:, 0]
+    more = -dense.shape[1] % TILE
+    padded = torch.nn.functional.pad(dense, (0, more, 0, more))
+    padding = coordinates.group == -1
+    added = torch.cat([padding, torch.ones(len(padding), more, dtype=torch.bool)], 1)
+    padded |= added[:, :, None] & added[:, None, :]
+    length = padded.shape[1]
+    return create_block_mask(lambda row, head, q, k: padded[row, q, k], len(dense), None, length, length, device="cpu")
+
+
+@pytest.mark.parametrize("pairs", [1, 2**24])  # a tile of queries at a time, or all at once
+def test_a_block_mask_names_the_tiles_that_torch_finds(pairs, monkeypatch):
+    monkeypatch.setattr("dirl_cli.models.attention.PAIRS", pairs)
+    torch.manual_seed(0)
+    masked = [torch.rand(4, length) < 0.5 for length in (180, 96, 500)]
+    strips = [lay_out(torch.randint(5, 45, m.shape[1:]), m, m, m.float(), 4, MASK) for m in masked]
+    rows = pack(strips, 3000, 4, pad_id=0)
+    assert len(rows.token_ids) == 2 and rows.token_ids.shape[1] % TILE
+    ours, theirs = block_mask(rows.coordinates), flex_mask_of_torch(rows.coordinates)
+    assert ours.seq_lengths == theirs.seq_lengths
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        names = (f"{kind}_num_blocks", f"{kind}_indices")
+        (n, places), (expected_n, expected) = ((getattr(mask, name) for name in names) for mask in (ours, theirs))
+        assert torch.equal(n, expected_n)
+        assert n.sum() > 0
+        used = torch.arange(places.shape[-1]) < n[..., None]
+        assert torch.equal(places[used], expected[used])
+
+
+def test_a_block_mask_is_made_once_for_rows_and_their_copies():
+    rows = packed_rows()
+    mask = attention_mask(rows, "flex_attention", torch.float32)
+    noted = replace(rows, notes={"old": rows.weight})
+    for same in (rows, noted, rows.to("cpu")):
+        assert attention_mask(same, "flex_attention", torch.float32) is mask
+    [part] = rows.split(len(rows.token_ids))
+    assert attention_mask(part, "flex_attention", torch.float32) is not mask
 
 
 def test_a_common_prompt_is_seen_by_every_answer_and_answers_do_not_see_each_other():

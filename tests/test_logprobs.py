@@ -1,15 +1,22 @@
 """Scoring tokens: chunks, packing and backends change nothing, and slow definitions agree."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from answers import ANSWERS, BLOCK
-from small import MASK, PAD, small_lm
+from measured import Live
+from shared_scorer import backpropagate, shared_rows
+from small import MASK, PAD, random_lm, small_lm
 
 from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.trace import trajectory_strip
 from dirl_cli.errors import DirlError
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.training.logprobs import TokenScorer, score_trajectories
+from dirl_cli.training.head import linear_logprobs, tokens_at_once
+from dirl_cli.training.logprobs import TokenScorer, is_plain, score_trajectories
 from dirl_cli.types import Decoding
 
 TRAJECTORIES = [one for group in ANSWERS for one in group]
@@ -34,6 +41,122 @@ def test_chunks_change_neither_log_probs_nor_gradients(chunk):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     expected = gradient(whole, packed).clone()
     torch.testing.assert_close(gradient(chunked, packed), expected, atol=1e-4, rtol=1e-4)
+
+
+def linear_case(n: int = 11, width: int = 16, vocabulary: int = 40) -> tuple[torch.Tensor, ...]:
+    """Hidden states, a head's weight, targets, and what a loss says of each log-prob; one of them nothing."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, width, generator=generator).requires_grad_() for rows in (n, vocabulary))
+    targets = torch.randint(2, vocabulary, (n,), generator=generator)
+    upstream = torch.randn(n, generator=generator)
+    upstream[3] = 0
+    return hidden, weight, targets, upstream
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("unsampled", [[], [0, 1]])
+def test_linear_log_probs_and_their_gradients_are_those_of_all_logits_in_fp64(temperature, chunk, unsampled):
+    hidden, weight, targets, upstream = linear_case()
+    unsampled = torch.tensor(unsampled, dtype=torch.long)
+    logits = (hidden.double() @ weight.double().T / temperature).index_fill(1, unsampled, -torch.inf)
+    expected = logits.log_softmax(1)
+    spread = -(expected.exp() * expected.clamp(min=-1e300)).sum(1)
+    expected = expected.gather(1, targets[:, None]).squeeze(1)
+    slopes = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
+    logprobs, entropies = linear_logprobs(hidden, weight, targets, temperature, unsampled, chunk)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropies.double(), spread, rtol=1e-6, atol=1e-5)
+    assert not entropies.requires_grad
+    for ours, theirs in zip(torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight)), slopes, strict=True):
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_a_head_that_does_not_learn_lets_the_gradient_through():
+    hidden, weight, targets, upstream = linear_case()
+    none = torch.tensor([], dtype=torch.long)
+    slopes = []
+    for learns in (True, False):
+        logprobs, _ = linear_logprobs(hidden, weight.detach().requires_grad_(learns), targets, 1.0, none, 4)
+        slopes.append(torch.autograd.grad((logprobs * upstream).sum(), hidden)[0])
+    assert torch.equal(*slopes)
+
+
+def test_under_autocast_products_are_rounded_and_the_softmax_is_not():
+    hidden, weight, targets, upstream = linear_case()
+    none = torch.tensor([], dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, _ = linear_logprobs(hidden, weight, targets, 1.0, none, 4)
+        expected = (hidden @ weight.T).float().log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-6)
+    ours, theirs = (torch.autograd.grad((each * upstream).sum(), (hidden, weight)) for each in (logprobs, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert (one - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_chunk_has_two_copies_of_its_logits_and_no_more(autocast):
+    hidden, weight, targets, upstream = linear_case(n=64, width=2, vocabulary=5000)
+    none = torch.tensor([], dtype=torch.long)
+    copies = 2 * 4 * 16 * 5000
+    with Live() as live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logprobs, _ = linear_logprobs(hidden, weight, targets, 0.7, none, 16)
+        assert live.peak - weight.nbytes < 1.02 * copies
+        assert live.now - weight.nbytes < 0.02 * copies  # what is kept for the backward
+        (logprobs * upstream).sum().backward()
+    assert live.peak - 2 * weight.nbytes < 1.02 * copies
+
+
+def test_as_many_tokens_are_scored_at_once_as_their_logits_allow():
+    assert tokens_at_once(32_000) == 2048
+    assert tokens_at_once(151_936) == 1766
+    assert tokens_at_once(2**30) == 1
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "moe"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_head_that_is_called_as_a_module_gives_the_same_log_probs_and_gradients(kind, autocast):
+    packed, found = rows(), []
+    for hooked in (False, True):
+        lm = random_lm(kind)
+        if hooked:
+            lm.model.lm_head.register_forward_hook(lambda *_: None)
+        assert is_plain(lm.model.lm_head) != hooked
+        scorer = TokenScorer(lm.model, lm.unsampled_ids, chunk=7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            scores = scorer(packed)
+        scores[0].sum().backward()
+        found.append((*scores, torch.cat([parameter.grad.flatten() for parameter in lm.model.parameters()])))
+    (logprobs, entropies, slope), (expected, spread, steepness) = found
+    torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(entropies, spread, rtol=1e-6, atol=1e-5)
+    assert (slope - steepness).norm() <= (0.01 if autocast else 1e-5) * steepness.norm()
+
+
+def test_what_is_hooked_to_a_head_is_heard():
+    lm, packed = small_lm(), rows()
+    cooler = TokenScorer(lm.model, lm.unsampled_ids, Decoding(temperature=0.5))(packed)[0]
+    lm.model.lm_head.register_forward_hook(lambda head, inputs, logits: 2 * logits)
+    torch.testing.assert_close(TokenScorer(lm.model, lm.unsampled_ids)(packed)[0], cooler, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "wrapper"),
+    [(kind, wrapper) for wrapper in ("data_parallel", "sharded") for kind in ("untied", "tied")]
+    + [("untied", "sharded_head")],
+)
+def test_processes_that_share_a_scorer_have_the_gradients_of_one(kind, wrapper, tmp_path):
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = Path(__file__).with_name("shared_scorer.py")
+    subprocess.run([*torchrun, script, kind, wrapper, tmp_path / "gradients"], check=True)
+    lm = random_lm(kind)
+    scorer = TokenScorer(lm.model, lm.unsampled_ids)
+    backpropagate(scorer, shared_rows())
+    for ours, parameter in zip(torch.load(tmp_path / "gradients"), scorer.parameters(), strict=True):
+        assert (ours - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
 
 
 @pytest.mark.parametrize("decoding", [Decoding(temperature=1.0), Decoding(temperature=0.7, top_k=5, top_p=0.9)])

@@ -138,7 +138,7 @@ MISFITS: dict[str, Callable[[Path], object]] = {
     "has no adapter_config.json: give model.adapter the directory": lambda a: (a / "adapter_config.json").unlink(),
     "has no adapter_model.safetensors: give": lambda a: (a / "adapter_model.safetensors").unlink(),
     "cannot be merged .*header too small": lambda a: (a / "adapter_model.safetensors").write_bytes(b"cut"),
-    "cannot be merged .*Expecting property name": lambda a: (a / "adapter_config.json").write_text("{"),
+    "is damaged .*Expecting property name": lambda a: (a / "adapter_config.json").write_text("{"),
     "cannot be merged .*Target modules": lambda a: edited(a, target_modules=["c_attn"]),
     "cannot be merged .*size mismatch .*: give the model it was trained beside": lambda a: edited(a, r=8),
     "cannot be merged .*not in both, such as .*layers.0.*lora_A": without_a_factor,

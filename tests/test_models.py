@@ -254,8 +254,8 @@ DAMAGES = {
         d / "model.safetensors"
     ).unlink(),
     "is not a model that can be loaded: Unrecognized model": lambda d: (d / "config.json").unlink(),
-    "is not a model that can be loaded: It looks like the config": lambda d: (d / "config.json").write_text("{"),
-    "is not a model that can be loaded: list indices": lambda d: (d / "config.json").write_text("[]"),
+    "config.json is damaged .Expecting property": lambda d: (d / "config.json").write_text("{"),
+    "config.json is damaged .it is no JSON object": lambda d: (d / "config.json").write_text("[]"),
     "is not a model that can be loaded: Validation error": lambda d: edit_config(d, hidden_size="a"),
     r"holds .* with shape \(50, 32\), and its config.json asks for \(50, 64\)": lambda d: edit_config(
         d, hidden_size=64
@@ -280,7 +280,7 @@ def test_a_damaged_model_is_told_in_one_sentence(copy, sentence, capfd):
         ("nowhere", "nowhere is not a directory: give model.path that of a saved model"),
         ("./no/where", "./no/where is not a directory"),
         (__file__, "is not a directory"),
-        ("JetLM/SDAR-4B-Chat", "is not on this machine, or not all of it: run `dirl download model=sdar4b` first"),
+        ("JetLM/SDAR-4B-Chat", "is not on this machine: run `dirl download model=sdar4b` first"),
     ],
 )
 def test_a_model_that_is_not_there_is_told_with_the_remedy(path, sentence, monkeypatch):

@@ -22,6 +22,7 @@ from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError
 from dirl_cli.loop.forecast import UPDATE, rl_budget, slowest, update_knobs
 from dirl_cli.models.sdar import SDARMoeConfig
+from dirl_cli.rollout.engines import Lmdeploy, Native
 from dirl_cli.training.budget import Budget, Place, halvings
 from dirl_cli.training.optim import Muon
 from dirl_cli.training.plan import Architecture, Memory, MicroBatch, Parallelism, architecture
@@ -32,6 +33,7 @@ GROUPED = Size(hidden=64, layers=3, heads=4, key_heads=2, inner=192, vocabulary=
 TIED = Size(hidden=128, layers=6, heads=4, key_heads=4, inner=256, vocabulary=300, head_dim=32, tied=True)
 MUON = Muon(0.02, 0.95, 1e-3, (0.9, 0.95), 1e-8, 0.0)
 LAPTOP = Place("cpu", "float32", "auto", gpus=1, memory_gb=None)
+ONE_BILLION = {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144}
 BIG_GPU = Place("cuda", "auto", "auto", gpus=1, memory_gb=80)
 
 
@@ -53,7 +55,7 @@ def test_fine_tuning_takes_the_bytes_that_were_planned(dtype, checkpointing, mic
         Trial(GROUPED, optim=MUON),
         Trial(TIED),
         Trial(TIED, tokens=400),  # one float mask of 700 × 700 for all six layers
-        Trial(replace(GROUPED, layers=1, vocabulary=20_000), tokens=400),  # six copies of a chunk of logits
+        Trial(replace(GROUPED, layers=1, vocabulary=20_000), tokens=400),  # two copies of a chunk of logits
     ],
 )
 def test_so_it_does_with_muon_a_tied_head_a_long_row_and_a_large_vocabulary(trial):
@@ -84,6 +86,7 @@ def test_sampling_takes_the_bytes_that_were_planned(dtype, prompt, tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("work", ["fine_tune", "reinforce", "sample"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_gpu_takes_the_bytes_that_were_planned(work, checkpointing):
@@ -104,8 +107,7 @@ def test_published_models_have_their_parameters(shared, tmp_path, name, paramete
 
 def test_so_do_the_smallest_and_the_mixture(shared, tmp_path):
     eight = json.loads((shared / "models/configs/SDAR-8B-Chat.json").read_text())
-    sizes = {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144}
-    (tmp_path / "config.json").write_text(json.dumps(eight | sizes))
+    (tmp_path / "config.json").write_text(json.dumps(eight | ONE_BILLION))
     assert architecture(AutoConfig.from_pretrained(tmp_path), Untrained()).parameters == 2_031_739_904
     mixture = SDARMoeConfig(
         vocab_size=151936,
@@ -153,6 +155,29 @@ def test_what_processes_share_is_divided_and_buckets_stay_in_every_phase():
     assert together.rollout(1, 4, 8, 4, decoding)["gradients"] == 4 * model.parameters
 
 
+def test_a_gpu_keeps_copies_of_linear_weights_in_bf16():
+    model = architecture(small_lm().model.config, ADAMW)
+    on_cpu = Memory(model, bf16=True, dense=True).rollout(8, 4, 200, 4, Decoding())
+    on_gpu = Memory(model, bf16=True, dense=True, cuda=True).rollout(8, 4, 200, 4, Decoding())
+    assert on_gpu["KV cache"] / on_cpu["KV cache"] == 9 / 8  # a slot to spare
+    linear = [parameter for parameter in small_lm().model.parameters() if parameter.ndim == 2][1:]  # no embedding
+    assert on_cpu["bf16 copies"] == 0
+    assert on_gpu["bf16 copies"] == pytest.approx(2 * sum(weight.numel() for weight in linear), rel=0.02)
+    assert Memory(model, bf16=False, dense=True, cuda=True).rollout(8, 4, 200, 4, Decoding())["bf16 copies"] == 0
+
+
+def test_lmdeploy_takes_its_weights_and_its_share_of_what_they_leave():
+    model = architecture(small_lm().model.config, ADAMW)
+    memory = Memory(model, bf16=True, dense=False, cuda=True)
+    parts = memory.lmdeploy(10**6, 0.5, 64, Decoding())
+    assert parts["engine's weights"] == 2 * model.parameters
+    assert parts["KV cache"] == (10**6 - 6 * model.parameters) // 2
+    assert parts["optimizer states"] == model.state_bytes
+    with_reference = replace(memory, reference=True).lmdeploy(10**6, 0.5, 64, Decoding())
+    assert parts["KV cache"] - with_reference["KV cache"] == 2 * model.parameters
+    assert memory.lmdeploy(10**4, 0.5, 64, Decoding())["KV cache"] == 0
+
+
 def test_an_answer_takes_as_many_steps_as_it_may():
     assert slowest(prompt=5, answer=7, steps=4, block_size=4).reveal_step == [2, 3, 4, 1, 2, 3, 4]
     assert slowest(prompt=4, answer=7, steps=2, block_size=4).reveal_step == [1, 1, 2, 2, 1, 1, 2, 2]
@@ -170,6 +195,9 @@ def budgets(draw) -> Budget:
     model = Architecture(
         vocabulary_parameters=parameters // 10,
         layer_parameters=parameters - parameters // 10,
+        trained=parameters,
+        weight_bytes=4 * parameters,
+        merged_bytes=0,
         state_bytes=8 * parameters,
         vocabulary=number(1000, 150_000),
         layers=number(1, 40),
@@ -236,8 +264,8 @@ def test_a_verdict_says_by_how_much_and_what_to_give():
     assert budget_of(needs, 100).verdict().startswith("this may not fit: the update takes about 100.0 GB")
     assert budget_of(needs, 20, gpus=8).verdict() == (
         "this does not fit: the update takes about 100.0 GB of each GPU's 20.0 GB, and 40.0 GB whatever the settings,"
-        " since every process holds all parameters, gradients and optimizer states: choose a model of at most 1,188"
-        " million parameters (memory_gb=106 starts it all the same)"
+        " with parameters, gradients and optimizer states: choose a model of at most 1,188 million parameters"
+        " (memory_gb=106 starts it all the same)"
     )
     assert budget_of(needs, 106).require() is None
 
@@ -259,15 +287,77 @@ def test_room_is_what_is_free_shared_among_processes_or_what_is_said():
 
 def test_longer_rollouts_want_fewer_at_once(shared, tmp_path):
     lm = small_lm()
-    asked = {"micro_rows": 1, "gradient_checkpointing": True, "row_tokens": 64, "decoding.max_new_tokens": 200}
-    asked |= {"rollout.max_batch": 64, "rl.problems": 8, "rl.group_size": 8, "rl.mini_batches": 1}
+    asked = {
+        "launch": "auto",
+        "micro_rows": 1,
+        "gradient_checkpointing": True,
+        "row_tokens": 64,
+        "decoding.max_new_tokens": 200,
+    }
+    asked |= {
+        "rollout.max_batch": 64,
+        "rl.problems": 8,
+        "rl.group_size": 8,
+        "rl.mini_batches": 1,
+        "rl.async_rollout": False,
+    }
     place = replace(LAPTOP, memory_gb=0.006)
-    budget = rl_budget(lm, ADAMW, dipo(0.0), Decoding(temperature=1.0), place, asked, 20, samples=True, learns=False)
+    budget = rl_budget(lm, ADAMW, dipo(0.0), Decoding(temperature=1.0), place, asked, 20, Native(64), learns=False)
     assert list(budget.nearest()) == ["rollout.max_batch"]
     assert set(UPDATE) <= set(asked)
 
 
+def test_a_run_with_lmdeploy_may_be_told_to_give_it_a_smaller_share():
+    lm, engine = small_lm(), Lmdeploy(max_batch=1, cache_share=0.9)
+    asked = {
+        "launch": "auto",
+        "micro_rows": 1,
+        "gradient_checkpointing": True,
+        "row_tokens": 64,
+        "decoding.max_new_tokens": 8,
+    }
+    asked |= {
+        "rollout.max_batch": 1,
+        "rl.problems": 1,
+        "rl.group_size": 2,
+        "rl.mini_batches": 1,
+        "rl.async_rollout": False,
+    }
+    asked["rollout.cache_share"] = engine.cache_share
+    place = replace(BIG_GPU, memory_gb=0.001)
+    budget = rl_budget(lm, ADAMW, dipo(0.0), Decoding(temperature=1.0), place, asked, 4, engine, learns=True)
+    assert budget.nearest() == {"rollout.cache_share": 0.45}
+    assert "KV cache" not in budget.phases(asked)["update"]
+
+
+def test_what_samples_while_the_model_learns_is_counted_beside_it():
+    asked = {"launch": "auto", "micro_rows": 1, "gradient_checkpointing": False, "row_tokens": 64}
+    asked |= {"decoding.max_new_tokens": 8, "rollout.max_batch": 2, "rl.problems": 1, "rl.group_size": 2}
+    asked |= {"rl.mini_batches": 1}
+
+    def phases(ahead: bool) -> dict[str, dict[str, int]]:
+        settings, engine = asked | {"rl.async_rollout": ahead}, Native(2)
+        decoding = Decoding(temperature=1.0)
+        budget = rl_budget(small_lm(), ADAMW, dipo(0.0), decoding, LAPTOP, settings, 4, engine, learns=True)
+        return budget.phases(settings)
+
+    turns, [both] = phases(False), phases(True).values()
+    rollout, update = turns["rollout"], turns["update"]
+    assert both["sampler's copy"] == both["parameters"] == rollout["parameters"]
+    assert both["gradients"] == update["gradients"]
+    assert (both["KV cache"], both["activations"]) == (rollout["KV cache"], update["activations"])
+    assert "sampler's copy" not in rollout or not rollout["sampler's copy"]
+
+
 # Commands
+
+
+@pytest.fixture
+def one_billion(eight_billion) -> Path:
+    """The published shape of 1.7B likewise, whose configuration is not among those at hand."""
+    eight = json.loads((eight_billion / "config.json").read_text())
+    (eight_billion / "config.json").write_text(json.dumps(eight | ONE_BILLION))
+    return eight_billion
 
 
 @pytest.fixture
@@ -281,7 +371,8 @@ def eight_billion(shared, tmp_path) -> Path:
 def config(name: str, *words: str) -> DictConfig:
     schema.register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose(name, ["device=cuda", "memory_gb=80", "data=arithmetic", "data.train=20", *words])
+        data = [] if any(word.startswith("data=") for word in words) else ["data=arithmetic", "data.train=20"]
+        cfg = compose(name, ["device=cuda", "memory_gb=80", *data, *words])
     OmegaConf.resolve(cfg)
     return cfg
 
@@ -299,6 +390,30 @@ def test_a_dry_run_plans_a_model_that_has_no_weights_for_a_gpu_that_is_not_here(
     assert "8,190,735,360 parameters, 1,244,659,712 of them in embedding and head" in said
     assert "whatever the settings" in said and "choose a model of at most 4," in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_too_large_for_a_gpu_is_told_to_be_shared_among_eight(eight_billion, tmp_path, capsys):
+    words = ["gpus=8", "model=path", f"model.path={eight_billion}", "dry_run=true"]
+    sft.run(config("sft", "experiment=dirl8b_sft", "launch=ddp", *words), tmp_path / "out")
+    assert "give launch=fsdp2" in capsys.readouterr().out
+    sft.run(config("sft", "experiment=dirl8b_sft", *words), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "this fits: " in said
+    assert re.search(r"^parameters +32.8 GB +4.1 GB +4.1 GB *$", said, re.M)  # loading, update, evaluation
+
+
+@pytest.mark.parametrize("engine", ["native", "lmdeploy"])
+def test_the_experiment_for_one_gpu_fits_it_with_a_margin(engine, one_billion, tmp_path, capsys):
+    """Also where the longest prompts are as long as they may be."""
+    long = {"question": "word " * 950, "ground_truth_answer": "1"}
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(long) + "\n" for _ in range(4)))
+    words = ["experiment=rl_1gpu", f"rollout={engine}", "data=file", f"data.path={tmp_path / 'long.jsonl'}"]
+    cfg = config("rl", *words, "model=path", f"model.path={one_billion}", "dry_run=true")
+    rl.run(cfg, tmp_path / "out")
+    said = capsys.readouterr().out
+    taken = re.search(r"this fits: the rollout takes about ([\d.]+) GB of the GPU's 80.0 GB", said)
+    assert taken and 50 < float(taken[1]) < 72
+    assert ("engine's weights   4.1 GB" in said) == (engine == "lmdeploy")
 
 
 @pytest.mark.parametrize("command", [sft, rl])

@@ -26,6 +26,7 @@ from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.record import read_rollout
 from dirl_cli.schema import slug
+from dirl_cli.training.checkpoint import sha256
 from dirl_cli.tree import conf_dir
 
 # A random model answers nothing right, so answers are rewarded for ending early, at any of many tokens.
@@ -358,8 +359,10 @@ def test_problems_that_do_not_fit_are_left_out_and_without_others_nothing_is_lea
 
 def test_a_checkpoint_of_another_command_is_refused(finished, model, tmp_path):
     shutil.copytree(finished / "checkpoints/step-000004", tmp_path / "step-000004")
-    state = tmp_path / "step-000004/state.json"
-    state.write_text(json.dumps({"step": 4}))
+    state, sums = tmp_path / "step-000004/state.json", tmp_path / "step-000004/SHA256SUMS"
+    before = sha256(state)
+    state.write_text(json.dumps({"step": 4, "optimizers": ["AdamW"]}))
+    sums.write_text(sums.read_text().replace(before, sha256(state)))
     with pytest.raises(DirlError, match="is no checkpoint of `dirl rl`: to begin with a trained model, give it as"):
         run(config(model, f"resume={tmp_path}/step-000004"), tmp_path / "out")
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "dirl_cli"
 
-# A room is a folder or a module at the top. Everyone may import `disk`, `errors` and `types`.
+# A room is a folder or a module at the top. Everyone may import these:
+FREE = {"disk", "errors", "plain", "screen", "types"}
 MAY_IMPORT = {
     "cli": {"launch", "complete", "overrides"},  # when a command starts
     "launch": {"commands", "explain", "overrides", "rundir", "schema", "tree", "worker"},
-    "worker": {"commands"},
+    "worker": {"commands", "rundir"},
     "complete": {"overrides", "tree"},
     "explain": {"tree"},
     "overrides": set(),
@@ -43,6 +44,8 @@ MAY_IMPORT = {
     "api": {"models", "rollout", "training"},
     "disk": set(),
     "errors": set(),
+    "plain": set(),
+    "screen": set(),
     "types": set(),
     "__init__": {"api"},
 }
@@ -89,7 +92,7 @@ def imports(module):
 def test_every_room_imports_only_what_it_may():
     for path, room, imported in modules():
         ours = {name.split(".")[1] for name in imported if name.startswith("dirl_cli.")}
-        allowed = MAY_IMPORT[room] | {room, "disk", "errors", "types"} | {other for name, other in ALSO if name == path}
+        allowed = MAY_IMPORT[room] | FREE | {room} | {other for name, other in ALSO if name == path}
         assert ours <= allowed, f"{path} imports {sorted(ours - allowed)}"
 
 
@@ -108,8 +111,8 @@ def test_only_commands_and_what_starts_them_read_the_config():
 
 
 def test_the_house_can_be_read_in_a_day():
-    """What trains, samples and evaluates took 4 700 lines; data, the Hub, plans, grading, saving the rest."""
-    assert sum(lines_of_code(file.read_text()) for file in SOURCE.rglob("*.py")) < 7200
+    """What trains, samples and evaluates took 4 700 lines, data, the Hub, plans and grading 2 300, then came GPUs."""
+    assert sum(lines_of_code(file.read_text()) for file in SOURCE.rglob("*.py")) < 8800
 
 
 def lines_of_code(source: str) -> int:

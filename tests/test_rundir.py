@@ -103,3 +103,13 @@ def test_a_mistyped_resume_is_refused_before_anything_is_touched(tmp_path):
     with pytest.raises(DirlError, match="resume=nevr: there is no such checkpoint; give auto, never or the path"), run:
         pass
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_fails_leaves_nothing_and_takes_nothing_away(tmp_path):
+    with pytest.raises(DirlError, match="no"), open_run(tmp_path / "run", OmegaConf.create(CONFIG), "auto"):
+        raise DirlError("no")
+    assert not (tmp_path / "run").exists()
+    start(tmp_path / "run")
+    with pytest.raises(DirlError, match="no"), open_run(tmp_path / "run", OmegaConf.create(CONFIG), "auto"):
+        raise DirlError("no")
+    assert (tmp_path / "run/work").read_text() == "done"

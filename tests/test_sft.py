@@ -16,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from safetensors.torch import load_file
 from small import published_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -136,14 +137,30 @@ def test_a_run_may_start_from_the_checkpoint_of_another(finished, tmp_path, caps
     assert weights(tmp_path) == weights(finished)
 
 
+def test_a_checkpoint_becomes_a_model(finished, tmp_path):
+    checkpoint = finished / "checkpoints/step-000004"
+    run(config("steps=4", f"resume={checkpoint}"), tmp_path)
+    saved, model = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "model/model.safetensors")
+    assert all(torch.equal(model[name], value) for name, value in saved.items())
+
+
+def test_the_best_checkpoint_is_saved_where_it_is_measured(tmp_path):
+    words = ("steps=4", "eval_every=1", "eval_problems=0", "save_every=0", "keep_checkpoints=1")
+    run(config(*words, "keep_best=validation_loss", "async_checkpoints=true"), tmp_path)
+    best = min(lines(tmp_path), key=lambda line: line["validation_loss"])["step"]
+    kept = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == sorted({best, 4})
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["max_tokens=9"], "nothing of arithmetic is left to learn from: raise max_tokens"),
         (["dtype=float16"], "dtype=float16: did you mean"),
         (["device=gpu"], "device=gpu: did you mean cpu"),
-        (["optim.lr=1e30", "optim.adamw_lr=1e30"], "the loss is .* at step .: lower optim.lr"),
+        (["optim.lr=1e30", "optim.adamw_lr=1e30"], "the loss is .* at step 5, number 4 in a row to be"),
         (["resume=nowhere"], "nowhere holds no checkpoint"),
+        (["keep_best=acuracy"], "keep_best=acuracy is not measured in this run"),
     ],
 )
 def test_what_a_user_can_fix_is_told_in_a_sentence(tmp_path, words, sentence):
@@ -167,6 +184,7 @@ class Child:
             code = 0
         except DirlError as error:
             self.log.write_text(self.log.read_text() + str(error))
+            code = error.exit_code
         finally:
             os._exit(code)
 
@@ -190,7 +208,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     run(KILLED, through)
     for moment in ("40 training", "step 1/6", "step 2/6"):
         assert Child(out).send(signal.SIGKILL, moment).end() == -signal.SIGKILL
-    assert Child(out).send(signal.SIGTERM, "step 3/6").end() == 1
+    assert Child(out).send(signal.SIGTERM, "step 3/6").end() == 0
     assert Child(out).end() == 0
     told = out.with_suffix(".log").read_text()
     assert re.search(r"stopped after step [345] of 6, saved in .*: the same command goes on", told)

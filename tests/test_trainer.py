@@ -104,9 +104,28 @@ def test_the_schedule_sets_every_rate_from_the_number_of_steps_taken():
 def test_a_loss_that_is_not_finite_stops_the_run_before_a_parameter_changes():
     one = trainer()
     before = table(one).clone()
-    with pytest.raises(DirlError, match=r"the loss is nan .* at step 1: lower optim.lr"):
+    with pytest.raises(DirlError, match=r"the loss is nan .* at step 1, number 1 in a row"):
         one.step([rows_of(2)], lambda *_: {"loss": one.scorer.table.weight.sum() * float("nan")}, 1)
     assert torch.equal(table(one), before)
+
+
+def test_updates_that_are_not_finite_or_too_long_are_skipped_and_counted():
+    def spoiled(factor):
+        return lambda *told: {name: value * factor for name, value in weighted(*told).items()}
+
+    one = trainer()
+    one.max_skipped, one.skip_norm = 2, 1e3
+    before = table(one).clone()
+    for step, factor in enumerate([float("nan"), 1e6], start=1):
+        assert one.step([rows_of(2)], spoiled(factor), 1)["skipped"] == 1
+        assert (one.skipped, one.steps_taken) == (step, step)
+    assert torch.equal(table(one), before)
+    assert one.step([rows_of(2)], weighted, 1)["skipped"] == 0
+    assert one.skipped == 0 and not torch.equal(table(one), before)
+    for _ in range(2):
+        one.step([rows_of(2)], spoiled(float("inf")), 1)
+    with pytest.raises(DirlError, match=r"at step 6, number 3 in a row to be skipped: lower optim.lr .* max_skipped"):
+        one.step([rows_of(2)], spoiled(float("inf")), 1)
 
 
 def test_measuring_gives_the_same_sums_and_learns_nothing():

@@ -1,81 +1,109 @@
-"""Samplers on a GPU, the same weights and the same fixed schedule: native, LMDeploy, and the published loop.
+"""Samplers, the same weights and the same schedule: native, LMDeploy, and the published loop on plain transformers.
 
-python benchmarks/gpu/sampler.py TOKENIZER_DIRECTORY [toy|1.7B|8B] [batch …]
+python benchmarks/gpu/sampler.py [toy|1.7B|8B] [batch …]
 """
 
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
-from shapes import fused_roofline, machine, random_model, saved, seconds
+from replay import MEAN_STEPS, PATTERNS
+from shapes import DEVICE, DTYPE, fused_roofline, lmdeploy, machine, random_model, row, seconds, table
 
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import Sampler
-from dirl_cli.types import Decoding
+from dirl_cli.types import Decoding, Trajectory
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from reference import reference_sample
+from reference import reference_sample  # isort: skip  # which `shapes` makes importable
 
-PROMPT, NEW, REPEATS = 128, 256, 3
+REPEATS = 5 if DEVICE == "cuda" else 1
+SCHEDULES = {  # denoising steps a block, in the mean
+    "static, S = 4": (4, Decoding(strategy="low_confidence_static", denoising_steps=4)),
+    "static, S = 2": (2, Decoding(strategy="low_confidence_static", denoising_steps=2)),
+    "recorded trace": (MEAN_STEPS, Decoding(strategy="replay.replayed")),
+}
+GOALS = (
+    "Goals: native ≥ 2.5× LMDeploy at batch ≤ 8 and ≥ 1.5× at batch ≥ 128; 6× the loop at batch 1;"
+    " 70 % of the fused roofline at batch ≥ 32"
+)
 
 
-def main(tokenizer: str, shape: str = "1.7B", *batches: str) -> None:
+def main(shape: str = "1.7B", *batches: str) -> None:
+    prompt, new = (128, 256) if DEVICE == "cuda" else (10, 24)
     lm = random_model(shape, "sdpa")
-    print(f"{machine()}, {shape}, bf16, {PROMPT} prompt and {NEW} new tokens, static schedule, greedy, no stop token;"
-          f" answer tokens/s, median of {REPEATS}")  # fmt: skip
-    print("\n| batch | S | loop (one at a time) | LMDeploy | native | native ÷ LMDeploy | of the fused roofline |")
-    print("|--:|--:|--:|--:|--:|--:|--:|")
-    with torch.device("cuda"):
-        loop = {
-            steps: tokens_per_second(1, lambda s=steps: reference_sample(lm, prompts(1)[0], NEW, s)) for steps in (4, 2)
-        }
-    theirs = lmdeploy(lm, tokenizer) if find_spec("lmdeploy") else None
-    for batch in map(int, batches or ("1", "8", "32", "128")):
-        for steps in (4, 2):
-            row(lm, batch, steps, loop[steps], theirs)
+    theirs = lmdeploy(lm, 256, 0.5) if DEVICE == "cuda" and find_spec("lmdeploy") else None
+    print(
+        f"{machine()}. {shape}, {DTYPE}, prompts of {prompt} and answers of {new} tokens, greedy, no stop token."
+        f" Answer tokens/s: median of {REPEATS} ± half the spread; loop: one sequence at a time. {GOALS}"
+    )
+    engines = ("loop", "LMDeploy", "native", "native ÷ LMDeploy", "÷ loop")
+    table("schedule", "batch", *engines, "of the fused roofline", "same answers")
+    for name, (steps, decoding) in SCHEDULES.items():
+        loop, _ = speed(new, lambda d=decoding: published(lm, prompts(1, prompt)[0], new, d))
+        for batch in map(int, batches or ("1", "32", "128", "256")):
+            compare(lm, theirs, name, batch, steps, decoding, loop, prompt, new)
+
+
+def compare(
+    lm: DiffusionLM,
+    theirs: Sampler | None,
+    name: str,
+    batch: int,
+    steps: float,
+    decoding: Decoding,
+    loop: float,
+    prompt: int,
+    new: int,
+) -> None:
+    """A row: both engines on the same prompts."""
+    asked = prompts(batch, prompt)
+    decoding = Decoding(decoding.block_size, decoding.denoising_steps, decoding.strategy, max_new_tokens=new)
+    answers: dict[str, list[Trajectory]] = {}
+
+    def work(engine: Sampler, of: str) -> Callable[[], None]:
+        def sample() -> None:
+            answers[of] = [one for [one] in engine.sample(asked, 1, decoding)]
+
+        return sample
+
+    native, spread = speed(batch * new, work(NativeSampler(lm, batch), "native"))
+    share = f"{100 * native / fused_roofline(lm, batch, prompt + new // 2, steps):.0f} %"
+    other, ratio, same = "—", "—", "—"
     if theirs:
-        median, spread = seconds(lambda: theirs.update_weights(lm.model.named_parameters(), 1), REPEATS)
-        print(f"\nWeight push into LMDeploy, on the device: {1000 * median:.1f} ± {1000 * spread:.1f} ms;"
-              " native shares storage: 0 bytes")  # fmt: skip
+        rate, rate_spread = speed(batch * new, work(theirs, "theirs"))
+        other, ratio = f"{rate:,.0f} ± {rate_spread:,.0f}", f"{native / rate:.2f}×"
+        pairs = zip(answers["native"], answers["theirs"], strict=True)
+        same = f"{sum((a.token_ids, a.reveal_step) == (b.token_ids, b.reveal_step) for a, b in pairs)}/{batch}"
+    row(
+        name,
+        batch,
+        f"{loop:,.0f}",
+        other,
+        f"{native:,.0f} ± {spread:,.0f}",
+        ratio,
+        f"{native / loop:.1f}×",
+        share,
+        same,
+    )
 
 
-def row(lm: DiffusionLM, batch: int, steps: int, loop: float, theirs: Sampler | None) -> None:
-    decoding = Decoding(strategy="low_confidence_static", denoising_steps=steps, max_new_tokens=NEW)
-    ours = NativeSampler(lm, batch)
-    rates = [
-        tokens_per_second(batch, lambda one=one: one.sample(prompts(batch), 1, decoding))
-        for one in samplers(ours, theirs)
-    ]
-    native, other = rates[0], rates[1] if theirs else None
-    share = native / fused_roofline(lm, batch, PROMPT + NEW // 2, steps)
-    compared = f"{other:,.0f} | {native:,.0f} | {native / other:.2f}×" if other else f"— | {native:,.0f} | —"
-    print(f"| {batch} | {steps} | {loop:,.0f} | {compared} | {100 * share:.0f} % |", flush=True)
+def published(lm: DiffusionLM, prompt: list[int], new: int, decoding: Decoding) -> None:
+    trace = PATTERNS if decoding.strategy.startswith("replay") else None
+    with torch.device(DEVICE):
+        reference_sample(lm, prompt, new, decoding.denoising_steps, trace)
 
 
-def samplers(ours: Sampler, theirs: Sampler | None) -> Iterator[Sampler]:
-    yield ours
-    if theirs:
-        yield theirs
+def speed(tokens: int, work: Callable[[], object]) -> tuple[float, float]:
+    """Tokens per second, and half the spread."""
+    median, spread = seconds(work, REPEATS)
+    return tokens / median, tokens * spread / 2 / median**2
 
 
-def tokens_per_second(batch: int, work: Callable[[], object]) -> float:
-    return batch * NEW / seconds(work, REPEATS)[0]
-
-
-def prompts(batch: int) -> list[list[int]]:
+def prompts(batch: int, length: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(4, 300, (batch, PROMPT), generator=generator, device="cpu").tolist()
-
-
-def lmdeploy(lm: DiffusionLM, tokenizer: str) -> Sampler:
-    from dirl_cli.rollout.lmdeploy import LmdeploySampler, start_engine
-
-    directory = saved(lm, Path(tempfile.mkdtemp()) / "model", tokenizer)
-    return LmdeploySampler(lm, start_engine(lm, directory, 256, 0.5))
+    return torch.randint(4, 300, (batch, length), generator=generator, device="cpu").tolist()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,36 @@
-"""Models of the published shapes with random weights, made on the device, and how to time on it."""
+"""Models of the published shapes with random weights, made on the device, and how to time on it.
+
+Without a GPU everything here runs on the CPU in fp32, which shows that it runs and no more.
+"""
 
 import shutil
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
 
+from dirl_cli.data.arithmetic import Arithmetic
 from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm
+from dirl_cli.models.published import save_published
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
+from dirl_cli.models.tokenizer import train_tokenizer
+from dirl_cli.rollout.engines import Lmdeploy
+from dirl_cli.rollout.sampler import Sampler
 
-BLOCK, MASK = 4, 151669
+REPOSITORY = Path(__file__).parents[2]
+sys.path += [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "tests")]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+EXACT = DEVICE == "cpu"  # fp32: two ways to compute the same differ in the last bits only
+BLOCK = 4
+VOCABULARY = 151936 if DEVICE == "cuda" else 1024
+MASK = VOCABULARY - 267  # 151669 as published
 SHAPES = {  # hidden, layers, heads, intermediate: method.md §1
     "toy": (256, 2, 2, 512),
     "1.7B": (2048, 28, 16, 6144),
@@ -20,11 +39,11 @@ SHAPES = {  # hidden, layers, heads, intermediate: method.md §1
 BANDWIDTH, FLOPS = 3.0e12, 798e12  # H100: bytes/s and bf16 FLOP/s, measured
 
 
-def random_model(shape: str, attention: str, dtype: torch.dtype = torch.bfloat16) -> DiffusionLM:
-    """An SDAR on the GPU whose prompts and answers mean nothing."""
+def random_model(shape: str, attention: str, dtype: torch.dtype = DTYPE) -> DiffusionLM:
+    """An SDAR on the device whose prompts and answers mean nothing; its tokenizer is beside it once it is saved."""
     hidden, layers, heads, intermediate = SHAPES[shape]
     config = SDARConfig(
-        vocab_size=151936,
+        vocab_size=VOCABULARY,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -33,8 +52,8 @@ def random_model(shape: str, attention: str, dtype: torch.dtype = torch.bfloat16
         intermediate_size=intermediate,
         max_position_embeddings=16384,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        pad_token_id=151643,
-        eos_token_id=151645,
+        pad_token_id=0,
+        eos_token_id=1,
         bos_token_id=None,
     )
     config._attn_implementation = attention
@@ -42,18 +61,31 @@ def random_model(shape: str, attention: str, dtype: torch.dtype = torch.bfloat16
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("cuda"):
+        with torch.device(DEVICE):
             model = SDARForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
     return diffusion_lm(model, None, BLOCK, MASK)
 
 
-def saved(lm: DiffusionLM, directory: Path, tokenizer: str) -> str:
-    """A checkpoint with the tokenizer of a directory, such as that of a published model, which LMDeploy wants too."""
-    lm.model.save_pretrained(directory)
-    shutil.copytree(tokenizer, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
+def saved(lm: DiffusionLM, directory: Path, tokenizer: str | None = None) -> str:
+    """A checkpoint to start an engine from. tokenizer: a directory; without one, the embedded tokenizer is saved."""
+    save_published(directory, lm.model, None if tokenizer else train_tokenizer(islice(Arithmetic().texts(), 2000)))
+    if tokenizer:
+        shutil.copytree(tokenizer, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
     return str(directory)
+
+
+def lmdeploy(lm: DiffusionLM, max_batch: int, cache_share: float) -> Sampler:
+    """LMDeploy with the weights of `lm`."""
+    with tempfile.TemporaryDirectory() as directory:
+        lm.model.name_or_path = saved(lm, Path(directory) / "model")
+        return Lmdeploy(max_batch, cache_share).start(lm)
+
+
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> tuple[float, float]:
@@ -61,33 +93,48 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> tuple[float, float]
     work()
     found = []
     for _ in range(repeats):
-        torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        wait()
         found.append(time.perf_counter() - start)
     return statistics.median(found), max(found) - min(found)
 
 
 def machine() -> str:
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU, so that no figure means anything"
+    return f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
 
 
-def fused_roofline(lm: DiffusionLM, batch: int, context: int, steps: int) -> float:
+def body_and_head(lm: DiffusionLM) -> tuple[int, int]:
+    """Parameters of the layers, and of the head."""
+    head = lm.model.config.vocab_size * lm.model.config.hidden_size
+    return sum(p.numel() for p in lm.model.parameters()) - 2 * head, head
+
+
+def fused_roofline(lm: DiffusionLM, batch: int, context: int, steps: float) -> float:
     """Answer tokens per second of the best engine there could be, `performance.md`'s model, commits fused.
 
-    A block costs `steps` forwards, the first of which also commits the block before it; on average half of the
-    block's rows go through the head. context: cached tokens of each sequence, on average.
+    A block costs `steps` forwards, in the mean, the first of which also commits the block before it; of their rows on
+    average half go through the head. context: cached tokens of each sequence, on average.
     """
     config = lm.model.config
-    head = config.vocab_size * config.hidden_size
-    body = sum(p.numel() for p in lm.model.parameters()) - 2 * head
+    body, head = body_and_head(lm)
     cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes a token
-    total = 0.0
-    for step in range(steps):
-        queries = batch * BLOCK * (2 if step == 0 else 1)
-        masked = batch * (BLOCK - step * BLOCK // steps)
-        total += max(2 * body / BANDWIDTH, 2 * body * queries / FLOPS)
-        total += max(2 * head / BANDWIDTH, 2 * head * masked / FLOPS) + 4 * masked * config.vocab_size / BANDWIDTH
-        total += batch * context * cached / BANDWIDTH
-    return batch * BLOCK / total
+    masked = batch * BLOCK * (steps + 1) / (2 * steps)
+
+    def forward(queries: int) -> float:
+        layers = max(2 * body / BANDWIDTH, 2 * body * queries / FLOPS)
+        logits = max(2 * head / BANDWIDTH, 2 * head * masked / FLOPS) + 4 * masked * config.vocab_size / BANDWIDTH
+        return layers + logits + batch * context * cached / BANDWIDTH
+
+    return batch * BLOCK / (forward(2 * batch * BLOCK) + (steps - 1) * forward(batch * BLOCK))
+
+
+def table(*columns: str) -> None:
+    """Begin a table; the first column is on the left, numbers are on the right."""
+    print(f"\n| {' | '.join(columns)} |\n|---|{'--:|' * (len(columns) - 1)}")
+
+
+def row(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)

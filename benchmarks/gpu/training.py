@@ -1,86 +1,164 @@
-"""Training steps on a GPU: fine-tuning and DiPO, packed against the published expansion.
+"""Training steps: fine-tuning against the doubled layout, DiPO packed against the published expansion.
 
-python benchmarks/gpu/training.py [toy|1.7B] [answer buffer]
+python benchmarks/gpu/training.py [toy|1.7B|8B] [answer buffer]
 """
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from omegaconf import OmegaConf
-from shapes import BLOCK, FLOPS, MASK, machine, random_model, seconds
+from shapes import (
+    BLOCK,
+    DEVICE,
+    DTYPE,
+    EXACT,
+    FLOPS,
+    MASK,
+    REPOSITORY,
+    body_and_head,
+    machine,
+    random_model,
+    row,
+    seconds,
+    table,
+)
+from torch.nn import functional as F
 
 from dirl_cli.build import build
-from dirl_cli.diffusion.masking import example
+from dirl_cli.diffusion.masking import Example, example
 from dirl_cli.models.attention import dense_attention
 from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.training.batches import Noise
+from dirl_cli.training.batches import Noise, generator
 from dirl_cli.training.logprobs import TokenScorer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import dipo_step
+import dipo_step  # isort: skip  # these `shapes` makes importable
+from expanded import doubled_mask  # isort: skip
 
-REPEATS = 3
+REPEATS = 5 if DEVICE == "cuda" else 1
+LENGTHS = (700, 1100, 500, 900) if DEVICE == "cuda" else (40, 60)
+MASKING = build(OmegaConf.load(REPOSITORY / "conf/masking/per_block.yaml"))
+GOALS = (
+    "Goals: fine-tuning 1.6× the doubled layout; DiPO 3× (full) and 8× (ragged) the expanded rows;"
+    " 45 % of the device's FLOPs at 8B"
+)
 
 
-def main(shape: str = "1.7B", buffer: str = "2046") -> None:
-    lm = random_model(shape, "flex_attention")
+def main(shape: str = "1.7B", buffer: str = "2046" if DEVICE == "cuda" else "30") -> None:
+    lm = random_model(shape, "flex_attention" if DEVICE == "cuda" else "sdpa")
     for parameter in lm.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    print(f"{machine()}, {shape}, bf16 weights, FlexAttention, median of {REPEATS}")
-    print("\n| step | tokens | seconds | tokens/s | model FLOPs used | peak GiB above weights and gradients |")
-    print("|---|--:|--:|--:|--:|--:|")
-    fine_tuning(lm)
-    for name, case in dipo_cases(int(buffer)).items():
-        dipo(lm, name, case)
+    print(f"{machine()}. {shape}, {DTYPE} weights and gradients, no optimizer step, median of {REPEATS}; GiB: the most"
+          f" above weights and gradients; FLOPs: of the model alone, 6 a parameter and token. {GOALS}")  # fmt: skip
+    table("step", "checkpointing", "tokens", "seconds ± half the spread", "of the FLOPs", "GiB", "packed is faster by")
+    whole = shape == "8B"
+    if whole:
+        checkpointed(lm)
+    fine_tuning(lm, "yes" if whole else "no")
+    if not whole:
+        checkpointed(lm)
+    dipo(lm, int(buffer), compare=not whole)
 
 
-def fine_tuning(lm: DiffusionLM) -> None:
-    """One row of 8,192 tokens of demonstrations, a noised copy of their answers beside them."""
+def checkpointed(lm: DiffusionLM) -> None:
+    lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    lm.model.train()  # there is no dropout; only then transformers recomputes
 
-    generator = torch.Generator().manual_seed(0)
+
+def fine_tuning(lm: DiffusionLM, checkpointing: str) -> None:
+    """Four demonstrations, each with a masked copy of its answer: packed into a row, and each doubled by itself."""
+    numbers = torch.Generator().manual_seed(0)
     demonstrations = []
-    for length in (700, 1100, 500, 900):
-        ids = torch.randint(4, 300, (length,), generator=generator).tolist()
-        demonstrations.append(example(ids, [i >= 100 for i in range(length)], BLOCK, lm.pad_token_id))
-    masking = build(OmegaConf.load(dipo_step.REPOSITORY / "conf/masking/per_block.yaml"))
-    rows, answers = Noise(masking, BLOCK, MASK, lm.pad_token_id, 8192).rows(demonstrations, 0)
+    for length in LENGTHS:
+        ids = torch.randint(4, 300, (length,), generator=numbers).tolist()
+        demonstrations.append(example(ids, [i >= length // 8 for i in range(length)], BLOCK, lm.pad_token_id))
+    rows, answers = Noise(MASKING, BLOCK, MASK, lm.pad_token_id, 8192).rows(demonstrations, 0)
     rows = rows.to(lm.device)
 
-    def step() -> int:
+    def packed() -> float:
         logprobs, _ = TokenScorer(lm.model).to(lm.device)(rows)
-        (-(rows.weight * logprobs).sum() / answers).backward()
-        return rows.num_tokens
+        loss = -(rows.weight * logprobs).sum() / answers
+        loss.backward()
+        return loss.item()
 
-    report(lm, "fine-tuning, packed", step)
+    def doubled() -> float:
+        random, total = generator(0), 0.0  # the masks of the packed rows
+        for one in demonstrations:
+            loss = doubled_loss(lm, one, random) / answers
+            loss.backward()
+            total += loss.item()
+        return total
 
-
-def dipo_cases(buffer: int) -> dict[str, dipo_step.Case]:
-    """As on a CPU, with answers that fill a buffer of `buffer` tokens, and ragged ones."""
-    dipo_step.PROMPT, dipo_step.BUFFER = 126, buffer
-    dipo_step.VOCABULARY, dipo_step.MASK, dipo_step.ROW_TOKENS = 151643, MASK, 16384
-    return {"full": dipo_step.full(), "ragged": dipo_step.ragged()}
-
-
-def dipo(lm: DiffusionLM, name: str, case: dipo_step.Case) -> None:
-    ours = report(lm, f"DiPO {name}, packed", lambda: dipo_step.packed(lm, case, 16384))
-    with torch.device("cuda"), dense_attention(lm.model):
-        theirs = report(lm, f"DiPO {name}, expanded", lambda: dipo_step.expanded(lm, case))
-    print(f"| DiPO {name}: packed is {theirs / ours:.1f}× faster | | | | | |", flush=True)
+    ours, theirs = packed(), doubled()
+    assert abs(ours - theirs) < (1e-5 if EXACT else 2e-2) * theirs, f"losses: {ours} and {theirs}"
+    slow = report(lm, "fine-tuning, doubled", checkpointing, 2 * sum(LENGTHS), sum(LENGTHS), doubled)
+    report(lm, "fine-tuning, packed", checkpointing, rows.num_tokens, len(rows.where), packed, slow)
 
 
-def report(lm: DiffusionLM, name: str, step: Callable[[], int]) -> float:
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    tokens = step()
-    median, _ = seconds(step, REPEATS)
-    body = sum(p.numel() for p in lm.model.parameters()) - lm.model.lm_head.weight.numel()
-    used = 6 * body * tokens / median / FLOPS
-    peak = (torch.cuda.max_memory_allocated() - held) / 2**30
-    print(
-        f"| {name} | {tokens:,} | {median:.3f} | {tokens / median:,.0f} | {100 * used:.0f} % | {peak:.1f} |", flush=True
-    )
+def doubled_loss(lm: DiffusionLM, one: Example, random: torch.Generator) -> torch.Tensor:
+    """As published: noised and clean copy side by side under a dense mask, and the logits of the whole noised one."""
+    hidden, weights = MASKING(one.trained.nonzero().squeeze(1) // BLOCK, random)
+    masked, weight = torch.zeros_like(one.trained), torch.zeros(len(one.trained))
+    masked[one.trained], weight[one.trained] = hidden[0], weights[0]
+    ids, masked, weight = (tensor.to(lm.device) for tensor in (one.token_ids, masked, weight))
+    length = len(ids)
+    with dense_attention(lm.model):
+        states = lm.model.get_decoder()(
+            input_ids=torch.cat([ids.masked_fill(masked, MASK), ids])[None],
+            position_ids=torch.arange(length, device=ids.device).repeat(2)[None],
+            attention_mask=doubled_mask(length, BLOCK).to(ids.device)[None, None],
+            use_cache=False,
+        ).last_hidden_state[0, :length]
+    losses = F.cross_entropy(lm.model.get_output_embeddings()(states).float(), ids, reduction="none")
+    return (losses * weight * masked).sum()
+
+
+def dipo(lm: DiffusionLM, buffer: int, compare: bool) -> None:
+    """A group of eight answers, which fill a buffer of so many tokens, and ragged ones."""
+    dipo_step.BUFFER = buffer
+    dipo_step.PROMPT, dipo_step.VOCABULARY, dipo_step.MASK = (126, 300, MASK) if DEVICE == "cuda" else (14, 300, MASK)
+    row_tokens = 16384 if DEVICE == "cuda" else 256
+    for name, make in dipo_step.CASES.items():
+        case = make()
+        scored = case.answer_tokens
+
+        def expanded(case: dipo_step.Case = case) -> int:
+            with torch.device(DEVICE), dense_attention(lm.model):
+                return dipo_step.expanded(lm, case)
+
+        packed = partial(dipo_step.packed, lm, case, row_tokens)
+        if compare:
+            ours, tokens = dipo_step.gradient(lm, lambda *_, packed=packed: packed(), case)
+            theirs, many = dipo_step.gradient(lm, lambda *_, expanded=expanded: expanded(), case)
+            difference = ((ours - theirs).norm() / theirs.norm()).item()
+            assert difference < (1e-5 if EXACT else 5e-2), f"gradients differ by {difference:.1e}"
+            del ours, theirs
+        else:
+            tokens, many = packed(), expanded()
+        slow = report(lm, f"DiPO {name}, expanded", "yes", many, scored, expanded)
+        report(lm, f"DiPO {name}, packed", "yes", tokens, scored, packed, slow)
+
+
+def report(
+    lm: DiffusionLM,
+    name: str,
+    checkpointing: str,
+    tokens: int,
+    scored: int,
+    step: Callable[[], object],
+    slow: float | None = None,
+) -> float:
+    """A row of the table; returns the seconds of a step. slow: those of what this one replaces."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    median, spread = seconds(step, REPEATS)
+    peak = f"{(torch.cuda.max_memory_allocated() - held) / 2**30:.1f}" if DEVICE == "cuda" else "—"
+    body, head = body_and_head(lm)
+    used = 6 * (body * tokens + head * scored) / median / FLOPS
+    faster = f"{slow / median:.1f}×" if slow else ""
+    row(name, checkpointing, f"{tokens:,}", f"{median:.3f} ± {spread / 2:.3f}", f"{100 * used:.0f} %", peak, faster)
     return median
 
 

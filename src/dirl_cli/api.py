@@ -4,20 +4,30 @@ from collections.abc import Sequence
 from os import PathLike
 
 from dirl_cli.models.checkpoint import Checkpoint
-from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.engines import Engine, named
+from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.logprobs import score_trajectories
 from dirl_cli.types import Decoding, Trajectory
 
 
 def load_sampler(
-    path: str | PathLike[str], device: str = "cpu", dtype: str = "float32", max_batch: int = 64
-) -> NativeSampler:
+    path: str | PathLike[str],
+    device: str = "auto",
+    dtype: str = "auto",
+    max_batch: int = 64,
+    rollout: str | Engine = "native",
+    cache_share: float = 0.5,
+) -> Sampler:
     """A sampler for the model in `path`, a directory or a Hub id on this machine.
 
     `sampler.sample(prompts: list[list[int]], n, decoding) -> list[list[Trajectory]]`; `sampler.lm.tokenizer` encodes.
-    Raises DirlError where the model is missing or damaged.
+    rollout: `native`, `lmdeploy` (at most `max_batch` answers at once; cache_share is LMDeploy's), or an engine.
+    device, dtype: auto is cuda and bfloat16 where there is a GPU, else cpu and float32.
+    Raises DirlError where the model is missing or damaged, and where the engine cannot run here.
     """
-    return NativeSampler(Checkpoint(str(path), str(path)).load(dtype, device), max_batch)
+    engine = named(rollout, max_batch, cache_share) if isinstance(rollout, str) else rollout
+    engine.require()
+    return engine.start(Checkpoint(str(path), str(path)).load(dtype, device))
 
 
 def score(

@@ -46,7 +46,7 @@ def find(target: str, group: str) -> type:
     module_name, _, name = target.rpartition(".")
     try:
         module = import_module(module_name)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError, RecursionError) as error:
         raise DirlError(f"{group}._target_={target}: {error}") from error
     if not hasattr(module, name):
         known = [known for known in vars(module) if not known.startswith("_")]

@@ -104,7 +104,7 @@ def start(
         if full_error:
             raise
         typer.echo(f"dirl {name}: {error}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(error.exit_code) from None
 
 
 add("sft", "Fine-tune a model on demonstrations.", "model=sdar8b data=demonstrations.json steps=200")

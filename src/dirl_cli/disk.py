@@ -28,7 +28,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
     """Write a file, and its directory where it is not there: whoever looks finds all of the old or all of the new."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
@@ -45,7 +45,7 @@ def write_json(path: Path, content: Any) -> None:
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
     """A directory to fill that takes the place of `path` only once it is filled and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with writing(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -59,6 +59,11 @@ def whole_directory(path: Path) -> Iterator[Path]:
             sync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(path: Path) -> Path:
+    """What a file or directory is called until it is whole."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def remove(path: Path) -> None:

@@ -3,9 +3,24 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from dirl_cli.plain import masked, printable
+
 
 class DirlError(Exception):
-    """One sentence that names the problem and its remedy; shown without a traceback, exit code 1."""
+    """One sentence that names the problem and its remedy, without secrets; shown without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(masked(sentence)))
+
+
+class Stopped(DirlError):  # noqa: N818  # it is no error
+    """The run ended because it was asked to, and the same command goes on."""
+
+    def __init__(self, sentence: str, exit_code: int) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -9,9 +9,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dirl_cli import tree
 
+COMPLAINTS = (HydraException, OmegaConfBaseException)
 
-def explain(error: HydraException | OmegaConfBaseException, command: str, words: Sequence[str]) -> str:
-    """One sentence for an error that Hydra or OmegaConf raised while it composed `command` with `words`."""
+
+def explain(error: Exception, command: str, words: Sequence[str]) -> str:
+    """One sentence for one of COMPLAINTS that was raised while `command` was composed with `words`."""
     text, cause = str(error), str(error.__cause__ or "")
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:

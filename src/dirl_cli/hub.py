@@ -129,6 +129,7 @@ def survey(repo_id: str, kind: Kind, to: Path | None) -> Repository:
         info.siblings, allow_patterns=WANTED[kind], ignore_patterns=UNWANTED[kind], key=lambda each: each.rfilename
     ):
         name, sha256 = each.rfilename, each.lfs.sha256 if each.lfs else None
+        assert sha256 is None or re.fullmatch("[0-9a-f]{64}", sha256)  # it becomes the name of a file
         place = to / name if to else blobs / sha256 if sha256 else shelf / name
         partial = (to / ".cache/huggingface/download" if to else blobs) / f"{sha256}.incomplete"
         url = hf_hub_url(repo_id, name, repo_type=kind, revision=info.sha)

@@ -2,10 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -14,17 +15,21 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dirl_cli import overrides, schema, tree
-from dirl_cli.errors import DirlError
-from dirl_cli.explain import explain
+from dirl_cli.errors import DirlError, Stopped, did_you_mean
+from dirl_cli.explain import COMPLAINTS, explain
+from dirl_cli.plain import is_secret, masked
 from dirl_cli.rundir import open_run
 from dirl_cli.worker import FAILURE
 
+WHOLE = ("auto", "single", "ddp", "cpu_gloo")  # ways to launch in which every process holds the whole model,
+SHARED = ("fsdp2",)  # and those in which they share it
+SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
+ASKED = ("prompt", "messages", "instruction")  # keys whose text is a model's to read
 READ_ONLY = ("dry_run", "compare")  # keys that make a command look and tell: it opens no run directory
 
 
@@ -35,6 +40,15 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow a busy machine 6-fold
     tree.prepare(config_dir)
+    try:
+        compose(name, flags, words)
+    except COMPLAINTS as error:
+        raise DirlError(explain(error, name, words)) from error
+
+
+def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
+    """Let Hydra compose the config and run the command on it."""
+    refuse_secrets(word.partition("=")[::2] for word in words)
     may_sweep = flags in ([], ["--multirun"]) and name != "download"
     spelled = overrides.spell_out(words, tree.each) if may_sweep else list(words)
     short = dict(zip(spelled, words, strict=True))
@@ -55,6 +69,8 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
         except DirlError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 print(f"dirl {name}: {error}", file=sys.stderr)
+                if isinstance(error, Stopped):
+                    raise SystemExit(error.exit_code) from None  # and not the next job
                 raise  # the launcher, perhaps in another process, marks the job as failed and goes on
             failed.append(error)
 
@@ -63,7 +79,7 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of reporting by itself
     try:
         hydra.main(config_path=str(tree.conf_dir()), config_name=name, version_base="1.3")(task)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPLAINTS as error:
         raise DirlError(explain(error, name, words)) from error
     except DirlError as error:
         sum_up(name, title, ledger)
@@ -86,6 +102,7 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         raise DirlError(explain(error, name, [])) from error
+    refuse_secrets(tree.leaves(OmegaConf.to_container(cfg)))
     out = Path(cfg.out) if "out" in cfg else None
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         job = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in fixed]
@@ -93,16 +110,27 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
         print(f"dirl {name} {' '.join(job)}", *(["→", out] if out else []), flush=True)
     if out:
         cfg.out = str(out)
+    if "launch" in cfg:
+        check_launch(name, cfg)
     writes = out and "resume" in cfg and not any(cfg.get(key) for key in READ_ONLY)
-    with open_run(out, cfg, cfg.resume) if out and writes else nullcontext() as lock:
-        if out and lock and cfg.gpus > 1:
-            start_processes(name, cfg, out, lock.fileno())
+    is_first = "nodes" in cfg and (cfg.nodes == 1 or cfg.node_rank == 0)
+    with open_run(out, cfg, cfg.resume) if out and writes and is_first else nullcontext() as lock:
+        if out and writes and cfg.prepare:
+            print(f"{out} is prepared: start it with torchrun --nproc_per_node N -m dirl_cli.worker {name} {out}")
+        elif out and writes and cfg.gpus * cfg.nodes > 1:
+            start_processes(name, cfg, out, [lock.fileno()] if lock else [])
         else:
             import_module(f"dirl_cli.commands.{name}").run(cfg, out)
     if writes and HydraConfig.get().mode == RunMode.MULTIRUN:
         ledger.parent.mkdir(parents=True, exist_ok=True)
         with ledger.open("a") as lines:
             lines.write(json.dumps([HydraConfig.get().job.num, job, str(out)]) + "\n")
+
+
+def refuse_secrets(settings: Iterable[tuple[str, Any]]) -> None:
+    """Raises DirlError for a setting that nobody may read, since configurations are saved; what is asked may be any."""
+    if found := [key for key, value in settings if key.partition(".")[0] not in ASKED and is_secret(key, value)]:
+        raise DirlError(f"{found[0]} holds a secret, and configurations are saved: set an environment variable instead")
 
 
 def is_told(unresolved: Any, word: str) -> bool:
@@ -120,30 +148,74 @@ def sum_up(name: str, title: str, ledger: Path) -> None:
         command.after_sweep(title, [(job, Path(out)) for _, job, out in done])
 
 
-def start_processes(name: str, cfg: DictConfig, out: Path, lock: int) -> None:
+def check_launch(name: str, cfg: DictConfig) -> None:
+    """Raises DirlError where `launch` is not known or does not go with the rest; cpu_gloo settles the device."""
+    processes = cfg.gpus * cfg.nodes
+    if cfg.launch not in (*WHOLE, *SHARED):
+        raise DirlError(f"launch={cfg.launch}: {did_you_mean(cfg.launch, (*WHOLE, *SHARED))}")
+    if cfg.launch == "single" and processes > 1:
+        raise DirlError("launch=single is one process: leave gpus and nodes at 1, or launch at auto")
+    if cfg.launch in SHARED and name == "eval":
+        raise DirlError(f"launch={cfg.launch} shares a model that is trained: leave launch at auto for dirl eval")
+    if cfg.launch in SHARED and processes == 1:
+        raise DirlError(f"launch={cfg.launch} shares a model among processes: give gpus=2 or more, or launch=single")
+    if cfg.nodes > 1 and (cfg.node_rank is None or cfg.main_address is None):
+        ranks = f"node_rank, 0 to {cfg.nodes - 1}"
+        raise DirlError(f"nodes={cfg.nodes}: give each machine its {ranks}, and the main_address of machine 0")
+    if cfg.launch == "cpu_gloo":
+        cfg.device = "cpu"
+
+
+def start_processes(name: str, cfg: DictConfig, out: Path, locks: Sequence[int]) -> None:
     """Run a command in one process per GPU (or CPU share); each reads the config saved in `out`.
 
-    lock: a file descriptor that keeps `out` theirs even if this process is killed.
+    locks: file descriptors that keep `out` theirs even if this process is killed.
     """
+    import psutil
     from accelerate.utils import is_cuda_available
 
     on_cpu = cfg.device == "cpu" or not is_cuda_available()
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})}
+    environment = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVING, **os.environ}
+    environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
     failure = out / FAILURE
     failure.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "dirl_cli.worker", "start", str(cfg.gpus), name, str(out)]
+    command = [sys.executable, "-m", "dirl_cli.worker", "start", name, str(out), *accelerate_options(cfg)]
     # In a session of its own it does not see Ctrl-C, which would reach every process twice.
-    with subprocess.Popen(command, env=environment, pass_fds=[lock], start_new_session=True) as launcher:
+    interrupted = False
+    with subprocess.Popen(command, env=environment, pass_fds=locks, start_new_session=True) as launcher:
+        before = signal.signal(signal.SIGTERM, lambda *_: launcher.terminate())
         try:
             launcher.wait()
         except KeyboardInterrupt:
+            interrupted = True
             launcher.terminate()  # which they take as a wish to stop
-            launcher.wait()
-            raise
+            try:
+                launcher.wait()
+            except KeyboardInterrupt:  # the second, which waits for nothing
+                for process in psutil.Process(launcher.pid).children(recursive=True):
+                    process.kill()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if failure.exists():
+        reason, code = json.loads(failure.read_text())
+        failure.unlink()
+        raise DirlError(reason) if code == DirlError.exit_code else Stopped(reason, 130 if interrupted else code)
+    if interrupted:
+        raise KeyboardInterrupt
     if launcher.returncode:
-        reason = failure.read_text() if failure.exists() else "a process failed, for the reason above"
-        failure.unlink(missing_ok=True)
-        raise DirlError(reason)
+        raise DirlError("a process failed, for the reason above")
+
+
+def accelerate_options(cfg: DictConfig) -> list[str]:
+    """How many processes there are and how they find each other, in the words of `accelerate launch`."""
+    options = f"--multi_gpu --mixed_precision no --dynamo_backend no --num_processes {cfg.gpus * cfg.nodes}"
+    if cfg.nodes == 1:
+        return f"{options} --num_machines 1 --main_process_port 0".split()
+    host, _, port = cfg.main_address.partition(":")
+    where = (
+        f"--same_network --machine_rank {cfg.node_rank} --main_process_ip {host} --main_process_port {port or 29500}"
+    )
+    return f"{options} --num_machines {cfg.nodes} {where}".split()
 
 
 def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -153,4 +225,4 @@ def report_bug(kind: type[BaseException], error: BaseException, trace: Traceback
         if frame.tb_frame.f_code.co_filename == __file__:
             start = frame
         frame = frame.tb_next
-    traceback.print_exception(kind, error, start)
+    print(masked("".join(traceback.format_exception(kind, error, start))), end="", file=sys.stderr)

@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 from dirl_cli.errors import DirlError, did_you_mean
 
 PATH_CHOICE = {"data": "file", "bench": "file", "model": "path"}  # the choice whose `path` takes any path
+LONGEST_KEY = 200  # characters; a file name, as Hydra looks for, may have few more
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -21,6 +22,8 @@ def rewrite(words: Sequence[str], choices: Callable[[str], list[str]], sweep: bo
 
     choices: what a group offers, nothing for a key that is no group. sweep: whether commas separate values.
     """
+    if strange := [word for word in words if len(word.partition("=")[0]) > LONGEST_KEY]:
+        raise DirlError(f"{strange[0][:40]}…: no key is that long; an override has the form KEY=VALUE")
     return [new for word in words for new in rewrite_word(word, choices, sweep)]
 
 
@@ -54,7 +57,7 @@ def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) ->
         return [word]
     known = choices(group)
     commas = sweep or all(part in known for part in value.split(","))  # without -m, Hydra says what a comma needs
-    values = value.split(",") if commas and not Path(value).exists() else [value]
+    values = value.split(",") if commas and not exists(Path(value)) else [value]
     strange = [value for value in values if value not in known]
     if not known or not strange or re.fullmatch(r"\w+\(.*\)", value):  # Hydra's functions, such as choice(a,b)
         return [word]
@@ -67,7 +70,15 @@ def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) ->
 
 
 def looks_like_path(value: str) -> bool:
-    return "/" in value or value.endswith(DATA_SUFFIXES) or unquote(value).exists()
+    return "/" in value or value.endswith(DATA_SUFFIXES) or exists(unquote(value))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file; what is longer than a name may be is not one."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def unquote(value: str) -> Path:

@@ -3,10 +3,11 @@
 import fcntl
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -16,13 +17,29 @@ from omegaconf import DictConfig, OmegaConf
 
 from dirl_cli.disk import write_json, write_text
 from dirl_cli.errors import DirlError
+from dirl_cli.plain import masked
 from dirl_cli.tree import leaves
 
 # Keys that may change between two starts of a run, because its result does not depend on them.
 FREE = frozenset(
-    {"name", "out", "resume", "gpus", "logger", "log_every", "save_every", "keep_checkpoints", "push_to_hub"}
+    {
+        "name",
+        "out",
+        "resume",
+        "gpus",
+        "nodes",
+        "node_rank",
+        "main_address",
+        "launch",
+        "prepare",
+        "logger",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "push_to_hub",
+    }
     | {"eval_every", "eval_problems", "show_every", "rollout.max_batch", "grade_workers", "reward.workers"}
-    | {"gradient_checkpointing", "memory_gb", "dry_run"}
+    | {"gradient_checkpointing", "memory_gb", "dry_run", "keep_best", "async_checkpoints", "max_skipped"}
     | {"samples", "limit", "ids"}  # which answers an evaluation has, not what they are
 )
 BEGINNINGS = {"config.yaml", "environment.json", "lock", "failure.txt"}  # what a run leaves that failed at once
@@ -48,7 +65,16 @@ def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
         refuse_other(out, config)
         write_text(out / "config.yaml", config)
         write_json(out / "environment.json", environment())
-        yield lock
+        with ExitStack() as failed:
+            failed.callback(clear, out)
+            yield lock
+            failed.pop_all()
+
+
+def clear(out: Path) -> None:
+    """Remove a directory whose run has come to nothing."""
+    if {path.name for path in out.iterdir()} <= BEGINNINGS:
+        shutil.rmtree(out)
 
 
 @contextmanager
@@ -98,7 +124,7 @@ def flatten(config: str) -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """What this start of the run runs on."""
     return {
-        "command": shlex.join(sys.orig_argv),
+        "command": masked(shlex.join(sys.orig_argv)),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed(name) for name in PACKAGES},

@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 
 from dirl_cli.types import Decoding, Instruction
 
+LONGEST_NAME = 200  # bytes of a file name made of a path or an override; the disk allows 255, suffix included
+
 
 @dataclass
 class JobConfig:
@@ -29,12 +31,18 @@ class RunConfig(JobConfig):
     """Of every command whose work is continued when the same command is given again."""
 
     gpus: int
+    nodes: int
+    node_rank: int | None
+    main_address: str | None
+    launch: str
+    prepare: bool
     resume: str
 
 
 @dataclass
 class SftConfig(RunConfig):
     model: Any
+    peft: Any
     data: Any
     masking: Any
     optim: Any
@@ -47,6 +55,8 @@ class SftConfig(RunConfig):
     gradient_checkpointing: bool
     max_tokens: int
     clip_norm: float
+    max_skipped: int
+    skip_norm: float
     dtype: str
     attention: str
     device: str
@@ -56,6 +66,8 @@ class SftConfig(RunConfig):
     eval_problems: int
     save_every: int
     keep_checkpoints: int
+    keep_best: str | None
+    async_checkpoints: bool
     dry_run: bool
     push_to_hub: str | None
     instruction: Instruction = field(default_factory=Instruction)
@@ -71,6 +83,7 @@ class ReinforcementConfig:
     filter: str
     max_rounds: int
     max_prompt_tokens: int | None
+    async_rollout: bool
     old: str
     correction_cap: float
     train_tail: bool
@@ -82,6 +95,7 @@ class ReinforcementConfig:
 @dataclass
 class RlConfig(RunConfig):
     model: Any
+    peft: Any
     data: Any
     algo: Any
     reward: Any
@@ -95,6 +109,8 @@ class RlConfig(RunConfig):
     gradient_checkpointing: bool
     rollout: Any
     clip_norm: float
+    max_skipped: int
+    skip_norm: float
     dtype: str
     attention: str
     device: str
@@ -105,6 +121,8 @@ class RlConfig(RunConfig):
     eval_problems: int
     save_every: int
     keep_checkpoints: int
+    keep_best: str | None
+    async_checkpoints: bool
     dry_run: bool
     push_to_hub: str | None
     instruction: Instruction = field(default_factory=Instruction)
@@ -192,7 +210,11 @@ def slug(text: str) -> str:
     parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".", "..")]
     name = re.sub(r"\.(json|jsonl|parquet)(\.gz)?$", "", "-".join(parts))
     name = re.sub(r"[^\w.,=+-]+", "", name.replace(" ", "-"))
-    return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    whole = name if name.strip(".") or not text else text
+    if whole is name and len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(whole.encode(errors="replace")).hexdigest()[:8]
+    return f"{name.strip('.').encode()[: LONGEST_NAME - 20].decode(errors='ignore')}-{digest}".lstrip("-")
 
 
 def pick(choice: str, table: dict[str, str], otherwise: str) -> str:

@@ -12,9 +12,12 @@ from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import dirl_cli.schema  # noqa: F401  # registers the schemas
+from dirl_cli.errors import DirlError
 
 
 def conf_dir() -> Path:
@@ -26,8 +29,21 @@ def conf_dir() -> Path:
 def prepare(config_dir: Path | None) -> None:
     """Make Hydra find the user's tree before ours, and modules in the working directory."""
     sys.path.append("")  # so that a `_target_` may name a module in the working directory
+    for file in config_dir.rglob("*.yaml") if config_dir else ():
+        require_yaml(file)
     UserConfigs.directory = config_dir
     Plugins.instance().register(UserConfigs)
+
+
+def require_yaml(file: Path) -> None:
+    """Raises DirlError that names a file which is not a config."""
+    try:
+        given = OmegaConf.load(file)
+        if not isinstance(given, DictConfig) or not isinstance(given.get("defaults", ListConfig([])), ListConfig):
+            raise ValueError("it is a mapping, and its defaults a list")
+    except (YAMLError, ValueError, OmegaConfBaseException, OSError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DirlError(f"{file} is not a config that can be read ({reason}): correct it") from error
 
 
 class UserConfigs(SearchPathPlugin):

@@ -79,6 +79,11 @@ class Decoding:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise DirlError("decoding wants temperature ≥ 0, top_k ≥ 0 and 0 < top_p ≤ 1")
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k or top-p leave tokens out; greedy decoding truncates nothing."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
 
 @dataclass(frozen=True)
 class Trajectory:

@@ -1,41 +1,73 @@
 """A command in several processes: `start` runs Accelerate's launcher, which runs `run` once per process.
 
-No process composes a config of its own: each reads the one that the parent saved in the run directory.
+No process composes a config of its own: each reads the one that the parent saved in the run directory. A launcher of
+the user's own does the same with `-m dirl_cli.worker COMMAND DIRECTORY`, once `prepare=true` has written that.
 """
 
 import ctypes
+import json
 import logging
 import os
 import signal
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 
 from omegaconf import DictConfig, OmegaConf
 
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, Stopped
+from dirl_cli.plain import masked
+from dirl_cli.rundir import locked
 
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in Linux's prctl.h
 FAILURE = "failure.txt"  # in the run directory: the sentence of the process that failed first
+PATIENCE = 5  # seconds that the other processes are given when one has failed
 
 
-def start(processes: str, name: str, out: str) -> None:
-    """Run a command in as many processes on this machine; exit 1 when one of them fails."""
+def start(name: str, out: str, *options: str) -> None:
+    """Run a command as Accelerate's `options` say; exit 1 when one of its processes fails."""
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGTERM)  # end with the parent, even if it is killed
-    options = f"--multi_gpu --num_processes {processes} --num_machines 1 --main_process_port 0"
-    options += " --mixed_precision no --dynamo_backend no"
+    # Those that wait for one that failed, as on a GPU, hear no signal and have nothing to save: torch gives them 30 s.
+    PContext.close.__defaults__ = (None, PATIENCE)
     script = ["-m", "dirl_cli.worker", "run", name, out]
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a failed process tells its own reason
+    logging.disable(logging.ERROR)  # a failed process tells its own reason
     try:
-        launch_command(launch_command_parser().parse_args([*options.split(), *script]))
+        launch_command(launch_command_parser().parse_args([*options, *script]))
     except (ChildFailedError, SignalException):
         sys.exit(1)
+
+
+def join(name: str, out: str) -> None:
+    """One of the processes of a launcher that is not ours, for a run directory that nobody holds yet."""
+    cfg = saved(out)
+    cfg.gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cfg.nodes = int(os.environ.get("WORLD_SIZE", 1)) // cfg.gpus
+    try:
+        if int(os.environ.get("RANK", 0)):
+            import_module(f"dirl_cli.commands.{name}").run(cfg, Path(out))
+        else:
+            with locked(Path(out)):
+                import_module(f"dirl_cli.commands.{name}").run(cfg, Path(out))
+    except DirlError as error:
+        print(f"dirl {name}: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)  # without the farewells that would wait for the other processes
+
+
+def saved(out: str) -> DictConfig:
+    """The config of a run directory."""
+    try:
+        cfg = OmegaConf.load(Path(out, "config.yaml"))
+    except FileNotFoundError:
+        sys.exit(f"{out} holds no config.yaml: write it with `dirl COMMAND … out={out} prepare=true` first")
+    assert isinstance(cfg, DictConfig)
+    return cfg
 
 
 def run(name: str, out: str) -> None:
@@ -44,21 +76,22 @@ def run(name: str, out: str) -> None:
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not failure.exists():  # otherwise this process only lost its connection to the one that failed
-            sys.__excepthook__(kind, error, trace)
+            print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
     sys.excepthook = report
-    cfg = OmegaConf.load(Path(out, "config.yaml"))
-    assert isinstance(cfg, DictConfig)
     try:
-        import_module(f"dirl_cli.commands.{name}").run(cfg, Path(out))
+        import_module(f"dirl_cli.commands.{name}").run(saved(out), Path(out))
     except DirlError as error:
         if not failure.exists():
-            failure.write_text(str(error))
-        os._exit(1)  # without the farewells that would wait for the other processes
+            failure.write_text(json.dumps([str(error), error.exit_code]))
+        # without the farewells that would wait for the other processes; one that was stopped lets them save
+        os._exit(0 if isinstance(error, Stopped) else 1)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "start":
         start(*sys.argv[2:])
-    else:
+    elif sys.argv[1] == "run":
         run(*sys.argv[2:])
+    else:
+        join(*sys.argv[1:])

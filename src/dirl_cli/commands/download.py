@@ -14,13 +14,13 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dirl_cli import hub
 from dirl_cli.errors import DirlError
 from dirl_cli.hub import File, Repository
+from dirl_cli.screen import PlainConsole
 
 KINDS: dict[str, hub.Kind] = {"model": "model", "data": "dataset", "bench": "dataset"}
 AT_ONCE = 8  # files
@@ -37,7 +37,7 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     """Download what `cfg` names into `cfg.to`, or into the Hub's cache; print where it is and what to do with it."""
     disable_progress_bars()
     hub_logging.set_verbosity_error()  # its retries show as a pause, and the last failure is told
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
+    console = PlainConsole(file=sys.stdout, soft_wrap=True)
     to = Path(cfg.to) if cfg.to else None
     asked = list(dict.fromkeys(named(cfg)))  # each once
     if not asked:
@@ -120,7 +120,7 @@ def room_for(missing: int, place: Path) -> str:
     return f"{decimal(missing)} to fetch, {decimal(free)} free in {there}" if missing else "Nothing to fetch"
 
 
-def bring(files: Sequence[File], console: Console) -> None:
+def bring(files: Sequence[File], console: PlainConsole) -> None:
     """Fetch files side by side; a live bar in a terminal, ten plain lines elsewhere tell how far they are."""
     files = list({file.partial: file for file in files}.values())  # of twins one
     if not files:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from dirl_cli.build import build
 from dirl_cli.data.rows import read_rows
@@ -29,11 +28,12 @@ from dirl_cli.evaluation.metrics import Metrics, measure, measure_subsets
 from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.evaluation.progress import tracked
 from dirl_cli.reward.grading import Grader
+from dirl_cli.screen import PlainConsole
 from dirl_cli.types import Decoding, Instruction, Problem
 
 GRADERS = ("dirl", "math-verify", "latex2sympy2_extended", "sympy")
 PROBE = Problem("probe", "How many legs have two cats?", "8")  # shows how questions are put
-console = Console(highlight=False)
+console = PlainConsole()
 
 
 def run(cfg: DictConfig, out: Path) -> None:
@@ -50,10 +50,13 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
     """Evaluate cfg.model on cfg.bench: answers go to `out`/answers.jsonl as they come, the rest to eval_card.json."""
     from dirl_cli.data.chat import answer_text, encode_problems
     from dirl_cli.loop.ask import Processes, sample
+    from dirl_cli.loop.share import balanced
     from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 
-    processes = Processes(cfg.gpus, cfg.device)
+    processes = Processes(cfg.gpus * cfg.nodes, cfg.device)
     console.quiet = not processes.is_first
+    engine = build(cfg.rollout)
+    engine.require()
     lm: DiffusionLM = build(cfg.model).load(cfg.dtype, processes.device, cfg.attention)
     tokenizer = lm.require_tokenizer()
     decoding = build(cfg.decoding, Decoding)
@@ -72,10 +75,11 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
     runs = list(missing([problem.id for problem in problems], cfg.samples, {(a.problem, a.sample) for a in known}))
     if known and runs:
         console.print(f"continue after {len(known)} answers in {out / ANSWERS}", soft_wrap=True)
-    runs = runs[processes.rank :: processes.count]
+    costs = [len(prompts[run.place]) * (run.end - run.first) for run in runs]
+    runs = [runs[i] for i in balanced(costs, processes.count)[processes.rank]]
     total = len(known) + sum(run.end - run.first for run in runs)
     with Grader(cfg.grade_workers, cfg.grade_timeout) as grader, AnswerLog(out / ANSWERS) as log:
-        sampled = sample(build(cfg.rollout).start(lm), prompts, runs, decoding)
+        sampled = sample(engine.start(lm), prompts, runs, decoding)
         answers = graded(sampled, problems, partial(answer_text, tokenizer), grader)
         for answer in tracked(answers, known, total, console):
             log.append(answer)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import track
@@ -20,12 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from dirl_cli.build import build
 from dirl_cli.commands.eval import digest, plain
 from dirl_cli.data.chat import answer_text, encode_messages, encode_prompt, encode_question
-from dirl_cli.data.columns import text
+from dirl_cli.data.columns import is_message, text
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.disk import writing
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import drop_torn_line
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
+from dirl_cli.screen import PlainConsole
 from dirl_cli.types import Decoding, Instruction, Trajectory
 
 HIDDEN = "░"
@@ -46,12 +47,14 @@ def run(cfg: DictConfig, out: Path) -> None:
     """Write completions as JSON lines, those of an input file on from where they were interrupted; print the others."""
     if cfg.samples < 1:
         raise DirlError("samples must be at least 1")
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
+    engine = build(cfg.rollout)
+    engine.require()
     lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
     asked = requests(cfg, lm)
     decoding = build(cfg.decoding, Decoding)
     decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
-    sampler = build(cfg.rollout).start(lm)
+    sampler = engine.start(lm)
     screen = Screen(console, lm, cfg.pace) if cfg.watch else None
     file, total = out / "completions.jsonl", len(asked) * cfg.samples
     source = {
@@ -62,7 +65,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     }
     done = known(file, source) if cfg.input else set()
     if done:
-        console.print(f"{len(done)} of {total} completions are in {file}", markup=False)
+        console.print(f"{len(done)} of {total} completions are in {file}")
     else:
         begin(file, source)
     answers = sampler.stream(
@@ -84,9 +87,9 @@ def run(cfg: DictConfig, out: Path) -> None:
             for line in written:
                 if screen:
                     screen.finish(line["index"], line["sample"])
-                console.print(summary(line), style="dim", markup=False)
-                console.print(line["text"], markup=False)
-    console.print(f"{total} completions in {file}", style="dim", markup=False)
+                console.print(summary(line), style="dim")
+                console.print(line["text"])
+    console.print(f"{total} completions in {file}", style="dim")
 
 
 def requests(cfg: DictConfig, lm: DiffusionLM) -> list[Request]:
@@ -133,10 +136,6 @@ def messages_of(row: Row) -> list[dict[str, str]]:
     if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
         raise DirlError(f"{row.place}: messages must be a list of objects with role and content, both text")
     return messages
-
-
-def is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def known(file: Path, source: dict[str, Any]) -> set[tuple[int, int]]:
@@ -198,7 +197,7 @@ def summary(line: dict[str, Any]) -> str:
 class Screen:
     """Blocks filling in the terminal: what a forward revealed is lit, what is hidden is shaded."""
 
-    def __init__(self, console: Console, lm: DiffusionLM, pace: float) -> None:
+    def __init__(self, console: PlainConsole, lm: DiffusionLM, pace: float) -> None:
         self.lm, self.tokenizer, self.pace = lm, lm.require_tokenizer(), pace
         self.live = Live(console=console, refresh_per_second=30)
         self.answers: dict[tuple[int, int], list[int]] = {}

@@ -1,6 +1,5 @@
 """`dirl rl`: sample groups of answers, reward them, and learn from the denoising steps that led to them."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from dirl_cli.data.preview import show
 from dirl_cli.data.tokens import Tokens
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.evaluation.metrics import mean
+from dirl_cli.loop.ahead import resting, sampling_ahead
 from dirl_cli.loop.exam import Exam
 from dirl_cli.loop.forecast import RL, rl_budget
 from dirl_cli.loop.groups import (
@@ -39,19 +39,20 @@ from dirl_cli.loop.keep import keep
 from dirl_cli.loop.learn import Learner
 from dirl_cli.loop.sources import Questions, Reader, epochs
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
+from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
 from dirl_cli.reward.scoring import Rewards, Scorer
-from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.record import Record, rollout_path, write_rollout
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.budget import Place
-from dirl_cli.training.checkpoint import Checkpoints, find, load
+from dirl_cli.training.checkpoint import Checkpoints, load, require_measured
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.metrics import NoLog, open_log
+from dirl_cli.training.parallel import gathered, start_accelerator, whole
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
-from dirl_cli.training.trainer import Trainer, start_accelerator
+from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding, Instruction
 
 PANELS = (
@@ -64,12 +65,26 @@ PANELS = (
     Panel("Divergence from the reference", {"kl": "nats"}),
 )
 SHOWN = ("reward", "accuracy", "length", "tokens_per_forward", "kept")
-RECIPE = ("model", "data", "instruction", "algo", "reward", "rl", "optim", "schedule", "steps", "clip_norm", "seed")
+RECIPE = (
+    "model",
+    "peft",
+    "data",
+    "instruction",
+    "algo",
+    "reward",
+    "rl",
+    "optim",
+    "schedule",
+    "steps",
+    "clip_norm",
+    "seed",
+)
 
 
 def run(cfg: DictConfig, out: Path) -> None:
     """Reinforce cfg.model on cfg.data until `out`/model holds the result."""
-    accelerator = start_accelerator("cpu" if cfg.dry_run else cfg.device, cfg.dtype)
+    here = ("cpu", cfg.dtype) if cfg.dry_run else (cfg.device, cfg.dtype, cfg.launch)
+    accelerator = start_accelerator(*here)
     progress = StepProgress(cfg.steps, cfg.log_every, SHOWN, quiet=not accelerator.is_main_process)
     saved = out / "model"
     if saved.exists() and not cfg.dry_run:
@@ -77,12 +92,14 @@ def run(cfg: DictConfig, out: Path) -> None:
         return
     require_pushable(cfg.push_to_hub)
 
-    model, data, optim, schedule, logger, engine = (
-        build(cfg[name]) for name in ("model", "data", "optim", "schedule", "logger", "rollout")
+    model, peft, data, optim, schedule, logger, engine = (
+        build(cfg[name]) for name in ("model", "peft", "data", "optim", "schedule", "logger", "rollout")
     )
     objective, rewards, decoding = build(cfg.algo, Objective), build(cfg.reward, Rewards), build(cfg.decoding, Decoding)
     instruction = build(cfg.instruction, Instruction)
     check(cfg.rl, objective, decoding)
+    peft.require(cfg.launch)
+    require_measured(cfg.keep_best, ["reward", "accuracy", *["greedy_accuracy"] * bool(cfg.eval_problems)])
     lm: DiffusionLM = model.load("float32", "meta", cfg.attention)  # its weights come once they are known to fit
     reader = Reader(lm, instruction, accelerator, progress, max_prompt_tokens=cfg.rl.max_prompt_tokens)
     sources, weights = ([], []) if cfg.rl.replay else sources_of(data)
@@ -94,32 +111,37 @@ def run(cfg: DictConfig, out: Path) -> None:
         prompts = [Tokens.of([(prompt, [False] * len(prompt)) for prompt in pool.prompts]) for pool in pools]
         show(dict(zip(names, prompts, strict=True)), lm.require_tokenizer(), progress.console)
     longest = max((len(prompt) for pool in pools for prompt in pool.prompts), default=0)  # not known of a replay
-    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus, cfg.memory_gb)
+    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
     chosen = {key: OmegaConf.select(cfg, key) for key in RL}
-    samples = not cfg.rl.replay and isinstance(engine, Native)  # LMDeploy takes the share it is given
-    learns = not cfg.rl.rollout_only
-    budget = rl_budget(lm, optim, objective, decoding, place, chosen, longest, samples, learns)
+    sampling, learns = None if cfg.rl.replay else engine, not cfg.rl.rollout_only
+    budget = rl_budget(lm, optim, objective, decoding, place, chosen, longest, sampling, learns, peft)
     if cfg.dry_run:
         budget.show(OmegaConf.to_container(cfg), progress.console)
         return
     if doubt := budget.require():
         progress.say(doubt)
-    lm = model.load("float32", str(accelerator.device), cfg.attention)
+    engine.require()
+    lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
     if cfg.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    began_as = fingerprint(lm.model)
     decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
+    reference = frozen(peft.reference(lm), decoding) if objective.beta else None
+    twin = peft.merged(lm)  # before processes share the parameters
     trainer = Trainer(
         accelerator,
         TokenScorer(lm.model, lm.unsampled_ids, decoding),
         optim.build(lm.model),
         partial(schedule, steps=cfg.steps * cfg.rl.mini_batches * cfg.rl.epochs),
         cfg.clip_norm,
+        cfg.max_skipped,
+        cfg.skip_norm,
     )
     learner = Learner(
         trainer,
         objective,
         lm,
-        reference=frozen(lm, decoding) if objective.beta else None,
+        reference=reference,
         old_from_sampler=cfg.rl.old == "sampler" and objective.is_exact,
         correction_cap=cfg.rl.correction_cap,
         mini_batches=cfg.rl.mini_batches,
@@ -130,26 +152,26 @@ def run(cfg: DictConfig, out: Path) -> None:
         longest=decoding.max_new_tokens,
         seed=cfg.seed,
     )
-    checkpoints = Checkpoints(out / "checkpoints", cfg.keep_checkpoints, accelerator)
+    kept = (cfg.keep_checkpoints, cfg.keep_best, cfg.async_checkpoints)
+    checkpoints = Checkpoints(out / "checkpoints", accelerator, *kept)
     state = State()
-    began_as = fingerprint(lm.model)
-    given = find(cfg.resume)
-    if start := checkpoints.latest() or given:
+    if start := checkpoints.begin(cfg.resume, progress.say):
         remembered = load(start, lm.model, trainer.optimizers)
         if "updates" not in remembered:
             raise DirlError(f"{start} is no checkpoint of `dirl rl`: to begin with a trained model, give it as model=…")
-        if objective.beta and remembered["began_as"] != began_as:
-            raise DirlError(f"{cfg.model.path} has changed since this run began, and is its reference: put it back")
-        trainer.steps_taken, state = remembered["updates"], State.from_json(remembered)
+        if (objective.beta or peft != WHOLE) and remembered["began_as"] != began_as:
+            raise DirlError(f"{cfg.model.name} has changed since this run began, which goes on beside it: put it back")
+        trainer.steps_taken, trainer.skipped = remembered["updates"], remembered["skipped"]
+        state = State.from_json(remembered)
         progress.say(f"going on after step {state.step}, from {start}")
     config = OmegaConf.to_container(cfg)
     log = open_log(out, state.step or -1, logger, config) if accelerator.is_main_process else NoLog()
     held_out = reader.problems("held-out problems", data.problems()[: cfg.eval_problems])
     exam = Exam(held_out.problems, held_out.prompts, lm, decoding, accelerator)
-    sampler: Sampler = engine.start(lm)
-    sampler.update_weights(lm.model.named_parameters(), trainer.steps_taken)
+    sampler: Sampler = engine.start(whole(twin), cfg.rl.async_rollout)
+    sampler.update_weights(gathered(peft.pushed(lm)), trainer.steps_taken)
 
-    with Scorer(rewards) as scorer, StopSignal(accelerator) as stop:
+    with checkpoints, Scorer(rewards) as scorer, StopSignal(accelerator) as stop:
         source: Sampled | Replayed = (
             replayed(Path(cfg.rl.replay), cfg.steps)
             if cfg.rl.replay
@@ -174,16 +196,18 @@ def run(cfg: DictConfig, out: Path) -> None:
                 if isinstance(source, Sampled):
                     metrics |= epochs(source.order, names, state.drawn)
                 if groups and not cfg.rl.rollout_only:
-                    sampler.sleep()
-                    metrics |= learner.learn(groups, state.step, sampler.weights_version)
-                    sampler.update_weights(lm.model.named_parameters(), trainer.steps_taken)
-                    sampler.wake()
+                    ahead = cfg.rl.async_rollout and state.step + 1 < cfg.steps
+                    with sampling_ahead(source, state) if ahead and isinstance(source, Sampled) else resting(sampler):
+                        metrics |= learner.learn(groups, state.step)
+                    sampler.update_weights(gathered(peft.pushed(lm)), trainer.steps_taken)
                 state.step += 1
                 if accelerator.is_main_process and (cfg.rl.rescore or not cfg.rl.replay):
                     write_rollout(rollout_path(out / "rollouts", state.step), records(groups, sampled))
 
                 step, is_last = state.step, state.step == cfg.steps
                 progress.update(step, metrics)
+                if metrics.get("skipped"):
+                    progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'loss', 'grad_norm', 'skipped')}")
                 if due(step, cfg.show_every):
                     progress.console.print(answer_table(groups or sampled, step))
                 if (is_last or due(step, cfg.eval_every)) and not cfg.rl.rollout_only:
@@ -193,15 +217,16 @@ def run(cfg: DictConfig, out: Path) -> None:
                         progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'greedy_accuracy')}")
                 log.write(step, metrics | trainer.times.take())
                 must_stop = bool(stop) and not is_last
-                if is_last or must_stop or due(step, cfg.save_every):
+                is_due = due(step, cfg.save_every) and not trainer.skipped
+                if is_last or must_stop or is_due or checkpoints.is_best(metrics):
                     with trainer.times("saving"):
-                        remembered = {"updates": trainer.steps_taken, "began_as": began_as, **state.to_json()}
-                        path = checkpoints.save(step, lm.model, trainer.optimizers, **remembered)
+                        remembered = {"updates": trainer.steps_taken, "began_as": began_as, "skipped": trainer.skipped}
+                        remembered |= state.to_json()
+                        path = checkpoints.save(step, lm.model, trainer.optimizers, metrics, **remembered)
                         log.draw(PANELS, cfg.name, out / "rl.png")
                 if must_stop:
-                    raise DirlError(
-                        f"stopped after step {step} of {cfg.steps}, saved in {path}: the same command goes on"
-                    )
+                    checkpoints.wait()
+                    raise stop.end(f"after step {step} of {cfg.steps}, saved in {path}")
 
     log.close()
     times = trainer.times.total
@@ -211,7 +236,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         return
     settings: Any = OmegaConf.to_container(cfg)
     summary = f"{cfg.model.name}, reinforced on {cfg.data.name} with `dirl rl algo={cfg.algo.name}`."
-    keep(lm, out, summary, settings, RECIPE, PANELS, decoding, accelerator, progress)
+    keep(lm, peft, out, summary, settings, RECIPE, PANELS, decoding, accelerator, progress)
 
 
 def sampled_from(
@@ -244,8 +269,8 @@ def sampled_from(
 
 
 def frozen(lm: DiffusionLM, decoding: Decoding) -> TokenScorer:
-    """A scorer of the model as it is now, to stay near."""
-    return TokenScorer(copy.deepcopy(lm.model).requires_grad_(False).eval(), lm.unsampled_ids, decoding).to(lm.device)
+    """A scorer of the model to stay near."""
+    return TokenScorer(lm.model, lm.unsampled_ids, decoding).to(lm.device)
 
 
 def check(rl: DictConfig, objective: Objective, decoding: Decoding) -> None:
@@ -257,11 +282,15 @@ def check(rl: DictConfig, objective: Objective, decoding: Decoding) -> None:
         if rl[name] < 1:
             raise DirlError(f"rl.{name} must be at least 1, not {rl[name]}")
     if rl.correction_cap and not (rl.old == "trainer" and objective.is_exact):
-        raise DirlError("rl.correction_cap wants rl.old=trainer and an algorithm that scores the true trace, as dipo")
+        raise DirlError(
+            "rl.correction_cap wants rl.old=trainer and an algorithm that scores the true trace, as dipo: set it to 0"
+        )
     if decoding.temperature == 0 and not rl.replay:
         raise DirlError("decoding.temperature=0 gives a group equal answers, from which there is nothing to learn")
     if rl.rescore and not rl.replay:
         raise DirlError("rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR")
+    if rl.async_rollout and (rl.replay or rl.rollout_only):
+        raise DirlError("rl.async_rollout=true samples while it learns: leave rl.replay and rl.rollout_only out")
     if rl.replay and rl.rollout_only:
         raise DirlError("rl.replay learns without sampling and rl.rollout_only samples without learning: give one")
 

@@ -20,20 +20,22 @@ from dirl_cli.loop.exam import Exam
 from dirl_cli.loop.forecast import SFT, sft_budget
 from dirl_cli.loop.keep import keep
 from dirl_cli.loop.sources import Reader, epochs
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
+from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import Noise, NoisedBatches, Padded, generator
 from dirl_cli.training.budget import Place
-from dirl_cli.training.checkpoint import Checkpoints, find, load
+from dirl_cli.training.checkpoint import Checkpoints, load, require_measured
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.metrics import NoLog, open_log
 from dirl_cli.training.order import Order
+from dirl_cli.training.parallel import start_accelerator, whole
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
-from dirl_cli.training.trainer import Sums, Trainer, start_accelerator
+from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.types import Decoding, Instruction
 
 PANELS = (
@@ -46,6 +48,7 @@ PANELS = (
 SHOWN = ("loss", "grad_norm", "lr", "tokens_per_s")
 RECIPE = (
     "model",
+    "peft",
     "data",
     "instruction",
     "masking",
@@ -61,7 +64,8 @@ RECIPE = (
 
 def run(cfg: DictConfig, out: Path) -> None:
     """Fine-tune cfg.model on cfg.data until `out`/model holds the result."""
-    accelerator = start_accelerator("cpu" if cfg.dry_run else cfg.device, cfg.dtype)
+    here = ("cpu", cfg.dtype) if cfg.dry_run else (cfg.device, cfg.dtype, cfg.launch)
+    accelerator = start_accelerator(*here)
     progress = StepProgress(cfg.steps, cfg.log_every, SHOWN, quiet=not accelerator.is_main_process)
     saved = out / "model"
     if saved.exists() and not cfg.dry_run:
@@ -69,9 +73,10 @@ def run(cfg: DictConfig, out: Path) -> None:
         return
     require_pushable(cfg.push_to_hub)
 
-    model, data, masking, optim, schedule, logger = (
-        build(cfg[name]) for name in ("model", "data", "masking", "optim", "schedule", "logger")
+    model, peft, data, masking, optim, schedule, logger = (
+        build(cfg[name]) for name in ("model", "peft", "data", "masking", "optim", "schedule", "logger")
     )
+    peft.require(cfg.launch)
     instruction, decoding = build(cfg.instruction, Instruction), build(cfg.decoding, Decoding)
     lm: DiffusionLM = model.load("float32", "meta", cfg.attention)  # its weights come once they are known to fit
     decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
@@ -88,38 +93,49 @@ def run(cfg: DictConfig, out: Path) -> None:
         reached = epochs(order, names, cfg.steps * cfg.batch_size)
         progress.say(f"after {cfg.steps} steps: {' · '.join(f'{name} {n:.2f}' for name, n in reached.items())}")
     asked = reader.problems("held-out problems", data.problems()[: cfg.eval_problems])
-    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus, cfg.memory_gb)
+    held = {"validation_loss": any(map(len, held_out)), "greedy_accuracy": asked.problems}
+    require_measured(cfg.keep_best, ["loss", *[name for name, some in held.items() if some]])
+    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
     lengths = np.concatenate([tokens.lengths for tokens in training])
     chosen = {key: OmegaConf.select(cfg, key) for key in SFT}
-    budget = sft_budget(lm, optim, masking, decoding, place, chosen, lengths, asked.prompts)
+    budget = sft_budget(lm, optim, masking, decoding, place, chosen, lengths, asked.prompts, peft)
     if cfg.dry_run:
         budget.show(OmegaConf.to_container(cfg), progress.console)
         return
     if doubt := budget.require():
         progress.say(doubt)
-    lm = model.load("float32", str(accelerator.device), cfg.attention)
+    lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
     if cfg.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    beside = None if peft == WHOLE else fingerprint(lm.model)
     exam = Exam(asked.problems, asked.prompts, lm, decoding, accelerator)
     del data, sources  # and their rows
     noise = Noise(masking, lm.block_size, lm.mask_token_id, lm.pad_token_id, cfg.row_tokens)
     batches = NoisedBatches(Padded(training, lm.block_size, lm.pad_token_id), order, cfg.batch_size, noise, cfg.seed)
 
     rates = partial(schedule, steps=cfg.steps)
-    trainer = Trainer(accelerator, TokenScorer(lm.model), optim.build(lm.model), rates, cfg.clip_norm)
+    limits = (cfg.clip_norm, cfg.max_skipped, cfg.skip_norm)
+    trainer = Trainer(accelerator, TokenScorer(lm.model), optim.build(lm.model), rates, *limits)
     unseen = Padded(held_out, lm.block_size, lm.pad_token_id)
     validation = noise.rows([unseen[i] for i in range(len(unseen))], cfg.seed) if len(unseen) else None
 
-    checkpoints = Checkpoints(out / "checkpoints", cfg.keep_checkpoints, accelerator)
-    given = find(cfg.resume)
-    if start := checkpoints.latest() or given:
-        trainer.steps_taken = load(start, lm.model, trainer.optimizers)["step"]
+    kept = (cfg.keep_checkpoints, cfg.keep_best, cfg.async_checkpoints)
+    checkpoints = Checkpoints(out / "checkpoints", accelerator, *kept)
+    if start := checkpoints.begin(cfg.resume, progress.say):
+        remembered = load(start, lm.model, trainer.optimizers)
+        if remembered["beside"] != beside:
+            raise DirlError(f"{cfg.model.name} has changed since this run began, which goes on beside it: put it back")
+        trainer.steps_taken, trainer.skipped = remembered["step"], remembered["skipped"]
         progress.say(f"going on after step {trainer.steps_taken}, from {start}")
     main, config = accelerator.is_main_process, OmegaConf.to_container(cfg)
     log = open_log(out, trainer.steps_taken, logger, config) if main else NoLog()
 
-    sampler = NativeSampler(lm)
-    with Grader(workers=1) as grader, StopSignal(accelerator) as stop, progress.after(trainer.steps_taken):
+    with (
+        checkpoints,
+        Grader(workers=1) as grader,
+        StopSignal(accelerator) as stop,
+        progress.after(trainer.steps_taken),
+    ):
         while trainer.steps_taken < cfg.steps:
             began = time.perf_counter()
             torch.manual_seed(cfg.seed + trainer.steps_taken)  # for models with dropout
@@ -132,26 +148,33 @@ def run(cfg: DictConfig, out: Path) -> None:
 
             step, is_last = trainer.steps_taken, trainer.steps_taken == cfg.steps
             progress.update(step, metrics)
+            if metrics["skipped"]:
+                progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'loss', 'grad_norm', 'skipped')}")
             if is_last or due(step, cfg.eval_every):
                 with trainer.times("evaluation"):
-                    metrics |= validated(trainer, validation, cfg.micro_rows) | exam.take(sampler, grader)
+                    metrics |= validated(trainer, validation, cfg.micro_rows)
+                    if exam.problems:
+                        metrics |= exam.take(NativeSampler(whole(peft.merged(lm))), grader)
                 progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'validation_loss', 'greedy_accuracy')}")
             log.write(step, metrics | trainer.times.take())
             must_stop = bool(stop) and not is_last
-            if is_last or must_stop or due(step, cfg.save_every):
+            is_due = due(step, cfg.save_every) and not trainer.skipped  # else the good ones would make way for bad ones
+            if is_last or must_stop or is_due or checkpoints.is_best(metrics):
                 with trainer.times("saving"):
-                    path = checkpoints.save(step, lm.model, trainer.optimizers)
+                    remembered = {"skipped": trainer.skipped, "beside": beside}
+                    path = checkpoints.save(step, lm.model, trainer.optimizers, metrics, **remembered)
             if is_last or must_stop or due(step, cfg.eval_every):
                 log.draw(PANELS, cfg.name, out / "loss.png")
             if must_stop:
-                raise DirlError(f"stopped after step {step} of {cfg.steps}, saved in {path}: the same command goes on")
+                checkpoints.wait()
+                raise stop.end(f"after step {step} of {cfg.steps}, saved in {path}")
 
     log.close()
     times = trainer.times.total
     progress.say(f"{clock(sum(times.values()))} went into {shares(times)}")
     settings: Any = OmegaConf.to_container(cfg)
     summary = f"{cfg.model.name}, fine-tuned on {cfg.data.name} with `dirl sft`."
-    keep(lm, out, summary, settings, RECIPE, PANELS, decoding, accelerator, progress)
+    keep(lm, peft, out, summary, settings, RECIPE, PANELS, decoding, accelerator, progress)
 
 
 def validated(trainer: Trainer, validation: tuple[Rows, int] | None, micro_rows: int | None) -> dict[str, float]:

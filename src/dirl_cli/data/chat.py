@@ -164,7 +164,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generat
         raise DirlError("the tokenizer has no chat template: give prompt texts instead of messages")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         turns, reason = ", ".join(message["role"] for message in messages), " ".join(str(error).split())
         raise DirlError(
             f"the tokenizer's chat template refuses a conversation of {turns} ({reason}):"

@@ -42,15 +42,20 @@ def demonstration(row: Row) -> dict:
         expected = "a demonstration has messages, prompt and response, or question and response"
         return {key: text(row, key, expected) for key in (asked, "response")}
     messages = row.fields["messages"]
-    good = isinstance(messages, list) and all(
-        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        for message in messages
-    )
+    good = isinstance(messages, list) and all(map(is_message, messages))
     if not good or all(message["role"] != "assistant" for message in messages):
         raise DirlError(
             f"{row.place}: messages must be a list of objects with role and content, one of them the assistant's"
         )
     return {"messages": messages}
+
+
+def is_message(given: Any) -> bool:
+    """Whether this is a turn of a conversation: text by text, with a thought before it or without."""
+    if not isinstance(given, dict):
+        return False
+    texts = [given.get("role"), given.get("content"), given.get("reasoning_content") or ""]
+    return all(isinstance(text, str) for text in texts)
 
 
 def problem(row: Row, default_id: str) -> Problem:

@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import constants
+import yaml
+from huggingface_hub import constants, metadata_load
 
 from dirl_cli.errors import DirlError
 
+HALVES = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # of characters; two of them make one
+OUTSIDE = re.compile(r"^[/~\\]|(?:^|[/\\])\.\.(?:[/\\]|$)|::?//|::")
+KINDS = ("json", "parquet", "csv", "text", "arrow")  # of data sets, as `datasets` calls them
 FILES = (".json", ".jsonl", ".gz", ".parquet")
 
 
@@ -50,15 +54,41 @@ def data_set_rows(source: str, directory: Path, split: str | None, config: str |
     import datasets  # takes a second to import
 
     datasets.disable_progress_bars()
+    require_inside(directory)
     try:
-        splits = datasets.load_dataset(str(directory.resolve()), config, cache_dir=str(cache_directory()))
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        builder = datasets.load_dataset_builder(str(directory.resolve()), config, cache_dir=str(cache_directory()))
+        if builder.name not in KINDS:
+            raise ValueError(f"it holds {builder.name}, and read are {', '.join(KINDS)}")
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise DirlError(f"{source} cannot be read as a data set ({reason}): correct it, or give one file") from error
     if split not in splits and (split or len(splits) > 1):
         raise DirlError(f"{source} has the splits {' and '.join(splits)}: choose one with bench.split= or data.split=")
     rows = splits[split or next(iter(splits))]
     return [Row(f"{source} row {i}", fields) for i, fields in enumerate(rows, start=1)]
+
+
+def require_inside(directory: Path) -> None:
+    """Raises DirlError for a data set whose description sends its reader to other places than its own directory."""
+    for file in filter(Path.exists, (directory / "README.md", directory / ".huggingface.yaml")):
+        try:
+            header = metadata_load(file) if file.suffix == ".md" else yaml.safe_load(file.read_bytes())
+        except (ValueError, yaml.YAMLError, OSError) as error:
+            raise DirlError(f"{file} has a header that cannot be read ({' '.join(str(error).split())})") from error
+        parts = header.get("configs") if isinstance(header, dict) else None
+        places = [part.get(key) for part in parts or () if isinstance(part, dict) for key in ("data_files", "data_dir")]
+        if outside := [text for text in texts(places) if OUTSIDE.search(text)]:
+            raise DirlError(f"{file} sends its reader to {outside[0]}, out of its directory: correct or remove it")
+
+
+def texts(node: Any) -> Iterator[str]:
+    """Every text in nested lists and objects."""
+    if isinstance(node, str):
+        yield node
+    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from texts(inner)
 
 
 def cache_directory() -> Path:
@@ -71,7 +101,7 @@ def parquet_rows(path: Path) -> list[Row]:
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise DirlError(f"{path} is not a Parquet file that can be read: {error}") from error
     return [Row(f"{path} row {i}", fields) for i, fields in enumerate(rows, start=1)]
 
@@ -88,10 +118,22 @@ def json_rows(path: Path) -> list[Row]:
         reason = getattr(error, "strerror", None) or error
         raise DirlError(f"{path} cannot be read ({reason}): give a JSON, JSONL or Parquet file") from error
     rows = list(json_list(path, content) if content.lstrip().startswith("[") else json_lines(path, content))
+    has_halves = HALVES.search(content)
     for row in rows:
         if not isinstance(row.fields, dict):
             raise DirlError(f"{row.place} is not a JSON object but {json.dumps(row.fields)[:40]}: correct it")
+        if has_halves:
+            require_text(row)
     return rows
+
+
+def require_text(row: Row) -> None:
+    """Raises DirlError for half a character, which JSON can spell and no tokenizer takes."""
+    try:
+        json.dumps(row.fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise DirlError(f"{row.place} holds {half}, which is half a character: correct or remove it") from error
 
 
 def json_list(path: Path, content: str) -> Iterator[Row]:

@@ -58,6 +58,7 @@ class Rows:
     token_ids, group, sequence, position, view: (R, L), `group` being the strip's index in the packed list.
     where: (N,) indices of the scored tokens into the flattened rows, ascending. targets: (N,) what they should be.
     weight: (N,) of each in the loss. notes: more about each, (N,) under a name, such as its advantage.
+    block_masks: made of the coordinates once for each device, and shared by copies that have the same coordinates.
     """
 
     token_ids: Tensor
@@ -70,6 +71,7 @@ class Rows:
     weight: Tensor
     block_size: int
     notes: Mapping[str, Tensor] = field(default_factory=dict)
+    block_masks: dict[torch.device, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -108,6 +110,7 @@ class Rows:
                     targets=self.targets[inside],
                     weight=self.weight[inside],
                     notes={name: note[inside] for name, note in self.notes.items()},
+                    block_masks={},
                 )
             )
         return parts

@@ -1,6 +1,7 @@
 """From logits to distributions, candidates and confidences."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 def temper(logits: Tensor, temperature: float, unsampled_ids: Tensor) -> Tensor:
     """Logits in fp32 at `temperature` (0 counts as 1), without the ids that are never sampled. logits: (N, V)."""
-    logits = logits.float() / (temperature or 1.0)
-    return logits.index_fill(-1, unsampled_ids, -torch.inf)
+    tempered = logits.to(torch.float32, copy=True)
+    return tempered.div_(temperature or 1.0).index_fill_(-1, unsampled_ids, -torch.inf)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -23,28 +24,38 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered, ids = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
         beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the first is always kept
-        logits = logits.masked_fill(beyond.gather(-1, ids.argsort(-1)), -torch.inf)
+        logits = logits.masked_fill(torch.empty_like(beyond).scatter_(-1, ids, beyond), -torch.inf)
     return logits
 
 
 def entropy(logprobs: Tensor) -> Tensor:
     """Entropy in nats of normalised log-probabilities, -inf allowed: (…, V) to (…)."""
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    return -logprobs.exp().mul_(logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """A token drawn for each of N positions. tokens, logprobs (as drawn), confidence: (N,); distribution: (N, V)."""
+    """A token drawn for each of N positions. tokens, logprobs (as drawn), confidence: (N,).
+
+    log_distribution: gives all log-probs before truncation, (N, V), to the few strategies that ask for them.
+    known_entropy: of that distribution in nats, (N,), where drawing told it.
+    """
 
     tokens: Tensor
     logprobs: Tensor
     confidence: Tensor
-    distribution: Tensor
+    log_distribution: Callable[[], Tensor]
+    known_entropy: Tensor | None = None
+
+    @cached_property
+    def distribution(self) -> Tensor:
+        """Computed when it is first asked for, since it is (N, V)."""
+        return self.log_distribution()
 
     @cached_property
     def entropy(self) -> Tensor:
-        """Of the distribution before truncation, in nats: (N,). Few strategies ask, and it is a pass over V."""
-        return entropy(self.distribution)
+        """Of the distribution before truncation, in nats: (N,)."""
+        return entropy(self.distribution) if self.known_entropy is None else self.known_entropy
 
 
 def draw(
@@ -60,12 +71,30 @@ def draw(
 
     logits: (N, V). uniform: (N,) in [0, 1), the only randomness, which temperature 0 does without. confidence:
     sampled, max, or entropy, the latter as exp(-entropy), which like the others lies in (0, 1].
+
+    A token is where the cumulative distribution passes its position's one number, so that a CPU and a GPU draw the
+    same but for rounding; the largest of logits with Gumbel noise would take V numbers of one generator on both.
     """
+    is_greedy = uniform is None or temperature == 0
+    if logits.is_cuda and (is_greedy or (top_k == 0 and top_p == 1)):
+        return draw_at_once(logits, None if is_greedy else uniform, temperature, confidence, unsampled_ids)
     full = temper(logits, temperature, unsampled_ids).log_softmax(-1)
     if uniform is None or temperature == 0:
         return candidates(full, full, full.argmax(-1), confidence)
     kept = truncated(full, top_k, top_p)
     return candidates(full, kept, invert(kept.exp(), uniform), confidence)
+
+
+def draw_at_once(
+    logits: Tensor, uniform: Tensor | None, temperature: float, confidence: str, unsampled_ids: Tensor
+) -> Candidates:
+    """`draw` without truncation, in one pass over the logits; uniform: None takes the likeliest token."""
+    from dirl_cli.diffusion.kernels import draw_rows  # Triton, which torch brings along for CUDA
+
+    tokens, logprobs, likeliest, entropies = draw_rows(logits, uniform, temperature, unsampled_ids)
+    certainty = {"sampled": logprobs, "max": likeliest, "entropy": -entropies}[confidence].exp()
+    full = lambda: temper(logits, temperature, unsampled_ids).log_softmax(-1)  # noqa: E731
+    return Candidates(tokens, logprobs, certainty, full, entropies)
 
 
 def truncated(full: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -82,12 +111,12 @@ def candidates(full: Tensor, kept: Tensor, tokens: Tensor, confidence: str) -> C
         certainty = full.amax(-1).exp()
     else:
         certainty = (-entropy(full)).exp()
-    return Candidates(tokens, kept.gather(-1, drawn).squeeze(-1), certainty, full)
+    return Candidates(tokens, kept.gather(-1, drawn).squeeze(-1), certainty, lambda: full)
 
 
 def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The token at `uniform` of the cumulative distribution. probabilities: (N, V); uniform: (N,)."""
-    cumulative = probabilities.double().cumsum(-1)
+    cumulative = probabilities.to(torch.float64, copy=True).cumsum_(-1)
     total = cumulative[:, -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))  # a product that rounds up would find no token
     target = torch.minimum(uniform[:, None] * total, below_total)

@@ -24,12 +24,14 @@ class State:
     confidence, entropy: (N, B), of the candidates, zero where revealed.
     quota: (N,) how many tokens this step owes so that the block is full after its last step.
     threshold: see `Decoding`.
+    start: (N,) the position of each block's first token; every engine tells it.
     """
 
     masked: Tensor
     candidates: Candidates
     quota: Tensor
     threshold: float
+    start: Tensor | None = None
 
     @cached_property
     def confidence(self) -> Tensor:
@@ -77,8 +79,10 @@ def rank(score: Tensor, among: Tensor) -> Tensor:
 def reveal(strategy: Strategy, state: State) -> Tensor:
     """What the strategy reveals, held to its contract: masked positions only, at least one in each block with any."""
     chosen = strategy(state) & state.masked
+    if strategy in BUILT_IN.values():  # which keep it
+        return chosen
     stuck = state.masked.any(-1) & ~chosen.any(-1)
-    if stuck.any():
+    if stuck.is_cuda or stuck.any():  # to ask would be to wait for the GPU
         best = state.masked & (rank(state.confidence, state.masked) == 0)
         chosen = torch.where(stuck[:, None], best, chosen)
     return chosen

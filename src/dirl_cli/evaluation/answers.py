@@ -5,11 +5,13 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from types import TracebackType, UnionType
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from dirl_cli.errors import DirlError
 from dirl_cli.types import StopReason
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,32 @@ def read_answers(path: Path) -> list[Answer]:
     if not path.exists():
         return []
     answers = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            answer = Answer(**json.loads(line))
-        except (json.JSONDecodeError, TypeError) as error:
+            answer = typed(Answer(**json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
             raise DirlError(f"{path} line {number} is not an answer: remove it, and it is sampled again") from error
         answers[answer.problem, answer.sample] = answer
     return list(answers.values())
+
+
+def typed(values: T) -> T:
+    """A dataclass made of what a file said. Raises TypeError for the first value that is not of its field's type."""
+    for name, kind in get_type_hints(type(values)).items():
+        if not is_a(getattr(values, name), kind):
+            raise TypeError(f"{name} is {getattr(values, name)!r}")
+    return values
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in inner
+    if origin is UnionType:
+        return any(is_a(value, one) for one in inner)
+    if origin is dict:
+        return isinstance(value, dict) and all(is_a(k, inner[0]) and is_a(v, inner[1]) for k, v in value.items())
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 class Run(NamedTuple):

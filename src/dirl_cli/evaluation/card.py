@@ -8,10 +8,11 @@ from typing import Any
 
 from dirl_cli.disk import write_json
 from dirl_cli.errors import DirlError, did_you_mean
-from dirl_cli.evaluation.answers import Answer, read_answers
+from dirl_cli.evaluation.answers import Answer, is_a, read_answers, typed
 from dirl_cli.evaluation.metrics import Metrics
 
 CARD, ANSWERS, SOURCE = "eval_card.json", "answers.jsonl", "sampled_from.json"
+SECTIONS = ("model", "bench", "instruction", "decoding")
 HOME = Path("runs/eval")
 
 
@@ -45,13 +46,19 @@ def read_evaluation(path: str | Path) -> Evaluation:
         raise DirlError(f"{path} holds no finished evaluation: {hint}")
     folder = card_file.parent
     try:
-        card = json.loads(card_file.read_text())
-        metrics = dict(card["metrics"])
-        metrics["pass_at"] = {int(m): share for m, share in metrics["pass_at"].items()}
-    except (ValueError, TypeError, KeyError) as error:
+        card = json.loads(card_file.read_bytes())
+        pass_at = {int(m): share for m, share in card["metrics"]["pass_at"].items()}
+        metrics = typed(Metrics(**{**card["metrics"], "pass_at": pass_at}))
+        if not all(is_a(card.get(group, {}), dict) for group in SECTIONS):
+            raise TypeError(f"{' and '.join(SECTIONS)} are objects")
+        problems = json.loads((folder / SOURCE).read_bytes())["problems"] if (folder / SOURCE).exists() else {}
+        if not is_a(problems, dict[str, str]):
+            raise TypeError("problems are digests by id")
+        evaluation = Evaluation(str(path), card, metrics, read_answers(folder / ANSWERS), problems)
+        assert evaluation.of
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DirlError(f"{card_file} is not the card of an evaluation: give the directory of one") from error
-    source = json.loads((folder / SOURCE).read_text()) if (folder / SOURCE).exists() else {"problems": {}}
-    return Evaluation(str(path), card, Metrics(**metrics), read_answers(folder / ANSWERS), source["problems"])
+    return evaluation
 
 
 def require_same(path: Path, source: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from dirl_cli.errors import DirlError
-from dirl_cli.evaluation.answers import Answer
+from dirl_cli.evaluation.answers import Answer, typed
 from dirl_cli.evaluation.grade import verdict
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Problem
@@ -24,7 +24,10 @@ def read_predictions(lines: Iterable[tuple[str, Mapping[str, Any]]], problems: S
     ids, counts, answers = {problem.id for problem in problems}, Counter[str](), []
     for place, given in lines:
         if given.keys() == OURS:
-            answer = Answer(**given)
+            try:
+                answer = typed(Answer(**given))
+            except TypeError as error:
+                raise DirlError(f"{place} is not an answer ({error}): correct or remove it") from error
             if answer.problem not in ids:
                 raise DirlError(f"{place} answers problem {answer.problem}, which the benchmark has not: check bench")
         else:

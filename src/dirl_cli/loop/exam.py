@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from dirl_cli.data.chat import answer_text
 from dirl_cli.evaluation.grade import graded
+from dirl_cli.loop.share import balanced
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.sampler import Sampler
@@ -30,8 +31,9 @@ class Exam:
         if not self.problems:
             return {}
         tokenizer = self.lm.require_tokenizer()
-        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        own, prompts = self.problems[share], self.prompts[share]
+        shares = balanced([len(prompt) for prompt in self.prompts], self.accelerator.num_processes)
+        share = shares[self.accelerator.process_index]
+        own, prompts = [self.problems[i] for i in share], [self.prompts[i] for i in share]
         with self.accelerator.autocast():
             answers = sampler.stream(prompts, 1, replace(self.decoding, temperature=0.0))
             right = sum(answer.correct for answer in graded(answers, own, partial(answer_text, tokenizer), grader))

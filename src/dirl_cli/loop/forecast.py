@@ -1,7 +1,7 @@
 """The memory that a run is going to take, from its settings and the lengths of what it learns from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +14,28 @@ from dirl_cli.algo.views import Tokens
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.diffusion.masking import Masking, example, noised_strip
 from dirl_cli.models.checkpoint import DiffusionLM, pick_attention, pick_dtype
+from dirl_cli.models.lora import WHOLE, Peft
+from dirl_cli.rollout.engines import Engine, Lmdeploy
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import generator
 from dirl_cli.training.budget import Budget, Place, Settings, halvings
 from dirl_cli.training.optim import Optim
-from dirl_cli.training.plan import Bytes, Memory, MicroBatch, Parallelism, architecture, micro_batch
+from dirl_cli.training.plan import (
+    SCORING,
+    Bytes,
+    Memory,
+    MicroBatch,
+    architecture,
+    logit_bytes,
+    micro_batch,
+    parallelism,
+)
 from dirl_cli.types import Decoding, Trajectory
 
 UPDATE = ("micro_rows", "gradient_checkpointing", "row_tokens", "decoding.max_new_tokens")
-SFT = (*UPDATE, "batch_size", "max_tokens", "eval_problems")
-RL = (*UPDATE, "rollout.max_batch", "rl.problems", "rl.group_size", "rl.mini_batches")
+SFT = (*UPDATE, "launch", "batch_size", "max_tokens", "eval_problems")
+ROLLOUT = ("rollout.max_batch", "rollout.cache_share", "rl.async_rollout")
+RL = (*UPDATE, *ROLLOUT, "launch", "rl.problems", "rl.group_size", "rl.mini_batches")
 LEAST = 64  # tokens of a row, a demonstration or an answer that are worth proposing
 
 
@@ -36,9 +48,10 @@ def sft_budget(
     settings: Settings,
     lengths: NDArray[np.int64],
     prompts: Sequence[Sequence[int]],
+    peft: Peft = WHOLE,
 ) -> Budget:
     """Of fine-tuning on demonstrations of these lengths and answering these prompts. settings: those named in SFT."""
-    memory = memory_of(lm, optim, place)
+    memory = memory_of(lm, optim, peft, place)
 
     def batch(settings: Settings) -> MicroBatch:
         kept = lengths[lengths <= max(settings["max_tokens"], lengths.min())]
@@ -48,17 +61,24 @@ def sft_budget(
         return packed(strip, settings["batch_size"] * float(kept.mean()) / longest, settings, place)
 
     def phases(settings: Settings) -> dict[str, Bytes]:
-        found = {"update": update(memory, batch(settings), settings)}
+        shared = replace(memory, parallelism=parallelism(settings["launch"], place.gpus))
+        found = loading(shared) | {"update": update(shared, batch(settings), settings)}
         if asked := prompts[: settings["eval_problems"]]:
             slots = min(NativeSampler(lm).max_batch, math.ceil(len(asked) / place.gpus))
             greedy = replace(decoding, temperature=0.0)
-            found["evaluation"] = rollout(memory, slots, max(map(len, asked)), lm, greedy, settings)
+            found["evaluation"] = rollout(
+                replace(shared, samples=True), slots, max(map(len, asked)), lm, greedy, settings
+            )
         return found
 
-    knobs = update_knobs(settings, batch(settings)) | {
-        "eval_problems": halvings(settings["eval_problems"], 1),
-        "max_tokens": halvings(settings["max_tokens"], LEAST),
-    }
+    knobs = (
+        sharing_knobs(settings, place, peft)
+        | update_knobs(settings, batch(settings))
+        | {
+            "eval_problems": halvings(settings["eval_problems"], 1),
+            "max_tokens": halvings(settings["max_tokens"], LEAST),
+        }
+    )
     return Budget(phases, settings, knobs, place, f"{memory}\nabout {batch(settings)}")
 
 
@@ -70,15 +90,19 @@ def rl_budget(
     place: Place,
     settings: Settings,
     longest_prompt: int,
-    samples: bool,
+    engine: Engine | None,
     learns: bool,
+    peft: Peft = WHOLE,
 ) -> Budget:
-    """Of reinforcement on prompts of at most so many tokens. settings: those named in RL.
+    """Of reinforcement on prompts of at most so many tokens. settings: those named in RL. engine: what samples, if any.
 
     All answers are taken to be as long as they may be, and revealed in as many steps as they may take.
     """
-    memory = memory_of(lm, optim, place, reference=objective.beta > 0)
-    sorts = decoding.temperature > 0 and decoding.top_p < 1
+    memory = replace(
+        memory_of(lm, optim, peft, place, reference=objective.beta > 0, samples=engine is not None),
+        ahead=bool(settings["rl.async_rollout"]) and not isinstance(engine, Lmdeploy),
+    )
+    scoring = logit_bytes(decoding)
     tokens = Tokens(lm.block_size, lm.mask_token_id)
 
     def batch(settings: Settings) -> MicroBatch:
@@ -91,24 +115,39 @@ def rl_budget(
         slots = min(
             settings["rollout.max_batch"], math.ceil(settings["rl.problems"] / place.gpus) * settings["rl.group_size"]
         )
-        sampled = {"rollout": rollout(memory, slots, longest_prompt, lm, decoding, settings)} if samples else {}
-        return sampled | ({"update": update(memory, batch(settings), settings, sorts)} if learns else {})
+        shared = replace(memory, parallelism=parallelism(settings["launch"], place.gpus))
+        found: dict[str, Bytes] = {}
+        if isinstance(engine, Lmdeploy):
+            share = settings["rollout.cache_share"]
+            found["rollout"] = shared.lmdeploy(place.room(), share, slots * lm.block_size, decoding)
+        elif engine:
+            found["rollout"] = rollout(shared, slots, longest_prompt, lm, decoding, settings)
+        if learns:
+            found["update"] = update(shared, batch(settings), settings, scoring)
+        if settings["rl.async_rollout"]:
+            found = {"update and rollout": together(found.values(), shared.resident())}
+        return loading(shared) | found
 
     knobs = {
+        **sharing_knobs(settings, place, peft),
         "rollout.max_batch": halvings(settings["rollout.max_batch"], 1),
+        "rollout.cache_share": [engine.cache_share / part for part in (2, 4)] if isinstance(engine, Lmdeploy) else [],
         **update_knobs(settings, batch(settings)),
         "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
     }
     return Budget(phases, settings, knobs, place, f"{memory}\nat most {batch(settings)}")
 
 
-def memory_of(lm: DiffusionLM, optim: Optim, place: Place, reference: bool = False) -> Memory:
+def memory_of(
+    lm: DiffusionLM, optim: Optim, peft: Peft, place: Place, reference: bool = False, samples: bool = False
+) -> Memory:
     return Memory(
-        architecture(lm.model.config, optim),
+        architecture(lm.model.config, optim, peft, peft.base_dtype(place.dtype, place.kind)),
         bf16=pick_dtype(place.dtype, place.kind) == torch.bfloat16,
         dense=pick_attention(place.attention, place.kind) == "sdpa",
         reference=reference,
-        parallelism=Parallelism(gradients_stay=place.gpus > 1),
+        samples=samples,
+        cuda=place.kind == "cuda",
     )
 
 
@@ -123,8 +162,8 @@ def packed(strip: Strip, strips: float, settings: Settings, place: Place) -> Mic
     return micro_batch(strip, strips, settings["row_tokens"], settings["micro_rows"], place.gpus)
 
 
-def update(memory: Memory, batch: MicroBatch, settings: Settings, sorts: bool = False) -> Bytes:
-    return replace(memory, checkpointing=settings["gradient_checkpointing"]).update(batch, sorts)
+def update(memory: Memory, batch: MicroBatch, settings: Settings, scoring: int = SCORING) -> Bytes:
+    return replace(memory, checkpointing=settings["gradient_checkpointing"]).update(batch, scoring)
 
 
 def rollout(memory: Memory, slots: int, prompt: int, lm: DiffusionLM, decoding: Decoding, settings: Settings) -> Bytes:
@@ -134,6 +173,25 @@ def rollout(memory: Memory, slots: int, prompt: int, lm: DiffusionLM, decoding: 
 def with_answer(prompt: int, lm: DiffusionLM, settings: Settings) -> int:
     """Tokens of a prompt and its longest answer."""
     return min(prompt + settings["decoding.max_new_tokens"], lm.longest_prompt + 1)
+
+
+def together(phases: Iterable[Bytes], resident: Bytes) -> Bytes:
+    """Phases that coincide: what is resident once, all else of each."""
+    found: Bytes = {}
+    for phase in phases:
+        for name, size in phase.items():
+            found[name] = max(found.get(name, 0), size) if name in resident else found.get(name, 0) + size
+    return found
+
+
+def loading(memory: Memory) -> dict[str, Bytes]:
+    """A model that processes will share is loaded whole by each."""
+    return {"loading": {"parameters": memory.model.weight_bytes}} if memory.parallelism.gathers else {}
+
+
+def sharing_knobs(settings: Settings, place: Place, peft: Peft) -> dict[str, Sequence[Any]]:
+    """What makes several processes take less each."""
+    return {"launch": ["fsdp2"] if place.gpus > 1 and settings["launch"] != "fsdp2" and peft == WHOLE else []}
 
 
 def update_knobs(settings: Settings, batch: MicroBatch) -> dict[str, Sequence[Any]]:

@@ -14,6 +14,8 @@ from dirl_cli.algo.select import has_signal
 from dirl_cli.data.chat import answer_text
 from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
+from dirl_cli.evaluation.metrics import mean
+from dirl_cli.loop.share import balanced
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.answer import Answer
 from dirl_cli.reward.scoring import Scored, Scorer
@@ -23,27 +25,33 @@ from dirl_cli.training.order import Order
 from dirl_cli.types import Decoding, Problem
 
 Answers = list[Record]  # those to one problem
+Drawn = tuple[int, Record]  # an answer and its problem's place in the endless order
 
 
 @dataclass
 class State:
-    """What a run knows besides its parameters: steps done, problems drawn, groups left over for the next step."""
+    """What a run knows besides its parameters.
+
+    step: those done. drawn: problems so far. surplus: groups left over for the next step. ahead: the answers to the
+    next step's first problems, where they are sampled while this one learns.
+    """
 
     step: int = 0
     drawn: int = 0
     surplus: list[Answers] = field(default_factory=list)
+    ahead: list[Answers] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "rl_step": self.step,
-            "drawn": self.drawn,
-            "surplus": [[to_json(record) for record in group] for group in self.surplus],
-        }
+        kept = {"surplus": self.surplus, "ahead": self.ahead}
+        groups = {name: [[to_json(record) for record in group] for group in some] for name, some in kept.items()}
+        return {"rl_step": self.step, "drawn": self.drawn, **groups}
 
     @staticmethod
     def from_json(saved: dict[str, Any]) -> "State":
-        surplus = [[from_json(record) for record in group] for group in saved["surplus"]]
-        return State(saved["rl_step"], saved["drawn"], surplus)
+        surplus, ahead = (
+            [[from_json(record) for record in group] for group in saved[name]] for name in ("surplus", "ahead")
+        )
+        return State(saved["rl_step"], saved["drawn"], surplus, ahead)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class Sampled:
     max_rounds: int
     order: Order
     seed: int
+    lengths: dict[int, float] = field(default_factory=dict)  # by problem: the mean of its last answers, in tokens
 
     def take(self, state: State) -> tuple[list[Answers], list[Answers]]:
         """The groups to learn from, of earlier steps first, and all that were sampled; moves `state` on."""
@@ -74,7 +83,7 @@ class Sampled:
         for turn in range(self.max_rounds):
             if len(kept) >= self.problems:
                 break
-            groups = self.sample(state, turn)
+            groups, state.ahead = state.ahead or self.sample(state, turn), []
             state.drawn += self.problems
             for group in groups:
                 keep = teaches(group, self.filter)
@@ -86,18 +95,38 @@ class Sampled:
         return kept[: self.problems], sampled
 
     def sample(self, state: State, turn: int) -> list[Answers]:
-        """Answers to the next problems, each process sampling its share of them."""
-        places = range(state.drawn, state.drawn + self.problems)
-        share = list(places)[self.accelerator.process_index :: self.accelerator.num_processes]
+        """Answers to the next problems, each process sampling its share of them, which all take about as long."""
+        places = self.places(state)
+        return self.gathered(list(self.own(places, [state.step, turn])), places)
+
+    def places(self, state: State) -> range:
+        """Where in the endless order the next problems stand."""
+        return range(state.drawn, state.drawn + self.problems)
+
+    def own(self, places: range, moment: list[int]) -> Iterator[Drawn]:
+        """The answers of this process's share."""
+        shares = balanced([self.cost(self.order[place]) for place in places], self.accelerator.num_processes)
+        share = [places[i] for i in shares[self.accelerator.process_index]]
         with self.accelerator.autocast():
-            own = list(self.answers(share, [state.step, turn]))
+            yield from self.answers(share, moment)
+
+    def gathered(self, own: list[Drawn], places: range) -> list[Answers]:
+        """Every process's answers, by problem."""
         everyone = gather_object(own) if self.accelerator.num_processes > 1 else own
         found: dict[int, Answers] = {place: [] for place in places}
         for place, record in everyone:
             found[place].append(record)
+        for place, group in found.items():
+            if group:
+                self.lengths[self.order[place]] = mean(len(record.trajectory.token_ids) for record in group)
         return [sorted(group, key=lambda record: record.sample) for group in found.values()]
 
-    def answers(self, places: Sequence[int], moment: list[int]) -> Iterator[tuple[int, Record]]:
+    def cost(self, problem: int) -> float:
+        """Tokens of a prompt and an answer to it, as long as its last or, until it has one, as all problems'."""
+        usual = mean(self.lengths.values()) if self.lengths else 0.0
+        return len(self.prompts[problem]) + self.lengths.get(problem, usual)
+
+    def answers(self, places: Sequence[int], moment: list[int]) -> Iterator[Drawn]:
         """(place, record) of each scored answer to the problems at these places of the endless order.
 
         moment: step and turn, which with the place make the seed, since a problem may come up again.

@@ -7,8 +7,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from dirl_cli.models.card import model_card
+from dirl_cli.models.card import adapter_card, model_card
 from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.lora import Peft
 from dirl_cli.models.push import push
 from dirl_cli.training.checkpoint import save_model
 from dirl_cli.training.metrics import curves
@@ -19,6 +20,7 @@ from dirl_cli.types import Decoding
 
 def keep(
     lm: DiffusionLM,
+    peft: Peft,
     run: Path,
     summary: str,
     settings: Mapping[str, Any],
@@ -28,18 +30,28 @@ def keep(
     accelerator: Accelerator,
     progress: StepProgress,
 ) -> None:
-    """Save `run`/model, its card made of the settings named in `recipe` and of what `panels` show; then push it."""
-    repository, saved = settings["push_to_hub"], run / "model"
+    """Save `run`/model, its card made of the settings named in `recipe` and of what `panels` show; then push it.
+
+    What `peft` trained beside the weights is saved in `run`/adapter, too.
+    """
+    repository, saved, base = settings["push_to_hub"], run / "model", settings["model"].get("path")
+    chosen = {name: settings[name] for name in recipe}
+    if accelerator.is_main_process:
+        merged_first = settings["model"].get("adapter")
+        told = f"{summary} It stands beside {base} with {merged_first} merged into it." if merged_first else summary
+        beside = None if merged_first else base
+        peft.save(lm, run / "adapter", beside, adapter_card(settings["name"], told, beside, chosen))
     card = model_card(
         settings["name"],
         repository,
         summary,
-        settings["model"].get("path"),
-        {name: settings[name] for name in recipe},
+        base,
+        chosen,
         curves(run / "metrics.jsonl", panels),
         asdict(decoding) | {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
     )
-    save_model(lm, settings["dtype"], saved, card, accelerator)
+    where = "cpu" if accelerator.is_main_process else "meta"  # one process saves
+    save_model(peft.merged(lm, where), settings["dtype"], saved, card, accelerator)
     progress.say(f"the model is in {saved}: run `dirl eval model={saved}`")
     if repository and accelerator.is_main_process:
         progress.say(f"and at {push(saved, repository)}")

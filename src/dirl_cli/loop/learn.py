@@ -51,8 +51,12 @@ class Learner:
     longest: int
     seed: int
 
-    def learn(self, groups: Sequence[Answers], step: int, version: int) -> dict[str, float]:
-        """Learn from the groups; returns the mean metrics of the optimizer steps. version: the weights'."""
+    def learn(self, groups: Sequence[Answers], step: int) -> dict[str, float]:
+        """Learn from the groups; returns the mean metrics of the optimizer steps.
+
+        staleness: optimizer steps since the answers were sampled.
+        """
+        version = self.trainer.steps_taken
         n = min(self.mini_batches, len(groups))
         parts = [groups[i * len(groups) // n : (i + 1) * len(groups) // n] for i in range(n)]
         with self.trainer.times("rows"):
@@ -68,9 +72,11 @@ class Learner:
             weight = one.pop("weight")
             one |= {name: one[name] / weight for name in ("entropy", "ratio", "clipped", "kl") if name in one}
         metrics = {name: mean([one[name] for one in taken]) for name in taken[0]}
+        metrics["skipped"] = sum(one["skipped"] for one in taken)
         if compared:
             metrics |= {name: value / compared for name, value in zip(COMPARED[1:], differences, strict=True)}
             metrics["mismatch_max"] = float(self.trainer.accelerator.gather(watch.largest[None]).max())
+        metrics["staleness"] = version - mean(one.trajectory.weights_version for group in groups for one in group)
         metrics["token_forwards"] = sum(rows.num_tokens for batch in batches for rows in batch.micro_batches)
         return metrics
 

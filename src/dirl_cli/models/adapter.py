@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from dirl_cli import hub
 from dirl_cli.errors import DirlError
+from dirl_cli.models.harmless import read_object
 
 
 def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
@@ -24,6 +25,9 @@ def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (directory / name).is_file():
             raise DirlError(f"{adapter} has no {name}: give model.adapter the directory that PEFT saved an adapter in")
+    given = read_object(directory / "adapter_config.json")
+    if given.get("peft_type") != "LORA" or given.get("megatron_config"):  # which names a module to import
+        raise DirlError(f"{adapter} is no LoRA adapter, or one for Megatron: give one that PEFT saved as LORA")
     try:
         adapted = PeftModel(model, PeftConfig.from_pretrained(str(directory)))
         loaded = adapted.load_adapter(directory, "default", torch_device=str(model.device))

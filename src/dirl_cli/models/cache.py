@@ -1,13 +1,12 @@
 """Keys and values of a batch whose sequences come and go, in the form transformers' decoders ask for."""
 
-import torch
 from torch import Tensor
 
 
 class SlotCache:
-    """Per layer (slots, heads, length, head_dim): a token's keys and values live at its slot and position.
+    """Per layer (slots, length, heads, head_dim): a token's keys and values live at its slot and position.
 
-    What a slot held before needs no clearing: the attention rule hides every position that was not rewritten.
+    What a slot held before needs no clearing: nobody looks at a position that was not rewritten.
     """
 
     def __init__(self, slots: int, length: int) -> None:
@@ -15,23 +14,24 @@ class SlotCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def at(self, slots: Tensor, positions: Tensor, used: int) -> "SlotCache":
-        """Aim the next forward: its batch rows are `slots` (N,), its tokens stand at `positions` (N, W)."""
-        self.rows, self.positions, self.used = slots, positions, used
+    def at(self, places: Tensor) -> "SlotCache":
+        """Aim the next forward: its tokens stand at `places` (T,), each slot * length + position."""
+        self.places = places
         return self
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Store (N, heads, W, head_dim) and return what the queries may see, up to position `used`."""
-        if layer == len(self.keys):
-            shape = (self.slots, keys.shape[1], self.length, keys.shape[3])
-            self.keys.append(keys.new_zeros(shape))
+        """Store (1, heads, T, head_dim) and return the layer's keys and values, whole."""
+        if layer == len(self.keys):  # in the dtype of the values: under autocast a norm leaves the keys wider
+            shape = (self.slots, self.length, *values.shape[1::2])
+            self.keys.append(values.new_zeros(shape))
             self.values.append(values.new_zeros(shape))
-        return self._store(self.keys[layer], keys), self._store(self.values[layer], values)
+        for kept, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            kept.flatten(0, 1).index_copy_(0, self.places, new[0].transpose(0, 1).to(kept.dtype))
+        return self.keys[layer], self.values[layer]
 
-    def _store(self, kept: Tensor, new: Tensor) -> Tensor:
-        kept[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
-        if len(self.rows) == self.slots:  # rows are ascending: all of them, no copy needed
-            return kept[:, :, : self.used]
-        return torch.index_select(kept[:, :, : self.used], 0, self.rows)
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Give `slot` what `source` holds at its first `length` positions."""
+        for kept in (*self.keys, *self.values):
+            kept[slot, :length] = kept[source, :length]

@@ -64,6 +64,14 @@ def model_card(
     return f"---\n{header.to_yaml()}\n---\n\n{body}\n"
 
 
+def adapter_card(title: str, summary: str, base: str | None, recipe: Mapping[str, object]) -> str:
+    """The README.md of an adapter, whose factors stand beside the weights of `base`; the rest as for a model."""
+    header = ModelCardData(library_name="peft", tags=TAGS, **inherited(base) if base else {})
+    use = f"```bash\ndirl eval model={told(base or 'BASE')} model.adapter=.\n```"
+    body = f"# {title}, adapter\n\n{summary}\n\n## Recipe\n\n{table(['', ''], [*recipe.items()])}\n\n## Use\n\n{use}"
+    return f"---\n{header.to_yaml()}\n---\n\n{body}\n"
+
+
 def inherited(base: str) -> dict[str, Any]:
     """The base model's Hub name and licence, as far as its own card tells."""
     is_repository = list(repositories(base)) == [base]

@@ -24,10 +24,12 @@ import dirl_cli.models.sdar  # noqa: F401  # registers `sdar` and `sdar_moe`
 from dirl_cli import hub
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.adapter import merged
+from dirl_cli.models.harmless import require_harmless
 from dirl_cli.models.published import save_published
 
 DEFAULT_BLOCK_SIZE = 4  # published configurations may name neither
 DEFAULT_MASK_TOKEN_ID = 151669
+UNBUILDABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError)
 MASK_NAMES = ("<|MASK|>", "<MASK>", "<|mask|>", "<mask>")  # a tokenizer's files may hold more than one
 
 
@@ -89,7 +91,10 @@ class Checkpoint:
         Raises DirlError where the directory, a tensor, the tokenizer or the adapter is missing or damaged.
         """
         device = pick_device(device)
-        config = self._config()
+        attention = pick_attention(attention, device)
+        directory = self._directory()
+        require_harmless(directory)
+        config = self._config(directory, attention)
         block_size = agree("block_size", self.block_size, getattr(config, "block_size", None), DEFAULT_BLOCK_SIZE)
         mask_id = agree(
             "mask_token_id", self.mask_token_id, getattr(config, "mask_token_id", None), DEFAULT_MASK_TOKEN_ID
@@ -100,42 +105,59 @@ class Checkpoint:
                 " set model.mask_token_id"
             )
         if device == "meta":  # its shapes alone: no weight is read
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=pick_dtype(dtype, device))
-            return diffusion_lm(model.eval(), self._tokenizer(), block_size, mask_id)
-        model = self._model(pick_dtype(dtype, device), pick_attention(attention, device))
+            model = self._shapes(config, pick_dtype(dtype, device))
+            return diffusion_lm(model.eval(), self._tokenizer(directory), block_size, mask_id)
+        model = self._model(directory, config, pick_dtype(dtype, device))
         model = merged(model, self.adapter) if self.adapter else model
         torch.nn.Module.to(model, device).eval()
-        return diffusion_lm(model, self._tokenizer(), block_size, mask_id)
+        return diffusion_lm(model, self._tokenizer(directory), block_size, mask_id)
 
-    def _config(self) -> PreTrainedConfig:
+    def _directory(self) -> Path:
+        path = Path(self.path)
+        if path.is_dir():
+            return path
+        if path.exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") != 1:
+            raise DirlError(
+                f"{self.path} is not a directory: give model.path that of a saved model, such as `dirl sft` leaves"
+            )
+        return hub.local(self.path, "model")
+
+    def _config(self, directory: Path, attention: str) -> PreTrainedConfig:
         try:
-            return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            # Whatever it names instead: it may name a repository of the Hub, whose code transformers would run.
+            config._attn_implementation, config._experts_implementation = attention, None
         except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-            raise self._missing(error) from error
+            raise self._unloadable(error) from error
+        return config
 
-    def _model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    def _shapes(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except UNBUILDABLE as error:
+            raise self._unbuildable(error) from error
+
+    def _model(self, directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()  # its report of what is missing says in a page what follows below
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.path,
+                directory,
+                config=config,
                 dtype=dtype,
-                attn_implementation=attention,
                 local_files_only=True,
                 trust_remote_code=False,
+                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below
             )
         except (SafetensorError, json.JSONDecodeError) as error:
             raise DirlError(f"{self.path} holds a damaged weight file ({error}): download or copy it again") from error
         except (OSError, ValueError) as error:
-            raise self._missing(error) from error
-        except (TypeError, LookupError, RuntimeError) as error:
-            raise DirlError(
-                f"{self.path} cannot be loaded as its config.json and index say ({one_line(error)}):"
-                " download or copy it again"
-            ) from error
+            raise self._unloadable(error) from error
+        except UNBUILDABLE as error:
+            raise self._unbuildable(error) from error
         model, found = loaded
         for key, stored, wanted in sorted(found["mismatched_keys"])[:1]:
             raise DirlError(
@@ -154,24 +176,23 @@ class Checkpoint:
             )
         return cast(PreTrainedModel, model)
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        if Path(self.path).is_dir() and not list(Path(self.path).glob("*token*")):
+    def _tokenizer(self, directory: Path) -> PreTrainedTokenizerBase | None:
+        if not list(directory.glob("*token*")):
             return None
         try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of the tokenizers library, which raises nothing more specific
             reason = one_line(error)
             raise DirlError(f"the tokenizer of {self.path} cannot be read ({reason}): copy it again") from error
 
-    def _missing(self, error: Exception) -> DirlError:
-        if Path(self.path).is_dir():
-            return DirlError(f"{self.path} is not a model that can be loaded: {one_line(error)}")
-        if Path(self.path).exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") != 1:
-            return DirlError(
-                f"{self.path} is not a directory: give model.path that of a saved model, such as `dirl sft` leaves"
-            )
-        words = hub.words(self.path, "model")
-        return DirlError(f"{self.path} is not on this machine, or not all of it: run `dirl download {words}` first")
+    def _unbuildable(self, error: Exception) -> DirlError:
+        reason = one_line(error)
+        return DirlError(
+            f"{self.path} cannot be loaded as its config.json and index say ({reason}): download or copy it again"
+        )
+
+    def _unloadable(self, error: Exception) -> DirlError:
+        return DirlError(f"{self.path} is not a model that can be loaded: {one_line(error)}")
 
 
 def diffusion_lm(
@@ -182,7 +203,10 @@ def diffusion_lm(
         raise DirlError(f"block_size is {block_size}: it must be at least 1")
     model.config.block_size, model.config.mask_token_id = block_size, mask_token_id
     eos = [model.generation_config.eos_token_id, model.config.eos_token_id]
-    stops = {i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
+    ends = [i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    if not all(type(i) is int for i in ends):
+        raise DirlError(f"{model.name_or_path} ends answers with {ends} (eos_token_id): give numbers of tokens")
+    stops = set(ends)
     vocabulary: dict[str, int] = tokenizer.get_vocab() if tokenizer else {}
     if tokenizer:
         stops |= {tokenizer.eos_token_id, vocabulary.get("<|im_end|>")} - {None}

@@ -1,10 +1,12 @@
 """The published layout: weights in shards with an index, tokenizer, card, and the names that published models use."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from dirl_cli.disk import whole_directory
@@ -38,6 +40,14 @@ def save_published(
             shard.chmod((partial / "config.json").stat().st_mode)
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def published_weights(
+    model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors as its files hold them, one after the other: each expert of a mixture by itself."""
+    for name, tensor in named_tensors:
+        yield from revert_weight_conversion(model, {name: tensor.detach()}).items()
 
 
 def name_as_published(file: Path) -> None:

@@ -6,7 +6,7 @@ math-verify can hang and eat memory on hostile text: `verified` belongs in a wor
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from dirl_cli.reward.notation import EQUALS, LIST, RATIO, bracketed, number, split, tidy, without_unit
@@ -25,6 +25,9 @@ NAME = re.compile(r"[A-Za-z|\\]*")
 SPACE = re.compile(r"(?<!\d) | (?!\d)")  # but 5 4 is not 54
 SPACED = re.compile(r"[-+]?\d+(?: \d+)+")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+WORD = re.compile(r"-?(?:(?:Integer|Float|Rational|Symbol|Function) *)?\(? *'?[\w.+-]*'? *\)? *")  # as sympy writes it
 
 
 class Unclear(Exception):  # noqa: N818
@@ -193,9 +196,25 @@ def unclear(gold: str, answer: str) -> bool:
 @lru_cache(maxsize=4096)
 def math_verified(gold: str, answer: str) -> bool:
     """Whether math-verify holds `answer` for `gold`."""
+    keep_from_evaluating()
     from math_verify import verify
 
     return verify(parsed(gold), parsed(answer), allow_set_relation_comp=True, timeout_seconds=None)
+
+
+@cache
+def keep_from_evaluating() -> None:
+    """Sympy gives numbers that it is handed as text to `eval`: from now on these and single names only."""
+    from sympy.parsing import sympy_parser
+
+    evaluate = sympy_parser.eval_expr
+
+    def evaluate_word(code: str, *names: Any) -> Any:
+        if not WORD.fullmatch(code):
+            raise ValueError(f"{code[:40]} is not evaluated")
+        return evaluate(code, *names)
+
+    sympy_parser.eval_expr = evaluate_word
 
 
 @lru_cache(maxsize=4096)

@@ -1,19 +1,36 @@
 """Engines by their settings: what `rollout=` chooses among. Each starts on a loaded model."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Protocol
 
 import torch
 
 from dirl_cli import hub
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import Sampler
 
 LMDEPLOY = "0.18"
+
+
+class Engine(Protocol):
+    """What can be started on a model. max_batch: sequences at once."""
+
+    @property
+    def max_batch(self) -> int: ...
+
+    def require(self) -> None:
+        """Raises DirlError for what this machine lacks: to be asked before a large model is loaded."""
+        ...
+
+    def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
+        """A sampler with the weights of `lm`; with a copy of them, if they may change while it samples."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,19 +39,23 @@ class Native:
 
     max_batch: int
 
-    def start(self, lm: DiffusionLM) -> Sampler:
+    def require(self) -> None:
+        """It runs anywhere."""
+
+    def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
+        lm = replace(lm, model=copy.deepcopy(lm.model).requires_grad_(False)) if own_weights else lm
         return NativeSampler(lm, self.max_batch)
 
 
 @dataclass(frozen=True)
 class Lmdeploy:
-    """LMDeploy's PyTorch engine, on a GPU. cache_share: of the memory left beside the weights, for keys and values."""
+    """LMDeploy's PyTorch engine, in this process and on its GPU; see `start_engine`."""
 
     max_batch: int
     cache_share: float
 
-    def start(self, lm: DiffusionLM) -> Sampler:
-        """The engine with the weights of `lm`. Raises DirlError where the package or a CUDA device is missing."""
+    def require(self) -> None:
+        """Raises DirlError where the package or a CUDA device is missing."""
         try:
             found = version("lmdeploy")
         except PackageNotFoundError as error:
@@ -48,11 +69,26 @@ class Lmdeploy:
             )
         if not torch.cuda.is_available():
             raise DirlError("rollout=lmdeploy wants a CUDA device and there is none: leave rollout at native")
+
+    def start(self, lm: DiffusionLM, own_weights: bool = True) -> Sampler:
+        """The engine, always with weights of its own. Raises DirlError likewise, or if `lm` is not on a GPU."""
+        self.require()
+        if lm.device.type != "cuda":
+            raise DirlError(f"rollout=lmdeploy wants device=cuda, not {lm.device}: leave rollout at native")
         from dirl_cli.rollout.lmdeploy import LmdeploySampler, start_engine
 
+        torch.cuda.set_device(lm.device)  # the engine is built on, and wakes up on, the current one
         sampler = LmdeploySampler(lm, start_engine(lm, on_disk(lm), self.max_batch, self.cache_share))
         sampler.update_weights(lm.model.named_parameters(), 0)
         return sampler
+
+
+def named(name: str, max_batch: int, cache_share: float) -> Engine:
+    """The engine that `rollout=` calls so."""
+    engines: dict[str, Engine] = {"native": Native(max_batch), "lmdeploy": Lmdeploy(max_batch, cache_share)}
+    if name not in engines:
+        raise DirlError(f"no engine is called {name}: {did_you_mean(name, engines)}")
+    return engines[name]
 
 
 def on_disk(lm: DiffusionLM) -> str:

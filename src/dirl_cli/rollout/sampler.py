@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.types import Decoding, Trajectory
 
 Watch = Callable[[int, int, list[int]], None]
@@ -14,6 +15,7 @@ Watch = Callable[[int, int, list[int]], None]
 class Sampler(Protocol):
     """An engine; `rollout/native.py` is the one that runs anywhere."""
 
+    lm: DiffusionLM
     weights_version: int
 
     def stream(

@@ -110,10 +110,10 @@ class Budget:
             words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
             return f"{takes}: give {words}, which takes {size(self.need(changes))} {anyway}"
         least = self.need({key: values[-1] for key, values in self.knobs.items() if values})
-        millions = now[phase]["parameters"] / 4e6 * SPARE * self.room / least
+        millions = max(parts["parameters"] for parts in now.values()) / 4e6 * SPARE * self.room / least
         return (
-            f"{takes}, and {size(least)} whatever the settings, since every process holds all parameters, gradients and"
-            f" optimizer states: choose a model of at most {millions:,.0f} million parameters {anyway}"
+            f"{takes}, and {size(least)} whatever the settings, with parameters, gradients and optimizer states: choose"
+            f" a model of at most {millions:,.0f} million parameters {anyway}"
         )
 
     def require(self) -> str | None:

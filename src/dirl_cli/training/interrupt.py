@@ -6,16 +6,22 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from dirl_cli.errors import Stopped
+
+# A scheduler that sent SIGTERM is told that nothing is lost, a shell that Ctrl-C ended the command.
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+
 
 class StopSignal:
     """Remembers that the run was asked to stop. A second Ctrl-C ends it at once."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.received = False
+        self.received = 0  # the signal, by this process
+        self.agreed = 0  # by any, when all last looked; another one may come while they do
 
     def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.receive) for number in EXIT_CODES}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -23,12 +29,15 @@ class StopSignal:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __bool__(self) -> bool:
         """Whether any process was asked; every process gets the same answer."""
-        if self.accelerator.num_processes == 1:
-            return self.received
-        asked = torch.tensor(float(self.received), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, "sum") > 0)
+        asked = torch.tensor([self.received], device=self.accelerator.device)
+        self.agreed = int(self.accelerator.gather(asked).max())
+        return self.agreed > 0
+
+    def end(self, where: str) -> Stopped:
+        """What ends the run. where: such as `after step 3 of 5`."""
+        return Stopped(f"stopped {where}: the same command goes on", EXIT_CODES[signal.Signals(self.agreed)])

@@ -12,9 +12,8 @@ from dirl_cli.diffusion.sampling import entropy, temper, truncate
 from dirl_cli.diffusion.trace import trajectory_strip
 from dirl_cli.models.attention import hidden_states
 from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.training.head import linear_logprobs, tokens_at_once
 from dirl_cli.types import Decoding, Trajectory
-
-CHUNK = 2048  # tokens that go through the language-model head at once
 
 
 class TokenScorer(nn.Module):
@@ -22,7 +21,8 @@ class TokenScorer(nn.Module):
 
     unsampled_ids: left out of the softmax; empty for fine-tuning, as published checkpoints were trained.
     decoding: its temperature, top-k and top-p shape the softmax as they did when the tokens were drawn.
-    chunk: how many tokens go through the language-model head at once; their logits are recomputed in the backward.
+    chunk: how many tokens go through the language-model head at once (default: 2048, fewer where their logits
+    would take more than 2 GiB); their logits are recomputed in the backward.
     """
 
     def __init__(
@@ -30,18 +30,22 @@ class TokenScorer(nn.Module):
         model: PreTrainedModel,
         unsampled_ids: Sequence[int] = (),
         decoding: Decoding | None = None,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules  # the layers that Accelerate shards one by one
         self.decoding = decoding or Decoding(temperature=1.0)
-        self.chunk = chunk
+        self.chunk = chunk or tokens_at_once(model.config.vocab_size)
         self.unsampled: Tensor
         self.register_buffer("unsampled", torch.tensor(unsampled_ids, dtype=torch.long), persistent=False)
 
     def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy in nats, in fp32, of the N scored tokens: (N,), (N,)."""
         hidden = hidden_states(self.model, rows).flatten(0, 1)[rows.where]  # (N, D)
+        head, options = self.model.get_output_embeddings(), self.decoding
+        if is_plain(head) and not options.truncates:
+            return linear_logprobs(hidden, head.weight, rows.targets, options.temperature, self.unsampled, self.chunk)
         parts = [
             checkpoint(self._score, *part, use_reentrant=False) if torch.is_grad_enabled() else self._score(*part)
             for part in zip(hidden.split(self.chunk), rows.targets.split(self.chunk), strict=True)
@@ -58,6 +62,12 @@ class TokenScorer(nn.Module):
             logits = kept.scatter(-1, targets[:, None], logits.gather(-1, targets[:, None]))
         logprobs = logits.log_softmax(-1)
         return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy(logprobs.detach())
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Whether calling a head is the product with its weight and nothing else: no adapter, no hook, no bias."""
+    hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
+    return type(head) is nn.Linear and [name for name, _ in head.named_parameters()] == ["weight"] and not hooked
 
 
 @torch.no_grad()

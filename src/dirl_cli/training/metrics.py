@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from math import isfinite
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -35,6 +36,7 @@ class MetricsLog:
             self.file = path.open("a", buffering=1)
 
     def write(self, step: int, metrics: Metrics) -> None:
+        metrics = {name: value for name, value in metrics.items() if isfinite(value)}  # what JSON can say
         line = {"step": step, **metrics}
         self.history.append(line)
         with writing(self.path):

@@ -49,6 +49,8 @@ class Muon:
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
         muon = torch.optim.Muon(matrices, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        if not rest:  # as with LoRA, whose factors are all matrices of layers
+            return [muon]
         return [muon, adamw(rest, self.adamw_lr, self.betas, self.eps, self.weight_decay)]
 
 

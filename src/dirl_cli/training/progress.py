@@ -5,8 +5,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from dirl_cli.screen import PlainConsole
 
 FORMS = {
     "loss": "loss {:.4f}",
@@ -20,6 +21,7 @@ FORMS = {
     "length": "{:.0f} tokens",
     "tokens_per_forward": "{:.2f} a forward",
     "kept": "{:.0%} kept",
+    "skipped": "{:.0f} skipped",
 }
 
 
@@ -31,7 +33,7 @@ class StepProgress:
 
     def __init__(self, steps: int, every: int, shown: Sequence[str], quiet: bool = False) -> None:
         self.steps, self.every, self.shown = steps, every, shown
-        self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = PlainConsole(file=sys.stdout, quiet=quiet, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -59,7 +61,7 @@ class StepProgress:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
 
 def due(step: int, every: int) -> bool:

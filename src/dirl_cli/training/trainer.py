@@ -6,13 +6,10 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from dirl_cli.diffusion.layout import Rows
-from dirl_cli.errors import DirlError, did_you_mean
-from dirl_cli.models.checkpoint import pick_device, pick_dtype
+from dirl_cli.errors import DirlError
 from dirl_cli.training.timing import PhaseTimes
 
 Sums = dict[str, Tensor]
@@ -20,26 +17,12 @@ Loss = Callable[[Rows, Tensor, Tensor], Sums]
 """From rows and their scored tokens' log-probs (N,) and entropies (N,) to `loss` and any metrics, each summed."""
 
 
-PRECISION = {torch.float32: "no", torch.bfloat16: "bf16"}
-
-
-def start_accelerator(device: str, dtype: str) -> Accelerator:
-    """This process's place among those of the run. device: auto, cpu or cuda. dtype: of the forward."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise DirlError(f"device={device}: {did_you_mean(device, ('auto', 'cpu', 'cuda'))}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DirlError("device=cuda: there is no CUDA device here, so leave it at auto")
-    AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
-    in_place = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
-    precision = PRECISION[pick_dtype(dtype, pick_device(device))]
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision, kwargs_handlers=[in_place])
-
-
 class Trainer:
     """Takes optimizer steps on packed rows.
 
     The parameters stay in float32 and bf16 is autocast around the forward (the accelerator's `mixed_precision`),
-    so that small updates are not rounded away. `schedule` gives the factor on every learning rate at a step.
+    so that small updates are not rounded away, whether whole or in shards. `schedule` gives
+    the factor on every learning rate at a step.
     """
 
     def __init__(
@@ -49,6 +32,8 @@ class Trainer:
         optimizers: Sequence[torch.optim.Optimizer],
         schedule: Callable[[int], float],
         clip_norm: float,
+        max_skipped: int = 0,
+        skip_norm: float = math.inf,
     ) -> None:
         self.accelerator = accelerator
         self.scorer, *prepared = accelerator.prepare(scorer, *optimizers)
@@ -56,6 +41,8 @@ class Trainer:
         self.schedule = schedule
         self.clip_norm = clip_norm
         self.full_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.max_skipped, self.skip_norm = max_skipped, skip_norm
+        self.skipped = 0  # updates in a row
         self.steps_taken = 0
         self.times = PhaseTimes()
 
@@ -63,8 +50,9 @@ class Trainer:
         """Descend on Σ loss ÷ `normalizer`; returns that and the other sums likewise, the gradient's norm and the rate.
 
         micro_batches: those of all processes, the same list on each, which computes its share. How they are cut and
-        how many processes there are changes nothing but the time. A loss that is not finite raises DirlError before
-        any parameter changes.
+        how many processes there are changes nothing but the time. An update whose loss or gradient is not finite, or
+        whose gradient is longer than `skip_norm`, is skipped but counts as a step, since its batch would come again.
+        Raises DirlError where more than `max_skipped` in a row would be.
         """
         rate = self.set_learning_rates()
         self.scorer.train()
@@ -73,7 +61,9 @@ class Trainer:
         with self.times("backpropagation"):
             for i, (rows, counts) in enumerate(share):
                 is_last = i + 1 == len(share)
-                with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
+                # a shard of every gradient takes less than whole ones that wait for the last micro-batch
+                waits = not (is_last or self.accelerator.is_fsdp2)
+                with self.accelerator.no_sync(self.scorer) if waits else nullcontext():
                     sums = self.sums(rows, loss, counts / normalizer)
                     # data parallelism takes the mean over processes; the sum is meant
                     self.accelerator.backward(sums["loss"] * self.accelerator.num_processes)
@@ -81,16 +71,20 @@ class Trainer:
             metrics = self.reduce(totals)
         with self.times("optimizer"):
             norm = float(self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.clip_norm))
-            if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
+            skip = not (math.isfinite(metrics["loss"]) and norm < self.skip_norm)  # the same in every process
+            self.skipped = self.skipped + 1 if skip else 0
+            if self.skipped > self.max_skipped:
                 raise DirlError(
-                    f"the loss is {metrics['loss']:.3g} and its gradient {norm:.3g} at step {self.steps_taken + 1}: "
-                    "lower optim.lr or the data's weights, then run the same command to go on from the last checkpoint"
+                    f"the loss is {metrics['loss']:.3g} and its gradient {norm:.3g} at step {self.steps_taken + 1},"
+                    f" number {self.skipped} in a row to be skipped: lower optim.lr in a run with another out= that"
+                    " resumes from a checkpoint of this one, or raise max_skipped here"
                 )
             for optimizer in self.optimizers:
-                optimizer.step()
+                if not skip:
+                    optimizer.step()
                 optimizer.zero_grad()
         self.steps_taken += 1
-        return {**metrics, "grad_norm": norm, "lr": rate}
+        return {**metrics, "grad_norm": norm, "lr": rate, "skipped": float(skip)}
 
     @torch.no_grad()
     def measure(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
@@ -111,7 +105,9 @@ class Trainer:
 
     def sums(self, rows: Rows, loss: Loss, scale: float) -> Sums:
         rows = rows.to(self.accelerator.device)
-        return {name: value * scale for name, value in loss(rows, *self.scorer(rows)).items()}
+        with self.accelerator.autocast():
+            logprobs, entropy = self.scorer(rows)
+        return {name: value * scale for name, value in loss(rows, logprobs, entropy).items()}
 
     def reduce(self, totals: Sequence[Sums]) -> dict[str, float]:
         """Each sum over all micro-batches of all processes."""

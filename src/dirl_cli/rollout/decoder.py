@@ -1,0 +1,53 @@
+"""One forward of the decoder over a packed row whose keys and values go to their slots."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from dirl_cli.models.cache import SlotCache
+
+Integers = NDArray[np.int64]
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(queries (T, heads, D), a layer's keys and values (slots, length, key heads, D), scale) to (T, heads, D)."""
+
+SLOTS = "dirl_slots"
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    attend: Attend,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """What transformers' decoders call; key and value are what `SlotCache.update` returned."""
+    return attend(query[0].transpose(0, 1).to(key.dtype), key, value, scaling)[None], None
+
+
+AttentionInterface.register(SLOTS, slot_attention)
+
+
+def decode(
+    model: PreTrainedModel, cache: SlotCache, token_ids: Tensor, position: Tensor, places: Tensor, attend: Attend
+) -> Tensor:
+    """Hidden states (T, D) of tokens at `places`, each slot * length + position: (T,) all."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = SLOTS  # whatever attention the model was loaded with
+    try:
+        output = model.get_decoder()(
+            input_ids=token_ids[None],
+            position_ids=position[None],
+            past_key_values=cache.at(places),
+            use_cache=False,
+            attend=attend,
+        )
+    finally:
+        model.config._attn_implementation = before
+    return output.last_hidden_state[0]

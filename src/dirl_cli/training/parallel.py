@@ -1,0 +1,75 @@
+"""How processes share a model: what `launch=` chooses, by Accelerate's FSDP2 plugin."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+)
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.models.checkpoint import DiffusionLM, pick_device, pick_dtype
+
+PRECISION = {torch.float32: "no", torch.bfloat16: "bf16"}
+
+
+def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelerator:
+    """This process's place among those of the run.
+
+    device: auto, cpu or cuda. dtype: of the forward. launch: fsdp2 shards the model; with auto every process holds it.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise DirlError(f"device={device}: {did_you_mean(device, ('auto', 'cpu', 'cuda'))}")
+    device = pick_device(device)
+    AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
+    in_place = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
+    sharded = launch == "fsdp2"
+    uncached = AutocastKwargs(cache_enabled=not sharded)  # a cached cast would outlive the layer that was gathered
+    plugin = fsdp2() if sharded else None
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=PRECISION[pick_dtype(dtype, device)],
+        fsdp_plugin=plugin,
+        kwargs_handlers=[in_place, uncached],
+    )
+    if sharded and accelerator.num_processes == 1:
+        raise DirlError("launch=fsdp2 shares a model among processes: give gpus=2 or more, or launch=single")
+    if sharded and device == "cpu":  # where Accelerate ignores its plugin, though torch shards over gloo too
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    return accelerator
+
+
+def fsdp2() -> FullyShardedDataParallelPlugin:
+    """Layer by layer. Parameters travel in float32 and are autocast as elsewhere, so that the numbers are the same."""
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        mixed_precision_policy=MixedPrecisionPolicy(),
+        cpu_ram_efficient_loading=False,
+    )
+
+
+def gathered(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors, each made whole in turn where processes share it. Every process has to ask for all of them."""
+    for name, tensor in named:
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(lm: DiffusionLM) -> DiffusionLM:
+    """The model as one to sample from: itself, or where processes share its parameters a copy of all of them."""
+    if not any(isinstance(parameter, DTensor) for parameter in lm.model.parameters()):
+        return lm
+    with torch.device(lm.device):
+        model = AutoModelForCausalLM.from_config(lm.model.config, dtype=torch.float32).eval()
+    model.load_state_dict(dict(gathered(lm.model.named_parameters())), strict=False)  # tied ones are there once
+    return replace(lm, model=model)

@@ -1,0 +1,57 @@
+"""What one of two processes does in tests/test_logprobs.py: its share of the rows through a scorer that both hold.
+
+python tests/shared_scorer.py KIND WRAPPER FILE        # under torchrun; FILE gets the gradients
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from answers import ANSWERS, BLOCK
+from small import MASK, PAD, random_lm
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dirl_cli.diffusion.layout import Rows, pack
+from dirl_cli.diffusion.trace import trajectory_strip
+from dirl_cli.training.logprobs import TokenScorer
+
+
+def shared_rows() -> list[Rows]:
+    """An even number of micro-batches."""
+    strips = [trajectory_strip(one, BLOCK, MASK) for group in ANSWERS for one in group]
+    return pack(strips, 40, BLOCK, PAD).split(1)[:2]
+
+
+def backpropagate(scorer: nn.Module, micro_batches: list[Rows]) -> None:
+    for rows in micro_batches:
+        scorer(rows)[0].sum().backward()
+
+
+def data_parallel(scorer: TokenScorer) -> nn.Module:
+    return DistributedDataParallel(scorer)
+
+
+def sharded(scorer: TokenScorer) -> nn.Module:
+    for layer in scorer.model.model.layers:
+        fully_shard(layer)
+    return fully_shard(scorer)
+
+
+def sharded_head(scorer: TokenScorer) -> nn.Module:
+    fully_shard(scorer.model.lm_head)
+    return sharded(scorer)
+
+
+if __name__ == "__main__":
+    kind, wrapper, file = sys.argv[1:]
+    dist.init_process_group("gloo")
+    lm = random_lm(kind)
+    scorer = TokenScorer(lm.model, lm.unsampled_ids, chunk=7)
+    wrapped = {f.__name__: f for f in (data_parallel, sharded, sharded_head)}[wrapper](scorer)
+    backpropagate(wrapped, shared_rows()[dist.get_rank() :: 2])
+    whole = [p.grad if wrapper == "data_parallel" else p.grad.full_tensor() for p in scorer.parameters()]
+    if dist.get_rank() == 0:
+        torch.save([2 * gradient for gradient in whole], file)  # both wrappers take the mean over processes
+    dist.destroy_process_group()

@@ -1,0 +1,172 @@
+"""Five optimizer steps of one process among several, on what is the same everywhere: what it sees and ends with.
+
+python tests/steps.py FILE LAUNCH sft+rl [KEY=VALUE …]    # with RANK, WORLD_SIZE, … as torchrun sets them
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from small import MASK, PAD, small_lm
+from torch import Tensor
+
+from dirl_cli.algo.advantages import normalised
+from dirl_cli.algo.objective import Objective
+from dirl_cli.build import build
+from dirl_cli.diffusion.masking import Count, example
+from dirl_cli.loop.groups import with_advantages
+from dirl_cli.loop.learn import Learner
+from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.record import Record
+from dirl_cli.training.batches import Noise
+from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.optim import AdamW, Muon
+from dirl_cli.training.parallel import gathered, start_accelerator, whole
+from dirl_cli.training.trainer import Sums, Trainer
+from dirl_cli.types import Decoding, Problem
+
+STEPS = 5
+DIPO = OmegaConf.load(Path(__file__).parents[1] / "conf/algo/dipo.yaml")
+OPTIMIZERS = {
+    "adamw": AdamW(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
+    "muon": Muon(lr=1e-2, momentum=0.95, adamw_lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
+}
+
+
+def numbers(first: int, many: int) -> list[int]:
+    """So many token ids, which depend on the first."""
+    return [2 + (first * 7 + i * i * 5) % (MASK - 2) for i in range(many)]
+
+
+def cross_entropy(rows, logprobs: Tensor, entropy: Tensor) -> Sums:
+    return {"loss": -(rows.weight * logprobs).sum(), "entropy": entropy.sum()}
+
+
+def sft(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
+    """Demonstrations of 9 to 50 tokens."""
+    noise = Noise(Count(), lm.block_size, MASK, PAD, row_tokens=64)
+    found = []
+    for step in range(STEPS):
+        prompts = [(numbers(step + i, 5 + i), 4 + 40 * i // 6) for i in range(6)]
+        demonstrations = [
+            example(prompt + numbers(i, answer), [False] * len(prompt) + [True] * answer, lm.block_size, PAD)
+            for i, (prompt, answer) in enumerate(prompts)
+        ]
+        rows, answer_tokens = noise.rows(demonstrations, step)
+        found.append(trainer.step(trainer.cut(rows, micro_rows), cross_entropy, answer_tokens))
+    return found
+
+
+def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
+    """Groups of 1 to 4 answers, sampled from a model that stays as it is, in two mini-batches a step."""
+    still = small_lm(seed=1)
+    still.model.to(trainer.accelerator.device)
+    learner = Learner(
+        trainer,
+        build(OmegaConf.merge(DIPO, {"beta": 0.1}), Objective),
+        lm,
+        reference=TokenScorer(still.model.requires_grad_(False)).to(still.device),
+        old_from_sampler=False,
+        correction_cap=2.0,
+        mini_batches=2,
+        epochs=1,
+        train_tail=True,
+        row_tokens=96,
+        micro_rows=micro_rows,
+        longest=16,
+        seed=0,
+    )
+    decoding = Decoding(temperature=1.0, max_new_tokens=16, denoising_steps=3, stop_token_ids=tuple(range(2, 12)))
+    found = []
+    for step in range(STEPS):
+        answers = NativeSampler(still).sample([numbers(step + i, 3 + 2 * i) for i in range(5)], 4, decoding)
+        groups = [
+            [
+                Record(Problem(f"{i}", "?", "!"), k, "", one, reward=float(one.token_ids[0] % (k + 2)))
+                for k, one in enumerate(group[: 1 + i % 4])
+            ]
+            for i, group in enumerate(answers)
+        ]
+        found.append(learner.learn(with_advantages(groups, normalised), step))
+    return found
+
+
+def take(
+    task: str,
+    launch: str = "auto",
+    optimizer: str = "adamw",
+    micro_rows: int | None = None,
+    checkpointing: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """What each step reports, and the parameters after the last."""
+    accelerator = start_accelerator(device, dtype, launch)
+    lm = small_lm(scale=1.0)
+    lm.model.to(accelerator.device)
+    if checkpointing:
+        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizers = OPTIMIZERS[optimizer].build(lm.model)
+    trainer = Trainer(accelerator, TokenScorer(lm.model), optimizers, lambda step: 1.0, clip_norm=0.5)
+    found = {"sft": sft, "rl": rl}[task](lm, trainer, micro_rows)
+    copied = {name: tensor.detach().cpu().clone() for name, tensor in gathered(lm.model.named_parameters())}
+    sampled_from = dict(whole(lm).model.named_parameters())
+    assert all(torch.equal(sampled_from[name].cpu(), copied[name]) for name in copied)
+    return found, copied
+
+
+def among(processes: int, directory: Path, launch: str, tasks: str = "sft+rl", **options: object) -> list[dict]:
+    """What `take` finds in each of so many processes of this machine, by task. They have two minutes for each task."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    words = [f"{key}={value}" for key, value in options.items()]
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(directory / str(rank)), launch, tasks, *words],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(processes)
+    ]
+    try:
+        assert [one.wait(timeout=240) for one in started] == [0] * processes
+    finally:
+        for one in started:
+            one.kill()
+    return [
+        {
+            task: (
+                json.loads(Path(f"{directory}/{rank}-{task}.json").read_text()),
+                load_file(f"{directory}/{rank}-{task}"),
+            )
+            for task in tasks.split("+")
+        }
+        for rank in range(processes)
+    ]
+
+
+def differences(one: tuple, other: tuple) -> dict[str, float]:
+    """The largest relative difference of loss, gradient norm and, by its length, of a parameter."""
+    (steps, parameters), (other_steps, others) = one, other
+    found = {
+        name: max(abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(steps, other_steps, strict=True))
+        for name in ("loss", "grad_norm")
+    }
+    apart = [float((value - others[name]).norm() / value.norm()) for name, value in parameters.items()]
+    return found | {"parameters": max(apart)}
+
+
+if __name__ == "__main__":
+    file, launch, tasks, *words = sys.argv[1:]
+    for task in tasks.split("+"):
+        steps, parameters = take(task, launch, **OmegaConf.to_container(OmegaConf.from_dotlist(words)))
+        Path(f"{file}-{task}.json").write_text(json.dumps(steps))
+        save_file(parameters, f"{file}-{task}")

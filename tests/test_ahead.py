@@ -1,0 +1,131 @@
+"""The next step's answers, sampled while the present step learns."""
+
+import json
+import shutil
+from threading import Event
+
+import pytest
+import test_rl
+from test_groups import MIXED, SAME, each, ids, source
+from test_rl import config, lines, run, updates, weights
+
+from dirl_cli.errors import DirlError
+from dirl_cli.loop.ahead import sampling_ahead
+from dirl_cli.loop.groups import State
+from dirl_cli.rollout.record import read_rollout
+
+model = test_rl.model  # a fixture
+
+
+def test_answers_are_sampled_while_the_body_runs():
+    ours, began, learned = source(each(MIXED)), Event(), Event()
+    answer = ours.scorer.score
+
+    def slow(answers):
+        began.set()
+        assert learned.wait(20), "the body did not run meanwhile"
+        return answer(answers)
+
+    ours.scorer.score = slow
+    state = State()
+    with sampling_ahead(ours, state):
+        assert began.wait(20)
+        learned.set()
+    assert len(state.ahead) == 2
+
+
+def test_a_step_takes_what_was_sampled_ahead_and_then_samples_on():
+    ahead, turn_by_turn = source(each(MIXED)), source(each(MIXED))
+    state, other = State(), State()
+    with sampling_ahead(ahead, state):
+        state.step += 1
+    other.step = 1
+    asked = len(ahead.sampler.asked)
+    assert ahead.take(state)[0] == turn_by_turn.take(other)[0]
+    assert len(ahead.sampler.asked) == asked, "nothing was sampled again"
+    assert not state.ahead
+    assert ids(ahead.take(state)[0]) == ids(turn_by_turn.take(other)[0])
+
+
+def test_a_checkpoint_keeps_what_was_sampled_ahead():
+    ours, state = source(each(MIXED)), State()
+    with sampling_ahead(ours, state):
+        pass
+    restored = State.from_json(json.loads(json.dumps(state.to_json())))
+    assert restored == state
+    assert len(restored.ahead) == 2
+
+
+def test_nothing_is_sampled_ahead_where_the_surplus_will_do():
+    ours = source(each(MIXED))
+    state = State(surplus=[[], []])
+    with sampling_ahead(ours, state):
+        pass
+    assert not ours.sampler.asked
+    assert not state.ahead
+
+
+def test_an_update_that_fails_ends_the_sampling():
+    ours = source(each(SAME), problems=6)
+    answer, running, failed = ours.scorer.score, Event(), Event()
+
+    def slow(answers):
+        for scored in answer(answers):
+            running.set()
+            assert failed.wait(20)
+            yield scored
+
+    ours.scorer.score = slow
+    state = State()
+    with pytest.raises(DirlError, match="the loss"), sampling_ahead(ours, state):
+        assert running.wait(20)
+        failed.set()
+        raise DirlError("the loss is nan")
+    assert not state.ahead
+
+
+def test_a_sampler_that_fails_ends_the_step():
+    ours = source(each(MIXED))
+
+    def broken(answers):
+        raise DirlError("the reward brevity failed")
+
+    ours.scorer.score = broken
+    with pytest.raises(DirlError, match="brevity"), sampling_ahead(ours, State()):
+        pass
+
+
+def test_a_run_is_one_step_off_policy_and_corrects_for_it(model, tmp_path):
+    run(config(model, "rl.async_rollout=1"), tmp_path)
+    assert [line["staleness"] for line in lines(tmp_path)[1:]] == [0, 1, 1, 1]
+    versions = [
+        {record.trajectory.weights_version for record in read_rollout(tmp_path / f"rollouts/step-00000{step}.jsonl")}
+        for step in (1, 2, 3, 4)
+    ]
+    assert versions == [{0}, {0}, {1}, {2}]
+    cfg = config(model, "rl.async_rollout=1")
+    assert (cfg.rl.old, cfg.rl.correction_cap) == ("trainer", 2.0)
+
+
+def test_without_it_a_run_stays_on_policy(model, tmp_path):
+    cfg = config(model)
+    assert (cfg.rl.old, cfg.rl.correction_cap) == ("sampler", 0.0)
+    run(cfg, tmp_path)
+    assert {line["staleness"] for line in lines(tmp_path)[1:]} == {0}
+
+
+def test_a_run_that_samples_ahead_goes_on_to_the_same_bytes(model, tmp_path):
+    cfg = config(model, "rl.async_rollout=1")
+    run(cfg, tmp_path)
+    whole, learned = weights(tmp_path), updates(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    shutil.rmtree(tmp_path / "checkpoints/step-000004")
+    run(cfg, tmp_path)
+    assert weights(tmp_path) == whole
+    assert updates(tmp_path) == learned
+
+
+def test_it_excludes_runs_that_do_not_do_both(model, tmp_path):
+    for words in (["rl.rollout_only=true"], [f"rl.replay={tmp_path}"]):
+        with pytest.raises(DirlError, match="async_rollout"):
+            run(config(model, "rl.async_rollout=1", *words), tmp_path / "run")

@@ -1,0 +1,202 @@
+"""LMDeploy on a GPU against the native engine and the slow loop, on random weights of two shapes."""
+
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from parity import parting, slow_answer
+
+from dirl_cli.api import load_sampler
+from dirl_cli.models.checkpoint import diffusion_lm
+from dirl_cli.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
+from dirl_cli.rollout.engines import Lmdeploy
+from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.training.logprobs import score_trajectories
+from dirl_cli.types import Decoding
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks/gpu"))
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or not find_spec("lmdeploy"), reason="needs CUDA and lmdeploy"),
+]
+PROMPTS = [[10, 11, 12, 13], [20, 21, 22, 23, 24, 25], [30], [40, 41, 42, 43, 44, 45, 46]]
+STRATEGIES = {
+    "sequential": Decoding(strategy="sequential", max_new_tokens=16),
+    "static": Decoding(strategy="low_confidence_static", denoising_steps=2, max_new_tokens=16),
+    "uneven": Decoding(strategy="low_confidence_static", denoising_steps=3, max_new_tokens=16),
+    "dynamic": Decoding(strategy="low_confidence_dynamic", threshold=0.02, max_new_tokens=16),
+}
+BF16 = 0.1  # nats: what rounding to 8 bits may tip or shift
+
+
+@pytest.fixture(scope="module", params=["toy", "1.7B"])
+def engines(request):
+    """The model in bf16, and both engines with its weights."""
+    import shapes
+
+    lm = shapes.random_model(request.param, "sdpa")
+    theirs = shapes.lmdeploy(lm, 16, 0.2)
+    yield lm, NativeSampler(lm), theirs
+    theirs.sleep()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_greedy_answers_are_the_slow_loops_but_where_bf16_tips_a_decision(engines, name):
+    lm, decoding = engines[0], STRATEGIES[name]
+    slow = [slow_answer(lm, prompt, decoding) for prompt in PROMPTS]
+    for engine in engines[1:]:
+        answers = [one for [one] in engine.sample(PROMPTS, 1, decoding)]
+        for right, one in zip(slow, answers, strict=True):
+            found = parting(lm, right, one, decoding)
+            same = found.after if found else len(right.token_ids)
+            print(f"{type(engine).__name__}, {name}: {same} of {len(right.token_ids)} tokens alike; {found}")
+            assert found is None or found.margin < BF16, found
+            assert one.logprobs[:same] == pytest.approx(right.logprobs[:same], abs=BF16)
+            assert len(one.token_ids) == len(right.token_ids)
+
+
+def test_log_probs_at_reveal_are_the_trainers(engines):
+    lm, _, theirs = engines
+    decoding = Decoding(temperature=1.0, confidence="max", max_new_tokens=24)
+    for shape in (decoding, replace(decoding, temperature=0.7, top_k=50)):
+        trajectories = [one for group in theirs.sample(PROMPTS, 2, shape) for one in group]
+        scored = score_trajectories(lm, trajectories, shape)
+        pairs = [
+            pair for one, own in zip(trajectories, scored, strict=True) for pair in zip(one.logprobs, own, strict=True)
+        ]
+        differences = [abs(a - b) for a, b in pairs]
+        print(f"mismatch: mean {sum(differences) / len(differences):.4f}, largest {max(differences):.4f} nats")
+        assert max(differences) < 3 * BF16
+
+
+def test_an_answer_is_its_seeds_whatever_else_is_sampled(engines):
+    _, _, theirs = engines
+    decoding = Decoding(temperature=1.0, max_new_tokens=24)
+    [[alone]] = theirs.sample(PROMPTS[1:2], 1, decoding)
+    assert theirs.sample(PROMPTS[1:2], 1, decoding) == [[alone]]
+    among = theirs.sample(PROMPTS, 3, decoding)[1][0]
+    shared = sum(a == b for a, b in zip(alone.token_ids, among.token_ids, strict=True))
+    print(f"{shared} of {len(alone.token_ids)} tokens alike beside others (a batch of another size rounds otherwise)")
+    assert alone.token_ids[:1] == among.token_ids[:1]
+    [[other]] = theirs.sample(PROMPTS[1:2], 1, replace(decoding, seed=1))
+    assert alone.token_ids != other.token_ids
+
+
+def test_it_stops_where_the_native_engine_does(engines):
+    _, ours, theirs = engines
+    free = Decoding(strategy="sequential", max_new_tokens=16)
+    stops = {one.token_ids[5] for [one] in ours.sample(PROMPTS, 1, free)}
+    decoding = replace(free, stop_token_ids=tuple(stops))
+    pairs = zip(ours.sample(PROMPTS, 1, decoding), theirs.sample(PROMPTS, 1, decoding), strict=True)
+    for [one], [other] in pairs:
+        if one.token_ids[: len(other.token_ids)] == other.token_ids:  # else bf16 tipped a token before
+            assert (one.token_ids, one.stop_reason) == (other.token_ids, other.stop_reason)
+
+
+def test_sleep_gives_memory_back_and_new_weights_wake_with_it(engines):
+    lm, _, theirs = engines
+    decoding = Decoding(max_new_tokens=8)
+    before = [one.token_ids for [one] in theirs.sample(PROMPTS, 1, decoding)]
+    held = torch.cuda.memory_allocated()
+    theirs.sleep()
+    own = sum(parameter.nbytes for parameter in lm.model.parameters())
+    assert torch.cuda.memory_allocated() < held - own
+    theirs.wake()
+    assert [one.token_ids for [one] in theirs.sample(PROMPTS, 1, decoding)] == before
+
+    theirs.sleep()
+    with torch.no_grad():
+        lm.model.lm_head.weight.copy_(lm.model.lm_head.weight.roll(1, 0))
+    theirs.update_weights(lm.model.named_parameters(), version=5)
+    theirs.wake()
+    after = [one for [one] in theirs.sample(PROMPTS, 1, decoding)]
+    assert {one.weights_version for one in after} == {5}
+    assert [one.token_ids for one in after] != before
+    for right, one in zip([slow_answer(lm, prompt, decoding) for prompt in PROMPTS], after, strict=True):
+        found = parting(lm, right, one, decoding)
+        assert found is None or found.margin < BF16, found
+
+
+def test_a_push_without_a_sleep_is_seen_by_captured_graphs(engines):
+    lm, _, theirs = engines
+    decoding = Decoding(strategy="sequential", max_new_tokens=8)
+    theirs.sample(PROMPTS, 1, decoding)
+    with torch.no_grad():
+        lm.model.lm_head.weight.copy_(lm.model.lm_head.weight.roll(1, 0))
+    theirs.update_weights(lm.model.named_parameters(), version=6)
+    for prompt, [one] in zip(PROMPTS, theirs.sample(PROMPTS, 1, decoding), strict=True):
+        found = parting(lm, slow_answer(lm, prompt, decoding), one, decoding)
+        assert found is None or found.margin < BF16, found
+
+
+def test_a_mixture_of_experts_answers_with_pushed_weights():
+    import shapes
+
+    config = SDARMoeConfig(
+        vocab_size=shapes.VOCABULARY,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=128,
+        intermediate_size=512,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        norm_topk_prob=True,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    lm = diffusion_lm(SDARMoeForCausalLM(config).to("cuda", torch.bfloat16).eval(), None, shapes.BLOCK, shapes.MASK)
+    theirs = shapes.lmdeploy(lm, 8, 0.1)
+    decoding = Decoding(strategy="sequential", max_new_tokens=8)
+    for version in (1, 2):
+        with torch.no_grad():
+            for parameter in lm.model.parameters():
+                parameter.mul_(1.5)
+        theirs.update_weights(lm.model.named_parameters(), version)
+        for prompt, [one] in zip(PROMPTS, theirs.sample(PROMPTS, 1, decoding), strict=True):
+            found = parting(lm, slow_answer(lm, prompt, decoding), one, decoding)
+            print(found)
+            assert found is None or found.margin < 3 * BF16, found  # a rounded router may choose another expert
+    theirs.sleep()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_an_engine_computes_on_the_gpu_of_its_model():
+    import shapes
+
+    lm = shapes.random_model("toy", "sdpa")
+    lm.model.to("cuda:1")
+    before = torch.cuda.memory_allocated(0)
+    theirs = shapes.lmdeploy(lm, 8, 0.1)
+    assert {parameter.device.index for parameter in theirs.agent.patched_model.get_model().parameters()} == {1}
+    theirs.sample(PROMPTS, 1, Decoding(max_new_tokens=8))
+    theirs.sleep()
+    theirs.wake()
+    theirs.sample(PROMPTS, 1, Decoding(max_new_tokens=8))
+    assert torch.cuda.memory_allocated(0) == before
+    theirs.sleep()
+    torch.cuda.set_device(0)
+
+
+def test_from_python_as_in_the_quick_start(tmp_path):
+    import shapes
+
+    lm = shapes.random_model("toy", "sdpa")
+    path = shapes.saved(lm, tmp_path / "model")
+    sampler = load_sampler(path, rollout="lmdeploy", max_batch=4, cache_share=0.1)
+    [[answer]] = sampler.sample([[10, 11, 12, 13]], 1, Decoding(max_new_tokens=8))
+    assert len(answer.token_ids) == len(answer.reveal_step) == len(answer.logprobs) == 8
+    sampler.sleep()
+    again = load_sampler(path, rollout=Lmdeploy(4, 0.1))
+    assert again.sample([[10, 11, 12, 13]], 1, Decoding(max_new_tokens=8)) == [[answer]]
+    again.sleep()

@@ -1,0 +1,83 @@
+"""The quick start: its commands are accepted word for word, and run on the embedded model with the native engine."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from typer.testing import CliRunner
+
+from dirl_cli.cli import app
+from dirl_cli.models.tiny import Tiny
+
+PAGE = (Path(__file__).parents[1] / "docs" / "quickstart.md").read_text().replace("\\\n", "")
+LINES = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+COMMANDS = [shlex.split(line, comments=True)[1:] for line in LINES if line.startswith("dirl ")]
+
+
+def dirl(*words):
+    return CliRunner().invoke(app, list(words))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_is_accepted(words, here, monkeypatch):
+    handed = []
+    for name in ("download", "eval", "generate", "rl"):
+        stand_in = SimpleNamespace(run=lambda cfg, out: handed.append(OmegaConf.to_container(cfg)))
+        monkeypatch.setitem(sys.modules, f"dirl_cli.commands.{name}", stand_in)
+    Path("runs/rl/sdar1b-1gpu/model").mkdir(parents=True)
+    result = dirl(*words)
+    assert result.exit_code == 0, result.output
+    assert handed
+    if "rollout=lmdeploy" in words:
+        assert {cfg["rollout"]["_target_"] for cfg in handed} == {"dirl_cli.rollout.engines.Lmdeploy"}
+
+
+@pytest.fixture
+def model(here):
+    Tiny(hidden_size=32, num_hidden_layers=1, intermediate_size=32).load("float32", "cpu").save(here / "model")
+    return str(here / "model")
+
+
+def on(model, words):
+    """The same on another model, its answers short, with the native engine."""
+    words = [word.replace("lmdeploy", "native") for word in words if not word.startswith(("bench=", "experiment="))]
+    words = [f"model={model}" if word.startswith("model=") else word for word in words]
+    return [*words, "decoding.max_new_tokens=8", "device=cpu"]
+
+
+def test_the_example_of_sampling_runs(model):
+    [words] = [words for words in COMMANDS if words[0] == "generate"]
+    result = dirl(*on(model, words))
+    assert result.exit_code == 0, result.output
+    [line] = [json.loads(line) for file in Path("runs").rglob("completions.jsonl") for line in file.open()]
+    assert max(line["reveal_step"]) <= 4
+
+
+def test_the_example_of_evaluating_runs(model):
+    words = next(words for words in COMMANDS if words[0] == "eval")
+    result = dirl(*on(model, words), "bench=arithmetic", "limit=2")
+    assert result.exit_code == 0, result.output
+    assert "accuracy" in result.output
+
+
+def test_the_example_in_python_runs(model, capsys):
+    [code] = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    code = code.replace("OpenMOSS-Team/DiRL-8B-Instruct", model).replace("lmdeploy", "native").replace("2048", "8")
+    names: dict = {}
+    exec(code, names)
+    assert len(names["answer"].reveal_step) >= 8
+    assert str(names["answer"].reveal_step) in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is none")
+def test_the_engine_of_the_example_is_refused_without_a_gpu_before_a_model_is_looked_for(here):
+    [words] = [words for words in COMMANDS if words[0] == "generate"]
+    result = dirl(*words)
+    assert result.exit_code == 1
+    assert "rollout=lmdeploy wants" in str(result.exception)
