@@ -29,7 +29,7 @@ def main() -> None:
     for rows in (1, 2):
         cut = {task: take(task, micro_rows=rows) for task in TASKS}
         print(row("single", 1, rows, {task: differences(alone[task], cut[task]) for task in TASKS}), flush=True)
-    for launch in ("ddp", "fsdp2"):
+    for launch in ("ddp", "fsdp2", "zero2"):
         for processes in (2, 4):
             for rows in (1, 2):
                 with TemporaryDirectory() as directory:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from small import MASK, PAD, small_lm
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dirl_cli.algo.advantages import normalised
 from dirl_cli.algo.objective import Objective
@@ -28,7 +29,7 @@ from dirl_cli.rollout.record import Record
 from dirl_cli.training.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW, Muon
-from dirl_cli.training.parallel import gathered, start_accelerator, whole
+from dirl_cli.training.parallel import SHARED, gathered, start_accelerator, whole
 from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.types import Decoding, Problem
 
@@ -61,6 +62,7 @@ def sft(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[
         ]
         rows, answer_tokens = noise.rows(demonstrations, step)
         found.append(trainer.step(trainer.cut(rows, micro_rows), cross_entropy, answer_tokens))
+    trainer.measure(trainer.cut(rows, micro_rows), cross_entropy, answer_tokens)
     return found
 
 
@@ -116,6 +118,7 @@ def take(
     optimizers = OPTIMIZERS[optimizer].build(lm.model)
     trainer = Trainer(accelerator, TokenScorer(lm.model), optimizers, lambda step: 1.0, clip_norm=0.5)
     found = {"sft": sft, "rl": rl}[task](lm, trainer, micro_rows)
+    assert all(isinstance(one, DTensor) == (launch in SHARED) for one in lm.model.parameters())
     copied = {name: tensor.detach().cpu().clone() for name, tensor in gathered(lm.model.named_parameters())}
     sampled_from = dict(whole(lm).model.named_parameters())
     assert all(torch.equal(sampled_from[name].cpu(), copied[name]) for name in copied)

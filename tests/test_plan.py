@@ -25,7 +25,7 @@ from dirl_cli.models.sdar import SDARMoeConfig
 from dirl_cli.rollout.engines import Lmdeploy, Native
 from dirl_cli.training.budget import Budget, Place, halvings
 from dirl_cli.training.optim import Muon
-from dirl_cli.training.plan import Architecture, Memory, MicroBatch, Parallelism, architecture
+from dirl_cli.training.plan import Architecture, Memory, MicroBatch, Parallelism, architecture, parallelism
 from dirl_cli.tree import conf_dir
 from dirl_cli.types import Decoding
 
@@ -153,6 +153,17 @@ def test_what_processes_share_is_divided_and_buckets_stay_in_every_phase():
     together = replace(alone, parallelism=Parallelism(gradients_stay=True))
     assert alone.rollout(1, 4, 8, 4, decoding)["gradients"] == 0
     assert together.rollout(1, 4, 8, 4, decoding)["gradients"] == 4 * model.parameters
+
+
+def test_the_second_stage_keeps_all_parameters_from_forward_to_backward():
+    model = architecture(small_lm().model.config, ADAMW)
+    second, third = (
+        Memory(model, bf16=False, dense=True, parallelism=parallelism(launch, 4)).update(MicroBatch(1, 64, 32, 64))
+        for launch in ("zero2", "fsdp2")
+    )
+    layers = 4 * (model.layers - 2) * model.layer_parameters // model.layers  # which the third has two of at a time
+    assert second["gathered"] - third["gathered"] == layers
+    assert second | {"gathered": 0} == third | {"gathered": 0}
 
 
 def test_a_gpu_keeps_copies_of_linear_weights_in_bf16():

@@ -26,7 +26,7 @@ def assert_same(alone, processes, tolerance=1e-5):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2", "zero2"])
 def test_two_processes_take_the_same_steps_as_one(alone, tmp_path, launch):
     assert_same(alone, among(2, tmp_path, launch))
 
@@ -38,7 +38,7 @@ def test_how_many_rows_a_micro_batch_has_changes_nothing(alone, rows):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2", "zero2"])
 def test_so_do_four_of_which_some_have_no_row_of_their_own(alone, tmp_path, launch):
     assert_same(alone, among(4, tmp_path, launch, micro_rows=1))
 

@@ -27,7 +27,7 @@ from dirl_cli.rundir import open_run
 from dirl_cli.worker import FAILURE
 
 WHOLE = ("auto", "single", "ddp", "cpu_gloo")  # ways to launch in which every process holds the whole model,
-SHARED = ("fsdp2",)  # and those in which they share it
+SHARED = ("fsdp2", "zero2")  # and those in which they share it
 SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
 ASKED = ("prompt", "messages", "instruction")  # keys whose text is a model's to read
 READ_ONLY = ("dry_run", "compare")  # keys that make a command look and tell: it opens no run directory

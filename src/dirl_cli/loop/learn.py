@@ -15,6 +15,7 @@ from dirl_cli.evaluation.metrics import mean
 from dirl_cli.loop.groups import Answers
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.training.batches import generator
+from dirl_cli.training.parallel import release
 from dirl_cli.training.trainer import Trainer
 
 COMPARED = ("compared", "mismatch_mean", "mismatch_kl")  # sums that only a first optimizer step has
@@ -117,6 +118,7 @@ class Learner:
             logprobs = {
                 id(rows): scorer(rows.to(accelerator.device))[0] for rows, _ in self.trainer.share(micro_batches)
             }
+        release(scorer)
         return [
             noted(rows, **{name: logprobs[id(rows)].to(rows.where.device)}) if id(rows) in logprobs else rows
             for rows in micro_batches

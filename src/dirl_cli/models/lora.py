@@ -140,8 +140,8 @@ class Lora:
         for package, extra in (("peft", "peft"), ("bitsandbytes", "qlora"))[: 1 + self.four_bit]:
             if find_spec(package) is None:
                 raise DirlError(f"this choice of peft needs the package {package}: pip install 'dirl[{extra}]'")
-        if launch == "fsdp2":
-            raise DirlError("launch=fsdp2 shares out what is trained, which peft leaves small: give launch=auto")
+        if launch in ("fsdp2", "zero2"):
+            raise DirlError(f"launch={launch} shares out what is trained, which peft leaves small: give launch=auto")
 
     def load(self, model: Loads, dtype: str, device: str, attention: str) -> DiffusionLM:
         kept = str(self.base_dtype(dtype, device)).removeprefix("torch.")

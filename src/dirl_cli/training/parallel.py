@@ -12,30 +12,32 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
 )
-from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.checkpoint import DiffusionLM, pick_device, pick_dtype
 
+SHARED = ("fsdp2", "zero2")  # ways to launch in which processes share a model
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16"}
 
 
 def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelerator:
     """This process's place among those of the run.
 
-    device: auto, cpu or cuda. dtype: of the forward. launch: fsdp2 shards the model; with auto every process holds it.
+    device: auto, cpu or cuda. dtype: of the forward. launch: fsdp2 and zero2 share the model; with auto every process
+    holds it.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise DirlError(f"device={device}: {did_you_mean(device, ('auto', 'cpu', 'cuda'))}")
     device = pick_device(device)
     AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
     in_place = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
-    sharded = launch == "fsdp2"
+    sharded = launch in SHARED
     uncached = AutocastKwargs(cache_enabled=not sharded)  # a cached cast would outlive the layer that was gathered
-    plugin = fsdp2() if sharded else None
+    plugin = fsdp2(keeps_gathered=launch == "zero2") if sharded else None
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=PRECISION[pick_dtype(dtype, device)],
@@ -43,20 +45,31 @@ def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelera
         kwargs_handlers=[in_place, uncached],
     )
     if sharded and accelerator.num_processes == 1:
-        raise DirlError("launch=fsdp2 shares a model among processes: give gpus=2 or more, or launch=single")
+        raise DirlError(f"launch={launch} shares a model among processes: give gpus=2 or more, or launch=single")
     if sharded and device == "cpu":  # where Accelerate ignores its plugin, though torch shards over gloo too
         accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     return accelerator
 
 
-def fsdp2() -> FullyShardedDataParallelPlugin:
-    """Layer by layer. Parameters travel in float32 and are autocast as elsewhere, so that the numbers are the same."""
+def fsdp2(keeps_gathered: bool) -> FullyShardedDataParallelPlugin:
+    """Layer by layer. Parameters travel in float32 and are autocast as elsewhere, so that the numbers are the same.
+
+    keeps_gathered: what a forward has gathered stays for its backward: ZeRO's second stage, where it is its third else.
+    """
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
+        reshard_after_forward=not keeps_gathered,
         auto_wrap_policy="transformer_based_wrap",
         mixed_precision_policy=MixedPrecisionPolicy(),
         cpu_ram_efficient_loading=False,
     )
+
+
+def release(model: nn.Module) -> None:
+    """Let go of what a forward without a backward may have gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gathered(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

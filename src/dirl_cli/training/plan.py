@@ -150,8 +150,8 @@ class Parallelism:
     """How processes share a model: among how many each part is divided, and whether gradients stay after a step.
 
     Data parallelism divides nothing and keeps gradients, in the buckets in which they travel. FSDP2 divides all and
-    gathers a layer at a time, embedding and head for as long as a forward and its backward last; and what samples
-    has a copy of the whole.
+    gathers a layer at a time, embedding and head for as long as a forward and its backward last, or with
+    `keeps_gathered` all of them; and what samples has a copy of the whole.
     """
 
     parameters: int = 1
@@ -159,12 +159,13 @@ class Parallelism:
     states: int = 1
     gradients_stay: bool = False
     gathers: bool = False
+    keeps_gathered: bool = False
 
 
 def parallelism(launch: str, processes: int) -> Parallelism:
     """What a run's `launch` divides."""
-    if launch == "fsdp2":
-        return Parallelism(processes, processes, processes, gathers=True)
+    if launch in ("fsdp2", "zero2"):
+        return Parallelism(processes, processes, processes, gathers=True, keeps_gathered=launch == "zero2")
     return Parallelism(gradients_stay=processes > 1)
 
 
@@ -253,8 +254,8 @@ class Memory:
             inside, copies = inside + layer, copies // model.layers
         deepest = {"bf16 copies": copies, "activations": kept + inside}
         busiest = max(at_head, deepest, key=lambda moment: sum(moment.values()))
-        # with their gradients: embedding and head, two layers
-        gathered = 8 * (model.vocabulary_parameters + 2 * model.layer_parameters // model.layers)
+        at_once = model.vocabulary_parameters + 2 * model.layer_parameters // model.layers  # and as many gradients
+        gathered = 4 * at_once + 4 * (model.parameters if self.parallelism.keeps_gathered else at_once)
         sharing = {"gathered": gathered * self.parallelism.gathers}
         return self.resident() | {"gradients": self.gradients()} | sharing | busiest
 

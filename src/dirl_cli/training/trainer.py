@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError
+from dirl_cli.training.parallel import release
 from dirl_cli.training.timing import PhaseTimes
 
 Sums = dict[str, Tensor]
@@ -90,7 +91,9 @@ class Trainer:
     def measure(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
         """What `step` would return as its sums, without learning."""
         self.scorer.eval()
-        return self.reduce([self.sums(rows, loss, counts / normalizer) for rows, counts in self.share(micro_batches)])
+        totals = [self.sums(rows, loss, counts / normalizer) for rows, counts in self.share(micro_batches)]
+        release(self.scorer)
+        return self.reduce(totals)
 
     def cut(self, rows: Rows, micro_rows: int | None) -> list[Rows]:
         """Micro-batches of at most `micro_rows` rows, one for every process at least where the rows allow it."""
