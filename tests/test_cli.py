@@ -297,7 +297,7 @@ def test_every_yaml_composes_and_builds():
             for group, names in groups.items()
             for name in names
         }.values():
-            path = [f"{group}.path=some/file.json"] if name in ("file", "path") else []
+            path = [f"{group}.path=some/file.json"] if name in ("file", "path", "from_causal") else []
             path += ["data.sources=[{path: a.json, weight: 0.7}, {path: b.json}]"] if name == "mix" else []
             command = EXPERIMENTS[name] if group == "experiment" else command
             cfg = compose(command, [f"{group}={name}", *path, *(["model=tiny"] if group != "model" else [])])

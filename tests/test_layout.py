@@ -179,5 +179,5 @@ def test_rows_are_filled_longest_first():
 
 def test_a_strip_longer_than_a_row_gets_one_of_its_own():
     one = torch.zeros(5, dtype=torch.long)
-    strip = Strip(one, one, one, one, one[:0], one[:0], torch.zeros(0))
+    strip = Strip(one, one, one, one, one[:0], one[:0], one[:0], torch.zeros(0))
     assert pack([strip, strip], 3, 4, 0).token_ids.shape == (2, 5)

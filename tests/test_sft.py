@@ -241,7 +241,7 @@ def batches(batch_size: int, seed: int = 0) -> NoisedBatches:
     """Five demonstrations, each of its own token."""
     demonstrations = [example([i] * 8, [False] * 4 + [True] * 4, 4, 0) for i in range(1, 6)]
     order = Order((5,), (1.0,), partial(generator, seed))
-    return NoisedBatches(demonstrations, order, batch_size, Noise(PerBlock(), 4, 9, 0, 16), seed)
+    return NoisedBatches(demonstrations, order, batch_size, lambda step: Noise(PerBlock(), 4, 9, 0, 16), seed)
 
 
 def test_every_epoch_shows_every_demonstration_once_in_a_new_order():

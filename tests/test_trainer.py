@@ -41,6 +41,7 @@ def rows_of(n: int) -> Rows:
         position=torch.arange(4).expand(n, 4),
         view=torch.zeros(n, 4, dtype=torch.long),
         where=where,
+        before=where - 1,
         targets=torch.randint(VOCABULARY, (2 * n,), generator=generator),
         weight=torch.rand(2 * n, generator=generator),
         block_size=4,

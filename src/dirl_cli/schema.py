@@ -45,6 +45,7 @@ class SftConfig(RunConfig):
     peft: Any
     data: Any
     masking: Any
+    annealing: Any
     optim: Any
     schedule: Any
     logger: Any

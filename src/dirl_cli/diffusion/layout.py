@@ -36,7 +36,8 @@ def attends(q: Coordinates, k: Coordinates) -> Tensor:
 class Strip:
     """Tokens that see each other and so stay in one row; n tokens, of which m are scored.
 
-    token_ids, sequence, position, view: (n,). where: (m,) indices of scored tokens; targets, weight: (m,).
+    token_ids, sequence, position, view: (n,). where: (m,) indices of scored tokens; before: (m,) of the tokens that
+    stand before those; targets, weight: (m,).
     """
 
     token_ids: Tensor
@@ -44,6 +45,7 @@ class Strip:
     position: Tensor
     view: Tensor
     where: Tensor
+    before: Tensor
     targets: Tensor
     weight: Tensor
 
@@ -56,7 +58,8 @@ class Rows:
     """A packed batch: R rows of L tokens with their coordinates, N of them scored.
 
     token_ids, group, sequence, position, view: (R, L), `group` being the strip's index in the packed list.
-    where: (N,) indices of the scored tokens into the flattened rows, ascending. targets: (N,) what they should be.
+    where: (N,) indices of the scored tokens into the flattened rows, ascending. before: (N,) of what stands before
+    each: in its own view inside its block, in the clean copy at its block's start. targets: (N,) what they should be.
     weight: (N,) of each in the loss. notes: more about each, (N,) under a name, such as its advantage.
     block_masks: made of the coordinates once for each device, and shared by copies that have the same coordinates.
     """
@@ -67,6 +70,7 @@ class Rows:
     position: Tensor
     view: Tensor
     where: Tensor
+    before: Tensor
     targets: Tensor
     weight: Tensor
     block_size: int
@@ -100,13 +104,16 @@ class Rows:
             last = min(first + rows_each, len(self.token_ids))
             used = int((self.group[first:last] != PADDING).sum(1).max())
             inside = (row >= first) & (row < last)
-            where = (row[inside] - first) * used + self.where[inside] % width
+            where, before = (
+                (row[inside] - first) * used + index[inside] % width for index in (self.where, self.before)
+            )
             columns: dict[str, Any] = {name: getattr(self, name)[first:last, :used] for name in PER_TOKEN}
             parts.append(
                 replace(
                     self,
                     **columns,
                     where=where,
+                    before=before,
                     targets=self.targets[inside],
                     weight=self.weight[inside],
                     notes={name: note[inside] for name, note in self.notes.items()},
@@ -136,12 +143,15 @@ def lay_out(token_ids: Tensor, masked: Tensor, scored: Tensor, weight: Tensor, b
     is_scored = scored[view, position]
     view_scored, position_scored = view[is_scored], position[is_scored]
     ids = torch.cat([token_ids[:clean], states[view, position]])
+    where = clean + is_scored.nonzero().squeeze(1)
+    begins_block = position_scored % block_size == 0
     return Strip(
         token_ids=ids,
         sequence=torch.full_like(ids, SHARED),
         position=torch.cat([torch.arange(clean), position]),
         view=torch.cat([torch.zeros(clean, dtype=torch.long), view + 1]),
-        where=clean + is_scored.nonzero().squeeze(1),
+        where=where,
+        before=torch.where(begins_block, position_scored - 1, where - 1).clamp(min=0),  # nothing is before the first
         targets=token_ids[position_scored],
         weight=weight[view_scored, position_scored],
     )
@@ -154,7 +164,7 @@ def join(strips: Sequence[Strip], block_size: int) -> Strip:
     """
     common = common_blocks(strips, block_size)
     own = [len(strip) - common for strip in strips]
-    before = [sum(own[:i]) for i in range(len(own))]
+    moved = [sum(own[:i]) for i in range(len(own))]
     return Strip(
         token_ids=torch.cat([strips[0].token_ids[:common], *(strip.token_ids[common:] for strip in strips)]),
         sequence=torch.cat(
@@ -162,7 +172,13 @@ def join(strips: Sequence[Strip], block_size: int) -> Strip:
         ),
         position=torch.cat([strips[0].position[:common], *(strip.position[common:] for strip in strips)]),
         view=torch.cat([strips[0].view[:common], *(strip.view[common:] for strip in strips)]),
-        where=torch.cat([strip.where + n for strip, n in zip(strips, before, strict=True)]),
+        where=torch.cat([strip.where + n for strip, n in zip(strips, moved, strict=True)]),
+        before=torch.cat(
+            [
+                torch.where(strip.before < common, strip.before, strip.before + n)
+                for strip, n in zip(strips, moved, strict=True)
+            ]
+        ),
         targets=torch.cat([strip.targets for strip in strips]),
         weight=torch.cat([strip.weight for strip in strips]),
     )
@@ -186,7 +202,7 @@ def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int)
     columns: dict[str, Any] = {name: torch.zeros(len(bins), width, dtype=torch.long) for name in PER_TOKEN}
     columns["token_ids"].fill_(pad_id)
     columns["group"].fill_(PADDING)
-    where, order = [], []
+    where, before, order = [], [], []
     for r, row in enumerate(bins):
         start = 0
         for i in row:
@@ -195,11 +211,13 @@ def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int)
                 columns[name][r, span] = getattr(strips[i], name)
             columns["group"][r, span] = i
             where.append(strips[i].where + r * width + start)
+            before.append(strips[i].before + r * width + start)
             order.append(i)
             start = span.stop
     return Rows(
         **columns,
         where=torch.cat(where),
+        before=torch.cat(before),
         targets=torch.cat([strips[i].targets for i in order]),
         weight=torch.cat([strips[i].weight for i in order]),
         block_size=block_size,

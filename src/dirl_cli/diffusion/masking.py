@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from dirl_cli.diffusion.layout import Rows, Strip, lay_out, pack
+from dirl_cli.diffusion.layout import SHARED, Rows, Strip, lay_out, pack
 
 LOWEST_RATE = 1e-3  # keeps 1/p finite
 
@@ -148,6 +148,23 @@ def noised_strip(
     weight = torch.zeros(masked.shape)
     masked[:, answer], weight[:, answer] = hidden, weights
     return lay_out(demonstration.token_ids, masked, masked, weight, block_size, mask_id)
+
+
+def causal_strip(demonstration: Example, weight: float) -> Strip:
+    """A demonstration as a causal model learns it, in rows whose blocks are single tokens: each predicts the next."""
+    answer = demonstration.trained.nonzero().squeeze(1)
+    answer = answer[answer > 0]
+    position = torch.arange(len(demonstration.token_ids))
+    return Strip(
+        token_ids=demonstration.token_ids,
+        sequence=torch.full_like(position, SHARED),
+        position=position,
+        view=torch.zeros_like(position),
+        where=answer - 1,
+        before=answer - 1,
+        targets=demonstration.token_ids[answer],
+        weight=torch.full(answer.shape, weight),
+    )
 
 
 def noised_rows(

@@ -1,35 +1,20 @@
 """Models on disk: loading and saving in the published layout, with everything a sampler or trainer asks of one."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import dirl_cli.models.sdar  # noqa: F401  # registers `sdar` and `sdar_moe`
-from dirl_cli import hub
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.adapter import merged
-from dirl_cli.models.harmless import require_harmless
 from dirl_cli.models.published import save_published
+from dirl_cli.models.stored import Stored
 
 DEFAULT_BLOCK_SIZE = 4  # published configurations may name neither
 DEFAULT_MASK_TOKEN_ID = 151669
-UNBUILDABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError)
 MASK_NAMES = ("<|MASK|>", "<MASK>", "<|mask|>", "<mask>")  # a tokenizer's files may hold more than one
 
 
@@ -38,7 +23,8 @@ class DiffusionLM:
     """A block-diffusion language model: a transformers decoder, its tokenizer and what the method needs to know.
 
     unsampled_ids: ids that stand for no text (the mask token, the embedding's padding) and are never sampled.
-    stop_token_ids: ids that end an answer.
+    stop_token_ids: ids that end an answer. logit_shift: whether a token is predicted where the one before it stands,
+    as causal models do, and not in its own place.
     """
 
     model: PreTrainedModel
@@ -62,6 +48,10 @@ class DiffusionLM:
     def longest_prompt(self) -> int:
         """The most tokens a prompt may have that is to be answered."""
         return self.max_length // self.block_size * self.block_size - 1
+
+    @property
+    def logit_shift(self) -> bool:
+        return is_shifted(self.model)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -92,9 +82,9 @@ class Checkpoint:
         """
         device = pick_device(device)
         attention = pick_attention(attention, device)
-        directory = self._directory()
-        require_harmless(directory)
-        config = self._config(directory, attention)
+        stored = Stored(self.path)
+        directory = stored.directory()
+        config = stored.config(directory, attention)
         block_size = agree("block_size", self.block_size, getattr(config, "block_size", None), DEFAULT_BLOCK_SIZE)
         mask_id = agree(
             "mask_token_id", self.mask_token_id, getattr(config, "mask_token_id", None), DEFAULT_MASK_TOKEN_ID
@@ -105,94 +95,12 @@ class Checkpoint:
                 " set model.mask_token_id"
             )
         if device == "meta":  # its shapes alone: no weight is read
-            model = self._shapes(config, pick_dtype(dtype, device))
-            return diffusion_lm(model.eval(), self._tokenizer(directory), block_size, mask_id)
-        model = self._model(directory, config, pick_dtype(dtype, device))
+            model = stored.shapes(config, pick_dtype(dtype, device))
+            return diffusion_lm(model.eval(), stored.tokenizer(directory), block_size, mask_id)
+        model = stored.model(directory, config, pick_dtype(dtype, device))
         model = merged(model, self.adapter) if self.adapter else model
         torch.nn.Module.to(model, device).eval()
-        return diffusion_lm(model, self._tokenizer(directory), block_size, mask_id)
-
-    def _directory(self) -> Path:
-        path = Path(self.path)
-        if path.is_dir():
-            return path
-        if path.exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") != 1:
-            raise DirlError(
-                f"{self.path} is not a directory: give model.path that of a saved model, such as `dirl sft` leaves"
-            )
-        return hub.local(self.path, "model")
-
-    def _config(self, directory: Path, attention: str) -> PreTrainedConfig:
-        try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-            # Whatever it names instead: it may name a repository of the Hub, whose code transformers would run.
-            config._attn_implementation, config._experts_implementation = attention, None
-        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-            raise self._unloadable(error) from error
-        return config
-
-    def _shapes(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        try:
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except UNBUILDABLE as error:
-            raise self._unbuildable(error) from error
-
-    def _model(self, directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()  # its report of what is missing says in a page what follows below
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below
-            )
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise DirlError(f"{self.path} holds a damaged weight file ({error}): download or copy it again") from error
-        except (OSError, ValueError) as error:
-            raise self._unloadable(error) from error
-        except UNBUILDABLE as error:
-            raise self._unbuildable(error) from error
-        model, found = loaded
-        for key, stored, wanted in sorted(found["mismatched_keys"])[:1]:
-            raise DirlError(
-                f"{self.path} holds {key} with shape {tuple(stored)}, and its config.json asks for {tuple(wanted)}:"
-                " download or copy it again"
-            )
-        if wrong := sorted(found["missing_keys"]):
-            raise DirlError(
-                f"{self.path} lacks {len(wrong)} tensor{'s' * (len(wrong) > 1)} of the model, such as {wrong[0]}:"
-                " download or copy it again"
-            )
-        if strange := sorted(found["unexpected_keys"]):
-            raise DirlError(
-                f"{self.path} holds {len(strange)} tensor{'s' * (len(strange) > 1)} that its config.json does not know,"
-                f" such as {strange[0]}: download or copy config.json again"
-            )
-        return cast(PreTrainedModel, model)
-
-    def _tokenizer(self, directory: Path) -> PreTrainedTokenizerBase | None:
-        if not list(directory.glob("*token*")):
-            return None
-        try:
-            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of the tokenizers library, which raises nothing more specific
-            reason = one_line(error)
-            raise DirlError(f"the tokenizer of {self.path} cannot be read ({reason}): copy it again") from error
-
-    def _unbuildable(self, error: Exception) -> DirlError:
-        reason = one_line(error)
-        return DirlError(
-            f"{self.path} cannot be loaded as its config.json and index say ({reason}): download or copy it again"
-        )
-
-    def _unloadable(self, error: Exception) -> DirlError:
-        return DirlError(f"{self.path} is not a model that can be loaded: {one_line(error)}")
+        return diffusion_lm(model, stored.tokenizer(directory), block_size, mask_id)
 
 
 def diffusion_lm(
@@ -230,6 +138,11 @@ def diffusion_lm(
         stop_token_ids=tuple(sorted(stops)),
         unsampled_ids=tuple(i for i in ids if i not in text),
     )
+
+
+def is_shifted(model: PreTrainedModel) -> bool:
+    """Whether a model predicts a token where the one before it stands; published configurations do not tell."""
+    return getattr(model.config, "logit_shift", False)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -277,12 +190,3 @@ def pick_attention(attention: str, device: str) -> str:
     if found is None:
         raise DirlError(f"attention={attention}: {did_you_mean(attention, ('auto', 'sdpa', 'flex'))}")
     return found
-
-
-def one_line(error: Exception) -> str:
-    """What transformers complains of, in fewer words."""
-    if "custom code" in str(error):
-        return "it needs code of its own, which is never run"
-    if "conversion of the weights" in str(error):
-        return "the experts of a layer are incomplete or differ in shape"
-    return str(error).strip().split("\n")[0].rstrip(" :")

@@ -111,7 +111,9 @@ class Batch:
 
     def _share(self, slot: int, source: int) -> None:
         """Give `slot` the whole blocks of the prompt that `source` holds."""
-        self.prompt_in[slot], self.cached[slot] = self.prompt_in[source], self.blocks[START, slot]
+        behind = self.block_size * self.forwards.lm.logit_shift  # the last block is computed again: its end predicts
+        self.prompt_in[slot] = self.prompt_in[source]
+        self.cached[slot] = max(self.blocks[START, slot] - behind, 0)
         if slot != source:
             self.forwards.cache.share(source, slot, int(self.cached[slot]))
 

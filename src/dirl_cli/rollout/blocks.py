@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dirl_cli.models.cache import SlotCache
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.canvas import Canvas, Revealer
-from dirl_cli.rollout.decoder import Integers, decode
+from dirl_cli.rollout.decoder import Integers, decode, one_before
 from dirl_cli.types import Decoding
 
 PREFILL = 16384  # tokens of prompts in one forward
@@ -73,19 +73,22 @@ class Blocks:
         self.canvas = Canvas(lm, slots + 1, length)  # the spare slot is for blocks that only fill a graph
         self.cache = SlotCache(slots + 1, length)
         self.offsets = torch.arange(lm.block_size, device=lm.device)
-        self.host = torch.zeros(4, 2 * slots, dtype=torch.long, pin_memory=lm.device.type == "cuda")
+        # of each block its slot, first position, step, request's key, and the slot whose cached tokens it is to end
+        self.host = torch.zeros(5, 2 * slots, dtype=torch.long, pin_memory=lm.device.type == "cuda")
         self.blocks = self.host.to(lm.device)
         self.shown = torch.empty(slots, lm.block_size, dtype=torch.long, device=lm.device)
         self.hidden = torch.empty(0)
+        self.edge = torch.empty(0)  # (slots + 1, D) of the last token of each slot that is cached
         self.revealers: dict[Decoding, Revealer] = {}
 
     def step(self, blocks: Integers, cached: Integers, count: int, reveal: Revealer) -> Integers:
         """See `Forwards.step`."""
         cached = self._prefill(blocks, cached)
         finished = blocks[:, blocks[1] > cached] - np.array([0, self.lm.block_size, 0, 0])[:, None]
-        used = blocks.shape[1] + finished.shape[1]
-        self.host[0] = self.slots
-        self.host[:, :used] = torch.from_numpy(np.concatenate([blocks, finished], 1))
+        opened, used = blocks.shape[1], blocks.shape[1] + finished.shape[1]
+        self.host[0] = self.host[4] = self.slots
+        self.host[:4, :used] = torch.from_numpy(np.concatenate([blocks, finished], 1))
+        self.host[4, opened:used] = self.host[0, opened:used]
         self.blocks.copy_(self.host, non_blocking=True)
         size = min(bucket(used), 2 * self.slots)
         self.replay(size, partial(self._forward, size))
@@ -100,21 +103,27 @@ class Blocks:
         return self.shown[: blocks.shape[1]].cpu().numpy()
 
     def _prefill(self, blocks: Integers, cached: Integers) -> Integers:
-        """Cache the prompts of slots that have more than a block to cache; returns what is cached then."""
+        """Cache the prompts of slots that have more than a block to cache, but for the last; returns what is cached."""
         slot, start, size = blocks[0], blocks[1], self.lm.block_size
-        missing = np.where(start - cached > size, (start - cached) // size, 0)
+        missing = np.maximum((start - cached) // size - 1, 0)
         number = np.arange(missing.sum()) - (missing.cumsum() - missing).repeat(missing)
         rows = np.stack([slot.repeat(missing), cached.repeat(missing) + number * size])
         for part in torch.from_numpy(rows).to(self.lm.device).split(PREFILL // size, dim=1) if rows.size else ():
             self._decode(*part)
-        return np.where(missing > 0, start, cached)
+        return cached + missing * size
 
     def _forward(self, size: int) -> None:
         """Decode the first `size` blocks."""
-        hidden = self._decode(*self.blocks[:2, :size])[: self.slots * self.lm.block_size]
+        hidden = self._decode(*self.blocks[:2, :size])
         if not len(self.hidden):
             self.hidden = hidden.new_zeros(self.slots * self.lm.block_size, hidden.shape[1])
-        self.hidden[: len(hidden)] = hidden
+            self.edge = hidden.new_zeros(self.slots + 1, hidden.shape[1])
+        if self.lm.logit_shift:
+            states = hidden.unflatten(0, (size, -1))
+            self.edge[self.blocks[4, :size]] = states[:, -1]
+            hidden = one_before(states, self.edge[self.blocks[0, :size]]).flatten(0, 1)
+        opened = hidden[: len(self.hidden)]
+        self.hidden[: len(opened)] = opened
 
     def _decode(self, slots: Tensor, start: Tensor) -> Tensor:
         position = start[:, None] + self.offsets
@@ -126,7 +135,7 @@ class Blocks:
         return decode(self.lm.model, self.cache, self.canvas.tokens.take(places), position.flatten(), places, attend)
 
     def _reveal(self, reveal: Revealer, count: int) -> None:
-        self.shown.copy_(reveal(self.canvas, self.blocks[:, : self.slots], self.hidden, count))
+        self.shown.copy_(reveal(self.canvas, self.blocks[:4, : self.slots], self.hidden, count))
 
 
 def bucket(count: int) -> int:

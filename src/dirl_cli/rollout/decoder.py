@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -32,6 +33,11 @@ def slot_attention(
 
 
 AttentionInterface.register(SLOTS, slot_attention)
+
+
+def one_before(hidden: Tensor, edge: Tensor) -> Tensor:
+    """For each token of some blocks the hidden state of the token before it. hidden: (N, B, D). edge: (N, D)."""
+    return torch.cat([edge[:, None], hidden[:, :-1]], 1)
 
 
 def decode(

@@ -16,6 +16,7 @@ from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import Sampler
 
 LMDEPLOY = "0.18"
+LMDEPLOY_MODELS = ("sdar", "sdar_moe")
 
 
 class Engine(Protocol):
@@ -73,6 +74,10 @@ class Lmdeploy:
     def start(self, lm: DiffusionLM, own_weights: bool = True) -> Sampler:
         """The engine, always with weights of its own. Raises DirlError likewise, or if `lm` is not on a GPU."""
         self.require()
+        if lm.model.config.model_type not in LMDEPLOY_MODELS or lm.logit_shift:
+            raise DirlError(
+                "rollout=lmdeploy samples from SDAR's family, which this model is not of: give rollout=native"
+            )
         if lm.device.type != "cuda":
             raise DirlError(f"rollout=lmdeploy wants device=cuda, not {lm.device}: leave rollout at native")
         from dirl_cli.rollout.lmdeploy import LmdeploySampler, start_engine

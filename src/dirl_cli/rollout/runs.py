@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from dirl_cli.models.cache import SlotCache
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.canvas import Canvas, Revealer
-from dirl_cli.rollout.decoder import Integers, decode
+from dirl_cli.rollout.decoder import Integers, decode, one_before
+
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Runs:
         self.canvas = Canvas(lm, slots, length)
         self.cache = SlotCache(slots, length)
         self.offsets = np.arange(lm.block_size)
+        self.edge = torch.empty(0)  # (slots, D) of the last token of each slot that is cached
 
     def step(self, blocks: Integers, cached: Integers, count: int, reveal: Revealer) -> Integers:
         """See `Forwards.step`."""
@@ -78,9 +81,22 @@ class Runs:
             return torch.cat([one.attend(q, keys, values, scale) for one, q in zip(groups, parts, strict=True)])
 
         hidden = decode(self.lm.model, self.cache, self.canvas.tokens.take(row[1]), row[0], row[1], attend)
-        if len(hidden) == len(slots) * len(self.offsets):
-            return hidden
-        return hidden[self._upload((end[:, None] - len(self.offsets) + self.offsets).ravel())]
+        size = len(self.offsets)
+        blocks = hidden
+        if len(hidden) > len(slots) * size:
+            blocks = hidden[self._upload((end[:, None] - size + self.offsets).ravel())]
+        return self._one_before(hidden, blocks, slots, end - size, width > size) if self.lm.logit_shift else blocks
+
+    def _one_before(self, hidden: Tensor, blocks: Tensor, slots: Integers, begin: Integers, fresh: Bools) -> Tensor:
+        """The hidden states of the tokens before those of the blocks.
+
+        The one before a block was computed when that was cached: in this forward where it is `fresh`, or earlier.
+        """
+        if not len(self.edge):
+            self.edge = hidden.new_zeros(len(self.canvas.tokens), hidden.shape[1])
+        self.edge[self._upload(slots[fresh])] = hidden[self._upload(begin[fresh] - 1)]
+        states = blocks.unflatten(0, (len(slots), -1))
+        return one_before(states, self.edge[self._upload(slots)]).flatten(0, 1)
 
     def _groups(self, slots: Integers, cached: Integers, width: Integers) -> list[Group]:
         """By width, which is ascending."""

@@ -1,6 +1,6 @@
 """The batches of a fine-tuning run: batch n is the same whenever and wherever it is asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
@@ -61,16 +61,19 @@ class Padded:
 
 @dataclass(frozen=True)
 class NoisedBatches:
-    """Batch by step: the next `batch_size` demonstrations in their order, freshly masked."""
+    """Batch by step: the next `batch_size` demonstrations in their order, freshly masked. noise: that of a step."""
 
     examples: Examples
     order: Order
     batch_size: int
-    noise: Noise
+    noise: Callable[[int], Noise]
     seed: int
 
     def __getitem__(self, step: int) -> tuple[Rows, int]:
-        return self.noise.rows([self.examples[i] for i in self.chosen(step)], self.seed, step)
+        return self.noise(step).rows(self.demonstrations(step), self.seed, step)
+
+    def demonstrations(self, step: int) -> list[Example]:
+        return [self.examples[i] for i in self.chosen(step)]
 
     def chosen(self, step: int) -> list[int]:
         """Which examples make batch `step`, in which one epoch may end and the next begin."""

@@ -11,7 +11,7 @@ from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.sampling import entropy, temper, truncate
 from dirl_cli.diffusion.trace import trajectory_strip
 from dirl_cli.models.attention import hidden_states
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.checkpoint import DiffusionLM, is_shifted
 from dirl_cli.training.head import linear_logprobs, tokens_at_once
 from dirl_cli.types import Decoding, Trajectory
 
@@ -42,7 +42,8 @@ class TokenScorer(nn.Module):
 
     def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy in nats, in fp32, of the N scored tokens: (N,), (N,)."""
-        hidden = hidden_states(self.model, rows).flatten(0, 1)[rows.where]  # (N, D)
+        predicted_at = rows.before if is_shifted(self.model) else rows.where
+        hidden = hidden_states(self.model, rows).flatten(0, 1)[predicted_at]  # (N, D)
         head, options = self.model.get_output_embeddings(), self.decoding
         if is_plain(head) and not options.truncates:
             return linear_logprobs(hidden, head.weight, rows.targets, options.temperature, self.unsampled, self.chunk)

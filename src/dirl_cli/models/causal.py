@@ -1,0 +1,89 @@
+"""A causal language model made ready to learn block diffusion."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dirl_cli.errors import DirlError
+from dirl_cli.models.checkpoint import (
+    MASK_NAMES,
+    DiffusionLM,
+    diffusion_lm,
+    pick_attention,
+    pick_device,
+    pick_dtype,
+)
+from dirl_cli.models.stored import Stored
+
+MULTIPLE = 64  # rows that an embedding grows to, for the sake of GPUs
+
+
+@dataclass(frozen=True)
+class FromCausal:
+    """The causal model in a directory, or in a Hub repository that was downloaded before, with a mask token of its own.
+
+    logit_shift: whether a token goes on being predicted where the token before it stands (Dream, Fast-dLLM v2), or is
+    predicted in its own place (SDAR), which has to be learned. package, file: an installed package and the GGUF file
+    in it that `dirl download` makes the directory of.
+    """
+
+    name: str
+    path: str
+    block_size: int
+    logit_shift: bool
+    package: str | None = None
+    file: str | None = None
+
+    def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
+        """As `Checkpoint.load`. Raises DirlError for a model that is no causal one, or attends through a window."""
+        device = pick_device(device)
+        if self.package and not Path(self.path).is_dir():
+            raise DirlError(f"{self.path} is not there: run `dirl download model={self.name}` first")
+        stored = Stored(self.path)
+        directory = stored.directory()
+        config = stored.config(directory, pick_attention(attention, device))
+        if getattr(config, "mask_token_id", None) is not None:
+            raise DirlError(f"{self.path} is a diffusion model already: give it as model={self.path}")
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            raise DirlError(f"{self.path} attends through a sliding window, and blocks want all before: take another")
+        tokenizer = stored.tokenizer(directory)
+        if tokenizer is None:
+            raise DirlError(f"{self.path} has no tokenizer: copy its tokenizer files beside config.json")
+        mask_id = with_mask_token(tokenizer)
+        rows = max(config.vocab_size, -(-len(tokenizer) // MULTIPLE) * MULTIPLE)
+        if device == "meta":
+            config.vocab_size = rows
+            model = stored.shapes(config, pick_dtype(dtype, device))
+        else:
+            model = stored.model(directory, config, pick_dtype(dtype, device))
+            give_mask_token(model, rows, mask_id, len(tokenizer))
+            torch.nn.Module.to(model, device)
+        if self.logit_shift:
+            model.config.logit_shift = True
+        return diffusion_lm(model.eval(), tokenizer, self.block_size, mask_id)
+
+
+def with_mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the tokenizer's mask token, which it is given if it has none."""
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": MASK_NAMES[0]})
+    return tokenizer.mask_token_id
+
+
+@torch.no_grad()
+def give_mask_token(model: PreTrainedModel, rows: int, mask_id: int, words: int) -> None:
+    """Room in the vocabulary for a token that means as much as the others do on average. words: those that mean any."""
+    if rows > model.config.vocab_size:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for weight in {id(one.weight): one.weight for one in embeddings}.values():
+        weight[mask_id] = average(weight, words, mask_id)
+
+
+def average(weight: Tensor, words: int, left_out: int) -> Tensor:
+    """The mean row of the first `words`, but for one. weight: (V, D)."""
+    return (weight[:words].sum(0) - weight[left_out]) / (words - 1)

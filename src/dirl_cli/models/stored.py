@@ -1,0 +1,130 @@
+"""What is on the disk of a model: configuration, weights, tokenizer. What may be wrong with them is a sentence."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+import dirl_cli.models.sdar  # noqa: F401  # registers `sdar` and `sdar_moe`
+from dirl_cli import hub
+from dirl_cli.errors import DirlError
+from dirl_cli.models.harmless import require_harmless
+
+UNBUILDABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model directory, or a Hub repository that was downloaded before."""
+
+    path: str
+
+    def directory(self) -> Path:
+        """Where it is. Raises DirlError where that is nowhere, or where it holds what is never loaded."""
+        directory = self._found()
+        require_harmless(directory)
+        return directory
+
+    def _found(self) -> Path:
+        path = Path(self.path)
+        if path.is_dir():
+            return path
+        if path.exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") != 1:
+            raise DirlError(
+                f"{self.path} is not a directory: give model.path that of a saved model, such as `dirl sft` leaves"
+            )
+        return hub.local(self.path, "model")
+
+    def config(self, directory: Path, attention: str) -> PreTrainedConfig:
+        try:
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            # Whatever it names instead: it may name a repository of the Hub, whose code transformers would run.
+            config._attn_implementation, config._experts_implementation = attention, None
+        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+            raise self._unloadable(error) from error
+        return config
+
+    def shapes(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except UNBUILDABLE as error:
+            raise self._unbuildable(error) from error
+
+    def model(self, directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # its report of what is missing says in a page what follows below
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below
+            )
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise DirlError(f"{self.path} holds a damaged weight file ({error}): download or copy it again") from error
+        except (OSError, ValueError) as error:
+            raise self._unloadable(error) from error
+        except UNBUILDABLE as error:
+            raise self._unbuildable(error) from error
+        model, found = loaded
+        for key, stored, wanted in sorted(found["mismatched_keys"])[:1]:
+            raise DirlError(
+                f"{self.path} holds {key} with shape {tuple(stored)}, and its config.json asks for {tuple(wanted)}:"
+                " download or copy it again"
+            )
+        if wrong := sorted(found["missing_keys"]):
+            raise DirlError(
+                f"{self.path} lacks {len(wrong)} tensor{'s' * (len(wrong) > 1)} of the model, such as {wrong[0]}:"
+                " download or copy it again"
+            )
+        if strange := sorted(found["unexpected_keys"]):
+            raise DirlError(
+                f"{self.path} holds {len(strange)} tensor{'s' * (len(strange) > 1)} that its config.json does not know,"
+                f" such as {strange[0]}: download or copy config.json again"
+            )
+        return cast(PreTrainedModel, model)
+
+    def tokenizer(self, directory: Path) -> PreTrainedTokenizerBase | None:
+        if not list(directory.glob("*token*")):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of the tokenizers library, which raises nothing more specific
+            reason = one_line(error)
+            raise DirlError(f"the tokenizer of {self.path} cannot be read ({reason}): copy it again") from error
+
+    def _unbuildable(self, error: Exception) -> DirlError:
+        reason = one_line(error)
+        return DirlError(
+            f"{self.path} cannot be loaded as its config.json and index say ({reason}): download or copy it again"
+        )
+
+    def _unloadable(self, error: Exception) -> DirlError:
+        return DirlError(f"{self.path} is not a model that can be loaded: {one_line(error)}")
+
+
+def one_line(error: Exception) -> str:
+    """What transformers complains of, in fewer words."""
+    if "custom code" in str(error):
+        return "it needs code of its own, which is never run"
+    if "conversion of the weights" in str(error):
+        return "the experts of a layer are incomplete or differ in shape"
+    return str(error).strip().split("\n")[0].rstrip(" :")

@@ -1,0 +1,67 @@
+"""From a causal model to a block-diffusion model by and by: small blocks first, few masks first, both objectives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Generator, Tensor
+
+from dirl_cli.diffusion.layout import Rows, pack
+from dirl_cli.diffusion.masking import Example, Masking, causal_strip
+from dirl_cli.errors import DirlError
+from dirl_cli.training.batches import Noise
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """What changes over the first `share` of the steps, and the causal loss beside.
+
+    block_sizes: those to begin with, in equal parts of it. masked: the share of what the schedule hides that is
+    hidden at first; it grows to 1. causal_weight: of the next-token loss, which all steps have.
+    """
+
+    block_sizes: tuple[int, ...]
+    share: float
+    masked: float
+    causal_weight: float
+
+    def check(self, block_size: int) -> None:
+        """Raises DirlError for what cannot lead to blocks of this size."""
+        sizes = [*self.block_sizes, block_size]
+        if any(size < 1 or following % size for size, following in pairwise(sizes)):
+            raise DirlError(
+                f"annealing.block_sizes={list(self.block_sizes)}: each must divide the next, up to {block_size}"
+            )
+        if not (0 <= self.share <= 1 and 0 < self.masked <= 1):
+            raise DirlError("annealing.share and annealing.masked are shares: give numbers up to 1")
+
+    def noise(self, final: Noise, progress: float) -> Noise:
+        """The noise at a point of the run, of which `final` is that of its end. progress: from 0 to 1."""
+        if progress >= self.share:
+            return final
+        done = progress / self.share
+        sizes = self.block_sizes or (final.block_size,)
+        masked = self.masked + (1 - self.masked) * done
+        return replace(final, block_size=sizes[int(done * len(sizes))], masking=Thinned(final.masking, masked))
+
+    def causal_rows(self, examples: Sequence[Example], noise: Noise) -> list[Rows]:
+        """The demonstrations as a causal model learns them; none where that has no weight."""
+        if not self.causal_weight:
+            return []
+        strips = [causal_strip(one, self.causal_weight) for one in examples]
+        return [pack(strips, noise.row_tokens, block_size=1, pad_id=noise.pad_id)]
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """A masking schedule of which only a share is hidden, each token counting so much the more."""
+
+    masking: Masking
+    share: float
+
+    def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        masked, weight = self.masking(block, generator)
+        stays = torch.rand(masked.shape, generator=generator) < self.share
+        stays |= ~(masked & stays).any(-1, keepdim=True)  # each view keeps something to learn from
+        return masked & stays, weight / self.share
