@@ -122,6 +122,9 @@ def take(
     copied = {name: tensor.detach().cpu().clone() for name, tensor in gathered(lm.model.named_parameters())}
     sampled_from = dict(whole(lm).model.named_parameters())
     assert all(torch.equal(sampled_from[name].cpu(), copied[name]) for name in copied)
+    narrow = dict(whole(lm, torch.bfloat16).model.named_parameters())
+    assert all(torch.equal(narrow[name].cpu(), copied[name].to(narrow[name].dtype)) for name in copied)
+    assert (narrow["lm_head.weight"].dtype == torch.bfloat16) == (launch in SHARED)
     return found, copied
 
 

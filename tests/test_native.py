@@ -204,3 +204,15 @@ def test_an_engine_of_its_own_gets_a_checkpoint_to_start_from(tmp_path):
     made = on_disk(lm)
     assert (Path(made) / "config.json").exists()
     assert on_disk(Checkpoint("made", made).load("float32", "cpu")) == made
+
+
+def test_a_sampler_with_weights_of_its_own_keeps_none_while_it_sleeps():
+    lm, decoding = small_lm(), Decoding(max_new_tokens=8)
+    trained = {name: parameter.detach().clone() for name, parameter in lm.model.named_parameters()}
+    sampler = NativeSampler(lm, own_weights=True)
+    before = sampler.sample([[5, 6, 7]], 1, decoding)
+    sampler.sleep()
+    assert sum(parameter.untyped_storage().nbytes() for parameter in lm.model.parameters()) == 0
+    sampler.wake()
+    sampler.update_weights(trained.items(), version=0)
+    assert sampler.sample([[5, 6, 7]], 1, decoding) == before

@@ -413,6 +413,17 @@ def test_a_model_that_is_too_large_for_a_gpu_is_told_to_be_shared_among_eight(ei
     assert re.search(r"^parameters +32.8 GB +4.1 GB +4.1 GB *$", said, re.M)  # loading, update, evaluation
 
 
+def test_the_published_reinforcement_fits_the_eight_gpus_it_asks_for(eight_billion, tmp_path, capsys):
+    """Its answers of 8,192 tokens in all their states are one row of 41,000."""
+    asked = {"question": "word " * 300, "ground_truth_answer": "1"}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(asked) + "\n")
+    words = ["experiment=dirl8b_rl", "data=file", f"data.path={tmp_path / 'asked.jsonl'}", "data.held_out=0"]
+    rl.run(config("rl", *words, "model=path", f"model.path={eight_billion}", "dry_run=true"), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "this fits: the rollout takes about" in said
+    assert re.search(r"^sampler's copy +17.6 GB *$", said, re.M)  # while sampling only
+
+
 @pytest.mark.parametrize("engine", ["native", "lmdeploy"])
 def test_the_experiment_for_one_gpu_fits_it_with_a_margin(engine, one_billion, tmp_path, capsys):
     """Also where the longest prompts are as long as they may be."""

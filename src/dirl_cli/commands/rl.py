@@ -38,10 +38,11 @@ from dirl_cli.loop.groups import (
 from dirl_cli.loop.keep import keep
 from dirl_cli.loop.learn import Learner
 from dirl_cli.loop.sources import Questions, Reader, epochs
-from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
+from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
 from dirl_cli.reward.scoring import Rewards, Scorer
+from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.record import Record, rollout_path, write_rollout
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.budget import Place
@@ -168,7 +169,10 @@ def run(cfg: DictConfig, out: Path) -> None:
     log = open_log(out, state.step or -1, logger, config) if accelerator.is_main_process else NoLog()
     held_out = reader.problems("held-out problems", data.problems()[: cfg.eval_problems])
     exam = Exam(held_out.problems, held_out.prompts, lm, decoding, accelerator)
-    sampler: Sampler = engine.start(whole(twin), cfg.rl.async_rollout)
+    sampler_lm = whole(twin, pick_dtype(cfg.dtype, lm.device.type))
+    if cfg.rl.async_rollout and sampler_lm is twin and isinstance(engine, Native):
+        sampler_lm = WHOLE.reference(twin)  # a copy, since the parameters change while it samples
+    sampler: Sampler = engine.start(sampler_lm, own_weights=sampler_lm is not twin)
     sampler.update_weights(gathered(peft.pushed(lm)), trainer.steps_taken)
 
     with checkpoints, Scorer(rewards) as scorer, StopSignal(accelerator) as stop:

@@ -20,7 +20,7 @@ from dirl_cli.loop.exam import Exam
 from dirl_cli.loop.forecast import SFT, sft_budget
 from dirl_cli.loop.keep import keep
 from dirl_cli.loop.sources import Reader, epochs
-from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
+from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
 from dirl_cli.reward.grading import Grader
@@ -159,7 +159,8 @@ def run(cfg: DictConfig, out: Path) -> None:
                 with trainer.times("evaluation"):
                     metrics |= validated(trainer, validation, cfg.micro_rows)
                     if exam.problems:
-                        metrics |= exam.take(NativeSampler(whole(peft.merged(lm))), grader)
+                        sampler_lm = whole(peft.merged(lm), pick_dtype(cfg.dtype, lm.device.type))
+                        metrics |= exam.take(NativeSampler(sampler_lm), grader)
                 progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'validation_loss', 'greedy_accuracy')}")
             log.write(step, metrics | trainer.times.take())
             must_stop = bool(stop) and not is_last

@@ -98,10 +98,7 @@ def rl_budget(
 
     All answers are taken to be as long as they may be, and revealed in as many steps as they may take.
     """
-    memory = replace(
-        memory_of(lm, optim, peft, place, reference=objective.beta > 0, samples=engine is not None),
-        ahead=bool(settings["rl.async_rollout"]) and not isinstance(engine, Lmdeploy),
-    )
+    memory = memory_of(lm, optim, peft, place, reference=objective.beta > 0, samples=engine is not None)
     scoring = logit_bytes(decoding)
     tokens = Tokens(lm.block_size, lm.mask_token_id)
 
@@ -116,6 +113,8 @@ def rl_budget(
             settings["rollout.max_batch"], math.ceil(settings["rl.problems"] / place.gpus) * settings["rl.group_size"]
         )
         shared = replace(memory, parallelism=parallelism(settings["launch"], place.gpus))
+        uses_copy = shared.parallelism.gathers if isinstance(engine, Lmdeploy) else settings["rl.async_rollout"]
+        shared = replace(shared, copy_stays=bool(uses_copy))
         found: dict[str, Bytes] = {}
         if isinstance(engine, Lmdeploy):
             share = settings["rollout.cache_share"]

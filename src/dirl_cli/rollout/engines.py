@@ -1,7 +1,6 @@
 """Engines by their settings: what `rollout=` chooses among. Each starts on a loaded model."""
 
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import mkdtemp
@@ -30,7 +29,7 @@ class Engine(Protocol):
         ...
 
     def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
-        """A sampler with the weights of `lm`; with a copy of them, if they may change while it samples."""
+        """A sampler with the weights of `lm`. own_weights: nobody else uses these."""
         ...
 
 
@@ -44,8 +43,7 @@ class Native:
         """It runs anywhere."""
 
     def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
-        lm = replace(lm, model=copy.deepcopy(lm.model).requires_grad_(False)) if own_weights else lm
-        return NativeSampler(lm, self.max_batch)
+        return NativeSampler(lm, self.max_batch, own_weights=own_weights)
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ class Lmdeploy:
         if not torch.cuda.is_available():
             raise DirlError("rollout=lmdeploy wants a CUDA device and there is none: leave rollout at native")
 
-    def start(self, lm: DiffusionLM, own_weights: bool = True) -> Sampler:
-        """The engine, always with weights of its own. Raises DirlError likewise, or if `lm` is not on a GPU."""
+    def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
+        """The engine, which copies the weights of `lm`. Raises DirlError likewise, or for a model it cannot take."""
         self.require()
         if lm.model.config.model_type not in LMDEPLOY_MODELS or lm.logit_shift:
             raise DirlError(

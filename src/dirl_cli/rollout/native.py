@@ -26,13 +26,16 @@ from dirl_cli.types import Decoding, Trajectory
 class NativeSampler:
     """Samples from `lm` with at most `max_batch` sequences at once.
 
-    by_blocks: forwards as on a GPU, where that is the default.
+    by_blocks: forwards as on a GPU, where that is the default. own_weights: nobody else uses those of `lm`, so that
+    they are not kept while it sleeps.
     """
 
-    def __init__(self, lm: DiffusionLM, max_batch: int = 64, by_blocks: bool | None = None) -> None:
+    def __init__(
+        self, lm: DiffusionLM, max_batch: int = 64, by_blocks: bool | None = None, own_weights: bool = False
+    ) -> None:
         if max_batch < 1:
             raise DirlError("max_batch must be at least 1")
-        self.lm = lm
+        self.lm, self.own_weights = lm, own_weights
         self.max_batch = max_batch
         self.weights_version = 0
         self.by_blocks = lm.device.type == "cuda" if by_blocks is None else by_blocks
@@ -88,13 +91,19 @@ class NativeSampler:
         self.weights_version = version
 
     def sleep(self) -> None:
-        """Give back the cache, the graphs and the narrowed weights, which the next stream makes anew."""
+        """Give back own weights, and what the next stream makes anew: the cache, the graphs, the narrowed weights."""
         self.kept = self.narrow = None
+        if self.own_weights:
+            for parameter in self.lm.model.parameters():
+                parameter.untyped_storage().resize_(0)
         if self.lm.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        """Nothing to take before the next stream."""
+        """Take room for own weights, which `update_weights` has to fill."""
+        if self.own_weights:
+            for parameter in self.lm.model.parameters():
+                parameter.untyped_storage().resize_(parameter.nbytes)
 
     def _blocks(self, slots: int, length: int) -> Blocks:
         """The slots kept from an earlier stream if they are enough, else new ones."""

@@ -78,11 +78,24 @@ def gathered(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(lm: DiffusionLM) -> DiffusionLM:
-    """The model as one to sample from: itself, or where processes share its parameters a copy of all of them."""
+def whole(lm: DiffusionLM, dtype: torch.dtype = torch.float32) -> DiffusionLM:
+    """The model as one to sample from: itself, or where processes share its parameters a copy of all of them.
+
+    dtype: of the copy's linear layers, which autocast casts to it in any case.
+    """
     if not any(isinstance(parameter, DTensor) for parameter in lm.model.parameters()):
         return lm
-    with torch.device(lm.device):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(lm.model.config, dtype=torch.float32).eval()
+    linear = {layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
+    linear.discard(model.get_input_embeddings().weight)  # which may be the head's too
+    made: dict[Tensor, Tensor] = {
+        one: nn.Parameter(torch.empty(one.shape, dtype=dtype if one in linear else None, device=lm.device), False)
+        for one in model.parameters()
+    }
+    made |= dict(zip(model.buffers(), lm.model.buffers(), strict=True))
+    for module in model.modules():
+        for name, one in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            setattr(module, name, made[one])
     model.load_state_dict(dict(gathered(lm.model.named_parameters())), strict=False)  # tied ones are there once
     return replace(lm, model=model)

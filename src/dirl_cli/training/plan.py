@@ -174,8 +174,8 @@ class Memory:
     """Bytes on each process's device, by part, in the phases of a run.
 
     bf16: whether the forward is autocast. dense: whether attention takes a dense mask (sdpa) or coordinates (flex).
-    reference: whether a frozen model is there. samples: whether a sampler is. ahead: whether that has weights of its
-    own to sample with during an update. cuda: whether the device is a GPU.
+    reference: whether a frozen model is there. samples: whether a sampler is. copy_stays: whether its own copy of the
+    weights does during an update. cuda: whether the device is a GPU.
     """
 
     model: Architecture
@@ -184,7 +184,7 @@ class Memory:
     checkpointing: bool = False
     reference: bool = False
     samples: bool = False
-    ahead: bool = False
+    copy_stays: bool = False
     cuda: bool = False
     parallelism: Parallelism = Parallelism()
 
@@ -207,7 +207,7 @@ class Memory:
         return {
             "parameters": self.model.weight_bytes // self.parallelism.parameters,
             "merged weights": self.model.merged_bytes * self.samples,
-            "sampler's copy": 4 * self.model.parameters * (self.samples and (self.parallelism.gathers or self.ahead)),
+            "sampler's copy": self.copy() * self.copy_stays,
             "gradients": self.gradients() * self.parallelism.gradients_stay,
             "optimizer states": self.model.state_bytes // self.parallelism.states,
             "reference model": 4 * self.model.parameters * (self.reference and self.model.is_whole),
@@ -215,6 +215,10 @@ class Memory:
 
     def gradients(self) -> int:
         return 4 * self.model.trained // self.parallelism.gradients
+
+    def copy(self) -> int:
+        """Of what samples, where it cannot use the weights that are trained; its linear layers are in bf16 at once."""
+        return 4 * self.model.parameters - self.linear_copies() * self.parallelism.gathers
 
     def linear_copies(self) -> int:
         """Of the weights of all linear layers in bf16, where they are kept in fp32 and that is not what is wanted."""
@@ -248,10 +252,14 @@ class Memory:
         slope = max(6 * chunk, 2 * (model.hidden + chunk)) if self.bf16 else 4 * chunk
         of_head = (4 * model.hidden + slope) * model.is_whole
         logits = model.vocabulary * max(scoring * chunk, of_head)
-        at_head = {"bf16 copies": self.linear_copies(), "activations": kept, "logits": logits}
+        of_layer = copies // model.layers
+        cast = self.linear_copies()
+        if self.parallelism.gathers:  # where none is kept
+            copies, cast = of_layer, 2 * model.vocabulary * model.hidden * self.bf16
+        at_head = {"bf16 copies": cast, "activations": kept, "logits": logits}
         inside = 2 * narrow * model.inner * tokens  # gradients in the MLP
         if self.checkpointing:
-            inside, copies = inside + layer, copies // model.layers
+            inside, copies = inside + layer, of_layer
         deepest = {"bf16 copies": copies, "activations": kept + inside}
         busiest = max(at_head, deepest, key=lambda moment: sum(moment.values()))
         at_once = model.vocabulary_parameters + 2 * model.layer_parameters // model.layers  # and as many gradients
@@ -274,8 +282,10 @@ class Memory:
             prefill = entering * (12 * model.hidden + widest + entering)
             attention = 8 * length * model.queries  # the same keys and values, all that are cached
             busiest = slots * max(prefill, attention, self.drawing(block_size, decoding))
-        copies = self.linear_copies() * self.cuda  # instead of a cast in every forward
-        return self.resident() | {"bf16 copies": copies, "KV cache": slots * cache, "sampling": busiest}
+        gathers = self.parallelism.gathers
+        copies = self.linear_copies() * (self.cuda and not gathers)  # instead of a cast in every forward
+        copy = {"sampler's copy": self.copy() * (gathers or self.copy_stays)}
+        return self.resident() | copy | {"bf16 copies": copies, "KV cache": slots * cache, "sampling": busiest}
 
     def drawing(self, tokens: int, decoding: Decoding) -> int:
         """The most while so many tokens are drawn from their logits."""
