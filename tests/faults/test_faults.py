@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_reward import due
+from trials import SFT, TRACEBACK, Child, config, finished, result, save_random_model
 
-import runs
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rundir import open_run
 from dirl_cli.training.checkpoint import complete, damage
-from runs import TRACEBACK, Child, config, finished, result, save_random_model
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 KILLS = 30
@@ -163,7 +162,7 @@ def test_asked_to_stop(name, number, expected_code, undisturbed, tmp_path, tell)
 
 
 def test_the_command_that_is_asked_to_stop_exits_with_0(undisturbed, tmp_path, tell):
-    words = [undisturbed["sft"][0]] + [word for word in runs.SFT if not word.startswith("steps=")]
+    words = [undisturbed["sft"][0]] + [word for word in SFT if not word.startswith("steps=")]
     command = [Path(sys.executable).with_name("dirl"), "sft", *words, "steps=100000", f"out={tmp_path}/run"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob("run/checkpoints/step-*")):

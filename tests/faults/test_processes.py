@@ -9,9 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-import runs
-from runs import Child, config, save_random_model
+from trials import SFT, Child, config, save_random_model
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -29,7 +27,7 @@ def test_stopped_and_continued_by_others(tmp_path, tell):
     first = Child("sft", config("sft", *words), out).wait_for("step 3/")
     first.send(signal.SIGTERM)
     survived = first.end() == 0
-    others = [word for word in runs.SFT if word.partition("=")[0] not in ("steps", "save_every", "eval_every")]
+    others = [word for word in SFT if word.partition("=")[0] not in ("steps", "save_every", "eval_every")]
     command = [Path(sys.executable).with_name("dirl"), "sft", *others, *words, f"out={out}", "gpus=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for launch in ("ddp", "fsdp2"):
