@@ -1,6 +1,6 @@
 """From a causal model to a block-diffusion model by and by: small blocks first, few masks first, both objectives."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -45,7 +45,7 @@ class Annealing:
         masked = self.masked + (1 - self.masked) * done
         return replace(final, block_size=sizes[int(done * len(sizes))], masking=Thinned(final.masking, masked))
 
-    def causal_rows(self, examples: Sequence[Example], noise: Noise) -> list[Rows]:
+    def causal_rows(self, examples: Iterable[Example], noise: Noise) -> list[Rows]:
         """The demonstrations as a causal model learns them; none where that has no weight."""
         if not self.causal_weight:
             return []

@@ -1,6 +1,6 @@
 """The batches of a fine-tuning run: batch n is the same whenever and wherever it is asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
@@ -70,10 +70,11 @@ class NoisedBatches:
     seed: int
 
     def __getitem__(self, step: int) -> tuple[Rows, int]:
-        return self.noise(step).rows(self.demonstrations(step), self.seed, step)
+        return self.noise(step).rows(list(self.demonstrations(step)), self.seed, step)
 
-    def demonstrations(self, step: int) -> list[Example]:
-        return [self.examples[i] for i in self.chosen(step)]
+    def demonstrations(self, step: int) -> Iterator[Example]:
+        """Those of batch `step`, each made when it is asked for."""
+        return (self.examples[i] for i in self.chosen(step))
 
     def chosen(self, step: int) -> list[int]:
         """Which examples make batch `step`, in which one epoch may end and the next begin."""
