@@ -29,9 +29,9 @@ from dirl_cli.rollout.record import Record
 from dirl_cli.training.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW, Muon
-from dirl_cli.training.parallel import SHARED, gathered, start_accelerator, whole
+from dirl_cli.training.parallel import gathered, start_accelerator, whole
 from dirl_cli.training.trainer import Sums, Trainer
-from dirl_cli.types import Decoding, Problem
+from dirl_cli.types import SHARING, Decoding, Problem
 
 STEPS = 5
 DIPO = OmegaConf.load(Path(__file__).parents[1] / "conf/algo/dipo.yaml")
@@ -118,13 +118,13 @@ def take(
     optimizers = OPTIMIZERS[optimizer].build(lm.model)
     trainer = Trainer(accelerator, TokenScorer(lm.model), optimizers, lambda step: 1.0, clip_norm=0.5)
     found = {"sft": sft, "rl": rl}[task](lm, trainer, micro_rows)
-    assert all(isinstance(one, DTensor) == (launch in SHARED) for one in lm.model.parameters())
+    assert all(isinstance(one, DTensor) == (launch in SHARING) for one in lm.model.parameters())
     copied = {name: tensor.detach().cpu().clone() for name, tensor in gathered(lm.model.named_parameters())}
     sampled_from = dict(whole(lm).model.named_parameters())
     assert all(torch.equal(sampled_from[name].cpu(), copied[name]) for name in copied)
     narrow = dict(whole(lm, torch.bfloat16).model.named_parameters())
     assert all(torch.equal(narrow[name].cpu(), copied[name].to(narrow[name].dtype)) for name in copied)
-    assert (narrow["lm_head.weight"].dtype == torch.bfloat16) == (launch in SHARED)
+    assert (narrow["lm_head.weight"].dtype == torch.bfloat16) == (launch in SHARING)
     return found, copied
 
 

@@ -24,10 +24,10 @@ from dirl_cli.errors import DirlError, Stopped, did_you_mean
 from dirl_cli.explain import COMPLAINTS, explain
 from dirl_cli.plain import is_secret, masked
 from dirl_cli.rundir import open_run
+from dirl_cli.types import SHARING
 from dirl_cli.worker import FAILURE
 
-WHOLE = ("auto", "single", "ddp", "cpu_gloo")  # ways to launch in which every process holds the whole model,
-SHARED = ("fsdp2", "zero2")  # and those in which they share it
+WHOLE = ("auto", "single", "ddp", "cpu_gloo")  # ways to launch in which every process holds the whole model
 SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
 ASKED = ("prompt", "messages", "instruction")  # keys whose text is a model's to read
 READ_ONLY = ("dry_run", "compare")  # keys that make a command look and tell: it opens no run directory
@@ -151,13 +151,13 @@ def sum_up(name: str, title: str, ledger: Path) -> None:
 def check_launch(name: str, cfg: DictConfig) -> None:
     """Raises DirlError where `launch` is not known or does not go with the rest; cpu_gloo settles the device."""
     processes = cfg.gpus * cfg.nodes
-    if cfg.launch not in (*WHOLE, *SHARED):
-        raise DirlError(f"launch={cfg.launch}: {did_you_mean(cfg.launch, (*WHOLE, *SHARED))}")
+    if cfg.launch not in (*WHOLE, *SHARING):
+        raise DirlError(f"launch={cfg.launch}: {did_you_mean(cfg.launch, (*WHOLE, *SHARING))}")
     if cfg.launch == "single" and processes > 1:
         raise DirlError("launch=single is one process: leave gpus and nodes at 1, or launch at auto")
-    if cfg.launch in SHARED and name == "eval":
+    if cfg.launch in SHARING and name == "eval":
         raise DirlError(f"launch={cfg.launch} shares a model that is trained: leave launch at auto for dirl eval")
-    if cfg.launch in SHARED and processes == 1:
+    if cfg.launch in SHARING and processes == 1:
         raise DirlError(f"launch={cfg.launch} shares a model among processes: give gpus=2 or more, or launch=single")
     if cfg.nodes > 1 and (cfg.node_rank is None or cfg.main_address is None):
         ranks = f"node_rank, 0 to {cfg.nodes - 1}"

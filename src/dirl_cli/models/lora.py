@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dirl_cli.disk import whole_directory
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.checkpoint import DiffusionLM, pick_attention, pick_dtype
+from dirl_cli.types import SHARING
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -140,7 +141,7 @@ class Lora:
         for package, extra in (("peft", "peft"), ("bitsandbytes", "qlora"))[: 1 + self.four_bit]:
             if find_spec(package) is None:
                 raise DirlError(f"this choice of peft needs the package {package}: pip install 'dirl[{extra}]'")
-        if launch in ("fsdp2", "zero2"):
+        if launch in SHARING:
             raise DirlError(f"launch={launch} shares out what is trained, which peft leaves small: give launch=auto")
 
     def load(self, model: Loads, dtype: str, device: str, attention: str) -> DiffusionLM:

@@ -94,9 +94,7 @@ class Blocks:
         self.replay(size, partial(self._forward, size))
         if reveal.is_built_in:
             count = min(bucket(count), self.slots * self.lm.block_size)
-            reveal = self.revealers.setdefault(
-                reveal.decoding, reveal
-            )  # a graph reads tensors of the one it was made of
+            reveal = self.revealers.setdefault(reveal.decoding, reveal)  # a graph reads tensors of its own
             self.replay((count, reveal.decoding), partial(self._reveal, reveal, count))
         else:
             self._reveal(reveal, count)

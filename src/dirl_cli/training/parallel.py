@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.checkpoint import DiffusionLM, pick_device, pick_dtype
+from dirl_cli.types import SHARING
 
-SHARED = ("fsdp2", "zero2")  # ways to launch in which processes share a model
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16"}
 
 
@@ -35,7 +35,7 @@ def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelera
     device = pick_device(device)
     AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
     in_place = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
-    sharded = launch in SHARED
+    sharded = launch in SHARING
     uncached = AutocastKwargs(cache_enabled=not sharded)  # a cached cast would outlive the layer that was gathered
     plugin = fsdp2(keeps_gathered=launch == "zero2") if sharded else None
     accelerator = Accelerator(

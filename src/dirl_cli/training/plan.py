@@ -18,7 +18,7 @@ from dirl_cli.diffusion.layout import Strip
 from dirl_cli.models.lora import WHOLE, Peft
 from dirl_cli.training.head import tokens_at_once
 from dirl_cli.training.optim import Optim
-from dirl_cli.types import Decoding
+from dirl_cli.types import SHARING, Decoding
 
 Bytes = dict[str, int]
 """Bytes by part, such as `parameters`."""
@@ -164,7 +164,7 @@ class Parallelism:
 
 def parallelism(launch: str, processes: int) -> Parallelism:
     """What a run's `launch` divides."""
-    if launch in ("fsdp2", "zero2"):
+    if launch in SHARING:
         return Parallelism(processes, processes, processes, gathers=True, keeps_gathered=launch == "zero2")
     return Parallelism(gradients_stay=processes > 1)
 
