@@ -103,7 +103,7 @@ def packed(lm: DiffusionLM, case: Case, row_tokens: int = ROW_TOKENS) -> int:
     rows, lengths = objective_rows([case.group], DIPO, tokens, 0, row_tokens, True, random)
     scorer = TokenScorer(lm.model, lm.unsampled_ids).to(lm.device)
     for part in rows.to(lm.device).split(1):
-        loss = DIPO.loss(part, *scorer(part))["loss"]
+        loss = DIPO.loss(part, *scorer(part)[:2])["loss"]
         (loss / DIPO.norm(lengths, case.buffer)).backward()
     return rows.num_tokens
 

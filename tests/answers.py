@@ -77,7 +77,7 @@ def packed(
     lm.model.zero_grad()
     sums: dict[str, float] = {}
     for part in rows.split(rows_each):
-        logprobs, entropy = scorer(widened(part, padding))
+        logprobs, entropy, _ = scorer(widened(part, padding))
         place = part.scored(part.position) - prompt_lengths(groups)[part.notes["sample"]]
         for name, shift in (("old", old), ("reference", reference)):
             if shift is not None:

@@ -57,7 +57,7 @@ def test_fine_tuning_losses(golden):
         token_ids, masked = torch.tensor(case["input_ids"]), torch.tensor([case["masked"]], dtype=torch.bool)
         strip = lay_out(token_ids, masked, masked, masked / case["p_mask"], lm.block_size, lm.mask_token_id)
         rows = pack([strip], 128, lm.block_size, lm.pad_token_id)
-        logprobs, _ = TokenScorer(lm.model)(rows)
+        logprobs, *_ = TokenScorer(lm.model)(rows)
         loss = -(rows.weight * logprobs).sum() / (len(token_ids) - case["prompt_length"])
         assert loss.item() == pytest.approx(case["loss"], rel=1e-4)
 

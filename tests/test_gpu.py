@@ -48,7 +48,7 @@ def test_flex_attention_learns_what_sdpa_learns():
     rows = packed(sdpa, answers(sdpa)).to("cuda")
     gradients = []
     for lm in (flex, sdpa):
-        logprobs, _ = TokenScorer(lm.model, lm.unsampled_ids).to("cuda")(rows)
+        logprobs, *_ = TokenScorer(lm.model, lm.unsampled_ids).to("cuda")(rows)
         logprobs.sum().backward()
         gradients.append({name: p.grad for name, p in lm.model.named_parameters() if p.grad is not None})
     for name, ours in gradients[0].items():

@@ -87,7 +87,7 @@ def test_the_heads_backward_is_that_of_all_logits(dtype):
     upstream = torch.randn(300, generator=generator, device="cuda")
     unsampled = torch.tensor([0, 1], device="cuda")
     with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
-        logprobs, _ = linear_logprobs(hidden, weight, targets, 0.8, unsampled, 128)
+        logprobs, *_ = linear_logprobs(hidden, weight, targets, 0.8, unsampled, 128)
         logits = temper(hidden @ weight.T, 0.8, unsampled)
     expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)

@@ -28,7 +28,7 @@ def rows(row_tokens: int = 64) -> Rows:
 
 def gradient(scorer: TokenScorer, packed: Rows) -> torch.Tensor:
     scorer.zero_grad()
-    logprobs, entropy = scorer(packed)
+    logprobs, entropy, _ = scorer(packed)
     (logprobs + 0.1 * entropy).sum().backward()
     return torch.cat([parameter.grad.flatten() for parameter in scorer.model.parameters()])
 
@@ -64,10 +64,11 @@ def test_linear_log_probs_and_their_gradients_are_those_of_all_logits_in_fp64(te
     spread = -(expected.exp() * expected.clamp(min=-1e300)).sum(1)
     expected = expected.gather(1, targets[:, None]).squeeze(1)
     slopes = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
-    logprobs, entropies = linear_logprobs(hidden, weight, targets, temperature, unsampled, chunk)
+    logprobs, entropies, likeliest = linear_logprobs(hidden, weight, targets, temperature, unsampled, chunk)
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(entropies.double(), spread, rtol=1e-6, atol=1e-5)
     assert not entropies.requires_grad
+    assert torch.equal(likeliest, logits.argmax(1) == targets)
     for ours, theirs in zip(torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight)), slopes, strict=True):
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
@@ -77,7 +78,7 @@ def test_a_head_that_does_not_learn_lets_the_gradient_through():
     none = torch.tensor([], dtype=torch.long)
     slopes = []
     for learns in (True, False):
-        logprobs, _ = linear_logprobs(hidden, weight.detach().requires_grad_(learns), targets, 1.0, none, 4)
+        logprobs, *_ = linear_logprobs(hidden, weight.detach().requires_grad_(learns), targets, 1.0, none, 4)
         slopes.append(torch.autograd.grad((logprobs * upstream).sum(), hidden)[0])
     assert torch.equal(*slopes)
 
@@ -86,7 +87,7 @@ def test_under_autocast_products_are_rounded_and_the_softmax_is_not():
     hidden, weight, targets, upstream = linear_case()
     none = torch.tensor([], dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16):
-        logprobs, _ = linear_logprobs(hidden, weight, targets, 1.0, none, 4)
+        logprobs, *_ = linear_logprobs(hidden, weight, targets, 1.0, none, 4)
         expected = (hidden @ weight.T).float().log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-6)
     ours, theirs = (torch.autograd.grad((each * upstream).sum(), (hidden, weight)) for each in (logprobs, expected))
@@ -102,7 +103,7 @@ def test_a_chunk_has_two_copies_of_its_logits_and_no_more(autocast):
     copies = 2 * 4 * 16 * 5000
     with Live() as live:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logprobs, _ = linear_logprobs(hidden, weight, targets, 0.7, none, 16)
+            logprobs, *_ = linear_logprobs(hidden, weight, targets, 0.7, none, 16)
         assert live.peak - weight.nbytes < 1.02 * copies
         assert live.now - weight.nbytes < 0.02 * copies  # what is kept for the backward
         (logprobs * upstream).sum().backward()
@@ -129,9 +130,10 @@ def test_a_head_that_is_called_as_a_module_gives_the_same_log_probs_and_gradient
             scores = scorer(packed)
         scores[0].sum().backward()
         found.append((*scores, torch.cat([parameter.grad.flatten() for parameter in lm.model.parameters()])))
-    (logprobs, entropies, slope), (expected, spread, steepness) = found
+    (logprobs, entropies, likeliest, slope), (expected, spread, likely, steepness) = found
     torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(entropies, spread, rtol=1e-6, atol=1e-5)
+    assert torch.equal(likeliest, likely)
     assert (slope - steepness).norm() <= (0.01 if autocast else 1e-5) * steepness.norm()
 
 
@@ -179,9 +181,10 @@ def test_log_probs_and_entropy_are_those_of_the_full_logits(decoding):
         logprobs = logits.log_softmax(-1)
         expected = logprobs.gather(1, packed.targets[:, None]).squeeze(1)
         expected_entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)
-        found, entropy = TokenScorer(lm.model, lm.unsampled_ids, decoding)(packed)
+        found, entropy, likeliest = TokenScorer(lm.model, lm.unsampled_ids, decoding)(packed)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-4, rtol=0)
+    assert torch.equal(likeliest, expected == logprobs.amax(1))
 
 
 def test_the_mask_token_is_in_no_softmax_that_scores_tokens_except_where_it_is_asked_for():

@@ -26,6 +26,7 @@ from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
 from dirl_cli.training.batches import Noise, NoisedBatches, generator
 from dirl_cli.training.order import Order
+from dirl_cli.training.validation import metric
 from dirl_cli.tree import conf_dir
 
 SMALL = (
@@ -73,17 +74,18 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_every_step_is_on_record_and_evaluations_where_they_were_asked_for(finished):
-    assert [line["step"] for line in lines(finished)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(finished)] == [0, 1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines(finished) if "validation_loss" in line and "greedy_accuracy" in line] == [
         3,
         6,
     ]
     wanted = {"loss", "grad_norm", "lr", "tokens_per_s", "epoch", "seconds/rows", "seconds/optimizer"}
-    assert wanted < lines(finished)[0].keys()
+    assert wanted < lines(finished)[1].keys()
+    assert lines(finished)[0].keys() == {"step", "validation_loss", *map(metric, (0.25, 0.5, 0.75, 1.0))}
 
 
 def test_the_loss_falls(finished):
-    losses = [line["loss"] for line in lines(finished)]
+    losses = [line["loss"] for line in lines(finished)[1:]]
     assert losses[-1] < losses[0] - 0.3
 
 
@@ -96,7 +98,7 @@ def test_the_model_loads_as_published_models_do(finished):
 
 def test_the_loss_plot_is_drawn(finished):
     with Image.open(finished / "loss.png") as picture:
-        assert picture.size == (1440, 768)
+        assert picture.size == (1440, 1068)
 
 
 def test_a_finished_run_says_so(finished, capsys):
@@ -119,8 +121,8 @@ def test_what_the_run_shows(tmp_path, capsys):
 
 def test_micro_batches_change_nothing(finished, tmp_path):
     run(config("eval_every=3", "micro_rows=1"), tmp_path)
-    found = [[line[name] for name in ("loss", "grad_norm")] for line in lines(tmp_path)]
-    expected = [[line[name] for name in ("loss", "grad_norm")] for line in lines(finished)]
+    found = [[line[name] for name in ("loss", "grad_norm")] for line in lines(tmp_path)[1:]]
+    expected = [[line[name] for name in ("loss", "grad_norm")] for line in lines(finished)[1:]]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-3)
 
 
@@ -214,8 +216,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     assert re.search(r"stopped after step [345] of 6, saved in .*: the same command goes on", told)
     assert "going on after step" in told
     assert weights(out) == weights(through)
-    assert [line["step"] for line in lines(out)] == [*range(1, 7)]
-    assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(through)]
+    assert [line["step"] for line in lines(out)] == [*range(7)]
+    assert [line.get("loss") for line in lines(out)] == [line.get("loss") for line in lines(through)]
 
 
 def test_real_demonstrations_with_the_real_tokenizer_train_save_and_go_on(shared, tmp_path, capsys):
@@ -232,7 +234,7 @@ def test_real_demonstrations_with_the_real_tokenizer_train_save_and_go_on(shared
     shutil.rmtree(tmp_path / "checkpoints/step-000003")
     run(cfg, tmp_path)
     assert "going on after step 2" in capsys.readouterr().out
-    losses = [line["loss"] for line in lines(tmp_path)]
+    losses = [line["loss"] for line in lines(tmp_path) if "loss" in line]
     assert len(losses) == 3 and losses[0] == pytest.approx(math.log(151936), rel=0.2) and losses[-1] < losses[0]
     assert AutoTokenizer.from_pretrained(tmp_path / "model").convert_tokens_to_ids("<|im_end|>") == 151645
 

@@ -24,9 +24,10 @@ class Bigram(nn.Module):
         torch.manual_seed(0)
         self.table = nn.Embedding(VOCABULARY, VOCABULARY)
 
-    def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         logprobs = self.table(rows.scored(rows.token_ids)).log_softmax(-1)
-        return logprobs.gather(-1, rows.targets[:, None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
+        of_target = logprobs.gather(-1, rows.targets[:, None]).squeeze(-1)
+        return of_target, -(logprobs.exp() * logprobs).sum(-1), of_target == logprobs.amax(-1)
 
 
 def rows_of(n: int) -> Rows:
@@ -65,7 +66,7 @@ def table(one: Trainer) -> Tensor:
 def test_a_step_is_plain_gradient_descent_on_the_sum_over_the_normalizer():
     by_hand = Bigram()
     rows = rows_of(5)
-    logprobs, _ = by_hand(rows)
+    logprobs, *_ = by_hand(rows)
     loss = -(rows.weight * logprobs).sum() / 7
     loss.backward()
     one = trainer()
@@ -135,6 +136,8 @@ def test_measuring_gives_the_same_sums_and_learns_nothing():
     measured = one.measure(rows_of(5).split(2), weighted, 7)
     assert torch.equal(table(one), before)
     stepped = one.step(rows_of(5).split(2), weighted, 7)
+    guesses = before[rows_of(5).scored(rows_of(5).token_ids)].argmax(-1)
+    assert measured.pop("likeliest") == pytest.approx(int((guesses == rows_of(5).targets).sum()) / 7)
     assert measured == pytest.approx({name: stepped[name] for name in measured}, rel=1e-6)
 
 

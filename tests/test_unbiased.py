@@ -123,7 +123,7 @@ def gradients(lm: DiffusionLM, decoding: Decoding) -> tuple[Tensor, Tensor]:
     worth = (probabilities * (rewards - 0.5)).tolist()  # a baseline may not matter
     objective = build(OmegaConf.load(Path(__file__).parents[1] / "conf" / "algo" / "dipo.yaml"))
     rows, _ = objective_rows([Group(taken, worth)], objective, Tokens(size, MASK), 0, 4096, True, torch.Generator())
-    logprobs, entropy = TokenScorer(lm.model, lm.unsampled_ids)(rows)
+    logprobs, entropy, _ = TokenScorer(lm.model, lm.unsampled_ids)(rows)
     rows.notes["old"] = logprobs.detach()
     loss = objective.loss(rows, logprobs, entropy)["loss"]
     estimated = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

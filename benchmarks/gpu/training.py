@@ -77,7 +77,7 @@ def fine_tuning(lm: DiffusionLM, checkpointing: str) -> None:
     rows = rows.to(lm.device)
 
     def packed() -> float:
-        logprobs, _ = TokenScorer(lm.model).to(lm.device)(rows)
+        logprobs, *_ = TokenScorer(lm.model).to(lm.device)(rows)
         loss = -(rows.weight * logprobs).sum() / answers
         loss.backward()
         return loss.item()

@@ -65,6 +65,7 @@ class SftConfig(RunConfig):
     log_every: int
     eval_every: int
     eval_problems: int
+    mask_rates: list[float]
     save_every: int
     keep_checkpoints: int
     keep_best: str | None

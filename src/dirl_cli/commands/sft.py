@@ -36,6 +36,7 @@ from dirl_cli.training.parallel import start_accelerator, whole
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
 from dirl_cli.training.trainer import Sums, Trainer
+from dirl_cli.training.validation import hold_out, metric
 from dirl_cli.types import Decoding, Instruction
 
 PANELS = (
@@ -121,7 +122,9 @@ def run(cfg: DictConfig, out: Path) -> None:
     limits = (cfg.clip_norm, cfg.max_skipped, cfg.skip_norm)
     trainer = Trainer(accelerator, TokenScorer(lm.model), optim.build(lm.model), rates, *limits)
     unseen = Padded(held_out, lm.block_size, lm.pad_token_id)
-    validation = noise.rows([unseen[i] for i in range(len(unseen))], cfg.seed) if len(unseen) else None
+    validation = (
+        hold_out([unseen[i] for i in range(len(unseen))], noise, cfg.mask_rates, cfg.seed) if len(unseen) else None
+    )
 
     kept = (cfg.keep_checkpoints, cfg.keep_best, cfg.async_checkpoints)
     checkpoints = Checkpoints(out / "checkpoints", accelerator, *kept)
@@ -132,7 +135,9 @@ def run(cfg: DictConfig, out: Path) -> None:
         trainer.steps_taken, trainer.skipped = remembered["step"], remembered["skipped"]
         progress.say(f"going on after step {trainer.steps_taken}, from {start}")
     main, config = accelerator.is_main_process, OmegaConf.to_container(cfg)
-    log = open_log(out, trainer.steps_taken, logger, config) if main else NoLog()
+    log = open_log(out, trainer.steps_taken or -1, logger, config) if main else NoLog()
+    by_rate = {metric(rate): f"{rate:.0%} masked" for rate in cfg.mask_rates}
+    panels = (*PANELS, Panel("Denoising accuracy, held out", by_rate, percent=True))
 
     with (
         checkpoints,
@@ -140,6 +145,11 @@ def run(cfg: DictConfig, out: Path) -> None:
         StopSignal(accelerator) as stop,
         progress.after(trainer.steps_taken),
     ):
+        if validation and not trainer.steps_taken:
+            with trainer.times("evaluation"):
+                before = validation.measure(trainer, cross_entropy, cfg.micro_rows)
+            log.write(0, before)
+            progress.say(f"before · {describe(before, 'validation_loss')}")
         while trainer.steps_taken < cfg.steps:
             began = time.perf_counter()
             torch.manual_seed(cfg.seed + trainer.steps_taken)  # for models with dropout
@@ -157,7 +167,8 @@ def run(cfg: DictConfig, out: Path) -> None:
                 progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'loss', 'grad_norm', 'skipped')}")
             if is_last or due(step, cfg.eval_every):
                 with trainer.times("evaluation"):
-                    metrics |= validated(trainer, validation, cfg.micro_rows)
+                    if validation:
+                        metrics |= validation.measure(trainer, cross_entropy, cfg.micro_rows)
                     if exam.problems:
                         sampler_lm = whole(peft.merged(lm), pick_dtype(cfg.dtype, lm.device.type))
                         metrics |= exam.take(NativeSampler(sampler_lm), grader)
@@ -170,7 +181,7 @@ def run(cfg: DictConfig, out: Path) -> None:
                     remembered = {"skipped": trainer.skipped, "beside": beside}
                     path = checkpoints.save(step, lm.model, trainer.optimizers, metrics, **remembered)
             if is_last or must_stop or due(step, cfg.eval_every):
-                log.draw(PANELS, cfg.name, out / "loss.png")
+                log.draw(panels, cfg.name, out / "loss.png")
             if must_stop:
                 checkpoints.wait()
                 raise stop.end(f"after step {step} of {cfg.steps}, saved in {path}")
@@ -180,15 +191,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     progress.say(f"{clock(sum(times.values()))} went into {shares(times)}")
     settings: Any = OmegaConf.to_container(cfg)
     summary = f"{cfg.model.name}, fine-tuned on {cfg.data.name} with `dirl sft`."
-    keep(lm, peft, out, summary, settings, RECIPE, PANELS, decoding, accelerator, progress)
-
-
-def validated(trainer: Trainer, validation: tuple[Rows, int] | None, micro_rows: int | None) -> dict[str, float]:
-    """`validation_loss` on held-out demonstrations, whose noise is always the same; nothing without any."""
-    if validation is None:
-        return {}
-    rows, answer_tokens = validation
-    return {"validation_loss": trainer.measure(trainer.cut(rows, micro_rows), cross_entropy, answer_tokens)["loss"]}
+    keep(lm, peft, out, summary, settings, RECIPE, panels, decoding, accelerator, progress)
 
 
 def cross_entropy(rows: Rows, logprobs: Tensor, entropy: Tensor) -> Sums:

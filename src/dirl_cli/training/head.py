@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Scores = tuple[Tensor, Tensor, Tensor]  # (N,) each: log-prob, entropy, and whether no token is likelier
+
 TOKENS = 2048  # at once: enough to keep a GPU busy …
 LOGITS = 2**28  # … unless the vocabulary is large, since logits are there twice, in fp32: 2 GiB
 
@@ -17,11 +19,11 @@ def tokens_at_once(vocabulary: int) -> int:
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, unsampled_ids: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of `targets` under softmax(hidden · weightᵀ / temperature), and entropies without a gradient.
+) -> Scores:
+    """Log-probs of `targets` under softmax(hidden · weightᵀ / temperature); the rest has no gradient.
 
     hidden: (N, D). weight: (V, D). targets: (N,). temperature: 0 counts as 1. unsampled_ids: left out of the softmax.
-    Both are (N,) in fp32; matrix products are taken in autocast's dtype, and `chunk` tokens at a time.
+    Scores are in fp32; matrix products are taken in autocast's dtype, and `chunk` tokens at a time.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -38,21 +40,21 @@ class LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, unsampled_ids: Tensor, chunk: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Scores:
         ctx.temperature, ctx.chunk = temperature, chunk
         rounded = weight.to(hidden.dtype)
         parts = [
             score(logits_of(part, rounded, temperature, unsampled_ids), ids, unsampled_ids)
             for part, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
-        logprobs, entropies, normalisers = (torch.cat(each) for each in zip(*parts, strict=True))
+        logprobs, entropies, likeliest, normalisers = (torch.cat(each) for each in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, targets, unsampled_ids, normalisers)
-        ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
+        ctx.mark_non_differentiable(entropies, likeliest)
+        return logprobs, entropies, likeliest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, unsampled_ids, normalisers = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -81,15 +83,15 @@ def logits_of(hidden: Tensor, weight: Tensor, temperature: float, unsampled_ids:
     return logits.index_fill_(1, unsampled_ids, -torch.inf)
 
 
-def score(logits: Tensor, targets: Tensor, unsampled_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs of the targets, entropies and the softmax's log-normalisers, each (N,); overwrites `logits`."""
+def score(logits: Tensor, targets: Tensor, unsampled_ids: Tensor) -> tuple[Tensor, ...]:
+    """Scores of the targets and the softmax's log-normalisers, each (N,); overwrites `logits`."""
     peak = logits.amax(1, keepdim=True)
     of_target = logits.sub_(peak).gather(1, targets[:, None]).squeeze(1)
     weights = logits.exp()
     mass = weights.sum(1)
     moment = weights.mul_(logits).index_fill_(1, unsampled_ids, 0).sum(1)  # 0 × -inf counts as 0
     log_mass = mass.log()
-    return of_target - log_mass, log_mass - moment / mass, peak.squeeze(1) + log_mass
+    return of_target - log_mass, log_mass - moment / mass, of_target == 0, peak.squeeze(1) + log_mass
 
 
 def steepness(logits: Tensor, targets: Tensor, normalisers: Tensor, of_logprobs: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dirl_cli.diffusion.sampling import entropy, temper, truncate
 from dirl_cli.diffusion.trace import trajectory_strip
 from dirl_cli.models.attention import hidden_states
 from dirl_cli.models.checkpoint import DiffusionLM, is_shifted
-from dirl_cli.training.head import linear_logprobs, tokens_at_once
+from dirl_cli.training.head import Scores, linear_logprobs, tokens_at_once
 from dirl_cli.types import Decoding, Trajectory
 
 
@@ -40,8 +40,8 @@ class TokenScorer(nn.Module):
         self.unsampled: Tensor
         self.register_buffer("unsampled", torch.tensor(unsampled_ids, dtype=torch.long), persistent=False)
 
-    def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy in nats, in fp32, of the N scored tokens: (N,), (N,)."""
+    def forward(self, rows: Rows) -> Scores:
+        """Log-probability and entropy in nats, in fp32, of the N scored tokens, and whether none is likelier."""
         predicted_at = rows.before if is_shifted(self.model) else rows.where
         hidden = hidden_states(self.model, rows).flatten(0, 1)[predicted_at]  # (N, D)
         head, options = self.model.get_output_embeddings(), self.decoding
@@ -51,10 +51,10 @@ class TokenScorer(nn.Module):
             checkpoint(self._score, *part, use_reentrant=False) if torch.is_grad_enabled() else self._score(*part)
             for part in zip(hidden.split(self.chunk), rows.targets.split(self.chunk), strict=True)
         ]
-        logprobs, entropies = zip(*parts, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
+        logprobs, entropies, likeliest = (torch.cat(each) for each in zip(*parts, strict=True))
+        return logprobs, entropies, likeliest
 
-    def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(self, hidden: Tensor, targets: Tensor) -> Scores:
         options = self.decoding
         logits = temper(self.model.get_output_embeddings()(hidden), options.temperature, self.unsampled)
         if options.temperature:  # greedy decoding truncates nothing
@@ -62,7 +62,8 @@ class TokenScorer(nn.Module):
             kept = truncate(logits, options.top_k, options.top_p)
             logits = kept.scatter(-1, targets[:, None], logits.gather(-1, targets[:, None]))
         logprobs = logits.log_softmax(-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy(logprobs.detach())
+        of_target = logprobs.gather(-1, targets[:, None]).squeeze(-1)
+        return of_target, entropy(logprobs.detach()), of_target == logprobs.amax(-1)
 
 
 def is_plain(head: nn.Module) -> bool:
@@ -87,7 +88,7 @@ def score_trajectories(
     strips = [trajectory_strip(one, lm.block_size, lm.mask_token_id) for one in trajectories]
     found = [[0.0] * len(one.token_ids) for one in trajectories]
     for rows in pack(strips, row_tokens, lm.block_size, lm.pad_token_id).split(rows_each) if strips else []:
-        logprobs, _ = scorer(rows.to(lm.device))
+        logprobs, *_ = scorer(rows.to(lm.device))
         places = zip(rows.scored(rows.group).tolist(), rows.scored(rows.position).tolist(), strict=True)
         for (which, position), logprob in zip(places, logprobs.tolist(), strict=True):
             found[which][position - len(trajectories[which].prompt_ids)] = logprob

@@ -36,8 +36,8 @@ def plot(history: Sequence[Mapping[str, float]], panels: Sequence[Panel], title:
     from matplotlib.figure import Figure
 
     shown = [panel for panel in panels if any(name in line for line in history for name in panel.curves)]
-    columns = max(min(len(shown) - 1, 4), 1)
-    rows = -(-(len(shown) - 1) // columns)
+    rows = -(-(len(shown) - 1) // 4)
+    columns = -(-(len(shown) - 1) // rows) if rows else 1
     figure = Figure(figsize=(12, 3.9 + 2.5 * rows), layout="constrained", facecolor="white")
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=(3, *[2] * rows))

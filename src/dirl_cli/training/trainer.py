@@ -89,7 +89,7 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
-        """What `step` would return as its sums, without learning."""
+        """What `step` would return as its sums, and `likeliest`, targets that nothing beats; learns nothing."""
         self.scorer.eval()
         totals = [self.sums(rows, loss, counts / normalizer) for rows, counts in self.share(micro_batches)]
         release(self.scorer)
@@ -109,8 +109,11 @@ class Trainer:
     def sums(self, rows: Rows, loss: Loss, scale: float) -> Sums:
         rows = rows.to(self.accelerator.device)
         with self.accelerator.autocast():
-            logprobs, entropy = self.scorer(rows)
-        return {name: value * scale for name, value in loss(rows, logprobs, entropy).items()}
+            logprobs, entropy, likeliest = self.scorer(rows)
+        found = loss(rows, logprobs, entropy)
+        if not self.scorer.training:
+            found["likeliest"] = likeliest.sum()
+        return {name: value * scale for name, value in found.items()}
 
     def reduce(self, totals: Sequence[Sums]) -> dict[str, float]:
         """Each sum over all micro-batches of all processes."""
