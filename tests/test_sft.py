@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -21,12 +22,15 @@ from small import published_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dirl_cli import schema
-from dirl_cli.commands.sft import run
+from dirl_cli.commands.sft import cross_entropy, run
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
+from dirl_cli.models.tiny import Tiny
 from dirl_cli.training.batches import Noise, NoisedBatches, generator
+from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.order import Order
-from dirl_cli.training.validation import metric
+from dirl_cli.training.trainer import Trainer
+from dirl_cli.training.validation import hold_out, metric
 from dirl_cli.tree import conf_dir
 
 SMALL = (
@@ -115,8 +119,39 @@ def test_what_the_run_shows(tmp_path, capsys):
         "32 training demonstrations of arithmetic, 1,315 tokens; 8 left out that are longer than max_tokens=49"
     )
     assert any(line.startswith("step 6/6 · 0:00 left · loss ") for line in shown)
-    assert any(line.startswith("step 6/6 · validation loss ") for line in shown)
+    form = r" · validation loss \S+( · greedy accuracy \S+)? · 0.25 hidden: \d+% right · .* · 1 hidden: \d+% right"
+    for moment in ("before", "step 6/6"):
+        assert any(re.fullmatch(moment + form, line) for line in shown)
     assert shown[-1] == f"the model is in {tmp_path}/model: run `dirl eval model={tmp_path}/model`"
+
+
+def test_rates_that_are_no_shares_are_refused(tmp_path):
+    with pytest.raises(DirlError, match=r"mask_rates has 1\.5: give shares above 0"):
+        run(config("mask_rates=[0.5,1.5]"), tmp_path)
+
+
+def test_hidden_tokens_are_guessed_right_as_often_as_the_metric_says():
+    lm = Tiny(hidden_size=32, num_hidden_layers=1, intermediate_size=32).load("float32", "cpu", "sdpa")
+    guess = int(lm.model(torch.full((1, 4), lm.mask_token_id)).logits[0, 0].argmax())
+    trained = {n: [place >= 3 for place in range(n)] for n in (10, 14)}
+    examples = [example([guess, 9] * (n // 2), trained[n], lm.block_size, guess) for n in trained]
+    noise = Noise(PerBlock(), lm.block_size, lm.mask_token_id, lm.pad_token_id, 64)
+    optimizers = [torch.optim.SGD(lm.model.parameters())]
+    trainer = Trainer(Accelerator(cpu=True), TokenScorer(lm.model), optimizers, lambda _: 1.0, 1.0)
+    found = hold_out(examples, noise, [1.0], seed=0).measure(trainer, cross_entropy, None)
+    right = []
+    for one in examples:  # blocks one after another, each hidden altogether behind those that are not
+        for first in range(0, len(one.token_ids), lm.block_size):
+            block = one.trained[first : first + lm.block_size]
+            shown = one.token_ids[: first + lm.block_size].clone()
+            shown[first:][block] = lm.mask_token_id
+            if block.any():
+                position = torch.arange(len(shown)) // lm.block_size
+                mask = (position[:, None] >= position)[None, None]
+                logits = lm.model(shown[None], attention_mask=mask).logits[0, first:]
+                right += (logits.argmax(-1) == one.token_ids[first : first + lm.block_size])[block].tolist()
+    assert 0 < sum(right) < len(right)
+    assert found[metric(1.0)] == pytest.approx(sum(right) / len(right))
 
 
 def test_micro_batches_change_nothing(finished, tmp_path):

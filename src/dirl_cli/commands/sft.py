@@ -149,7 +149,7 @@ def run(cfg: DictConfig, out: Path) -> None:
             with trainer.times("evaluation"):
                 before = validation.measure(trainer, cross_entropy, cfg.micro_rows)
             log.write(0, before)
-            progress.say(f"before · {describe(before, 'validation_loss')}")
+            progress.say(f"before · {describe(before, 'validation_loss', *by_rate)}")
         while trainer.steps_taken < cfg.steps:
             began = time.perf_counter()
             torch.manual_seed(cfg.seed + trainer.steps_taken)  # for models with dropout
@@ -172,7 +172,8 @@ def run(cfg: DictConfig, out: Path) -> None:
                     if exam.problems:
                         sampler_lm = whole(peft.merged(lm), pick_dtype(cfg.dtype, lm.device.type))
                         metrics |= exam.take(NativeSampler(sampler_lm), grader)
-                progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'validation_loss', 'greedy_accuracy')}")
+                shown = describe(metrics, "validation_loss", "greedy_accuracy", *by_rate)
+                progress.say(f"step {step}/{cfg.steps} · {shown}")
             log.write(step, metrics | trainer.times.take())
             must_stop = bool(stop) and not is_last
             is_due = due(step, cfg.save_every) and not trainer.skipped  # else the good ones would make way for bad ones

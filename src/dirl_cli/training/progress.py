@@ -15,6 +15,7 @@ FORMS = {
     "lr": "lr {:.2e}",
     "tokens_per_s": "{:,.0f} tokens/s",
     "validation_loss": "validation loss {:.4f}",
+    "denoising_accuracy": "{1} hidden: {0:.0%} right",
     "accuracy": "accuracy {:.0%}",
     "greedy_accuracy": "greedy accuracy {:.1%}",
     "reward": "reward {:.3f}",
@@ -71,7 +72,8 @@ def due(step: int, every: int) -> bool:
 
 def describe(metrics: Mapping[str, float], *names: str) -> str:
     """Such as: loss 0.1234 · lr 1.00e-05."""
-    return " · ".join(FORMS[name].format(metrics[name]) for name in names if name in metrics)
+    known = [(metrics[name], name.partition("/")) for name in names if name in metrics]
+    return " · ".join(FORMS[family].format(value, member) for value, (family, _, member) in known)
 
 
 def clock(seconds: float) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Band, Example
+from dirl_cli.errors import DirlError
 from dirl_cli.training.batches import Noise
 from dirl_cli.training.trainer import Loss, Trainer
 
@@ -33,7 +34,12 @@ class Validation:
 
 
 def hold_out(examples: Sequence[Example], noise: Noise, rates: Sequence[float], seed: int) -> Validation:
-    """Hide tokens of the examples, of which there is at least one, as `noise` does and at each of the rates."""
+    """Hide tokens of the examples, of which there is at least one, as `noise` does and at each of the rates.
+
+    Raises DirlError for a rate that is none.
+    """
+    if wrong := [rate for rate in rates if not 0 < rate <= 1]:
+        raise DirlError(f"mask_rates has {wrong[0]:g}: give shares above 0, up to 1 for answers hidden altogether")
     rows, answer_tokens = noise.rows(examples, seed)
     by_rate = {rate: replace(noise, masking=Band(rate, rate)).rows(examples, seed)[0] for rate in rates}
     return Validation(rows, answer_tokens, by_rate)
