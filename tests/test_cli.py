@@ -206,7 +206,17 @@ def test_what_only_looks_opens_no_run_directory(jobs, here):
     assert list(here.iterdir()) == []
 
 
-EXPERIMENTS = {"dirl8b_sft": "sft", "dirl8b_rl": "rl", "rl_1gpu": "rl", "eval_paper": "eval"}
+EXPERIMENTS = {
+    "dirl8b_sft": "sft",
+    "dirl8b_rl": "rl",
+    "rl_1gpu": "rl",
+    "eval_paper": "eval",
+    "smollm2_convert": "sft",
+    "smollm2_words": "sft",
+    "smollm2_mixed": "sft",
+    "smollm2_words_rl": "rl",
+    "smollm2_gsm8k_rl": "rl",
+}
 
 
 def test_an_experiment_gives_way_to_the_command_line(jobs):
