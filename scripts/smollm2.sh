@@ -8,13 +8,12 @@ root=runs/smollm2 scripts=$(dirname "$0")
 say() { printf '\n\033[1m$ dirl %s\033[0m\n' "$*"; dirl "$@"; }
 evaluate() { say eval "out=$root/eval/$1" "name=$1" "${@:2}" "${evals[@]}"; }
 
-
 causal=(model=smollm2 model.block_size=1 decoding=sequential decoding.denoising_steps=1)
-words=(bench=arithmetic "limit=500")
+words=(bench=arithmetic limit=500)
 case ${1:-cpu} in
   cpu)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-    # glibc gives memory back to the system after every forward, and takes it again page by page; half the speed here
+    # glibc gives memory back to the system after every forward, and takes it again page by page: up to a third of a step here
     export MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 MALLOC_MMAP_MAX_=0
     export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
     gsm8k=(bench=gsm8k limit=200 decoding.max_new_tokens=192)
