@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.disk import write_text
+from dirl_cli.errors import DirlError
 from dirl_cli.reward.boxed import last_boxed
 
 QUESTIONS = 400  # that the model is asked for answers of its own
@@ -24,7 +25,8 @@ def solved(row: Row) -> dict[str, str]:
     fields = row.fields
     if "prompt" in fields:
         found = TURN.search(fields["prompt"])
-        assert found, f"{row.place} is no question that asks for a box"
+        if not found:
+            raise DirlError(f"{row.place}: the prompt asks for no box as GSM8K's do: give rows of question and answer")
         return {"question": found[1], "response": fields["response"].split("<|im_end|>")[0]}
     working, answer = CALCULATED.sub("", fields["answer"]).split("####")
     return {"question": fields["question"], "response": f"{working}The answer is $\\boxed{{{answer.strip()}}}$."}
@@ -49,4 +51,7 @@ def write(file: Path, rows: Iterable[dict]) -> None:
 
 if __name__ == "__main__":
     stage, where, *source = sys.argv[1:]
-    {"gsm8k": gsm8k, "own": own}[stage](Path(where), *source)
+    try:
+        {"gsm8k": gsm8k, "own": own}[stage](Path(where), *source)
+    except DirlError as error:
+        sys.exit(f"{sys.argv[0]}: {error}")

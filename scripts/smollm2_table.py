@@ -10,6 +10,7 @@ from dirl_cli.evaluation.compare import common_problems, compare
 from dirl_cli.evaluation.report import accuracy, number, percent
 from dirl_cli.training.metrics import read_metrics
 from dirl_cli.training.plot import Panel, draw
+from dirl_cli.training.validation import metric
 
 STAGES = {  # and its evaluations on both tasks
     "SmolLM2, a token at a time": ("causal-gsm8k", "causal-words"),
@@ -22,7 +23,7 @@ STAGES = {  # and its evaluations on both tasks
 GAINS = {"word problems": ("mixed", "words-rl"), "GSM8K": ("converted-gsm8k", "gsm8k-rl")}
 TUNED = {"to blocks of 4": "converted", "on word problems": "words"}
 SHOWN = 240  # characters of an answer
-RATES = ("0.25", "0.5", "0.75", "1")
+RATES = {metric(rate): f"{rate:.0%} hidden" for rate in (0.25, 0.5, 0.75, 1.0)}
 
 
 def main(root: Path) -> None:
@@ -35,14 +36,12 @@ def main(root: Path) -> None:
         a, b = found[before], found[after]
         gain = dict(compare(a, b, common_problems(a, b)))["accuracy %"]
         print(f"Reinforced on {task}: {gain.a:.1f} → {gain.b:.1f} %, {gain.z:.1f} standard errors.")
-    print(f"\n| denoising accuracy %, of hidden tokens | {' | '.join(f'{float(r):.0%} hidden' for r in RATES)} |")
+    print(f"\n| denoising accuracy %, of hidden tokens | {' | '.join(RATES.values())} |")
     print("|---|--:|--:|--:|--:|")
     for name, run in TUNED.items():
-        lines = [
-            line for line in read_metrics(root / run / "metrics.jsonl") if f"denoising_accuracy/{RATES[0]}" in line
-        ]
+        lines = [line for line in read_metrics(root / run / "metrics.jsonl") if RATES.keys() <= line.keys()]
         for line, when in ((lines[0], "before"), (lines[-1], "after")):
-            shares = (percent(line[f"denoising_accuracy/{rate}"]) for rate in RATES)
+            shares = (percent(line[rate]) for rate in RATES)
             print(f"| {when} tuning {name} | {' | '.join(shares)} |")
     for name, evaluation in found.items():
         print(f"\n{name}: {said(evaluation)}")
@@ -68,12 +67,11 @@ def picture(root: Path) -> None:
 
     figure = Figure(figsize=(12, 6.4), layout="constrained", facecolor="white")
     axes = figure.subplots(2, 3)
-    by_rate = {f"denoising_accuracy/{rate}": f"{float(rate):.0%} hidden" for rate in RATES}
     losses = {"loss": "training", "validation_loss": "validation"}
     for row, (name, run) in zip(axes, TUNED.items(), strict=True):
         history = read_metrics(root / run / "metrics.jsonl")
         draw(row[0], Panel(f"Loss, {name}", losses, log=True), history)
-        draw(row[1], Panel(f"Denoising accuracy, {name}", by_rate, percent=True), history)
+        draw(row[1], Panel(f"Denoising accuracy, {name}", RATES, percent=True), history)
     rewarded = {"accuracy": "rollouts", "greedy_accuracy": "greedy, held out"}
     for row, (name, run) in zip(axes, {"word problems": "words-rl", "GSM8K": "gsm8k-rl"}.items(), strict=True):
         draw(row[2], Panel(f"DiPO on {name}", rewarded, percent=True), read_metrics(root / run / "metrics.jsonl"))

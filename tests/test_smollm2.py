@@ -89,3 +89,9 @@ def test_of_the_models_own_answers_those_that_ended_are_learned_from(tmp_path, m
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data_script("own", str(tmp_path), str(tmp_path / "completions.jsonl"))
     assert rows(tmp_path / "own.jsonl") == [{"question": "stop?", "response": "So."}]
+
+
+def test_a_file_that_is_not_there_is_told_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["smollm2_data.py"])
+    with pytest.raises(SystemExit, match=r"smollm2_data.py: nowhere.json does not exist"):
+        data_script("gsm8k", str(tmp_path), "nowhere.json")

@@ -34,19 +34,12 @@ FREE = frozenset(
         "prepare",
         "logger",
         "log_every",
+        "mask_rates",
         "save_every",
         "keep_checkpoints",
         "push_to_hub",
     }
-    | {
-        "eval_every",
-        "eval_problems",
-        "mask_rates",
-        "show_every",
-        "rollout.max_batch",
-        "grade_workers",
-        "reward.workers",
-    }
+    | {"eval_every", "eval_problems", "show_every", "rollout.max_batch", "grade_workers", "reward.workers"}
     | {"gradient_checkpointing", "memory_gb", "dry_run", "keep_best", "async_checkpoints", "max_skipped"}
     | {"samples", "limit", "ids"}  # which answers an evaluation has, not what they are
 )
