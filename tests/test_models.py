@@ -175,16 +175,15 @@ def test_block_size_and_mask_token_come_from_either_side_and_default_to_the_publ
         load(copy)
 
 
-@pytest.mark.parametrize(
-    ("named", "sentence"),
-    [
-        ({"block_size": 8}, "block_size is 8 in the configuration and 4 in the checkpoint: leave one of them out"),
-        ({"mask_token_id": 3}, f"mask_token_id is 3 in the configuration and {MASK} in the checkpoint"),
-    ],
-)
-def test_a_mismatch_names_both_sides(saved, named, sentence):
-    with pytest.raises(DirlError, match=sentence):
-        load(saved, **named)
+def test_another_mask_token_than_the_checkpoints_is_refused(saved):
+    with pytest.raises(DirlError, match=f"mask_token_id is 3 and the checkpoint's is {MASK}: leave"):
+        load(saved, mask_token_id=3)
+
+
+def test_another_block_size_than_the_checkpoints_is_taken_and_saved(saved, tmp_path):
+    lm = load(saved, block_size=8)
+    lm.save(tmp_path / "larger")
+    assert (lm.block_size, load(saved).block_size, load(tmp_path / "larger").block_size) == (8, 4, 8)
 
 
 def test_a_block_has_at_least_one_token(copy):

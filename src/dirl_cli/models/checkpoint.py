@@ -65,7 +65,11 @@ class DiffusionLM:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory, or a Hub repository that was downloaded before; `adapter`: what to merge into it."""
+    """A model directory, or a Hub repository that was downloaded before.
+
+    block_size: None for the checkpoint's own; another is for `dirl sft` and `dirl rl` to teach it. adapter: what to
+    merge into the model.
+    """
 
     name: str
     path: str
@@ -85,10 +89,13 @@ class Checkpoint:
         stored = Stored(self.path)
         directory = stored.directory()
         config = stored.config(directory, attention)
-        block_size = agree("block_size", self.block_size, getattr(config, "block_size", None), DEFAULT_BLOCK_SIZE)
-        mask_id = agree(
-            "mask_token_id", self.mask_token_id, getattr(config, "mask_token_id", None), DEFAULT_MASK_TOKEN_ID
-        )
+        block_size = given(self.block_size, getattr(config, "block_size", None), DEFAULT_BLOCK_SIZE)
+        stored_mask = getattr(config, "mask_token_id", None)
+        mask_id = given(self.mask_token_id, stored_mask, DEFAULT_MASK_TOKEN_ID)
+        if stored_mask not in (None, mask_id):
+            raise DirlError(
+                f"model.mask_token_id is {mask_id} and the checkpoint's is {stored_mask}: leave model.mask_token_id out"
+            )
         if mask_id >= config.vocab_size:
             raise DirlError(
                 f"mask token {mask_id} is outside the vocabulary of {self.path} ({config.vocab_size}):"
@@ -154,11 +161,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
-def agree(what: str, asked: int | None, stored: int | None, default: int) -> int:
-    """The one value of a setting that both the configuration and the checkpoint may name."""
-    if asked is not None and stored is not None and asked != stored:
-        raise DirlError(f"{what} is {asked} in the configuration and {stored} in the checkpoint: leave one of them out")
-    return next(value for value in (asked, stored, default) if value is not None)
+def given(*values: int | None) -> int:
+    """The first of some values that is there."""
+    return next(value for value in values if value is not None)
 
 
 def pick_device(device: str) -> str:
