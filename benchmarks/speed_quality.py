@@ -17,7 +17,7 @@ from dirl_cli.training.plot import Point, scatter
 WORDS, ROOT = Path("runs/smollm2/words/model"), Path("runs/speed_quality")
 THRESHOLDS = (0.5, 0.7, 0.9, 0.98)
 PROBLEMS = ("bench=arithmetic", "limit=200", "dtype=bfloat16")
-A_TOKEN_AT_A_TIME = ("model.block_size=1", "decoding=sequential", "decoding.denoising_steps=1")
+A_TOKEN_AT_A_TIME = ("model.block_size=1", "decoding=sequential")
 
 
 def main(sizes: Sequence[int]) -> None:
@@ -52,7 +52,7 @@ def evaluations(sizes: Sequence[int]) -> Iterator[tuple[str, list[object]]]:
         if size == 1:
             yield "tuned, a token at a time", [*evaluate, f"model={model(1)}", *A_TOKEN_AT_A_TIME]
             continue
-        of_size = [*evaluate, f"model={model(size)}", f"decoding.denoising_steps={size}"]
+        of_size = [*evaluate, f"model={model(size)}"]
         yield f"blocks of {size}, a token at a time", [*of_size, "decoding=static"]
         for threshold in THRESHOLDS:
             yield f"blocks of {size}, threshold {threshold:g}", [*of_size, f"decoding.threshold={threshold:g}"]

@@ -3,12 +3,12 @@
 # problems. Two hours on two CPU cores, minutes a stage on a GPU; killed, the same command goes on (docs/smollm2.md).
 #   scripts/smollm2.sh [cpu|gpu]
 # GSM8K_TRAIN, GSM8K_TEST: files, in place of the Hub's openai/gsm8k and Auraithm/GSM8K.
-set -euo pipefail
+set -eo pipefail   # not -u, which an empty array is too much for in the bash of macOS
 root=runs/smollm2 scripts=$(dirname "$0")
 say() { printf '\n\033[1m$ dirl %s\033[0m\n' "$*"; dirl "$@"; }
 evaluate() { say eval "out=$root/eval/$1" "name=$1" "${@:2}" "${evals[@]}"; }
 
-causal=(model=smollm2 model.block_size=1 decoding=sequential decoding.denoising_steps=1)
+causal=(model=smollm2 model.block_size=1 decoding=sequential)
 words=(bench=arithmetic limit=500)
 case ${1:-cpu} in
   cpu)
@@ -29,7 +29,7 @@ case ${1:-cpu} in
     reinforce_gsm8k=(steps=60 rl.problems=64 row_tokens=8192 rollout.max_batch=512 decoding.max_new_tokens=384 save_every=10) ;;
   *) echo "scripts/smollm2.sh [cpu|gpu]" >&2; exit 1 ;;
 esac
-if [ -n "${GSM8K_TEST:-}" ]; then gsm8k+=("bench.path=$GSM8K_TEST"); fi
+if [ -n "$GSM8K_TEST" ]; then gsm8k+=("bench.path=$GSM8K_TEST"); fi
 
 say download model=smollm2
 python "$scripts/smollm2_data.py" gsm8k "$root/data" ${GSM8K_TRAIN:+"$GSM8K_TRAIN"}

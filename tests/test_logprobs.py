@@ -137,6 +137,14 @@ def test_a_head_that_is_called_as_a_module_gives_the_same_log_probs_and_gradient
     assert (slope - steepness).norm() <= (0.01 if autocast else 1e-5) * steepness.norm()
 
 
+def test_of_tokens_that_are_equally_likely_one_is_the_likeliest():
+    hidden, weight, targets, _ = linear_case()
+    weight, targets = weight.detach()[[2, 2, 2]], torch.arange(len(targets)) % 3
+    none = torch.tensor([], dtype=torch.long)
+    _, _, likeliest = linear_logprobs(hidden.detach(), weight, targets, 1.0, none, chunk=4)
+    assert torch.equal(likeliest, targets == 0)
+
+
 def test_what_is_hooked_to_a_head_is_heard():
     lm, packed = small_lm(), rows()
     cooler = TokenScorer(lm.model, lm.unsampled_ids, Decoding(temperature=0.5))(packed)[0]
@@ -184,7 +192,7 @@ def test_log_probs_and_entropy_are_those_of_the_full_logits(decoding):
         found, entropy, likeliest = TokenScorer(lm.model, lm.unsampled_ids, decoding)(packed)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-4, rtol=0)
-    assert torch.equal(likeliest, expected == logprobs.amax(1))
+    assert torch.equal(likeliest, logprobs.argmax(1) == packed.targets)
 
 
 def test_the_mask_token_is_in_no_softmax_that_scores_tokens_except_where_it_is_asked_for():

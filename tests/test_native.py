@@ -58,6 +58,16 @@ def test_it_equals_a_loop_without_cache_or_batch(prompt, block_size, by_blocks):
     assert (trajectory.token_ids, trajectory.reveal_step) == slow_sample(lm, prompt, options)
 
 
+def test_left_to_the_model_a_block_takes_a_forward_for_each_of_its_tokens():
+    lm = small_lm(8)
+    [[one]] = NativeSampler(lm).sample([PROMPTS[1]], 1, decoding("low_confidence_static", max_new_tokens=16))
+    assert one.block_size == 8
+    assert sorted(one.reveal_step[-8:]) == [*range(1, 9)]
+    assert lm.decoding(Decoding()).denoising_steps == 8
+    with pytest.raises(DirlError, match="sampled in blocks of 8 and the model's are of 4: set"):
+        score_trajectories(small_lm(4), [one])
+
+
 @pytest.mark.parametrize("confidence", ["sampled", "max", "entropy"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_log_probs_at_reveal_equal_the_trainers(strategy, confidence):

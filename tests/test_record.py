@@ -45,6 +45,14 @@ def test_records_come_back_to_the_last_bit(tmp_path):
     assert [x.hex() for x in after] == [x.hex() for x in before]
 
 
+def test_an_answer_of_before_its_block_size_was_noted_is_read(tmp_path):
+    path = tmp_path / "step-000001.jsonl"
+    write_rollout(path, [replace(RECORD, trajectory=replace(TRAJECTORY, block_size=2))])
+    assert read_rollout(path)[0].trajectory.block_size == 2
+    path.write_text(path.read_text().replace(', "block_size": 2', ""))
+    assert read_rollout(path) == [RECORD]
+
+
 def test_a_line_holds_what_people_look_for(tmp_path):
     write_rollout(tmp_path / "step-000001.jsonl", [RECORD])
     (line,) = (tmp_path / "step-000001.jsonl").read_text().splitlines()

@@ -112,7 +112,7 @@ def test_only_commands_and_what_starts_them_read_the_config():
 
 def test_the_house_can_be_read_in_a_day():
     """What trains, samples and evaluates took 4 700 lines, data, the Hub, plans and grading 2 300, then came GPUs."""
-    assert sum(lines_of_code(file.read_text()) for file in SOURCE.rglob("*.py")) < 9100
+    assert sum(lines_of_code(file.read_text()) for file in SOURCE.rglob("*.py")) < 9200
 
 
 def lines_of_code(source: str) -> int:

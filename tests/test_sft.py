@@ -127,7 +127,7 @@ def test_what_the_run_shows(tmp_path, capsys):
 
 def test_rates_that_are_no_shares_are_refused(tmp_path):
     with pytest.raises(DirlError, match=r"mask_rates has 1\.5: give shares above 0"):
-        run(config("mask_rates=[0.5,1.5]"), tmp_path)
+        run(config("mask_rates=[0.5,1.5]", "dry_run=true"), tmp_path)
 
 
 def test_hidden_tokens_are_guessed_right_as_often_as_the_metric_says():
@@ -187,6 +187,12 @@ def test_the_best_checkpoint_is_saved_where_it_is_measured(tmp_path):
     best = min(lines(tmp_path), key=lambda line: line["validation_loss"])["step"]
     kept = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == sorted({best, 4})
+
+
+def test_a_denoising_accuracy_may_say_which_checkpoint_is_best(tmp_path):
+    words = ("steps=1", "eval_problems=0", "keep_best=denoising_accuracy/0.5")
+    run(config(*words), tmp_path)
+    assert "denoising_accuracy/0.5" in lines(tmp_path)[-1]
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,10 @@ def test_the_steps_together_owe_a_block(block_size, steps, owed):
     assert quota(torch.arange(1, steps + 1), block_size, steps).tolist() == owed
 
 
+def test_left_open_a_block_has_as_many_steps_as_tokens():
+    assert quota(torch.arange(1, 9), 8, None).tolist() == [1] * 8
+
+
 def test_an_unknown_strategy_is_told_with_its_nearest_name():
     with pytest.raises(DirlError, match="did you mean sequential"):
         find_strategy("sequentail")

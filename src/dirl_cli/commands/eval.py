@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -59,8 +59,7 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
     engine.require()
     lm: DiffusionLM = build(cfg.model).load(cfg.dtype, processes.device, cfg.attention)
     tokenizer = lm.require_tokenizer()
-    decoding = build(cfg.decoding, Decoding)
-    decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
+    decoding = lm.decoding(build(cfg.decoding, Decoding))
     instruction = build(cfg.instruction, Instruction)
     prompts = encode_problems(tokenizer, problems, instruction, lm.longest_prompt)
 

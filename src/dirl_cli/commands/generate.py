@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     engine.require()
     lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
     asked = requests(cfg, lm)
-    decoding = build(cfg.decoding, Decoding)
-    decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
+    decoding = lm.decoding(build(cfg.decoding, Decoding))
     sampler = engine.start(lm)
     screen = Screen(console, lm, cfg.pace) if cfg.watch else None
     file, total = out / "completions.jsonl", len(asked) * cfg.samples

@@ -25,7 +25,7 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     recipe = {"model": cfg.model.path, "adapter": adapter, "dtype": cfg.dtype}
     decoding = {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id}
     summary = f"{cfg.model.name} with a LoRA adapter that `dirl merge` made part of its weights."
-    lm.save(to, model_card(to.name, cfg.push_to_hub, summary, cfg.model.path, recipe, {}, decoding))
+    lm.save(to, model_card(to.name, cfg.push_to_hub, summary, cfg.model.path, recipe, {}, decoding, lm.model.config))
     print(f"the merged model is in {to}: run `dirl eval model={to}`")
     if cfg.push_to_hub:
         print(f"and at {push(to, cfg.push_to_hub)}")

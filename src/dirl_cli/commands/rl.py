@@ -102,6 +102,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     peft.require(cfg.launch)
     require_measured(cfg.keep_best, ["reward", "accuracy", *["greedy_accuracy"] * bool(cfg.eval_problems)])
     lm: DiffusionLM = model.load("float32", "meta", cfg.attention)  # its weights come once they are known to fit
+    decoding = lm.decoding(decoding)
     reader = Reader(lm, instruction, accelerator, progress, max_prompt_tokens=cfg.rl.max_prompt_tokens)
     sources, weights = ([], []) if cfg.rl.replay else sources_of(data)
     names = [source.name for source in sources]
@@ -126,7 +127,6 @@ def run(cfg: DictConfig, out: Path) -> None:
     if cfg.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     began_as = fingerprint(lm.model)
-    decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
     reference = frozen(peft.reference(lm), decoding) if objective.beta else None
     twin = peft.merged(lm)  # before processes share the parameters
     trainer = Trainer(

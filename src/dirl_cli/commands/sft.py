@@ -1,7 +1,6 @@
 """`dirl sft`: hide answer tokens of demonstrations and learn to fill them in."""
 
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from dirl_cli.training.parallel import start_accelerator, whole
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
 from dirl_cli.training.trainer import Sums, Trainer
-from dirl_cli.training.validation import hold_out, metric
+from dirl_cli.training.validation import hold_out, metric, require_rates
 from dirl_cli.types import Decoding, Instruction
 
 PANELS = (
@@ -79,10 +78,11 @@ def run(cfg: DictConfig, out: Path) -> None:
         build(cfg[name]) for name in ("model", "peft", "data", "masking", "annealing", "optim", "schedule", "logger")
     )
     peft.require(cfg.launch)
-    instruction, decoding = build(cfg.instruction, Instruction), build(cfg.decoding, Decoding)
+    instruction = build(cfg.instruction, Instruction)
     lm: DiffusionLM = model.load("float32", "meta", cfg.attention)  # its weights come once they are known to fit
     annealing.check(lm.block_size)
-    decoding = replace(decoding, stop_token_ids=decoding.stop_token_ids or lm.stop_token_ids)
+    require_rates(cfg.mask_rates)
+    decoding = lm.decoding(build(cfg.decoding, Decoding))
     sources, weights = sources_of(data)
     names = [source.name for source in sources]
     reader = Reader(lm, instruction, accelerator, progress, cfg.max_tokens)
@@ -96,8 +96,9 @@ def run(cfg: DictConfig, out: Path) -> None:
         reached = epochs(order, names, cfg.steps * cfg.batch_size)
         progress.say(f"after {cfg.steps} steps: {' · '.join(f'{name} {n:.2f}' for name, n in reached.items())}")
     asked = reader.problems("held-out problems", data.problems()[: cfg.eval_problems])
-    held = {"validation_loss": any(map(len, held_out)), "greedy_accuracy": asked.problems}
-    require_measured(cfg.keep_best, ["loss", *[name for name, some in held.items() if some]])
+    by_rate = {metric(rate): f"{rate:.0%} masked" for rate in cfg.mask_rates}
+    measured = ["validation_loss", *by_rate] if any(map(len, held_out)) else []
+    require_measured(cfg.keep_best, ["loss", *measured, *["greedy_accuracy"] * bool(asked.problems)])
     place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
     lengths = np.concatenate([tokens.lengths for tokens in training])
     chosen = {key: OmegaConf.select(cfg, key) for key in SFT}
@@ -136,7 +137,6 @@ def run(cfg: DictConfig, out: Path) -> None:
         progress.say(f"going on after step {trainer.steps_taken}, from {start}")
     main, config = accelerator.is_main_process, OmegaConf.to_container(cfg)
     log = open_log(out, trainer.steps_taken or -1, logger, config) if main else NoLog()
-    by_rate = {metric(rate): f"{rate:.0%} masked" for rate in cfg.mask_rates}
     panels = (*PANELS, Panel("Denoising accuracy, held out", by_rate, percent=True))
 
     with (

@@ -10,8 +10,14 @@ from dirl_cli.types import Trajectory
 def trajectory_strip(trajectory: Trajectory, block_size: int, mask_id: int) -> Strip:
     """One view per denoising step: what step s revealed is scored where all of step ≥ s is masked.
 
-    Raises DirlError where the answer is not whole blocks, since a cut block was never a state of the sampler's.
+    Raises DirlError where the answer is not whole blocks of this size, since any other was never a state of the
+    sampler's.
     """
+    if trajectory.block_size not in (None, block_size):
+        raise DirlError(
+            f"an answer was sampled in blocks of {trajectory.block_size} and the model's are of {block_size}:"
+            " set model.block_size as it was"
+        )
     token_ids = torch.tensor([*trajectory.prompt_ids, *trajectory.token_ids])
     if len(token_ids) % block_size:
         raise DirlError(

@@ -93,8 +93,12 @@ def spread(values: Tensor, places: Tensor) -> Tensor:
     return torch.zeros(places.shape, dtype=values.dtype, device=values.device).masked_scatter(places, values)
 
 
-def quota(step: Tensor, block_size: int, steps: int) -> Tensor:
-    """Tokens owed at each `step` (N,), from 1, of `steps`: B // S, one more in the first B mod S, at least one."""
+def quota(step: Tensor, block_size: int, steps: int | None) -> Tensor:
+    """Tokens owed at each `step` (N,), from 1, of `steps`: B // S, one more in the first B mod S, at least one.
+
+    steps: None for as many as the block has tokens.
+    """
+    steps = steps or block_size
     return (block_size // steps + (step <= block_size % steps).long()).clamp(min=1)
 
 

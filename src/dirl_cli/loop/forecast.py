@@ -150,10 +150,11 @@ def memory_of(
     )
 
 
-def slowest(prompt: int, answer: int, steps: int, block_size: int) -> Trajectory:
+def slowest(prompt: int, answer: int, steps: int | None, block_size: int) -> Trajectory:
     """The answer of so many tokens that takes most steps: each block reveals as little at a time as it may."""
     end = -(-(prompt + answer) // block_size) * block_size
-    reveal_step = [place % block_size * min(steps, block_size) // block_size + 1 for place in range(prompt, end)]
+    most = min(steps or block_size, block_size)
+    reveal_step = [place % block_size * most // block_size + 1 for place in range(prompt, end)]
     return Trajectory([0] * prompt, [0] * len(reveal_step), reveal_step)
 
 

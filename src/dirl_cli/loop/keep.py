@@ -39,8 +39,9 @@ def keep(
     if accelerator.is_main_process:
         merged_first = settings["model"].get("adapter")
         told = f"{summary} It stands beside {base} with {merged_first} merged into it." if merged_first else summary
-        beside = None if merged_first else base
-        peft.save(lm, run / "adapter", beside, adapter_card(settings["name"], told, beside, chosen))
+        beside = settings["model"] if base and not merged_first else None
+        readme = adapter_card(settings["name"], told, beside, chosen)
+        peft.save(lm, run / "adapter", base if beside else None, readme)
     card = model_card(
         settings["name"],
         repository,
@@ -49,6 +50,7 @@ def keep(
         chosen,
         curves(run / "metrics.jsonl", panels),
         asdict(decoding) | {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
+        lm.model.config,
     )
     where = "cpu" if accelerator.is_main_process else "meta"  # one process saves
     save_model(peft.merged(lm, where), settings["dtype"], saved, card, accelerator)

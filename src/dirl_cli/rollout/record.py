@@ -119,6 +119,7 @@ def trajectory(line: dict[str, Any]) -> Trajectory:
         forwards=typed(line, "forwards", int),
         weights_version=typed(line, "weights_version", int),
         stop_token_ids=tuple(typed_list(line, "stop_token_ids", int)),
+        block_size=typed({"block_size": None, **line}, "block_size", int, NoneType),  # earlier runs did not note it
     )
     if found.stop_reason not in get_args(StopReason):
         raise ValueError(f"no stop_reason is called {found.stop_reason}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Scores = tuple[Tensor, Tensor, Tensor]  # (N,) each: log-prob, entropy, and whether no token is likelier
+Scores = tuple[Tensor, Tensor, Tensor]  # (N,) each: log-prob, entropy, and whether it is the likeliest token
 
 TOKENS = 2048  # at once: enough to keep a GPU busy …
 LOGITS = 2**28  # … unless the vocabulary is large, since logits are there twice, in fp32: 2 GiB
@@ -85,13 +85,13 @@ def logits_of(hidden: Tensor, weight: Tensor, temperature: float, unsampled_ids:
 
 def score(logits: Tensor, targets: Tensor, unsampled_ids: Tensor) -> tuple[Tensor, ...]:
     """Scores of the targets and the softmax's log-normalisers, each (N,); overwrites `logits`."""
-    peak = logits.amax(1, keepdim=True)
+    peak, likeliest = logits.max(1, keepdim=True)
     of_target = logits.sub_(peak).gather(1, targets[:, None]).squeeze(1)
     weights = logits.exp()
     mass = weights.sum(1)
     moment = weights.mul_(logits).index_fill_(1, unsampled_ids, 0).sum(1)  # 0 × -inf counts as 0
     log_mass = mass.log()
-    return of_target - log_mass, log_mass - moment / mass, of_target == 0, peak.squeeze(1) + log_mass
+    return of_target - log_mass, log_mass - moment / mass, likeliest.squeeze(1) == targets, peak.squeeze(1) + log_mass
 
 
 def steepness(logits: Tensor, targets: Tensor, normalisers: Tensor, of_logprobs: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class TokenScorer(nn.Module):
         self.register_buffer("unsampled", torch.tensor(unsampled_ids, dtype=torch.long), persistent=False)
 
     def forward(self, rows: Rows) -> Scores:
-        """Log-probability and entropy in nats, in fp32, of the N scored tokens, and whether none is likelier."""
+        """Log-probability and entropy in nats, in fp32, of the N scored tokens, and whether each is the likeliest."""
         predicted_at = rows.before if is_shifted(self.model) else rows.where
         hidden = hidden_states(self.model, rows).flatten(0, 1)[predicted_at]  # (N, D)
         head, options = self.model.get_output_embeddings(), self.decoding
@@ -63,7 +63,7 @@ class TokenScorer(nn.Module):
             logits = kept.scatter(-1, targets[:, None], logits.gather(-1, targets[:, None]))
         logprobs = logits.log_softmax(-1)
         of_target = logprobs.gather(-1, targets[:, None]).squeeze(-1)
-        return of_target, entropy(logprobs.detach()), of_target == logprobs.amax(-1)
+        return of_target, entropy(logprobs.detach()), logprobs.argmax(-1) == targets
 
 
 def is_plain(head: nn.Module) -> bool:

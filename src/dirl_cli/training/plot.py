@@ -51,7 +51,7 @@ def plot(history: Sequence[Mapping[str, float]], panels: Sequence[Panel], title:
 
 
 def draw(axes: "Axes", panel: Panel, history: Sequence[Mapping[str, float]]) -> None:
-    for (name, label), color in zip(panel.curves.items(), COLORS, strict=False):
+    for (name, label), color in zip(panel.curves.items(), cycle(COLORS), strict=False):
         points = [(line["step"], line[name]) for line in history if name in line]
         if not points:
             continue

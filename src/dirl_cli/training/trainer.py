@@ -89,7 +89,7 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
-        """What `step` would return as its sums, and `likeliest`, targets that nothing beats; learns nothing."""
+        """What `step` would return as its sums, and `likeliest`, those that greedy decoding takes; learns nothing."""
         self.scorer.eval()
         totals = [self.sums(rows, loss, counts / normalizer) for rows, counts in self.share(micro_batches)]
         release(self.scorer)

@@ -24,7 +24,7 @@ class Validation:
     by_rate: Mapping[float, Rows]
 
     def measure(self, trainer: Trainer, loss: Loss, micro_rows: int | None) -> dict[str, float]:
-        """`validation_loss`, and at each rate the share of hidden tokens that nothing is likelier than."""
+        """`validation_loss`, and at each rate the share of hidden tokens that are the likeliest there."""
         found = trainer.measure(trainer.cut(self.rows, micro_rows), loss, self.answer_tokens)
         accuracy = {
             metric(rate): trainer.measure(trainer.cut(rows, micro_rows), loss, len(rows.targets))["likeliest"]
@@ -33,13 +33,14 @@ class Validation:
         return {"validation_loss": found["loss"], **accuracy}
 
 
-def hold_out(examples: Sequence[Example], noise: Noise, rates: Sequence[float], seed: int) -> Validation:
-    """Hide tokens of the examples, of which there is at least one, as `noise` does and at each of the rates.
-
-    Raises DirlError for a rate that is none.
-    """
+def require_rates(rates: Sequence[float]) -> None:
+    """Raises DirlError for a rate that is none."""
     if wrong := [rate for rate in rates if not 0 < rate <= 1]:
         raise DirlError(f"mask_rates has {wrong[0]:g}: give shares above 0, up to 1 for answers hidden altogether")
+
+
+def hold_out(examples: Sequence[Example], noise: Noise, rates: Sequence[float], seed: int) -> Validation:
+    """Hide tokens of the examples, of which there is at least one, as `noise` does and at each of the rates."""
     rows, answer_tokens = noise.rows(examples, seed)
     by_rate = {rate: replace(noise, masking=Band(rate, rate)).rows(examples, seed)[0] for rate in rates}
     return Validation(rows, answer_tokens, by_rate)
