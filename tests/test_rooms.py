@@ -108,22 +108,3 @@ def test_only_commands_and_what_starts_them_read_the_config():
         f"{name}.py" for name in ("build", "complete", "explain", "launch", "rundir", "schema", "tree", "worker")
     }
     assert {path for path in readers if not path.startswith("commands/")} <= starters
-
-
-def test_the_house_can_be_read_in_a_day():
-    """What trains, samples and evaluates took 4 700 lines, data, the Hub, plans and grading 2 300, then came GPUs."""
-    assert sum(lines_of_code(file.read_text()) for file in SOURCE.rglob("*.py")) < 9200
-
-
-def lines_of_code(source: str) -> int:
-    """Lines that hold code: no blank ones, comments or docstrings."""
-    described = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    tree = ast.parse(source)
-    docstrings = {
-        line
-        for node in ast.walk(tree)
-        if isinstance(node, described) and ast.get_docstring(node) is not None
-        for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
-    }
-    lines = enumerate(map(str.strip, source.splitlines()), start=1)
-    return sum(1 for number, line in lines if line and not line.startswith("#") and number not in docstrings)
