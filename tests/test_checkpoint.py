@@ -34,6 +34,7 @@ from dirl_cli.training.checkpoint import (
     learned,
     load,
     require_measured,
+    require_same_run,
     save_model,
     states,
 )
@@ -262,6 +263,33 @@ def test_a_checkpoint_of_another_model_or_of_other_optimizers_is_refused(tmp_pat
     other.resize_token_embeddings(60)
     with pytest.raises(DirlError, match=r"weight with shape \(50, 32\), not \(60, 32\): it is a checkpoint of another"):
         load(path, other, MUON.build(other))
+
+
+def noted(directory: Path, **state) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / STATE).write_text(json.dumps({"step": 1, **state}))
+    return directory
+
+
+def test_a_checkpoint_of_the_other_command_or_beside_other_weights_is_refused(tmp_path):
+    path = noted(tmp_path / "now", command="rl", base_fingerprint="3f", updates=1)
+    require_same_run(path, "rl", "3f")
+    require_same_run(path, "rl", None)  # all weights are in the checkpoint
+    with pytest.raises(DirlError, match=r"of `dirl rl`, which `dirl sft` cannot resume: .* give model=.*now"):
+        require_same_run(path, "sft", None)
+    with pytest.raises(DirlError, match=r"weights differ from those that the run of .*now started from: restore them"):
+        require_same_run(path, "rl", "4a")
+
+
+def test_checkpoints_from_before_commands_were_noted_are_told_apart_too(tmp_path):
+    reinforced = noted(tmp_path / "reinforced", updates=1, began_as="3f")
+    adapted, whole = noted(tmp_path / "adapted", beside="3f"), noted(tmp_path / "whole", beside=None)
+    require_same_run(reinforced, "rl", "3f")
+    require_same_run(adapted, "sft", "3f")
+    require_same_run(whole, "sft", None)
+    for path, command, fingerprint in ((reinforced, "sft", "3f"), (adapted, "rl", "3f"), (adapted, "sft", "4a")):
+        with pytest.raises(DirlError):
+            require_same_run(path, command, fingerprint)
 
 
 def test_resume_takes_a_checkpoint_or_the_directory_of_a_run(tmp_path):

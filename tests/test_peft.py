@@ -382,7 +382,9 @@ def test_a_run_does_not_go_on_beside_another_model(tuned, base, tmp_path):
         lm.model.get_input_embeddings().weight[0] += 1
     lm.save(tmp_path / "other")
     words = (*SFT, "model=path", f"model.path={tmp_path}/other", f"resume={tuned}/checkpoints/step-000004")
-    with pytest.raises(DirlError, match="has changed since this run began, which goes on beside it: put it back"):
+    with pytest.raises(
+        DirlError, match=r"base model.s weights differ from those that the run .* started from: restore"
+    ):
         sft.run(config("sft", *words, "optim.lr=1e-2", "peft.dropout=0.1"), tmp_path)
 
 

@@ -20,7 +20,7 @@ from small import published_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dirl_cli import schema
-from dirl_cli.commands import rl
+from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.models.tiny import Tiny
@@ -70,10 +70,14 @@ ARITHMETIC = ("data.train=40", "data.held_out=4", "data.test=4")
 
 
 def config(model: Path, *words: str) -> DictConfig:
+    own = () if "data=file" in words else ARITHMETIC
+    return composed("rl", *SMALL, *own, f"model.path={model}", *words)
+
+
+def composed(command: str, *words: str) -> DictConfig:
     schema.register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        own = () if "data=file" in words else ARITHMETIC
-        cfg = compose("rl", [*SMALL, *own, f"model.path={model}", *words])
+        cfg = compose(command, list(words))
     OmegaConf.resolve(cfg)
     return cfg
 
@@ -357,14 +361,20 @@ def test_problems_that_do_not_fit_are_left_out_and_without_others_nothing_is_lea
         run(config(model, *words, f"data.path={tmp_path}/long.json"), tmp_path / "nothing")
 
 
-def test_a_checkpoint_of_another_command_is_refused(finished, model, tmp_path):
-    shutil.copytree(finished / "checkpoints/step-000004", tmp_path / "step-000004")
-    state, sums = tmp_path / "step-000004/state.json", tmp_path / "step-000004/SHA256SUMS"
-    before = sha256(state)
-    state.write_text(json.dumps({"step": 4, "optimizers": ["AdamW"]}))
-    sums.write_text(sums.read_text().replace(before, sha256(state)))
-    with pytest.raises(DirlError, match="is no checkpoint of `dirl rl`: to begin with a trained model, give it as"):
-        run(config(model, f"resume={tmp_path}/step-000004"), tmp_path / "out")
+def test_neither_command_resumes_from_the_others_checkpoint(finished, model, tmp_path):
+    reinforced = finished / "checkpoints/step-000004"
+    with pytest.raises(DirlError, match=r"is a checkpoint of `dirl rl`, which `dirl sft` cannot resume: .* model=/"):
+        words = ("model=path", f"model.path={model}", *ARITHMETIC, "eval_problems=0", "device=cpu")
+        sft.run(composed("sft", *words, f"resume={reinforced}"), tmp_path / "sft")
+
+    tuned = shutil.copytree(reinforced, tmp_path / "step-000004")
+    before = sha256(tuned / "state.json")
+    state = {"step": 4, "command": "sft", "optimizers": ["AdamW"], "base_fingerprint": None, "skipped": 0}
+    (tuned / "state.json").write_text(json.dumps(state))
+    sums = (tuned / "SHA256SUMS").read_text()
+    (tuned / "SHA256SUMS").write_text(sums.replace(before, sha256(tuned / "state.json")))
+    with pytest.raises(DirlError, match=r"is a checkpoint of `dirl sft`, which `dirl rl` cannot resume"):
+        run(config(model, f"resume={tuned}"), tmp_path / "rl")
 
 
 def test_a_reward_that_raises_stops_the_run_with_the_problem_or_its_answers_are_counted(model, tmp_path):

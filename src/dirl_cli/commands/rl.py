@@ -46,7 +46,7 @@ from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.record import Record, rollout_path, write_rollout
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.budget import Place
-from dirl_cli.training.checkpoint import Checkpoints, load, require_measured
+from dirl_cli.training.checkpoint import Checkpoints, load, require_measured, require_same_run
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.metrics import NoLog, open_log
@@ -126,7 +126,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
     if cfg.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-    began_as = fingerprint(lm.model)
+    base_fingerprint = fingerprint(lm.model)
     reference = frozen(peft.reference(lm), decoding) if objective.beta else None
     twin = peft.merged(lm)  # before processes share the parameters
     trainer = Trainer(
@@ -157,11 +157,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     checkpoints = Checkpoints(out / "checkpoints", accelerator, *kept)
     state = State()
     if start := checkpoints.begin(cfg.resume, progress.say):
+        require_same_run(start, "rl", base_fingerprint if objective.beta or peft != WHOLE else None)
         remembered = load(start, lm.model, trainer.optimizers)
-        if "updates" not in remembered:
-            raise DirlError(f"{start} is no checkpoint of `dirl rl`: to begin with a trained model, give it as model=…")
-        if (objective.beta or peft != WHOLE) and remembered["began_as"] != began_as:
-            raise DirlError(f"{cfg.model.name} has changed since this run began, which goes on beside it: put it back")
         trainer.steps_taken, trainer.skipped = remembered["updates"], remembered["skipped"]
         state = State.from_json(remembered)
         progress.say(f"going on after step {state.step}, from {start}")
@@ -224,8 +221,13 @@ def run(cfg: DictConfig, out: Path) -> None:
                 is_due = due(step, cfg.save_every) and not trainer.skipped
                 if is_last or must_stop or is_due or checkpoints.is_best(metrics):
                     with trainer.times("saving"):
-                        remembered = {"updates": trainer.steps_taken, "began_as": began_as, "skipped": trainer.skipped}
-                        remembered |= state.to_json()
+                        remembered = {
+                            "command": "rl",
+                            "base_fingerprint": base_fingerprint,
+                            "updates": trainer.steps_taken,
+                            "skipped": trainer.skipped,
+                            **state.to_json(),
+                        }
                         path = checkpoints.save(step, lm.model, trainer.optimizers, metrics, **remembered)
                         log.draw(PANELS, cfg.name, out / "rl.png")
                 if must_stop:

@@ -26,7 +26,7 @@ from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import Noise, NoisedBatches, Padded, generator
 from dirl_cli.training.budget import Place
-from dirl_cli.training.checkpoint import Checkpoints, load, require_measured
+from dirl_cli.training.checkpoint import Checkpoints, load, require_measured, require_same_run
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.metrics import NoLog, open_log
@@ -111,7 +111,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
     if cfg.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-    beside = None if peft == WHOLE else fingerprint(lm.model)
+    base_fingerprint = fingerprint(lm.model)
     exam = Exam(asked.problems, asked.prompts, lm, decoding, accelerator)
     del data, sources  # and their rows
     noise = Noise(masking, lm.block_size, lm.mask_token_id, lm.pad_token_id, cfg.row_tokens)
@@ -130,9 +130,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     kept = (cfg.keep_checkpoints, cfg.keep_best, cfg.async_checkpoints)
     checkpoints = Checkpoints(out / "checkpoints", accelerator, *kept)
     if start := checkpoints.begin(cfg.resume, progress.say):
+        require_same_run(start, "sft", None if peft == WHOLE else base_fingerprint)
         remembered = load(start, lm.model, trainer.optimizers)
-        if remembered["beside"] != beside:
-            raise DirlError(f"{cfg.model.name} has changed since this run began, which goes on beside it: put it back")
         trainer.steps_taken, trainer.skipped = remembered["step"], remembered["skipped"]
         progress.say(f"going on after step {trainer.steps_taken}, from {start}")
     main, config = accelerator.is_main_process, OmegaConf.to_container(cfg)
@@ -179,7 +178,7 @@ def run(cfg: DictConfig, out: Path) -> None:
             is_due = due(step, cfg.save_every) and not trainer.skipped  # else the good ones would make way for bad ones
             if is_last or must_stop or is_due or checkpoints.is_best(metrics):
                 with trainer.times("saving"):
-                    remembered = {"skipped": trainer.skipped, "beside": beside}
+                    remembered = {"command": "sft", "base_fingerprint": base_fingerprint, "skipped": trainer.skipped}
                     path = checkpoints.save(step, lm.model, trainer.optimizers, metrics, **remembered)
             if is_last or must_stop or due(step, cfg.eval_every):
                 log.draw(panels, cfg.name, out / "loss.png")

@@ -31,6 +31,7 @@ from dirl_cli.training.shards import Part, read_parts, stored_shapes, write_part
 
 MODEL, OPTIMIZER = "model", "optimizer"  # .safetensors, or -00001-of-00002.safetensors where they are sharded
 STATE, SUMS = "state.json", "SHA256SUMS"  # the latter is written last; `sha256sum --check` reads it too
+FORMER = {"beside": "base_fingerprint", "began_as": "base_fingerprint"}  # what keys of a state.json were once called
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 Optimizers = Sequence[torch.optim.Optimizer]
 Files = dict[str, dict[str, Part]]
@@ -200,12 +201,41 @@ def require_measured(best: str | None, measured: Collection[str]) -> None:
         raise DirlError(f"keep_best={best} is not measured in this run: {did_you_mean(best, measured)}")
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint remembers: `step`, `command`, `base_fingerprint` and what else its command wants to know.
+
+    Checkpoints of earlier versions did not name their command: those of `dirl rl` count `updates`.
+    """
+    stored = json.loads((path / STATE).read_text())
+    state = {FORMER.get(key, key): value for key, value in stored.items()}
+    return {"command": "rl" if "updates" in state else "sft", **state}
+
+
+def require_same_run(path: Path, command: str, base_fingerprint: str | None) -> None:
+    """Refuse to go on from a checkpoint of the other command, or of a run that started from other weights.
+
+    base_fingerprint: of the weights this run starts from, where it needs them besides those in the checkpoint, such as
+    under an adapter or as a reference; else None.
+    """
+    state = read_state(path)
+    if state["command"] != command:
+        raise DirlError(
+            f"{path} is a checkpoint of `dirl {state['command']}`, which `dirl {command}` cannot resume:"
+            f" to start from its weights, give model={path}"
+        )
+    if base_fingerprint not in (None, state["base_fingerprint"]):
+        raise DirlError(
+            f"the base model's weights differ from those that the run of {path} started from:"
+            " restore them, or start a new run with another name="
+        )
+
+
 def load(path: Path, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
     """Put a good checkpoint into the model and its optimizers; returns `step` and what else was remembered.
 
     Raises DirlError where it is one of another model or of other optimizers.
     """
-    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    state = read_state(path)
     theirs, ours = (" and ".join(names) for names in (state["optimizers"], kinds(optimizers)))
     if theirs != ours:
         raise DirlError(f"{path} was written by {theirs}, not {ours}: give the optim= of its run")
