@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,11 @@ def test_no_module_unpickles_evaluates_or_opens_a_port():
                 for option in node.keywords:
                     allowed = option.arg not in ("shell", "trust_remote_code", "allow_pickle")
                     assert allowed or ast.unparse(option.value) == "False", f"{name}: {called}"
+
+
+def test_nothing_is_guarded_by_what_an_option_of_python_removes():
+    for name, tree in trees():
+        assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)], f"{name}: python -O"
 
 
 class Harm:
@@ -255,6 +261,17 @@ def test_names_from_the_hub_lead_nowhere_else():
         for kind in ("dataset", "model")
     }
     assert wanted == {"dataset": ["ok/a.json", "a.json"], "model": ["a.json"]}
+
+
+@pytest.mark.parametrize("named", ["../../../../evil", "a" * 63, "A" * 64, "a" * 64 + "\n", "", None])
+@pytest.mark.parametrize("what", ["sha256 of a file", "commit"])
+def test_what_the_hub_calls_a_file_by_leads_nowhere_else(monkeypatch, what, named):
+    large = SimpleNamespace(sha256=named if what == "sha256 of a file" else "b" * 64)
+    siblings = [SimpleNamespace(rfilename="model.safetensors", size=7, lfs=large)]
+    info = SimpleNamespace(sha=named if what == "commit" else "c" * 40, siblings=siblings)
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: info)
+    with pytest.raises(DirlError, match="the Hub names a file or commit of lab/model by .*, which is no hash"):
+        hub.survey("lab/model", "model", None)
 
 
 # Grading

@@ -121,20 +121,30 @@ def survey(repo_id: str, kind: Kind, to: Path | None) -> Repository:
     """Ask the Hub what is wanted of a repository, and see what of it is here."""
     ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
     info = ask(repo_id, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-    assert info.sha and info.siblings is not None
     cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind)
-    shelf, blobs = cache / "snapshots" / info.sha, cache / "blobs"
+    shelf, blobs = cache / "snapshots" / digest(info.sha, repo_id), cache / "blobs"
     found = []
     for each in filter_repo_objects(
-        info.siblings, allow_patterns=WANTED[kind], ignore_patterns=UNWANTED[kind], key=lambda each: each.rfilename
+        info.siblings or (),
+        allow_patterns=WANTED[kind],
+        ignore_patterns=UNWANTED[kind],
+        key=lambda each: each.rfilename,
     ):
-        name, sha256 = each.rfilename, each.lfs.sha256 if each.lfs else None
-        assert sha256 is None or re.fullmatch("[0-9a-f]{64}", sha256)  # it becomes the name of a file
+        name, sha256 = each.rfilename, digest(each.lfs.sha256, repo_id) if each.lfs else None
         place = to / name if to else blobs / sha256 if sha256 else shelf / name
         partial = (to / ".cache/huggingface/download" if to else blobs) / f"{sha256}.incomplete"
         url = hf_hub_url(repo_id, name, repo_type=kind, revision=info.sha)
         found.append(File(name, each.size or 0, sha256, url, (place, shelf / name), partial))
     return Repository(repo_id, kind, to, to or shelf, tuple(found))
+
+
+def digest(answered: str | None, repo_id: str) -> str:
+    """What the Hub calls a commit or the sha256 of a file, which becomes the name of a file here."""
+    if answered is None or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", answered):
+        raise DirlError(
+            f"the Hub names a file or commit of {repo_id} by {answered!r}, which is no hash: do not trust it"
+        )
+    return answered
 
 
 def fetch(file: File) -> None:

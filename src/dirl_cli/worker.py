@@ -65,8 +65,9 @@ def saved(out: str) -> DictConfig:
     try:
         cfg = OmegaConf.load(Path(out, "config.yaml"))
     except FileNotFoundError:
-        sys.exit(f"{out} holds no config.yaml: write it with `dirl COMMAND … out={out} prepare=true` first")
-    assert isinstance(cfg, DictConfig)
+        cfg = None
+    if not isinstance(cfg, DictConfig):
+        sys.exit(f"{out} holds no config.yaml of a run: write it with `dirl COMMAND … out={out} prepare=true` first")
     return cfg
 
 

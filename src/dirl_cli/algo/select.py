@@ -6,10 +6,12 @@ FILTERS = ("accuracy", "reward", "none")
 
 
 def has_signal(rewards: Sequence[float], correct: Sequence[bool], rule: str) -> bool:
-    """Whether a group's answers differ: by `accuracy` some are right and some wrong, by `reward` it is not constant."""
-    if rule == "none":
-        return True
+    """Whether a group's answers differ: by `accuracy` some are right and some wrong, by `reward` it is not constant.
+
+    rule: one of FILTERS; `none` keeps every group.
+    """
     if rule == "accuracy":
         return any(correct) and not all(correct)
-    assert rule == "reward", rule
-    return len(set(rewards)) > 1
+    if rule == "reward":
+        return len(set(rewards)) > 1
+    return True

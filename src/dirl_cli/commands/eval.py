@@ -222,6 +222,5 @@ def digest(*values: object) -> str:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    container = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(container, dict)
+    container: Any = OmegaConf.to_container(cfg, resolve=True)
     return {str(key): value for key, value in container.items()}

@@ -98,11 +98,12 @@ class Scorer:
         """The score under each answer's key, as it is reached; None for an answer that is left out.
 
         To be iterated to its end. Keys, such as (problem id, sample), must differ. Raises DirlError for a reward
-        that fails unless such answers are excluded.
+        that fails unless such answers are excluded, and ValueError for a key that comes twice.
         """
         waiting: dict[Key, Waiting] = {}
         for key, answer in answers:
-            assert key not in waiting, f"two answers under the key {key}"
+            if key in waiting:
+                raise ValueError(f"two answers under the key {key}")
             waiting[key] = Waiting(answer)
             self.grader.submit(key, answer.problem.answer, answer.completion)
             yield from self._graded(waiting, self.grader.finished())
