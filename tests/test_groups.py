@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from small import small_lm
 
 from dirl_cli.algo.advantages import mean_only, normalised
 from dirl_cli.commands.rl import answer_table, measured, records
@@ -180,7 +181,7 @@ def test_only_what_a_step_learned_from_is_replayed(tmp_path):
     groups, sampled = source({**each(MIXED), first: SAME}).take(State())
     groups = with_advantages(groups, mean_only)
     write_rollout(rollout_path(tmp_path / "rollouts", 1), records(groups, sampled))
-    replay = replayed(tmp_path, steps=1)
+    replay = replayed(tmp_path, 1, small_lm(block_size=3), rescores=False)
     learned, on_record = replay.take(State())
     assert learned == groups == on_record[:2]
     assert [group[0].problem.id for group in on_record] == [second, third, first, fourth]
@@ -203,11 +204,35 @@ def test_a_problem_that_comes_twice_in_a_row_is_two_groups_when_replayed():
 def test_a_replay_longer_than_the_run_is_told_before_it_starts(tmp_path):
     for step in (1, 2):
         write_rollout(rollout_path(tmp_path, step), [])
-    assert replayed(tmp_path, 2).take(State(step=1)) == ([], [])
+    assert replayed(tmp_path, 2, small_lm(), rescores=False).take(State(step=1)) == ([], [])
     with pytest.raises(DirlError, match="holds no rollout of step 3: replay fewer with steps=2"):
-        replayed(tmp_path, 5)
+        replayed(tmp_path, 5, small_lm(), rescores=False)
     with pytest.raises(DirlError, match=r"holds no step-….jsonl"):
-        replayed(tmp_path / "elsewhere", 1)
+        replayed(tmp_path / "elsewhere", 1, small_lm(), rescores=False)
+
+
+@pytest.mark.parametrize(
+    "changed, sentence",
+    [
+        ({"reward": None}, "line 2 has no reward: reward it anew with rl.rescore=true"),
+        ({"parts": {"own": 1.0}}, r"line 2 has other rewards than the first line \(own and accuracy\)"),
+    ],
+)
+def test_what_is_replayed_as_it_is_was_rewarded_by_one_rule(tmp_path, changed, sentence):
+    answer = Trajectory([1, 2], [3, 9], [1, 1], [-0.5, -0.25], "stop", 1, 2, 3, (9,))
+    first = Record(POOL[0], 0, "3", answer, reward=1.0, parts={"accuracy": 1.0})
+    write_rollout(rollout_path(tmp_path, 1), [first, replace(first, sample=1, **changed)])
+    with pytest.raises(DirlError, match=rf"step-000001.jsonl {sentence}"):
+        replayed(tmp_path, 1, small_lm(), rescores=False).take(State())
+    ((one, other),) = replayed(tmp_path, 1, small_lm(), rescores=True).take(State())[1]
+    assert (one.sample, other.sample) == (0, 1)
+
+
+def test_what_the_model_cannot_have_answered_is_not_replayed(tmp_path):
+    answer = Trajectory([1, 2], [3, 49], [1, 1], [-0.5, -0.25], "stop", 1, 2, 3, (9,))
+    write_rollout(rollout_path(tmp_path, 1), [Record(POOL[0], 0, "3", answer, reward=1.0)])
+    with pytest.raises(DirlError, match=r"step-000001.jsonl line 1: token_ids holds 49"):
+        replayed(tmp_path, 1, small_lm(), rescores=True).take(State())
 
 
 def test_advantages_are_taken_within_groups():

@@ -5,9 +5,17 @@ import math
 from dataclasses import replace
 
 import pytest
+from small import MASK, small_lm
 
 from dirl_cli.errors import DirlError
-from dirl_cli.rollout.record import Record, read_rollout, rollout_files, rollout_path, write_rollout
+from dirl_cli.rollout.record import (
+    Record,
+    read_rollout,
+    require_learnable,
+    rollout_files,
+    rollout_path,
+    write_rollout,
+)
 from dirl_cli.types import Problem, Trajectory
 
 TRAJECTORY = Trajectory(
@@ -102,6 +110,22 @@ def write_lines(path, **changed):
         ({"reward": "high"}, "reward is not float"),
         ({"parts": {"accuracy": []}}, "accuracy is not float"),
         ({"correct": 1}, "correct is not bool"),
+        ({"forwards": 0, "denoise_forwards": 0}, "denoise_forwards holds 0, and counts from 1 on"),
+        ({"forwards": 1}, "denoise_forwards is 2 of 1 forwards"),
+        ({"token_ids": [7, 8, 9, -2]}, "token_ids holds -2, and counts from 0 on"),
+        ({"prompt_ids": [10**30]}, "prompt_ids holds 10000000000000000000, and counts from 0 on"),
+        ({"reveal_step": [1, 2, 2, 0]}, "reveal_step holds 0, and counts from 1 on"),
+        ({"token_ids": [], "reveal_step": [], "logprobs": []}, "token_ids is empty"),
+        ({"logprobs": [-0.1, 0.5, 0.0, 0.0]}, "logprobs holds what is no logarithm of a probability"),
+        ({"logprobs": [-0.1, math.nan, 0.0, 0.0]}, "logprobs holds what is no logarithm of a probability"),
+        ({"logprobs": [-0.1, -math.inf, 0.0, 0.0]}, "logprobs holds what is no logarithm of a probability"),
+        ({"reward": math.nan}, "reward is no finite number"),
+        ({"reward": 10**400}, "reward is no finite number"),
+        ({"parts": {"accuracy": math.inf}}, "accuracy is no finite number"),
+        ({"advantage": -1e300}, "advantage is no finite number, or beyond 1e\\+15"),
+        ({"sample": -1}, "sample holds -1"),
+        ({"weights_version": 2**63}, "weights_version holds 9223372036854775808"),
+        ({"block_size": 0}, "block_size holds 0, and counts from 1 on"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, changed, reason):
@@ -109,6 +133,26 @@ def test_a_malformed_line_is_named(tmp_path, changed, reason):
     write_lines(path, **changed)
     with pytest.raises(DirlError, match=rf"step-000001.jsonl line 2.*{reason}"):
         read_rollout(path)
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"block_size": 2}, "was sampled in blocks of 2 and the model's are of 4: set model.block_size as it was"),
+        ({"prompt_ids": [5, 6, 7]}, "prompt_ids and token_ids are 7 tokens, which is not whole blocks of 4"),
+        ({"prompt_ids": [5] * 256}, "prompt_ids and token_ids are 260 tokens, and the model has 256 positions"),
+        ({"reveal_step": [1, 2, 3, 5]}, "reveal_step holds 5, and a block of 4 has no more steps than tokens"),
+        ({"reveal_step": [1, 1, 1, 2**30]}, "reveal_step holds 1073741824"),
+        ({"token_ids": [7, 8, 9, 50]}, "token 50 is beyond the model's 50"),
+        ({"prompt_ids": [5, 6, 7, 1000]}, "token 1000 is beyond the model's 50"),
+        ({"token_ids": [7, 8, 9, MASK]}, f"token_ids holds {MASK}, which stands for no text and is never sampled"),
+    ],
+)
+def test_what_a_model_cannot_have_answered_is_named(changed, reason):
+    possible = replace(TRAJECTORY, prompt_ids=[5, MASK, 6, 7])  # whoever asks may write the mask token
+    require_learnable("here", possible, small_lm())
+    with pytest.raises(DirlError, match=f"^here.*{reason}"):
+        require_learnable("here", replace(possible, **changed), small_lm())
 
 
 @pytest.mark.parametrize("line", [b"{", b"", b"[]", b"\xff", b"[" * 100_000])

@@ -270,7 +270,7 @@ def test_what_the_hub_calls_a_file_by_leads_nowhere_else(monkeypatch, what, name
     siblings = [SimpleNamespace(rfilename="model.safetensors", size=7, lfs=large)]
     info = SimpleNamespace(sha=named if what == "commit" else "c" * 40, siblings=siblings)
     monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: info)
-    with pytest.raises(DirlError, match="the Hub names a file or commit of lab/model by .*, which is no hash"):
+    with pytest.raises(DirlError, match=r"the Hub names a file or commit of lab/model by .*, which is no hash"):
         hub.survey("lab/model", "model", None)
 
 

@@ -174,7 +174,7 @@ def run(cfg: DictConfig, out: Path) -> None:
 
     with checkpoints, Scorer(rewards) as scorer, StopSignal(accelerator) as stop:
         source: Sampled | Replayed = (
-            replayed(Path(cfg.rl.replay), cfg.steps)
+            replayed(Path(cfg.rl.replay), cfg.steps, lm, cfg.rl.rescore)
             if cfg.rl.replay
             else sampled_from(pools, weights, lm, sampler, scorer, decoding, accelerator, cfg.rl, cfg.seed)
         )

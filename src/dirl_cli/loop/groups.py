@@ -19,7 +19,7 @@ from dirl_cli.loop.share import balanced
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.answer import Answer
 from dirl_cli.reward.scoring import Scored, Scorer
-from dirl_cli.rollout.record import Record, from_json, read_rollout, rollout_files, to_json
+from dirl_cli.rollout.record import Record, from_json, read_lines, require_learnable, rollout_files, to_json
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.order import Order
 from dirl_cli.types import Decoding, Problem
@@ -152,27 +152,44 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Replayed:
-    """The groups of an earlier run, step by step: those it learned from, and all that a step has on record."""
+    """The groups of an earlier run, step by step: those it learned from, and all that a step has on record.
+
+    lm: what is to learn from them. rescores: whether they are rewarded anew.
+    """
 
     files: dict[int, Path]
+    lm: DiffusionLM
+    rescores: bool = False
 
     def take(self, state: State) -> tuple[list[Answers], list[Answers]]:
-        """As `Sampled.take`."""
+        """As `Sampled.take`. Raises DirlError, with file and line, for an answer that nothing can be learned from."""
         groups: list[Answers] = []
-        for record in read_rollout(self.files[state.step + 1]):
+        for place, record in read_lines(self.files[state.step + 1]):
+            require_learnable(place, record.trajectory, self.lm)
+            if not self.rescores:
+                require_rewarded(place, record, groups[0][0] if groups else record)
             if not groups or not continues(groups[-1][-1], record):
                 groups.append([])
             groups[-1].append(record)
         return [group for group in groups if group[0].kept], groups
 
 
-def replayed(directory: Path, steps: int) -> Replayed:
+def require_rewarded(place: str, record: Record, first: Record) -> None:
+    """Raises DirlError for an answer without a reward, or with others than the `first` of its step."""
+    if record.reward is None:
+        raise DirlError(f"{place} has no reward: reward it anew with rl.rescore=true")
+    if record.parts.keys() != first.parts.keys():
+        names = " and ".join(" + ".join(one.parts) or "none" for one in (record, first))
+        raise DirlError(f"{place} has other rewards than the first line ({names}): reward it anew with rl.rescore=true")
+
+
+def replayed(directory: Path, steps: int, lm: DiffusionLM, rescores: bool) -> Replayed:
     """The rollouts of the run in `directory`. Raises DirlError if there is none for one of the steps."""
     files = rollout_files(directory)
     missing = [step for step in range(1, steps + 1) if step not in files]
     if missing:
         raise DirlError(f"{directory} holds no rollout of step {missing[0]}: replay fewer with steps={missing[0] - 1}")
-    return Replayed(files)
+    return Replayed(files, lm, rescores)
 
 
 def teaches(group: Answers, rule: str) -> bool:

@@ -41,6 +41,11 @@ class DiffusionLM:
         return self.model.device
 
     @property
+    def vocab_size(self) -> int:
+        """The tokens that have a row in the embedding; a tokenizer may know fewer."""
+        return self.model.config.vocab_size
+
+    @property
     def max_length(self) -> int:
         """The most positions the model was made for, prompt and answer together."""
         return self.model.config.max_position_embeddings

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -10,7 +10,12 @@ from typing import Any, get_args
 
 from dirl_cli.disk import write_text
 from dirl_cli.errors import DirlError
+from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.types import Problem, StopReason, Trajectory
+
+WHOLE_NUMBERS = 2**31  # and more is no step, no token and no count
+LARGEST = 1e15  # of a reward or log-prob: float32 holds its square
+ROUNDING = 1e-3  # by which a log-prob may be above 0
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,41 @@ def write_rollout(path: Path, records: Iterable[Record]) -> None:
 
 def read_rollout(path: Path) -> list[Record]:
     """A step's answers as they were written, floats to the last bit. Raises DirlError that names a malformed line."""
+    return [record for _, record in read_lines(path)]
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Record]]:
+    """Likewise, each with its file and line, in words."""
     try:
         with path.open("rb") as file:
-            return [read_line(f"{path} line {number}", line) for number, line in enumerate(file, start=1)]
+            for number, line in enumerate(file, start=1):
+                place = f"{path} line {number}"
+                yield place, read_line(place, line)
     except OSError as error:
         raise DirlError(f"{path} cannot be read ({error.strerror}): check the path") from error
+
+
+def require_learnable(place: str, found: Trajectory, lm: DiffusionLM) -> None:
+    """Raises DirlError, which names the place, for an answer that `lm` cannot have given and so cannot learn from."""
+    length, size = len(found.prompt_ids) + len(found.token_ids), lm.block_size
+    if found.block_size not in (None, size):
+        raise DirlError(
+            f"{place} was sampled in blocks of {found.block_size} and the model's are of {size}:"
+            " set model.block_size as it was"
+        )
+    reason = None
+    if length % size:
+        reason = f"prompt_ids and token_ids are {length} tokens, which is not whole blocks of {size}"
+    elif length > lm.longest_prompt + 1:
+        reason = f"prompt_ids and token_ids are {length} tokens, and the model has {lm.max_length} positions"
+    elif max(found.reveal_step) > size:
+        reason = f"reveal_step holds {max(found.reveal_step)}, and a block of {size} has no more steps than tokens"
+    elif max(found.prompt_ids + found.token_ids) >= lm.vocab_size:
+        reason = f"token {max(found.prompt_ids + found.token_ids)} is beyond the model's {lm.vocab_size}"
+    elif strange := set(found.token_ids) & set(lm.unsampled_ids):
+        reason = f"token_ids holds {min(strange)}, which stands for no text and is never sampled"
+    if reason:
+        raise DirlError(f"{place}: {reason}; give the model that it was sampled from, or correct or remove it")
 
 
 def read_line(place: str, line: bytes) -> Record:
@@ -97,34 +132,40 @@ def from_json(line: Any) -> Record:
     parts = typed(line, "parts", dict)
     return Record(
         problem=Problem(*(typed(line, name, str) for name in ("problem", "question", "answer", "subset"))),
-        sample=typed(line, "sample", int),
+        sample=whole(line, "sample"),
         completion=typed(line, "completion", str),
         trajectory=trajectory(line),
-        reward=typed(line, "reward", float, int, NoneType),
-        parts={name: typed(parts, name, float, int) for name in parts},
+        reward=number(line, "reward", float, int, NoneType),
+        parts={name: number(parts, name, float, int) for name in parts},
         correct=typed(line, "correct", bool),
-        advantage=typed(line, "advantage", float, int, NoneType),
+        advantage=number(line, "advantage", float, int, NoneType),
         kept=typed(line, "kept", bool),
     )
 
 
 def trajectory(line: dict[str, Any]) -> Trajectory:
     found = Trajectory(
-        prompt_ids=typed_list(line, "prompt_ids", int),
-        token_ids=typed_list(line, "token_ids", int),
-        reveal_step=typed_list(line, "reveal_step", int),
+        prompt_ids=wholes(line, "prompt_ids"),
+        token_ids=wholes(line, "token_ids"),
+        reveal_step=wholes(line, "reveal_step", least=1),
         logprobs=typed_list(line, "logprobs", float, int),
         stop_reason=typed(line, "stop_reason", str),
-        denoise_forwards=typed(line, "denoise_forwards", int),
-        forwards=typed(line, "forwards", int),
-        weights_version=typed(line, "weights_version", int),
-        stop_token_ids=tuple(typed_list(line, "stop_token_ids", int)),
-        block_size=typed({"block_size": None, **line}, "block_size", int, NoneType),  # earlier runs did not note it
+        denoise_forwards=whole(line, "denoise_forwards", least=1),
+        forwards=whole(line, "forwards", least=1),
+        weights_version=whole(line, "weights_version"),
+        stop_token_ids=tuple(wholes(line, "stop_token_ids")),
+        block_size=None if line.get("block_size") is None else whole(line, "block_size", least=1),  # once not noted
     )
     if found.stop_reason not in get_args(StopReason):
         raise ValueError(f"no stop_reason is called {found.stop_reason}")
     if not len(found.token_ids) == len(found.reveal_step) == len(found.logprobs):
         raise ValueError("token_ids, reveal_step and logprobs differ in length")
+    if not found.token_ids:
+        raise ValueError("token_ids is empty, and an answer is at least a block")
+    if not all(-LARGEST < logprob < ROUNDING for logprob in found.logprobs):
+        raise ValueError("logprobs holds what is no logarithm of a probability")
+    if found.denoise_forwards > found.forwards:
+        raise ValueError(f"denoise_forwards is {found.denoise_forwards} of {found.forwards} forwards")
     return found
 
 
@@ -141,3 +182,28 @@ def typed_list(line: dict[str, Any], name: str, *kinds: type) -> list[Any]:
     if not set(map(type, values)) <= set(kinds):
         raise TypeError(f"{name} holds something that is not {' or '.join(kind.__name__ for kind in kinds)}")
     return values
+
+
+def number(line: dict[str, Any], name: str, *kinds: type) -> Any:
+    """A number of which float32 can make something, or what else is of `kinds`."""
+    value = typed(line, name, *kinds)
+    if value is not None and not abs(value) < LARGEST:
+        raise ValueError(f"{name} is no finite number, or beyond {LARGEST:.0e}")
+    return value
+
+
+def whole(line: dict[str, Any], name: str, least: int = 0) -> int:
+    return in_range(name, typed(line, name, int), least)
+
+
+def wholes(line: dict[str, Any], name: str, least: int = 0) -> list[int]:
+    values = typed_list(line, name, int)
+    for value in (min(values), max(values)) if values else ():
+        in_range(name, value, least)
+    return values
+
+
+def in_range(name: str, value: int, least: int) -> int:
+    if not least <= value < WHOLE_NUMBERS:
+        raise ValueError(f"{name} holds {str(value)[:20]}, and counts from {least} on")
+    return value
