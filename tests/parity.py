@@ -8,8 +8,9 @@ from torch import Tensor
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.diffusion.sampling import candidates, temper
 from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal, spread
-from dirl_cli.models.attention import dense_attention, dense_mask
+from dirl_cli.models.attention import dense_mask
 from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.narrow import inference_model
 from dirl_cli.types import Decoding, Trajectory
 
 
@@ -19,8 +20,8 @@ def last_block(lm: DiffusionLM, token_ids: list[int]) -> Tensor:
     position = torch.arange(len(token_ids), device=lm.device)[None]
     zeros = torch.zeros_like(position)
     mask = dense_mask(Coordinates(zeros, zeros, position // lm.block_size, zeros))
-    with dense_attention(lm.model):
-        output = lm.model(torch.tensor([token_ids], device=lm.device), position_ids=position, attention_mask=mask)
+    model = inference_model(lm.model, "sdpa")
+    output = model(torch.tensor([token_ids], device=lm.device), position_ids=position, attention_mask=mask)
     return output.logits[0, -lm.block_size :]
 
 

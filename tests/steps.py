@@ -120,7 +120,9 @@ def take(
     found = {"sft": sft, "rl": rl}[task](lm, trainer, micro_rows)
     assert all(isinstance(one, DTensor) == (launch in SHARING) for one in lm.model.parameters())
     copied = {name: tensor.detach().cpu().clone() for name, tensor in gathered(lm.model.named_parameters())}
-    sampled_from = dict(whole(lm).model.named_parameters())
+    sampler_lm = whole(lm)
+    assert (sampler_lm.model.config is lm.model.config) == (sampler_lm is lm), "a copy is switched by itself"
+    sampled_from = dict(sampler_lm.model.named_parameters())
     assert all(torch.equal(sampled_from[name].cpu(), copied[name]) for name in copied)
     narrow = dict(whole(lm, torch.bfloat16).model.named_parameters())
     assert all(torch.equal(narrow[name].cpu(), copied[name].to(narrow[name].dtype)) for name in copied)

@@ -1,13 +1,17 @@
 """The next step's answers, sampled while the present step learns."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from threading import Event
 
 import pytest
 import test_rl
 from test_groups import MIXED, SAME, each, ids, source
-from test_rl import config, lines, run, updates, weights
+from test_rl import ARITHMETIC, SMALL, config, lines, run, updates, weights
 
 from dirl_cli.errors import DirlError
 from dirl_cli.loop.ahead import sampling_ahead
@@ -123,6 +127,20 @@ def test_a_run_that_samples_ahead_goes_on_to_the_same_bytes(model, tmp_path):
     run(cfg, tmp_path)
     assert weights(tmp_path) == whole
     assert updates(tmp_path) == learned
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("launch", ["fsdp2", "zero2"])
+def test_two_processes_that_share_the_model_sample_ahead_as_one_does(model, tmp_path, launch):
+    words = [*SMALL, *ARITHMETIC, f"model.path={model}", "rl.async_rollout=true", "steps=3", "eval_problems=0"]
+    for name, more in {"one": [], "two": ["gpus=2", f"launch={launch}"]}.items():
+        command = [Path(sys.executable).with_name("dirl"), "rl", *words, *more, f"out={tmp_path / name}"]
+        ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280)
+        assert ended.returncode == 0
+    assert [line["staleness"] for line in lines(tmp_path / "two")] == [0, 1, 1]
+    losses, shared = ([line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two"))
+    assert shared == pytest.approx(losses, rel=1e-4, abs=1e-6)
 
 
 def test_it_excludes_runs_that_do_not_do_both(model, tmp_path):

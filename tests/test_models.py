@@ -20,8 +20,9 @@ from transformers import (
 from dirl_cli import Decoding, load_sampler, score
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.errors import DirlError
-from dirl_cli.models.attention import dense_attention, dense_mask
+from dirl_cli.models.attention import dense_mask
 from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM, pick_device
+from dirl_cli.models.narrow import inference_model
 from dirl_cli.models.sdar import SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
@@ -331,12 +332,13 @@ def test_the_sampler_samples_the_same_whatever_attention_the_model_was_loaded_wi
     assert flex.model.config._attn_implementation == "flex_attention"
 
 
-def test_the_attention_comes_back_also_after_an_error():
-    model = small_lm(attention="flex_attention").model
-    with pytest.raises(ZeroDivisionError), dense_attention(model):
-        assert model.config._attn_implementation == "sdpa"
-        _ = 1 / 0
-    assert model.config._attn_implementation == "flex_attention"
+def test_a_model_for_inference_has_switches_of_its_own_and_the_same_tensors():
+    model = small_lm().model.train()
+    second = inference_model(model, "flex_attention")
+    assert (model.config._attn_implementation, second.config._attn_implementation) == ("sdpa", "flex_attention")
+    assert model.training and not any(module.training for module in second.modules())
+    assert all(one is other for one, other in zip(model.parameters(), second.parameters(), strict=True))
+    assert {id(module) for module in model.modules()}.isdisjoint(id(module) for module in second.modules())
 
 
 def test_a_dense_mask_makes_the_model_block_causal(saved):

@@ -109,6 +109,19 @@ def test_missing_samples_can_be_asked_for_alone():
     assert rest == {(0, 1): whole[0][1].token_ids, (0, 2): whole[0][2].token_ids}
 
 
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_nothing_of_the_model_is_switched_while_its_sampler_decodes(by_blocks):
+    """Which the model may be learning from in another thread."""
+    lm, seen = small_lm(), []
+    lm.model.train()
+    lm.model.get_decoder().register_forward_hook(
+        lambda *_: seen.append((lm.model.config._attn_implementation, lm.model.training))
+    )
+    NativeSampler(lm, by_blocks=by_blocks).sample([PROMPTS[0]], 1, decoding("sequential"))
+    assert seen
+    assert set(seen) == {("sdpa", True)}
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_mask_token_is_never_sampled_even_where_it_is_likeliest(strategy):
     lm = small_lm()

@@ -4,7 +4,8 @@ python benchmarks/gpu/training.py [toy|1.7B|8B] [answer buffer]
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -25,10 +26,10 @@ from shapes import (
     table,
 )
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from dirl_cli.build import build
 from dirl_cli.diffusion.masking import Example, example
-from dirl_cli.models.attention import dense_attention
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.training.batches import Noise, generator
 from dirl_cli.training.logprobs import TokenScorer
@@ -112,6 +113,17 @@ def doubled_loss(lm: DiffusionLM, one: Example, random: torch.Generator) -> torc
         ).last_hidden_state[0, :length]
     losses = F.cross_entropy(lm.model.get_output_embeddings()(states).float(), ids, reduction="none")
     return (losses * weight * masked).sum()
+
+
+@contextmanager
+def dense_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Forwards inside take a dense mask, whatever attention the model was loaded with."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
 
 
 def dipo(lm: DiffusionLM, buffer: int, compare: bool) -> None:

@@ -1,7 +1,5 @@
 """The attention rule as what transformers takes: a dense mask for SDPA, a BlockMask for FlexAttention."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,14 +89,3 @@ def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
         use_cache=False,
     )
     return output.last_hidden_state[:, :length]
-
-
-@contextmanager
-def dense_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Forwards inside take a dense mask, whatever attention the model was loaded with."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "sdpa"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dirl_cli.disk import whole_directory
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.checkpoint import DiffusionLM, pick_attention, pick_dtype
+from dirl_cli.models.narrow import inference_model
 from dirl_cli.types import SHARING
 
 if TYPE_CHECKING:
@@ -250,9 +251,7 @@ def pack(model: PreTrainedModel) -> None:
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """The model that an adapter stands beside; all tensors are shared."""
-    scales = [vars(module).get("quant_state") for module in model.modules()]  # of packed weights
-    shared = [*model.parameters(), *model.buffers(), *scales]
-    twin = copy.deepcopy(model, {id(one): one for one in shared})
+    twin = inference_model(model)
     for name, layer in adapted(twin).items():
         twin.set_submodule(name, layer.get_base_layer())
     return twin

@@ -1,10 +1,24 @@
-"""A second model that shares what it can with the first and holds its linear layers in fewer bits."""
+"""Second models that share what they can with the first: for forwards of their own, or in fewer bits."""
 
 import copy
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+
+def inference_model(model: PreTrainedModel, attention: str | None = None) -> PreTrainedModel:
+    """A second model of the same tensors, in evaluation mode, whose modules and configuration are its own.
+
+    What it is switched to the first does not notice, though that may be learning in another thread meanwhile.
+    attention: the name of another attention implementation.
+    """
+    scales = [vars(module).get("quant_state") for module in model.modules()]  # of weights packed into 4 bits
+    tensors = {id(one): one for one in (*model.parameters(), *model.buffers(), *scales)}
+    second = copy.deepcopy(model, tensors)
+    if attention is not None:
+        second.config._attn_implementation = attention
+    return second.eval()
 
 
 def narrowed(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dirl_cli.models.cache import SlotCache
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.canvas import Canvas, Revealer
-from dirl_cli.rollout.decoder import Integers, decode, one_before
+from dirl_cli.rollout.decoder import Integers, decode, one_before, slot_model
 from dirl_cli.types import Decoding
 
 PREFILL = 16384  # tokens of prompts in one forward
@@ -69,6 +69,7 @@ class Blocks:
 
     def __init__(self, lm: DiffusionLM, slots: int, length: int, attention: Attention, replay: Replay) -> None:
         self.lm, self.slots, self.length = lm, slots, length
+        self.model = slot_model(lm.model)
         self.attention, self.replay = attention, replay
         self.canvas = Canvas(lm, slots + 1, length)  # the spare slot is for blocks that only fill a graph
         self.cache = SlotCache(slots + 1, length)
@@ -130,7 +131,7 @@ class Blocks:
         def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
             return self.attention(query, keys, values, slots, start + self.lm.block_size, scale)
 
-        return decode(self.lm.model, self.cache, self.canvas.tokens.take(places), position.flatten(), places, attend)
+        return decode(self.model, self.cache, self.canvas.tokens.take(places), position.flatten(), places, attend)
 
     def _reveal(self, reveal: Revealer, count: int) -> None:
         self.shown.copy_(reveal(self.canvas, self.blocks[:4, : self.slots], self.hidden, count))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from dirl_cli.models.cache import SlotCache
+from dirl_cli.models.narrow import inference_model
 
 Integers = NDArray[np.int64]
 
@@ -35,6 +36,11 @@ def slot_attention(
 AttentionInterface.register(SLOTS, slot_attention)
 
 
+def slot_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as `decode` takes it, whatever attention it was loaded with. It follows the weights of `model`."""
+    return inference_model(model, SLOTS)
+
+
 def one_before(hidden: Tensor, edge: Tensor) -> Tensor:
     """For each token of some blocks the hidden state of the token before it. hidden: (N, B, D). edge: (N, D)."""
     return torch.cat([edge[:, None], hidden[:, :-1]], 1)
@@ -43,17 +49,15 @@ def one_before(hidden: Tensor, edge: Tensor) -> Tensor:
 def decode(
     model: PreTrainedModel, cache: SlotCache, token_ids: Tensor, position: Tensor, places: Tensor, attend: Attend
 ) -> Tensor:
-    """Hidden states (T, D) of tokens at `places`, each slot * length + position: (T,) all."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = SLOTS  # whatever attention the model was loaded with
-    try:
-        output = model.get_decoder()(
-            input_ids=token_ids[None],
-            position_ids=position[None],
-            past_key_values=cache.at(places),
-            use_cache=False,
-            attend=attend,
-        )
-    finally:
-        model.config._attn_implementation = before
+    """Hidden states (T, D) of tokens at `places`, each slot * length + position: (T,) all.
+
+    model: one of `slot_model`.
+    """
+    output = model.get_decoder()(
+        input_ids=token_ids[None],
+        position_ids=position[None],
+        past_key_values=cache.at(places),
+        use_cache=False,
+        attend=attend,
+    )
     return output.last_hidden_state[0]

@@ -58,7 +58,6 @@ class NativeSampler:
         watch: Watch | None = None,
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """See `Sampler.stream`."""
-        self.lm.model.eval()
         block_size = self._block_size(decoding)
         queue = list(reversed(requests(prompts, n, decoding, first, seeds)))
         if not queue:

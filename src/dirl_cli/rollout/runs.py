@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dirl_cli.models.cache import SlotCache
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.canvas import Canvas, Revealer
-from dirl_cli.rollout.decoder import Integers, decode, one_before
+from dirl_cli.rollout.decoder import Integers, decode, one_before, slot_model
 
 Bools = NDArray[np.bool_]
 
@@ -53,6 +53,7 @@ class Runs:
 
     def __init__(self, lm: DiffusionLM, slots: int, length: int) -> None:
         self.lm, self.length = lm, length
+        self.model = slot_model(lm.model)
         self.canvas = Canvas(lm, slots, length)
         self.cache = SlotCache(slots, length)
         self.offsets = np.arange(lm.block_size)
@@ -80,7 +81,7 @@ class Runs:
             parts = query.split([len(one.slots) * one.width for one in groups])
             return torch.cat([one.attend(q, keys, values, scale) for one, q in zip(groups, parts, strict=True)])
 
-        hidden = decode(self.lm.model, self.cache, self.canvas.tokens.take(row[1]), row[0], row[1], attend)
+        hidden = decode(self.model, self.cache, self.canvas.tokens.take(row[1]), row[0], row[1], attend)
         size = len(self.offsets)
         blocks = hidden
         if len(hidden) > len(slots) * size:

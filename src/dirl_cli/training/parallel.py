@@ -1,5 +1,6 @@
 """How processes share a model: what `launch=` chooses, by Accelerate's FSDP2 plugin."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -85,8 +86,9 @@ def whole(lm: DiffusionLM, dtype: torch.dtype = torch.float32) -> DiffusionLM:
     """
     if not any(isinstance(parameter, DTensor) for parameter in lm.model.parameters()):
         return lm
+    config = copy.deepcopy(lm.model.config)  # of which a model changes the dtype, and a sampler the attention
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(lm.model.config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     linear = {layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
     linear.discard(model.get_input_embeddings().weight)  # which may be the head's too
     made: dict[Tensor, Tensor] = {
