@@ -81,6 +81,13 @@ def test_problems_without_a_prediction_are_counted_and_do_not_count(here: Path) 
     assert json.loads((here / "out/eval_card.json").read_text())["metrics"]["accuracy"] == 1.0
 
 
+def test_of_several_processes_the_first_alone_grades_and_writes(here: Path, monkeypatch) -> None:
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        code, shown, _ = grade(jsonl(box(0, "2")))
+        assert code == 0 and (here / "out/graded.jsonl").exists() == bool(shown) == (rank == 0)
+
+
 def test_our_own_answers_are_graded_anew_and_stay_wrong_where_they_were_cut_off() -> None:
     whole = Answer("p-0", 0, "\\boxed{2}", False, "stop", 3, 4, 2, 2, 0.1)
     cut = Answer("p-0", 1, "\\boxed{2} and", False, "length", 3, 4, 2, 2, 0.1)

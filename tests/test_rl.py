@@ -27,6 +27,7 @@ from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.record import read_rollout
 from dirl_cli.schema import slug
 from dirl_cli.training.checkpoint import sha256
+from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.tree import conf_dir
 
 # A random model answers nothing right, so answers are rewarded for ending early, at any of many tokens.
@@ -117,6 +118,7 @@ def finished(model, tmp_path_factory) -> Path:
 def test_every_step_is_on_record_and_evaluations_before_between_and_after(finished):
     assert [line["step"] for line in lines(finished)] == [0, 1, 2, 3, 4]
     assert [line["step"] for line in lines(finished) if "greedy_accuracy" in line] == [0, 2, 4]
+    assert [line["step"] for line in lines(finished) if "seconds/evaluation" in line] == [0, 2, 4]
     wanted = {"reward", "kept_reward", "accuracy", "length", "tokens_per_forward", "kept", "loss", "entropy", "lr"}
     wanted |= {"mismatch_mean", "mismatch_max", "mismatch_kl", "seconds/rollout", "reward/soft_overlong"}
     assert wanted < lines(finished)[1].keys()
@@ -282,6 +284,21 @@ def test_the_trainers_own_log_probs_give_the_same_update_as_the_samplers(model, 
     ours, theirs = lines(tmp_path / "trainer")[1], lines(tmp_path / "sampler")[1]
     for name in ("loss", "grad_norm", "entropy", "ratio"):
         assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
+
+
+def test_the_forwards_of_old_and_reference_log_probs_have_a_phase_of_their_own(finished, model, tmp_path, monkeypatch):
+    assert not any("seconds/logprobs" in line for line in lines(finished))  # whose old ones are the sampler's
+    forward = TokenScorer.forward
+
+    def slow(scorer, rows):
+        if not torch.is_grad_enabled():
+            time.sleep(0.2)
+        return forward(scorer, rows)
+
+    monkeypatch.setattr(TokenScorer, "forward", slow)
+    run(config(model, "steps=1", "rl.old=trainer", "rl.epochs=2", "algo.beta=0.1", "eval_problems=0"), tmp_path)
+    [line] = lines(tmp_path)
+    assert line["seconds/logprobs"] >= 0.4 and line["seconds/rows"] < 0.2
 
 
 @pytest.mark.parametrize("algo", [p.stem for p in sorted((conf_dir() / "algo").glob("*.yaml")) if p.stem != "dipo"])
@@ -508,9 +525,9 @@ def test_two_processes_give_what_one_gives(model, tmp_path, more):
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert len(one) == len(two) == 4
     for ours, theirs in zip(two, one, strict=True):
-        assert ours.keys() - {"seconds/rows"} == theirs.keys() - {"seconds/rows"}
+        assert ours.keys() == theirs.keys()
         for name in theirs:
-            if not name.startswith(("seconds/", "mismatch")):
+            if not name.startswith(("time", "seconds/", "mismatch")):
                 assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), name
     for step in (1, 2, 3):
         found, expected = (

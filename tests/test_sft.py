@@ -1,5 +1,6 @@
 """Fine-tuning from end to end on a model of a few thousand parameters."""
 
+import itertools
 import json
 import math
 import os
@@ -85,7 +86,29 @@ def test_every_step_is_on_record_and_evaluations_where_they_were_asked_for(finis
     ]
     wanted = {"loss", "grad_norm", "lr", "tokens_per_s", "epoch", "seconds/rows", "seconds/optimizer"}
     assert wanted < lines(finished)[1].keys()
-    assert lines(finished)[0].keys() == {"step", "validation_loss", *map(metric, (0.25, 0.5, 0.75, 1.0))}
+    before = {"step", "time", "seconds/evaluation", "validation_loss", *map(metric, (0.25, 0.5, 0.75, 1.0))}
+    assert lines(finished)[0].keys() == before
+    assert "seconds/evaluation" not in lines(finished)[1]  # which was before it, and is told there
+    times = [line["time"] for line in lines(finished)]
+    assert times == sorted(times) and abs(times[-1] - (finished / "metrics.jsonl").stat().st_mtime) < 1
+
+
+def test_tokens_per_second_count_every_row_whose_time_they_count(tmp_path, monkeypatch):
+    """Each look at the clock is a second after the one before it, so that only tokens make a difference."""
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(seconds)))
+    speeds = []
+    for weight in (0, 1):
+        run(config("steps=1", "eval_problems=0", f"annealing.causal_weight={weight}"), tmp_path / str(weight))
+        speeds.append(lines(tmp_path / str(weight))[-1]["tokens_per_s"])
+    assert speeds[1] > 1.3 * speeds[0]
+
+
+def test_a_run_without_anything_held_out_has_nothing_to_tell_of_it(tmp_path, capsys):
+    run(config("steps=1", "eval_problems=0", "data.held_out=0"), tmp_path)
+    shown = capsys.readouterr().out.splitlines()
+    assert not [line for line in shown if line.rstrip().endswith("·") or line.startswith("before")]
+    assert "evaluation" not in next(line for line in shown if " went into " in line)
 
 
 def test_the_loss_falls(finished):

@@ -126,7 +126,7 @@ class Child:
 
 def result(out: Path) -> dict[str, object]:
     """What must not depend on any fault: model, checksums of the last checkpoint, rollouts, metrics but for times."""
-    timed = ("seconds/", "tokens_per_s")
+    timed = ("time", "seconds/", "tokens_per_s")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     sums = complete(out / "checkpoints")[-1] / SUMS
     files = [*out.glob("model/*.safetensors"), out / "model/config.json", sums, *out.glob("rollouts/*")]

@@ -41,7 +41,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     if cfg.compare:
         show_comparison(cfg.compare)
     elif cfg.predictions:
-        grade(cfg, out, chosen_problems(cfg))
+        if is_first():  # the grader has processes of its own
+            grade(cfg, out, chosen_problems(cfg))
     else:
         ask(cfg, out, chosen_problems(cfg))
 
@@ -205,6 +206,11 @@ def asked_for(answers: Sequence[Answer], problems: Sequence[Problem], samples: i
     """Those of the answers that are asked for now; an earlier start may have asked for more."""
     ids = {problem.id for problem in problems}
     return [answer for answer in answers if answer.problem in ids and answer.sample < samples]
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def say_what_gave_up(grader: Grader) -> None:

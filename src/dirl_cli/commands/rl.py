@@ -52,7 +52,7 @@ from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.metrics import NoLog, open_log
 from dirl_cli.training.parallel import gathered, start_accelerator, whole
 from dirl_cli.training.plot import Panel
-from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
+from dirl_cli.training.progress import StepProgress, due
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding, Instruction
 
@@ -178,12 +178,11 @@ def run(cfg: DictConfig, out: Path) -> None:
             if cfg.rl.replay
             else sampled_from(pools, weights, lm, sampler, scorer, decoding, accelerator, cfg.rl, cfg.seed)
         )
-        if state.step == 0 and not cfg.rl.rollout_only:
+        if exam.problems and state.step == 0 and not cfg.rl.rollout_only:
             with trainer.times("evaluation"):
                 before = exam.take(sampler, scorer.grader)
-            if before:
-                log.write(0, before)
-                progress.say(f"before · {describe(before, 'greedy_accuracy')}")
+            log.write(0, before | trainer.times.take())
+            progress.note(0, before, "greedy_accuracy")
         with progress.after(state.step):
             while state.step < cfg.steps:
                 torch.manual_seed(cfg.seed + state.step)  # for models with dropout
@@ -208,14 +207,13 @@ def run(cfg: DictConfig, out: Path) -> None:
                 step, is_last = state.step, state.step == cfg.steps
                 progress.update(step, metrics)
                 if metrics.get("skipped"):
-                    progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'loss', 'grad_norm', 'skipped')}")
+                    progress.note(step, metrics, "loss", "grad_norm", "skipped")
                 if due(step, cfg.show_every):
                     progress.console.print(answer_table(groups or sampled, step))
-                if (is_last or due(step, cfg.eval_every)) and not cfg.rl.rollout_only:
+                if exam.problems and (is_last or due(step, cfg.eval_every)) and not cfg.rl.rollout_only:
                     with trainer.times("evaluation"):
                         metrics |= exam.take(sampler, scorer.grader)
-                    if exam.problems:
-                        progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'greedy_accuracy')}")
+                    progress.note(step, metrics, "greedy_accuracy")
                 log.write(step, metrics | trainer.times.take())
                 must_stop = bool(stop) and not is_last
                 is_due = due(step, cfg.save_every) and not trainer.skipped
@@ -235,8 +233,7 @@ def run(cfg: DictConfig, out: Path) -> None:
                     raise stop.end(f"after step {step} of {cfg.steps}, saved in {path}")
 
     log.close()
-    times = trainer.times.total
-    progress.say(f"{clock(sum(times.values()))} went into {shares(times)}")
+    progress.sum_up(trainer.times.total)
     if cfg.rl.rollout_only:
         progress.say(f"the rollouts are in {out / 'rollouts'}: learn from them with rl.replay={out}")
         return

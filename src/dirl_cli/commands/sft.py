@@ -33,7 +33,7 @@ from dirl_cli.training.metrics import NoLog, open_log
 from dirl_cli.training.order import Order
 from dirl_cli.training.parallel import start_accelerator, whole
 from dirl_cli.training.plot import Panel
-from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
+from dirl_cli.training.progress import StepProgress, due
 from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.training.validation import hold_out, metric, require_rates
 from dirl_cli.types import Decoding, Instruction
@@ -147,8 +147,8 @@ def run(cfg: DictConfig, out: Path) -> None:
         if validation and not trainer.steps_taken:
             with trainer.times("evaluation"):
                 before = validation.measure(trainer, cross_entropy, cfg.micro_rows)
-            log.write(0, before)
-            progress.say(f"before · {describe(before, 'validation_loss', *by_rate)}")
+            log.write(0, before | trainer.times.take())
+            progress.note(0, before, "validation_loss", *by_rate)
         while trainer.steps_taken < cfg.steps:
             began = time.perf_counter()
             torch.manual_seed(cfg.seed + trainer.steps_taken)  # for models with dropout
@@ -157,22 +157,22 @@ def run(cfg: DictConfig, out: Path) -> None:
                 causal = annealing.causal_rows(batches.demonstrations(trainer.steps_taken), noise)
                 micro_batches = [one for some in (rows, *causal) for one in trainer.cut(some, cfg.micro_rows)]
             metrics = trainer.step(micro_batches, cross_entropy, answer_tokens)
-            metrics["tokens_per_s"] = rows.num_tokens / (time.perf_counter() - began)
+            tokens = sum(one.num_tokens for one in micro_batches)
+            metrics["tokens_per_s"] = tokens / (time.perf_counter() - began)
             metrics |= epochs(order, names, trainer.steps_taken * cfg.batch_size)
 
             step, is_last = trainer.steps_taken, trainer.steps_taken == cfg.steps
             progress.update(step, metrics)
             if metrics["skipped"]:
-                progress.say(f"step {step}/{cfg.steps} · {describe(metrics, 'loss', 'grad_norm', 'skipped')}")
-            if is_last or due(step, cfg.eval_every):
+                progress.note(step, metrics, "loss", "grad_norm", "skipped")
+            if (validation or exam.problems) and (is_last or due(step, cfg.eval_every)):
                 with trainer.times("evaluation"):
                     if validation:
                         metrics |= validation.measure(trainer, cross_entropy, cfg.micro_rows)
                     if exam.problems:
                         sampler_lm = whole(peft.merged(lm), pick_dtype(cfg.dtype, lm.device.type))
                         metrics |= exam.take(NativeSampler(sampler_lm), grader)
-                shown = describe(metrics, "validation_loss", "greedy_accuracy", *by_rate)
-                progress.say(f"step {step}/{cfg.steps} · {shown}")
+                progress.note(step, metrics, "validation_loss", "greedy_accuracy", *by_rate)
             log.write(step, metrics | trainer.times.take())
             must_stop = bool(stop) and not is_last
             is_due = due(step, cfg.save_every) and not trainer.skipped  # else the good ones would make way for bad ones
@@ -187,8 +187,7 @@ def run(cfg: DictConfig, out: Path) -> None:
                 raise stop.end(f"after step {step} of {cfg.steps}, saved in {path}")
 
     log.close()
-    times = trainer.times.total
-    progress.say(f"{clock(sum(times.values()))} went into {shares(times)}")
+    progress.sum_up(trainer.times.total)
     settings: Any = OmegaConf.to_container(cfg)
     summary = f"{cfg.model.name}, fine-tuned on {cfg.data.name} with `dirl sft`."
     keep(lm, peft, out, summary, settings, RECIPE, panels, decoding, accelerator, progress)

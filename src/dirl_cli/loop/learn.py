@@ -60,8 +60,7 @@ class Learner:
         version = self.trainer.steps_taken
         n = min(self.mini_batches, len(groups))
         parts = [groups[i * len(groups) // n : (i + 1) * len(groups) // n] for i in range(n)]
-        with self.trainer.times("rows"):
-            batches = [self.prepare(part, step, i) for i, part in enumerate(parts)]
+        batches = [self.prepare(part, step, i) for i, part in enumerate(parts)]
         watch = Mismatch(self.objective, version)
         taken: list[dict[str, float]] = []
         for _ in range(self.epochs):
@@ -84,16 +83,17 @@ class Learner:
     def prepare(self, groups: Sequence[Answers], step: int, part: int) -> MiniBatch:
         """Rows in the objective's views with all that it asks of each token."""
         scored = [Group([r.trajectory for r in group], [r.advantage or 0.0 for r in group]) for group in groups]
-        rows, lengths = objective_rows(
-            scored,
-            self.objective,
-            Tokens(self.lm.block_size, self.lm.mask_token_id),
-            self.lm.pad_token_id,
-            self.row_tokens,
-            self.train_tail,
-            generator(self.seed, step, part),
-        )
-        micro_batches = self.trainer.cut(rows, self.micro_rows)
+        with self.trainer.times("rows"):
+            rows, lengths = objective_rows(
+                scored,
+                self.objective,
+                Tokens(self.lm.block_size, self.lm.mask_token_id),
+                self.lm.pad_token_id,
+                self.row_tokens,
+                self.train_tail,
+                generator(self.seed, step, part),
+            )
+            micro_batches = self.trainer.cut(rows, self.micro_rows)
         if self.old_from_sampler:
             micro_batches = [noted(rows, old=rows.notes["behaviour"]) for rows in micro_batches]
         elif self.mini_batches * self.epochs > 1 or self.correction_cap:
@@ -114,15 +114,16 @@ class Learner:
         """The micro-batches with a scorer's log-probs noted under `name`, by each process on its share of them."""
         accelerator = self.trainer.accelerator
         scorer.eval()
-        with accelerator.autocast():
-            logprobs = {
-                id(rows): scorer(rows.to(accelerator.device))[0] for rows, _ in self.trainer.share(micro_batches)
-            }
-        release(scorer)
-        return [
-            noted(rows, **{name: logprobs[id(rows)].to(rows.where.device)}) if id(rows) in logprobs else rows
-            for rows in micro_batches
-        ]
+        with self.trainer.times("logprobs"):
+            with accelerator.autocast():
+                logprobs = {
+                    id(rows): scorer(rows.to(accelerator.device))[0] for rows, _ in self.trainer.share(micro_batches)
+                }
+            release(scorer)
+            return [
+                noted(rows, **{name: logprobs[id(rows)].to(rows.where.device)}) if id(rows) in logprobs else rows
+                for rows in micro_batches
+            ]
 
 
 def noted(rows: Rows, **notes: torch.Tensor) -> Rows:

@@ -1,6 +1,7 @@
 """What a run measures: one line of JSON per step, and a tracker beside it by choice."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,7 +26,10 @@ class Tracker(Protocol):
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run that goes on after `step`: later lines are dropped, so that no step is told twice."""
+    """`metrics.jsonl` of a run that goes on after `step`: later lines are dropped, so that no step is told twice.
+
+    `time` of a line is when it was written, in seconds since 1970.
+    """
 
     def __init__(self, path: Path, step: int, tracker: Tracker) -> None:
         self.path = path
@@ -37,7 +41,7 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Metrics) -> None:
         metrics = {name: value for name, value in metrics.items() if isfinite(value)}  # what JSON can say
-        line = {"step": step, **metrics}
+        line = {"step": step, "time": round(time.time(), 3), **metrics}
         self.history.append(line)
         with writing(self.path):
             self.file.write(json.dumps(line) + "\n")

@@ -60,6 +60,16 @@ class StepProgress:
         elif due(step, self.every) or step == self.steps:
             self.say(text)
 
+    def note(self, step: int, metrics: Mapping[str, float], *names: str) -> None:
+        """Print a line that stays with those of the named metrics that a step has; none where it has none."""
+        if found := describe(metrics, *names):
+            self.say(f"step {step}/{self.steps} · {found}" if step else f"before · {found}")
+
+    def sum_up(self, times: Mapping[str, float]) -> None:
+        """Print where the time of the run went."""
+        if times:
+            self.say(f"{clock(sum(times.values()))} went into {shares(times)}")
+
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self.console.print(text)

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 
 class PhaseTimes:
-    """Seconds spent in named phases: `total` since the start, and what `take` gives since it was last called."""
+    """Seconds spent in named phases: `total` since the start, and what `take` gives since it was last called.
+
+    A run takes them with each line of its metrics, which so holds what came since the line before it.
+    """
 
     def __init__(self) -> None:
         self.total: dict[str, float] = defaultdict(float)
