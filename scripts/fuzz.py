@@ -1,16 +1,18 @@
-"""Feed mutated files, overrides, answers and checkpoints to what reads them, and keep what breaks it.
+"""Feed mutated files, overrides, numbers, answers and checkpoints to what reads them, and keep what breaks it.
 
 python scripts/fuzz.py --minutes 60 --findings DIR [--seed 0] [--only rows,answers]
 
 Whatever is read may be refused with a DirlError. Another exception, a process that dies and an input that takes more
 than 30 s of its process are findings: the input and what happened are kept in --findings, one of a kind. Changes are
-drawn from the seed; an input that is refused with a new sentence is changed further.
+drawn from the seed; an input that is refused with a new sentence is changed further. Every target gets the same time,
+whatever it breaks; counts.md in --findings tells how many inputs each had.
 """
 
 import argparse
 import gzip
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -23,6 +25,8 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -100,7 +104,7 @@ def mutated(corpus: list[bytes], random: random.Random) -> bytes:
 def with_odd_value(data: bytes, random: random.Random) -> bytes | None:
     """A JSON text or JSON lines with one value, somewhere in it, replaced, repeated or left out."""
     lines = data.split(b"\n") if b"\n{" in data else [data]
-    i = random.randrange(len(lines))
+    i = random.choice([i for i, line in enumerate(lines) if line] or [0])
     try:
         whole = [json.loads(lines[i])]
     except (ValueError, RecursionError):
@@ -112,11 +116,20 @@ def with_odd_value(data: bytes, random: random.Random) -> bytes | None:
             del place[key]
         case 1 if isinstance(place, list):
             place.append(place[key])
+        case 2:
+            place[key] = random.choice([near(place[key], random), place[random.choice(list(keys(place)))]])
         case _:
-            place[key] = random.choice([*ODD, place[random.choice(list(keys(place)))]])
+            place[key] = random.choice(ODD)
     text = json.dumps(whole[0]) if whole else ""
     lines[i] = (text if random.random() < 0.95 else DEEP).encode(errors="surrogatepass")
     return b"\n".join(lines)
+
+
+def near(value: Any, random: random.Random) -> Any:
+    """A value that may pass where the value does."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return value + random.choice((-1, 1)) if isinstance(value, int) else value * random.choice((-1.0, 0.0, 0.5, 1e3))
 
 
 def containers(node: Any, depth: int = 0) -> Any:
@@ -220,6 +233,82 @@ def rollouts(home: Path) -> tuple[list[bytes], Target]:
     return [(json.dumps(to_json(record)) + "\n").encode() * n for n in (1, 3)], run
 
 
+def replays(home: Path) -> tuple[list[bytes], Target]:
+    """Rollout files, as far as the optimizer step that learns from them."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from dirl_cli import tree
+    from dirl_cli.algo.advantages import ADVANTAGES
+    from dirl_cli.algo.objective import Objective
+    from dirl_cli.build import build
+    from dirl_cli.commands.rl import measured
+    from dirl_cli.loop.groups import State, replayed, with_advantages
+    from dirl_cli.loop.learn import Learner
+    from dirl_cli.models.checkpoint import diffusion_lm
+    from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
+    from dirl_cli.rollout.native import NativeSampler
+    from dirl_cli.rollout.record import Record, rollout_path, to_json
+    from dirl_cli.training.logprobs import TokenScorer
+    from dirl_cli.training.parallel import start_accelerator
+    from dirl_cli.training.trainer import Trainer
+    from dirl_cli.types import Decoding, Problem
+
+    config = SDARConfig(
+        vocab_size=50,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        intermediate_size=8,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    lm = diffusion_lm(SDARForCausalLM(config), None, 4, 49)
+    begun = {name: value.clone() for name, value in lm.model.state_dict().items()}
+    objectives = [build(OmegaConf.load(file), Objective) for file in sorted((tree.conf_dir() / "algo").glob("*.yaml"))]
+    optimizer = torch.optim.SGD(lm.model.parameters(), lr=1e-3)
+    accelerator = start_accelerator("cpu", "float32")
+    trainer = Trainer(accelerator, TokenScorer(lm.model, lm.unsampled_ids), [optimizer], lambda step: 1.0, 1.0)
+
+    def run(data: bytes, here: Path) -> None:
+        rollout_path(here, 1).write_bytes(data)
+        lm.model.load_state_dict(begun)
+        trainer.skipped = 0
+        objective = objectives[len(data) % len(objectives)]
+        groups, sampled = replayed(here, 1, lm, rescores=False).take(State())
+        groups = with_advantages(groups, ADVANTAGES[objective.advantage])
+        measured(sampled, groups, 0)
+        learner = Learner(
+            trainer,
+            objective,
+            lm,
+            reference=TokenScorer(lm.model, lm.unsampled_ids) if objective.beta else None,
+            old_from_sampler=objective.is_exact,
+            correction_cap=0.0,
+            mini_batches=1,
+            epochs=1,
+            train_tail=len(data) % 2 == 0,
+            row_tokens=256,
+            micro_rows=None,
+            longest=8,
+            seed=0,
+        )
+        if groups:
+            learner.learn(groups, 0)
+        assert all(value.isfinite().all() for value in lm.model.state_dict().values()), "it learned what is no number"
+
+    asked = Decoding(temperature=1.0, max_new_tokens=8, stop_token_ids=(1, 2, 3))
+    found = NativeSampler(lm).sample([[5, 6, 7], [8, 9, 10, 11]], 3, asked)
+    lines = [
+        json.dumps(to_json(Record(Problem(str(i), "?", "!"), k, "", one, float(k % 2), {"accuracy": float(k % 2)})))
+        for i, group in enumerate(found)
+        for k, one in enumerate(group)
+    ]
+    return ["".join(f"{line}\n" for line in lines[:n]).encode() for n in (2, 6)], run
+
+
 def evaluations(home: Path) -> tuple[list[bytes], Target]:
     """The card, the answers and the digests of an evaluation."""
     from dataclasses import asdict
@@ -278,6 +367,72 @@ def overrides(home: Path) -> tuple[list[bytes], Target]:
     ], run
 
 
+def numbers(home: Path) -> tuple[list[bytes], Target]:
+    """Values of the keys that take a number; what is accepted goes on to a dry run, or to being built."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import DictConfig, OmegaConf
+
+    from dirl_cli import tree
+    from dirl_cli.build import build
+    from dirl_cli.commands import eval as evaluation
+    from dirl_cli.commands import generate
+    from dirl_cli.launch import launch
+    from dirl_cli.types import Decoding
+
+    def look(cfg: DictConfig, *_: Any) -> None:
+        for value in cfg.values():
+            if isinstance(value, DictConfig) and "_target_" in value:
+                build(value)
+        build(cfg.decoding, Decoding)
+
+    evaluation.run = generate.run = look  # which have no dry run
+    few = ["data.train=20", "data.held_out=2", "data.test=2"]
+    small = [*few, "dry_run=true", "row_tokens=256", "decoding.max_new_tokens=16"]
+    commands = {
+        "sft": [*small, "batch_size=4"],
+        "rl": [*small, "rl.problems=2", "rl.group_size=2", "decoding=dynamic"],
+        "eval": ["bench=arithmetic"],
+        "generate": ["prompt=x"],
+    }
+
+    def run(data: bytes, here: Path) -> None:
+        try:
+            given = json.loads(data)
+        except (ValueError, RecursionError):
+            return
+        given = given if isinstance(given, dict) else {}
+        command = next((key.partition(" ")[0] for key in given if key.partition(" ")[0] in commands), "sft")
+        words = [
+            f"{key.partition(' ')[2]}={spelled(value)}"
+            for key, value in given.items()
+            if key.partition(" ")[0] == command
+        ]
+        writes = [] if command == "generate" else [f"out={here}/run"]
+        with redirect_stdout(io.StringIO()):
+            launch(command, [], ["model=tiny", *commands[command], *writes, *words], None)
+
+    corpus: list[dict[str, Any]] = []
+    tree.prepare(None)
+    for command in commands:
+        with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
+            cfg = OmegaConf.to_container(compose(command, ["model=tiny", *commands[command]]))
+        leaves = [(f"{command} {key}", value) for key, value in tree.leaves(cfg) if type(value) in (int, float)]
+        corpus += [{key: odd} for key, _ in leaves for odd in (-1, 0, 2**31, 1e308, math.nan, math.inf, "x", None)]
+        corpus += [dict(pair) for pair in pairwise(leaves)]
+    return [json.dumps(given).encode() for given in corpus], run
+
+
+def spelled(value: Any) -> str:
+    """A value as Hydra reads it on a command line."""
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if isinstance(value, list):
+        return f"[{','.join(map(spelled, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {spelled(one)}" for key, one in value.items()) + "}"
+    return "null" if value is None else str(value).lower()
+
+
 def configs(home: Path) -> tuple[list[bytes], Target]:
     """A user's YAML in the place of a group's choice, composed and built."""
     from hydra import compose, initialize_config_dir
@@ -315,7 +470,7 @@ def configs(home: Path) -> tuple[list[bytes], Target]:
 
 
 def answers(home: Path) -> tuple[list[bytes], Target]:
-    """Answers to be graded against reference answers, in the process and in the worker."""
+    """Answers to be graded against reference answers, both odd: a line of reference, and the answer."""
     from dirl_cli.reward.grading import Grader
 
     golds = ["5", r"\frac{1}{2}", r"x^2+1", "(1, 2)", r"\{1,2\}", "3:4", r"12\%", r"\text{east}", r"1 \pm \sqrt{2}"]
@@ -332,12 +487,10 @@ def answers(home: Path) -> tuple[list[bytes], Target]:
     grader = Grader(1, 2.0)
 
     def run(data: bytes, here: Path) -> None:
-        gold = golds[data[0] % len(golds)] if data else ""
-        text = data.decode(errors="replace")
-        ((_, first), (_, second)) = sorted(
-            grader.grade([(0, gold, rf"\boxed{{{text}}}"), (1, text, rf"\boxed{{{gold}}}")])
-        )
-        assert type(first) is type(second) is bool
+        gold, _, answer = data.decode(errors="replace").partition("\n")
+        whole = [(0, gold, answer), (1, gold, rf"It is \boxed{{{answer}}}."), (2, answer, rf"\boxed{{{gold}}}")]
+        found = dict(grader.grade(whole))
+        assert [type(found[key]) for key, *_ in whole] == [bool] * 3
 
     more = [
         r"9^{9^{9^9}}",
@@ -348,7 +501,12 @@ def answers(home: Path) -> tuple[list[bytes], Target]:
         "__import__('os')",
         r"\lim_{x\to 0}",
     ]
-    return [text.encode() for text in golds + more], run
+    pairs = list(zip([*golds, *more], [*more, *golds], strict=True))
+    pairs += [(gold, gold) for gold in golds]
+    judged = Path(__file__).parents[2] / "shared/cases/grading.jsonl"  # where it is, answers that were judged by hand
+    rows = map(json.loads, judged.read_text().splitlines()) if judged.exists() else ()
+    pairs += [(str(row["gold"]), row["completion"]) for row in rows]
+    return [f"{gold}\n{answer}".encode() for gold, answer in pairs], run
 
 
 def conversations(home: Path) -> tuple[list[bytes], Target]:
@@ -434,26 +592,41 @@ def checkpoints(home: Path) -> tuple[list[bytes], Target]:
 
 TARGETS = {
     f.__name__: f
-    for f in (rows, parquet, rollouts, evaluations, overrides, configs, answers, conversations, checkpoints)
+    for f in (
+        rows,
+        parquet,
+        rollouts,
+        replays,
+        evaluations,
+        overrides,
+        numbers,
+        configs,
+        answers,
+        conversations,
+        checkpoints,
+    )
 }
 
 
 def feed(name: str, seed: int, first: int, until: float, here: str, state: Any, kinds: Any) -> None:
     """One process of a target: inputs number `first` and on, until a time.
 
-    state: the number of the input and when it began, by the clock of the process and by that on the wall.
+    state: the number of the input and when it began, by the clock of the process and by that on the wall; then how many
+    were refused so far.
     """
     from dirl_cli.errors import DirlError
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    corpus, run = TARGETS[name](Path(here))
+    given, run = TARGETS[name](Path(here))
+    corpus = list(given)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # as long as the process lives
     seen: set[str] = set()
     number = first
     while time.time() < until:
-        data = mutated(corpus, random.Random(f"{seed} {name} {number}"))
+        dice = random.Random(f"{seed} {name} {number}")
+        data = mutated(given if dice.random() < 0.5 else corpus, dice)  # most of what is kept was refused
         Path(here, "input").write_bytes(data)
-        state[:] = [number, time.process_time(), time.time()]
+        state[:3] = [number, time.process_time(), time.time()]
         directory = Path(here, "files")
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
@@ -462,6 +635,7 @@ def feed(name: str, seed: int, first: int, until: float, here: str, state: Any, 
             outcome = "fine"
         except DirlError as error:
             outcome = str(error)
+            state[3] += 1
         except BaseException as error:
             frames = traceback.extract_tb(error.__traceback__)
             ours = [frame for frame in frames if "dirl_cli" in frame.filename]
@@ -471,12 +645,12 @@ def feed(name: str, seed: int, first: int, until: float, here: str, state: Any, 
                 kinds.put((kind, data, "".join(traceback.format_exception(error))[-6000:]))
                 seen.add(kind)
             outcome = kind
-        outcome = re.sub(r"[\d'\"].*", "", outcome)[:80]
+        outcome = re.sub(r"[\d'\"]+", "", outcome.replace(str(directory), ""))[:80]
         if outcome not in seen and len(seen) < 200 and len(data) < 20_000:
             seen.add(outcome)
             corpus.append(data)
         number += 1
-    state[:] = [number, 0.0, 0.0]
+    state[:3] = [number, 0.0, 0.0]
 
 
 def is_stuck(pid: int, worked: float, began: float) -> bool:
@@ -496,7 +670,10 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(TARGETS))
     asked = parser.parse_args()
     asked.findings.mkdir(parents=True, exist_ok=True)
-    names, counts, found = asked.only.split(","), dict.fromkeys(asked.only.split(","), 0), set[str]()
+    names, found = asked.only.split(","), set[tuple[str, str]]()
+    if strange := [name for name in names if name not in TARGETS]:
+        parser.error(f"no target is called {strange[0]}: choose among {', '.join(TARGETS)}")
+    tallies = {name: Tally() for name in names}
     end, context = time.time() + 60 * asked.minutes, multiprocessing.get_context("spawn")
 
     def keep(name: str, kind: str, data: bytes, told: str) -> None:
@@ -507,21 +684,20 @@ def main() -> None:
             file.with_suffix(".txt").write_text(f"{name}: {kind}\n{told}")
             print(f"{name}: {kind}", flush=True)
 
-    turn = 0
     share = min(ROUND, 60 * asked.minutes / len(names))
     while time.time() < end - 1:
-        name = names[turn % len(names)]
-        turn += 1
+        name = min(names, key=lambda name: tallies[name].seconds)
+        tally, began = tallies[name], time.time()
         with TemporaryDirectory() as here:
-            state, kinds = context.Array("d", [counts[name], 0.0, 0.0]), context.Queue()
-            until = min(time.time() + share, end)
-            process = context.Process(target=feed, args=(name, asked.seed, counts[name], until, here, state, kinds))
+            state, kinds = context.Array("d", [tally.inputs, 0.0, 0.0, tally.refused]), context.Queue()
+            until = min(began + share, end)
+            process = context.Process(target=feed, args=(name, asked.seed, tally.inputs, until, here, state, kinds))
             process.start()
             while process.is_alive():
                 process.join(1)
                 while not kinds.empty():
                     keep(name, *kinds.get())
-                if state[2] and process.is_alive() and is_stuck(process.pid, *state[1:]):
+                if state[2] and process.is_alive() and is_stuck(process.pid, *state[1:3]):
                     process.kill()
                     process.join()
                     keep(name, f"hang {state[0]:.0f}", Path(here, "input").read_bytes(), "it does not come to an end")
@@ -530,11 +706,34 @@ def main() -> None:
                 keep(name, f"died {process.exitcode}", data.read_bytes() if data.exists() else b"", "the process ended")
             while not kinds.empty():
                 keep(name, *kinds.get())
-            counts[name] = int(state[0]) + 1
-        print(f"{name}: {counts[name]:,} inputs", flush=True)
-    total = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    print(f"{sum(counts.values()):,} inputs ({total}), {len(found)} kinds of finding")
+            finished = state[2] == 0  # else it ended in the midst of an input, which the next process leaves out
+            tally.inputs, tally.refused = int(state[0]) + (not finished), int(state[3])
+        tally.seconds += time.time() - began
+        tally.findings = len([one for one, _ in found if one == name])
+        (asked.findings / "counts.md").write_text(table(tallies))
+        print(f"{name}: {tally.inputs:,} inputs", flush=True)
+    print(table(tallies))
+    print(f"{sum(tally.inputs for tally in tallies.values()):,} inputs, {len(found)} kinds of finding")
     sys.exit(bool(found))
+
+
+@dataclass
+class Tally:
+    """What became of the inputs of a target."""
+
+    inputs: int = 0
+    refused: int = 0
+    findings: int = 0
+    seconds: float = 0.0
+
+
+def table(tallies: dict[str, Tally]) -> str:
+    lines = ["| target | inputs | refused | kinds of finding | seconds |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        f"| {name} | {one.inputs:,} | {one.refused:,} | {one.findings} | {one.seconds:.0f} |"
+        for name, one in tallies.items()
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
