@@ -10,7 +10,8 @@ from torch import Tensor
 from dirl_cli.algo.batch import Group, objective_rows
 from dirl_cli.algo.objective import Objective
 from dirl_cli.algo.views import Tokens
-from dirl_cli.diffusion.layout import PADDING, PER_TOKEN, Rows
+from dirl_cli.diffusion.layout import PADDING, PER_TOKEN, Rows, pack
+from dirl_cli.diffusion.trace import trajectory_strip
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.types import Trajectory
@@ -104,6 +105,33 @@ def widened(rows: Rows, columns: int) -> Rows:
 
 def prompt_lengths(groups: Sequence[Group]) -> Tensor:
     return torch.tensor([len(one.prompt_ids) for group in groups for one in group.trajectories])
+
+
+def slopes(lm: DiffusionLM, token: int) -> tuple[float, float]:
+    """How an answer's log-prob grows along a direction of a token's embedding: by autograd and by finite differences.
+
+    The token is in the prompt, in the answer and in the padding.
+    """
+    weight = lm.model.get_input_embeddings().weight
+    one = Trajectory([5, token, 6, 7], [token, 8, 9, token], [1, 2, 2, 1], [0.0] * 4, "length")
+    rows = pack([trajectory_strip(one, lm.block_size, lm.mask_token_id)], 16, lm.block_size, token)
+    direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)) * weight.std()
+
+    def logprob() -> Tensor:
+        return TokenScorer(lm.model, lm.unsampled_ids)(rows)[0].sum()
+
+    with torch.no_grad():
+        weight[token] = weight[8]  # a padding row begins at zero, where a norm is too steep for finite differences
+    lm.model.zero_grad()
+    logprob().backward()
+    step = 0.01
+    with torch.no_grad():
+        weight[token] += step * direction
+        above = logprob()
+        weight[token] -= 2 * step * direction
+        below = logprob()
+        weight[token] += step * direction
+    return (weight.grad[token] @ direction).item(), (above - below).item() / (2 * step)
 
 
 def gradient(lm: DiffusionLM) -> Tensor:

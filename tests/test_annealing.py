@@ -1,12 +1,14 @@
 """The way from a causal model to a block-diffusion model."""
 
+from itertools import permutations, product
+
 import pytest
 import torch
 from small import small_lm
 
-from dirl_cli.diffusion.masking import Count, PerBlock, example
+from dirl_cli.diffusion.masking import Count, PerBlock, PerSample, example
 from dirl_cli.errors import DirlError
-from dirl_cli.training.annealing import Annealing, Thinned
+from dirl_cli.training.annealing import Annealing, Thinned, thinned
 from dirl_cli.training.batches import Noise, generator
 from dirl_cli.training.logprobs import TokenScorer
 
@@ -38,6 +40,48 @@ def test_a_thinned_schedule_counts_each_token_as_often_as_before():
     assert expected.mean().item() == pytest.approx(1.0, abs=0.02)
     hidden = torch.stack([masked.float().mean() for masked, _ in draws]).mean()
     assert hidden.item() == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize("many", [1, 2, 4])
+def test_each_token_of_a_short_answer_counts_once_thinned_or_not(many, share):
+    """Every mask that the published rule draws at one rate, and every outcome of its thinning."""
+    rate, none_hidden = 0.3, 0.7**many
+    weight = torch.full((1, many), 1 / (rate + none_hidden / many))  # as `hide` has it
+    expected = torch.zeros(many)
+    for hidden in product([True, False], repeat=many):
+        masked = torch.tensor([hidden])
+        count = int(masked.sum())
+        if count == 0:
+            continue
+        chance = rate**count * (1 - rate) ** (many - count) + (none_hidden / many if count == 1 else 0.0)
+        for lots, probability in outcomes(many, share):
+            stays, counts = thinned(masked, weight, torch.tensor([lots]), share)
+            assert stays.any()
+            expected += chance * probability * (stays * counts)[0]
+    assert expected.tolist() == pytest.approx([1.0] * many, abs=1e-5)
+
+
+def outcomes(many: int, share: float):
+    """Each way in which lots fall below the share or above it, and above it each order, with its probability."""
+    for below in product([True, False], repeat=many):
+        above = [k for k in range(many) if not below[k]]
+        orders = list(permutations(above))
+        probability = share ** (many - len(above)) * (1 - share) ** len(above) / len(orders)
+        for order in orders:
+            lots = [share / 2] * many
+            for rank, k in enumerate(order):
+                lots[k] = share + (1 - share) * (rank + 0.5) / many
+            yield lots, probability
+
+
+@pytest.mark.parametrize(("many", "share"), [(1, 0.5), (2, 0.5), (4, 0.1)])
+def test_short_answers_count_once_under_a_schedule_too(many, share):
+    block, schedule = torch.zeros(many, dtype=torch.long), Thinned(PerSample(), share)
+    random = generator(0)
+    draws = [schedule(block, random) for _ in range(10_000)]
+    counted = torch.stack([(masked * weight).sum() / many for masked, weight in draws])
+    assert counted.mean().item() == pytest.approx(1.0, abs=4 * counted.std().item() / 100)
 
 
 def test_a_thinned_view_always_hides_something():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from answers import slopes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -125,6 +126,16 @@ def test_sampler_and_trainer_agree(causal, logit_shift, prompt, by_blocks):
     answers = [one for group in NativeSampler(lm, 3, by_blocks).sample(prompts, 2, decoding) for one in group]
     for one, scored in zip(answers, score_trajectories(lm, answers, decoding), strict=True):
         assert one.logprobs == pytest.approx(scored, abs=1e-4)
+
+
+def test_the_pad_token_learns_as_any_other_and_the_configuration_goes_on_naming_it(causal, tmp_path):
+    lm = converted(causal)
+    lm.save(tmp_path / "saved")
+    saved = Checkpoint("saved", str(tmp_path / "saved")).load("float32", "cpu")
+    for one in (lm, saved):
+        assert one.model.config.pad_token_id == one.pad_token_id == 0
+        by_autograd, by_differences = slopes(one, one.pad_token_id)
+        assert by_autograd == pytest.approx(by_differences, rel=0.02)
 
 
 def test_it_is_saved_as_a_model_like_any_other(causal, tmp_path):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from answers import slopes
 from safetensors.torch import load_file, save_file
-from small import MASK, small_lm
+from small import EXPERTS, MASK, PAD, SIZES, small_lm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,9 +22,9 @@ from dirl_cli import Decoding, load_sampler, score
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.errors import DirlError
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM, pick_device
+from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM, diffusion_lm, pick_device
 from dirl_cli.models.narrow import inference_model
-from dirl_cli.models.sdar import SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
+from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.checkpoint import save_model
@@ -320,6 +321,24 @@ def test_a_model_without_a_tokenizer_loads_and_says_so_where_one_is_needed(saved
 def test_a_model_has_room_for_whole_blocks_only(copy):
     edit_config(copy, max_position_embeddings=30)
     assert load(copy).longest_prompt == 27
+
+
+@pytest.mark.parametrize("kind", ["sdar", "sdar_moe", "tiny"])
+def test_the_pad_token_learns_as_any_other(kind):
+    torch.manual_seed(0)
+    ends = {"pad_token_id": PAD, "eos_token_id": PAD}  # the same token, as SmolLM2 has it
+    if kind == "sdar":
+        lm = diffusion_lm(SDARForCausalLM(SDARConfig(**SIZES, **ends)), None, 4, MASK)
+    elif kind == "sdar_moe":
+        lm = diffusion_lm(SDARMoeForCausalLM(SDARMoeConfig(**SIZES, **EXPERTS, **ends)), None, 4, MASK)
+    else:
+        lm = Tiny(hidden_size=32, num_hidden_layers=1).load("float32", "cpu")
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    by_autograd, by_differences = slopes(lm, lm.pad_token_id)
+    assert by_autograd == pytest.approx(by_differences, rel=0.02)
 
 
 # Attention

@@ -364,6 +364,7 @@ def test_adapter_and_merged_model_give_the_same_answers(tuned, base):
 def test_the_adapter_tells_its_base_and_both_cards_the_recipe(tuned, base):
     told = json.loads((tuned / "adapter/adapter_config.json").read_text())
     assert (told["base_model_name_or_path"], told["r"], told["peft_type"]) == (str(base), 4, "LORA")
+    assert told["target_modules"] == sorted(ALL), "in one order, run after run"
     for card in ("adapter/README.md", "model/README.md"):
         assert "Lora(targets=[q_proj, k_proj" in (tuned / card).read_text()
 

@@ -127,6 +127,7 @@ def diffusion_lm(
     """Gather what the method needs to know about a loaded model, and note it in the configuration that is saved."""
     if block_size < 1:
         raise DirlError(f"block_size is {block_size}: it must be at least 1")
+    learn_padding(model)
     model.config.block_size, model.config.mask_token_id = block_size, mask_token_id
     eos = [model.generation_config.eos_token_id, model.config.eos_token_id]
     ends = [i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
@@ -156,6 +157,17 @@ def diffusion_lm(
         stop_token_ids=tuple(sorted(stops)),
         unsampled_ids=tuple(i for i in ids if i not in text),
     )
+
+
+def learn_padding(model: PreTrainedModel) -> None:
+    """Let the pad token's embedding learn as any other's.
+
+    In blocks it is context and is predicted, and it may be the stop token too; where a configuration names it,
+    transformers has the embedding drop its gradient.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
 
 
 def is_shifted(model: PreTrainedModel) -> bool:

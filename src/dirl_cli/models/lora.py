@@ -205,6 +205,7 @@ class Lora:
     def save(self, lm: DiffusionLM, directory: Path, base: str | None, card: str) -> None:
         config = self._config()
         config.base_model_name_or_path, config.inference_mode = base, True
+        config.target_modules = sorted(self.targets)  # PEFT makes a set of them, whose order differs from run to run
         factors = {name.replace(".default.", "."): factor for name, factor in trained(lm.model).items()}
         with whole_directory(directory) as partial:
             config.save_pretrained(str(partial))

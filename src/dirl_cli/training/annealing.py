@@ -55,13 +55,26 @@ class Annealing:
 
 @dataclass(frozen=True)
 class Thinned:
-    """A masking schedule of which only a share is hidden, each token counting so much the more."""
+    """A masking schedule of which only a share is hidden, each token counting so much the more.
+
+    Of a view of which nothing would be hidden one token is, so that there is something to learn from.
+    """
 
     masking: Masking
     share: float
 
     def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         masked, weight = self.masking(block, generator)
-        stays = torch.rand(masked.shape, generator=generator) < self.share
-        stays |= ~(masked & stays).any(-1, keepdim=True)  # each view keeps something to learn from
-        return masked & stays, weight / self.share
+        return thinned(masked, weight, torch.rand(masked.shape, generator=generator), self.share)
+
+
+def thinned(masked: Tensor, weight: Tensor, lottery: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Of the masked tokens those whose lot is below `share`, or else the one with the lowest, and their weights.
+
+    All are (V, n). lottery: uniform numbers. A token of m that are masked stays hidden with probability
+    share + (1 - share)^m / m, and counts the inverse of that, so that it counts as often as before.
+    """
+    lowest = lottery.masked_fill(~masked, torch.inf).amin(-1, keepdim=True)
+    stays = masked & (lottery <= lowest.clamp(min=share))
+    count = masked.sum(-1, keepdim=True).clamp(min=1)  # a view that hid nothing has no weight to correct
+    return stays, weight / (share + (1 - share) ** count / count)
