@@ -1,6 +1,7 @@
 """Every algorithm against its formula written out: one forward a state, one term a token, no packing."""
 
 from collections.abc import Iterator
+from math import exp
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Generator, Tensor
 
 from dirl_cli.algo.advantages import ADVANTAGES
 from dirl_cli.algo.batch import Group
-from dirl_cli.algo.objective import LEVELS, NORMALIZERS, Objective
+from dirl_cli.algo.mismatch import corrections
+from dirl_cli.algo.objective import KL, LEVELS, NORMALIZERS, Objective, ratio_of
+from dirl_cli.algo.select import has_signal
 from dirl_cli.algo.views import Trace
 from dirl_cli.build import build
 from dirl_cli.errors import DirlError
@@ -298,6 +301,46 @@ def test_an_importance_weight_counts_like_a_larger_advantage(level):
     assert_same(packed(lm, objective, groups(), correction=weights)[:2], packed(lm, objective, larger)[:2])
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("nats", [-100.0, 100.0])
+def test_tokens_far_from_the_old_policy_and_the_reference_have_a_finite_loss_and_gradient(level, nats):
+    lm = small_lm(scale=3.0)
+    far = torch.full((9, 10), nats)
+    for kl in ("k2", "k3"):
+        loss, grad, watched = packed(lm, algorithm("dipo", level=level, beta=0.1, kl=kl), groups(), -far, far)
+        assert torch.isfinite(grad).all()
+        assert abs(loss) < 1e5
+        assert watched["ratio"] < 1.001 * exp(10.0)
+
+
+def test_a_ratio_is_itself_up_to_ten_nats_and_beyond_has_no_gradient():
+    log_ratio = torch.tensor([-500.0, -9.0, 9.0, 500.0], requires_grad=True)
+    ratio_of(log_ratio).sum().backward()
+    assert ratio_of(log_ratio).tolist() == pytest.approx([exp(-10), exp(-9), exp(9), exp(10)])
+    assert log_ratio.grad.tolist() == pytest.approx([0, exp(-9), exp(9), 0])
+    assert corrections(torch.tensor([500.0, -500.0]), torch.zeros(2), 2.0).tolist() == pytest.approx([2, exp(-10)])
+
+
+def test_on_policy_k2_has_the_gradient_of_the_reverse_divergence_and_k3_that_of_the_forward_one():
+    """Over all tokens of a small vocabulary, each as often as the policy takes it."""
+    logits = torch.tensor([0.3, -1.2, 2.0, 0.5], requires_grad=True)
+    reference = torch.tensor([0.0, 3.0, -1.0, -2.0]).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+
+    def slope(loss):
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    def estimated(divergence):
+        return slope((logprobs.exp().detach() * divergence(reference - logprobs)).sum())
+
+    reverse = slope((logprobs.exp() * (logprobs - reference)).sum())
+    forward = slope((reference.exp() * (reference - logprobs)).sum())
+    torch.testing.assert_close(estimated(KL["k1"]), torch.zeros(4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(estimated(KL["k2"]), reverse)
+    torch.testing.assert_close(estimated(KL["k3"]), forward)
+    assert torch.nn.functional.cosine_similarity(reverse, forward, dim=0) < 0.9
+
+
 def test_a_mistyped_choice_is_answered_with_the_right_one():
     for change, meant in [
         ({"level": "tokn"}, "token"),
@@ -320,3 +363,10 @@ def test_advantages_of_a_group():
         assert torch.allclose(ADVANTAGES[name](rewards), torch.tensor(by_hand(rewards.tolist())))
         assert ADVANTAGES[name](torch.tensor([0.3, 0.3])).tolist() == [0.0, 0.0]
     assert ADVANTAGES["leave_one_out"](torch.tensor([1.0])).tolist() == [0.0]
+
+
+def test_rewards_that_differ_by_rounding_teach_nothing():
+    rounded = torch.tensor([0.5, 0.5 + 2e-7, 0.5, 0.5])
+    assert ADVANTAGES["normalised"](rounded).abs().max() < 0.01
+    assert not has_signal(rounded.tolist(), [False] * 4, "reward")
+    assert ADVANTAGES["normalised"](torch.tensor([1.0, 0.0])).tolist() == [1.0, -1.0]

@@ -5,15 +5,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+LEAST_STD = 1e-4  # TRL adds as much to every spread; a floor leaves rewards of 0 and 1 exactly as they are
+
 Advantage = Callable[[Tensor], Tensor]
 """From the rewards of a group (G,) to advantages (G,)."""
 
 
 def normalised(rewards: Tensor) -> Tensor:
-    """(R - mean) / std, the population's; zero where all are equal (GRPO)."""
+    """(R - mean) / std, the population's; zero where all are equal (GRPO).
+
+    A spread below 1e-4 counts as that, so that rewards which differ by rounding are not blown up to ±1.
+    """
     if rewards.max() == rewards.min():
         return torch.zeros_like(rewards)
-    return (rewards - rewards.mean()) / rewards.std(correction=0)
+    return (rewards - rewards.mean()) / rewards.std(correction=0).clamp(min=LEAST_STD)
 
 
 def mean_only(rewards: Tensor) -> Tensor:

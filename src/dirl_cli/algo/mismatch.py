@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dirl_cli.algo.objective import Objective
+from dirl_cli.algo.objective import Objective, k3, ratio_of
 from dirl_cli.diffusion.layout import Rows
 
 
@@ -29,10 +29,10 @@ class Mismatch:
             **self.objective.loss(rows, logprobs, entropy),
             "compared": fresh.sum(),
             "mismatch_mean": difference.abs().sum(),
-            "mismatch_kl": (difference.exp() - 1 - difference).sum(),
+            "mismatch_kl": k3(difference).sum(),
         }
 
 
 def corrections(old: Tensor, behaviour: Tensor, cap: float) -> Tensor:
     """Truncated importance weights min(π_old / π_sampler, cap) (N,) for what an engine sampled a little differently."""
-    return (old - behaviour).exp().clamp(max=cap)
+    return ratio_of(old - behaviour).clamp(max=cap)

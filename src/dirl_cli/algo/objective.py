@@ -20,6 +20,7 @@ from dirl_cli.errors import DirlError, did_you_mean
 
 Divergence = Callable[[Tensor], Tensor]
 NORMALIZERS = ("token", "sequence", "constant")
+LARGEST_LOG_RATIO = 10.0  # nats either way, as in TraceRL's code; from 88 on exp is infinite in fp32
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Objective:
         """
         notes = rows.notes
         weight = self.weight(rows)
-        ratio = at_level(self.level, logprobs - notes.get("old", logprobs.detach()), rows).exp()
+        ratio = ratio_of(at_level(self.level, logprobs - notes.get("old", logprobs.detach()), rows))
         advantage = notes["advantage"]
         free = ratio * advantage
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage
@@ -118,18 +119,36 @@ def summed(values: Tensor, index: Tensor) -> Tensor:
     return values.new_zeros(int(index.max()) + 1).index_add(0, index, values)[index]
 
 
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """π/π_old of log-ratios (N,), of which those beyond ±10 nats count as ±10.
+
+    Out there a ratio has no gradient, as in TraceRL's code. That matters for bad tokens alone, which have become e^10
+    times as likely: the clip has stopped all others long before, or their gradient has vanished with the ratio.
+    """
+    return bounded(log_ratio).exp()
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+
+
 def k1(difference: Tensor) -> Tensor:
-    """-(log π_ref - log π): unbiased as an estimate of the divergence; its own gradient is zero on average."""
+    """-(log π_ref - log π): unbiased as an estimate of KL(π ‖ π_ref); its own gradient is zero on average."""
     return -difference
 
 
 def k2(difference: Tensor) -> Tensor:
-    """(log π_ref - log π)² / 2: low variance, and the divergence's true gradient on policy."""
+    """(log π_ref - log π)² / 2: low variance, and on policy its gradient is on average that of KL(π ‖ π_ref)."""
     return difference.square() / 2
 
 
 def k3(difference: Tensor) -> Tensor:
-    """π_ref/π - 1 - log(π_ref/π): unbiased and never negative (Schulman, 2020)."""
+    """π_ref/π - 1 - log(π_ref/π): unbiased as an estimate of KL(π ‖ π_ref) and never negative (Schulman, 2020).
+
+    Its gradient is another divergence's: on policy that of KL(π_ref ‖ π), the forward one. Take k2 for the reverse.
+    Beyond ±10 nats it is constant; the published code bounds the exponential alone, which turns the gradient round.
+    """
+    difference = bounded(difference)
     return difference.exp() - 1 - difference
 
 

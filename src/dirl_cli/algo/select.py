@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 FILTERS = ("accuracy", "reward", "none")
+ROUNDING = 1e-6  # rewards nearer to each other than this are the same
 
 
 def has_signal(rewards: Sequence[float], correct: Sequence[bool], rule: str) -> bool:
@@ -13,5 +14,5 @@ def has_signal(rewards: Sequence[float], correct: Sequence[bool], rule: str) -> 
     if rule == "accuracy":
         return any(correct) and not all(correct)
     if rule == "reward":
-        return len(set(rewards)) > 1
+        return max(rewards) - min(rewards) > ROUNDING
     return True
