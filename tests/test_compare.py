@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from math import hypot, inf, sqrt
+from math import hypot, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_answers_to_the_same_problems_are_compared_problem_by_problem(tmp_path: 
     assert accuracy.error == pytest.approx(100 * 0.5 / sqrt(4))  # differences 0, 0, 1, 0: s = ½
     assert accuracy.z == pytest.approx(1.0)
     assert (found["length"].a, found["length"].b) == (25, 35)
-    assert found["length"].error == pytest.approx(0, abs=1e-9) and found["length"].z == inf  # each 10 tokens longer
+    assert found["length"].error is found["length"].z is None  # each 10 tokens longer: nothing tells their spread
 
 
 def test_the_error_of_a_ratio_is_that_of_its_values_without_each_problem(tmp_path: Path) -> None:
@@ -90,10 +90,12 @@ def test_a_card_alone_is_compared_without_pairing(tmp_path: Path) -> None:
     assert compared(a, tmp_path / "card.json")["accuracy %"].z == 0
 
 
-def test_no_difference_is_no_standard_error() -> None:
-    assert Difference(1.0, 1.0, 0.0).z == 0
-    assert Difference(1.0, 0.5, 1e-15).z == -inf
-    assert Difference(1.0, 2.0, None).z is None
+def test_three_right_against_three_wrong_are_not_beyond_all_doubt(tmp_path: Path) -> None:
+    a, b = evaluation(tmp_path / "a", quiz("xxx"), SAME), evaluation(tmp_path / "b", quiz("---"), SAME)
+    (tmp_path / "card.json").write_text((b / "eval_card.json").read_text())
+    for other in (b, tmp_path / "card.json"):  # paired, and from the cards
+        accuracy = compared(a, other)["accuracy %"]
+        assert (accuracy.a, accuracy.b, accuracy.error, accuracy.z) == (100, 0, None, None)
 
 
 def test_what_is_set_differently_is_listed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -95,6 +95,12 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read_answers(tmp_path / "none.jsonl") == []
 
 
+def test_answers_of_earlier_versions_are_read_without_what_these_did_not_write(tmp_path: Path) -> None:
+    line = {name: value for name, value in asdict(ANSWER).items() if name not in ("question", "reference", "extracted")}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_answers(tmp_path / "answers.jsonl") == [ANSWER]
+
+
 @pytest.mark.parametrize("cut", [1, 2, 30])
 def test_a_torn_last_line_is_dropped_and_no_other(tmp_path: Path, cut: int) -> None:
     file = tmp_path / "answers.jsonl"
@@ -153,6 +159,7 @@ def test_answers_are_graded_against_their_own_problem(tokenizer: PreTrainedToken
         len(tokenizer(one.text)["input_ids"]),
         one.length + 2,
     )
+    assert (one.question, one.reference, one.extracted) == ("What?", "0", "0")
     assert measure(answers).accuracy == pytest.approx(1 / 3)
 
 

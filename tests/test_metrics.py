@@ -3,11 +3,13 @@
 from dataclasses import replace
 from itertools import combinations
 from math import sqrt
+from random import Random
+from statistics import fmean
 
 import pytest
 
 from dirl_cli.evaluation.answers import Answer
-from dirl_cli.evaluation.metrics import majority, measure, measure_subsets, pass_at, standard_error
+from dirl_cli.evaluation.metrics import interval, majority, measure, measure_subsets, pass_at, standard_error
 from dirl_cli.types import Problem
 
 ANSWER = Answer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
@@ -33,6 +35,38 @@ def test_the_standard_error_of_zeros_and_ones_is_the_binomial_one() -> None:
     values = [1.0] * 30 + [0.0] * 70
     assert standard_error(values) == pytest.approx(sqrt(0.3 * 0.7 / 99))
     assert standard_error([1.0]) is None
+
+
+def test_the_interval_is_wilsons_where_each_problem_has_one_answer() -> None:
+    """3 of 3: 3 ÷ (3 + z²). 81 of 263: 0.2553 to 0.3662 (Newcombe, Statistics in Medicine 17, 1998, method 3)."""
+    z = 1.959964
+    assert interval([1.0] * 3, 3) == pytest.approx((3 / (3 + z**2), 1.0), abs=1e-6)
+    assert interval([0.0] * 100, 100) == pytest.approx((0.0, z**2 / (100 + z**2)), abs=1e-6)
+    assert interval([1.0] * 81 + [0.0] * 182, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+
+
+def test_the_interval_of_several_answers_counts_problems_and_what_answers_add_to_them() -> None:
+    def width(shares: list[float], k: int) -> float:
+        low, high = interval(shares, k * len(shares))
+        return high - low
+
+    once = width([1.0] * 10 + [0.0] * 10, 1)
+    assert width([1.0] * 10 + [0.0] * 10, 16) == pytest.approx(once)  # a problem is solved always or never
+    assert width([1.0] * 20, 16) == pytest.approx(width([1.0] * 20, 1))
+    mixed = [i / 4 for i in (0, 1, 1, 2, 2, 2, 2, 3, 3, 4)] * 4
+    error = standard_error(mixed)
+    assert width(mixed, 4) == pytest.approx(2 * 1.96 * error, rel=0.05)  # wide sets: the same as ± 1.96 s.e.
+    assert width([0.25, 0.75] * 10, 4) > width([0.0, 1.0] * 40, 1)  # alike, yet no more than all answers say
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    """Of 200 sets of 30 hard problems, with chances of 0.02 to 0.06 each; ± 1.96 s.e. holds it in 70 % of them."""
+    random = Random(0)
+    chances = [0.02 + 0.04 * i / 29 for i in range(30)]
+    sets = [[float(random.random() < chance) for chance in chances] for _ in range(200)]
+    held = [low <= 0.04 <= high for low, high in (interval(shares, 30) for shares in sets)]
+    usual = [abs(fmean(shares) - 0.04) <= 1.96 * (standard_error(shares) or 0) for shares in sets]
+    assert fmean(held) >= 0.93 and fmean(usual) < 0.75
 
 
 def test_speed_is_a_ratio_of_sums_not_a_mean_of_ratios() -> None:

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,11 @@ def test_predictions_are_graded_in_the_order_of_their_file(here: Path) -> None:
     assert verdicts == [
         {"index": line["index"], "correct": correct}
         for line, correct in zip(lines, [True, False, True, True, False, False], strict=True)
+    ]
+    answers = [json.loads(line) for line in (here / "out/answers.jsonl").read_text().splitlines()]
+    assert [(one["question"], one["reference"], one["extracted"]) for one in answers[1:3]] == [
+        ("1+1?", "2", "3"),
+        ("1/2?", "\\frac{1}{2}", "0.5"),
     ]
     metrics = json.loads((here / "out/eval_card.json").read_text())["metrics"]
     assert (metrics["accuracy"], metrics["pass_at"]["2"], metrics["majority"]) == (0.5, 1.0, 0.5)
@@ -92,7 +97,10 @@ def test_our_own_answers_are_graded_anew_and_stay_wrong_where_they_were_cut_off(
     whole = Answer("p-0", 0, "\\boxed{2}", False, "stop", 3, 4, 2, 2, 0.1)
     cut = Answer("p-0", 1, "\\boxed{2} and", False, "length", 3, 4, 2, 2, 0.1)
     read = read_predictions([("line 1", asdict(whole)), ("line 2", asdict(cut))], PROBLEMS)
-    assert read == [whole, cut]
+    why = {"question": "1+1?", "reference": "2", "extracted": "2"}
+    assert read == [replace(whole, **why), replace(cut, **why)]
+    old = {key: value for key, value in asdict(whole).items() if key not in why}  # as earlier versions wrote it
+    assert read_predictions([("line 1", old)], PROBLEMS) == read[:1]
     with Grader(1, 30.0) as grader:
         assert {answer.sample: answer.correct for answer in regraded(read, PROBLEMS, grader)} == {0: True, 1: False}
     with pytest.raises(DirlError, match="line 1 answers problem p-0, which the benchmark has not"):

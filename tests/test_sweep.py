@@ -42,8 +42,8 @@ def test_a_sweep_ends_with_a_table_a_file_and_a_picture_beside_its_directories(
         (["decoding.threshold=0.9"], card(tmp_path / "run/b", 3, forwards=6)),
     ]
     lines = end(jobs, capsys)
-    assert "decoding.threshold avg@1 % length tok/step tok/fwd" in lines
-    assert "0.5 25.0 ± 25.0 10 2.00 4.00" in lines and "0.9 75.0 ± 25.0 10 2.00 2.00" in lines
+    assert "decoding.threshold avg@1 % 95 % length tok/step tok/fwd" in lines
+    assert "0.5 25.0 ± 25.0 4.6-69.9 10 2.00 4.00" in lines and "0.9 75.0 ± 25.0 30.1-95.4 10 2.00 2.00" in lines
     assert lines[-1] == f"{tmp_path}/run/mine-quiz-swept.csv · {tmp_path}/run/mine-quiz-swept.png"
     with (tmp_path / "run/mine-quiz-swept.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -62,8 +62,10 @@ def test_a_table_of_benchmarks_shows_what_is_published_and_how_far_it_is(
         (["bench=z"], card(tmp_path / "mine-z", 2, 3, bench="z", published={**figure, "differently": {"samples": []}})),
     ]
     lines = end(jobs, capsys)
-    assert "bench avg@1 % published (z) length tok/step tok/fwd" in lines
-    assert "x 50.0 ± 28.9 83.05 (-0.4) 10 2.00 4.00" in lines and "y 50.0 ± 28.9 10 2.00 4.00" in lines
+    assert "bench avg@1 % 95 % published (z) length tok/step tok/fwd" in lines
+    assert (
+        "x 50.0 ± 28.9 15.0-85.0 83.05 (-0.4) 10 2.00 4.00" in lines and "y 50.0 ± 28.9 15.0-85.0 10 2.00 4.00" in lines
+    )
     assert published(read_evaluation(jobs[2][1]).card) == "83.05"  # another protocol has no distance
     assert (tmp_path / "mine-swept.csv").exists()
 
@@ -91,8 +93,8 @@ def test_evaluations_with_different_numbers_of_samples_share_a_table(
     several["metrics"] |= {"pass_at": {"1": 0.5, "2": 0.75}, "majority": 0.5}
     (tmp_path / "b/eval_card.json").write_text(json.dumps(several))
     lines = end(jobs, capsys)
-    assert "samples avg@k % pass@k maj@k length tok/step tok/fwd" in lines
-    assert "2 50.0 ± 28.9 75.0 50.0 10 2.00 4.00" in lines
+    assert "samples avg@k % 95 % pass@k maj@k length tok/step tok/fwd" in lines
+    assert "2 50.0 ± 28.9 15.0-85.0 75.0 50.0 10 2.00 4.00" in lines
 
 
 @pytest.mark.slow

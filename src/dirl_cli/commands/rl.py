@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show
 from dirl_cli.data.tokens import Tokens
 from dirl_cli.errors import DirlError, did_you_mean
-from dirl_cli.evaluation.metrics import mean
 from dirl_cli.loop.ahead import resting, sampling_ahead
 from dirl_cli.loop.exam import Exam
 from dirl_cli.loop.forecast import RL, rl_budget
@@ -313,19 +313,19 @@ def measured(sampled: Sequence[Answers], groups: Sequence[Answers], group_size: 
     trajectories = [record.trajectory for record in answers]
     tokens = sum(len(one.token_ids) for one in trajectories)
     metrics |= {
-        "reward": mean(record.reward or 0.0 for record in answers),
-        "accuracy": mean(record.correct for record in answers),
-        "length": mean(len(one.completion_ids) for one in trajectories),
-        "truncated": mean(one.stop_reason == "length" for one in trajectories),
+        "reward": fmean(record.reward or 0.0 for record in answers),
+        "accuracy": fmean(record.correct for record in answers),
+        "length": fmean(len(one.completion_ids) for one in trajectories),
+        "truncated": fmean(one.stop_reason == "length" for one in trajectories),
         "tokens_per_forward": tokens / sum(one.forwards for one in trajectories),
         "tokens_per_denoising_forward": tokens / sum(one.denoise_forwards for one in trajectories),
-        "kept": mean(any(record.kept for record in group) for group in sampled),
+        "kept": fmean(any(record.kept for record in group) for group in sampled),
     }
     for part in answers[0].parts:
-        metrics[f"reward/{part}"] = mean(record.parts[part] for record in answers)
+        metrics[f"reward/{part}"] = fmean(record.parts[part] for record in answers)
     if kept := [record for group in groups for record in group]:
-        metrics["kept_reward"] = mean(record.reward or 0.0 for record in kept)
-        metrics["kept_accuracy"] = mean(record.correct for record in kept)
+        metrics["kept_reward"] = fmean(record.reward or 0.0 for record in kept)
+        metrics["kept_accuracy"] = fmean(record.correct for record in kept)
     return metrics
 
 

@@ -20,6 +20,8 @@ class Answer:
 
     length: tokens before the stop token. tokens: all that were revealed, whole blocks.
     seconds: sampling time since the answer before it, so that an evaluation's sum is its sampling time.
+    question, reference, extracted: what was asked, the right answer and what the text's box holds, None without a box;
+    files of earlier versions lack them.
     """
 
     problem: str
@@ -32,6 +34,9 @@ class Answer:
     denoise_forwards: int
     forwards: int
     seconds: float
+    question: str = ""
+    reference: str = ""
+    extracted: str | None = None
 
 
 class AnswerLog:

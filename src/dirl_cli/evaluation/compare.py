@@ -3,12 +3,13 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import copysign, hypot, inf, sqrt
+from math import hypot, sqrt
+from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 from dirl_cli.evaluation.answers import Answer
 from dirl_cli.evaluation.card import Evaluation
-from dirl_cli.evaluation.metrics import Metrics, mean
+from dirl_cli.evaluation.metrics import Metrics
 from dirl_cli.evaluation.report import number
 
 CAPTION = (
@@ -28,8 +29,8 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "accuracy %": Measure(
-        lambda group: (100 * mean(answer.correct for answer in group), 1),
-        lambda card: (100 * card.accuracy, None if card.standard_error is None else 100 * card.standard_error),
+        lambda group: (100 * fmean(answer.correct for answer in group), 1),
+        lambda card: (100 * card.accuracy, 100 * card.standard_error if card.standard_error else None),
         digits=1,
     ),
     "length": Measure(
@@ -47,7 +48,11 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Difference:
-    """One measure of both; error: the standard error of b - a, None where it cannot be told."""
+    """One measure of both; error: the standard error of b - a.
+
+    It is None where it cannot be told: of a single problem, or where all differ alike, as three that are all right do
+    from three that are all wrong. That no spread was seen does not say that there is none.
+    """
 
     a: float
     b: float
@@ -56,11 +61,7 @@ class Difference:
     @property
     def z(self) -> float | None:
         """The difference in standard errors."""
-        if self.error is None:
-            return None
-        if self.error < 1e-9:  # but for rounding zero, where all problems differ alike
-            return copysign(inf, self.b - self.a) if self.a != self.b else 0.0
-        return (self.b - self.a) / self.error
+        return None if self.error is None else (self.b - self.a) / self.error
 
 
 def common_problems(a: Evaluation, b: Evaluation) -> list[str]:
@@ -82,7 +83,8 @@ def compare(a: Evaluation, b: Evaluation, common: Sequence[str]) -> Iterator[tup
         if len(common) > 1:
             lefts, rights = (without_each(sums(evaluation, common, measure)) for evaluation in (a, b))
             error = jackknife([y - x for x, y in zip(lefts[1:], rights[1:], strict=True)])
-            yield name, Difference(lefts[0], rights[0], error)
+            is_seen = error > 1e-9  # and not but for rounding zero
+            yield name, Difference(lefts[0], rights[0], error if is_seen else None)
         else:
             errors = [error for error in (left_error, right_error) if error is not None]
             yield name, Difference(left, right, hypot(*errors) if len(errors) == 2 else None)
@@ -103,8 +105,7 @@ def without_each(terms: Sequence[tuple[float, float]]) -> list[float]:
 
 def jackknife(values: Sequence[float]) -> float:
     """The standard error of an estimate whose values without each of n observations these are."""
-    n, middle = len(values), mean(values)
-    return sqrt((n - 1) / n * sum((value - middle) ** 2 for value in values))
+    return sqrt(len(values) - 1) * pstdev(values)
 
 
 def differing_settings(a: Evaluation, b: Evaluation) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from dirl_cli.evaluation.answers import Answer
+from dirl_cli.reward.boxed import last_boxed
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Problem, Trajectory
 
@@ -23,9 +24,9 @@ def graded(
     before = time.perf_counter()
     for index, sample, trajectory in sampled:
         now = time.perf_counter()
-        text = decode(trajectory.completion_ids)
-        waiting[index, sample] = Answer(
-            problem=problems[index].id,
+        problem, text = problems[index], decode(trajectory.completion_ids)
+        answer = Answer(
+            problem=problem.id,
             sample=sample,
             text=text,
             correct=False,
@@ -36,10 +37,17 @@ def graded(
             forwards=trajectory.forwards,
             seconds=now - before,
         )
-        grader.submit((index, sample), problems[index].answer, text)
+        waiting[index, sample] = explained(answer, problem)
+        grader.submit((index, sample), problem.answer, text)
         yield from (verdict(waiting.pop(key), correct) for key, correct in grader.finished())
         before = now
     yield from (verdict(waiting.pop(key), correct) for key, correct in grader.rest())
+
+
+def explained(answer: Answer, problem: Problem) -> Answer:
+    """The answer with what it takes to see why it is right or wrong."""
+    box = last_boxed(answer.text)
+    return replace(answer, question=problem.question, reference=problem.answer, extracted=box)
 
 
 def verdict(answer: Answer, correct: bool) -> Answer:

@@ -5,11 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import comb, sqrt
+from statistics import NormalDist, fmean, stdev
 
 from dirl_cli.evaluation.answers import Answer
 from dirl_cli.reward.boxed import last_boxed
 from dirl_cli.reward.notation import number, tidy
 from dirl_cli.types import Problem
+
+Z95 = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within so many standard deviations
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Metrics:
     """accuracy: avg@k, the mean over problems of the share of right answers. Fractions, tokens and seconds.
 
     standard_error: of the accuracy over problems, s/√n with s² = Σ(aᵢ - mean)²/(n - 1) and aᵢ problem i's share of
-        right answers; None for a single problem.
+        right answers; None for a single problem. It is 0 where all are alike, from which no spread can be told.
+    low, high: the accuracy's 95 % interval, which holds there too; cards of earlier versions lack it.
     length: mean tokens before the stop token. truncated: share of answers that never stopped.
     tokens_per_denoising_forward, tokens_per_forward: revealed tokens over forwards, both summed over all answers.
     tokens_per_second: revealed tokens over sampling time (of each process where there are several); None of a
@@ -40,6 +44,8 @@ class Metrics:
     tokens_per_second: float | None
     pass_at: dict[int, float]
     majority: float | None
+    low: float | None = None
+    high: float | None = None
 
 
 def measure(answers: Iterable[Answer]) -> Metrics:
@@ -51,6 +57,7 @@ def measure(answers: Iterable[Answer]) -> Metrics:
     flat = [answer for group in groups.values() for answer in group]
     right = {problem: sum(answer.correct for answer in group) for problem, group in groups.items()}
     shares = [right[problem] / len(group) for problem, group in groups.items()]
+    low, high = interval(shares, len(flat))
     tokens, is_sampled = sum(answer.tokens for answer in flat), any(answer.forwards for answer in flat)
 
     def tokens_per(total: float) -> float | None:
@@ -59,17 +66,19 @@ def measure(answers: Iterable[Answer]) -> Metrics:
     return Metrics(
         problems=len(groups),
         answers=len(flat),
-        accuracy=mean(shares),
+        accuracy=fmean(shares),
         standard_error=standard_error(shares),
-        length=mean(answer.length for answer in flat) if is_sampled else None,
-        truncated=mean(answer.stop_reason == "length" for answer in flat) if is_sampled else None,
+        length=fmean(answer.length for answer in flat) if is_sampled else None,
+        truncated=fmean(answer.stop_reason == "length" for answer in flat) if is_sampled else None,
         tokens_per_denoising_forward=tokens_per(sum(answer.denoise_forwards for answer in flat)),
         tokens_per_forward=tokens_per(sum(answer.forwards for answer in flat)),
         tokens_per_second=tokens_per(sum(answer.seconds for answer in flat)),
         pass_at={
-            m: mean(pass_at(m, len(group), right[problem]) for problem, group in groups.items()) for m in powers(k)
+            m: fmean(pass_at(m, len(group), right[problem]) for problem, group in groups.items()) for m in powers(k)
         },
-        majority=mean(majority(group) for group in groups.values()) if k > 1 else None,
+        majority=fmean(majority(group) for group in groups.values()) if k > 1 else None,
+        low=low,
+        high=high,
     )
 
 
@@ -83,15 +92,25 @@ def measure_subsets(answers: Sequence[Answer], problems: Iterable[Problem]) -> d
     return {name: replace(measure(part), tokens_per_second=None) for name, part in parts.items()}
 
 
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
 def standard_error(values: Sequence[float]) -> float | None:
     """Of the mean of independent values; None for a single one."""
-    n, middle = len(values), mean(values)
-    return sqrt(sum((value - middle) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
+    return stdev(values) / sqrt(len(values)) if len(values) > 1 else None
+
+
+def interval(shares: Sequence[float], answers: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy: of those it could be, those that do not make what was seen a rarity.
+
+    It is that of a proportion in so many independent trials as would vary as much as the problems' shares of right
+    answers do: as many as there are problems where each has one answer, up to the number of answers where problems
+    are equally hard. Where no two differ, nothing tells that answers to a problem are independent: each is one trial.
+    """
+    n, accuracy, error = len(shares), fmean(shares), standard_error(shares)
+    trials = min(max(accuracy * (1 - accuracy) / error**2, n), answers) if error else n
+
+    middle = accuracy + Z95**2 / (2 * trials)
+    half = Z95 * sqrt(accuracy * (1 - accuracy) / trials + (Z95 / (2 * trials)) ** 2)
+    scale = 1 + Z95**2 / trials
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def pass_at(m: int, k: int, right: int) -> float:
@@ -106,7 +125,7 @@ def majority(group: Iterable[Answer]) -> float:
         if box := last_boxed(answer.text):
             votes[spelling(box)].append(answer.correct)
     most = max(map(len, votes.values()), default=0)
-    return mean([any(correct) for correct in votes.values() if len(correct) == most] or [0.0])
+    return fmean([any(correct) for correct in votes.values() if len(correct) == most] or [0.0])
 
 
 def spelling(box: str) -> Fraction | str:

@@ -3,16 +3,17 @@
 import json
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import Answer, typed
-from dirl_cli.evaluation.grade import verdict
+from dirl_cli.evaluation.grade import explained, verdict
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Problem
 
 OURS = {field.name for field in fields(Answer)}
+NEEDED = {field.name for field in fields(Answer) if field.default is MISSING}  # all that earlier versions wrote
 
 
 def read_predictions(lines: Iterable[tuple[str, Mapping[str, Any]]], problems: Sequence[Problem]) -> list[Answer]:
@@ -21,14 +22,15 @@ def read_predictions(lines: Iterable[tuple[str, Mapping[str, Any]]], problems: S
     A line has the `index` of a problem, counted from 0, and a `completion`; or it is one of our own answers.jsonl.
     Raises DirlError that names the place of the first line that is neither.
     """
-    ids, counts, answers = {problem.id for problem in problems}, Counter[str](), []
+    by_id = {problem.id: problem for problem in problems}
+    counts, answers = Counter[str](), []
     for place, given in lines:
-        if given.keys() == OURS:
+        if NEEDED <= given.keys() <= OURS:
             try:
                 answer = typed(Answer(**given))
             except TypeError as error:
                 raise DirlError(f"{place} is not an answer ({error}): correct or remove it") from error
-            if answer.problem not in ids:
+            if answer.problem not in by_id:
                 raise DirlError(f"{place} answers problem {answer.problem}, which the benchmark has not: check bench")
         else:
             index, completion = given.get("index"), given.get("completion")
@@ -38,7 +40,7 @@ def read_predictions(lines: Iterable[tuple[str, Mapping[str, Any]]], problems: S
             if not isinstance(completion, str):
                 raise DirlError(f"{place}: completion must be the text of an answer, {spell(given, 'completion')}")
             answer = Answer(problems[index].id, 0, completion, False, "stop", 0, 0, 0, 0, 0.0)
-        answers.append(replace(answer, sample=counts[answer.problem]))
+        answers.append(replace(explained(answer, by_id[answer.problem]), sample=counts[answer.problem]))
         counts[answer.problem] += 1
     return answers
 

@@ -8,7 +8,9 @@ from rich.table import Table
 
 from dirl_cli.evaluation.metrics import Metrics
 
-CAPTION = "tok/step: tokens per denoising forward. tok/fwd: per forward, those that only cache included."
+INTERVAL = "±: standard error over problems. 95 %: Wilson's interval, also where all are right or wrong."
+SPEEDS = "tok/step: tokens per denoising forward. tok/fwd: per forward, those that only cache included."
+CAPTION = f"{INTERVAL}\n{SPEEDS}"
 
 # What the published figures were measured with (arXiv 2512.22234); `experiment=eval_paper` sets it.
 PROTOCOL = {
@@ -30,7 +32,7 @@ PROTOCOL = {
 def table(title: str, rows: Mapping[str, Metrics], header: str = "") -> Table:
     """A row for each named set of answers, a column for all that is known of any; `header` heads the names."""
     k = common_k(rows.values())
-    caption = CAPTION if any(metrics.tokens_per_forward for metrics in rows.values()) else None
+    caption = CAPTION if any(metrics.tokens_per_forward for metrics in rows.values()) else INTERVAL
     return draw(title, {name: cells(metrics, k) for name, metrics in rows.items()}, header, caption)
 
 
@@ -57,6 +59,7 @@ def cells(metrics: Metrics, k: str) -> dict[str, str]:
     return {
         "problems": str(metrics.problems),
         f"avg@{k} %": accuracy(metrics),
+        "95 %": interval(metrics),
         f"pass@{k}": percent(metrics.pass_at[max(metrics.pass_at)] if metrics.pass_at else None),
         f"maj@{k}": percent(metrics.majority),
         "length": number(metrics.length, 0),
@@ -67,9 +70,14 @@ def cells(metrics: Metrics, k: str) -> dict[str, str]:
 
 
 def accuracy(metrics: Metrics) -> str:
-    """Such as 63.2 ± 1.5."""
-    error = "" if metrics.standard_error is None else f" ± {100 * metrics.standard_error:.1f}"
+    """Such as 63.2 ± 1.5; the accuracy alone where nothing tells its standard error."""
+    error = f" ± {100 * metrics.standard_error:.1f}" if metrics.standard_error else ""
     return f"{percent(metrics.accuracy)}{error}"
+
+
+def interval(metrics: Metrics) -> str:
+    """Such as 43.9-100.0."""
+    return "" if metrics.low is None else f"{percent(metrics.low)}-{percent(metrics.high)}"
 
 
 def percent(share: float | None) -> str:

@@ -44,9 +44,9 @@ def rows(sweep: Sequence[Member]) -> dict[str, dict[str, str]]:
     k = report.common_k(member.evaluation.metrics for member in sweep)
     found = {}
     for member in sweep:
-        _, ours, *others = report.cells(member.evaluation.metrics, k).items()
+        _, ours, interval, *others = report.cells(member.evaluation.metrics, k).items()
         figure = ("published (z)", published(member.evaluation.card))
-        found[member.label()] = {name: cell for name, cell in (ours, figure, *others) if name != "cut %"}
+        found[member.label()] = {name: cell for name, cell in (ours, interval, figure, *others) if name != "cut %"}
     return found
 
 

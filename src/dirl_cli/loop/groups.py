@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from dirl_cli.algo.select import has_signal
 from dirl_cli.data.chat import answer_text
 from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
-from dirl_cli.evaluation.metrics import mean
 from dirl_cli.loop.share import balanced
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.answer import Answer
@@ -118,12 +118,12 @@ class Sampled:
             found[place].append(record)
         for place, group in found.items():
             if group:
-                self.lengths[self.order[place]] = mean(len(record.trajectory.token_ids) for record in group)
+                self.lengths[self.order[place]] = fmean(len(record.trajectory.token_ids) for record in group)
         return [sorted(group, key=lambda record: record.sample) for group in found.values()]
 
     def cost(self, problem: int) -> float:
         """Tokens of a prompt and an answer to it, as long as its last or, until it has one, as all problems'."""
-        usual = mean(self.lengths.values()) if self.lengths else 0.0
+        usual = fmean(self.lengths.values()) if self.lengths else 0.0
         return len(self.prompts[problem]) + self.lengths.get(problem, usual)
 
     def answers(self, places: Sequence[int], moment: list[int]) -> Iterator[Drawn]:

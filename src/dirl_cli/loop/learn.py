@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -11,7 +12,6 @@ from dirl_cli.algo.mismatch import Mismatch, corrections
 from dirl_cli.algo.objective import Objective
 from dirl_cli.algo.views import Tokens
 from dirl_cli.diffusion.layout import Rows
-from dirl_cli.evaluation.metrics import mean
 from dirl_cli.loop.groups import Answers
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.training.batches import generator
@@ -71,12 +71,12 @@ class Learner:
         for one in taken:
             weight = one.pop("weight")
             one |= {name: one[name] / weight for name in ("entropy", "ratio", "clipped", "kl") if name in one}
-        metrics = {name: mean([one[name] for one in taken]) for name in taken[0]}
+        metrics = {name: fmean([one[name] for one in taken]) for name in taken[0]}
         metrics["skipped"] = sum(one["skipped"] for one in taken)
         if compared:
             metrics |= {name: value / compared for name, value in zip(COMPARED[1:], differences, strict=True)}
             metrics["mismatch_max"] = float(self.trainer.accelerator.gather(watch.largest[None]).max())
-        metrics["staleness"] = version - mean(one.trajectory.weights_version for group in groups for one in group)
+        metrics["staleness"] = version - fmean(one.trajectory.weights_version for group in groups for one in group)
         metrics["token_forwards"] = sum(rows.num_tokens for batch in batches for rows in batch.micro_batches)
         return metrics
 
