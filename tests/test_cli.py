@@ -27,11 +27,11 @@ def jobs(here, monkeypatch):
     handed = []
 
     def run(cfg, out):
-        handed.append(OmegaConf.to_container(cfg))
+        handed.append(OmegaConf.to_container(cfg, resolve=True))
         if cfg.get("seed") == 13:
             raise DirlError("13 brings bad luck: take another seed")
 
-    for name in ("sft", "eval", "generate", "download"):
+    for name in ("sft", "rl", "eval", "generate", "download"):
         monkeypatch.setitem(sys.modules, f"dirl_cli.commands.{name}", SimpleNamespace(run=run))
     return handed
 
@@ -89,7 +89,7 @@ def test_the_recipe_of_a_model_gives_way_to_the_command_line():
         (["decoding=dynamc"], "dirl sft: decoding=dynamc: did you mean dynamic?"),
         (["optim=sgd"], "dirl sft: optim=sgd: choose one of adamw, adamw_rl, adamw_rl_tiny, muon"),
         (["steps=few"], "dirl sft: steps=few: Value 'few' of type 'str' could not be converted to Integer"),
-        (["seed=1,2"], "dirl sft: seed=1,2: add -m to run each of them, or write seed=[1,2] for a list"),
+        (["seed=1,2"], "dirl sft: seed=1,2: add -m to run each of them"),
         (["-m", "seed=1,2", "optim.lrr=1"], "dirl sft: optim.lrr: no such key; did you mean optim.lr?"),
         (["seed"], "dirl sft: seed: an override has the form KEY=VALUE"),
         (["+seed=1"], "dirl sft: +seed: the key is there already; write seed=… without the +"),
@@ -123,6 +123,83 @@ def test_a_path_takes_the_place_of_a_choice(jobs, here):
         assert jobs[-1]["out"] == f"runs/generate/{name}"
     assert dirl("sft", "data=some/demos.jsonl").exit_code == 0
     assert (jobs[-1]["data"]["path"], jobs[-1]["name"]) == ("some/demos.jsonl", "tiny-some-demos")
+
+
+TEXTS = [
+    "Tom has 7 pens, and buys 5. It costs $5, right?",
+    "What is 3+4? (hint: x=7)",
+    "Tom's pens: [7, 5]; how many?",
+    'He said "hi" to {me}',
+    "Solve $x^2 = 4$ for $x$, with ${x} and \\${y} and \\\\${z}",
+    "Café π 小明有7支笔，又买了5支。",
+    "line one\nline two\n",
+    "100% sure # not a comment",
+    "-5 + 3 = ?",
+    "'quoted'",
+    "null",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prompt_is_taken_as_it_is(jobs, text):
+    assert dirl("generate", f"prompt={text}").exit_code == 0
+    assert dirl("generate", "-m", f"prompt={text}", "seed=1").exit_code == 0
+    assert dirl("generate", f"instruction.text={text}").exit_code == 0
+    assert [job["prompt"] for job in jobs] == [text, text, None]
+    assert jobs[2]["instruction"]["text"] == text
+
+
+def test_a_path_is_taken_as_it_is_by_every_key_that_holds_one(jobs, here):
+    odd = here / "optim.lr=0.0001,seed=0, 'a' {b} ${c} π"
+    odd.mkdir()
+    for words, value in [
+        (["sft", f"resume={odd}"], lambda job: job["resume"]),
+        (["sft", f"out={odd}"], lambda job: job["out"]),
+        (["sft", f"data={odd}"], lambda job: job["data"]["path"]),
+        (["sft", "data=file", f"data.path={odd}"], lambda job: job["data"]["path"]),
+        (["rl", f"rl.replay={odd}"], lambda job: job["rl"]["replay"]),
+        (["eval", f"predictions={odd}"], lambda job: job["predictions"]),
+        (["eval", f"compare=[{odd.name},b c/d]"], lambda job: job["compare"][0]),
+        (["generate", f"input={odd}"], lambda job: job["input"]),
+        (["generate", "model=a/b", f"model.adapter={odd}"], lambda job: job["model"]["adapter"]),
+        (["download", f"to={odd}"], lambda job: job["to"]),
+    ]:
+        assert dirl(*words).exit_code == 0
+        assert value(jobs[-1]).endswith(odd.name)
+    assert dirl("sft", "name=v=1, again").exit_code == 0
+    assert jobs[-1]["out"] == "runs/sft/v=1, again"
+
+
+def test_what_the_config_says_may_be_part_of_a_directory(jobs):
+    assert dirl("generate", "seed=5", "out=runs/seed-${seed}").exit_code == 0
+    assert jobs[-1]["out"] == "runs/seed-5"
+
+
+def test_a_sweep_goes_through_paths_and_keeps_the_commas_of_those_that_exist(jobs, here):
+    (here / "a,b").mkdir()
+    assert dirl("eval", "-m", "predictions=a,b,c").exit_code == 0
+    assert [job["predictions"] for job in jobs] == ["a,b", "c"]
+
+
+def test_a_users_mapping_takes_the_place_of_the_one_there(jobs):
+    assert dirl("rl", "reward.weights={boxed: 1, format: 0.5}").exit_code == 0
+    assert jobs[-1]["reward"]["weights"] == {"boxed": 1, "format": 0.5}
+    assert dirl("rl", "+reward.weights={boxed: 1}").exit_code == 0
+    assert jobs[-1]["reward"]["weights"] == {"accuracy": 1.0, "boxed": 1}
+    assert dirl("rl", "reward.options={soft_overlong: {cache: 5}}").exit_code == 0
+    assert jobs[-1]["reward"]["options"] == {"soft_overlong": {"cache": 5}}
+
+
+def test_version_and_help_are_commands_too():
+    assert dirl("version").stdout == dirl("--version").stdout
+    assert dirl("help", "sft").stdout.startswith("Usage: dirl sft")
+    assert dirl("help").stdout.startswith("Usage: dirl [OPTIONS]")
+
+
+def test_commands_do_not_add_to_the_import_path(jobs):
+    assert dirl("generate", "prompt=a").exit_code == dirl("generate", "prompt=b").exit_code == 0
+    assert sys.path.count("") <= 1
 
 
 def test_a_sweep_runs_every_combination_in_a_directory_of_its_own(jobs):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 
 from dirl_cli import schema
 from dirl_cli.commands import generate
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
@@ -108,6 +109,35 @@ def test_messages_are_a_conversation(model, tmp_path):
     assert text.endswith("b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
 
 
+def stdin(monkeypatch, given: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+
+
+def test_a_prompt_and_a_conversation_come_through_a_pipe(model, tmp_path, monkeypatch, capsys):
+    for options in ({}, {"prompt": "-"}):
+        stdin(monkeypatch, "$5, é?\n2.\n".encode())
+        [line] = dirl_generate(model, tmp_path, **options)
+        assert line["prompt"] == "$5, é?\n2."
+        assert "prompt: $5, é?\n2.\n" in capsys.readouterr().out
+    turns = [{"role": "user", "content": "π, 7"}]
+    (tmp_path / "chat.json").write_text(json.dumps(turns))
+    stdin(monkeypatch, json.dumps(turns).encode())
+    for messages in (str(tmp_path / "chat.json"), "-", "[{role: user, content: 'π, 7'}]", json.dumps(turns)):
+        [line] = dirl_generate(model, tmp_path, messages=messages)
+        assert line["messages"] == turns
+    stdin(monkeypatch, b"\xff")
+    with pytest.raises(DirlError, match=r"standard input is not UTF-8 text \(byte 0\)"):
+        dirl_generate(model, tmp_path, prompt="-")
+
+
+def test_random_weights_are_told(tmp_path, capsys):
+    schema.register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("generate", ["prompt=a", "device=cpu", "decoding.max_new_tokens=4"])
+    generate.run(cfg, tmp_path)
+    assert "tiny has random weights" in capsys.readouterr().out
+
+
 def test_a_file_holds_prompts_of_every_form_and_keeps_what_else_it_says(model, tmp_path):
     rows = file(
         tmp_path,
@@ -159,7 +189,9 @@ def test_a_model_without_a_tokenizer_takes_token_ids_and_nothing_else(bare, tmp_
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({}, r"give one of prompt=TEXT, messages=\[…\] and input=FILE.jsonl"),
+        ({}, "nothing came on standard input: give prompt=TEXT, messages=FILE or input=FILE.jsonl"),
+        ({"messages": "none.json"}, "messages=none.json cannot be read"),
+        ({"messages": "[{role: user"}, "messages is not a list that can be read"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "give one of prompt=TEXT"),
         ({"prompt": "a", "samples": 0}, "samples must be at least 1"),
         ({"prompt": "a", "rollout__max_batch": 0}, "max_batch must be at least 1"),
@@ -171,7 +203,8 @@ def test_a_model_without_a_tokenizer_takes_token_ids_and_nothing_else(bare, tmp_
         ({"input": "none.jsonl"}, "none.jsonl does not exist: check the path"),
     ],
 )
-def test_what_a_user_can_fix_is_told_in_a_sentence(model, tmp_path, options, sentence):
+def test_what_a_user_can_fix_is_told_in_a_sentence(model, tmp_path, monkeypatch, options, sentence):
+    stdin(monkeypatch, b"")
     with pytest.raises(DirlError, match=sentence):
         dirl_generate(model, tmp_path, **options)
     assert not (tmp_path / "completions.jsonl").exists() or not read(tmp_path)
@@ -217,17 +250,13 @@ def test_an_earlier_file_is_kept_beside(model, tmp_path):
 ROWS = [{"question": f"{i}+1?"} for i in range(6)]
 
 
-class Interruption(KeyboardInterrupt):
-    pass
-
-
 def interrupt(monkeypatch, after: int) -> None:
     """Let the sampler fail once it has finished so many answers."""
     whole = NativeSampler.stream
 
     def stream(self, *args, **kwargs):
         yield from islice(whole(self, *args, **kwargs), after)
-        raise Interruption
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(NativeSampler, "stream", stream)
 
@@ -235,9 +264,11 @@ def interrupt(monkeypatch, after: int) -> None:
 def test_an_interrupted_file_goes_on_where_it_stopped(model, tmp_path, monkeypatch, capsys):
     options = {"input": file(tmp_path, *ROWS), "samples": 2, "rollout__max_batch": 3}
     whole = by_place(dirl_generate(model, tmp_path / "whole", **options))
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
+    sentence = f"stopped: 5 of 12 completions are in {tmp_path}/out/completions.jsonl, and the same command goes on"
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=sentence) as stopped:
         interrupt(patch, after=5)
         dirl_generate(model, tmp_path / "out", **options)
+    assert stopped.value.exit_code == 130
     written = read(tmp_path / "out")
     assert len(written) == 5
     with (tmp_path / "out/completions.jsonl").open("a") as torn:
@@ -254,7 +285,7 @@ def test_an_interrupted_file_goes_on_where_it_stopped(model, tmp_path, monkeypat
 
 def test_a_run_that_was_interrupted_before_its_first_answer_leaves_nothing_aside(model, tmp_path, monkeypatch):
     options = {"input": file(tmp_path, *ROWS)}
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="0 of 6"):
         interrupt(patch, after=0)
         dirl_generate(model, tmp_path / "out", **options)
     assert len(dirl_generate(model, tmp_path / "out", **options)) == 6

@@ -38,7 +38,7 @@ def causal() -> LlamaForCausalLM:
 @pytest.fixture
 def package(causal, tmp_path, monkeypatch) -> str:
     """An installed package that brings the model along, as llama.cpp writes it."""
-    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'dirl[smol]'")
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install -e '.[smol]'")
     (tmp_path / "site/tiny_gguf").mkdir(parents=True)
     about = tmp_path / "site/tiny_gguf-1.0.dist-info"
     about.mkdir()

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.plain import literal
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ def build(cfg: DictConfig, kind: type | None = None) -> Any:
     """
     group = str(cfg._get_full_key(None)) or "config"
     kind = kind or find(str(cfg._target_), group)
-    given = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    given = cast(dict[str, Any], literal(OmegaConf.to_container(cfg, resolve=True)))
     given.pop("_target_", None)
     nested = [key for key, value in given.items() if isinstance(value, dict) and "_target_" in value]
     given |= {key: build(cfg[key]) for key in nested}

@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+ANY_OPTION = {"ignore_unknown_options": True}  # which are told how keys are written
 View = StrEnum("View", ["job", "hydra", "all"])
 Topic = StrEnum("Topic", ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"])
 
@@ -39,6 +40,16 @@ def show_version(wanted: bool) -> None:
 
         typer.echo(f"dirl {version('dirl')}")
         raise typer.Exit
+
+
+@app.command("version", hidden=True)
+def tell_version() -> None:
+    show_version(True)
+
+
+@app.command("help", hidden=True)
+def tell_help(ctx: typer.Context, command: Annotated[str, typer.Argument()] = "") -> None:
+    app([*[command] * bool(command), "--help"], prog_name="dirl")
 
 
 Overrides = Annotated[
@@ -70,7 +81,7 @@ def main(version: Version = False) -> None:
 def add(name: str, summary: str, example: str) -> None:
     """Add a command whose whole configuration is Hydra's."""
 
-    @app.command(name, help=summary, epilog=hints(name, example))
+    @app.command(name, help=summary, epilog=hints(name, example), context_settings=ANY_OPTION)
     def command(
         overrides: Overrides = None,
         multirun: Multirun = False,
@@ -116,6 +127,7 @@ add("merge", "Make a LoRA adapter part of a model's weights.", "model=sdar8b mod
 
 @app.command(
     help="Fetch models, benchmarks and data sets from the Hub.",
+    context_settings=ANY_OPTION,
     epilog=hints("download", "model=sdar8b bench=all, or: dirl download JetLM/SDAR-8B-Chat datasets/Auraithm/MATH500"),
 )
 def download(

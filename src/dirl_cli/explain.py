@@ -4,12 +4,28 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from dirl_cli import tree
+from dirl_cli.plain import literal, shell_word
 
 COMPLAINTS = (HydraException, OmegaConfBaseException)
+ELSEWHERE = {  # what other toolkits call our keys
+    "batch_size": "rollout.max_batch",
+    "benchmark": "bench",
+    "checkpoint": "model",
+    "dataset": "data",
+    "learning_rate": "optim.lr",
+    "max_length": "max_tokens",
+    "max_steps": "steps",
+    "n": "samples",
+    "num_generations": "rl.group_size",
+    "num_samples": "samples",
+    "output_dir": "out",
+    "tasks": "bench",
+}
 
 
 def explain(error: Exception, command: str, words: Sequence[str]) -> str:
@@ -18,16 +34,17 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return f"{error.override}: an override has the form KEY=VALUE"
-        return f"{error.override}: quote the value, as in \"{error.override.partition('=')[0]}='…'\""
+        return f"{error.override}: {quoting(*error.override.partition('=')[::2])}"
     if found := re.search(r"In 'experiment/(.+?)': Could not override '(.+?)'", text):
         return f"experiment={found[1]} is for another command: dirl {command} has no {found[2]}"
     if found := re.search(r"Could not override '(.+?)'", text):
-        return f"{found[1]}: no such key; {hint(found[1], keys(command, words))}"
+        return f"{found[1]}: no such key; {hint(command, found[1], keys(command, words))}"
     if found := re.match(r"Error merging override (.+)", text):
         return f"{found[1]}: {first_line(cause)}"
     if found := re.search(r"Ambiguous value for argument '(.+?)'", text):
         key, _, values = found[1].partition("=")
-        return f"{found[1]}: add -m to run each of them, or write {key}=[{values}] for a list"
+        as_list = f", or write {key}=[{values}] for a list" if tree.holds_list(command, words, key) else ""
+        return f"{found[1]}: add -m to run each of them{as_list}"
     if found := re.search(r"An item is already at '(.+?)'", text):
         return f"+{found[1]}: the key is there already; write {found[1]}=… without the +"
     if found := re.search(r"Sweep parameters '(.+?)' requires", text):
@@ -51,9 +68,36 @@ def keys(command: str, words: Sequence[str]) -> list[str]:
     return [*groups, *values]
 
 
-def hint(key: str, known: Sequence[str]) -> str:
+def hint(command: str, key: str, known: Sequence[str]) -> str:
     """The keys that a mistyped or shortened one may have meant."""
+    near = [ELSEWHERE[key]] if ELSEWHERE.get(key) in known else get_close_matches(key, known, n=1)
     last = {name: name.rpartition(".")[2] for name in known}
-    near = get_close_matches(key, known, n=1)
     near = near or [name for name in known if last[name] in get_close_matches(key, list(last.values()), n=1)]
-    return f"did you mean {' or '.join(near)}?" if near else "--cfg job prints every key"
+    return f"did you mean {' or '.join(near)}?" if near else f"`dirl {command} --cfg job` prints every key"
+
+
+def quoting(key: str, value: str) -> str:
+    """How a value is written that Hydra cannot read."""
+    if value[:1] in ("[", "{"):
+        return "write a list as [a, b] and a mapping as {key: value}, and put texts in it in quotes"
+    return f"quote the value, as in {shell_word(key, QuotedString(literal(value), Quote.double).with_quotes())}"
+
+
+def options(command: str, words: Sequence[str]) -> str:
+    """One sentence for `--steps 10`: how options are written here."""
+    known, given, meant = keys(command, []), list(words), []
+    while given:
+        word = given.pop(0)
+        if not word.startswith("-"):
+            continue
+        option, equals, value = word.partition("=")
+        name = option.lstrip("-").replace("-", "_")
+        takes_next = not equals and given and not given[0].startswith("-") and "=" not in given[0]
+        if not equals:
+            value = given.pop(0) if takes_next else "true"
+        same = [key for key in (name, ELSEWHERE.get(name)) if key in known]
+        same = same or [key for key in known if key.rpartition(".")[2] == name]
+        if not same:
+            return f"{option}: no such key; {hint(command, name, known)}"
+        meant.append(shell_word(same[0], value))
+    return f"options are written without dashes: `dirl {command} {' '.join(meant)}`"

@@ -80,6 +80,8 @@ def local(repo_id: str, kind: Kind) -> Path:
 
     Raises DirlError that names the `dirl download …` to run where some of it is missing.
     """
+    if Path(repo_id.partition("/")[0]).is_dir() or repo_id.startswith("runs/"):  # where nobody means the Hub
+        raise DirlError(f"{repo_id} does not exist: check the path")
     try:
         return snapshot(repo_id, kind, None, here=True)
     except HFValidationError as error:

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
+from threading import current_thread, main_thread
+from types import FrameType, TracebackType
 from typing import Any
 
 import hydra
@@ -19,10 +20,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dirl_cli import overrides, schema, tree
-from dirl_cli.errors import DirlError, Stopped, did_you_mean
-from dirl_cli.explain import COMPLAINTS, explain
-from dirl_cli.plain import is_secret, masked
+from dirl_cli import explain, overrides, schema, tree
+from dirl_cli.errors import DirlError, Interrupted, Stopped, did_you_mean, stop_code
+from dirl_cli.plain import is_secret, literal, masked
 from dirl_cli.rundir import open_run
 from dirl_cli.types import SHARING
 from dirl_cli.worker import FAILURE
@@ -42,13 +42,15 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
     tree.prepare(config_dir)
     try:
         compose(name, flags, words)
-    except COMPLAINTS as error:
-        raise DirlError(explain(error, name, words)) from error
+    except explain.COMPLAINTS as error:
+        raise DirlError(explain.explain(error, name, words)) from error
 
 
 def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
     """Let Hydra compose the config and run the command on it."""
     refuse_secrets(word.partition("=")[::2] for word in words)
+    if any(word.startswith("-") for word in words):
+        raise DirlError(explain.options(name, words))
     may_sweep = flags in ([], ["--multirun"]) and name != "download"
     spelled = overrides.spell_out(words, tree.each) if may_sweep else list(words)
     short = dict(zip(spelled, words, strict=True))
@@ -79,8 +81,8 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of reporting by itself
     try:
         hydra.main(config_path=str(tree.conf_dir()), config_name=name, version_base="1.3")(task)()
-    except COMPLAINTS as error:
-        raise DirlError(explain(error, name, words)) from error
+    except explain.COMPLAINTS as error:
+        raise DirlError(explain.explain(error, name, words)) from error
     except DirlError as error:
         sum_up(name, title, ledger)
         raise DirlError("the sweep is over, and not every run of it succeeded") from error
@@ -99,9 +101,9 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
         raise DirlError(f"give a value for {' and '.join(missing)}, such as {missing[0]}=…")
     unresolved = OmegaConf.to_container(cfg)
     try:
-        OmegaConf.resolve(cfg)
+        tree.resolve(cfg)
     except OmegaConfBaseException as error:
-        raise DirlError(explain(error, name, [])) from error
+        raise DirlError(explain.explain(error, name, [])) from error
     refuse_secrets(tree.leaves(OmegaConf.to_container(cfg)))
     out = Path(cfg.out) if "out" in cfg else None
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -109,22 +111,46 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
         out = out and out / schema.slug(",".join(word for word in job if not is_told(unresolved, word)))
         print(f"dirl {name} {' '.join(job)}", *(["→", out] if out else []), flush=True)
     if out:
-        cfg.out = str(out)
+        cfg.out = literal(str(out))
     if "launch" in cfg:
         check_launch(name, cfg)
     writes = out and "resume" in cfg and not any(cfg.get(key) for key in READ_ONLY)
     is_first = "nodes" in cfg and (cfg.nodes == 1 or cfg.node_rank == 0)
-    with open_run(out, cfg, cfg.resume) if out and writes and is_first else nullcontext() as lock:
-        if out and writes and cfg.prepare:
-            print(f"{out} is prepared: start it with torchrun --nproc_per_node N -m dirl_cli.worker {name} {out}")
-        elif out and writes and cfg.gpus * cfg.nodes > 1:
-            start_processes(name, cfg, out, [lock.fileno()] if lock else [])
-        else:
-            import_module(f"dirl_cli.commands.{name}").run(cfg, out)
-    if writes and HydraConfig.get().mode == RunMode.MULTIRUN:
+    try:
+        with open_run(out, cfg, cfg.resume) if out and writes and is_first else nullcontext() as lock:
+            if out and writes and cfg.prepare:
+                print(f"{out} is prepared: start it with torchrun --nproc_per_node N -m dirl_cli.worker {name} {out}")
+            elif out and writes and cfg.gpus * cfg.nodes > 1:
+                start_processes(name, cfg, out, [lock.fileno()] if lock else [])
+            else:
+                with heeding_sigterm():
+                    import_module(f"dirl_cli.commands.{name}").run(cfg, out)
+    except KeyboardInterrupt as asked:
+        left = "nothing was finished"
+        if out and writes and out.exists():
+            left = f"what is finished is in {out}, and the same command goes on"
+        raise Stopped(f"stopped: {left}", stop_code(asked)) from None
+    if out and writes and HydraConfig.get().mode == RunMode.MULTIRUN:
         ledger.parent.mkdir(parents=True, exist_ok=True)
         with ledger.open("a") as lines:
             lines.write(json.dumps([HydraConfig.get().job.num, job, str(out)]) + "\n")
+
+
+@contextmanager
+def heeding_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, so that it says what is left of it."""
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    if current_thread() is not main_thread():
+        yield  # a sweep's launcher may run jobs in threads, where Python allows no handlers
+        return
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def refuse_secrets(settings: Iterable[tuple[str, Any]]) -> None:

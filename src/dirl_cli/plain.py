@@ -1,7 +1,9 @@
-"""Text fit to be shown and kept: control characters made visible, secrets left out."""
+"""Text fit to be shown and kept: control characters made visible, secrets left out, nothing taken for a reference."""
 
 import os
 import re
+import shlex
+from typing import Any
 
 # What a terminal would obey, as the pictures that Unicode has of it: ␛ for escape. Lines and tabs stay.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
@@ -35,3 +37,19 @@ def is_secret(key: str, value: object) -> bool:
     """Whether a setting is one that nobody may read."""
     text = str(value)
     return value not in (None, "") and (SECRET_KEY.search(key) is not None or masked(text) != text)
+
+
+def literal(value: Any) -> Any:
+    """A text, or whatever holds texts, as OmegaConf has to be given it, which takes `${…}` for another key's value."""
+    if isinstance(value, dict):
+        return {key: literal(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [literal(one) for one in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    return value
+
+
+def shell_word(key: str, value: object) -> str:
+    """`key=value` as it is typed in a shell."""
+    return shlex.quote(f"{key}={value}")

@@ -58,7 +58,7 @@ def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
     """
     if resume not in ("auto", "never") and not Path(resume).expanduser().exists():
         raise DirlError(f"resume={resume}: there is no such checkpoint; give auto, never or the path of one")
-    config = OmegaConf.to_yaml(cfg, resolve=True)
+    config = OmegaConf.to_yaml(cfg)  # where texts with `${…}` in them are read back as they are
     if resume == "never" and (out / "config.yaml").exists():
         with locked(out):
             out.rename(next(aside for n in count(1) if not (aside := out.with_name(f"{out.name}~{n}")).exists()))

@@ -154,7 +154,7 @@ class EvalConfig(RunConfig):
 class GenerateConfig(JobConfig):
     model: Any
     prompt: str | None
-    messages: list[dict[str, str]] | None
+    messages: Any  # a list of turns, or the text of a JSON list, a file of one, or - for standard input
     input: str | None
     samples: int
     watch: bool

@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 import dirl_cli.schema  # noqa: F401  # registers the schemas
 from dirl_cli.errors import DirlError
+from dirl_cli.plain import literal
 
 
 def conf_dir() -> Path:
@@ -28,7 +29,8 @@ def conf_dir() -> Path:
 
 def prepare(config_dir: Path | None) -> None:
     """Make Hydra find the user's tree before ours, and modules in the working directory."""
-    sys.path.append("")  # so that a `_target_` may name a module in the working directory
+    if "" not in sys.path:
+        sys.path.append("")  # so that a `_target_` may name a module in the working directory
     for file in config_dir.rglob("*.yaml") if config_dir else ():
         require_yaml(file)
     UserConfigs.directory = config_dir
@@ -80,6 +82,15 @@ def has(command: str, words: Sequence[str], key: str) -> bool:
         return False
 
 
+def holds_list(command: str, words: Sequence[str], key: str) -> bool:
+    """Whether a key of a command's config takes a list, the choices in `words` made."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose(command, [word for word in words if options(word.partition("=")[0]) and "," not in word])
+        *parents, last = key.split(".")
+        parent = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
+        return isinstance(parent, DictConfig) and isinstance(parent._get_node(last), ListConfig)
+
+
 def survey(command: str, words: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, Any]]:
     """The groups of a command with their choices, and the keys of its config with their values.
 
@@ -93,6 +104,14 @@ def survey(command: str, words: Sequence[str]) -> tuple[dict[str, list[str]], di
     values = dict(leaves(OmegaConf.to_container(cfg)))
     mine = [key for key in values if not key.startswith("hydra.") and not key.endswith("_target_")]
     return offered, {key: values[key] for key in mine}
+
+
+def resolve(cfg: DictConfig) -> None:
+    """Put values in the place of references; a text with `${…}` in it stays one, which OmegaConf.resolve forgets."""
+    OmegaConf.resolve(cfg)
+    for key, value in leaves(OmegaConf.to_container(cfg)):
+        if literal(value) != value:
+            OmegaConf.update(cfg, key, literal(value))
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

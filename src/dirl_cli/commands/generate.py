@@ -1,6 +1,7 @@
 """Sample completions of a prompt, a conversation or a file of prompts, and watch the blocks fill."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -9,7 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Group
 from rich.live import Live
 from rich.panel import Panel
@@ -23,15 +25,20 @@ from dirl_cli.data.chat import answer_text, encode_messages, encode_prompt, enco
 from dirl_cli.data.columns import is_message, text
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.disk import writing
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, Stopped, stop_code
 from dirl_cli.evaluation.answers import drop_torn_line
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
+from dirl_cli.models.tiny import Tiny
 from dirl_cli.screen import PlainConsole
 from dirl_cli.types import Decoding, Instruction, Trajectory
 
 HIDDEN = "░"
 SOURCE = "sampled_from.json"
 PANELS = 6  # answers watched at a time
+UNTRAINED = (
+    "model=tiny has random weights, so what it says is noise: run `dirl sft`, then give"
+    " `model=runs/sft/tiny-arithmetic/model`"
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,14 @@ def run(cfg: DictConfig, out: Path) -> None:
     console = PlainConsole(soft_wrap=True)
     engine = build(cfg.rollout)
     engine.require()
-    lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
-    asked = requests(cfg, lm)
+    rows = asked_rows(cfg)
+    if not cfg.input:
+        console.print(spell_request(rows[0].fields), style="dim")
+    model = build(cfg.model)
+    if isinstance(model, Tiny):
+        console.print(UNTRAINED)
+    lm: DiffusionLM = model.load(cfg.dtype, cfg.device, cfg.attention)
+    asked = requests(cfg, lm, rows)
     decoding = lm.decoding(build(cfg.decoding, Decoding))
     sampler = engine.start(lm)
     screen = Screen(console, lm, cfg.pace) if cfg.watch else None
@@ -66,7 +79,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     if done:
         console.print(f"{len(done)} of {total} completions are in {file}")
     else:
-        begin(file, source)
+        if aside := begin(file, source):
+            console.print(f"the earlier completions are in {aside}", style="dim")
     answers = sampler.stream(
         [request.prompt_ids for request in asked],
         cfg.samples,
@@ -77,27 +91,99 @@ def run(cfg: DictConfig, out: Path) -> None:
     )
     new = (answer for answer in answers if answer[:2] not in done)
     written = write(file, new, asked, lm.tokenizer)
-    if cfg.input and not screen:
-        hidden = not console.is_terminal
-        for _ in track(written, "Sampling", total, len(done), console=console, transient=True, disable=hidden):
-            pass
-    else:
-        with screen.live if screen else nullcontext():
-            for line in written:
-                if screen:
-                    screen.finish(line["index"], line["sample"])
-                console.print(summary(line), style="dim")
-                console.print(line["text"])
+    finished = len(done)
+    try:
+        if cfg.input and not screen:
+            hidden = not console.is_terminal
+            for _ in track(written, "Sampling", total, finished, console=console, transient=True, disable=hidden):
+                finished += 1
+        else:
+            with screen.live if screen else nullcontext():
+                for line in written:
+                    finished += 1
+                    if screen:
+                        screen.finish(line["index"], line["sample"])
+                    console.print(summary(line), style="dim")
+                    console.print(line["text"])
+    except KeyboardInterrupt as asked_to:
+        goes_on = ", and the same command goes on" if cfg.input else ""
+        raise Stopped(
+            f"stopped: {finished} of {total} completions are in {file}{goes_on}", stop_code(asked_to)
+        ) from None
     console.print(f"{total} completions in {file}", style="dim")
 
 
-def requests(cfg: DictConfig, lm: DiffusionLM) -> list[Request]:
-    """What the command line or the input file asks for."""
+def asked_rows(cfg: DictConfig) -> list[Row]:
+    """What the input file, the command line or standard input asks for."""
     given = [name for name in ("prompt", "messages", "input") if cfg[name] is not None]
-    if len(given) != 1:
-        raise DirlError("give one of prompt=TEXT, messages=[…] and input=FILE.jsonl")
-    said: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, given))
-    rows = read_rows(cfg.input) if cfg.input is not None else [Row("the command line", said)]
+    if len(given) > 1 or (not given and sys.stdin.isatty()):
+        raise DirlError("give one of prompt=TEXT, messages=FILE and input=FILE.jsonl, or a prompt on standard input")
+    if cfg.input is not None:
+        return read_rows(cfg.input)
+    if cfg.messages is not None:
+        return [Row("the command line", {"messages": conversation(cfg.messages)})]
+    prompt = cfg.prompt if given else "-"
+    return [Row("the command line", {"prompt": read_stdin("a prompt") if prompt == "-" else prompt})]
+
+
+def conversation(given: Any) -> Any:
+    """The turns that `messages` gives: a list, the text of one (JSON, or YAML in a line), a file of one, or - ."""
+    if isinstance(given, ListConfig):
+        return OmegaConf.to_container(given, resolve=True)
+    if given.lstrip().startswith("["):
+        place, content = "messages", given
+    elif given == "-":
+        place, content = "standard input", read_stdin("messages, a JSON list")
+    else:
+        place, content = given, read_text(Path(given))
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        if place != "messages":
+            raise DirlError(
+                f"{place} is not valid JSON ({error}): give a list of objects with role and content"
+            ) from error
+    try:
+        return yaml.load(content, yaml.BaseLoader)  # which takes every value for text
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise DirlError(
+            f"messages is not a list that can be read ({reason}): give a JSON list, or messages=FILE"
+        ) from error
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DirlError(f"messages={file} cannot be read ({error.strerror}): check the path") from error
+    except UnicodeDecodeError as error:
+        raise DirlError(f"{file} is not UTF-8 text (byte {error.start}): convert it first") from error
+
+
+def read_stdin(what: str) -> str:
+    """All of standard input, without the line break at its end. what: is to come, said where somebody types it."""
+    if sys.stdin.isatty():
+        print(f"type {what}, and Ctrl-D on a line of its own at the end", file=sys.stderr)
+    try:
+        given = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DirlError(f"standard input is not UTF-8 text (byte {error.start}): convert it first") from error
+    if not given.strip():
+        raise DirlError("nothing came on standard input: give prompt=TEXT, messages=FILE or input=FILE.jsonl")
+    return given
+
+
+def spell_request(fields: dict[str, Any]) -> str:
+    """What is asked, to be shown as it was understood."""
+    turns = fields.get("messages", [{"role": "prompt", "content": fields.get("prompt")}])
+    if not isinstance(turns, list) or not all(map(is_message, turns)):
+        return ""  # which is refused in a moment
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+def requests(cfg: DictConfig, lm: DiffusionLM, rows: list[Row]) -> list[Request]:
+    """The rows as tokens."""
     instruction, asked = build(cfg.instruction, Instruction), []
     for row in rows:
         seed = row.fields.get("seed", cfg.decoding.seed)
@@ -151,14 +237,16 @@ def spell(source: dict[str, Any]) -> str:
     return json.dumps(source, indent=2) + "\n"
 
 
-def begin(file: Path, source: dict[str, Any]) -> None:
-    """Note what is sampled from; an earlier file is kept beside, numbered."""
+def begin(file: Path, source: dict[str, Any]) -> Path | None:
+    """Note what is sampled from; an earlier file is kept beside, numbered, and its new name returned."""
+    aside = None
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists() and file.stat().st_size:
             asides = (file.with_name(f"{file.stem}~{n}{file.suffix}") for n in count(1))
-            file.rename(next(aside for aside in asides if not aside.exists()))
+            aside = file.rename(next(aside for aside in asides if not aside.exists()))
         file.with_name(SOURCE).write_text(spell(source))
+    return aside
 
 
 def write(

@@ -10,6 +10,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.card import model_card
 from dirl_cli.models.checkpoint import DiffusionLM, pick_dtype
 from dirl_cli.models.push import push, require_pushable
+from dirl_cli.plain import shell_word
 
 
 def run(cfg: DictConfig, out: Path | None) -> None:
@@ -26,6 +27,6 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     decoding = {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id}
     summary = f"{cfg.model.name} with a LoRA adapter that `dirl merge` made part of its weights."
     lm.save(to, model_card(to.name, cfg.push_to_hub, summary, cfg.model.path, recipe, {}, decoding, lm.model.config))
-    print(f"the merged model is in {to}: run `dirl eval model={to}`")
+    print(f"the merged model is in {to}: run `dirl eval {shell_word('model', to)}`")
     if cfg.push_to_hub:
         print(f"and at {push(to, cfg.push_to_hub)}")

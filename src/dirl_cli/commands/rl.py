@@ -41,6 +41,7 @@ from dirl_cli.loop.sources import Questions, Reader, epochs
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
+from dirl_cli.plain import shell_word
 from dirl_cli.reward.scoring import Rewards, Scorer
 from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.record import Record, rollout_path, write_rollout
@@ -89,7 +90,9 @@ def run(cfg: DictConfig, out: Path) -> None:
     progress = StepProgress(cfg.steps, cfg.log_every, SHOWN, quiet=not accelerator.is_main_process)
     saved = out / "model"
     if saved.exists() and not cfg.dry_run:
-        progress.say(f"{out} is finished: run `dirl eval model={saved}`, or give another name= to train again")
+        progress.say(
+            f"{out} is finished: run `dirl eval {shell_word('model', saved)}`, or give another name= to train again"
+        )
         return
     require_pushable(cfg.push_to_hub)
 
@@ -235,7 +238,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     log.close()
     progress.sum_up(trainer.times.total)
     if cfg.rl.rollout_only:
-        progress.say(f"the rollouts are in {out / 'rollouts'}: learn from them with rl.replay={out}")
+        progress.say(f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`")
         return
     settings: Any = OmegaConf.to_container(cfg)
     summary = f"{cfg.model.name}, reinforced on {cfg.data.name} with `dirl rl algo={cfg.algo.name}`."

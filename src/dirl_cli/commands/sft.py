@@ -22,6 +22,7 @@ from dirl_cli.loop.sources import Reader, epochs
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
+from dirl_cli.plain import shell_word
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import Noise, NoisedBatches, Padded, generator
@@ -70,7 +71,9 @@ def run(cfg: DictConfig, out: Path) -> None:
     progress = StepProgress(cfg.steps, cfg.log_every, SHOWN, quiet=not accelerator.is_main_process)
     saved = out / "model"
     if saved.exists() and not cfg.dry_run:
-        progress.say(f"{out} is finished: run `dirl eval model={saved}`, or give another name= to train again")
+        progress.say(
+            f"{out} is finished: run `dirl eval {shell_word('model', saved)}`, or give another name= to train again"
+        )
         return
     require_pushable(cfg.push_to_hub)
 

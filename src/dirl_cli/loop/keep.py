@@ -11,6 +11,7 @@ from dirl_cli.models.card import adapter_card, model_card
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.models.lora import Peft
 from dirl_cli.models.push import push
+from dirl_cli.plain import shell_word
 from dirl_cli.training.checkpoint import save_model
 from dirl_cli.training.metrics import curves
 from dirl_cli.training.plot import Panel
@@ -54,6 +55,6 @@ def keep(
     )
     where = "cpu" if accelerator.is_main_process else "meta"  # one process saves
     save_model(peft.merged(lm, where), settings["dtype"], saved, card, accelerator)
-    progress.say(f"the model is in {saved}: run `dirl eval model={saved}`")
+    progress.say(f"the model is in {saved}: run `dirl eval {shell_word('model', saved)}`")
     if repository and accelerator.is_main_process:
         progress.say(f"and at {push(saved, repository)}")

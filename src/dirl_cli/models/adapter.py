@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from dirl_cli import hub
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.models.harmless import read_object
 
 
@@ -19,7 +19,7 @@ def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
-        raise DirlError(f"model.adapter needs the package peft ({error}): pip install 'dirl[peft]'") from error
+        raise DirlError(f"model.adapter needs the package peft ({error}): {pip_install('peft')}") from error
     is_path = Path(adapter).is_dir() or adapter.count("/") != 1
     directory = Path(adapter) if is_path else hub.local(adapter, "model")
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dirl_cli.disk import whole_directory
-from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.errors import DirlError, did_you_mean, pip_install
 from dirl_cli.models.checkpoint import DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.models.narrow import inference_model
 from dirl_cli.types import SHARING
@@ -141,7 +141,7 @@ class Lora:
     def require(self, launch: str) -> None:
         for package, extra in (("peft", "peft"), ("bitsandbytes", "qlora"))[: 1 + self.four_bit]:
             if find_spec(package) is None:
-                raise DirlError(f"this choice of peft needs the package {package}: pip install 'dirl[{extra}]'")
+                raise DirlError(f"this choice of peft needs the package {package}: {pip_install(extra)}")
         if launch in SHARING:
             raise DirlError(f"launch={launch} shares out what is trained, which peft leaves small: give launch=auto")
 

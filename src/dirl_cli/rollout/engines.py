@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from dirl_cli import hub
-from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.errors import DirlError, did_you_mean, pip_install
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import Sampler
@@ -59,13 +59,11 @@ class Lmdeploy:
             found = version("lmdeploy")
         except PackageNotFoundError as error:
             raise DirlError(
-                "rollout=lmdeploy wants LMDeploy: pip install 'dirl[lmdeploy]' in an environment with torch 2.12 or"
+                f"rollout=lmdeploy wants LMDeploy: {pip_install('lmdeploy')} in an environment with torch 2.12 or"
                 " older, or leave rollout at native"
             ) from error
         if not found.startswith(f"{LMDEPLOY}."):
-            raise DirlError(
-                f"rollout=lmdeploy wants LMDeploy {LMDEPLOY}, not {found}: pip install lmdeploy=={LMDEPLOY}.0"
-            )
+            raise DirlError(f"rollout=lmdeploy wants LMDeploy {LMDEPLOY}, not {found}: {pip_install('lmdeploy')}")
         if not torch.cuda.is_available():
             raise DirlError("rollout=lmdeploy wants a CUDA device and there is none: leave rollout at native")
 
