@@ -81,7 +81,7 @@ def test_packages_are_installed_by_their_own_names():
 
 
 def name_of(requirement):
-    return re.split("[<>=]", requirement)[0]
+    return re.split("[<>=]", requirement)[0].lower().replace("_", "-")
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_slurm"])
