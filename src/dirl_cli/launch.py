@@ -23,13 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 from dirl_cli import explain, overrides, schema, tree
 from dirl_cli.errors import DirlError, Interrupted, Stopped, did_you_mean, stop_code
 from dirl_cli.plain import is_secret, literal, masked
-from dirl_cli.rundir import open_run
+from dirl_cli.rundir import model_of_run, open_run
 from dirl_cli.types import SHARING
 from dirl_cli.worker import FAILURE
 
 WHOLE = ("auto", "single", "ddp", "cpu_gloo")  # ways to launch in which every process holds the whole model
 SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
 ASKED = ("prompt", "messages", "instruction")  # keys whose text is a model's to read
+PATH_MODEL = "dirl_cli.models.checkpoint.Checkpoint"  # the model whose path may be a run's, or one of its checkpoints
 READ_ONLY = ("dry_run", "compare")  # keys that make a command look and tell: it opens no run directory
 
 
@@ -105,6 +106,9 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
     except OmegaConfBaseException as error:
         raise DirlError(explain.explain(error, name, [])) from error
     refuse_secrets(tree.leaves(OmegaConf.to_container(cfg)))
+    if OmegaConf.select(cfg, "model._target_") == PATH_MODEL:
+        given: Any = OmegaConf.to_container(cfg.model)
+        cfg.model = model_of_run(given)
     out = Path(cfg.out) if "out" in cfg else None
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         job = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in fixed]

@@ -19,6 +19,7 @@ from dirl_cli.disk import write_json, write_text
 from dirl_cli.errors import DirlError
 from dirl_cli.plain import masked
 from dirl_cli.tree import leaves
+from dirl_cli.types import STATE
 
 # Keys that may change between two starts of a run, because its result does not depend on them.
 FREE = frozenset(
@@ -70,6 +71,40 @@ def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
             failed.callback(clear, out)
             yield lock
             failed.pop_all()
+
+
+def model_of_run(model: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a model, of which `path` may be the directory of a run or one of its checkpoints.
+
+    A run's directory stands for the model that it ended with. A checkpoint is put together as its run did it.
+    Raises DirlError where the run has not ended, or where a checkpoint is not in its run.
+    """
+    path = Path(model["path"]).expanduser()
+    if (path / "config.yaml").is_file() and not (path / "config.json").exists():
+        return model | {"path": str(finished_model(path))}
+    if not (path / STATE).is_file():
+        return model
+
+    run = path.resolve().parents[1]
+    if not (run / "config.yaml").is_file():
+        raise DirlError(f"{path} is a checkpoint without its run: put it back into RUN/checkpoints, beside config.yaml")
+    if strange := [key for key in ("adapter", "mask_token_id") if model.get(key) is not None]:
+        raise DirlError(f"{path} is loaded as its run loaded its model: leave model.{strange[0]} out")
+    settings: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    base = settings["model"]
+    if model.get("block_size") is not None:
+        base |= {"block_size": model["block_size"]}
+    target = "dirl_cli.training.trained_model.TrainedModel"
+    return {"_target_": target, "name": model["name"], "path": str(path), "base": base, "peft": settings["peft"]}
+
+
+def finished_model(run: Path) -> Path:
+    """Where a run left its model."""
+    if (run / "model").is_dir():
+        return run / "model"
+    checkpoints = sorted(path.parent for path in run.glob(f"checkpoints/step-*/{STATE}"))
+    hint = f"give its last checkpoint, model={checkpoints[-1]}, or" if checkpoints else "it has no checkpoint yet, so"
+    raise DirlError(f"{run} holds a run that has left no model: {hint} let it go on to its end with its own command")
 
 
 def clear(out: Path) -> None:

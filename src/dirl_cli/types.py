@@ -7,6 +7,7 @@ from dirl_cli.errors import DirlError, did_you_mean
 
 StopReason = Literal["stop", "length"]
 Confidence = Literal["sampled", "max", "entropy"]
+STATE = "state.json"  # in every checkpoint of a training run
 SHARING = ("fsdp2", "zero2")  # the ways to launch in which processes share a model
 
 

@@ -28,9 +28,10 @@ from dirl_cli.disk import partial_of, remove, sync, whole_directory, writing
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.checkpoint import DiffusionLM, pick_dtype
 from dirl_cli.training.shards import Part, read_parts, stored_shapes, write_parts
+from dirl_cli.types import STATE
 
 MODEL, OPTIMIZER = "model", "optimizer"  # .safetensors, or -00001-of-00002.safetensors where they are sharded
-STATE, SUMS = "state.json", "SHA256SUMS"  # the latter is written last; `sha256sum --check` reads it too
+SUMS = "SHA256SUMS"  # written last; `sha256sum --check` reads it too
 FORMER = {"beside": "base_fingerprint", "began_as": "base_fingerprint"}  # what keys of a state.json were once called
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 Optimizers = Sequence[torch.optim.Optimizer]

@@ -1,0 +1,43 @@
+"""A checkpoint of a training run as a model: to be asked, or to learn on from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from dirl_cli.errors import DirlError
+from dirl_cli.models.checkpoint import DiffusionLM, pick_device, pick_dtype
+from dirl_cli.training.checkpoint import MODEL, files_of, learned
+from dirl_cli.training.shards import read_parts
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model of a run as one of its checkpoints has it, whole or in shards.
+
+    path: of the checkpoint. base, peft: the settings of the run, with which it put its model together: configuration
+    and tokenizer are those of the base, and so are weights that were not trained.
+    """
+
+    name: str
+    path: str
+    base: Any  # models.lora.Loads
+    peft: Any  # models.lora.Peft
+
+    def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
+        """Load the base as any model, then what was trained of it; an adapter is merged."""
+        if device == "meta":  # its shapes alone, which training does not change
+            return self.base.load(dtype, device, attention)
+        device = pick_device(device)
+        lm: DiffusionLM = self.peft.load(self.base, dtype, device, attention)
+        try:
+            read_parts(files_of(Path(self.path), MODEL), learned(lm.model))
+        except (SafetensorError, OSError) as error:
+            raise DirlError(f"{self.path} cannot be read ({error}): give another checkpoint of the run") from error
+
+        lm = self.peft.merged(lm)
+        lm.model.requires_grad_(True).eval()
+        nn.Module.to(lm.model, dtype=pick_dtype(dtype, device))
+        return lm
