@@ -33,13 +33,14 @@ def small_lm(block_size: int = 4, seed: int = 0, attention: str = "sdpa", scale:
         head_dim=8,
         intermediate_size=64,
         max_position_embeddings=256,
-        pad_token_id=PAD,
+        pad_token_id=None,  # else its row would be zero
         eos_token_id=1,
         bos_token_id=None,
     )
     config._attn_implementation = attention
     torch.manual_seed(seed)
     model = SDARForCausalLM(config).eval()
+    config.pad_token_id = PAD
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -40,7 +40,7 @@ class Tiny:
             max_position_embeddings=self.max_position_embeddings,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=None,  # else its row would begin at zero, where the first norm has a slope of a thousand
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
         )
@@ -48,5 +48,6 @@ class Tiny:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = SDARForCausalLM(config)
+        config.pad_token_id = tokenizer.pad_token_id
         torch.nn.Module.to(model, device=device, dtype=pick_dtype(dtype, device)).eval()
         return diffusion_lm(model, tokenizer, self.block_size, tokenizer.mask_token_id)
