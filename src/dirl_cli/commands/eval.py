@@ -177,7 +177,7 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
     from dirl_cli.training.plot import scatter
 
     members = [sweep.Member(sweep.overrides(job), read_evaluation(out)) for job, out in jobs]
-    folder = Path(os.path.commonpath([out.parent for _, out in jobs]))
+    folder = sweep.folder_of(jobs)
     title = "-".join([*(name for name in sweep.common_names(members) if name not in folder.name), title])
     caption = sweep.CAPTION if any("published" in member.evaluation.card for member in members) else report.CAPTION
     console.print(report.draw(title, sweep.rows(members), ", ".join(members[0].overrides), caption))

@@ -38,6 +38,7 @@ from dirl_cli.loop.groups import (
 from dirl_cli.loop.keep import keep
 from dirl_cli.loop.learn import Learner
 from dirl_cli.loop.sources import Questions, Reader, epochs
+from dirl_cli.loop.sweep_table import Column, show_sweep
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
@@ -66,6 +67,14 @@ PANELS = (
     Panel("Sampler against trainer", {"mismatch_mean": "mean", "mismatch_max": "largest"}),
     Panel("Divergence from the reference", {"kl": "nats"}),
 )
+COLUMNS = {
+    "reward": Column("reward", 3),
+    "accuracy": Column("accuracy %", 1, scale=100),
+    "greedy_accuracy": Column("greedy accuracy %", 1, scale=100),
+    "length": Column("length", 0),
+    "tokens_per_forward": Column("tok/fwd", 2),
+    "kl": Column("kl", 4),
+}
 SHOWN = ("reward", "accuracy", "length", "tokens_per_forward", "kept")
 RECIPE = (
     "model",
@@ -243,6 +252,11 @@ def run(cfg: DictConfig, out: Path) -> None:
     settings: Any = OmegaConf.to_container(cfg)
     summary = f"{cfg.model.name}, reinforced on {cfg.data.name} with `dirl rl algo={cfg.algo.name}`."
     keep(lm, peft, out, summary, settings, RECIPE, PANELS, decoding, accelerator, progress)
+
+
+def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
+    """Show the runs of a sweep together, seeds as their mean."""
+    show_sweep(title, jobs, COLUMNS)
 
 
 def sampled_from(

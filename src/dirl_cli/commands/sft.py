@@ -1,6 +1,7 @@
 """`dirl sft`: hide answer tokens of demonstrations and learn to fill them in."""
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dirl_cli.loop.exam import Exam
 from dirl_cli.loop.forecast import SFT, sft_budget
 from dirl_cli.loop.keep import keep
 from dirl_cli.loop.sources import Reader, epochs
+from dirl_cli.loop.sweep_table import Column, show_sweep
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
@@ -46,6 +48,11 @@ PANELS = (
     Panel("Gradient norm", {"grad_norm": "gradient norm"}),
     Panel("Tokens per second", {"tokens_per_s": "tokens"}),
 )
+COLUMNS = {
+    "loss": Column("loss", 4),
+    "validation_loss": Column("validation loss", 4),
+    "greedy_accuracy": Column("greedy accuracy %", 1, scale=100),
+}
 SHOWN = ("loss", "grad_norm", "lr", "tokens_per_s")
 RECIPE = (
     "model",
@@ -194,6 +201,11 @@ def run(cfg: DictConfig, out: Path) -> None:
     settings: Any = OmegaConf.to_container(cfg)
     summary = f"{cfg.model.name}, fine-tuned on {cfg.data.name} with `dirl sft`."
     keep(lm, peft, out, summary, settings, RECIPE, panels, decoding, accelerator, progress)
+
+
+def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
+    """Show the runs of a sweep together, seeds as their mean."""
+    show_sweep(title, jobs, COLUMNS)
 
 
 def cross_entropy(rows: Rows, logprobs: Tensor, entropy: Tensor) -> Sums:

@@ -2,9 +2,11 @@
 
 import csv
 import io
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from dirl_cli.evaluation import report
@@ -31,6 +33,11 @@ class Member:
 def overrides(words: Sequence[str]) -> dict[str, str]:
     """KEY=VALUE words by key, without the quotes that Hydra needs around paths."""
     return {key: value.strip("'") for key, _, value in (word.partition("=") for word in words)}
+
+
+def folder_of(jobs: Sequence[tuple[Sequence[str], Path]]) -> Path:
+    """Where the directories of a sweep's jobs lie."""
+    return Path(os.path.commonpath([out.parent for _, out in jobs]))
 
 
 def common_names(sweep: Sequence[Member]) -> list[str]:
@@ -66,6 +73,11 @@ def as_csv(sweep: Sequence[Member]) -> str:
         metrics = asdict(member.evaluation.metrics)
         passed = {f"pass_at_{m}": share for m, share in metrics.pop("pass_at").items()}
         lines.append({**member.overrides, **metrics, **passed, "directory": member.evaluation.name})
+    return csv_text(lines)
+
+
+def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Lines with a column for every key that any of them has, in the order in which they come."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)))
     writer.writeheader()

@@ -1,0 +1,83 @@
+"""The training runs of a sweep together: a table with seeds as their mean ± its standard error, and a CSV file."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from dirl_cli.disk import write_text
+from dirl_cli.evaluation.metrics import standard_error
+from dirl_cli.evaluation.report import draw, number
+from dirl_cli.evaluation.sweep import csv_text, folder_of, overrides
+from dirl_cli.screen import PlainConsole
+from dirl_cli.training.metrics import read_metrics
+
+CAPTION = "What each run measured last. ±: the standard error over seeds."
+PASSING = ("time", "seconds/", "epoch")  # metrics of a step that say nothing of the run's end
+
+
+@dataclass(frozen=True)
+class Column:
+    """How the table shows a metric. scale: what its values are multiplied with, such as 100 for percent."""
+
+    header: str
+    digits: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a sweep: the overrides that set it apart, and the last value of each of its metrics."""
+
+    overrides: Mapping[str, str]
+    directory: Path
+    metrics: Mapping[str, float]
+
+
+def show_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]], columns: Mapping[str, Column]) -> None:
+    """Print the table of a sweep's runs and write all their metrics as CSV beside their directories.
+
+    title: what was swept over. jobs: the overrides that set each run apart, and its directory. columns: by metric.
+    """
+    runs = [Run(overrides(job), out, last_values(read_metrics(out / "metrics.jsonl"))) for job, out in jobs]
+    file = folder_of(jobs) / f"{title}.csv"
+    write_text(file, csv_text([{**run.overrides, **run.metrics, "directory": str(run.directory)} for run in runs]))
+    console = PlainConsole(soft_wrap=True)
+    console.print(draw(title, rows(runs, columns), ", ".join(runs[0].overrides), CAPTION))
+    console.print(str(file))
+
+
+def last_values(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The last value of each metric that was measured, in the order of their names' first appearance."""
+    values: dict[str, float] = {}
+    for line in history:
+        values |= line
+    return {name: value for name, value in values.items() if not name.startswith(PASSING)}
+
+
+def rows(runs: Sequence[Run], columns: Mapping[str, Column]) -> dict[str, dict[str, str]]:
+    """The cells of each run by its label; below runs that differ in their seeds alone, those of their mean."""
+    by_rest: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    for run in runs:
+        rest = tuple(value for key, value in run.overrides.items() if key != "seed")
+        by_rest[rest].append(run)
+
+    found = {}
+    for rest, seeds in by_rest.items():
+        for run in seeds:
+            found[", ".join(run.overrides.values())] = cells([run], columns)
+        if len(seeds) > 1:
+            found[", ".join([*rest, f"mean of {len(seeds)} seeds"])] = cells(seeds, columns)
+    return found
+
+
+def cells(runs: Sequence[Run], columns: Mapping[str, Column]) -> dict[str, str]:
+    """The mean of each metric over some runs, with its standard error where they differ, such as 63.2 ± 1.5."""
+    found = {}
+    for name, column in columns.items():
+        values = [column.scale * run.metrics[name] for run in runs if name in run.metrics]
+        error = standard_error(values)
+        mean = number(fmean(values), column.digits) if len(values) == len(runs) else ""  # not of some of them
+        found[column.header] = f"{mean} ± {number(error, column.digits)}" if mean and error else mean
+    return found
