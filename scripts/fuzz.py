@@ -526,9 +526,9 @@ def conversations(home: Path) -> tuple[list[bytes], Target]:
         (here / "a.jsonl").write_bytes(lines)
         for row in [demonstration(row) for row in read_rows(here / "a.jsonl")]:
             encode_demonstrations(tokenizer, [row], Instruction("Think.", "system", True))
-            encode_prompt(tokenizer, row.get("prompt", "x"))
-            if "messages" in row:
-                encode_messages(tokenizer, row["messages"])
+            encode_prompt(tokenizer, row.fields.get("prompt", "x"))
+            if "messages" in row.fields:
+                encode_messages(tokenizer, row.fields["messages"])
 
     said = {"role": "assistant", "content": "\ue0001\ue001 <think>", "reasoning_content": "Hm."}
     asked = [{"role": "system", "content": "Be."}, {"role": "user", "content": "Why? <|im_end|>"}]

@@ -27,7 +27,7 @@ def answer_of(question: str) -> int:
 
 
 def test_a_problem_reads_like_the_documented_one() -> None:
-    first = SMALL.demonstrations()[0]["messages"]
+    first = SMALL.demonstrations()[0].fields["messages"]
     assert [message["role"] for message in first] == ["user", "assistant"]
     shape = r"(\w+) has \d (\w+)\.( \1 \w+ \d\.){2,3} How many \2\?"
     assert re.fullmatch(shape, first[0]["content"])
@@ -40,7 +40,7 @@ def test_every_answer_is_what_the_words_say() -> None:
 
 def test_working_ends_in_the_boxed_answer_and_each_line_is_true() -> None:
     for row in Arithmetic(train=300, worked=1.0).demonstrations():
-        question, solution = (message["content"] for message in row["messages"])
+        question, solution = (message["content"] for message in row.fields["messages"])
         *lines, box = solution.split("\n")
         assert len(lines) in (2, 3)
         for line in lines:
@@ -51,12 +51,14 @@ def test_working_ends_in_the_boxed_answer_and_each_line_is_true() -> None:
 
 @pytest.mark.parametrize("worked", [0.0, 0.7, 1.0])
 def test_worked_is_the_share_of_demonstrations_that_show_their_working(worked: float) -> None:
-    shown = ["\n" in row["messages"][1]["content"] for row in Arithmetic(worked=worked).demonstrations()[:10_000]]
+    shown = [
+        "\n" in row.fields["messages"][1]["content"] for row in Arithmetic(worked=worked).demonstrations()[:10_000]
+    ]
     assert sum(shown) / len(shown) == pytest.approx(worked, abs=0.015)
 
 
 def test_the_questions_do_not_depend_on_how_many_show_their_working() -> None:
-    questions = [[row["messages"][0] for row in Arithmetic(worked=w).demonstrations()] for w in (0.7, 1.0)]
+    questions = [[row.fields["messages"][0] for row in Arithmetic(worked=w).demonstrations()] for w in (0.7, 1.0)]
     assert questions[0] == questions[1]
 
 
@@ -126,7 +128,7 @@ def test_training_the_tokenizer_twice_gives_the_same(tokenizer: PreTrainedTokeni
 def test_the_tokenizer_is_the_same_after_saving(tokenizer: PreTrainedTokenizerBase, tmp_path) -> None:
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    messages = SMALL.demonstrations()[0]["messages"]
+    messages = SMALL.demonstrations()[0].fields["messages"]
     both = [t.apply_chat_template(messages)["input_ids"] for t in (tokenizer, loaded)]
     assert both[0] == both[1]
     assert (loaded.pad_token_id, loaded.eos_token_id, loaded.mask_token_id) == (0, 2, 3)

@@ -18,12 +18,14 @@ from dirl_cli.data.chat import (
     question_text,
     turn_end,
 )
+from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
 from dirl_cli.models.tokenizer import train_tokenizer
 from dirl_cli.tree import conf_dir
 from dirl_cli.types import Instruction
 
 PAD, END = 0, 2
+LINE = 202  # a line break
 PLAIN = Instruction()
 ASK, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 
@@ -40,7 +42,7 @@ def changeable() -> PreTrainedTokenizerBase:
 
 
 def encode_demonstration(tokenizer: PreTrainedTokenizerBase, row: dict, instruction=PLAIN) -> tuple[list, list]:
-    return encode_demonstrations(tokenizer, [row], instruction)[0]
+    return encode_demonstrations(tokenizer, [Row("row 1", row)], instruction)[0]
 
 
 def trained_text(tokenizer: PreTrainedTokenizerBase, row: dict) -> str:
@@ -58,6 +60,9 @@ def trained_text(tokenizer: PreTrainedTokenizerBase, row: dict) -> str:
         ("yo", [END]),
         ("yo<|im_end|>", [END]),
         ("yo<|im_end|><|endoftext|>", [END, PAD]),
+        ("yo<|im_end|>\n", [END, LINE]),
+        ("yo<|im_end|>\n<|endoftext|>", [END, LINE, PAD]),
+        ("yo\n", [LINE, END]),
         ("yo<|endoftext|>", [END, PAD]),
         ("", [END]),
     ],
@@ -101,7 +106,8 @@ def test_a_demonstration_begins_with_the_tokens_that_are_sampled_from(tokenizer:
 
 def test_rows_are_encoded_together_as_they_are_alone(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"messages": [ASK, REPLY]}, {"prompt": "a", "response": "b"}, {"messages": [ASK, REPLY, ASK, REPLY]}]
-    assert encode_demonstrations(tokenizer, rows, PLAIN) == [encode_demonstration(tokenizer, row) for row in rows]
+    placed = [Row(f"row {i}", row) for i, row in enumerate(rows)]
+    assert encode_demonstrations(tokenizer, placed, PLAIN) == [encode_demonstration(tokenizer, row) for row in rows]
     assert encode_demonstrations(tokenizer, [], PLAIN) == []
 
 
@@ -126,6 +132,93 @@ def test_a_template_that_rewrites_what_was_said_is_an_error(changeable: PreTrain
     changeable.chat_template = "{{ messages|length }}" + changeable.chat_template
     with pytest.raises(DirlError, match="give the data as prompt and response"):
         encode_demonstration(changeable, {"messages": [ASK, REPLY]})
+
+
+# How others write conversations; the second is Phi-3's kind, whose one end of text stands behind the last turn only.
+LOOP = "{% for m in messages %}"
+ENDED_ONCE = LOOP + "<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TEMPLATES = {
+    "an end of text behind it all": (
+        ENDED_ONCE + "{% if add_generation_prompt %}<|assistant|>\n{% else %}<|endoftext|>{% endif %}",
+        "|yo<|im_end|>|yo again<|im_end|>",
+    ),
+    "no special token at all": (
+        LOOP + "### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant:\n{% endif %}",
+        "|yo|yo again<|im_end|>",
+    ),
+    "an end of text instead of the last line break": (
+        LOOP + "<|{{ m.role }}|>\n{{ m.content }}{% if not loop.last %}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}\n<|assistant|>\n{% else %}<|endoftext|>{% endif %}",
+        "|yo|yo again<|endoftext|>",
+    ),
+    "a space before each end": (
+        LOOP + "{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %} <|endoftext|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        "|yo <|endoftext|>|yo again <|endoftext|>",
+    ),
+    "the next speaker as the end": (
+        LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "|yo|yo again<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "trained"), TEMPLATES.values(), ids=TEMPLATES)
+def test_under_any_template_what_the_assistant_says_is_trained_and_the_way_to_its_end(
+    changeable: PreTrainedTokenizerBase, template: str, trained: str
+) -> None:
+    changeable.chat_template = template
+    messages = [ASK, REPLY, ASK, {"role": "assistant", "content": "yo again"}]
+    assert trained_text(changeable, {"messages": messages}) == trained
+    ids, flags = encode_demonstration(changeable, {"messages": messages})
+    assert "\ue000" not in changeable.decode(ids)
+    assert ids[: flags.index(True)] == encode_messages(changeable, [ASK])
+    second = encode_messages(changeable, messages[:3])
+    assert changeable.decode(ids).startswith(changeable.decode(second))
+
+
+def test_what_a_turn_says_is_not_lost_in_a_template_that_says_it_twice(changeable: PreTrainedTokenizerBase) -> None:
+    changeable.chat_template += "{% if messages|length > 1 %}{{ messages[1].content }}{% endif %}"
+    with pytest.raises(DirlError, match=r"^row 1: .* its assistant turns cannot be found: give the data as prompt and"):
+        encode_demonstration(changeable, {"messages": [ASK, REPLY]})
+
+
+@pytest.mark.parametrize("role", ["function_call", "observation", "narrator"])
+def test_a_turn_that_the_template_leaves_out_is_told_with_its_row(
+    published: PreTrainedTokenizerBase, role: str
+) -> None:
+    messages = [ASK, {"role": role, "content": "hi"}, REPLY]
+    sentence = f"chat template writes nothing of turn 2, whose role is {role}"
+    with pytest.raises(DirlError, match=rf"^row 1: the tokenizer's {sentence}"):
+        encode_demonstration(published, {"messages": messages})
+    with pytest.raises(DirlError, match=sentence):
+        encode_messages(published, messages[:2])
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_told(changeable: PreTrainedTokenizerBase) -> None:
+    changeable.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
+    with pytest.raises(DirlError, match="writes nothing of turn 1, whose role is system"):
+        encode_question(changeable, "hi", Instruction("Box it.", "system"))
+
+
+def test_a_conversation_may_begin_with_the_assistant(tokenizer: PreTrainedTokenizerBase) -> None:
+    greeting = {"role": "assistant", "content": "hello"}
+    assert trained_text(tokenizer, {"messages": [greeting, ASK, REPLY]}) == "|hello<|im_end|>|yo<|im_end|>"
+
+
+def test_a_refusal_of_the_template_names_the_row(changeable: PreTrainedTokenizerBase) -> None:
+    changeable.chat_template = "{{ raise_exception('Roles must alternate.') }}"
+    with pytest.raises(DirlError, match=r"^row 1: .* refuses a conversation of user, assistant \(Roles must alternate"):
+        encode_demonstration(changeable, {"messages": [ASK, REPLY]})
+
+
+def test_a_system_prompt_stands_before_the_question_and_before_what_the_instruction_says_there() -> None:
+    system, user = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}
+    assert Instruction().messages("hi", "Be kind.") == [system, user]
+    both = {"role": "system", "content": "Be kind.\nBox it."}
+    assert Instruction("Box it.", "system").messages("hi", "Be kind.") == [both, user]
 
 
 def test_without_a_template_texts_are_taken_as_written_and_messages_are_an_error(
@@ -285,7 +378,8 @@ def test_published_files_slow_and_fast_give_the_same_tokens(published: PreTraine
     published.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").exists() and not (Path(published.name_or_path) / "tokenizer.json").exists()
     fast = AutoTokenizer.from_pretrained(tmp_path)
-    rows = [{"messages": [ASK, REPLY, ASK, THOUGHT]}, {"question": "x² ≤ 2?", "response": "\\boxed{é}"}]
+    fields = [{"messages": [ASK, REPLY, ASK, THOUGHT]}, {"question": "x² ≤ 2?", "response": "\\boxed{é}"}]
+    rows = [Row("row", one) for one in fields]
     assert encode_demonstrations(fast, rows, THINKING) == encode_demonstrations(published, rows, THINKING)
 
 
@@ -304,7 +398,8 @@ def test_a_published_demonstration_ends_in_one_end_of_turn_and_its_padding(
     published: PreTrainedTokenizerBase, shared: Path
 ) -> None:
     rows = json.loads((shared / "data" / "GSM8K-train-sft.json").read_text())[:20]
-    for row, (ids, trained) in zip(rows, encode_demonstrations(published, rows, PLAIN), strict=True):
+    placed = [Row("row", row) for row in rows]
+    for row, (ids, trained) in zip(rows, encode_demonstrations(published, placed, PLAIN), strict=True):
         assert ids[-2:] == [151645, 151643]
         assert published.decode([i for i, flag in zip(ids, trained, strict=True) if flag]) == row["response"]
         question = row["prompt"].removeprefix("<|im_start|>user\n").split("<|im_end|>")[0]

@@ -2,15 +2,20 @@
 
 import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
 import pytest
+from hydra import compose, initialize_config_dir
 from pyarrow import parquet
 
+from dirl_cli.build import build
+from dirl_cli.data.columns import told
 from dirl_cli.data.files import Mix, ProblemFile, TrainingFile, sources_of
-from dirl_cli.data.rows import read_rows
+from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.errors import DirlError
+from dirl_cli.tree import conf_dir
 
 PROBLEMS = [{"question": "1+1?", "ground_truth_answer": "2"}, {"question": "2+2?", "ground_truth_answer": 4}]
 DEMONSTRATIONS = [{"prompt": f"{i}?", "response": f"{i}."} for i in range(10)]
@@ -47,10 +52,10 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("held_out", "size"), [(0, 0), (0.2, 2), (3, 3)])
 def test_rows_held_out_are_in_neither_part_twice(tmp_path: Path, held_out: float, size: int) -> None:
     data = TrainingFile(save(tmp_path / "a.json", DEMONSTRATIONS), held_out=held_out)
-    train, validation = data.demonstrations(), data.validation()
+    train, validation = [row.fields for row in data.demonstrations()], [row.fields for row in data.validation()]
     assert len(validation) == size
     assert sorted([*train, *validation], key=lambda row: row["prompt"]) == DEMONSTRATIONS
-    assert TrainingFile(data.path, held_out=held_out).validation() == validation
+    assert [row.fields for row in TrainingFile(data.path, held_out=held_out).validation()] == validation
 
 
 def test_another_seed_holds_other_rows_out(tmp_path: Path) -> None:
@@ -61,7 +66,7 @@ def test_another_seed_holds_other_rows_out(tmp_path: Path) -> None:
 def test_rows_held_out_that_have_answers_are_problems(tmp_path: Path) -> None:
     rows = [{**row, "question": row["prompt"], "ground_truth_answer": str(i)} for i, row in enumerate(DEMONSTRATIONS)]
     data = TrainingFile(save(tmp_path / "a.json", rows), held_out=2)
-    assert [problem.question for problem in data.problems()] == [row["prompt"] for row in data.validation()]
+    assert [problem.question for problem in data.problems()] == [row.fields["prompt"] for row in data.validation()]
     assert TrainingFile(save(tmp_path / "b.json", DEMONSTRATIONS), held_out=2).problems() == []
 
 
@@ -94,11 +99,11 @@ def test_a_bad_problem_file_is_told_in_one_sentence(tmp_path: Path, content: byt
     [
         ({"prompt": "a"}, "item 1 has no response"),
         ({"question": "a"}, "item 1 has no response"),
-        ({"prompt": "a", "response": None}, "item 1 has no response"),
+        ({"prompt": None, "response": "a"}, "item 1 has no question"),
         ({"prompt": "a", "response": ["b"]}, r"response must be text, not \["),
         (
             {"problem": "a", "solution": "b"},
-            r"no question: .*; map yours \(problem, solution\) with columns={question: …}",
+            r"no question: .*; map yours \(problem, solution\) with 'data.columns={question: …}'",
         ),
         ({"messages": []}, "one of them the assistant's"),
         ({"messages": [{"role": "user", "content": "a"}]}, "one of them the assistant's"),
@@ -207,7 +212,10 @@ def test_columns_go_by_the_names_that_they_are_given(tmp_path):
     ("columns", "sentence"),
     [
         ({"qestion": "problem"}, "columns={qestion: problem}: did you mean question"),
-        ({"question": "problme", "ground_truth_answer": "answer"}, r"item 1 has no question: .*\(problem, answer"),
+        (
+            {"question": "problme", "ground_truth_answer": "answer"},
+            r"no question: .*\(problem, ground_truth_answer\) with 'bench.columns={question: …}'",
+        ),
     ],
 )
 def test_a_mistyped_column_is_told(tmp_path, columns, sentence):
@@ -220,7 +228,7 @@ def test_conversations_may_be_called_otherwise_and_name_the_speakers_as_sharegpt
     rows = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo", "weight": 1}]}]
     columns = {"messages": "conversations", "role": "from", "content": "value"}
     (row,) = TrainingFile(save(tmp_path / "a.json", rows), columns=columns).demonstrations()
-    assert [(turn["role"], turn["content"]) for turn in row["messages"]] == [("user", "hi"), ("assistant", "yo")]
+    assert [(turn["role"], turn["content"]) for turn in row.fields["messages"]] == [("user", "hi"), ("assistant", "yo")]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +239,234 @@ def test_conversations_may_be_called_otherwise_and_name_the_speakers_as_sharegpt
     ],
 )
 def test_of_a_demonstration_what_is_learned_from_is_kept(tmp_path, row, kept):
-    assert TrainingFile(save(tmp_path / "a.json", [row])).demonstrations() == [kept]
+    (found,) = TrainingFile(save(tmp_path / "a.json", [row])).demonstrations()
+    assert found.fields == kept
+
+
+def learned(path: Path, row: dict, **options) -> Row:
+    (found,) = TrainingFile(save(path / "a.json", [row]), **options).demonstrations()
+    return found
+
+
+TURNS = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+SAID = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "kept", "notes"),
+    [
+        ({"conversations": TURNS}, {"messages": SAID}, ["`conversations` are the messages"]),
+        (
+            {"conversations": TURNS, "system": "Be brief."},
+            {"messages": [SYSTEM, *SAID]},
+            ["`conversations` are", "`system` is the first turn"],
+        ),
+        (
+            {"instruction": "Add the numbers.", "input": "3 and 4", "output": "7"},
+            {"question": "Add the numbers.\n3 and 4", "response": "7"},
+            ["`input` stands on the line below", "`instruction` is the question"],
+        ),
+        (
+            {"instruction": "Add 3 and 4.", "input": "", "output": "7", "system": "Be brief."},
+            {"question": "Add 3 and 4.", "response": "7", "system": "Be brief."},
+            ["`instruction` is the question"],
+        ),
+        (
+            {"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"},
+            {"question": "2+2?", "response": "2+2=<<2+2=4>>4\n#### 4"},
+            ["`answer` is the response, down to its ####"],
+        ),
+        (
+            {"messages": [{"role": "User", "content": "2+2?"}, {"role": "model", "content": "4"}]},
+            {"messages": SAID},
+            ["role User is read as user", "role model is read as assistant"],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("2+", "2?")]}, SAID[1]]},
+            {"messages": SAID},
+            ["the text parts of a turn are put together"],
+        ),
+        ({"messages": [SAID[0], {**SAID[1], "weight": 0}]}, None, ["`weight` of a turn is only"]),
+    ],
+)
+def test_what_people_have_is_learned_from_and_told(tmp_path, row, kept, notes):
+    found = learned(tmp_path, row)
+    assert found.fields == kept or kept is None
+    assert len(found.notes) == len(notes)
+    assert all(told.startswith(note) for told, note in zip(found.notes, notes, strict=True))
+    assert not found.unread
+
+
+def test_what_nothing_is_made_of_is_told_with_a_count_and_an_example(tmp_path):
+    rows = [{"messages": SAID, "id": i, "tools": [] if i else [{"name": "add"}], "score": 0.5} for i in range(2000)]
+    data = TrainingFile(save(tmp_path / "a.jsonl", rows, lines=True))
+    counts = "tools (1 rows), score (2,000 rows)"
+    assert told(data.demonstrations()) == [f'not read: {counts}; {data.path} line 1 has tools: [{{"name": "add"}}]']
+    both = [{**row, "messages": [{**SAID[0], "role": "USER"}, SAID[1]]} for row in rows[1:3]]
+    data = TrainingFile(save(tmp_path / "b.jsonl", both, lines=True))
+    assert told(data.demonstrations())[0] == f"2 rows: role USER is read as user (first {data.path} line 1)"
+
+
+def test_alpacas_input_is_used_also_where_its_columns_are_mapped(tmp_path):
+    row = {"instruction": "Add the numbers.", "input": "3 and 4", "output": "7"}
+    found = learned(tmp_path, row, columns={"question": "instruction", "response": "output"})
+    assert found.fields == {"question": "Add the numbers.\n3 and 4", "response": "7"} and not found.unread
+    found = learned(tmp_path, {"question": "2+2?", "input": "3", "response": "4"})
+    assert found.unread == {"input": "3"}
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": "a.png"}]},
+            "turn 1 has a part of type image_url",
+        ),
+        ({"role": "user", "content": ["a"]}, 'turn 1 has a part of type "a", and only text is read'),
+        ({"role": 3, "content": "a"}, "turn 1: messages must be a list of objects with role and content, both text"),
+    ],
+)
+def test_a_turn_that_is_no_text_is_told_with_its_row(tmp_path, message, sentence):
+    with pytest.raises(DirlError, match=f"item 1 {sentence}"):
+        learned(tmp_path, {"messages": [message, SAID[1]]})
+
+
+def test_a_turn_that_only_calls_a_tool_says_nothing(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    assert learned(tmp_path, {"messages": [SAID[0], call]}).fields["messages"][1]["content"] == ""
+
+
+def test_a_row_that_answers_nothing_is_no_mistake(tmp_path):
+    assert learned(tmp_path, {"prompt": "a", "response": None}).fields == {"prompt": "a", "response": ""}
+    rows = [{"question": "a", "ground_truth_answer": value} for value in (None, float("nan"), "1")]
+    assert [one.answer for one in problems(save(tmp_path / "b.json", rows))] == ["", "", "1"]
+
+
+VERL = {
+    "data_source": "gsm8k",
+    "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "4"},
+    "extra_info": {"index": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "notes"),
+    [
+        ({"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"}, "2+2=<<2+2=4>>4\n#### 4", 1),
+        (VERL, "4", 2),
+        (VERL | {"reward_model": {"ground_truth": '["4"]'}}, "4", 2),
+        (VERL | {"reward_model": {"ground_truth": None}}, "", 2),
+    ],
+)
+def test_the_problems_that_people_have_are_read_and_told(tmp_path, row, answer, notes):
+    save_table(tmp_path / "a.parquet", [row])
+    for data in (TrainingFile(str(tmp_path / "a.parquet")), ProblemFile("a", str(tmp_path / "a.parquet"))):
+        found = data.training_problems() if isinstance(data, TrainingFile) else data.problems()
+        assert [(one.question, one.answer) for one in found] == [("2+2?", answer)]
+        assert found[0].system == ("Be brief." if "prompt" in row else "")
+        assert len(data.remarks()) == notes and not any("not read" in remark for remark in data.remarks())
+
+
+def test_a_problem_that_is_a_longer_chat_is_told_with_its_row(tmp_path):
+    save(tmp_path / "a.json", [VERL | {"prompt": [SAID[0], SAID[1], SAID[0]]}])
+    with pytest.raises(DirlError, match="item 1: a problem is one question, not a chat of user, assistant, user"):
+        problems(str(tmp_path / "a.json"))
+
+
+def test_a_number_is_the_answer_that_was_written(tmp_path):
+    written = ["0.00001", "2.50", "1e-05", "1E3", "12345678901234567890", "0.1", "-0.0"]
+    lines = [f'{{"question": "a", "ground_truth_answer": {number}}}' for number in written]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.json").write_text(f"[{','.join(lines)}]")
+    answers = ["0.00001", "2.50", "0.00001", "1000", "12345678901234567890", "0.1", "-0.0"]
+    for name in ("a.jsonl", "b.json"):
+        assert [one.answer for one in problems(str(tmp_path / name))] == answers
+
+
+def test_a_number_of_a_table_is_the_answer_by_its_digits(tmp_path):
+    values = [(Decimal("2.50"), "2.50"), (0.00001, "0.00001"), (1e22, "10000000000000000000000"), (1e300, "1e+300")]
+    for value, answer in values:
+        save_table(tmp_path / "a.parquet", [{"question": "a", "ground_truth_answer": value}])
+        assert [one.answer for one in problems(str(tmp_path / "a.parquet"))] == [answer]
+
+
+def test_a_table_of_text_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text('\ufeffid,question,ground_truth_answer\r\n1,"1,000 + 1\n= ?",1001\r\n\r\n,b,\r\n')
+    first, second = read_rows(tmp_path / "a.csv")
+    assert first == (
+        f"{tmp_path}/a.csv line 2",
+        {"id": "1", "question": "1,000 + 1\n= ?", "ground_truth_answer": "1001"},
+        (),
+        {},
+    )
+    assert second.place.endswith("a.csv line 5")
+    assert [(one.id, one.answer) for one in problems(str(tmp_path / "a.csv"))] == [("1", "1001"), ("a-1", "")]
+    (tmp_path / "a.tsv").write_text("question\tground_truth_answer\n2,5 + 1\t3,5\n")
+    assert [one.question for one in problems(str(tmp_path / "a.tsv"))] == ["2,5 + 1"]
+    (tmp_path / "long.csv").write_text(f"question,response\na,{'b' * 200_000}\n")
+    assert len(read_rows(tmp_path / "long.csv")[0].fields["response"]) == 200_000
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    assert read_rows(tmp_path / "a.csv.gz")[1].fields == second.fields
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("question,response\na,b\nc,d,e\n", "line 3 has 3 cells, and the first line names 2"),
+        ("question,question\na,b\n", "has two columns called question: rename one"),
+        ('question,response\na,"b\n', "line 2 is not valid CSV"),
+        ("question,response\n", "holds no rows"),
+        ("", "holds no rows"),
+    ],
+)
+def test_a_bad_table_is_told_in_one_sentence(tmp_path, content, sentence):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(DirlError, match=rf"a\.csv {sentence}") as caught:
+        read_rows(tmp_path / "a.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_objects_may_be_spread_over_lines(tmp_path):
+    text = json.dumps(PROBLEMS[0], indent=2)
+    (tmp_path / "a.json").write_text(text)
+    assert [row.fields for row in read_rows(tmp_path / "a.json")] == PROBLEMS[:1]
+    (tmp_path / "a.json").write_text(f"{text}\n\n{json.dumps(PROBLEMS[1], indent=2)}\n")
+    assert [row.place for row in read_rows(tmp_path / "a.json")] == [f"{tmp_path}/a.json line {n}" for n in (1, 6)]
+    (tmp_path / "a.json").write_text(f"{text[:-1]}")
+    with pytest.raises(DirlError, match="line 1 is not valid JSON"):
+        read_rows(tmp_path / "a.json")
+
+
+def test_the_advice_on_columns_works_as_it_is_typed(tmp_path):
+    path = save(tmp_path / "a.json", [{"problem": "2+2?", "final": "4"}])
+    mix = Mix("mix", [TrainingFile(path, weight=1)])
+    for read, setting in [
+        (TrainingFile(path).demonstrations, "'data.columns={question: …}'"),
+        (TrainingFile(path).training_problems, "'data.columns={question: …}'"),
+        (ProblemFile("a", path).problems, "'bench.columns={question: …}'"),
+        (mix.sources[0].demonstrations, "'columns: {question: …}'"),
+    ]:
+        with pytest.raises(DirlError) as caught:
+            read()
+        assert str(caught.value).endswith(f"map yours (problem, final) with {setting}")
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        words = [f"data.path={path}", "data.columns={question: problem, response: final}"]
+        (found,) = build(compose("sft", ["data=file", *words]).data).demonstrations()
+        assert found.fields == {"question": "2+2?", "response": "4"}
+        words = [f"bench.path={path}", "bench.columns={question: problem, ground_truth_answer: final}"]
+        assert build(compose("eval", ["bench=file", *words]).bench).problems()[0].answer == "4"
+
+
+def test_the_rows_of_the_readme_are_read_without_a_word(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = [json.loads(line) for line in readme.split("```json\n")[1].split("```")[0].splitlines()]
+    found = [learned(tmp_path, row) for row in rows[:3]]
+    assert [row.fields.keys() for row in found] == [{"messages"}, {"question", "response", "system"}, rows[2].keys()]
+    assert [row.unread for row in found] == [{}, {}, {}] and found[0].fields["messages"][0] == SYSTEM
+    assert problems(save(tmp_path / "b.json", rows[3:]))[0].answer == "4"
 
 
 def test_a_mix_has_its_sources_with_their_weights_and_asks_them_in_turn(tmp_path):

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from dirl_cli.data import tokens as module
 from dirl_cli.data.chat import encode_demonstrations
 from dirl_cli.data.preview import lengths, marked, show
+from dirl_cli.data.rows import Row
 from dirl_cli.data.tokens import Tokens, tokens_file, write_tokens
 from dirl_cli.errors import DirlError
 from dirl_cli.models.tokenizer import train_tokenizer
 from dirl_cli.types import Instruction
 
-ROWS = [{"prompt": "a b ", "response": "c" * i} for i in range(1, 6)]
+ROWS = [Row(f"row {i}", {"prompt": "a b ", "response": "c" * i}) for i in range(1, 6)]
 PLAIN = Instruction()
 
 
@@ -55,7 +56,7 @@ def test_tokens_in_memory_are_like_those_on_the_disk(rows):
 
 
 def test_rows_are_written_a_thousand_at_a_time(tokenizer, tmp_path):
-    rows = [{"prompt": "a", "response": "b" * (i % 7)} for i in range(2345)]
+    rows = [Row(f"row {i}", {"prompt": "a", "response": "b" * (i % 7)}) for i in range(2345)]
     write_tokens(tmp_path / "t.arrow", tokenizer, rows, PLAIN)
     tokens = Tokens.read(tmp_path / "t.arrow")
     assert len(tokens.table["token_ids"].chunks) == 3
@@ -76,7 +77,7 @@ def test_anything_that_changes_the_tokens_changes_the_place(tokenizer, monkeypat
     places = {
         tokens_file(tokenizer, ROWS, PLAIN),
         tokens_file(tokenizer, ROWS[::-1], PLAIN),
-        tokens_file(tokenizer, [*ROWS[:-1], {**ROWS[-1], "response": "d"}], PLAIN),
+        tokens_file(tokenizer, [*ROWS[:-1], Row("row 5", {"prompt": "a b ", "response": "d"})], PLAIN),
         tokens_file(tokenizer, ROWS, Instruction("Box it.")),
         tokens_file(tokenizer, ROWS, Instruction(think=True)),
         tokens_file(train_tokenizer(["hello"] * 9), ROWS, PLAIN),
@@ -100,8 +101,9 @@ def test_the_place_goes_by_the_environment_of_the_datasets_library(tokenizer, mo
 
 def test_a_file_that_is_not_finished_is_not_there(tokenizer, tmp_path):
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(DirlError, match="refuses a conversation"):
-        write_tokens(tmp_path / "t.arrow", tokenizer, [*ROWS, {"question": "a", "response": "b"}], PLAIN)
+    rows = [*ROWS, Row("f line 6", {"question": "a", "response": "b"})]
+    with pytest.raises(DirlError, match=r"^f line 6: .* refuses a conversation"):
+        write_tokens(tmp_path / "t.arrow", tokenizer, rows, PLAIN)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(DirlError, match=r"cannot be written \(.*\): make room, or name another place with HF_"):

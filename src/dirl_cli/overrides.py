@@ -22,7 +22,7 @@ PATHS = ("adapter", "compare", "input", "name", "out", "path", "predictions", "r
 MAPPINGS = ("columns", "options", "weights")  # whose keys are the user's: one that is given takes the other's place
 MOST_COMMAS = 20  # that are looked for in the name of a path
 LONGEST_KEY = 200  # characters; a file name, as Hydra looks for, may have few more
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
 
 
 def rewrite(words: Sequence[str], choices: Callable[[str], list[str]], sweep: bool) -> list[str]:

@@ -13,12 +13,16 @@ SHARING = ("fsdp2", "zero2")  # the ways to launch in which processes share a mo
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with a verifiable answer; `id` is unique in its source, `subset` a label to report apart."""
+    """A question with a verifiable answer; `id` is unique in its source, `subset` a label to report apart.
+
+    system: what stands before the question as a system turn.
+    """
 
     id: str
     question: str
     answer: str
     subset: str = ""
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,15 @@ class Instruction:
         if self.role not in ("user", "system"):
             raise DirlError(f"instruction.role={self.role}: {did_you_mean(self.role, ('user', 'system'))}")
 
-    def messages(self, question: str) -> list[dict[str, str]]:
-        """The turns that put the question."""
-        if not self.text:
-            return [{"role": "user", "content": question}]
-        if self.role == "user":
-            return [{"role": "user", "content": f"{question}\n{self.text}"}]
-        return [{"role": "system", "content": self.text}, {"role": "user", "content": question}]
+    def messages(self, question: str, system: str = "") -> list[dict[str, str]]:
+        """The turns that put the question, `system` before it."""
+        asked, before = question, system
+        if self.text and self.role == "user":
+            asked = f"{question}\n{self.text}"
+        elif self.text:
+            before = f"{system}\n{self.text}" if system else self.text
+        turn = {"role": "user", "content": asked}
+        return [{"role": "system", "content": before}, turn] if before else [turn]
 
 
 @dataclass(frozen=True)

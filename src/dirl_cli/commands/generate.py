@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from dirl_cli.build import build
 from dirl_cli.commands.eval import digest, plain
 from dirl_cli.data.chat import answer_text, encode_messages, encode_prompt, encode_question
-from dirl_cli.data.columns import is_message, text
+from dirl_cli.data.columns import text
+from dirl_cli.data.conversation import conversation
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.disk import writing
 from dirl_cli.errors import DirlError, Stopped, stop_code
@@ -217,9 +218,9 @@ def encode_row(lm: DiffusionLM, row: Row, instruction: Instruction) -> list[int]
 
 
 def messages_of(row: Row) -> list[dict[str, str]]:
-    messages = row.fields["messages"]
-    if not (isinstance(messages, list) and messages and all(map(is_message, messages))):
-        raise DirlError(f"{row.place}: messages must be a list of objects with role and content, both text")
+    messages, _ = conversation(row.place, row.fields["messages"])
+    if not messages:
+        raise DirlError(f"{row.place}: messages is an empty list: give at least one")
     return messages
 
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 from random import Random
 from typing import NamedTuple, TypeVar
 
+from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.types import Problem
 
@@ -56,11 +57,11 @@ class Arithmetic:
     seed: int = 0
     split: str = "test"
 
-    def demonstrations(self) -> list[dict]:
+    def demonstrations(self) -> list[Row]:
         """The training problems with their solutions, as messages."""
         return self._messages("train", self._splits().train)
 
-    def validation(self) -> list[dict]:
+    def validation(self) -> list[Row]:
         """As many demonstrations as are held out."""
         return self._messages("validation", self._splits().validation)
 
@@ -79,25 +80,26 @@ class Arithmetic:
         """The training problems as questions with answers, to be reinforced on."""
         return replace(self, split="train").problems()
 
+    def remarks(self) -> list[str]:
+        """Nothing: the problems are made as they are read."""
+        return []
+
     def texts(self) -> Iterator[str]:
         """The training questions, each followed by its solution: what a tokenizer may learn from."""
         for row in self.demonstrations():
-            yield from (message["content"] for message in row["messages"])
+            yield from (message["content"] for message in row.fields["messages"])
 
     def _splits(self) -> Splits:
         return draw_splits(self.train, self.held_out, self.test, self.seed)
 
-    def _messages(self, split: str, items: list[Item]) -> list[dict]:
+    def _messages(self, split: str, items: list[Item]) -> list[Row]:
         rng = Random(f"{self.seed}/{split}/worked")  # its own, so that the questions do not depend on `worked`
-        return [
-            {
-                "messages": [
-                    {"role": "user", "content": item.question},
-                    {"role": "assistant", "content": item.solution(rng.random() < self.worked)},
-                ]
-            }
-            for item in items
-        ]
+        rows = []
+        for i, item in enumerate(items):
+            asked = {"role": "user", "content": item.question}
+            said = {"role": "assistant", "content": item.solution(rng.random() < self.worked)}
+            rows.append(Row(f"{split} demonstration {i}", {"messages": [asked, said]}))
+        return rows
 
 
 @lru_cache(maxsize=2)

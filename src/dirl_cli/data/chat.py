@@ -1,5 +1,6 @@
 """From text and chat messages to token ids, through the tokenizer's own chat template."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -7,6 +8,7 @@ from functools import lru_cache
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
 from dirl_cli.types import Instruction, Problem
 
@@ -18,16 +20,17 @@ THOUGHTS_ADDED = re.compile("<think>\\s*(</think>\\s*)?(?=\ue000|\\Z)")
 
 
 def encode_demonstrations(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict], instruction: Instruction
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], instruction: Instruction
 ) -> list[Encoded]:
     """Token ids of each row, and for each token whether it is trained.
 
     `{"prompt", "response"}` is taken as written and the response trained; `{"question", "response"}` is put as the
-    instruction says; of `{"messages"}` every assistant turn is trained, from the end of its generation prompt to the
-    end of the turn. Text is split where a sampler's prompt would end, so that training sees the tokens that sampling
-    sees. The last token ends a turn; it is added where it is missing.
+    instruction says, after its `system` if it has one; of `{"messages"}` what the assistant says is trained, each
+    time to the token that ends its turn. Text is split where a sampler's prompt would end, so that training sees the
+    tokens that sampling sees. The last token ends a turn; it is added where it is missing.
+    Raises DirlError that names the row for which the chat template has no place.
     """
-    pieces = [list(pieces_of(tokenizer, row, instruction)) for row in rows]
+    pieces = [pieces_of_row(tokenizer, row, instruction) for row in rows]
     tokens = iter(tokenize(tokenizer, [text for row in pieces for text, _ in row]))
     return [join(tokenizer, [(next(tokens), trained) for _, trained in row]) for row in pieces]
 
@@ -46,10 +49,20 @@ def join(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[tuple[list[int], b
     content = len(token_ids)
     while content and token_ids[content - 1] == tokenizer.pad_token_id != stop:
         content -= 1  # padding that a file brings along stays: it is trained anyway
-    if not content or token_ids[content - 1] != stop:
+    last = content
+    while last and token_ids[last - 1] != stop and not str(tokenizer.decode(token_ids[last - 1 : last])).strip():
+        last -= 1  # as does a line break behind the end
+    if not last or token_ids[last - 1] != stop:
         token_ids.insert(content, stop)
         trained.insert(content, True)
     return token_ids, trained
+
+
+def pieces_of_row(tokenizer: PreTrainedTokenizerBase, row: Row, instruction: Instruction) -> list[Piece]:
+    try:
+        return list(pieces_of(tokenizer, row.fields, instruction))
+    except DirlError as error:
+        raise DirlError(f"{row.place}: {error}") from error
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, row: dict, instruction: Instruction) -> Iterable[Piece]:
@@ -58,28 +71,40 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, row: dict, instruction: Instru
     if "prompt" in row:
         return [(row["prompt"], False), (row["response"], True)]
     response = row["response"].removeprefix("<think>") if instruction.think else row["response"]
-    return [(question_text(tokenizer, row["question"], instruction), False), (response, True)]
+    return [(question_text(tokenizer, row["question"], instruction, row.get("system", "")), False), (response, True)]
 
 
 def pieces_of_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Iterable[Piece]:
-    """The rendered conversation, cut at the end of each generation prompt and of each assistant turn."""
+    """The rendered conversation, cut where the assistant begins to say something and where its turn ends.
+
+    What an assistant says is found by its place, which stands behind the generation prompt that sampling would see.
+    The turn is what the template still writes when the conversation ends there; of that, nothing but the way to the
+    token that ends the turn is trained.
+    """
+    require_heard(tokenizer, messages)
     whole = frame(tokenizer, messages)
     end = str(tokenizer.convert_ids_to_tokens(turn_end(tokenizer)))
     done = 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, place = frame(tokenizer, messages[:i], add_generation_prompt=True), PLACE.format(i)
-        if not whole.startswith(prompt + place):
+        place = PLACE.format(i)
+        prompt, _, rest = whole.partition(place)
+        if place in rest or (i and prompt != frame(tokenizer, messages[:i], add_generation_prompt=True)):
             raise DirlError(
                 "the tokenizer's chat template renders a conversation differently as it grows, so its assistant turns"
                 " cannot be found: give the data as prompt and response instead"
             )
         yield whole[done : len(prompt)], False
+
         said = len(prompt) + len(place)
-        stop = whole.find(end, said)
-        done = stop + len(end) if stop >= 0 else len(whole)
-        yield words(message) + whole[said:done], True
+        until = whole if i == len(messages) - 1 else frame(tokenizer, messages[: i + 1])
+        turn, _, _ = until.partition(place)[2].partition(end)
+        ending = turn + end if rest.startswith(turn + end) else ""
+        if not ending and message.get("tool_calls"):
+            raise DirlError("the chat template ends no turn that calls a tool: give the data as prompt and response")
+        done = said + len(ending)
+        yield words(message) + ending, True
     if not done:
         raise DirlError("a demonstration has no assistant message, so there is nothing to learn from: remove it")
 
@@ -114,15 +139,17 @@ def encode_questions(
     tokenizer: PreTrainedTokenizerBase, problems: Iterable[Problem], instruction: Instruction
 ) -> list[list[int]]:
     """The prompt of each problem, however long."""
-    return tokenize(tokenizer, [question_text(tokenizer, problem.question, instruction) for problem in problems])
+    prompts = [question_text(tokenizer, problem.question, instruction, problem.system) for problem in problems]
+    return tokenize(tokenizer, prompts)
 
 
-def question_text(tokenizer: PreTrainedTokenizerBase, question: str, instruction: Instruction) -> str:
+def question_text(tokenizer: PreTrainedTokenizerBase, question: str, instruction: Instruction, system: str = "") -> str:
     """The prompt that puts a question; without a chat template its turns are lines."""
-    messages = instruction.messages(question)
+    messages = instruction.messages(question, system)
     if tokenizer.chat_template is None:
         text = "\n".join(message["content"] for message in messages)
     else:
+        require_heard(tokenizer, messages)
         text = frame(tokenizer, messages, add_generation_prompt=True)
     return f"{text}<think>" if instruction.think else text
 
@@ -134,6 +161,7 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
     """The conversation so far, ready for the assistant's turn."""
+    require_heard(tokenizer, messages)
     text = frame(tokenizer, messages, add_generation_prompt=True)
     for i, message in enumerate(messages):
         text = text.replace(PLACE.format(i), words(message))
@@ -172,13 +200,37 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generat
         ) from error
 
 
+def require_heard(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> None:
+    """Raises DirlError for a turn of which the chat template writes nothing, as of a role that it does not know."""
+    marked = [
+        {**message, "content": PLACE.format(i) if message["content"].strip() else "", "reasoning_content": None}
+        for i, message in enumerate(messages)
+    ]
+    unheard = first_unheard(tokenizer, json.dumps(marked, default=str))
+    if unheard is not None:
+        raise DirlError(
+            f"the tokenizer's chat template writes nothing of turn {unheard + 1}, whose role is"
+            f" {messages[unheard]['role']}: give it a role that the template knows, such as user or assistant, or give"
+            " the data as prompt and response"
+        )
+
+
+@lru_cache(maxsize=1024)
+def first_unheard(tokenizer: PreTrainedTokenizerBase, marked: str) -> int | None:
+    """The first turn whose place is not in what the template writes of these messages, which are alike in most rows."""
+    messages = json.loads(marked)
+    text = render(tokenizer, messages)
+    unheard = (i for i, message in enumerate(messages) if message["content"] not in text)
+    return next(unheard, None)
+
+
 @lru_cache(maxsize=8)
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an assistant turn: the last special token that the chat template puts there."""
+    """The token that ends an assistant turn: the first special token that the chat template puts behind its words."""
     if tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        rendered = tokenize(tokenizer, [render(tokenizer, turns)])[0]
-        specials = [token for token in rendered if token in tokenizer.all_special_ids]
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACE.format(1)}]
+        _, _, behind = render(tokenizer, turns).partition(PLACE.format(1))
+        specials = [token for token in tokenize(tokenizer, [behind])[0] if token in tokenizer.all_special_ids]
         if specials:
-            return specials[-1]
+            return specials[0]
     return tokenizer.eos_token_id

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from dirl_cli.data.columns import demonstration, problem, renamed
+from dirl_cli.data.columns import demonstration, is_problem, problem, question, renamed, told
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.errors import DirlError
 from dirl_cli.types import Problem
@@ -18,10 +18,11 @@ class Source(Protocol):
 
     @property
     def name(self) -> str: ...
-    def demonstrations(self) -> list[dict]: ...
-    def validation(self) -> list[dict]: ...
+    def demonstrations(self) -> list[Row]: ...
+    def validation(self) -> list[Row]: ...
     def training_problems(self) -> list[Problem]: ...
     def problems(self) -> list[Problem]: ...
+    def remarks(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class TrainingFile:
     path: a file, a directory of files, or a data set of the Hub; split, config: which part of the latter two.
     columns: how the file calls the columns, by our names. held_out: rows kept out of training to validate on, chosen
     by `seed`; a share below 1, otherwise a number. weight: how often it is drawn from where it is one of several.
+    setting: how a user gives `columns`.
     """
 
     path: str
@@ -41,27 +43,36 @@ class TrainingFile:
     held_out: float = 0
     seed: int = 0
     weight: float = 1.0
+    setting: str = "data.columns="
 
-    def demonstrations(self) -> list[dict]:
+    def demonstrations(self) -> list[Row]:
         """The rows to learn from, in the file's order."""
-        return [demonstration(row) for row in self._parts[0]]
+        return [demonstration(row, self.setting) for row in self._parts[0]]
 
-    def validation(self) -> list[dict]:
+    def validation(self) -> list[Row]:
         """The rows held out."""
-        return [demonstration(row) for row in self._parts[1]]
+        return [demonstration(row, self.setting) for row in self._parts[1]]
 
     def training_problems(self) -> list[Problem]:
         """The rows to reinforce on, each a question with its answer."""
-        return [problem(row, f"{self.name}-{i}") for i, row in enumerate(self._parts[0])]
+        return [problem(row, f"{self.name}-{i}") for i, row in enumerate(self._questions)]
+
+    def remarks(self) -> list[str]:
+        """What of the rows to reinforce on is read otherwise than written, or not at all."""
+        return told(self._questions)
 
     def problems(self) -> list[Problem]:
         """Those of the rows held out that have a question with its answer."""
-        rows = [row for row in self._parts[1] if {"question", "ground_truth_answer"} <= row.fields.keys()]
-        return [problem(row, f"{self.name}-held-out-{i}") for i, row in enumerate(rows)]
+        rows = [row for row in self._parts[1] if is_problem(row)]
+        return [problem(row, f"{self.name}-held-out-{i}", self.setting) for i, row in enumerate(rows)]
+
+    @cached_property
+    def _questions(self) -> list[Row]:
+        return [question(row, self.setting) for row in self._parts[0]]
 
     @cached_property
     def _parts(self) -> tuple[list[Row], list[Row]]:
-        rows = renamed(read_rows(self.path, self.split, self.config), self.columns or {})
+        rows = renamed(read_rows(self.path, self.split, self.config), self.columns or {}, self.setting)
         size = round(self.held_out * len(rows)) if self.held_out < 1 else int(self.held_out)
         if not 0 <= size < len(rows):
             raise DirlError(f"{self.path} has {len(rows)} rows, so {size} cannot be held out: lower data.held_out")
@@ -79,7 +90,7 @@ class Mix:
     def __post_init__(self) -> None:
         if not self.sources or min(source.weight for source in self.sources) <= 0:
             raise DirlError("data.sources must name at least one file, and every weight must be above 0")
-        named = [replace(source, name=source.name or source.path) for source in self.sources]
+        named = [replace(source, name=source.name or source.path, setting="columns: ") for source in self.sources]
         if len({source.name for source in named}) < len(named):
             raise DirlError("two of data.sources go by the same name: give each a name=")
         object.__setattr__(self, "sources", named)
@@ -112,12 +123,21 @@ class ProblemFile:
     published: dict[str, Any] = field(default_factory=dict)
 
     def problems(self) -> list[Problem]:
+        """The problems in the file's order, those without a reference answer too."""
         stem = Path(self.path).stem
-        rows = renamed(read_rows(self.path, self.split, self.config), self.columns or {})
-        problems = [problem(row, f"{stem}-{i}") for i, row in enumerate(rows)]
+        problems = [problem(row, f"{stem}-{i}") for i, row in enumerate(self._questions)]
         known: set[str] = set()
         for one in problems:
             if one.id in known:
                 raise DirlError(f"{self.path} holds two problems with the id {one.id}: make the ids differ")
             known.add(one.id)
         return problems
+
+    def remarks(self) -> list[str]:
+        """What of the rows is read otherwise than written, or not at all."""
+        return told(self._questions)
+
+    @cached_property
+    def _questions(self) -> list[Row]:
+        rows = renamed(read_rows(self.path, self.split, self.config), self.columns or {}, "bench.columns=")
+        return [question(row, "bench.columns=") for row in rows]

@@ -1,6 +1,6 @@
 """What a model would see: the first examples with their trained tokens marked, and how long all of them are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -15,12 +15,22 @@ from dirl_cli.data.tokens import Tokens
 SHOWN = 2  # examples of each source
 
 
-def show(sources: Mapping[str, Tokens], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """Print the first examples of each source as the model gets them, and a table of their lengths."""
+def show(
+    sources: Mapping[str, Tokens],
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    answers: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Print the first examples of each source as the model gets them, and a table of their lengths.
+
+    answers: of problems, what each source's are graded by.
+    """
     for name, tokens in sources.items():
         for i in range(min(SHOWN, len(tokens))):
             console.rule(f"{name}, example {i + 1}: {tokens.lengths[i]:,} tokens", align="left")
             console.print(marked(tokenizer, tokens[i]))
+            if answers:
+                console.print(f"reference answer: {answers[name][i]}")
     console.print(lengths(sources))
 
 

@@ -1,13 +1,15 @@
-"""Rows of data, wherever they are: JSON, JSONL and Parquet files, directories of them, data sets of the Hub."""
+"""Rows of data, wherever they are: JSON, JSONL, CSV and Parquet files, directories of them, data sets of the Hub."""
 
+import csv
 import gzip
+import io
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import yaml
 from huggingface_hub import constants, metadata_load
@@ -16,15 +18,38 @@ from dirl_cli.errors import DirlError
 
 HALVES = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # of characters; two of them make one
 OUTSIDE = re.compile(r"^[/~\\]|(?:^|[/\\])\.\.(?:[/\\]|$)|::?//|::")
+NOT_BLANK = re.compile(r"\S")
 KINDS = ("json", "parquet", "csv", "text", "arrow")  # of data sets, as `datasets` calls them
-FILES = (".json", ".jsonl", ".gz", ".parquet")
+FILES = (".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv")
+LONGEST_CELL = 2**31 - 1  # characters; by itself Python's reader stops at 131 072
 
 
 class Row(NamedTuple):
-    """One object of a source and where it stands there, such as `data.jsonl line 3`."""
+    """One object of a source and where it stands there, such as `data.jsonl line 3`.
+
+    notes: what was read otherwise than written. unread: the columns that nothing was made of.
+    """
 
     place: str
     fields: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    unread: Mapping[str, Any] = {}
+
+
+class Written(float):
+    """A number of a JSON file that remembers its digits, such as 2.50: an answer is compared as it was written."""
+
+    digits: str
+
+    def __str__(self) -> str:
+        return self.digits
+
+    @classmethod
+    def read(cls, digits: str) -> float | Self:
+        """The number, a plain one where Python would write it so itself."""
+        value = cls(digits)
+        value.digits = digits
+        return float(digits) if repr(float(digits)) == digits else value
 
 
 def read_rows(source: str | Path, split: str | None = None, config: str | None = None) -> list[Row]:
@@ -42,6 +67,8 @@ def read_rows(source: str | Path, split: str | None = None, config: str | None =
         rows = data_set_rows(str(source), local(str(source), "dataset"), split, config)
     elif path.suffix == ".parquet" and path.exists():
         rows = parquet_rows(path)
+    elif {".csv", ".tsv"} & {suffix.lower() for suffix in path.suffixes[-2:]}:
+        rows = table_rows(path)
     else:
         rows = json_rows(path)
     if not rows:
@@ -106,18 +133,46 @@ def parquet_rows(path: Path) -> list[Row]:
     return [Row(f"{path} row {i}", fields) for i, fields in enumerate(rows, start=1)]
 
 
-def json_rows(path: Path) -> list[Row]:
+def content_of(path: Path) -> str:
+    """The text of a file, unpacked where its name ends in .gz."""
     try:
         data = path.read_bytes()
-        content = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DirlError(f"{path} does not exist: check the path") from error
     except UnicodeDecodeError as error:
         raise DirlError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DirlError(f"{path} cannot be read ({reason}): give a JSON, JSONL or Parquet file") from error
-    rows = list(json_list(path, content) if content.lstrip().startswith("[") else json_lines(path, content))
+        raise DirlError(f"{path} cannot be read ({reason}): give a JSON, JSONL, CSV or Parquet file") from error
+
+
+def table_rows(path: Path) -> list[Row]:
+    """The rows of a CSV or TSV file, whose first line names the columns. Cells are text, and empty ones are null."""
+    csv.field_size_limit(LONGEST_CELL)
+    separator = "\t" if ".tsv" in path.name.lower() else ","
+    lines = csv.reader(io.StringIO(content_of(path), newline=""), delimiter=separator, strict=True)
+    rows = []
+    try:
+        header = next(lines, [])
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise DirlError(f"{path} has two columns called {twice[0]}: rename one")
+        begin = lines.line_num + 1
+        for cells in lines:
+            place, begin = f"{path} line {begin}", lines.line_num + 1
+            if cells and len(cells) != len(header):
+                quote = "put a cell that holds the separator or a line break between double quotes"
+                raise DirlError(f"{place} has {len(cells)} cells, and the first line names {len(header)}: {quote}")
+            if cells:
+                rows.append(Row(place, {name: cell or None for name, cell in zip(header, cells, strict=True)}))
+    except csv.Error as error:
+        raise DirlError(f"{path} line {lines.line_num} is not valid CSV ({error}): correct or remove it") from error
+    return rows
+
+
+def json_rows(path: Path) -> list[Row]:
+    content = content_of(path)
+    rows = json_list(path, content) if content.lstrip().startswith("[") else json_lines(path, content)
     has_halves = HALVES.search(content)
     for row in rows:
         if not isinstance(row.fields, dict):
@@ -136,23 +191,47 @@ def require_text(row: Row) -> None:
         raise DirlError(f"{row.place} holds {half}, which is half a character: correct or remove it") from error
 
 
-def json_list(path: Path, content: str) -> Iterator[Row]:
+def json_list(path: Path, content: str) -> list[Row]:
     try:
-        items = json.loads(content)
+        items = json.loads(content, parse_float=Written.read)
     except (ValueError, RecursionError) as error:
         raise malformed(f"{path} line {getattr(error, 'lineno', 1)}", error) from error
-    return (Row(f"{path} item {i}", item) for i, item in enumerate(items, start=1))
+    return [Row(f"{path} item {i}", item) for i, item in enumerate(items, start=1)]
 
 
-def json_lines(path: Path, content: str) -> Iterator[Row]:
+def json_lines(path: Path, content: str) -> list[Row]:
+    """A value a line, or where that cannot be read, values over several lines one after another."""
+    rows = []
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{path} line {number}"
         try:
-            yield Row(place, json.loads(line))
+            rows.append(Row(place, json.loads(line, parse_float=Written.read)))
         except (ValueError, RecursionError) as error:
-            raise malformed(place, error) from error
+            spread = spread_objects(path, content)
+            if spread is None:
+                raise malformed(place, error) from error
+            return spread
+    return rows
+
+
+def spread_objects(path: Path, content: str) -> list[Row] | None:
+    """The objects of a file that spreads each over several lines; None if it holds anything else."""
+    decoder = json.JSONDecoder(parse_float=Written.read)
+    rows, line, at = [], 1, 0
+    while found := NOT_BLANK.search(content, at):
+        line += content.count("\n", at, found.start())
+        try:
+            value, end = decoder.raw_decode(content, found.start())
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(value, dict):
+            return None
+        rows.append(Row(f"{path} line {line}", value))
+        line += content.count("\n", found.start(), end)
+        at = end
+    return rows
 
 
 def malformed(place: str, error: ValueError | RecursionError) -> DirlError:

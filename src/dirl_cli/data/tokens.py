@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.data import chat
-from dirl_cli.data.rows import cache_directory
+from dirl_cli.data.rows import Row, cache_directory
 from dirl_cli.errors import DirlError
 from dirl_cli.types import Instruction
 
@@ -63,28 +63,36 @@ class Tokens:
         """How many of all tokens are trained."""
         return int(self.table["answer_tokens"].to_numpy()[self.places].sum())
 
+    @property
+    def digest(self) -> str:
+        """What changes with any of these tokens, their order or what is trained of them."""
+        found = hashlib.sha256(self.places.tobytes())
+        for name in ("token_ids", "trained"):
+            for chunk in self.table[name].chunks:
+                found.update(chunk.offsets.to_numpy().tobytes())
+                found.update(chunk.values.to_numpy(zero_copy_only=False).tobytes())
+        return found.hexdigest()
+
 
 def batch(encoded: Sequence[chat.Encoded]) -> pa.RecordBatch:
     token_ids, trained = [ids for ids, _ in encoded], [flags for _, flags in encoded]
     return pa.record_batch([token_ids, trained, list(map(sum, trained))], schema=SCHEMA)
 
 
-def tokens_file(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], instruction: Instruction) -> Path:
+def tokens_file(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], instruction: Instruction) -> Path:
     """Where the tokens of these rows are kept, whether or not they are there yet."""
     found = hashlib.sha256(Path(chat.__file__).read_bytes())
-    found.update(json.dumps([version("transformers"), instruction.messages("?"), instruction.think]).encode())
+    found.update(json.dumps([version("transformers"), instruction.messages("?", "!"), instruction.think]).encode())
     with TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         for file in sorted(path for path in Path(directory).rglob("*") if path.is_file()):
             found.update(file.read_bytes())
     for row in rows:
-        found.update(json.dumps(row, default=str).encode())
+        found.update(json.dumps(row.fields, default=str).encode())
     return cache_directory() / "dirl" / f"{found.hexdigest()[:32]}.arrow"
 
 
-def write_tokens(
-    file: Path, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], instruction: Instruction
-) -> None:
+def write_tokens(file: Path, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], instruction: Instruction) -> None:
     """Tokenise the rows, a thousand at a time, into a file that is there whole or not at all."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
