@@ -198,7 +198,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids_and_nothing_else(bare, tmp_
         ({"prompt": "a", "decoding__block_size": 8}, "block_size is 8 and the model's is 4"),
         ({"prompt": "a", "decoding__strategy": "sequental"}, "did you mean sequential"),
         ({"prompt": "a " * 2000}, r"the prompt of the command line has \d+ tokens and the model has room for 1023"),
-        ({"messages": [{"role": "user"}]}, "the command line: messages must be a list of objects with role and cont"),
+        ({"messages": [{"role": "user"}]}, "the command line turn 1: messages must be a list of objects with role and"),
         ({"messages": []}, "messages must be a list of objects"),
         ({"input": "none.jsonl"}, "none.jsonl does not exist: check the path"),
     ],

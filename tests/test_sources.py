@@ -1,6 +1,7 @@
 """From files to what a run learns from: what is left out and why, tokens made once, several sources, a dry run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from small import published_vocabulary
 
 from dirl_cli import schema
 from dirl_cli.commands import rl, sft
+from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
 from dirl_cli.loop.sources import Reader
 from dirl_cli.models.checkpoint import DiffusionLM
@@ -55,14 +57,21 @@ def test_demonstrations_are_tokenised_once_and_counted(lm, capsys):
         {"prompt": "1+1?", "response": " \n"},
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]},
     ]
+    rows = [Row("row", row) for row in rows]
     first, again = reader.demonstrations("rows", rows), reader.demonstrations("rows", rows)
     assert [first[i] for i in range(len(first))] == [again[i] for i in range(len(again))] and len(first) == 2
     counted = "2 rows, {} tokens{}; 2 left out that answer nothing; 2 left out that are longer than max_tokens=40"
-    assert said(capsys) == [counted.format(first.lengths.sum(), before) for before in ("", ", tokenised before")]
+    warning = "warning: 67% of 6 rows are not learned from; the longest has 85 tokens"
+    assert said(capsys) == [
+        counted.format(first.lengths.sum(), ""), warning,
+        counted.format(first.lengths.sum(), ", tokenised before"), warning,
+    ]  # fmt: skip
 
 
 def test_what_is_longer_than_the_model_is_told_apart(lm, capsys):
-    reader_for(lm, max_tokens=1000).demonstrations("rows", [{"prompt": "?", "response": "2" * n} for n in (20, 100)])
+    reader_for(lm, max_tokens=1000).demonstrations(
+        "rows", [Row("row", {"prompt": "?", "response": "2" * n}) for n in (20, 100)]
+    )
     assert said(capsys)[0].endswith("; 1 left out that are longer than the model's 64 positions")
 
 
@@ -77,11 +86,12 @@ def test_problems_without_an_answer_or_with_a_long_prompt_are_left_out(lm, capsy
     found = reader_for(lm, max_prompt_tokens=20).problems("problems", problems)
     assert ([one.id for one in found.problems], len(found.prompts)) == (["a"], 1)
     left_out = "1 left out that have no answer; 1 left out that have prompts longer than"
-    assert said(capsys) == [f"1 problems; {left_out} rl.max_prompt_tokens=20"]
+    warning = "warning: 67% of 3 rows are not learned from; the longest has 48 tokens"
+    assert said(capsys) == [f"1 problems; {left_out} rl.max_prompt_tokens=20", warning]
     roomy = reader_for(lm)
     assert [one.id for one in roomy.problems("problems", problems).problems] == ["a", "c"]
     assert roomy.problems("problems", [Problem("d", "1" * 60, "2")]).problems == []
-    assert said(capsys)[1].endswith("longer than the 63 tokens there is room for")
+    assert said(capsys)[2].endswith("longer than the 63 tokens there is room for")
 
 
 @pytest.fixture
@@ -118,6 +128,40 @@ def test_a_dry_run_shows_what_is_trained_and_writes_nothing(sources, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
+RL = ("rl.problems=2", "rl.group_size=2", "rl.filter=none", "rl.max_rounds=1", "eval_problems=0")
+
+
+@pytest.mark.parametrize(("command", "run", "more"), [("sft", sft.run, ["batch_size=2"]), ("rl", rl.run, RL)])
+def test_an_unfinished_run_does_not_go_on_with_other_rows(tmp_path, command, run, more):
+    rows = [{"question": f"{i}+1?", "response": str(i), "ground_truth_answer": i} for i in range(6)]
+    words = ["data=file", f"data.path={save(tmp_path / 'a.jsonl', rows)}", "data.name=mine", "save_every=1", *more]
+    out = tmp_path / "out"
+    run(config(command, *words), out)
+    for written in ("model", "checkpoints/step-000002"):
+        shutil.rmtree(out / written)
+
+    save(tmp_path / "a.jsonl", rows[::-1])
+    with pytest.raises(DirlError, match=r"the rows of mine are not those that this run began with: put them back, "):
+        run(config(command, *words), out)
+    run(config(command, *words, f"resume={out}/checkpoints/step-000001"), tmp_path / "another")
+
+    save(tmp_path / "a.jsonl", rows)
+    run(config(command, *words), out)
+    assert (out / "model").is_dir()
+
+
+def test_a_dry_run_shows_the_reference_answers_beside_the_prompts(tmp_path, capsys):
+    data = save(tmp_path / "a.jsonl", [{"question": "2+2?", "answer": "2+2=4\n#### 4", "hint": "count"}])
+    rl.run(config("rl", "data=file", f"data.path={data}", "dry_run=true"), tmp_path / "out")
+    shown = said(capsys)
+    assert shown[1:3] == [
+        f"  1 rows: `answer` is the reference answer (first {data} line 1)",
+        f'  not read: hint (1 rows); {data} line 1 has hint: "count"',
+    ]
+    at = shown.index("reference answer: 2+2=4")
+    assert shown[at - 2 : at + 2] == ["<|im_start|>assistant", "", "reference answer: 2+2=4", "#### 4"]
+
+
 def test_a_dry_run_reads_no_weights(shared, tmp_path, capsys):
     model = published_vocabulary(tmp_path / "random", shared)
     (model / "model.safetensors").unlink()
@@ -144,6 +188,7 @@ def test_reinforcement_draws_from_a_mix_without_what_does_not_fit(sources, tmp_p
     more = ["data=mix", f"data.sources={parts}", "instruction=none", *words[3:], "rl.max_prompt_tokens=30"]
     rl.run(config("rl", *more, "decoding.temperature=1", "optim.lr=1e-3"), tmp_path / "out")
     counted = "6 training problems of {}; 3 left out that have prompts longer than rl.max_prompt_tokens=30"
-    assert said(capsys)[:2] == [counted.format(name) for name in "ab"]
+    warning = "warning: 33% of 9 rows are not learned from; the longest has 42 tokens"
+    assert said(capsys)[:4] == [counted.format("a"), warning, counted.format("b"), warning]
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch/a"], line["epoch/b"]) for line in lines] == [(3 / 6, 1 / 6), (6 / 6, 2 / 6)]

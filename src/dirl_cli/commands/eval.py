@@ -42,12 +42,12 @@ def run(cfg: DictConfig, out: Path) -> None:
         show_comparison(cfg.compare)
     elif cfg.predictions:
         if is_first():  # the grader has processes of its own
-            grade(cfg, out, chosen_problems(cfg))
+            grade(cfg, out, *chosen_problems(cfg))
     else:
-        ask(cfg, out, chosen_problems(cfg))
+        ask(cfg, out, *chosen_problems(cfg))
 
 
-def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
+def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:
     """Evaluate cfg.model on cfg.bench: answers go to `out`/answers.jsonl as they come, the rest to eval_card.json."""
     from dirl_cli.data.chat import answer_text, encode_problems
     from dirl_cli.loop.ask import Processes, sample
@@ -56,6 +56,7 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
 
     processes = Processes(cfg.gpus * cfg.nodes, cfg.device)
     console.quiet = not processes.is_first
+    problems = gradable(cfg.bench.name, problems, remarks)
     engine = build(cfg.rollout)
     engine.require()
     lm: DiffusionLM = build(cfg.model).load(cfg.dtype, processes.device, cfg.attention)
@@ -104,10 +105,15 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
         )
 
 
-def grade(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
+def grade(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:
     """Grade the answers in cfg.predictions: verdicts go to `out`/graded.jsonl in the file's order."""
     place = {problem.id: i for i, problem in enumerate(problems)}
     answers = read_predictions(((row.place, row.fields) for row in read_rows(cfg.predictions)), problems)
+    problems = gradable(cfg.bench.name, problems, remarks)
+    known = {problem.id for problem in problems}
+    answers = [answer for answer in answers if answer.problem in known]
+    if not answers:
+        raise DirlError(f"{cfg.predictions} answers no problem that has a reference answer: check bench")
     began = time.perf_counter()
     with Grader(cfg.grade_workers, cfg.grade_timeout) as grader:
         reached = tracked(regraded(answers, problems, grader), [], len(answers), console)
@@ -120,7 +126,7 @@ def grade(cfg: DictConfig, out: Path, problems: Sequence[Problem]) -> None:
     write_text(out / ANSWERS, (json.dumps(asdict(answer)) + "\n" for answer in answers))
     write_json(out / SOURCE, {"problems": digests(problems)})
     conclude(cfg, out, cfg.predictions, answers, problems, {"predictions": cfg.predictions})
-    if silent := len(place.keys() - {answer.problem for answer in answers}):
+    if silent := len(known - {answer.problem for answer in answers}):
         console.print(f"{silent} of {len(problems)} problems have no answer in the file and do not count")
     speed = f"{len(answers):,} answers graded in {seconds:.1f} s, {len(answers) / seconds:,.0f} a second"
     console.print(f"{speed} · {out / 'graded.jsonl'} · {out / CARD}", soft_wrap=True)
@@ -189,9 +195,10 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
     console.print(" · ".join(map(str, files)), soft_wrap=True)
 
 
-def chosen_problems(cfg: DictConfig) -> list[Problem]:
-    """The problems of cfg.bench that are to be answered."""
-    problems: list[Problem] = build(cfg.bench).problems()
+def chosen_problems(cfg: DictConfig) -> tuple[list[Problem], list[str]]:
+    """The problems of cfg.bench that are to be answered, and what there is to say of how they were read."""
+    bench = build(cfg.bench)
+    problems: list[Problem] = bench.problems()
     if cfg.ids:
         known = [problem.id for problem in problems]
         if strange := [name for name in cfg.ids if name not in known]:
@@ -199,7 +206,21 @@ def chosen_problems(cfg: DictConfig) -> list[Problem]:
         problems = [problem for problem in problems if problem.id in cfg.ids]
     if cfg.samples < 1 or (cfg.limit is not None and cfg.limit < 1):
         raise DirlError("there is nothing to evaluate: limit and samples must be at least 1")
-    return problems[: cfg.limit]
+    return problems[: cfg.limit], bench.remarks()
+
+
+def gradable(name: str, problems: Sequence[Problem], remarks: Sequence[str]) -> list[Problem]:
+    """The problems that have a reference answer. Says how many have none, and the remarks."""
+    found = [problem for problem in problems if problem.answer.strip()]
+    if not found:
+        raise DirlError(f"no problem of {name} has a reference answer: fill in ground_truth_answer, or map it")
+    if len(found) < len(problems):
+        first = next(problem.id for problem in problems if not problem.answer.strip())
+        gone = f"{len(problems) - len(found)} of {len(problems)} problems have no answer and are left out"
+        console.print(f"{gone} (first {first})", soft_wrap=True)
+    for remark in remarks:
+        console.print(f"{name}: {remark}", soft_wrap=True)
+    return found
 
 
 def asked_for(answers: Sequence[Answer], problems: Sequence[Problem], samples: int) -> list[Answer]:
@@ -220,7 +241,7 @@ def say_what_gave_up(grader: Grader) -> None:
 
 def digests(problems: Sequence[Problem]) -> dict[str, str]:
     """What tells a problem from another one of the same id."""
-    return {problem.id: digest(problem.question, problem.answer)[:16] for problem in problems}
+    return {one.id: digest(one.question, one.answer, *filter(None, [one.system]))[:16] for one in problems}
 
 
 def digest(*values: object) -> str:

@@ -23,7 +23,7 @@ from dirl_cli.build import build
 from dirl_cli.commands.eval import digest, plain
 from dirl_cli.data.chat import answer_text, encode_messages, encode_prompt, encode_question
 from dirl_cli.data.columns import text
-from dirl_cli.data.conversation import conversation
+from dirl_cli.data.conversation import read_turns
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.disk import writing
 from dirl_cli.errors import DirlError, Stopped, stop_code
@@ -177,9 +177,9 @@ def read_stdin(what: str) -> str:
 
 def spell_request(fields: dict[str, Any]) -> str:
     """What is asked, to be shown as it was understood."""
-    turns = fields.get("messages", [{"role": "prompt", "content": fields.get("prompt")}])
-    if not isinstance(turns, list) or not all(map(is_message, turns)):
-        return ""  # which is refused in a moment
+    if "messages" not in fields:
+        return f"prompt: {fields['prompt']}"
+    turns, _ = read_turns("the command line", fields["messages"])
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
@@ -218,9 +218,9 @@ def encode_row(lm: DiffusionLM, row: Row, instruction: Instruction) -> list[int]
 
 
 def messages_of(row: Row) -> list[dict[str, str]]:
-    messages, _ = conversation(row.place, row.fields["messages"])
+    messages, _ = read_turns(row.place, row.fields["messages"])
     if not messages:
-        raise DirlError(f"{row.place}: messages is an empty list: give at least one")
+        raise DirlError(f"{row.place}: messages must be a list of objects with role and content, at least one")
     return messages
 
 

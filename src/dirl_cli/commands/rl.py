@@ -37,7 +37,7 @@ from dirl_cli.loop.groups import (
 )
 from dirl_cli.loop.keep import keep
 from dirl_cli.loop.learn import Learner
-from dirl_cli.loop.sources import Questions, Reader, epochs
+from dirl_cli.loop.sources import Questions, Reader, epochs, fingerprint_of, require_same_data
 from dirl_cli.loop.sweep_table import Column, show_sweep
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.lora import WHOLE
@@ -118,12 +118,13 @@ def run(cfg: DictConfig, out: Path) -> None:
     reader = Reader(lm, instruction, accelerator, progress, max_prompt_tokens=cfg.rl.max_prompt_tokens)
     sources, weights = ([], []) if cfg.rl.replay else sources_of(data)
     names = [source.name for source in sources]
-    pools = [reader.problems(f"training problems of {s.name}", s.training_problems()) for s in sources]
+    pools = [reader.problems(f"training problems of {s.name}", s.training_problems(), s.remarks()) for s in sources]
     if empty := [name for name, pool in zip(names, pools, strict=True) if not pool.problems]:
         raise DirlError(f"nothing of {empty[0]} is left to learn from: raise rl.max_prompt_tokens, or give other data")
     if cfg.dry_run:
         prompts = [Tokens.of([(prompt, [False] * len(prompt)) for prompt in pool.prompts]) for pool in pools]
-        show(dict(zip(names, prompts, strict=True)), lm.require_tokenizer(), progress.console)
+        answers = {name: [one.answer for one in pool.problems] for name, pool in zip(names, pools, strict=True)}
+        show(dict(zip(names, prompts, strict=True)), lm.require_tokenizer(), progress.console, answers)
     longest = max((len(prompt) for pool in pools for prompt in pool.prompts), default=0)  # not known of a replay
     place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
     chosen = {key: OmegaConf.select(cfg, key) for key in RL}
@@ -138,7 +139,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
     if cfg.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-    base_fingerprint = fingerprint(lm.model)
+    base_fingerprint, data_fingerprint = fingerprint(lm.model), fingerprint_of(pools)
     reference = frozen(peft.reference(lm), decoding) if objective.beta else None
     twin = peft.merged(lm)  # before processes share the parameters
     trainer = Trainer(
@@ -171,6 +172,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     if start := checkpoints.begin(cfg.resume, progress.say):
         require_same_run(start, "rl", base_fingerprint if objective.beta or peft != WHOLE else None)
         remembered = load(start, lm.model, trainer.optimizers)
+        if start.parent == checkpoints.directory:  # another run's checkpoint may have seen other data
+            require_same_data(cfg.data.name, remembered.get("data_fingerprint", data_fingerprint), data_fingerprint)
         trainer.steps_taken, trainer.skipped = remembered["updates"], remembered["skipped"]
         state = State.from_json(remembered)
         progress.say(f"going on after step {state.step}, from {start}")
@@ -234,6 +237,7 @@ def run(cfg: DictConfig, out: Path) -> None:
                         remembered = {
                             "command": "rl",
                             "base_fingerprint": base_fingerprint,
+                            "data_fingerprint": data_fingerprint,
                             "updates": trainer.steps_taken,
                             "skipped": trainer.skipped,
                             **state.to_json(),

@@ -19,7 +19,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.loop.exam import Exam
 from dirl_cli.loop.forecast import SFT, sft_budget
 from dirl_cli.loop.keep import keep
-from dirl_cli.loop.sources import Reader, epochs
+from dirl_cli.loop.sources import Reader, epochs, fingerprint_of, require_same_data
 from dirl_cli.loop.sweep_table import Column, show_sweep
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.lora import WHOLE
@@ -121,7 +121,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
     if cfg.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-    base_fingerprint = fingerprint(lm.model)
+    base_fingerprint, data_fingerprint = fingerprint(lm.model), fingerprint_of([*training, *held_out])
     exam = Exam(asked.problems, asked.prompts, lm, decoding, accelerator)
     del data, sources  # and their rows
     noise = Noise(masking, lm.block_size, lm.mask_token_id, lm.pad_token_id, cfg.row_tokens)
@@ -142,6 +142,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     if start := checkpoints.begin(cfg.resume, progress.say):
         require_same_run(start, "sft", None if peft == WHOLE else base_fingerprint)
         remembered = load(start, lm.model, trainer.optimizers)
+        if start.parent == checkpoints.directory:  # another run's checkpoint may have seen other data
+            require_same_data(cfg.data.name, remembered.get("data_fingerprint", data_fingerprint), data_fingerprint)
         trainer.steps_taken, trainer.skipped = remembered["step"], remembered["skipped"]
         progress.say(f"going on after step {trainer.steps_taken}, from {start}")
     main, config = accelerator.is_main_process, OmegaConf.to_container(cfg)
@@ -188,7 +190,12 @@ def run(cfg: DictConfig, out: Path) -> None:
             is_due = due(step, cfg.save_every) and not trainer.skipped  # else the good ones would make way for bad ones
             if is_last or must_stop or is_due or checkpoints.is_best(metrics):
                 with trainer.times("saving"):
-                    remembered = {"command": "sft", "base_fingerprint": base_fingerprint, "skipped": trainer.skipped}
+                    remembered = {
+                        "command": "sft",
+                        "base_fingerprint": base_fingerprint,
+                        "data_fingerprint": data_fingerprint,
+                        "skipped": trainer.skipped,
+                    }
                     path = checkpoints.save(step, lm.model, trainer.optimizers, metrics, **remembered)
             if is_last or must_stop or due(step, cfg.eval_every):
                 log.draw(panels, cfg.name, out / "loss.png")

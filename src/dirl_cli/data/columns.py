@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from dirl_cli.data.conversation import conversation
+from dirl_cli.data.conversation import read_turns
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.types import Problem
@@ -87,7 +87,7 @@ def known_demonstration(row: Row) -> Row:
 
 
 def with_messages(row: Row, setting: str) -> Row:
-    turns, notes = conversation(row.place, row.fields["messages"])
+    turns, notes = read_turns(row.place, row.fields["messages"])
     if all(turn["role"] != "assistant" for turn in turns):
         raise DirlError(f"{row.place}: messages must be a list of objects, one of them the assistant's")
     read = {"messages"}
@@ -135,7 +135,7 @@ def is_problem(row: Row) -> bool:
 
 def one_question(place: str, chat: list) -> dict[str, str]:
     """The question of a chat that asks one, and the system turn before it if there is one."""
-    turns, _ = conversation(place, chat)
+    turns, _ = read_turns(place, chat)
     roles = [turn["role"] for turn in turns]
     if roles not in (["user"], ["system", "user"]):
         raise DirlError(f"{place}: a problem is one question, not a chat of {', '.join(roles)}: leave the row out")
@@ -167,11 +167,11 @@ def problem(row: Row, default_id: str, setting: str = "data.columns=") -> Proble
 def text(row: Row, key: str, expected: str, setting: str = "data.columns=") -> str:
     """The field as text; a number is fine, and an answer that is not there is empty."""
     value = row.fields.get(key)
-    if key not in row.fields or (value is None and key not in ANSWERS):
+    if key not in row.fields:
         theirs = ", ".join(row.fields)
         hint = f"; map yours ({theirs}) with '{setting}{{{key}: …}}'" if theirs else ""
         raise DirlError(f"{row.place} has no {key}: {expected}{hint}")
-    if value is None:
+    if value is None and key in ANSWERS:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise DirlError(f"{row.place}: {key} must be text, not {json.dumps(value, default=str)[:40]}")

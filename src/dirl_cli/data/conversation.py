@@ -11,7 +11,7 @@ KNOWN = ("user", "assistant", "system", "tool")
 READ = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")  # by us or by chat templates
 
 
-def conversation(place: str, messages: Any) -> tuple[list[dict], list[str]]:
+def read_turns(place: str, messages: Any) -> tuple[list[dict], list[str]]:
     """The turns of `messages`, each with role and content, both text; and what was read otherwise than written.
 
     Raises DirlError that names the turn that cannot be read.

@@ -1,22 +1,35 @@
 """What a training run learns from: demonstrations and problems as tokens, without those that do not fit."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from accelerate import Accelerator
 
 from dirl_cli.data.chat import encode_questions
+from dirl_cli.data.columns import told
+from dirl_cli.data.rows import Row
 from dirl_cli.data.tokens import Tokens, tokens_file, write_tokens
+from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.training.order import Order
 from dirl_cli.training.progress import StepProgress
 from dirl_cli.types import Instruction, Problem
+
+MANY = 0.1  # a share that is told apart where it is left out
 
 
 @dataclass(frozen=True)
 class Questions:
     problems: list[Problem]
     prompts: list[list[int]]
+
+    @property
+    def digest(self) -> str:
+        """What changes with any of the prompts and answers, and their order."""
+        answers = [problem.answer for problem in self.problems]
+        return hashlib.sha256(json.dumps([self.prompts, answers]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -33,12 +46,12 @@ class Reader:
     max_tokens: int = 0
     max_prompt_tokens: int | None = None
 
-    def demonstrations(self, kind: str, rows: Sequence[dict]) -> Tokens:
+    def demonstrations(self, kind: str, rows: Sequence[Row]) -> Tokens:
         """The rows as tokens, from the disk if an earlier start has met the same rows, template and tokenizer."""
         if not rows:
             return Tokens.of([])
         tokenizer = self.lm.require_tokenizer()
-        answered = [row for row in rows if says_something(row)]
+        answered = [row for row in rows if says_something(row.fields)]
         file = tokens_file(tokenizer, answered, self.instruction)
         before = ", tokenised before" if file.exists() else ""
         status = self.progress.console.status(f"tokenising {len(answered):,} {kind}")
@@ -50,11 +63,12 @@ class Reader:
         fitting = tokens.at_most(longest)
         limit = f"max_tokens={longest}" if longest == self.max_tokens else f"the model's {longest} positions"
         left_out = {"answer nothing": len(rows) - len(answered), f"are longer than {limit}": len(tokens) - len(fitting)}
-        self._say(f"{len(fitting):,} {kind}, {fitting.lengths.sum():,} tokens{before}", left_out)
+        found = f"{len(fitting):,} {kind}, {fitting.lengths.sum():,} tokens{before}"
+        self._say(found, len(rows), left_out, int(max(tokens.lengths, default=0)), told(rows))
         return fitting
 
-    def problems(self, kind: str, problems: Sequence[Problem]) -> Questions:
-        """The problems with their prompts."""
+    def problems(self, kind: str, problems: Sequence[Problem], remarks: Sequence[str] = ()) -> Questions:
+        """The problems with their prompts. remarks: what else there is to say of where they come from."""
         answered = [problem for problem in problems if problem.answer.strip()]
         prompts = encode_questions(self.lm.require_tokenizer(), answered, self.instruction)
         room = self.lm.longest_prompt
@@ -66,17 +80,40 @@ class Reader:
             f"have prompts longer than {limit}": len(answered) - len(fitting),
         }
         if problems:
-            self._say(f"{len(fitting):,} {kind}", left_out)
+            self._say(f"{len(fitting):,} {kind}", len(problems), left_out, max(map(len, prompts), default=0), remarks)
         return Questions([answered[i] for i in fitting], [prompts[i] for i in fitting])
 
-    def _say(self, found: str, left_out: Mapping[str, int]) -> None:
-        self.progress.say("; ".join([found, *(f"{n:,} left out that {why}" for why, n in left_out.items() if n)]))
+    def _say(self, found: str, count: int, left_out: Mapping[str, int], longest: int, remarks: Sequence[str]) -> None:
+        """Say what was found of `count` rows and what was left out of them, loudly where that is much."""
+        reasons = [f"{n:,} left out that {why}" for why, n in left_out.items() if n]
+        gone = sum(left_out.values()) / count
+        self.progress.say("; ".join([found, *reasons]))
+        if gone > MANY:
+            tokens = f"; the longest has {longest:,} tokens" if longest else ""
+            self.progress.warn(f"warning: {gone:.0%} of {count:,} rows are not learned from{tokens}")
+        for remark in remarks:
+            self.progress.say(f"  {remark}")
+
+
+def fingerprint_of(parts: Sequence[Tokens | Questions]) -> str:
+    """What changes with anything that a run learns from."""
+    return hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+
+
+def require_same_data(name: str, began_with: str, now: str) -> None:
+    """Raises DirlError where an unfinished run would go on with other data than it began with."""
+    if now != began_with:
+        raise DirlError(
+            f"the rows of {name} are not those that this run began with: put them back, give this run another name=,"
+            " or begin anew with resume=never"
+        )
 
 
 def says_something(row: dict) -> bool:
     """Whether there is an answer in a demonstration."""
-    said = [message["content"] for message in row.get("messages", ()) if message["role"] == "assistant"]
-    return any(words.strip() for words in said or [row.get("response", "")])
+    said = [message for message in row.get("messages", ()) if message["role"] == "assistant"]
+    answers = [message["content"] for message in said] or [row.get("response", "")]
+    return any(map(str.strip, answers)) or any(message.get("tool_calls") for message in said)
 
 
 def epochs(order: Order, names: Sequence[str], place: int) -> dict[str, float]:

@@ -74,6 +74,10 @@ class StepProgress:
         """Print a line that stays."""
         self.console.print(text)
 
+    def warn(self, text: str) -> None:
+        """Print a line that stays and is seen."""
+        self.console.print(text, style="bold yellow")
+
 
 def due(step: int, every: int) -> bool:
     """Whether something done every so many steps is to be done now; 0 is never."""
