@@ -27,12 +27,13 @@ SMALL = ("+model.hidden_size=32", "+model.num_hidden_layers=1", "+model.intermed
 KEPT = ("steps=4", "save_every=2", "keep_checkpoints=0", "optim.lr=1e-2")
 
 
-def trained(out: Path, *words: str) -> Path:
-    """A fine-tuning run of four steps with two checkpoints."""
+def trained(out: Path, *words: str, model: dict[str, object] | None = None) -> Path:
+    """A fine-tuning run of four steps with two checkpoints, by default of a small model."""
     schema.register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("sft", [*DATA, *SMALL, *KEPT, *words])
     OmegaConf.resolve(cfg)
+    cfg.model = model or cfg.model
     (out / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
     sft.run(cfg, out)
     return out
@@ -98,14 +99,20 @@ def test_what_is_no_model_yet_is_told_with_what_to_give_instead(run, tmp_path):
     shutil.copytree(unfinished / "checkpoints/step-000004", tmp_path / "alone/step-000004")
     with pytest.raises(DirlError, match="is a checkpoint without its run: put it back into RUN/checkpoints"):
         load(tmp_path / "alone/step-000004")
-    with pytest.raises(DirlError, match=r"is loaded as its run loaded its model: leave model\.adapter out"):
-        load(unfinished / "checkpoints/step-000004", adapter="adapter")
+    with pytest.raises(DirlError, match=r"has the mask token of its run: leave model\.mask_token_id out"):
+        load(unfinished / "checkpoints/step-000004", mask_token_id=3)
     (unfinished / "checkpoints/step-000004/model.safetensors").write_bytes(b"cut")
     with pytest.raises(DirlError, match=r"step-000004 cannot be read .*: give another checkpoint of the run"):
         load(unfinished / "checkpoints/step-000004")
     shutil.rmtree(unfinished / "checkpoints")
     with pytest.raises(DirlError, match="it has no checkpoint yet, so let it go on to its end"):
         load(unfinished)
+
+
+def test_what_a_run_with_an_adapter_leaves_goes_with_the_checkpoint_it_began_with(run, tmp_path):
+    step = run / "checkpoints/step-000002"
+    beside = trained(tmp_path, "peft=lora", model=model_of_run({"name": "mine", "path": str(step)}))
+    assert_same(load(step, adapter=str(beside / "adapter")), load(beside))
 
 
 @pytest.mark.timeout(300)

@@ -88,14 +88,15 @@ def model_of_run(model: dict[str, Any]) -> dict[str, Any]:
     run = path.resolve().parents[1]
     if not (run / "config.yaml").is_file():
         raise DirlError(f"{path} is a checkpoint without its run: put it back into RUN/checkpoints, beside config.yaml")
-    if strange := [key for key in ("adapter", "mask_token_id") if model.get(key) is not None]:
-        raise DirlError(f"{path} is loaded as its run loaded its model: leave model.{strange[0]} out")
+    if model.get("mask_token_id") is not None:
+        raise DirlError(f"{path} has the mask token of its run: leave model.mask_token_id out")
     settings: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     base = settings["model"]
     if model.get("block_size") is not None:
         base |= {"block_size": model["block_size"]}
     target = "dirl_cli.training.trained_model.TrainedModel"
-    return {"_target_": target, "name": model["name"], "path": str(path), "base": base, "peft": settings["peft"]}
+    given = {"name": model["name"], "path": str(path), "adapter": model.get("adapter")}
+    return {"_target_": target, **given, "base": base, "peft": settings["peft"]}
 
 
 def finished_model(run: Path) -> Path:

@@ -255,6 +255,7 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     twin = inference_model(model)
     for name, layer in adapted(twin).items():
         twin.set_submodule(name, layer.get_base_layer())
+    vars(twin).pop("peft_config", None)  # by which PEFT would know an adapter that is not there
     return twin
 
 

@@ -1,6 +1,6 @@
 """A checkpoint of a training run as a model: to be asked, or to learn on from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dirl_cli.errors import DirlError
+from dirl_cli.models.adapter import merged
 from dirl_cli.models.checkpoint import DiffusionLM, pick_device, pick_dtype
 from dirl_cli.training.checkpoint import MODEL, files_of, learned
 from dirl_cli.training.shards import read_parts
@@ -18,13 +19,15 @@ class TrainedModel:
     """The model of a run as one of its checkpoints has it, whole or in shards.
 
     path: of the checkpoint. base, peft: the settings of the run, with which it put its model together: configuration
-    and tokenizer are those of the base, and so are weights that were not trained.
+    and tokenizer are those of the base, and so are weights that were not trained. adapter: what to merge into it, such
+    as a later run left beside it.
     """
 
     name: str
     path: str
     base: Any  # models.lora.Loads
     peft: Any  # models.lora.Peft
+    adapter: str | None = None
 
     def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
         """Load the base as any model, then what was trained of it; an adapter is merged."""
@@ -38,6 +41,8 @@ class TrainedModel:
             raise DirlError(f"{self.path} cannot be read ({error}): give another checkpoint of the run") from error
 
         lm = self.peft.merged(lm)
-        lm.model.requires_grad_(True).eval()
         nn.Module.to(lm.model, dtype=pick_dtype(dtype, device))
+        if self.adapter:
+            lm = replace(lm, model=merged(lm.model, self.adapter))
+        lm.model.requires_grad_(True).eval()
         return lm
