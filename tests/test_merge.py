@@ -1,6 +1,7 @@
 """LoRA adapters: merged on loading and by `dirl merge`, as PEFT itself merges them."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -35,14 +36,14 @@ def small(tmp_path) -> Path:
 
 
 def adapter_of(base: Path, **options: object) -> Path:
-    """An adapter of two projections of every layer, as training leaves one: both of its factors are random."""
+    """An adapter of two projections of every layer, as training leaves one: all that was trained is random."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
-    adapted = get_peft_model(model, lora)
+    chosen = {"target_modules": ["q_proj", "v_proj"], **options}
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **chosen))
     with torch.no_grad():
         for name, factor in adapted.named_parameters():
-            if "lora_" in name:
+            if re.search("lora_|trainable_tokens|modules_to_save", name):
                 factor.normal_(0, 0.3)
     adapted.save_pretrained(base.with_name("adapter"))
     return base.with_name("adapter")
@@ -79,6 +80,30 @@ def test_a_merged_model_is_what_peft_makes_of_it_and_says_what_the_adapter_says(
     theirs = beside.merge_and_unload().state_dict()
     assert type(ours) is type(load(base)) and ours.state_dict().keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6, 7]},
+    ],
+    ids=lambda options: "+".join(options["target_modules"][1:] or list(options)[1:]) + " tied" * (len(options) - 1),
+)
+def test_an_adapter_of_a_head_that_is_tied_to_the_embedding_says_what_peft_says(tmp_path, recwarn, options):
+    base, to = tmp_path / "base", tmp_path / "merged"
+    random_lm("tied").save(base)
+    adapter = adapter_of(base, **options)
+    unmerged = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval())
+    recwarn.clear()
+    merge(base, adapter, to, "dtype=float32")
+    assert not recwarn.list
+    assert torch.allclose(logits(load(base, adapter)), unmerged, atol=1e-5)
+    assert torch.allclose(logits(load(to)), unmerged, atol=1e-5)
 
 
 def test_layers_that_were_trained_whole_come_along(small):

@@ -1,9 +1,12 @@
 """LoRA adapters, through PEFT: merged into the weights that they were trained beside."""
 
+import warnings
 from pathlib import Path
 from typing import cast
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 
 from dirl_cli import hub
@@ -14,6 +17,7 @@ from dirl_cli.models.harmless import read_object
 def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """The model with an adapter added to its weights, in place. adapter: a directory, or a downloaded Hub repository.
 
+    A head that shares its weight with the embedding comes to have its own where the adapter means only one of the two.
     Raises DirlError without PEFT, and where the adapter is not there, damaged or made for another model.
     """
     try:
@@ -28,15 +32,32 @@ def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     given = read_object(directory / "adapter_config.json")
     if given.get("peft_type") != "LORA" or given.get("megatron_config"):  # which names a module to import
         raise DirlError(f"{adapter} is no LoRA adapter, or one for Megatron: give one that PEFT saved as LORA")
-    try:
-        adapted = PeftModel(model, PeftConfig.from_pretrained(str(directory)))
-        loaded = adapted.load_adapter(directory, "default", torch_device=str(model.device))
-        strays = [*loaded.missing_keys, *loaded.unexpected_keys]
-        reason = f"tensors that are not in both, such as {strays[0]}" if strays else ""
-    except (SafetensorError, ValueError, RuntimeError, TypeError, LookupError) as error:
-        reason = " ".join(line.strip() for line in str(error).split("\n")[:2])
-    if reason:
-        raise DirlError(
-            f"{adapter} cannot be merged into {model.name_or_path} ({reason}): give the model it was trained beside"
-        )
-    return cast(PreTrainedModel, adapted.merge_and_unload())
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = head.weight is embedding.weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of tied weights, which are seen to below
+        try:
+            adapted = PeftModel(model, PeftConfig.from_pretrained(str(directory)))
+            loaded = adapted.load_adapter(directory, "default", torch_device=str(model.device))
+            strays = [*loaded.missing_keys, *loaded.unexpected_keys]
+            reason = f"tensors that are not in both, such as {strays[0]}" if strays else ""
+        except (SafetensorError, ValueError, RuntimeError, TypeError, LookupError) as error:
+            reason = " ".join(line.strip() for line in str(error).split("\n")[:2])
+        if reason:
+            raise DirlError(
+                f"{adapter} cannot be merged into {model.name_or_path} ({reason}): give the model it was trained beside"
+            )
+        if is_tied:  # else what is added to the one is added to the other
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        whole = cast(PreTrainedModel, adapted.merge_and_unload())
+    if is_tied:
+        tie_if_equal(whole)
+    return whole
+
+
+def tie_if_equal(model: PreTrainedModel) -> None:
+    """Let head and embedding share their weight again, or have the configuration say that they differ."""
+    head, embedding = cast(nn.Linear, model.get_output_embeddings()), cast(nn.Embedding, model.get_input_embeddings())
+    model.config.tie_word_embeddings = torch.equal(head.weight, embedding.weight)
+    if model.config.tie_word_embeddings:
+        head.weight = embedding.weight
