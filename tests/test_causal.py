@@ -5,6 +5,7 @@ import torch
 from answers import slopes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -136,6 +137,65 @@ def test_the_pad_token_learns_as_any_other_and_the_configuration_goes_on_naming_
         assert one.model.config.pad_token_id == one.pad_token_id == 0
         by_autograd, by_differences = slopes(one, one.pad_token_id)
         assert by_autograd == pytest.approx(by_differences, rel=0.02)
+
+
+SIZES = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+SIZES |= {"max_position_embeddings": 64, "eos_token_id": 1, "bos_token_id": 1}
+OTHERS = {
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt2": {},
+    "gpt_neox": {"intermediate_size": 64},
+    "phi": {"intermediate_size": 64},
+    "gemma": {"intermediate_size": 64, "head_dim": 8, "num_key_value_heads": 2},
+    "olmo2": {"intermediate_size": 64},
+    "mixtral": {"intermediate_size": 64, "num_local_experts": 4, "num_key_value_heads": 2},
+}
+
+
+def saved(directory, kind: str, **options: object) -> str:
+    """A random model of a kind, its weights large, with a tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, **options)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    model.save_pretrained(directory)
+    plain_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families_are_sampled_from_as_they_are_scored(tmp_path, kind):
+    lm = converted(saved(tmp_path, kind, **OTHERS[kind]))
+    decoding = Decoding(temperature=1.0, max_new_tokens=8, denoising_steps=2)
+    for by_blocks in (False, True):
+        answers = NativeSampler(lm, by_blocks=by_blocks).sample([[5, 6, 7, 8, 9], [10, 11]], 2, decoding)
+        trajectories = [one for group in answers for one in group]
+        found = score_trajectories(lm, trajectories, decoding)
+        for trajectory, logprobs in zip(trajectories, found, strict=True):
+            assert torch.allclose(torch.tensor(logprobs), torch.tensor(trajectory.logprobs), atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "kind, options, reason",
+    [
+        ("cohere", {"intermediate_size": 64, "logit_scale": 0.1}, "its logits depend on the row"),  # they are scaled
+        ("granite", {"intermediate_size": 64, "logits_scaling": 8.0}, "its logits depend on the row"),
+        ("stablelm", {"intermediate_size": 64}, "attend"),
+        ("gptj", {"rotary_dim": 8}, "attention implementation"),
+        ("mamba", {}, "attention implementation"),
+    ],
+)
+def test_a_kind_that_does_not_run_in_blocks_is_refused(tmp_path, kind, options, reason, device):
+    path = saved(tmp_path, kind, **options)
+    if device == "meta" and reason == "its logits depend on the row":
+        return  # there are no numbers to see it by
+    with pytest.raises(DirlError, match=reason) as told:
+        FromCausal("converted", path, 4, True).load("float32", device, "sdpa")
+    assert "\n" not in str(told.value) and kind in str(told.value).lower()
 
 
 def test_it_is_saved_as_a_model_like_any_other(causal, tmp_path):

@@ -26,6 +26,7 @@ from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM, diffusion_lm, pi
 from dirl_cli.models.narrow import inference_model
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from dirl_cli.models.tiny import Tiny
+from dirl_cli.models.tokenizer import train_tokenizer
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.checkpoint import save_model
 from dirl_cli.training.logprobs import score_trajectories
@@ -237,6 +238,26 @@ def stray_tensor(directory: Path) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
+def with_value(directory: Path, value: float) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_a_token_too_many(directory: Path) -> None:
+    """As whoever adds one without resizing the embedding leaves it."""
+    tokenizer = train_tokenizer(["a"])
+    tokenizer.add_tokens([f"<|filler_{i}|>" for i in range(500 - len(tokenizer))])
+    tokenizer.save_pretrained(directory)
+    edit_config(directory, vocab_size=500)
+    tensors = load_file(directory / "model.safetensors")
+    grown = {name: torch.zeros(500, 32) if tensor.shape[0] == 50 else tensor for name, tensor in tensors.items()}
+    save_file(grown, directory / "model.safetensors", metadata={"format": "pt"})
+    load(directory)
+    tokenizer.add_tokens(["<|user_tool|>"])
+    tokenizer.save_pretrained(directory)
+
+
 DAMAGES = {
     "lacks 1 tensor of the model, such as model.layers.0.mlp.up_proj.weight: download": without_tensor,
     "holds a damaged weight file .*: download or copy it again": truncated,
@@ -262,6 +283,10 @@ DAMAGES = {
         d, hidden_size=64
     ),
     "is not a model that can be loaded: The checkpoint": lambda d: edit_config(d, model_type="other"),
+    "config.json names no model_type, such as sdar: download": lambda d: edit_config(d, model_type=None),
+    "holds nan or inf in model.layers.1.mlp.up_proj.weight: download": lambda d: with_value(d, torch.nan),
+    "holds nan or inf in model.layers.1.mlp.up_proj.weight: .*": lambda d: with_value(d, -torch.inf),
+    r"knows '<\|user_tool\|>' as token 500, and the model has 500: resize": with_a_token_too_many,
     "the tokenizer of .* cannot be read": lambda d: (d / "tokenizer.json").write_text("{"),
 }
 

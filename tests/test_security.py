@@ -19,7 +19,7 @@ from huggingface_hub.utils import filter_repo_objects
 from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file, save_file
-from small import small_lm
+from small import SIZES, small_lm
 
 from dirl_cli import hub, launch, rundir
 from dirl_cli.data.chat import encode_messages
@@ -29,7 +29,8 @@ from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import read_answers
 from dirl_cli.evaluation.card import read_evaluation
 from dirl_cli.models.adapter import merged
-from dirl_cli.models.checkpoint import Checkpoint
+from dirl_cli.models.checkpoint import Checkpoint, diffusion_lm
+from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.models.tokenizer import train_tokenizer
 from dirl_cli.plain import is_secret, masked, printable
 from dirl_cli.reward.equality import verified
@@ -43,8 +44,9 @@ TOKEN, PASSWORD = "hf_abcdefghijklmnopqrstuvwxyz", "correct-horse-battery"
 def saved(tmp_path_factory) -> Path:
     """A random model with a tokenizer."""
     directory = tmp_path_factory.mktemp("saved") / "model"
-    small_lm().save(directory)
-    train_tokenizer(["What is 7 times 8?"]).save_pretrained(directory)
+    tokenizer = train_tokenizer(["What is 7 times 8?"])
+    model = SDARForCausalLM(SDARConfig(**SIZES | {"vocab_size": len(tokenizer)}))
+    diffusion_lm(model, tokenizer, 4, tokenizer.mask_token_id).save(directory)
     return directory
 
 

@@ -1,6 +1,31 @@
 """Keys and values of a batch whose sequences come and go, in the form transformers' decoders ask for."""
 
-from torch import Tensor
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(queries (T, heads, D), a layer's keys and values (slots, length, key heads, D), scale) to (T, heads, D)."""
+
+SLOTS = "dirl_slots"
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    attend: Attend,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """What transformers' decoders call; key and value are what `SlotCache.update` returned."""
+    return attend(query[0].transpose(0, 1).to(key.dtype), key, value, scaling)[None], None
+
+
+AttentionInterface.register(SLOTS, slot_attention)
 
 
 class SlotCache:
@@ -30,6 +55,10 @@ class SlotCache:
         for kept, new in ((self.keys[layer], keys), (self.values[layer], values)):
             kept.flatten(0, 1).index_copy_(0, self.places, new[0].transpose(0, 1).to(kept.dtype))
         return self.keys[layer], self.values[layer]
+
+    def get_seq_length(self, *args: object) -> int:
+        """What some decoders ask before they look at the positions that they are given."""
+        return 0
 
     def share(self, source: int, slot: int, length: int) -> None:
         """Give `slot` what `source` holds at its first `length` positions."""

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merged
+from dirl_cli.models.attention import dense_mask
+from dirl_cli.models.cache import SLOTS, SlotCache
 from dirl_cli.models.checkpoint import (
     MASK_NAMES,
     DiffusionLM,
@@ -17,9 +20,13 @@ from dirl_cli.models.checkpoint import (
     pick_attention,
     pick_device,
     pick_dtype,
+    require_finite,
 )
-from dirl_cli.models.stored import Stored
+from dirl_cli.models.narrow import inference_model
+from dirl_cli.models.stored import UNBUILDABLE, Stored, one_line
 
+KINDS = "Llama, Mistral, Mixtral, Qwen, SmolLM, Gemma, Phi, OLMo, GPT-2, GPT-NeoX or OPT"  # among others
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 MULTIPLE = 64  # rows that an embedding grows to, for the sake of GPUs
 
 
@@ -65,9 +72,69 @@ class FromCausal:
             give_mask_token(model, rows, mask_id, len(tokenizer))
             model = merged(model, self.adapter) if self.adapter else model
             torch.nn.Module.to(model, device)
+            require_finite(model)
+        require_runnable(model.eval())
         if self.logit_shift:
             model.config.logit_shift = True
         return diffusion_lm(model.eval(), tokenizer, self.block_size, mask_id)
+
+
+def require_runnable(model: PreTrainedModel) -> None:
+    """Raises DirlError for a kind of model that blocks cannot be learned with or sampled from.
+
+    It is tried on a few tokens, since nothing else tells what a model does beside attention: layers that remember,
+    positions counted from the row's start, logits that are scaled after the head, a cache of its own.
+    """
+    reason = None
+    try:
+        decode_one(model)
+        together = packed(model)
+        if together.device.type != "meta" and not are_close(together, alone(model)):
+            reason = "its logits depend on the row"
+    except UNBUILDABLE as error:
+        reason = one_line(error)
+    if reason:
+        raise DirlError(
+            f"{model.name_or_path} is of a kind ({model.config.model_type}) that does not run in blocks ({reason}):"
+            f" take one of {KINDS}"
+        )
+
+
+@torch.no_grad()
+def packed(model: PreTrainedModel) -> Tensor:
+    """Logits of two texts of four tokens in one row, where neither sees the other: (2, 4, V)."""
+    place = torch.arange(8, device=model.device)[None]
+    text, position, zero = place // 4, place % 4, torch.zeros_like(place)
+    seen = dense_mask(Coordinates(text, zero, position, zero))  # one token a block, as causal models see
+    plain = inference_model(model, "sdpa")
+    row = plain.get_decoder()(input_ids=place, position_ids=position, attention_mask=seen, use_cache=False)
+    return plain.get_output_embeddings()(row.last_hidden_state).unflatten(1, (2, 4))[0]
+
+
+@torch.no_grad()
+def alone(model: PreTrainedModel) -> Tensor:
+    """The same logits as the model gives them by itself."""
+    texts = torch.arange(8, device=model.device).view(2, 4)
+    return inference_model(model, "sdpa")(texts, use_cache=False).logits
+
+
+@torch.no_grad()
+def decode_one(model: PreTrainedModel) -> None:
+    """Run a token as the sampler does; raises what the model raises."""
+    zero = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    inference_model(model, SLOTS).get_decoder()(
+        input_ids=zero,
+        position_ids=zero,
+        past_key_values=SlotCache(slots=1, length=1).at(zero[0]),
+        use_cache=False,
+        attend=lambda query, keys, values, scale: query,
+    )
+
+
+def are_close(logits: Tensor, others: Tensor) -> bool:
+    """Whether most tokens of each text have the same logits; a few may come to other experts. Both (2, 4, V)."""
+    largest = (logits - others).abs().amax(-1)
+    return bool(largest.median(-1).values.max() < TOLERANCE[logits.dtype] * others.abs().max())
 
 
 def is_windowed(config: PreTrainedConfig) -> bool:

@@ -1,6 +1,7 @@
 """Models on disk: loading and saving in the published layout, with everything a sampler or trainer asks of one."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,6 +119,7 @@ class Checkpoint:
         model = stored.model(directory, config, pick_dtype(dtype, device))
         model = merged(model, self.adapter) if self.adapter else model
         torch.nn.Module.to(model, device).eval()
+        require_finite(model)
         return diffusion_lm(model, stored.tokenizer(directory), block_size, mask_id)
 
 
@@ -135,6 +137,7 @@ def diffusion_lm(
         raise DirlError(f"{model.name_or_path} ends answers with {ends} (eos_token_id): give numbers of tokens")
     stops = set(ends)
     vocabulary: dict[str, int] = tokenizer.get_vocab() if tokenizer else {}
+    require_rows(model, vocabulary)
     if tokenizer:
         stops |= {tokenizer.eos_token_id, vocabulary.get("<|im_end|>")} - {None}
     pad = tokenizer.pad_token_id if tokenizer else model.config.pad_token_id
@@ -168,6 +171,23 @@ def learn_padding(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None
+
+
+def require_rows(model: PreTrainedModel, vocabulary: Mapping[str, int]) -> None:
+    """Raises DirlError for a token that has no row in the embedding, which whoever meets it would look up in vain."""
+    word = max(vocabulary, key=vocabulary.__getitem__, default=None)
+    if word is not None and vocabulary[word] >= model.config.vocab_size:
+        raise DirlError(
+            f"the tokenizer of {model.name_or_path} knows {word!r} as token {vocabulary[word]}, and the model has"
+            f" {model.config.vocab_size}: resize its embedding, or take that out of the tokenizer's files"
+        )
+
+
+def require_finite(model: PreTrainedModel) -> None:
+    """Raises DirlError for a weight that holds what is no number, since all that such a model says is noise."""
+    for name, weight in model.named_parameters():
+        if not weight.detach().sum(dtype=torch.float32).isfinite():  # which one that is not finite makes so
+            raise DirlError(f"{model.name_or_path} holds nan or inf in {name}: download, copy or train it again")
 
 
 def is_shifted(model: PreTrainedModel) -> bool:

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 import dirl_cli.models.sdar  # noqa: F401  # registers `sdar` and `sdar_moe`
 from dirl_cli import hub
 from dirl_cli.errors import DirlError
-from dirl_cli.models.harmless import require_harmless
+from dirl_cli.models.harmless import read_object, require_harmless
 
 UNBUILDABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError)
 
@@ -49,6 +49,8 @@ class Stored:
         return hub.local(self.path, "model")
 
     def config(self, directory: Path, attention: str) -> PreTrainedConfig:
+        if (content := read_object(directory / "config.json")) and not content.get("model_type"):
+            raise DirlError(f"{self.path}/config.json names no model_type, such as sdar: download or copy it again")
         try:
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             # Whatever it names instead: it may name a repository of the Hub, whose code transformers would run.

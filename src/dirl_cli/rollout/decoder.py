@@ -1,39 +1,15 @@
 """One forward of the decoder over a packed row whose keys and values go to their slots."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from dirl_cli.models.cache import SlotCache
+from dirl_cli.models.cache import SLOTS, Attend, SlotCache
 from dirl_cli.models.narrow import inference_model
 
 Integers = NDArray[np.int64]
-
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""(queries (T, heads, D), a layer's keys and values (slots, length, key heads, D), scale) to (T, heads, D)."""
-
-SLOTS = "dirl_slots"
-
-
-def slot_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    scaling: float,
-    attend: Attend,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    """What transformers' decoders call; key and value are what `SlotCache.update` returned."""
-    return attend(query[0].transpose(0, 1).to(key.dtype), key, value, scaling)[None], None
-
-
-AttentionInterface.register(SLOTS, slot_attention)
 
 
 def slot_model(model: PreTrainedModel) -> PreTrainedModel:
