@@ -93,7 +93,8 @@ def test_no_module_unpickles_evaluates_or_opens_a_port():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 is_signature = called == "inspect.signature(find_reward(name)).bind"
-                assert is_signature or not re.fullmatch(calls, called), f"{name}: {called}"
+                is_text = called == "yaml.load" and ast.unparse(node.args[1]) == "yaml.BaseLoader"
+                assert is_signature or is_text or not re.fullmatch(calls, called), f"{name}: {called}"
                 for option in node.keywords:
                     allowed = option.arg not in ("shell", "trust_remote_code", "allow_pickle")
                     assert allowed or ast.unparse(option.value) == "False", f"{name}: {called}"
