@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,10 +29,12 @@ from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import Answer, AnswerLog, Run, drop_torn_line, missing, read_answers
 from dirl_cli.evaluation.grade import graded
 from dirl_cli.evaluation.metrics import measure
+from dirl_cli.evaluation.progress import tracked
 from dirl_cli.evaluation.report import PROTOCOL
 from dirl_cli.loop import ask
 from dirl_cli.models.tokenizer import train_tokenizer
 from dirl_cli.reward.grading import Grader
+from dirl_cli.screen import PlainConsole
 from dirl_cli.types import Decoding, Instruction, Problem, Trajectory
 
 ANSWER = Answer("a", 0, "\\boxed{1}\n é", True, "stop", 10, 12, 6, 8, 0.5)
@@ -125,6 +128,12 @@ def test_a_damaged_line_is_named_by_its_number(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_in_one_sentence() -> None:
     with AnswerLog(Path("/dev/full")) as log, pytest.raises(DirlError, match="No space left on device"):
         log.append(ANSWER)
+
+
+def test_of_several_processes_the_one_whose_answers_are_counted_is_named(capsys: pytest.CaptureFixture) -> None:
+    for processes, shown in ((1, ""), (2, " · process 1 of 2")):
+        list(tracked([ANSWER], [], 1, PlainConsole(), processes))
+        assert re.fullmatch(rf"1/1 answers · accuracy 100\.0 · [\d,]+ tokens/s{shown}\n", capsys.readouterr().out)
 
 
 def test_only_missing_samples_are_asked_for() -> None:

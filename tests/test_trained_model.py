@@ -144,4 +144,5 @@ def test_every_command_takes_a_run_or_a_checkpoint_for_its_model(here: Path, tmp
     card = json.loads((here / "asked/eval_card.json").read_text())
     assert card["model"]["base"]["name"] == "tiny" and card["model"]["path"].endswith("step-000002")
     assert OmegaConf.load(here / "asked-run/config.yaml").model.path == "first/model"
-    assert (here / "tuned/model").is_dir() and (here / "rewarded/model").is_dir()
+    for out in ("tuned", "rewarded"):
+        assert_same(load(here / out / "checkpoints/step-000001"), load(here / out))

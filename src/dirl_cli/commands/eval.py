@@ -82,7 +82,7 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequen
     with Grader(cfg.grade_workers, cfg.grade_timeout) as grader, AnswerLog(out / ANSWERS) as log:
         sampled = sample(engine.start(lm), prompts, runs, decoding)
         answers = graded(sampled, problems, partial(answer_text, tokenizer), grader)
-        for answer in tracked(answers, known, total, console):
+        for answer in tracked(answers, known, total, console, processes.count):
             log.append(answer)
         say_what_gave_up(grader)
 

@@ -9,8 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dirl_cli.evaluation.answers import Answer
 
 
-def tracked(answers: Iterable[Answer], known: Iterable[Answer], total: int, console: Console) -> Iterator[Answer]:
-    """The answers, with accuracy so far (`known` ones included), tokens/s and time left shown as they pass."""
+def tracked(
+    answers: Iterable[Answer], known: Iterable[Answer], total: int, console: Console, processes: int = 1
+) -> Iterator[Answer]:
+    """The answers, with accuracy so far (`known` ones included), tokens/s and time left shown as they pass.
+
+    total: of this one of `processes`, which is told where it is not the only one.
+    """
+    whose = f" · process 1 of {processes}" if processes > 1 else ""
     columns = [BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}")]
     columns += [TimeRemainingColumn(compact=True), TextColumn("left")]
     live = console.is_terminal and not console.quiet
@@ -22,7 +28,7 @@ def tracked(answers: Iterable[Answer], known: Iterable[Answer], total: int, cons
             done, right, tokens = done + 1, right + answer.correct, tokens + answer.tokens
             seconds = time.perf_counter() - started
             speed = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{done / seconds:,.0f} answers/s"
-            text = f"accuracy {100 * right / done:.1f} · {speed}"
+            text = f"accuracy {100 * right / done:.1f} · {speed}{whose}"
             bar.update(task, completed=done, description=text)
             if not live and (10 * done // total > 10 * (done - 1) // total):
                 console.print(f"{done}/{total} answers · {text}", markup=False, highlight=False)
