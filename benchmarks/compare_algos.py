@@ -14,10 +14,11 @@ ALGORITHMS = ("dipo", "grpo", "gspo", "tracerl", "justgrpo", "unigrpo", "coupled
 def main() -> None:
     at_once(fine_tuned(seed)[1] for seed in SEEDS)
     at_once(
-        ["rl", f"algo={name}", f"seed={seed}", f"model={fine_tuned(seed)[0]}", f"out={run(name, seed)}", "show_every=0"]
+        ["rl", "experiment=tiny_rl", f"algo={name}", f"seed={seed}", f"model={fine_tuned(seed)[0]}",
+         f"out={run(name, seed)}", "show_every=0"]
         for name in ALGORITHMS
         for seed in SEEDS
-    )
+    )  # fmt: skip
     at_once(evaluated(run(name, seed) / "model")[1] for name in ALGORITHMS for seed in SEEDS)
     print("| algo | rollouts at T = 1, last 15 steps | greedy | tokens per forward | token-forwards a step |")
     print("|---|--:|--:|--:|--:|")

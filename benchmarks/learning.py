@@ -13,9 +13,8 @@ def main() -> None:
     at_once(reinforcement(seed) for seed in SEEDS)
     # RL takes about as long as 300 steps of fine-tuning: as many more, on fresh optimizer and schedule
     at_once(
-        ["sft", f"seed={seed}", f"model={fine_tuned(seed)[0]}", f"out={ROOT}/more-{seed}", "steps=300",
-         "batch_size=32", "row_tokens=192", "micro_rows=4", "masking=count", "optim=muon", "schedule=cosine",
-         "max_tokens=256", "eval_problems=100", "decoding.max_new_tokens=64"]
+        ["sft", "experiment=tiny_sft", f"seed={seed}", f"model={fine_tuned(seed)[0]}", f"out={ROOT}/more-{seed}",
+         "steps=300"]
         for seed in SEEDS
     )  # fmt: skip
     models = {
@@ -50,7 +49,8 @@ def first(run) -> float:
 
 
 def reinforcement(seed: int) -> list[object]:
-    return ["rl", f"seed={seed}", f"model={fine_tuned(seed)[0]}", f"out={ROOT}/rl-{seed}", "show_every=0"]
+    words = [f"seed={seed}", f"model={fine_tuned(seed)[0]}", f"out={ROOT}/rl-{seed}", "show_every=0"]
+    return ["rl", "experiment=tiny_rl", *words]
 
 
 if __name__ == "__main__":

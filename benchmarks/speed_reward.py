@@ -19,8 +19,8 @@ STARTS = {"solved already": ("sft-worked", ["data.worked=1.0"]), "mixed": ("sft"
 def main() -> None:
     at_once(fine_tuned(seed, *words, name=room)[1] for room, words in STARTS.values() for seed in SEEDS)
     at_once(
-        ["rl", f"seed={seed}", f"model={fine_tuned(seed, name=room)[0]}", f"out={run(room, reward, seed)}",
-         "show_every=0", *words]
+        ["rl", "experiment=tiny_rl", f"seed={seed}", f"model={fine_tuned(seed, name=room)[0]}",
+         f"out={run(room, reward, seed)}", "show_every=0", *words]
         for room, _ in STARTS.values()
         for reward, words in REWARDS.items()
         for seed in SEEDS

@@ -100,21 +100,21 @@ def test_a_sampler_that_fails_ends_the_step():
 
 
 def test_a_run_is_one_step_off_policy_and_corrects_for_it(model, tmp_path):
-    run(config(model, "rl.async_rollout=1"), tmp_path)
+    cfg = config(model, "rl.async_rollout=1")
+    run(cfg, tmp_path)
     assert [line["staleness"] for line in lines(tmp_path)[1:]] == [0, 1, 1, 1]
     versions = [
         {record.trajectory.weights_version for record in read_rollout(tmp_path / f"rollouts/step-00000{step}.jsonl")}
         for step in (1, 2, 3, 4)
     ]
     assert versions == [{0}, {0}, {1}, {2}]
-    cfg = config(model, "rl.async_rollout=1")
     assert (cfg.rl.old, cfg.rl.correction_cap) == ("trainer", 2.0)
 
 
 def test_without_it_a_run_stays_on_policy(model, tmp_path):
     cfg = config(model)
-    assert (cfg.rl.old, cfg.rl.correction_cap) == ("sampler", 0.0)
     run(cfg, tmp_path)
+    assert (cfg.rl.old, cfg.rl.correction_cap) == ("sampler", 0.0)
     assert {line["staleness"] for line in lines(tmp_path)[1:]} == {0}
 
 

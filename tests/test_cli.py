@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from typer.testing import CliRunner
 
-from dirl_cli import tree
+from dirl_cli import overrides, tree
 from dirl_cli.build import build
 from dirl_cli.cli import app
 from dirl_cli.complete import complete_override, rejoin
@@ -53,7 +53,7 @@ def refusal(*words):
 def compose_job(command, *words):
     tree.prepare(None)
     with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
-        return compose(command, list(words))
+        return compose(command, overrides.leave_preset(words, tree.preset(command)))
 
 
 def test_help_imports_neither_hydra_nor_torch():
@@ -73,12 +73,64 @@ def test_a_command_is_handed_its_config_and_its_directory(jobs):
     assert Path("runs/sft/tiny-arithmetic/config.yaml").exists()
 
 
-def test_the_recipe_of_a_model_gives_way_to_the_command_line():
+def test_a_command_alone_is_the_embedded_preset_and_gives_way_to_the_command_line():
     tiny, large = compose_job("sft"), compose_job("sft", "model=sdar8b")
     assert (tiny.optim._target_.split(".")[-1], tiny.steps, tiny.dtype) == ("Muon", 1000, "auto")
     assert (large.optim._target_.split(".")[-1], large.optim.lr, large.dtype) == ("AdamW", 1e-5, "auto")
     mine = compose_job("sft", "optim=adamw", "steps=7")
     assert (mine.optim._target_.split(".")[-1], mine.steps, mine.dtype) == ("AdamW", 7, "auto")
+
+
+@pytest.mark.parametrize("command", ["sft", "rl", "eval", "generate"])
+def test_a_checkpoint_is_treated_alike_however_it_is_spelled(jobs, here, command):
+    """Nor does a path to the embedded model's, which no command can tell from another, bring that model's preset."""
+    spellings = ["model=sdar8b", "model=JetLM/SDAR-8B-Chat", "model.path=some/DIR", "model=some/DIR"]
+    spellings += ["model=tiny_sft", "model=runs/sft/tiny-arithmetic/model"]
+    for spelling in spellings:
+        assert dirl(command, spelling).exit_code == 0
+    told_apart = ("model", "name", "out")
+    first, *others = [{key: value for key, value in job.items() if key not in told_apart} for job in jobs]
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "facts"),
+    [
+        (["sft"], "tiny", "model=tiny (random weights), data=arithmetic"),
+        (["sft", "data=a/b.jsonl", "steps=7"], "tiny", "model=tiny (random weights), data=a-b"),
+        (["rl", "algo=grpo"], "tiny", "model=tiny_sft (runs/sft/tiny-arithmetic/model), data=arithmetic"),
+        (["eval"], "tiny", "model=tiny (random weights), bench=arithmetic"),
+        (["generate"], "tiny", "model=tiny (random weights)"),
+    ],
+)
+def test_a_command_that_is_given_no_model_says_in_its_first_line_what_it_takes(jobs, words, model, facts):
+    said = f"no model= is given, so this is experiment=tiny_{words[0]}: {facts}"
+    assert dirl(*words).stdout == f"{said}\n"
+    assert jobs[-1]["model"]["name"] == model
+    assert dirl(*words, f"experiment=tiny_{words[0]}", "name=again").stdout == ""
+    assert jobs[-1] | {"name": "", "out": ""} == jobs[-2] | {"name": "", "out": ""}
+
+
+def test_the_first_line_is_said_once_in_a_sweep_and_not_where_no_model_is_read(jobs):
+    assert dirl("sft", "-m", "seed=1,2,3").stdout.count("no model=") == 1
+    assert dirl("eval", "predictions=a.jsonl", "bench.path=b.json").stdout == ""
+
+
+def test_a_preset_is_named_for_a_model_of_ones_own(jobs):
+    assert dirl("rl", "experiment=tiny_rl", "model=some/DIR").exit_code == 0
+    assert (jobs[-1]["model"]["path"], jobs[-1]["steps"], jobs[-1]["optim"]["lr"]) == ("some/DIR", 60, 2e-4)
+
+
+def test_a_tree_of_ones_own_says_what_its_commands_do_by_default(jobs, here):
+    (here / "my/experiment").mkdir(parents=True)
+    given = (tree.conf_dir() / "generate.yaml").read_text()
+    (here / "my/generate.yaml").write_text(given.replace("tiny_generate", "mine"))
+    (here / "my/experiment/mine.yaml").write_text(
+        "# @package _global_\ndefaults: [{override /model: dirl8b}]\nsamples: 3\n"
+    )
+    for words in ([], ["model=sdar8b"]):
+        assert dirl("generate", "-cd", "my", *words).exit_code == 0
+    assert [(job["model"]["name"], job["samples"]) for job in jobs] == [("dirl8b", 3), ("sdar8b", 1)]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +150,7 @@ def test_the_recipe_of_a_model_gives_way_to_the_command_line():
             ["-m", "model=tiny,a/b"],
             "dirl sft: model=tiny,a/b mixes names and paths: sweep over the names, then over the paths",
         ),
-        (["seed=13"], "dirl sft: 13 brings bad luck: take another seed"),
+        (["model=tiny", "seed=13"], "dirl sft: 13 brings bad luck: take another seed"),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(jobs, words, sentence):
@@ -287,6 +339,10 @@ EXPERIMENTS = {
     "dirl8b_sft": "sft",
     "dirl8b_rl": "rl",
     "rl_1gpu": "rl",
+    "tiny_sft": "sft",
+    "tiny_rl": "rl",
+    "tiny_eval": "eval",
+    "tiny_generate": "generate",
     "eval_paper": "eval",
     "smollm2_convert": "sft",
     "smollm2_words": "sft",
@@ -312,6 +368,8 @@ def test_an_experiment_gives_way_to_the_command_line(jobs):
 def test_an_experiment_of_another_command_is_told(jobs):
     sentence = "dirl sft: experiment=eval_paper is for another command: dirl sft has no bench"
     assert refusal("sft", "experiment=eval_paper") == sentence
+    sentence = "dirl download: data=arithmetic is for another command: dirl download has no instruction"
+    assert refusal("download", "data=arithmetic") == sentence
 
 
 def test_the_users_tree_wins(jobs, here):
@@ -388,7 +446,7 @@ def test_every_yaml_composes_and_builds():
             path += ["data.sources=[{path: a.json, weight: 0.7}, {path: b.json}]"] if name == "mix" else []
             command = EXPERIMENTS[name] if group == "experiment" else command
             cfg = compose(command, [f"{group}={name}", *path, *(["model=tiny"] if group != "model" else [])])
-            for part in cfg if group == "experiment" else {group} & cfg.keys():  # a recipe is not a group of its own
+            for part in cfg if group == "experiment" else {group}:
                 if part in values_only or (isinstance(cfg[part], DictConfig) and "_target_" in cfg[part]):
                     build(cfg[part], *values_only.get(part, []))
 

@@ -54,7 +54,7 @@ def dirl_generate(model: Path, out: Path, **options) -> list[dict]:
     """Run the command; the lines it wrote."""
     schema.register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("generate", ["model=path", f"model.path={model}", "device=cpu"])
+        cfg = compose("generate", ["~experiment", "model=path", f"model.path={model}", "device=cpu"])
     OmegaConf.update(cfg, "decoding", {"max_new_tokens": 8, "temperature": 1.0})
     for key, value in options.items():
         OmegaConf.update(cfg, key.replace("__", "."), value)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from answers import slopes
+from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from small import EXPERTS, MASK, PAD, SIZES, small_lm
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from dirl_cli import Decoding, load_sampler, score
+from dirl_cli.build import build
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.errors import DirlError
 from dirl_cli.models.attention import dense_mask
@@ -30,6 +32,7 @@ from dirl_cli.models.tokenizer import train_tokenizer
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.checkpoint import save_model
 from dirl_cli.training.logprobs import score_trajectories
+from dirl_cli.tree import conf_dir
 
 OPTIONS = Decoding(temperature=1.0, max_new_tokens=9, strategy="sequential")
 PROMPTS = [[5, 6, 7], [11] * 9]
@@ -313,6 +316,17 @@ def test_a_model_that_is_not_there_is_told_with_the_remedy(path, sentence, monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DirlError, match=sentence):
         Checkpoint("mine", path).load("float32", "cpu")
+
+
+def test_a_model_that_a_command_leaves_behind_is_told_with_that_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"tiny_sft": "", "dirl8b_sft": " experiment=dirl8b_sft", "smollm2_blocks": " experiment=smollm2_convert"}
+    names |= {name: f" experiment={name}" for name in ("smollm2_words", "smollm2_mixed")}
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for name, words in names.items():
+            model = build(compose("merge", [f"model={name}", "to=there"]).model)
+            with pytest.raises(DirlError, match=f"{model.path} is not there: run `dirl sft{words}` first"):
+                model.load("float32", "cpu")
 
 
 @pytest.mark.parametrize(

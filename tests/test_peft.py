@@ -312,7 +312,8 @@ SFT = ("data.train=40", "data.held_out=4", "data.test=4", "steps=6", "batch_size
 def config(name: str, *words: str) -> DictConfig:
     schema.register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose(name, ["device=cpu", "peft=lora", "peft.rank=4", "decoding.max_new_tokens=4", *words])
+        small = ["device=cpu", "peft=lora", "peft.rank=4", "decoding.max_new_tokens=4"]
+        cfg = compose(name, ["~experiment", *small, *words])
     OmegaConf.resolve(cfg)
     return cfg
 

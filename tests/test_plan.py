@@ -22,11 +22,12 @@ from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError
 from dirl_cli.loop.forecast import UPDATE, rl_budget, slowest, update_knobs
 from dirl_cli.models.sdar import SDARMoeConfig
+from dirl_cli.overrides import leave_preset
 from dirl_cli.rollout.engines import Lmdeploy, Native
 from dirl_cli.training.budget import Budget, Place, halvings
 from dirl_cli.training.optim import Muon
 from dirl_cli.training.plan import Architecture, Memory, MicroBatch, Parallelism, architecture, parallelism
-from dirl_cli.tree import conf_dir
+from dirl_cli.tree import conf_dir, preset
 from dirl_cli.types import Decoding
 
 GROUPED = Size(hidden=64, layers=3, heads=4, key_heads=2, inner=192, vocabulary=1500, head_dim=32)
@@ -383,7 +384,7 @@ def config(name: str, *words: str) -> DictConfig:
     schema.register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         data = [] if any(word.startswith("data=") for word in words) else ["data=arithmetic", "data.train=20"]
-        cfg = compose(name, ["device=cuda", "memory_gb=80", *data, *words])
+        cfg = compose(name, leave_preset(["device=cuda", "memory_gb=80", *data, *words], preset(name)))
     OmegaConf.resolve(cfg)
     return cfg
 

@@ -32,6 +32,7 @@ from dirl_cli.tree import conf_dir
 
 # A random model answers nothing right, so answers are rewarded for ending early, at any of many tokens.
 SMALL = (
+    "~experiment",
     "model=path",
     "+reward.weights={soft_overlong: 1.0}",
     "+reward.options={soft_overlong: {cache: 12}}",

@@ -286,7 +286,7 @@ def test_real_demonstrations_with_the_real_tokenizer_train_save_and_go_on(shared
     words = ["model=path", f"model.path={model}", "data=file", f"data.path={tmp_path}/data.json", "data.held_out=2"]
     size = ["steps=3", "batch_size=2", "save_every=2", "dtype=float32", "optim.lr=1e-2", "device=cpu"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("sft", [*words, *size, "max_tokens=300", "row_tokens=512"])
+        cfg = compose("sft", ["~experiment", *words, *size, "max_tokens=300", "row_tokens=512"])
     OmegaConf.resolve(cfg)
     run(cfg, tmp_path)
     shutil.rmtree(tmp_path / "model")

@@ -167,7 +167,7 @@ def test_a_dry_run_reads_no_weights(shared, tmp_path, capsys):
     (model / "model.safetensors").unlink()
     words = ["model=path", f"model.path={model}", f"data.path={shared}/data/GSM8K-train-rl.json", "dry_run=true"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("rl", ["data=file", *words, "rl.max_prompt_tokens=200", "device=cpu"])
+        cfg = compose("rl", ["~experiment", "data=file", *words, "rl.max_prompt_tokens=200", "device=cpu"])
     OmegaConf.resolve(cfg)
     rl.run(cfg, tmp_path / "out")
     shown = said(capsys)

@@ -55,6 +55,7 @@ def run(model: str, engine: str, out: Path) -> list[dict[str, Any]]:
         "optim=adamw_rl",
         "optim.lr=1e-6",
         "row_tokens=16384",
+        "micro_rows=null",
         "gradient_checkpointing=true",
         "eval_problems=0",
         "show_every=0",

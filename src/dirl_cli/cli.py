@@ -119,7 +119,7 @@ def start(
 
 
 add("sft", "Fine-tune a model on demonstrations.", "model=sdar8b data=demonstrations.json steps=200")
-add("rl", "Reinforce a model with verifiable rewards.", "algo=dipo model=runs/sft/tiny-arithmetic/model")
+add("rl", "Reinforce a model with verifiable rewards.", "model=sdar1b data=bigmath algo=dipo")
 add("eval", "Score a model on a benchmark.", "model=runs/sft/tiny-arithmetic/model bench=problems.json samples=4")
 add("generate", "Sample completions of prompts.", "model=sdar8b prompt='What is 7 times 8?' watch=true")
 add("merge", "Make a LoRA adapter part of a model's weights.", "model=sdar8b model.adapter=DIR to=merged")

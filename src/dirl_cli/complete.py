@@ -34,7 +34,8 @@ def rejoin(words: Sequence[str]) -> list[str]:
 
 def candidates(command: str, words: Sequence[str]) -> list[str]:
     """Whole `key=value` words: every choice of every group, every key at its value, every model trained here."""
-    groups, values = tree.survey(command, overrides.rewrite(words, tree.choices, sweep=False))
+    words = overrides.rewrite(words, tree.choices, sweep=False)
+    groups, values = tree.survey(command, overrides.leave_preset(words, tree.preset(command)))
     chosen = [f"{group}={name}" for group, names in groups.items() for name in names]
     trained = [f"model={path}" for path in sorted(Path("runs").glob("*/*/model"))] if "model" in groups else []
     return [*chosen, *trained, *(f"{key}={spell(value)}" for key, value in values.items())]

@@ -35,8 +35,8 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
         if "=" not in error.override:
             return f"{error.override}: an override has the form KEY=VALUE"
         return f"{error.override}: {quoting(*error.override.partition('=')[::2])}"
-    if found := re.search(r"In 'experiment/(.+?)': Could not override '(.+?)'", text):
-        return f"experiment={found[1]} is for another command: dirl {command} has no {found[2]}"
+    if found := re.search(r"In '(\w+)/(.+?)': Could not override '(.+?)'", text):
+        return f"{found[1]}={found[2]} is for another command: dirl {command} has no {found[3]}"
     if found := re.search(r"Could not override '(.+?)'", text):
         return f"{found[1]}: no such key; {hint(command, found[1], keys(command, words))}"
     if found := re.match(r"Error merging override (.+)", text):

@@ -31,6 +31,7 @@ WHOLE = ("auto", "single", "ddp", "cpu_gloo")  # ways to launch in which every p
 SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
 ASKED = ("prompt", "messages", "instruction")  # keys whose text is a model's to read
 PATH_MODEL = "dirl_cli.models.checkpoint.Checkpoint"  # the model whose path may be a run's, or one of its checkpoints
+WITHOUT_MODEL = ("compare", "predictions")  # keys that leave a command no use for a model
 READ_ONLY = ("dry_run", "compare")  # keys that make a command look and tell: it opens no run directory
 
 
@@ -59,6 +60,7 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
         flags, words = ["--multirun"], spelled
     sweep = "--multirun" in flags
     words = overrides.rewrite(words, tree.choices, sweep)
+    words = overrides.leave_preset(words, tree.preset(name))
     words = overrides.choose_files(words, lambda key: tree.has(name, words, key))
     fixed = [] if not sweep else overrides.fixed_keys(words)
     title = schema.slug(",".join(short.get(word, word) for word in words if word.partition("=")[0] not in fixed))
@@ -114,6 +116,8 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
         job = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in fixed]
         out = out and out / schema.slug(",".join(word for word in job if not is_told(unresolved, word)))
         print(f"dirl {name} {' '.join(job)}", *(["→", out] if out else []), flush=True)
+    if line := preset_line(name, cfg):
+        print(line, flush=True)
     if out:
         cfg.out = literal(str(out))
     if "launch" in cfg:
@@ -155,6 +159,19 @@ def heeding_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def preset_line(name: str, cfg: DictConfig) -> str | None:
+    """What a command says that was not told which model to take; once in a sweep."""
+    hydra_cfg = HydraConfig.get()
+    preset = hydra_cfg.runtime.choices.get("experiment")
+    is_asked_for = any(word.startswith("experiment=") for word in hydra_cfg.overrides.task)
+    is_repeated = hydra_cfg.mode == RunMode.MULTIRUN and hydra_cfg.job.num > 0
+    if preset is None or is_asked_for or is_repeated or any(cfg.get(key) for key in WITHOUT_MODEL):
+        return None
+    facts = [f"model={hydra_cfg.runtime.choices['model']} ({cfg.model.get('path', 'random weights')})"]
+    facts += [f"{group}={cfg[group].name}" for group in ("data", "bench") if group in cfg]
+    return f"no model= is given, so this is experiment={preset}: {', '.join(facts)}"
 
 
 def refuse_secrets(settings: Iterable[tuple[str, Any]]) -> None:

@@ -57,6 +57,17 @@ def choose_files(words: Sequence[str], has: Callable[[str], bool]) -> list[str]:
     return [*(f"{group}={PATH_CHOICE[group]}" for group in lost), *words]
 
 
+def leave_preset(words: Sequence[str], preset: str | None) -> list[str]:
+    """Put `~experiment` beside a chosen model: a preset tells how its own model is trained, and no other.
+
+    preset: the experiment that the command runs by default, if any.
+    """
+    given = {word.partition("=")[0] for word in words}
+    if preset and given & {"model", "model.path"} and not given & {"experiment", "~experiment"}:
+        return ["~experiment", *words]
+    return list(words)
+
+
 def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) -> list[str]:
     key, equals, value = word.partition("=")
     name = key.lstrip("+")

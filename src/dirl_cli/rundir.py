@@ -42,6 +42,7 @@ FREE = frozenset(
     }
     | {"eval_every", "eval_problems", "show_every", "rollout.max_batch", "grade_workers", "reward.workers"}
     | {"gradient_checkpointing", "memory_gb", "dry_run", "keep_best", "async_checkpoints", "max_skipped"}
+    | {"model.made_by"}
     | {"samples", "limit", "ids"}  # which answers an evaluation has, not what they are
 )
 BEGINNINGS = {"config.yaml", "environment.json", "lock", "failure.txt"}  # what a run leaves that failed at once

@@ -40,21 +40,19 @@ class RunConfig(JobConfig):
 
 
 @dataclass
-class SftConfig(RunConfig):
+class TrainConfig(RunConfig):
+    """Of both commands that train a model."""
+
     model: Any
     peft: Any
     data: Any
-    masking: Any
-    annealing: Any
     optim: Any
     schedule: Any
     logger: Any
     steps: int
-    batch_size: int
     row_tokens: int
     micro_rows: int | None
     gradient_checkpointing: bool
-    max_tokens: int
     clip_norm: float
     max_skipped: int
     skip_norm: float
@@ -65,15 +63,23 @@ class SftConfig(RunConfig):
     log_every: int
     eval_every: int
     eval_problems: int
-    mask_rates: list[float]
     save_every: int
     keep_checkpoints: int
     keep_best: str | None
     async_checkpoints: bool
     dry_run: bool
     push_to_hub: str | None
-    instruction: Instruction = field(default_factory=Instruction)
-    decoding: Decoding = field(default_factory=Decoding)
+    instruction: Instruction = field(default_factory=Instruction, kw_only=True)
+    decoding: Decoding = field(default_factory=Decoding, kw_only=True)
+
+
+@dataclass
+class SftConfig(TrainConfig):
+    masking: Any
+    annealing: Any
+    batch_size: int
+    max_tokens: int
+    mask_rates: list[float]
 
 
 @dataclass
@@ -87,7 +93,7 @@ class ReinforcementConfig:
     max_prompt_tokens: int | None
     async_rollout: bool
     old: str
-    correction_cap: float
+    correction_cap: float | None
     train_tail: bool
     rollout_only: bool
     replay: str | None
@@ -95,40 +101,12 @@ class ReinforcementConfig:
 
 
 @dataclass
-class RlConfig(RunConfig):
-    model: Any
-    peft: Any
-    data: Any
+class RlConfig(TrainConfig):
     algo: Any
     reward: Any
-    optim: Any
-    schedule: Any
-    logger: Any
-    rl: ReinforcementConfig
-    steps: int
-    row_tokens: int
-    micro_rows: int | None
-    gradient_checkpointing: bool
     rollout: Any
-    clip_norm: float
-    max_skipped: int
-    skip_norm: float
-    dtype: str
-    attention: str
-    device: str
-    memory_gb: float | None
-    log_every: int
+    rl: ReinforcementConfig
     show_every: int
-    eval_every: int
-    eval_problems: int
-    save_every: int
-    keep_checkpoints: int
-    keep_best: str | None
-    async_checkpoints: bool
-    dry_run: bool
-    push_to_hub: str | None
-    instruction: Instruction = field(default_factory=Instruction)
-    decoding: Decoding = field(default_factory=Decoding)
 
 
 @dataclass
@@ -203,12 +181,11 @@ def register() -> None:
             OmegaConf.set_readonly(node[group], None)  # OmegaConf takes a frozen dataclass for a constant
         ConfigStore.instance().store(f"{name}_schema", node)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
-    OmegaConf.register_new_resolver("pick", pick, replace=True)
-    OmegaConf.register_new_resolver("either", lambda first, second: first or second, replace=True)
 
 
-def slug(text: str) -> str:
-    """A path or an override as one file name: `../runs/sft/a/model` becomes `runs-sft-a-model`."""
+def slug(*texts: str | None) -> str:
+    """A path or an override, the first that there is, as one file name: `../data/my a.jsonl` becomes `data-my-a`."""
+    text = next((text for text in texts if text), "")
     parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".", "..")]
     name = re.sub(r"\.(json|jsonl|parquet)(\.gz)?$", "", "-".join(parts))
     name = re.sub(r"[^\w.,=+-]+", "", name.replace(" ", "-"))
@@ -217,11 +194,6 @@ def slug(text: str) -> str:
         return name
     digest = hashlib.sha256(whole.encode(errors="replace")).hexdigest()[:8]
     return f"{name.strip('.').encode()[: LONGEST_NAME - 20].decode(errors='ignore')}-{digest}".lstrip("-")
-
-
-def pick(choice: str, table: dict[str, str], otherwise: str) -> str:
-    """`${pick:${model},{tiny: muon},adamw}` is muon where the model is tiny, and adamw for any other."""
-    return table.get(choice, otherwise)
 
 
 register()  # at import, since sweeps compose in other processes too (joblib, SLURM)

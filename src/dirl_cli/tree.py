@@ -58,6 +58,15 @@ class UserConfigs(SearchPathPlugin):
             search_path.prepend("--config-dir", f"file://{self.directory.resolve()}")
 
 
+def preset(command: str) -> str | None:
+    """The experiment that a command runs when it is told nothing else, if any."""
+    trees = [UserConfigs.directory, conf_dir()] if UserConfigs.directory else [conf_dir()]
+    file = next(file for tree in trees if (file := tree / f"{command}.yaml").exists())
+    given: Any = OmegaConf.to_container(OmegaConf.load(file))
+    named = [entry for entry in given.get("defaults", []) if isinstance(entry, dict)]
+    return next((entry["experiment"] for entry in named if "experiment" in entry), None)
+
+
 def choices(group: str) -> list[str]:
     """What a config group offers, in the user's tree and in ours; nothing if there is no such group."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -97,7 +106,7 @@ def survey(command: str, words: Sequence[str]) -> tuple[dict[str, list[str]], di
     words: overrides, of which only the choices of groups count.
     """
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        chosen = [word for word in words if options(word.partition("=")[0])]
+        chosen = [word for word in words if options(word.removeprefix("~").partition("=")[0])]
         cfg = compose(command, chosen, return_hydra_config=True)
         groups = [str(group) for group in cfg.hydra.runtime.choices if not str(group).startswith("hydra/")]
         offered = {group: options(group) for group in groups}

@@ -30,8 +30,9 @@ DATA = (
     "save_every=1",
     "log_every=1",
 )
-SFT = ("model=path", *DATA, "batch_size=8", "optim.lr=1e-3", "decoding.max_new_tokens=4", "device=cpu", "steps=20")
-RL = ("model=path", "+reward.weights={soft_overlong: 1.0}", "reward.workers=1", "rl.problems=2", "rl.group_size=3")
+OWN = ("~experiment", "model=path")
+SFT = (*OWN, *DATA, "batch_size=8", "optim.lr=1e-3", "decoding.max_new_tokens=4", "device=cpu", "steps=20")
+RL = (*OWN, "+reward.weights={soft_overlong: 1.0}", "reward.workers=1", "rl.problems=2", "rl.group_size=3")
 RL += ("rl.filter=reward", "decoding.max_new_tokens=12", f"decoding.stop_token_ids={[2, *range(10, 50)]}")
 RL += ("+reward.options={soft_overlong: {cache: 12}}",)
 RL += (*DATA, "optim.lr=1e-2", "schedule.warmup=0", "show_every=0", "device=cpu", "steps=6")

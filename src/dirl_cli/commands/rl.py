@@ -110,6 +110,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     )
     objective, rewards, decoding = build(cfg.algo, Objective), build(cfg.reward, Rewards), build(cfg.decoding, Decoding)
     instruction = build(cfg.instruction, Instruction)
+    settle_ratio(cfg.rl)
     check(cfg.rl, objective, decoding)
     peft.require(cfg.launch)
     require_measured(cfg.keep_best, ["reward", "accuracy", *["greedy_accuracy"] * bool(cfg.eval_problems)])
@@ -295,6 +296,14 @@ def sampled_from(
 def frozen(lm: DiffusionLM, decoding: Decoding) -> TokenScorer:
     """A scorer of the model to stay near."""
     return TokenScorer(lm.model, lm.unsampled_ids, decoding).to(lm.device)
+
+
+def settle_ratio(rl: DictConfig) -> None:
+    """Put what an on-policy or an off-policy rollout wants in the place of `old: auto` and of no `correction_cap`."""
+    if rl.old == "auto":
+        rl.old = "trainer" if rl.async_rollout else "sampler"
+    if rl.correction_cap is None:
+        rl.correction_cap = 2.0 if rl.async_rollout else 0.0
 
 
 def check(rl: DictConfig, objective: Objective, decoding: Decoding) -> None:

@@ -80,7 +80,7 @@ class Checkpoint:
     """A model directory, or a Hub repository that was downloaded before.
 
     block_size: None for the checkpoint's own; another is for `dirl sft` and `dirl rl` to teach it. adapter: what to
-    merge into the model.
+    merge into the model. made_by: the command that leaves it where it is, for one that nobody can download.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Checkpoint:
     block_size: int | None = None
     mask_token_id: int | None = None
     adapter: str | None = None
+    made_by: str | None = None
 
     def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
         """Load the model for `device`, in evaluation mode.
@@ -98,6 +99,8 @@ class Checkpoint:
         """
         device = pick_device(device)
         attention = pick_attention(attention, device)
+        if self.made_by and not Path(self.path).is_dir():
+            raise DirlError(f"{self.path} is not there: run `{self.made_by}` first")
         stored = Stored(self.path)
         directory = stored.directory()
         config = stored.config(directory, attention)
