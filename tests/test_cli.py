@@ -243,6 +243,14 @@ def test_a_users_mapping_takes_the_place_of_the_one_there(jobs):
     assert jobs[-1]["reward"]["options"] == {"soft_overlong": {"cache": 5}}
 
 
+def test_columns_are_mapped_as_the_advice_says_also_in_a_sweep(jobs):
+    assert dirl("sft", "data=a.jsonl", "data.columns={question: problem, response: final}").exit_code == 0
+    assert jobs[-1]["data"]["columns"] == {"question": "problem", "response": "final"}
+    for words in ([], ["-m", "seed=1,2"]):
+        assert dirl("eval", *words, "bench=math500", "bench.columns={question: problem}").exit_code == 0
+        assert jobs[-1]["bench"]["columns"] == {"subset": "level", "question": "problem"}
+
+
 def test_version_and_help_are_commands_too():
     assert dirl("version").stdout == dirl("--version").stdout
     assert dirl("help", "sft").stdout.startswith("Usage: dirl sft")

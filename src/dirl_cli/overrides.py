@@ -19,7 +19,7 @@ from dirl_cli.plain import literal, shell_word
 PATH_CHOICE = {"data": "file", "bench": "file", "model": "path"}  # the choice whose `path` takes any path
 TEXTS = ("prompt", "messages", "instruction.text")  # their whole value, also with -m
 PATHS = ("adapter", "compare", "input", "name", "out", "path", "predictions", "replay", "resume", "to")  # last parts
-MAPPINGS = ("columns", "options", "weights")  # whose keys are the user's: one that is given takes the other's place
+MAPPINGS = ("options", "weights")  # whose keys are the user's: one that is given takes the other's place
 MOST_COMMAS = 20  # that are looked for in the name of a path
 LONGEST_KEY = 200  # characters; a file name, as Hydra looks for, may have few more
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
@@ -80,6 +80,8 @@ def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) ->
         return [word]
     if name.rpartition(".")[2] in MAPPINGS and value[0] == "{" and key == name:
         return [f"~{key}", f"+{key}={value}"]
+    if name.rpartition(".")[2] == "columns" and value[0] == "{":
+        return [f"+{name}={value}"]  # beside those that a benchmark of ours has, if any
     if name.rpartition(".")[2] in PATHS:
         return [f"{key}={spell_paths(value, sweep)}"]
     return rewrite_choice(word, choices, sweep) if re.fullmatch(r"[\w/]+", key) else [word]
