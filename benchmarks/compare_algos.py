@@ -8,7 +8,18 @@ from pathlib import Path
 from experiment import ROOT, SEEDS, at_once, card, evaluated, fine_tuned, history, late, mean_and_error, percent
 from matplotlib.figure import Figure
 
-ALGORITHMS = ("dipo", "grpo", "gspo", "tracerl", "justgrpo", "unigrpo", "coupled_grpo", "espo", "diffu_grpo")
+ALGORITHMS = (
+    "dipo",
+    "dr_grpo",
+    "grpo",
+    "gspo",
+    "tracerl",
+    "justgrpo",
+    "unigrpo",
+    "coupled_masks",
+    "espo",
+    "diffu_grpo",
+)
 
 
 def main() -> None:

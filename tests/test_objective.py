@@ -141,11 +141,12 @@ def k3(to_reference: Tensor) -> Tensor:
 
 FORMULAS = {  # states, advantages, mean over, ε_low, ε_high, divergence
     "dipo": (as_sampled, grouped, "tokens", 0.2, 0.28, k3),
+    "dr_grpo": (as_sampled, centred, "the longest allowed", 0.2, 0.2, k2),
     "grpo": (as_sampled, grouped, "answers", 0.2, 0.2, k3),
     "tracerl": (two_steps_as_one, grouped, "tokens", 0.2, 0.2, k2),
     "diffu_grpo": (whole_answer, centred, "tokens", 0.2, 0.2, k3),
     "unigrpo": (one_random_mask, grouped, "answers", 0.2, 0.2, k3),
-    "coupled_grpo": (mask_and_complement, against_the_others, "answers", 0.2, 0.2, k3),
+    "coupled_masks": (mask_and_complement, against_the_others, "answers", 0.2, 0.2, k3),
     "justgrpo": (left_to_right, grouped, "answers", 0.2, 0.2, k3),
     "gspo": (as_sampled, grouped, "one ratio an answer", 3e-4, 4e-4, k3),
     "espo": (mask_and_complement, grouped, "one ratio an answer", 0.2, 0.2, k2),
@@ -180,7 +181,12 @@ def written_out(
                 of_answer = trained * (surrogate(log_ratio, worth, low, high) + beta * divergence(to_reference))
             summed, meant = summed + of_answer, meant + of_answer / trained
             sample, tokens, answers = sample + 1, tokens + trained, answers + 1
-    loss = summed / tokens if mean_over == "tokens" else meant / answers
+    if mean_over == "tokens":
+        loss = summed / tokens
+    elif mean_over == "the longest allowed":
+        loss = summed / (answers * LONGEST)
+    else:
+        loss = meant / answers
     lm.model.zero_grad()
     loss.backward()
     return loss.item(), gradient(lm)
@@ -207,7 +213,7 @@ def test_an_algorithm_equals_its_formula_in_loss_and_gradient(name, beta, train_
     loss, grad, watched = packed(
         lm, objective, groups(objective.advantage), old, reference, row_tokens=64, train_tail=train_tail
     )
-    assert 0.05 < watched["clipped"] < 0.95  # both branches of the minimum are met
+    assert 0.05 < watched["clipped"] / watched["weight"] < 0.95  # both branches of the minimum are met
     assert_same((loss, grad), written_out(name, lm, old, reference, beta, train_tail))
 
 
@@ -353,7 +359,7 @@ def test_a_mistyped_choice_is_answered_with_the_right_one():
 
 def test_only_the_true_trace_counts_as_exact():
     exact = {path.stem for path in ALGO.glob("*.yaml") if algorithm(path.stem).is_exact}
-    assert exact == {"dipo", "grpo", "gspo"}
+    assert exact == {"dipo", "dr_grpo", "grpo", "gspo"}
     assert algorithm("dipo").views == Trace()
 
 

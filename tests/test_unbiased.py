@@ -1,140 +1,48 @@
-"""The policy gradient against the true gradient of expected reward, over every trajectory of a model that has few.
+"""The policy gradient against the true gradient of expected reward, over every answer of a model that has few.
 
-The sampler's own functions are walked: each candidate in turn is drawn with its exact probability, the strategy picks
-what is revealed, and so on to the end of the block. Candidates that are not revealed are forgotten, and where they had
-a say in what was (`confidence: sampled`), the log-probs of the revealed tokens are no longer those of the action.
+Where candidates had a say in what was revealed (`confidence: sampled`), the log-probs of the revealed tokens are not
+those of the action. Where answers differ in length, so does what each is divided by. docs/exactness.md has the figures.
 """
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
+from math import comb
 from pathlib import Path
 
 import pytest
 import torch
+from enumerated import answers, toy
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from dirl_cli.algo.batch import Group, objective_rows
-from dirl_cli.algo.views import Tokens
+from dirl_cli.algo.advantages import ADVANTAGES
+from dirl_cli.algo.batch import Group, objective_rows, trained_length
+from dirl_cli.algo.objective import LEVELS, Objective
+from dirl_cli.algo.views import Tokens, Trace
 from dirl_cli.build import build
-from dirl_cli.diffusion.sampling import draw
-from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal
-from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm
-from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
+from dirl_cli.diffusion.layout import Rows
+from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.types import Decoding, Trajectory
 
-USABLE, MASK = 2, 2
-THRESHOLD = {"sampled": 0.7, "max": 0.9, "entropy": 0.7}  # at which a dynamic step reveals now one token, now several
+ROOT = Path(__file__).parents[1]
+THRESHOLD = {"sampled": 0.7, "max": 0.9, "entropy": 0.75}  # at which a dynamic step reveals now one token, now several
 PROMPT = [0, 1, 1, 0]
+STOP, LONGEST = 2, 5
+GROUP_SIZE = 3
+
+Reward = Callable[[Sequence[int]], float]
 
 
-def toy(block_size: int) -> DiffusionLM:
-    """Two tokens and the mask, random and sharp."""
-    config = SDARConfig(
-        vocab_size=USABLE + 1,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(1)
-    model = SDARForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(12.0)
-    return diffusion_lm(model, None, block_size, MASK)
+def algorithm(name: str, **changed: object) -> Objective:
+    return build(OmegaConf.merge(OmegaConf.load(ROOT / f"conf/algo/{name}.yaml"), changed))
 
 
-def block_logits(lm: DiffusionLM, block: list[int]) -> Tensor:
-    """(B, V) of a block behind the prompt."""
-    state = torch.tensor([PROMPT + block])
-    number = torch.arange(state.shape[1]) // lm.block_size
-    seen = number[:, None] >= number[None, :]
-    return lm.model(input_ids=state, attention_mask=seen[None, None]).logits[0, len(PROMPT) :]
-
-
-def choose(logits: Tensor, tokens: tuple[int, ...], masked: list[bool], step: int, decoding: Decoding) -> list[bool]:
-    """What the sampler reveals when `tokens` are the candidates it draws at the masked places."""
-    where = torch.tensor(masked)
-    cumulative = (
-        logits.detach()[where].softmax(-1).double().cumsum(-1)
-    )  # (N, V): aim at the middle of each token's share
-    at = torch.tensor(tokens)[:, None]
-    below = torch.where(at > 0, cumulative.gather(-1, (at - 1).clamp(min=0)), torch.zeros((), dtype=torch.double))
-    middle = (below + cumulative.gather(-1, at)).squeeze(-1) / 2
-    drawn = draw(logits.detach()[where], middle, 1.0, 0, 1.0, decoding.confidence, torch.tensor([], dtype=torch.long))
-    assert drawn.tokens.tolist() == list(tokens)
-    owed = quota(torch.tensor([step]), len(masked), decoding.denoising_steps)
-    state = State(where[None], drawn, owed, decoding.threshold)
-    return reveal(find_strategy(decoding.strategy), state)[0].tolist()
-
-
-def trajectories(
-    lm: DiffusionLM, decoding: Decoding, block: list[int], revealed_at: list[int], step: int = 1
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:
-    """(tokens, reveal steps, probability as a function of the parameters) of every way to fill the block."""
-    if MASK not in block:
-        yield tuple(block), tuple(revealed_at), torch.ones(())
-        return
-    masked = [token == MASK for token in block]
-    logits = block_logits(lm, block)[:, :USABLE].float()
-    probabilities = logits.softmax(-1)
-    places = [place for place, is_masked in enumerate(masked) if is_masked]
-    ways: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
-    for tokens in product(range(USABLE), repeat=len(places)):
-        probability = torch.stack([probabilities[p, t] for p, t in zip(places, tokens, strict=True)]).prod()
-        chosen = choose(logits, tokens, masked, step, decoding)
-        candidate = dict(zip(places, tokens, strict=True))
-        after = tuple(candidate[p] if chosen[p] else block[p] for p in range(len(block)))
-        at = tuple(step if chosen[p] else revealed_at[p] for p in range(len(block)))
-        ways[after, at] = ways.get((after, at), torch.zeros(())) + probability
-    for (after, at), probability in ways.items():
-        for tokens, steps, rest in trajectories(lm, decoding, list(after), list(at), step + 1):
-            yield tokens, steps, probability * rest
-
-
-def reward(tokens: tuple[int, ...]) -> float:
-    """Something that asks for tokens together: which of two sides of the cube they are on, plus a little."""
-    return float(tokens[0] != tokens[-1]) + 0.3 * tokens[0]
-
-
-def gradients(lm: DiffusionLM, decoding: Decoding) -> tuple[Tensor, Tensor]:
-    """Of minus the expected reward: the true one, and the one that the objective computes on average."""
-    size = lm.block_size
-    found = list(trajectories(lm, decoding, [MASK] * size, [0] * size))
-    probabilities = torch.stack([probability for *_, probability in found])
-    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
-    rewards = torch.tensor([reward(tokens) for tokens, *_ in found])
-    parameters = list(lm.model.parameters())
-    true = torch.autograd.grad(-(probabilities * rewards).sum(), parameters, allow_unused=True, materialize_grads=True)
-
-    taken = [Trajectory(PROMPT, list(tokens), list(steps), [0.0] * size, "length") for tokens, steps, _ in found]
-    worth = (probabilities * (rewards - 0.5)).tolist()  # a baseline may not matter
-    objective = build(OmegaConf.load(Path(__file__).parents[1] / "conf" / "algo" / "dipo.yaml"))
-    rows, _ = objective_rows([Group(taken, worth)], objective, Tokens(size, MASK), 0, 4096, True, torch.Generator())
-    logprobs, entropy, _ = TokenScorer(lm.model, lm.unsampled_ids)(rows)
-    rows.notes["old"] = logprobs.detach()
-    loss = objective.loss(rows, logprobs, entropy)["loss"]
-    estimated = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    return torch.cat([g.flatten() for g in true]), torch.cat([g.flatten() for g in estimated])
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
-
-
-def options(strategy: str, confidence: str, steps: int) -> Decoding:
+def options(strategy: str, confidence: str, steps: int, **more: object) -> Decoding:
     threshold = 1.0 if strategy == "entropy_bounded" else THRESHOLD[confidence]
     return Decoding(
         strategy=strategy,
@@ -142,8 +50,113 @@ def options(strategy: str, confidence: str, steps: int) -> Decoding:
         denoising_steps=steps,
         threshold=threshold,
         temperature=1.0,
-        max_new_tokens=1,
+        **{"max_new_tokens": 1, **more},
     )
+
+
+# Every answer of a model, once ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Enumerated:
+    """All answers to a prompt, their probabilities as a function of the parameters, and their tokens' log-probs."""
+
+    lm: DiffusionLM
+    trajectories: list[Trajectory]
+    probability: Tensor
+    rows: Rows
+    logprobs: Tensor
+
+    def true_gradient(self, reward: Reward) -> Tensor:
+        """Of minus the expected reward."""
+        rewards = torch.tensor([reward(one.completion_ids) for one in self.trajectories])
+        return self.gradient(-(self.probability * rewards).sum())
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        parameters = list(self.lm.model.parameters())
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return torch.cat([one.flatten() for one in found])
+
+    def estimated(self, objective: Objective, worth: Sequence[float]) -> Tensor:
+        """The gradient of the objective's loss where the policy is the one that sampled, for these advantages."""
+        advantage = torch.tensor(worth)[self.rows.notes["sample"]]
+        rows = replace(self.rows, notes={**self.rows.notes, "advantage": advantage, "old": self.logprobs.detach()})
+        return self.gradient(objective.loss(rows, self.logprobs, torch.zeros_like(self.logprobs))["loss"])
+
+    def with_baseline(self, objective: Objective, reward: Reward, baseline: float) -> Tensor:
+        """The expected gradient where the advantage is the reward less a constant."""
+        chances = self.probability.tolist()
+        worth = [
+            chance * (reward(one.completion_ids) - baseline)
+            for one, chance in zip(self.trajectories, chances, strict=True)
+        ]
+        return self.estimated(objective, worth)
+
+    def expected(self, objective: Objective, reward: Reward, train_tail: bool = True) -> Tensor:
+        """The expected gradient of a batch that is one group, over all groups there are."""
+        kinds = [
+            (reward(one.completion_ids), len(one.token_ids) if train_tail else trained_length(one))
+            for one in self.trajectories
+        ]
+        chances = self.probability.tolist()
+        chance_of: dict[tuple[float, int], float] = defaultdict(float)
+        for kind, chance in zip(kinds, chances, strict=True):
+            chance_of[kind] += chance
+
+        # What an answer is worth depends on its own reward and length, and on those of the others.
+        worth: dict[tuple[float, int], float] = defaultdict(float)
+        for group in product(chance_of, repeat=GROUP_SIZE):
+            rewards, lengths = zip(*group, strict=True)
+            advantage = ADVANTAGES[objective.advantage](torch.tensor(rewards))[0].item()
+            chance = 1.0
+            for other in group[1:]:
+                chance *= chance_of[other]
+            worth[group[0]] += chance * advantage * GROUP_SIZE / objective.norm(lengths, LONGEST)
+        return self.estimated(objective, [chance * worth[kind] for kind, chance in zip(kinds, chances, strict=True)])
+
+
+@cache
+def enumerated(lm_size: tuple[int, int], prompt: tuple[int, ...], decoding: Decoding, train_tail: bool) -> Enumerated:
+    """lm_size: the block size and how many tokens there are."""
+    lm = toy(*lm_size)
+    ways = list(answers(lm, decoding, prompt))
+    probability = torch.stack([way.probability for way in ways])
+    assert probability.sum().item() == pytest.approx(1, abs=1e-5)
+    trajectories = [
+        Trajectory(
+            prompt_ids=list(prompt),
+            token_ids=list(way.token_ids),
+            reveal_step=list(way.reveal_step),
+            logprobs=[0.0] * len(way.token_ids),
+            stop_token_ids=decoding.stop_token_ids,
+        )
+        for way in ways
+    ]
+    everything = [Group(trajectories, [0.0] * len(trajectories))]
+    tokens = Tokens(lm.block_size, lm.mask_token_id)
+    exact = algorithm("dipo")
+    assert exact.views == Trace()
+    rows, _ = objective_rows(everything, exact, tokens, 0, 4096, train_tail, torch.Generator())
+    logprobs, *_ = TokenScorer(lm.model, lm.unsampled_ids)(rows)
+    return Enumerated(lm, trajectories, probability, rows, logprobs)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+
+
+def is_along(estimated: Tensor, true: Tensor) -> bool:
+    """Whether it is the true gradient, up to its length."""
+    along = true * (estimated @ true) / (true @ true)
+    return bool(estimated @ true > 0 and (estimated - along).norm() <= 1e-4 * estimated.norm())
+
+
+# Which places are revealed --------------------------------------------------------------------------------------------
+
+
+def of_both_ends(token_ids: Sequence[int]) -> float:
+    """Something that asks for tokens together: which of two sides of the cube they are on, plus a little."""
+    return float(token_ids[0] != token_ids[-1]) + 0.3 * token_ids[0]
 
 
 EXACT = [
@@ -156,37 +169,152 @@ EXACT = [
 ]
 
 
+def one_block(strategy: str, confidence: str, block_size: int, steps: int) -> Enumerated:
+    return enumerated((block_size, 2), tuple(PROMPT), options(strategy, confidence, steps), True)
+
+
 @pytest.mark.parametrize(("block_size", "steps"), [(2, 2), (4, 4), (4, 2)])
 @pytest.mark.parametrize(("strategy", "confidence"), EXACT)
 def test_the_policy_gradient_is_the_true_one_where_tokens_have_no_say_in_the_order(
     strategy, confidence, block_size, steps
 ):
-    true, estimated = gradients(toy(block_size), options(strategy, confidence, steps))
+    found = one_block(strategy, confidence, block_size, steps)
+    true = found.true_gradient(of_both_ends)
     assert true.norm() > 0.1
+    estimated = found.with_baseline(algorithm("dipo"), of_both_ends, baseline=0.5)
     assert (estimated - true).norm() <= 1e-4 * true.norm()
 
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic"])
 def test_it_is_biased_where_the_confidence_is_that_of_the_drawn_token(strategy):
-    true, estimated = gradients(toy(4), options(strategy, "sampled", 4))
-    found = cosine(true, estimated)
-    print(f"\n{strategy}, confidence sampled: cosine {found:.2f} with the true gradient")
-    assert found < 0.99
+    found = one_block(strategy, "sampled", 4, 4)
+    estimated = found.with_baseline(algorithm("dipo"), of_both_ends, baseline=0.5)
+    apart = cosine(found.true_gradient(of_both_ends), estimated)
+    print(f"\n{strategy}, confidence sampled: cosine {apart:.2f} with the true gradient")
+    assert apart < 0.99
 
 
 @pytest.mark.parametrize("confidence", ["sampled", "max", "entropy"])
 def test_dynamic_trajectories_differ_in_the_number_of_their_steps(confidence):
-    with torch.no_grad():
-        found = list(trajectories(toy(4), options("low_confidence_dynamic", confidence, 4), [MASK] * 4, [0] * 4))
-    assert {max(steps) for _, steps, _ in found} == {2, 3, 4}
+    found = one_block("low_confidence_dynamic", confidence, 4, 4)
+    assert len({max(one.reveal_step) for one in found.trajectories}) > 1
 
 
+# Answers of one, three and five tokens --------------------------------------------------------------------------------
+
+
+def right(token_ids: Sequence[int]) -> float:
+    """0 or 1."""
+    return float(len(token_ids) > 0 and token_ids[0] == 1)
+
+
+def graded(token_ids: Sequence[int]) -> float:
+    """Right, and a little for each token."""
+    return right(token_ids) + 0.1 * len(token_ids)
+
+
+REWARDS = {"0 or 1": right, "graded": graded}
+
+
+def ragged(strategy: str, confidence: str, train_tail: bool = True) -> Enumerated:
+    """A prompt that ends inside a block of two: the answer's blocks are of one, two and two tokens."""
+    decoding = options(strategy, confidence, 2, max_new_tokens=LONGEST, stop_token_ids=(STOP,))
+    return enumerated((2, 3), (0, 1, 1), decoding, train_tail)
+
+
+@pytest.mark.parametrize(("block_size", "prompt", "longest"), [(2, (0, 1, 1), LONGEST), (2, tuple(PROMPT), 2)])
 @pytest.mark.parametrize("confidence", ["sampled", "max"])
-def test_the_sampler_takes_these_trajectories_as_often_as_computed(confidence):
-    lm, decoding, n = toy(2), options("low_confidence_static", confidence, 2), 4000
-    with torch.no_grad():
-        computed = {(t, s): p.item() for t, s, p in trajectories(lm, decoding, [MASK] * 2, [0] * 2)}
-    [sampled] = NativeSampler(lm, max_batch=1000).sample([PROMPT], n, decoding)
+def test_the_sampler_gives_these_answers_as_often_as_computed(confidence, block_size, prompt, longest):
+    decoding = options("low_confidence_static", confidence, 2, max_new_tokens=longest, stop_token_ids=(STOP,))
+    found, n = enumerated((block_size, 3), prompt, decoding, True), 4000
+    chances = zip(found.trajectories, found.probability.tolist(), strict=True)
+    computed = {(tuple(one.token_ids), tuple(one.reveal_step)): chance for one, chance in chances}
+    [sampled] = NativeSampler(found.lm, max_batch=1000).sample([list(prompt)], n, decoding)
     counted = Counter((tuple(one.token_ids), tuple(one.reveal_step)) for one in sampled)
     assert set(counted) <= set(computed)
-    assert sum(abs(counted[way] / n - p) for way, p in computed.items()) / 2 < 0.03
+    chi_square = sum((counted[way] - n * chance) ** 2 / (n * chance) for way, chance in computed.items())
+    freedom = len(computed) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_answers_end_with_the_block_of_their_stop_token():
+    found = ragged("low_confidence_static", "max")
+    assert Counter(len(one.token_ids) for one in found.trajectories) == {1: 1, 3: 2 * 5, 5: 2 * 4 * 9}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_with_a_constant_baseline_dividing_by_a_constant_is_exact_at_every_level(level):
+    found = ragged("low_confidence_static", "max")
+    objective = algorithm("dipo", level=level)  # whose normaliser is here 1 for all
+    true = found.true_gradient(right)
+    for baseline in (0.0, 0.5):
+        estimated = found.with_baseline(objective, right, baseline)
+        assert (estimated - true).norm() <= 1e-4 * true.norm()
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_dividing_by_an_answers_own_length_is_not_even_without_a_baseline_and_a_baseline_moves_it(name):
+    found = ragged("low_confidence_static", "max")
+    true = found.true_gradient(right)
+    plain, lowered = (found.with_baseline(algorithm(name), right, baseline) for baseline in (0.0, 0.5))
+    assert cosine(plain, true) < 0.99
+    assert (lowered - plain).norm() > 0.1 * true.norm()  # half the expected score, which should be zero
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+@pytest.mark.parametrize(("strategy", "confidence"), EXACT)
+def test_dr_grpo_is_the_true_gradient_up_to_a_constant_that_is_known(strategy, confidence, reward):
+    found = ragged(strategy, confidence)
+    true = found.true_gradient(REWARDS[reward])
+    for advantage, shrunk in (("mean_only", 1 - 1 / GROUP_SIZE), ("leave_one_out", 1.0)):
+        estimated = found.expected(algorithm("dr_grpo", advantage=advantage), REWARDS[reward])
+        assert (estimated * LONGEST / shrunk - true).norm() <= 1e-4 * true.norm()
+
+
+def test_without_its_tail_an_answer_is_learned_from_exactly_if_sequential_and_else_nearly():
+    for strategy, is_exact in (("sequential", True), ("low_confidence_static", False)):
+        found = ragged(strategy, "max", train_tail=False)
+        estimated = found.expected(algorithm("dr_grpo"), right, train_tail=False)
+        assert is_along(estimated, found.true_gradient(right)) == is_exact
+
+
+def test_dividing_by_the_spread_weighs_problems_by_how_often_they_are_solved():
+    """Of rewards of 0 and 1: the gradient's length, on average, as a multiple of that of the success rate."""
+
+    def weight(advantage: str, rate: float, size: int = 8) -> float:
+        total = 0.0
+        for wins in range(size + 1):
+            rewards = torch.tensor([1.0] * wins + [0.0] * (size - wins))
+            chance = comb(size, wins) * rate**wins * (1 - rate) ** (size - wins)
+            total += chance * (ADVANTAGES[advantage](rewards) * (rewards - rate)).sum().item()
+        return total / (size * rate * (1 - rate))
+
+    assert weight("normalised", 0.01) / weight("normalised", 0.5) == pytest.approx(1.4, abs=0.05)
+    for advantage, constant in (("mean_only", 7 / 8), ("leave_one_out", 1.0)):
+        assert weight(advantage, 0.01) == pytest.approx(constant, rel=1e-4)
+        assert weight(advantage, 0.5) == pytest.approx(constant, rel=1e-4)
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def page() -> dict[str, list[str]]:
+    """The rows of the table of docs/exactness.md: what follows `dirl rl`, and the cosines."""
+    lines = (ROOT / "docs/exactness.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `algo")]
+    return {row[0].strip("`"): row[1:3] for row in cells}
+
+
+@pytest.mark.parametrize("words", page())
+def test_the_page_tells_the_cosines_that_are_found(words):
+    chosen = dict(word.split("=") for word in words.split())
+    changes = {key.removeprefix("algo."): value for key, value in chosen.items() if key.startswith("algo.")}
+    train_tail = chosen.get("rl.train_tail") != "false"
+    strategy, confidence = chosen.get("decoding", "low_confidence_static"), chosen.get("decoding.confidence", "max")
+    found = ragged(strategy, confidence, train_tail)
+    objective = algorithm(chosen["algo"], **changes)
+    for reward, told in zip(REWARDS.values(), page()[words], strict=True):
+        estimated, true = found.expected(objective, reward, train_tail), found.true_gradient(reward)
+        assert is_along(estimated, true) == (told == "exact"), f"cosine {cosine(estimated, true):.4f}"
+        if told != "exact":
+            assert cosine(estimated, true) == pytest.approx(float(told), abs=3e-4)

@@ -33,7 +33,8 @@ class Objective:
     mean of answers, `constant` divides by the answers times the longest allowed. beta: weight of the divergence
     from a frozen reference, estimated as `kl` says (k1, k2, k3).
 
-    Where the policy is still the one that sampled, every level has the same gradient.
+    Where the policy is still the one that sampled, every level has the same gradient; which choices make that the
+    expected reward's own is told in docs/exactness.md.
     """
 
     name: str
