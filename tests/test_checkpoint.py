@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -320,6 +321,19 @@ def test_a_full_disk_is_told_in_a_sentence_and_costs_no_earlier_checkpoint(tmp_p
         kept.save(2, *run, {})
     assert list(kept.directory.iterdir()) == [first]
     assert load(first, *start(seed=1))["step"] == 1
+
+
+def test_the_thread_that_writes_a_checkpoint_ends_with_it(tmp_path):
+    _, run = saved(tmp_path)
+    kept = checkpoints(tmp_path, in_background=True)
+    for step in (2, 3):
+        kept.save(step, *run, {})
+        kept.wait()
+    deadline = time.monotonic() + 10
+    while writing := [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint")]:
+        assert time.monotonic() < deadline, writing
+        time.sleep(0.01)
+    assert sorted(path.name for path in kept.directory.iterdir()) == ["step-000002", "step-000003"]
 
 
 def test_what_fails_in_the_background_is_told_at_the_next_save_or_at_the_end(tmp_path):

@@ -32,7 +32,7 @@ from lmdeploy.pytorch.strategies.dllm.step_inputs import DLLMStepInputs
 from lmdeploy.pytorch.strategies.dllm.unmasking import UnmaskingProcessor
 
 from dirl_cli.errors import DirlError
-from dirl_cli.rollout.engines import named
+from dirl_cli.rollout.engines import Lmdeploy
 from dirl_cli.rollout.lmdeploy import (
     Agent,
     Keys,
@@ -268,9 +268,7 @@ def test_what_it_cannot_do_is_told():
 def test_a_model_that_is_not_on_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(DirlError, match="rollout=lmdeploy wants device=cuda, not cpu: leave rollout at native"):
-        named("lmdeploy", 8, 0.5).start(small_lm())
-    with pytest.raises(DirlError, match="no engine is called lmdeplo: did you mean lmdeploy"):
-        named("lmdeplo", 8, 0.5)
+        Lmdeploy(8, 0.5).start(small_lm())
 
 
 def test_an_answer_gets_no_more_room_than_the_model_has_positions():

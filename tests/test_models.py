@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from answers import slopes
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from small import EXPERTS, MASK, PAD, SIZES, small_lm
 from transformers import (
@@ -449,6 +450,17 @@ def test_sampling_and_scoring_from_python(saved):
     for trajectory, logprobs in zip(groups[1], score(saved, groups[1]), strict=True):
         assert trajectory.logprobs == pytest.approx(logprobs, abs=1e-5)
     assert score(saved, []) == []
+
+
+@pytest.mark.parametrize("name", ["native", "lmdeploy"])
+def test_python_samples_with_the_settings_of_the_configs(saved, name, monkeypatch):
+    monkeypatch.setattr(f"dirl_cli.rollout.engines.{name.capitalize()}.require", lambda self: None)
+    monkeypatch.setattr(f"dirl_cli.rollout.engines.{name.capitalize()}.start", lambda self, lm: self)
+    configured = OmegaConf.load(conf_dir() / f"rollout/{name}.yaml")
+    assert load_sampler(saved, device="cpu", rollout=name).max_batch == configured.max_batch
+    assert load_sampler(saved, device="cpu", rollout=name, max_batch=7).max_batch == 7
+    with pytest.raises(DirlError, match="rollout=nativ: did you mean native"):
+        load_sampler(saved, device="cpu", rollout="nativ")
 
 
 def test_a_sampler_holds_at_least_one_sequence(saved):

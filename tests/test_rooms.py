@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "rundir": {"tree"},
     "tree": {"schema"},
     "schema": set(),
-    "build": set(),
+    "build": {"tree"},
     "commands": {
         "algo",
         "build",
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "hub": {"tree"},
     "models": {"diffusion", "hub"},
     "diffusion": set(),
-    "api": {"models", "rollout", "training"},
+    "api": {"build", "models", "rollout", "training"},
     "disk": set(),
     "errors": set(),
     "plain": set(),

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from os import PathLike
 
+from dirl_cli.build import choice
 from dirl_cli.models.checkpoint import Checkpoint
-from dirl_cli.rollout.engines import Engine, named
+from dirl_cli.rollout.engines import Engine
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.logprobs import score_trajectories
 from dirl_cli.types import Decoding, Trajectory
@@ -14,18 +15,21 @@ def load_sampler(
     path: str | PathLike[str],
     device: str = "auto",
     dtype: str = "auto",
-    max_batch: int = 64,
+    max_batch: int | None = None,
     rollout: str | Engine = "native",
-    cache_share: float = 0.5,
+    cache_share: float | None = None,
 ) -> Sampler:
     """A sampler for the model in `path`, a directory or a Hub id on this machine.
 
     `sampler.sample(prompts: list[list[int]], n, decoding) -> list[list[Trajectory]]`; `sampler.lm.tokenizer` encodes.
-    rollout: `native`, `lmdeploy` (at most `max_batch` answers at once; cache_share is LMDeploy's), or an engine.
+    rollout: `native`, `lmdeploy` (at most `max_batch` answers at once; cache_share is LMDeploy's), or an engine. What
+    is left out of these is as conf/rollout says.
     device, dtype: auto is cuda and bfloat16 where there is a GPU, else cpu and float32.
     Raises DirlError where the model is missing or damaged, and where the engine cannot run here.
     """
-    engine = named(rollout, max_batch, cache_share) if isinstance(rollout, str) else rollout
+    given = {"max_batch": max_batch, "cache_share": cache_share}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    engine: Engine = choice("rollout", rollout, **chosen) if isinstance(rollout, str) else rollout
     engine.require()
     return engine.start(Checkpoint(str(path), str(path)).load(dtype, device))
 

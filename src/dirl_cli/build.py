@@ -9,6 +9,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.plain import literal
+from dirl_cli.tree import conf_dir
 
 T = TypeVar("T")
 
@@ -40,6 +41,15 @@ def build(cfg: DictConfig, kind: type | None = None) -> Any:
     except OmegaConfBaseException as error:
         raise DirlError(f"{group}.{error.full_key}: {str(error).partition(chr(10))[0]}") from error
     return with_tuples(built)
+
+
+def choice(group: str, name: str, **given: Any) -> Any:
+    """What conf/`group`/`name`.yaml describes, with the values `given` in place of its own."""
+    files = {file.stem: file for file in sorted((conf_dir() / group).glob("*.yaml"))}
+    if name not in files:
+        raise DirlError(f"{group}={name}: {did_you_mean(name, files)}")
+    cfg = OmegaConf.merge({group: OmegaConf.load(files[name])}, {group: given})
+    return build(cast(DictConfig, cfg)[group])
 
 
 def find(target: str, group: str) -> type:

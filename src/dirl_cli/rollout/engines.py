@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from dirl_cli import hub
-from dirl_cli.errors import DirlError, did_you_mean, pip_install
+from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import Sampler
@@ -84,19 +84,13 @@ class Lmdeploy:
         return sampler
 
 
-def named(name: str, max_batch: int, cache_share: float) -> Engine:
-    """The engine that `rollout=` calls so."""
-    engines: dict[str, Engine] = {"native": Native(max_batch), "lmdeploy": Lmdeploy(max_batch, cache_share)}
-    if name not in engines:
-        raise DirlError(f"no engine is called {name}: {did_you_mean(name, engines)}")
-    return engines[name]
-
-
 def on_disk(lm: DiffusionLM) -> str:
     """The directory of a checkpoint that is like `lm` but for its weights."""
-    source = lm.model.name_or_path
+    source, config = lm.model.name_or_path, lm.model.config
     if source:
-        return source if Path(source).is_dir() else str(hub.local(source, "model"))
+        known = source if Path(source).is_dir() else str(hub.local(source, "model"))
+        if type(config).from_pretrained(known).tie_word_embeddings == config.tie_word_embeddings:
+            return known  # else an adapter was merged into one of the two
     directory = Path(mkdtemp()) / "model"
     lm.save(directory)
     return str(directory)

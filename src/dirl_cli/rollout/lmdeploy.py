@@ -7,6 +7,7 @@ model, so that each process of a run has one of its own.
 """
 
 import asyncio
+import logging
 import queue
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -358,6 +359,7 @@ def start_engine(lm: DiffusionLM, directory: str, max_batch: int, cache_share: f
         dllm_block_length=lm.block_size,
         dllm_denoising_steps=lm.block_size,  # None crashes some of its strategies, of which none is used
     )
+    logging.getLogger("lmdeploy").setLevel(logging.WARNING)  # it tells hundreds of things otherwise
     envs.enable_check_env = False  # it starts a process, which a script without a `__main__` guard does not survive
     with masking_with(lm.mask_token_id):
         return Engine.from_pretrained(directory, options)

@@ -55,7 +55,7 @@ class Checkpoints:
     ) -> None:
         self.directory, self.accelerator, self.keep, self.best = directory, accelerator, keep, best
         self._record: tuple[float, int] | None = None  # how good the best is, and minus its step
-        self._thread = ThreadPoolExecutor(1) if in_background else None
+        self._in_background = in_background
         self._written: Future[None] | None = None
         # the thread's own, so that what it tells the others does not get between the training's
         self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
@@ -110,9 +110,11 @@ class Checkpoints:
         state = {"step": step, "optimizers": kinds(optimizers), "measured": measured, **remembered}
         files = self._own(MODEL, learned(model)) | self._own(OPTIMIZER, states(model, optimizers))
         path = self.directory / f"step-{step:06d}"
-        if self._thread:
+        if self._in_background:
             copies = {name: {key: part.copy() for key, part in parts.items()} for name, parts in files.items()}
-            self._written = self._thread.submit(self._write, path, copies, state)
+            thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._written = thread.submit(self._write, path, copies, state)
+            thread.shutdown(wait=False)  # which ends it with what it writes
         else:
             self._write(path, files, state)
         return path
