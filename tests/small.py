@@ -22,7 +22,9 @@ SIZES = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
 
 
-def small_lm(block_size: int = 4, seed: int = 0, attention: str = "sdpa", scale: float = 5.0) -> DiffusionLM:
+def small_lm(
+    block_size: int = 4, seed: int = 0, attention: str = "sdpa", scale: float = 5.0, head_dim: int = 8
+) -> DiffusionLM:
     """Two layers, 50 tokens, the mask token last; `scale` sharpens its random distributions."""
     config = SDARConfig(
         vocab_size=VOCABULARY,
@@ -30,7 +32,7 @@ def small_lm(block_size: int = 4, seed: int = 0, attention: str = "sdpa", scale:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         intermediate_size=64,
         max_position_embeddings=256,
         pad_token_id=None,  # else its row would be zero
@@ -48,13 +50,14 @@ def small_lm(block_size: int = 4, seed: int = 0, attention: str = "sdpa", scale:
     return diffusion_lm(model, None, block_size, MASK)
 
 
-def random_lm(kind: str) -> DiffusionLM:
+def random_lm(kind: str, head_dim: int = 8) -> DiffusionLM:
     """kind: untied, tied or moe."""
     if kind == "untied":
-        return small_lm()
+        return small_lm(head_dim=head_dim)
     torch.manual_seed(0)
-    tied = SDARConfig(**SIZES, tie_word_embeddings=True)
-    model = SDARMoeForCausalLM(SDARMoeConfig(**SIZES, **EXPERTS)) if kind == "moe" else SDARForCausalLM(tied)
+    sizes = SIZES | {"head_dim": head_dim}
+    tied = SDARConfig(**sizes, tie_word_embeddings=True)
+    model = SDARMoeForCausalLM(SDARMoeConfig(**sizes, **EXPERTS)) if kind == "moe" else SDARForCausalLM(tied)
     return diffusion_lm(model.eval(), None, 4, MASK)
 
 

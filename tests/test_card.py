@@ -144,3 +144,10 @@ def test_a_model_is_safe_with_its_card_when_it_cannot_be_pushed(tmp_path, monkey
     assert "tiny, fine-tuned on arithmetic with `dirl sft`." in text
     assert "| steps | 2 |" in text and "| block_size | 4 |" in text and "| validation_loss | " in text
     assert not [file for file in out.rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()]
+
+
+def test_a_checkout_that_is_only_on_the_path_has_a_card_too(monkeypatch):
+    monkeypatch.setattr("dirl_cli.models.card.PACKAGES", ("torch", "nobody-has-this"))
+    assert any(
+        line.startswith("torch 2.") and line.endswith("nobody-has-this of a checkout") for line in card().splitlines()
+    )

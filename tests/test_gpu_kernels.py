@@ -41,9 +41,9 @@ def test_compiled_kernels_draw_what_torch_draws_on_either_device(dtype, temperat
     for expected in (on_gpu.cpu(), on_cpu.tokens):
         assert (found.tokens.cpu() == expected).sum() >= 63, "rounding may tip one of 64 tokens, not two"
     same = found.tokens.cpu() == on_cpu.tokens
-    torch.testing.assert_close(found.logprobs.cpu()[same], on_cpu.logprobs[same], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.confidence.cpu(), on_cpu.confidence, atol=0, rtol=1e-5)
-    torch.testing.assert_close(found.entropy.cpu(), on_cpu.entropy, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.logprobs.cpu()[same], on_cpu.logprobs[same], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.confidence.cpu(), on_cpu.confidence, atol=0, rtol=1e-4)  # a sum of 151 936 terms
+    torch.testing.assert_close(found.entropy.cpu(), on_cpu.entropy, atol=1e-4, rtol=1e-4)
 
 
 def test_compiled_kernels_take_the_largest_logit_the_left_one_on_a_tie():
@@ -124,7 +124,7 @@ def test_the_block_mask_of_whole_tiles_is_the_dense_one():
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_flex_attention_learns_what_sdpa_learns_whatever_the_length(kind):
-    flex, sdpa = random_lm(kind), random_lm(kind)
+    flex, sdpa = random_lm(kind, head_dim=16), random_lm(kind, head_dim=16)  # FlexAttention takes no smaller heads
     flex.model.config._attn_implementation = "flex_attention"
     for packed in (rows(2, 100), rows(4, 300), rows(8, 1000)):
         gradients = []
@@ -137,7 +137,7 @@ def test_flex_attention_learns_what_sdpa_learns_whatever_the_length(kind):
 
 
 def test_few_graphs_are_compiled_for_many_lengths():
-    lm = small_lm(attention="flex_attention")
+    lm = small_lm(attention="flex_attention", head_dim=16)
     scorer = TokenScorer(lm.model, lm.unsampled_ids).to("cuda")
     torch._dynamo.reset()
     counters.clear()

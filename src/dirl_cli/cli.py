@@ -36,9 +36,9 @@ def complete(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from dirl_cli.disk import installed
 
-        typer.echo(f"dirl {version('dirl')}")
+        typer.echo(f"dirl {installed('dirl') or 'of a checkout'}")
         raise typer.Exit
 
 

@@ -1,10 +1,11 @@
-"""Writing files so that neither a full disk nor a crash costs what is already there."""
+"""Writing files so that neither a full disk nor a crash costs what is already there; what is installed."""
 
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package; a checkout that is only on Python's path has none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

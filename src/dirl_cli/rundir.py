@@ -8,14 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dirl_cli.disk import write_json, write_text
+from dirl_cli.disk import installed, write_json, write_text
 from dirl_cli.errors import DirlError
 from dirl_cli.plain import masked
 from dirl_cli.tree import leaves
@@ -168,13 +167,6 @@ def environment() -> dict[str, Any]:
         "packages": {name: installed(name) for name in PACKAGES},
         "git": git_state(Path(__file__).parents[2]),
     }
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def git_state(checkout: Path) -> dict[str, Any] | None:

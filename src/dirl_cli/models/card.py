@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from transformers import PreTrainedConfig
 from yaml import YAMLError
+
+from dirl_cli.disk import installed
 
 TAGS = ["block-diffusion", "dirl"]
 KEPT = ("base_model", "license", "license_name", "license_link")  # of a base model's card
@@ -63,7 +64,7 @@ def model_card(
         "## Metrics": table(["", "last", "lowest", "highest"], measured) if measured else "",
         "## Decoding": table(["", ""], [*decoding.items()]) if decoding else "",
         "## Use": use(repository or ".", config),
-        "## Versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        "## Versions": ", ".join(f"{package} {installed(package) or 'of a checkout'}" for package in PACKAGES),
     }
     body = "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items() if text)
     return f"---\n{header.to_yaml()}\n---\n\n{body}\n"
