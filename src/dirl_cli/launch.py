@@ -116,6 +116,8 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
         job = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in fixed]
         out = out and out / schema.slug(",".join(word for word in job if not is_told(unresolved, word)))
         print(f"dirl {name} {' '.join(job)}", *(["→", out] if out else []), flush=True)
+    elif out and not any(cfg.get(key) for key in READ_ONLY):
+        print(f"dirl {name} → {out}", flush=True)  # before what takes seconds to import
     if line := preset_line(name, cfg):
         print(line, flush=True)
     if out:
@@ -224,17 +226,23 @@ def start_processes(name: str, cfg: DictConfig, out: Path, locks: Sequence[int])
     on_cpu = cfg.device == "cpu" or not is_cuda_available()
     environment = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVING, **os.environ}
     environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
+    asked: list[int] = []  # the signals to stop
     failure = out / FAILURE
     failure.unlink(missing_ok=True)
     command = [sys.executable, "-m", "dirl_cli.worker", "start", name, str(out), *accelerate_options(cfg)]
+    print(starting(cfg), flush=True)
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        launcher.terminate()
+
     # In a session of its own it does not see Ctrl-C, which would reach every process twice.
-    interrupted = False
     with subprocess.Popen(command, env=environment, pass_fds=locks, start_new_session=True) as launcher:
-        before = signal.signal(signal.SIGTERM, lambda *_: launcher.terminate())
+        before = signal.signal(signal.SIGTERM, terminate)
         try:
             launcher.wait()
         except KeyboardInterrupt:
-            interrupted = True
+            asked.append(signal.SIGINT)
             launcher.terminate()  # which they take as a wish to stop
             try:
                 launcher.wait()
@@ -246,11 +254,24 @@ def start_processes(name: str, cfg: DictConfig, out: Path, locks: Sequence[int])
     if failure.exists():
         reason, code = json.loads(failure.read_text())
         failure.unlink()
-        raise DirlError(reason) if code == DirlError.exit_code else Stopped(reason, 130 if interrupted else code)
-    if interrupted:
-        raise KeyboardInterrupt
+        if code == DirlError.exit_code:
+            raise DirlError(reason)
+        raise Stopped(reason, stop_code(Interrupted(asked[0])) if asked else code)
+    if asked:
+        raise Interrupted(asked[0])
     if launcher.returncode:
         raise DirlError("a process failed, for the reason above")
+
+
+def starting(cfg: DictConfig) -> str:
+    """What is waited for until the processes say something themselves."""
+    count = f"{cfg.gpus} processes" if cfg.gpus > 1 else "a process"
+    if cfg.nodes == 1:
+        return f"starting {count}"
+    host, _, port = cfg.main_address.partition(":")
+    others = [f"machine {rank}" for rank in range(cfg.nodes) if rank != cfg.node_rank]
+    named = " and ".join([", ".join(others[:-1]), others[-1]] if len(others) > 1 else others)
+    return f"starting {count} as machine {cfg.node_rank}; waits for {named} at {host}:{port or 29500}"
 
 
 def accelerate_options(cfg: DictConfig) -> list[str]:

@@ -62,7 +62,9 @@ def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
     config = OmegaConf.to_yaml(cfg)  # where texts with `${…}` in them are read back as they are
     if resume == "never" and (out / "config.yaml").exists():
         with locked(out):
-            out.rename(next(aside for n in count(1) if not (aside := out.with_name(f"{out.name}~{n}")).exists()))
+            aside = next(aside for n in count(1) if not (aside := out.with_name(f"{out.name}~{n}")).exists())
+            out.rename(aside)
+        print(f"the earlier run is in {aside}", flush=True)
     with locked(out) as lock:
         refuse_other(out, config)
         write_text(out / "config.yaml", config)

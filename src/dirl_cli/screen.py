@@ -1,12 +1,17 @@
 """A terminal that takes text for text, whoever wrote it."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from dirl_cli.plain import printable
+
+SPIN, PATIENCE = 1.0, 10.0  # seconds without a sign of life, in a terminal and elsewhere
 
 
 class PlainConsole(Console):
@@ -18,3 +23,41 @@ class PlainConsole(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+@contextmanager
+def working(console: Console, what: str, total: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show that something lives: a spinner in a terminal, elsewhere a line after ten seconds, then ever more rarely.
+
+    Yields a function that is to be told how many of `total` are done.
+    """
+    began, done, over = time.perf_counter(), 0, Event()
+    status = console.status(what) if console.is_terminal else None
+
+    def count(now: int) -> None:
+        nonlocal done
+        done = now
+
+    def tell() -> None:
+        due = SPIN if status else PATIENCE
+        while not over.wait(max(0.0, began + due - time.perf_counter())):
+            seconds = round(time.perf_counter() - began)
+            progress = f" · {done:,} of {total:,}" if total else ""
+            text = f"{what}{progress} · {seconds // 60}:{seconds % 60:02} so far"
+            if status:
+                status.update(text)
+                status.start()
+                due += 1
+            else:
+                console.print(text, soft_wrap=True)
+                due += max(PATIENCE, due / 2)
+
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield count
+    finally:
+        over.set()
+        teller.join()
+        if status:
+            status.stop()

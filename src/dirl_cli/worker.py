@@ -40,7 +40,14 @@ def start(name: str, out: str, *options: str) -> None:
     logging.disable(logging.ERROR)  # a failed process tells its own reason
     try:
         launch_command(launch_command_parser().parse_args([*options, *script]))
-    except (ChildFailedError, SignalException):
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        if first.exitcode < 0 and not Path(out, FAILURE).exists():
+            killed = f"process {rank} was killed by {signal.Signals(-first.exitcode).name}"
+            hint = "; if nobody did, the machine may have run out of memory: give fewer gpus or a smaller batch"
+            Path(out, FAILURE).write_text(json.dumps([killed + hint, DirlError.exit_code]))
+        sys.exit(1)
+    except SignalException:
         sys.exit(1)
 
 

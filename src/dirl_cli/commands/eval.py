@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from dirl_cli.build import build
 from dirl_cli.data.rows import read_rows
 from dirl_cli.disk import write_json, write_text
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, Stopped, stop_code
 from dirl_cli.evaluation import compare, report, sweep
 from dirl_cli.evaluation.answers import Answer, AnswerLog, drop_torn_line, missing, read_answers
 from dirl_cli.evaluation.card import ANSWERS, CARD, SOURCE, read_evaluation, require_same
@@ -28,7 +28,7 @@ from dirl_cli.evaluation.metrics import Metrics, measure, measure_subsets
 from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.evaluation.progress import tracked
 from dirl_cli.reward.grading import Grader
-from dirl_cli.screen import PlainConsole
+from dirl_cli.screen import PlainConsole, working
 from dirl_cli.types import Decoding, Instruction, Problem
 
 GRADERS = ("dirl", "math-verify", "latex2sympy2_extended", "sympy")
@@ -59,7 +59,8 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequen
     problems = gradable(cfg.bench.name, problems, remarks)
     engine = build(cfg.rollout)
     engine.require()
-    lm: DiffusionLM = build(cfg.model).load(cfg.dtype, processes.device, cfg.attention)
+    with working(console, "loading the model"):
+        lm: DiffusionLM = build(cfg.model).load(cfg.dtype, processes.device, cfg.attention)
     tokenizer = lm.require_tokenizer()
     decoding = lm.decoding(build(cfg.decoding, Decoding))
     instruction = build(cfg.instruction, Instruction)
@@ -79,12 +80,17 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequen
     costs = [len(prompts[run.place]) * (run.end - run.first) for run in runs]
     runs = [runs[i] for i in balanced(costs, processes.count)[processes.rank]]
     total = len(known) + sum(run.end - run.first for run in runs)
-    with Grader(cfg.grade_workers, cfg.grade_timeout) as grader, AnswerLog(out / ANSWERS) as log:
-        sampled = sample(engine.start(lm), prompts, runs, decoding)
-        answers = graded(sampled, problems, partial(answer_text, tokenizer), grader)
-        for answer in tracked(answers, known, total, console, processes.count):
-            log.append(answer)
-        say_what_gave_up(grader)
+    try:
+        with Grader(cfg.grade_workers, cfg.grade_timeout) as grader, AnswerLog(out / ANSWERS) as log:
+            sampled = sample(engine.start(lm), prompts, runs, decoding)
+            answers = graded(sampled, problems, partial(answer_text, tokenizer), grader)
+            for answer in tracked(answers, known, total, console, processes.count):
+                log.append(answer)
+            say_what_gave_up(grader)
+    except KeyboardInterrupt as asked:
+        finished = len(asked_for(read_answers(out / ANSWERS), problems, cfg.samples))
+        left = f"{finished} of {len(problems) * cfg.samples} answers are in {out / ANSWERS}"
+        raise Stopped(f"stopped: {left}, and the same command goes on", stop_code(asked)) from None
 
     processes.wait()
     if processes.is_first:

@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -15,7 +14,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import track
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +28,7 @@ from dirl_cli.errors import DirlError, Stopped, stop_code
 from dirl_cli.evaluation.answers import drop_torn_line
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.screen import PlainConsole
+from dirl_cli.screen import PlainConsole, working
 from dirl_cli.types import Decoding, Instruction, Trajectory
 
 HIDDEN = "░"
@@ -64,7 +62,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     model = build(cfg.model)
     if isinstance(model, Tiny):
         console.print(UNTRAINED)
-    lm: DiffusionLM = model.load(cfg.dtype, cfg.device, cfg.attention)
+    with working(console, "loading the model"):
+        lm: DiffusionLM = model.load(cfg.dtype, cfg.device, cfg.attention)
     asked = requests(cfg, lm, rows)
     decoding = lm.decoding(build(cfg.decoding, Decoding))
     sampler = engine.start(lm)
@@ -95,11 +94,12 @@ def run(cfg: DictConfig, out: Path) -> None:
     finished = len(done)
     try:
         if cfg.input and not screen:
-            hidden = not console.is_terminal
-            for _ in track(written, "Sampling", total, finished, console=console, transient=True, disable=hidden):
-                finished += 1
+            with working(console, "sampling", total) as count:
+                for _ in written:
+                    finished += 1
+                    count(finished)
         else:
-            with screen.live if screen else nullcontext():
+            with screen.live if screen else working(console, "sampling"):
                 for line in written:
                     finished += 1
                     if screen:

@@ -20,7 +20,7 @@ from dirl_cli.build import build
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show
 from dirl_cli.data.tokens import Tokens
-from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.errors import DirlError, Interrupted, did_you_mean
 from dirl_cli.loop.ahead import resting, sampling_ahead
 from dirl_cli.loop.exam import Exam
 from dirl_cli.loop.forecast import RL, rl_budget
@@ -137,12 +137,14 @@ def run(cfg: DictConfig, out: Path) -> None:
     if doubt := budget.require():
         progress.say(doubt)
     engine.require()
-    lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
+    with progress.working("loading the model"):
+        lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
     if cfg.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     base_fingerprint, data_fingerprint = fingerprint(lm.model), fingerprint_of(pools)
     reference = frozen(peft.reference(lm), decoding) if objective.beta else None
     twin = peft.merged(lm)  # before processes share the parameters
+    stop = StopSignal(accelerator)
     trainer = Trainer(
         accelerator,
         TokenScorer(lm.model, lm.unsampled_ids, decoding),
@@ -170,25 +172,38 @@ def run(cfg: DictConfig, out: Path) -> None:
     kept = (cfg.keep_checkpoints, cfg.keep_best, cfg.async_checkpoints)
     checkpoints = Checkpoints(out / "checkpoints", accelerator, *kept)
     state = State()
+    path: Path | None = None
     if start := checkpoints.begin(cfg.resume, progress.say):
         require_same_run(start, "rl", base_fingerprint if objective.beta or peft != WHOLE else None)
         remembered = load(start, lm.model, trainer.optimizers)
         if start.parent == checkpoints.directory:  # another run's checkpoint may have seen other data
             require_same_data(cfg.data.name, remembered.get("data_fingerprint", data_fingerprint), data_fingerprint)
         trainer.steps_taken, trainer.skipped = remembered["updates"], remembered["skipped"]
-        state = State.from_json(remembered)
+        state, path = State.from_json(remembered), start
         progress.say(f"going on after step {state.step}, from {start}")
     config = OmegaConf.to_container(cfg)
     log = open_log(out, state.step or -1, logger, config) if accelerator.is_main_process else NoLog()
     held_out = reader.problems("held-out problems", data.problems()[: cfg.eval_problems])
-    exam = Exam(held_out.problems, held_out.prompts, lm, decoding, accelerator)
+    exam = Exam(held_out.problems, held_out.prompts, lm, decoding, accelerator, progress, stop.apart)
     sampler_lm = whole(twin, pick_dtype(cfg.dtype, lm.device.type))
     if cfg.rl.async_rollout and sampler_lm is twin and isinstance(engine, Native):
         sampler_lm = WHOLE.reference(twin)  # a copy, since the parameters change while it samples
     sampler: Sampler = engine.start(sampler_lm, own_weights=sampler_lm is not twin)
     sampler.update_weights(gathered(peft.pushed(lm)), trainer.steps_taken)
 
-    with checkpoints, Scorer(rewards) as scorer, StopSignal(accelerator) as stop:
+    saved_at = state.step
+
+    def save(metrics: dict[str, float]) -> Path:
+        """Save the last whole step, of which these were the metrics."""
+        remembered: dict[str, Any] = {"command": "rl"}
+        remembered |= {"base_fingerprint": base_fingerprint, "data_fingerprint": data_fingerprint}
+        remembered |= {"updates": trainer.steps_taken, "skipped": trainer.skipped, **state.to_json()}
+        with trainer.times("saving"):
+            saved = checkpoints.save(state.step, lm.model, trainer.optimizers, metrics, **remembered)
+            log.draw(PANELS, cfg.name, out / "rl.png")
+        return saved
+
+    with checkpoints, Scorer(rewards) as scorer, stop:
         source: Sampled | Replayed = (
             replayed(Path(cfg.rl.replay), cfg.steps, lm, cfg.rl.rescore)
             if cfg.rl.replay
@@ -197,13 +212,24 @@ def run(cfg: DictConfig, out: Path) -> None:
         if exam.problems and state.step == 0 and not cfg.rl.rollout_only:
             with trainer.times("evaluation"):
                 before = exam.take(sampler, scorer.grader)
+            if stop:
+                raise stop.end(0, cfg.steps, None)
             log.write(0, before | trainer.times.take())
             progress.note(0, before, "greedy_accuracy")
         with progress.after(state.step):
             while state.step < cfg.steps:
                 torch.manual_seed(cfg.seed + state.step)  # for models with dropout
-                with trainer.times("rollout"):
-                    groups, sampled = source.take(state)
+                until_now = replace(state)
+                try:
+                    showing = progress.working(f"step {state.step + 1}/{cfg.steps} · rollout")
+                    with trainer.times("rollout"), showing, stop.alone():
+                        groups, sampled = source.take(state)
+                except Interrupted:  # what was sampled is given up: it is sampled again
+                    state = until_now
+                    if state.step > saved_at:
+                        path = save({})
+                    checkpoints.wait()
+                    raise stop.end(state.step, cfg.steps, path) from None
                 if cfg.rl.rescore:
                     sampled = rescored(sampled, scorer, decoding.max_new_tokens, lm.block_size)
                     groups = [group for group in sampled if teaches(group, cfg.rl.filter)]
@@ -212,8 +238,10 @@ def run(cfg: DictConfig, out: Path) -> None:
                 if isinstance(source, Sampled):
                     metrics |= epochs(source.order, names, state.drawn)
                 if groups and not cfg.rl.rollout_only:
-                    ahead = cfg.rl.async_rollout and state.step + 1 < cfg.steps
-                    with sampling_ahead(source, state) if ahead and isinstance(source, Sampled) else resting(sampler):
+                    meanwhile = resting(sampler)
+                    if isinstance(source, Sampled) and cfg.rl.async_rollout and state.step + 1 < cfg.steps:
+                        meanwhile = sampling_ahead(source, state)
+                    with meanwhile, progress.working(f"step {state.step + 1}/{cfg.steps} · update"):
                         metrics |= learner.learn(groups, state.step)
                     sampler.update_weights(gathered(peft.pushed(lm)), trainer.steps_taken)
                 state.step += 1
@@ -234,20 +262,10 @@ def run(cfg: DictConfig, out: Path) -> None:
                 must_stop = bool(stop) and not is_last
                 is_due = due(step, cfg.save_every) and not trainer.skipped
                 if is_last or must_stop or is_due or checkpoints.is_best(metrics):
-                    with trainer.times("saving"):
-                        remembered = {
-                            "command": "rl",
-                            "base_fingerprint": base_fingerprint,
-                            "data_fingerprint": data_fingerprint,
-                            "updates": trainer.steps_taken,
-                            "skipped": trainer.skipped,
-                            **state.to_json(),
-                        }
-                        path = checkpoints.save(step, lm.model, trainer.optimizers, metrics, **remembered)
-                        log.draw(PANELS, cfg.name, out / "rl.png")
+                    path, saved_at = save(metrics), step
                 if must_stop:
                     checkpoints.wait()
-                    raise stop.end(f"after step {step} of {cfg.steps}, saved in {path}")
+                    raise stop.end(step, cfg.steps, path)
 
     log.close()
     progress.sum_up(trainer.times.total)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dirl_cli.build import build
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show
 from dirl_cli.diffusion.layout import Rows
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, Interrupted
 from dirl_cli.loop.exam import Exam
 from dirl_cli.loop.forecast import SFT, sft_budget
 from dirl_cli.loop.keep import keep
@@ -41,6 +42,7 @@ from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.training.validation import hold_out, metric, require_rates
 from dirl_cli.types import Decoding, Instruction
 
+MEASURING = "measuring held-out demonstrations"
 PANELS = (
     Panel("Loss per answer token", {"loss": "training", "validation_loss": "validation"}, log=True),
     Panel("Greedy accuracy", {"greedy_accuracy": "accuracy"}, percent=True),
@@ -118,11 +120,13 @@ def run(cfg: DictConfig, out: Path) -> None:
         return
     if doubt := budget.require():
         progress.say(doubt)
-    lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
+    with progress.working("loading the model"):
+        lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
     if cfg.gradient_checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     base_fingerprint, data_fingerprint = fingerprint(lm.model), fingerprint_of([*training, *held_out])
-    exam = Exam(asked.problems, asked.prompts, lm, decoding, accelerator)
+    stop = StopSignal(accelerator)
+    exam = Exam(asked.problems, asked.prompts, lm, decoding, accelerator, progress, stop.apart)
     del data, sources  # and their rows
     noise = Noise(masking, lm.block_size, lm.mask_token_id, lm.pad_token_id, cfg.row_tokens)
     examples = Padded(training, lm.block_size, lm.pad_token_id)
@@ -130,7 +134,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     batches = NoisedBatches(examples, order, cfg.batch_size, noises, cfg.seed)
 
     rates = partial(schedule, steps=cfg.steps)
-    limits = (cfg.clip_norm, cfg.max_skipped, cfg.skip_norm)
+    limits = (cfg.clip_norm, cfg.max_skipped, cfg.skip_norm, stop.alone)
     trainer = Trainer(accelerator, TokenScorer(lm.model), optim.build(lm.model), rates, *limits)
     unseen = Padded(held_out, lm.block_size, lm.pad_token_id)
     validation = (
@@ -139,26 +143,38 @@ def run(cfg: DictConfig, out: Path) -> None:
 
     kept = (cfg.keep_checkpoints, cfg.keep_best, cfg.async_checkpoints)
     checkpoints = Checkpoints(out / "checkpoints", accelerator, *kept)
+    path: Path | None = None
     if start := checkpoints.begin(cfg.resume, progress.say):
         require_same_run(start, "sft", None if peft == WHOLE else base_fingerprint)
         remembered = load(start, lm.model, trainer.optimizers)
         if start.parent == checkpoints.directory:  # another run's checkpoint may have seen other data
             require_same_data(cfg.data.name, remembered.get("data_fingerprint", data_fingerprint), data_fingerprint)
         trainer.steps_taken, trainer.skipped = remembered["step"], remembered["skipped"]
+        path = start
         progress.say(f"going on after step {trainer.steps_taken}, from {start}")
     main, config = accelerator.is_main_process, OmegaConf.to_container(cfg)
     log = open_log(out, trainer.steps_taken or -1, logger, config) if main else NoLog()
     panels = (*PANELS, Panel("Denoising accuracy, held out", by_rate, percent=True))
+    saved_at = trainer.steps_taken
 
-    with (
-        checkpoints,
-        Grader(workers=1) as grader,
-        StopSignal(accelerator) as stop,
-        progress.after(trainer.steps_taken),
-    ):
+    def save(metrics: dict[str, float]) -> Path:
+        """Save the last whole step, of which these were the metrics."""
+        remembered = {
+            "command": "sft",
+            "base_fingerprint": base_fingerprint,
+            "data_fingerprint": data_fingerprint,
+            "skipped": trainer.skipped,
+        }
+        with trainer.times("saving"):
+            return checkpoints.save(trainer.steps_taken, lm.model, trainer.optimizers, metrics, **remembered)
+
+    with checkpoints, Grader(workers=1) as grader, stop, progress.after(trainer.steps_taken):
         if validation and not trainer.steps_taken:
-            with trainer.times("evaluation"):
+            before: dict[str, float] = {}
+            with trainer.times("evaluation"), progress.working(MEASURING), suppress(Interrupted):
                 before = validation.measure(trainer, cross_entropy, cfg.micro_rows)
+            if stop:
+                raise stop.end(0, cfg.steps, None)
             log.write(0, before | trainer.times.take())
             progress.note(0, before, "validation_loss", *by_rate)
         while trainer.steps_taken < cfg.steps:
@@ -168,7 +184,16 @@ def run(cfg: DictConfig, out: Path) -> None:
                 rows, answer_tokens = batches[trainer.steps_taken]
                 causal = annealing.causal_rows(batches.demonstrations(trainer.steps_taken), noise)
                 micro_batches = [one for some in (rows, *causal) for one in trainer.cut(some, cfg.micro_rows)]
-            metrics = trainer.step(micro_batches, cross_entropy, answer_tokens)
+            try:
+                with progress.working(f"step {trainer.steps_taken + 1}/{cfg.steps}"):
+                    metrics = trainer.step(micro_batches, cross_entropy, answer_tokens)
+            except Interrupted:  # the step's gradient is given up: it is taken again
+                step = trainer.steps_taken
+                if step > saved_at:
+                    path = save({})
+                    log.draw(panels, cfg.name, out / "loss.png")
+                checkpoints.wait()
+                raise stop.end(step, cfg.steps, path) from None
             tokens = sum(one.num_tokens for one in micro_batches)
             metrics["tokens_per_s"] = tokens / (time.perf_counter() - began)
             metrics |= epochs(order, names, trainer.steps_taken * cfg.batch_size)
@@ -178,9 +203,10 @@ def run(cfg: DictConfig, out: Path) -> None:
             if metrics["skipped"]:
                 progress.note(step, metrics, "loss", "grad_norm", "skipped")
             if (validation or exam.problems) and (is_last or due(step, cfg.eval_every)):
-                with trainer.times("evaluation"):
+                with trainer.times("evaluation"), suppress(Interrupted):
                     if validation:
-                        metrics |= validation.measure(trainer, cross_entropy, cfg.micro_rows)
+                        with progress.working(MEASURING):
+                            metrics |= validation.measure(trainer, cross_entropy, cfg.micro_rows)
                     if exam.problems:
                         sampler_lm = whole(peft.merged(lm), pick_dtype(cfg.dtype, lm.device.type))
                         metrics |= exam.take(NativeSampler(sampler_lm), grader)
@@ -189,19 +215,12 @@ def run(cfg: DictConfig, out: Path) -> None:
             must_stop = bool(stop) and not is_last
             is_due = due(step, cfg.save_every) and not trainer.skipped  # else the good ones would make way for bad ones
             if is_last or must_stop or is_due or checkpoints.is_best(metrics):
-                with trainer.times("saving"):
-                    remembered = {
-                        "command": "sft",
-                        "base_fingerprint": base_fingerprint,
-                        "data_fingerprint": data_fingerprint,
-                        "skipped": trainer.skipped,
-                    }
-                    path = checkpoints.save(step, lm.model, trainer.optimizers, metrics, **remembered)
+                path, saved_at = save(metrics), step
             if is_last or must_stop or due(step, cfg.eval_every):
                 log.draw(panels, cfg.name, out / "loss.png")
             if must_stop:
                 checkpoints.wait()
-                raise stop.end(f"after step {step} of {cfg.steps}, saved in {path}")
+                raise stop.end(step, cfg.steps, path)
 
     log.close()
     progress.sum_up(trainer.times.total)

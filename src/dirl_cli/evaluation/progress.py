@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dirl_cli.evaluation.answers import Answer
+from dirl_cli.screen import working
 
 
 def tracked(
@@ -22,13 +24,15 @@ def tracked(
     live = console.is_terminal and not console.quiet
     known = list(known)
     done, right, tokens, started = len(known), sum(answer.correct for answer in known), 0, time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not live) as bar:
+    bar = Progress(*columns, console=console, transient=True, disable=not live)
+    with bar, nullcontext(lambda _: None) if live else working(console, "answering", total) as count:
         task = bar.add_task("", total=total, completed=done)
         for answer in answers:
             done, right, tokens = done + 1, right + answer.correct, tokens + answer.tokens
             seconds = time.perf_counter() - started
             speed = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{done / seconds:,.0f} answers/s"
             text = f"accuracy {100 * right / done:.1f} · {speed}{whose}"
+            count(done)
             bar.update(task, completed=done, description=text)
             if not live and (10 * done // total > 10 * (done - 1) // total):
                 console.print(f"{done}/{total} answers · {text}", markup=False, highlight=False)

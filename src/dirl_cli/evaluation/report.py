@@ -1,10 +1,13 @@
 """What an evaluation shows: a table, and the published figure beside ours."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from dirl_cli.evaluation.metrics import Metrics
 
@@ -29,15 +32,18 @@ PROTOCOL = {
 }
 
 
-def table(title: str, rows: Mapping[str, Metrics], header: str = "") -> Table:
+def table(title: str, rows: Mapping[str, Metrics], header: str = "") -> "Fitting":
     """A row for each named set of answers, a column for all that is known of any; `header` heads the names."""
     k = common_k(rows.values())
     caption = CAPTION if any(metrics.tokens_per_forward for metrics in rows.values()) else INTERVAL
     return draw(title, {name: cells(metrics, k) for name, metrics in rows.items()}, header, caption)
 
 
-def draw(title: str, rows: Mapping[str, Mapping[str, str]], header: str = "", caption: str | None = None) -> Table:
-    """A table of text by row and column, without the columns that are empty in every row."""
+def draw(title: str, rows: Mapping[str, Mapping[str, str]], header: str = "", caption: str | None = None) -> "Fitting":
+    """A table of text by row and column, without the columns that are empty in every row.
+
+    Where it does not fit, each row is a name and its values in the lines below.
+    """
     drawn = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     drawn.padding = 0
     drawn.add_column(header, overflow="fold")
@@ -46,7 +52,23 @@ def draw(title: str, rows: Mapping[str, Mapping[str, str]], header: str = "", ca
         drawn.add_column(column, justify="right", no_wrap=True)
     for name, row in rows.items():
         drawn.add_row(name, *(row[column] for column in columns))
-    return drawn
+    lines = [title]
+    for name, row in rows.items():
+        values = [f"{column} {row[column]}" for column in columns if row[column]]
+        lines += [f"{name}: {', '.join(values)}"]
+    return Fitting(drawn, "\n".join([*lines, *([caption] if caption else [])]))
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A table, or its text where the terminal is too narrow for it."""
+
+    table: Table
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = console.measure(self.table, options=options.update(max_width=1000)).maximum
+        yield self.table if needed <= options.max_width else Text(self.text)
 
 
 def common_k(sets: Any) -> str:

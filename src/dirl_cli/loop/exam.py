@@ -1,6 +1,7 @@
 """What a model is asked while it learns: problems, answered greedily."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -8,11 +9,13 @@ import torch
 from accelerate import Accelerator
 
 from dirl_cli.data.chat import answer_text
+from dirl_cli.errors import Interrupted
 from dirl_cli.evaluation.grade import graded
 from dirl_cli.loop.share import balanced
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.training.progress import StepProgress
 from dirl_cli.types import Decoding, Problem
 
 
@@ -25,17 +28,30 @@ class Exam:
     lm: DiffusionLM
     decoding: Decoding
     accelerator: Accelerator
+    progress: StepProgress
+    stoppable: Callable[[], AbstractContextManager[None]] = nullcontext  # surrounds what may be given up by raising
 
     def take(self, sampler: Sampler, grader: Grader) -> dict[str, float]:
-        """`greedy_accuracy`: the share of the problems that are answered right; nothing without problems."""
+        """`greedy_accuracy`: the share of the problems that are answered right.
+
+        Nothing without problems, and nothing where a process was asked to stop before all were answered.
+        """
         if not self.problems:
             return {}
         tokenizer = self.lm.require_tokenizer()
         shares = balanced([len(prompt) for prompt in self.prompts], self.accelerator.num_processes)
         share = shares[self.accelerator.process_index]
         own, prompts = [self.problems[i] for i in share], [self.prompts[i] for i in share]
-        with self.accelerator.autocast():
+        answered, right = 0, 0
+        showing = self.progress.working("answering held-out problems", len(own))
+        with showing as done, suppress(Interrupted), self.stoppable(), self.accelerator.autocast():
             answers = sampler.stream(prompts, 1, replace(self.decoding, temperature=0.0))
-            right = sum(answer.correct for answer in graded(answers, own, partial(answer_text, tokenizer), grader))
-        right_everywhere = self.accelerator.reduce(torch.tensor(float(right), device=self.accelerator.device))
-        return {"greedy_accuracy": float(right_everywhere) / len(self.problems)}
+            for answer in graded(answers, own, partial(answer_text, tokenizer), grader):
+                right += int(answer.correct)
+                answered += 1
+                done(answered)
+        counts = torch.tensor([float(answered), float(right)], device=self.accelerator.device)
+        answered_everywhere, right_everywhere = self.accelerator.reduce(counts).tolist()
+        if answered_everywhere < len(self.problems):
+            return {}
+        return {"greedy_accuracy": right_everywhere / len(self.problems)}

@@ -54,8 +54,7 @@ class Reader:
         answered = [row for row in rows if says_something(row.fields)]
         file = tokens_file(tokenizer, answered, self.instruction)
         before = ", tokenised before" if file.exists() else ""
-        status = self.progress.console.status(f"tokenising {len(answered):,} {kind}")
-        with self.accelerator.main_process_first(), status:
+        with self.accelerator.main_process_first(), self.progress.working(f"tokenising {len(answered):,} {kind}"):
             if not file.exists():
                 write_tokens(file, tokenizer, answered, self.instruction)
         tokens = Tokens.read(file)
@@ -70,7 +69,8 @@ class Reader:
     def problems(self, kind: str, problems: Sequence[Problem], remarks: Sequence[str] = ()) -> Questions:
         """The problems with their prompts. remarks: what else there is to say of where they come from."""
         answered = [problem for problem in problems if problem.answer.strip()]
-        prompts = encode_questions(self.lm.require_tokenizer(), answered, self.instruction)
+        with self.progress.working(f"tokenising {len(answered):,} {kind}"):
+            prompts = encode_questions(self.lm.require_tokenizer(), answered, self.instruction)
         room = self.lm.longest_prompt
         longest = min(self.max_prompt_tokens or room, room)
         limit = f"rl.max_prompt_tokens={longest}" if longest < room else f"the {room} tokens there is room for"

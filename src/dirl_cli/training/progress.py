@@ -2,12 +2,12 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from dirl_cli.screen import PlainConsole
+from dirl_cli.screen import PlainConsole, working
 
 FORMS = {
     "loss": "loss {:.4f}",
@@ -69,6 +69,10 @@ class StepProgress:
         """Print where the time of the run went."""
         if times:
             self.say(f"{clock(sum(times.values()))} went into {shares(times)}")
+
+    def working(self, what: str, total: int = 0) -> AbstractContextManager[Callable[[int], None]]:
+        """Show that something that may take long goes on; what it yields is told how many of `total` are done."""
+        return working(self.console, what, total)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ class Trainer:
 
     The parameters stay in float32 and bf16 is autocast around the forward (the accelerator's `mixed_precision`),
     so that small updates are not rounded away, whether whole or in shards. `schedule` gives
-    the factor on every learning rate at a step.
+    the factor on every learning rate at a step, `stoppable` surrounds what may be given up by raising.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Trainer:
         clip_norm: float,
         max_skipped: int = 0,
         skip_norm: float = math.inf,
+        stoppable: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.accelerator = accelerator
         self.scorer, *prepared = accelerator.prepare(scorer, *optimizers)
@@ -43,6 +44,7 @@ class Trainer:
         self.clip_norm = clip_norm
         self.full_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.max_skipped, self.skip_norm = max_skipped, skip_norm
+        self.stoppable = stoppable
         self.skipped = 0  # updates in a row
         self.steps_taken = 0
         self.times = PhaseTimes()
@@ -59,7 +61,7 @@ class Trainer:
         self.scorer.train()
         share = self.share(micro_batches)
         totals: list[Sums] = []
-        with self.times("backpropagation"):
+        with self.times("backpropagation"), self.stoppable():
             for i, (rows, counts) in enumerate(share):
                 is_last = i + 1 == len(share)
                 # a shard of every gradient takes less than whole ones that wait for the last micro-batch
@@ -75,10 +77,12 @@ class Trainer:
             skip = not (math.isfinite(metrics["loss"]) and norm < self.skip_norm)  # the same in every process
             self.skipped = self.skipped + 1 if skip else 0
             if self.skipped > self.max_skipped:
+                remedy = "lower optim.lr in a run with another out= that resumes from a checkpoint of this one"
+                if math.isfinite(metrics["loss"]) and math.isfinite(norm):
+                    remedy = f"raise skip_norm={self.skip_norm:g}, which the gradient is longer than"
                 raise DirlError(
                     f"the loss is {metrics['loss']:.3g} and its gradient {norm:.3g} at step {self.steps_taken + 1},"
-                    f" number {self.skipped} in a row to be skipped: lower optim.lr in a run with another out= that"
-                    " resumes from a checkpoint of this one, or raise max_skipped here"
+                    f" number {self.skipped} in a row to be skipped: {remedy}, or raise max_skipped"
                 )
             for optimizer in self.optimizers:
                 if not skip:
@@ -91,7 +95,8 @@ class Trainer:
     def measure(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
         """What `step` would return as its sums, and `likeliest`, those that greedy decoding takes; learns nothing."""
         self.scorer.eval()
-        totals = [self.sums(rows, loss, counts / normalizer) for rows, counts in self.share(micro_batches)]
+        with self.stoppable():
+            totals = [self.sums(rows, loss, counts / normalizer) for rows, counts in self.share(micro_batches)]
         release(self.scorer)
         return self.reduce(totals)
 

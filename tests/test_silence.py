@@ -1,0 +1,103 @@
+"""Whatever takes long shows that it lives, and what it shows fits the terminal."""
+
+import io
+import os
+import signal
+import time
+
+import pytest
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+from small import small_lm
+
+from dirl_cli import launch, screen
+from dirl_cli.evaluation import report
+from dirl_cli.loop import exam as exams
+from dirl_cli.loop.exam import Exam
+from dirl_cli.screen import PlainConsole, working
+from dirl_cli.training.interrupt import StopSignal
+from dirl_cli.training.progress import StepProgress
+from dirl_cli.types import Decoding, Problem
+
+
+def console(**options):
+    return PlainConsole(file=io.StringIO(), width=80, **options)
+
+
+def test_what_takes_long_is_told_with_a_count_and_ever_more_rarely(monkeypatch):
+    monkeypatch.setattr(screen, "PATIENCE", 0.1)
+    shown = console()
+    with working(shown, "answering", 5) as count:
+        count(3)
+        time.sleep(0.5)  # lines at 0.1, 0.2, 0.3, 0.45
+    lines = shown.file.getvalue().splitlines()
+    assert lines[0] == "answering · 3 of 5 · 0:00 so far"
+    assert 2 <= len(lines) <= 4
+
+
+def test_what_is_quick_says_nothing():
+    shown = console()
+    with working(shown, "answering"):
+        pass
+    assert shown.file.getvalue() == ""
+
+
+def test_a_failure_ends_the_signs_of_life(monkeypatch):
+    monkeypatch.setattr(screen, "PATIENCE", 0.05)
+    shown = console()
+    with pytest.raises(ZeroDivisionError), working(shown, "dividing"):
+        raise ZeroDivisionError
+    time.sleep(0.1)
+    assert shown.file.getvalue() == ""
+
+
+def test_a_table_that_does_not_fit_is_written_row_by_row():
+    rows = {f"level {i}": {"problems": "500", "accuracy %": "60.1 ± 2.2", "tokens": "123.45"} for i in (1, 2)}
+    drawn = report.draw("tiny on arithmetic", rows, "subset", caption="what it means")
+    wide, narrow = console(), PlainConsole(file=io.StringIO(), width=30)
+    wide.print(drawn)
+    narrow.print(drawn)
+    assert "level 1      500" in wide.file.getvalue()
+    text = " ".join(narrow.file.getvalue().split())
+    assert "level 2: problems 500, accuracy % 60.1 ± 2.2, tokens 123.45" in text
+    assert "tiny on arithmetic" in text and "what it means" in text
+
+
+def test_processes_that_start_say_whom_they_wait_for():
+    one = OmegaConf.create({"gpus": 64, "nodes": 1})
+    assert launch.starting(one) == "starting 64 processes"
+    two = OmegaConf.create({"gpus": 1, "nodes": 2, "node_rank": 0, "main_address": "localhost"})
+    assert launch.starting(two) == "starting a process as machine 0; waits for machine 1 at localhost:29500"
+    four = OmegaConf.create({"gpus": 8, "nodes": 4, "node_rank": 1, "main_address": "a:4000"})
+    told = "starting 8 processes as machine 1; waits for machine 0, machine 2 and machine 3 at a:4000"
+    assert launch.starting(four) == told
+
+
+def test_a_wish_to_stop_ends_an_evaluation_between_its_problems(monkeypatch, capfd):
+    """And what is known of some of the problems is not told as if it were of all."""
+    answered = []
+
+    def graded(answers, problems, decode, grader):
+        for problem in problems:
+            if len(answered) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            answered.append(problem)
+            yield type("Answer", (), {"correct": True})
+
+    class Sampler:
+        def stream(self, *args):
+            return iter(())
+
+    monkeypatch.setattr(exams, "graded", graded)
+    lm, accelerator = small_lm(), Accelerator(cpu=True)
+    monkeypatch.setattr(type(lm), "require_tokenizer", lambda self: None)
+    monkeypatch.setattr(exams, "answer_text", lambda tokenizer, ids: "")
+    problems = [Problem(str(i), "1+1?", "2") for i in range(5)]
+    with StopSignal(accelerator) as stop:
+        asked = (problems, [[1]] * 5, lm, Decoding(), accelerator, StepProgress(5, 1, (), quiet=True), stop.apart)
+        assert Exam(*asked).take(Sampler(), None) == {}
+        assert stop.received == signal.SIGTERM
+    assert len(answered) == 2
+    with StopSignal(accelerator) as stop:
+        answered[:] = [None] * 3
+        assert Exam(*asked[:-1], stop.apart).take(Sampler(), None) == {"greedy_accuracy": 1.0}
