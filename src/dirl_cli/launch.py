@@ -116,7 +116,7 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
         job = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in fixed]
         out = out and out / schema.slug(",".join(word for word in job if not is_told(unresolved, word)))
         print(f"dirl {name} {' '.join(job)}", *(["→", out] if out else []), flush=True)
-    elif out and not any(cfg.get(key) for key in READ_ONLY):
+    elif out and not any(cfg.get(key) for key in READ_ONLY) and os.environ.get("RANK", "0") == "0":
         print(f"dirl {name} → {out}", flush=True)  # before what takes seconds to import
     if line := preset_line(name, cfg):
         print(line, flush=True)
