@@ -252,7 +252,7 @@ def test_a_replay_is_the_same_with_surplus_groups_mini_batches_and_epochs(model,
 
 def test_rollouts_alone_leave_the_model_as_it_was_and_can_be_learned_from(model, tmp_path, capsys):
     run(config(model, "steps=2", "rl.rollout_only=true"), tmp_path / "run")
-    assert "learn from them with rl.replay=" in capsys.readouterr().out
+    assert "learn from them with `rl.replay=" in capsys.readouterr().out
     assert not (tmp_path / "run/model").exists()
     assert all("loss" not in line and "greedy_accuracy" not in line for line in lines(tmp_path / "run"))
     records = read_rollout(tmp_path / "run/rollouts/step-000002.jsonl")

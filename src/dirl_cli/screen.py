@@ -26,31 +26,36 @@ class PlainConsole(Console):
 
 
 @contextmanager
-def working(console: Console, what: str, total: int = 0) -> Iterator[Callable[[int], None]]:
+def working(console: Console, what: str, total: int = 0) -> Iterator[Callable[..., None]]:
     """Show that something lives: a spinner in a terminal, elsewhere a line after ten seconds, then ever more rarely.
 
-    Yields a function that is to be told how many of `total` are done.
+    Yields a function that is to be told how many of `total` are done, and whether a line was just printed that says so.
     """
     began, done, over = time.perf_counter(), 0, Event()
     status = console.status(what) if console.is_terminal else None
+    due = began + (SPIN if status else PATIENCE)
 
-    def count(now: int) -> None:
-        nonlocal done
+    def count(now: int, printed: bool = False) -> None:
+        nonlocal done, due
         done = now
+        if printed:
+            due = time.perf_counter() + PATIENCE
 
     def tell() -> None:
-        due = SPIN if status else PATIENCE
-        while not over.wait(max(0.0, began + due - time.perf_counter())):
-            seconds = round(time.perf_counter() - began)
+        nonlocal due
+        while not over.wait(max(0.0, due - time.perf_counter())):
+            elapsed = time.perf_counter() - began
+            if time.perf_counter() < due:  # there was a line meanwhile
+                continue
             progress = f" · {done:,} of {total:,}" if total else ""
-            text = f"{what}{progress} · {seconds // 60}:{seconds % 60:02} so far"
+            text = f"{what}{progress} · {round(elapsed) // 60}:{round(elapsed) % 60:02} so far"
             if status:
                 status.update(text)
                 status.start()
-                due += 1
+                due += SPIN
             else:
                 console.print(text, soft_wrap=True)
-                due += max(PATIENCE, due / 2)
+                due += max(PATIENCE, elapsed / 2)
 
     teller = Thread(target=tell, daemon=True)
     teller.start()

@@ -25,15 +25,16 @@ def tracked(
     known = list(known)
     done, right, tokens, started = len(known), sum(answer.correct for answer in known), 0, time.perf_counter()
     bar = Progress(*columns, console=console, transient=True, disable=not live)
-    with bar, nullcontext(lambda _: None) if live else working(console, "answering", total) as count:
+    with bar, nullcontext(lambda done, printed: None) if live else working(console, "answering", total) as count:
         task = bar.add_task("", total=total, completed=done)
         for answer in answers:
             done, right, tokens = done + 1, right + answer.correct, tokens + answer.tokens
             seconds = time.perf_counter() - started
             speed = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{done / seconds:,.0f} answers/s"
             text = f"accuracy {100 * right / done:.1f} · {speed}{whose}"
-            count(done)
             bar.update(task, completed=done, description=text)
-            if not live and (10 * done // total > 10 * (done - 1) // total):
+            a_tenth = not live and 10 * done // total > 10 * (done - 1) // total
+            count(done, printed=a_tenth)
+            if a_tenth:
                 console.print(f"{done}/{total} answers · {text}", markup=False, highlight=False)
             yield answer

@@ -70,7 +70,7 @@ class StepProgress:
         if times:
             self.say(f"{clock(sum(times.values()))} went into {shares(times)}")
 
-    def working(self, what: str, total: int = 0) -> AbstractContextManager[Callable[[int], None]]:
+    def working(self, what: str, total: int = 0) -> AbstractContextManager[Callable[..., None]]:
         """Show that something that may take long goes on; what it yields is told how many of `total` are done."""
         return working(self.console, what, total)
 
