@@ -218,7 +218,7 @@ def test_a_replay_may_reward_anew(finished, model, tmp_path):
 
 # Two answers to each of three problems, most of which end at once, so that some groups are all the same.
 SURPLUS = ("rl.problems=3", "rl.group_size=2", "rl.max_rounds=4", "eval_problems=0", "save_every=1")
-SURPLUS += (f"decoding.stop_token_ids={[2, *range(10, 220)]}", "keep_checkpoints=9")
+SURPLUS += (f"decoding.stop_token_ids={[2, *range(10, 150)]}", "keep_checkpoints=9")
 
 
 def surplus(out: Path) -> list[list]:
