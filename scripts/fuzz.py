@@ -177,8 +177,8 @@ def rows(home: Path) -> tuple[list[bytes], Target]:
     from dirl_cli.types import Problem
 
     def run(data: bytes, here: Path) -> None:
-        file = here / ("a.json", "a.jsonl", "a.jsonl.gz", "a.gz")[len(data) % 4]
-        file.write_bytes(gzip.compress(data, 1) if len(data) % 4 == 2 else data)
+        file = here / ("a.json", "a.jsonl", "a.jsonl.gz", "a.gz", "a.csv")[len(data) % 5]
+        file.write_bytes(gzip.compress(data, 1) if len(data) % 5 == 2 else data)
         found = renamed(read_rows(file), {"question": "problem", "content": "value", "role": "from"})
         for read in (demonstration, lambda row: problem(row, "0")):
             for row in found:
@@ -191,9 +191,20 @@ def rows(home: Path) -> tuple[list[bytes], Target]:
         {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
         {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
         {"problem": "1 + 1", "ground_truth_answer": 2, "id": "a", "subset": None},
+        {"instruction": "Add.", "input": "1 and 1", "output": "2", "system": "Be."},
+        {"question": "1 + 1", "answer": "1+1=2\n#### 2"},
+        {"prompt": [{"role": "user", "content": "1 + 1"}], "reward_model": {"ground_truth": '["2"]'}},
+        {
+            "messages": [
+                {"role": "User", "content": [{"type": "text", "text": "Why?"}]},
+                {"role": "model", "content": ""},
+            ]
+        },
+        {"question": "a", "ground_truth_answer": 1.50e-7},
         {"index": 0, "completion": "\\boxed{2}"},
     ]
     texts = [json.dumps(lines), "\n".join(map(json.dumps, lines)), json.dumps(lines, indent=1)]
+    texts += [json.dumps(lines[0], indent=1), 'question,ground_truth_answer\n"1, 2\n?",3\n,\n']
     return [text.encode() for text in texts], run
 
 

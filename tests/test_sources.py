@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_what_is_longer_than_the_model_is_told_apart(lm, capsys):
         "rows", [Row("row", {"prompt": "?", "response": "2" * n}) for n in (20, 100)]
     )
     assert said(capsys)[0].endswith("; 1 left out that are longer than the model's 64 positions")
+
+
+def test_an_end_at_which_sampling_does_not_stop_is_told(lm, capsys):
+    rows = [Row("row", {"prompt": "?", "response": "2"})]
+    reader_for(replace(lm, stop_token_ids=(0,)), max_tokens=40).demonstrations("rows", rows)
+    assert said(capsys)[0].startswith(
+        "warning: answers are learned to end in <|im_end|>, at which sampling does not stop"
+    )
 
 
 def test_nothing_is_said_of_no_rows(lm, capsys):

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
-from dirl_cli.data.chat import encode_questions
+from dirl_cli.data.chat import encode_questions, turn_end
 from dirl_cli.data.columns import told
 from dirl_cli.data.rows import Row
 from dirl_cli.data.tokens import Tokens, tokens_file, write_tokens
@@ -51,6 +52,7 @@ class Reader:
         if not rows:
             return Tokens.of([])
         tokenizer = self.lm.require_tokenizer()
+        self._warn_of_an_end_that_is_passed(tokenizer)
         answered = [row for row in rows if says_something(row.fields)]
         file = tokens_file(tokenizer, answered, self.instruction)
         before = ", tokenised before" if file.exists() else ""
@@ -82,6 +84,14 @@ class Reader:
         if problems:
             self._say(f"{len(fitting):,} {kind}", len(problems), left_out, max(map(len, prompts), default=0), remarks)
         return Questions([answered[i] for i in fitting], [prompts[i] for i in fitting])
+
+    def _warn_of_an_end_that_is_passed(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        end = turn_end(tokenizer)
+        if end not in self.lm.stop_token_ids:
+            self.progress.warn(
+                f"warning: answers are learned to end in {tokenizer.convert_ids_to_tokens(end)}, at which sampling does"
+                f" not stop: add {end} to eos_token_id in the model's generation_config.json"
+            )
 
     def _say(self, found: str, count: int, left_out: Mapping[str, int], longest: int, remarks: Sequence[str]) -> None:
         """Say what was found of `count` rows and what was left out of them, loudly where that is much."""
