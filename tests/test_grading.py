@@ -4,15 +4,18 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
 from dirl_cli.reward import grading
-from dirl_cli.reward.boxed import last_boxed
+from dirl_cli.reward.boxed import final_answer, last_boxed, reference
 from dirl_cli.reward.grading import Grader, cores, serve
 
 
@@ -51,6 +54,70 @@ def test_the_last_closed_box_holds_the_answer(text: str, answer: str | None) -> 
 @pytest.mark.parametrize("text", [r"\boxed{" * 150_000, "{" * 1_000_000, r"\boxed" + " " * 1_000_000, "\\" * 1_000_000])
 def test_finding_the_box_takes_linear_time(text: str) -> None:
     assert last_boxed(text) is None  # in quadratic time this would take hours
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{4}, no: $\boxed{ 5 }$.", "5"),
+        (r"The roots are $\boxed{1}$ and $\boxed{-2}$.", "1, -2"),
+        (r"$\boxed{2}, \boxed{3}$, \text{and} $\boxed{5}$", "2, 3, 5"),
+        ("\\[\\boxed{3} \\quad \\text{or} \\quad \\boxed{4}.\\]", "3, 4"),
+        (r"$x = \boxed{1}$ and $y_1 = -\boxed{2}$", "x = 1, y_1 = -2"),
+        (r"\boxed{1}; then we see that \boxed{2}", "2"),
+        (r"\boxed{3} - \boxed{2}", "2"),
+        (r"First \boxed{1}. Wait, \boxed{2}", "2"),
+        (r"\boxed{1} and " + " " * 100 + r"\boxed{2}", "2"),
+        (r"\boxed{5 + \boxed{3}}", "3"),
+        (r"$x = -\boxed{5}$", "-5"),
+        (r"$-\boxed{5}$", "-5"),
+        (r"\[ -\boxed{5} \]", "-5"),
+        (r"The answer: - \boxed{5}", "5"),
+        ("Answer:\n- \\boxed{5}", "5"),
+        (r"\boxed{\ 5\ }", r"\ 5"),
+        (r"\boxed{5\\}", r"5\\"),
+        (r"\boxed{}", ""),
+        ("5", None),
+    ],
+)
+def test_boxes_between_which_nothing_is_said_are_one_answer(text: str, answer: str | None) -> None:
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("text", [r"\boxed{1}, " * 100_000, r"\boxed{" * 100_000 + "}" * 100_000])
+def test_many_boxes_take_linear_time(text: str) -> None:
+    began = time.monotonic()
+    assert final_answer(text) is not None
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("2+2=<<2+2=4>>4 eggs.\n#### 4", "4"),
+        ("So she has 1200.\n#### 1,200\n", "1,200"),
+        (r"We get $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"so $x = -\boxed{5}$", "-5"),
+        (r"$\boxed{1}$ and $\boxed{2}$", "1, 2"),
+        ("#### Step 1\nWe add and get \\boxed{7}.", "7"),
+        (" 4 ", "4"),
+        ("#4", "#4"),
+        (r"\frac{1}{2}", r"\frac{1}{2}"),
+        ("x####", "x####"),
+        (r"\boxed{}", r"\boxed{}"),
+        ("", ""),
+    ],
+)
+def test_of_a_reference_that_is_a_solution_the_final_answer_counts(gold: str, answer: str) -> None:
+    assert reference(gold) == answer
+    assert reference(answer) == answer
+
+
+def test_a_reference_may_be_a_whole_solution() -> None:
+    items = [("gsm8k", "2+2=4\n#### 4", r"\boxed{4}"), ("math", r"We get $\boxed{4}$.", r"\boxed{4.0}")]
+    items += [("wrong", "2+2=4\n#### 4", r"\boxed{2}"), ("sign", "5", r"$-\boxed{5}$")]
+    with Grader(workers=1) as grader:
+        assert dict(grader.grade(items)) == {"gsm8k": True, "math": True, "wrong": False, "sign": False}
 
 
 HOSTILE = [
@@ -189,5 +256,30 @@ def stillborn(pipe: Connection, seconds: float) -> None:
 
 def test_a_worker_that_cannot_start_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grading, "serve", stillborn)
-    with Grader(workers=1) as grader, pytest.raises(EOFError):
-        list(grader.grade([("key", r"\sqrt{8}", r"\boxed{2\sqrt{2}}")]))
+    with Grader(workers=1) as grader:
+        with pytest.raises(EOFError):
+            list(grader.grade([("key", r"\sqrt{8}", r"\boxed{2\sqrt{2}}")]))
+        assert grader._processes[0]._pipe.closed
+
+
+ORPHAN = r"""
+import os, signal, time
+from dirl_cli.reward.grading import Grader
+
+if __name__ == "__main__":
+    grader = Grader(workers=1)
+    grader.submit("key", r"\sqrt{8}", r"\boxed{2\sqrt{2}}")
+    time.sleep({seconds})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.8])
+def test_a_worker_whose_parent_is_killed_ends_without_a_word(tmp_path: Path, seconds: float) -> None:
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN.replace("{seconds}", str(seconds)))
+    ended = subprocess.run(
+        [sys.executable, script], stderr=subprocess.PIPE, text=True, timeout=60
+    )  # to the last writer
+    assert ended.returncode == -signal.SIGKILL
+    assert "Traceback" not in ended.stderr

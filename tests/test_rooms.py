@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "algo": {"diffusion"},
     "reward": set(),
     "evaluation": {"reward"},
-    "data": {"hub"},
+    "data": {"hub", "reward"},  # of rewards only how a reference is read
     "hub": {"tree"},
     "models": {"diffusion", "hub"},
     "diffusion": set(),

@@ -1,23 +1,89 @@
-r"""Finding the final answer in a text: what stands in the last `\boxed{}`."""
+r"""Finding the final answer in a text: what stands in the last `\boxed{}`, or in several that are one answer."""
 
 import re
+from typing import NamedTuple
 
 # A line break (\\) is one token, so that the brace after it counts; \{ and \} are characters, not groups.
 TOKENS = re.compile(r"\\\\(?!boxed)|\\boxed\s*\{|\\[{}]|[{}]")
 
+# Boxes are one answer if nothing is said between them, as in $\boxed{1}$ and $x = -\boxed{2}$.
+MATHS = r"\s|\$|\\[()\[\],;:! ]|\\q?quad(?![a-zA-Z])|[~*]"
+SEPARATOR = r"[,;&]|\\(?:text|mbox) ?\{ ?,? ?(?:and|or)? ?\}|(?:and|or)(?![a-zA-Z])"
+BETWEEN = re.compile(rf"(?:{MATHS}|{SEPARATOR})*")
+NEAR = 80  # characters between two such boxes, at most
+NAME = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z](?:_(?:\w|\{\w{1,9}\}))?\s*=\s*)-?\s*$")
+MINUS = re.compile(r"(?:(?:=|(?<!\\)\$|\\[(\[])\s*[-−]\s*|[,;]\s*[-−])$")  # in a formula; in prose a dash is none
+
+SOLUTION = re.compile(r"####[ \t]*([^\n#]+)\s*$")  # how GSM8K ends its solutions
+
+
+class Box(NamedTuple):
+    """A closed box: where its command, its content and what follows it begin."""
+
+    start: int
+    content: int
+    end: int
+
 
 def last_boxed(text: str) -> str | None:
     r"""What the last closed `\boxed{…}` holds, or None; braces balance, and the time is linear in the text."""
-    open_groups: list[int] = []  # where the content of a box begins, -1 for any other group
-    last = None
+    boxes = closed_boxes(text)
+    return held(text, boxes[-1]) if boxes else None
+
+
+def final_answer(text: str) -> str | None:
+    r"""As `last_boxed`, with the sign before the box; several boxes that are one answer are a list."""
+    boxes = closed_boxes(text)
+    if not boxes:
+        return None
+
+    answer = [boxes.pop()]
+    while boxes and are_one_answer(text, boxes[-1], answer[-1]):
+        answer.append(boxes.pop())
+
+    parts = []
+    for box in reversed(answer):
+        before = text[max(0, box.start - NEAR) : box.start]
+        name = NAME.search(before) if len(answer) > 1 else None
+        sign = "-" if MINUS.search(before) else ""
+        parts.append((name[1] if name else "") + sign + held(text, box))
+    return ", ".join(parts)
+
+
+def are_one_answer(text: str, first: Box, second: Box) -> bool:
+    """Whether nothing is said between two boxes but separators and what the second is called."""
+    if not 0 <= second.start - first.end <= NEAR:
+        return False
+    between = text[first.end : second.start]
+    return BETWEEN.fullmatch(MINUS.sub("", NAME.sub("", between))) is not None
+
+
+def reference(gold: str) -> str:
+    r"""The final answer of a reference, which may be a whole solution that ends in `#### 4` or holds a `\boxed{4}`."""
+    solution = SOLUTION.search(gold)
+    answer = (solution[1] if solution else gold).strip()
+    return final_answer(answer) or answer
+
+
+def closed_boxes(text: str) -> list[Box]:
+    """Every box that is closed, in the order in which they begin."""
+    open_groups: list[tuple[int, int]] = []  # where a box and its content begin, -1 for any other group
+    boxes = []
     for token in TOKENS.finditer(text):
         match token.group()[-1], token.group()[0]:
             case "{", "{":
-                open_groups.append(-1)
+                open_groups.append((-1, -1))
             case "{", _ if len(token.group()) > 2:
-                open_groups.append(token.end())
+                open_groups.append((token.start(), token.end()))
             case "}", "}" if open_groups:
-                start = open_groups.pop()
-                if start >= 0 and (last is None or start > last[0]):
-                    last = start, token.start()
-    return None if last is None else text[last[0] : last[1]].strip()
+                start, content = open_groups.pop()
+                if start >= 0:
+                    boxes.append(Box(start, content, token.end()))
+    return sorted(boxes)
+
+
+def held(text: str, box: Box) -> str:
+    r"""The content of a box, without space around it; of a space that is written `\ ` the backslash goes, too."""
+    content = text[box.content : box.end - 1].strip()
+    backslashes = len(content) - len(content.rstrip("\\"))
+    return content[:-1].rstrip() if backslashes % 2 else content

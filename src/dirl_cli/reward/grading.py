@@ -1,4 +1,4 @@
-r"""Grading: the last `\boxed{}` of a completion against the reference answer, in processes that may be killed."""
+r"""Grading: what is boxed at the end of a completion against the reference answer, in processes that may be killed."""
 
 import logging
 import multiprocessing
@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
 
-from dirl_cli.reward.boxed import last_boxed
+from dirl_cli.reward.boxed import final_answer, reference
 from dirl_cli.reward.equality import plainly_equal, verified
 
 LONGEST_ANSWER = 2000  # characters; no reference answer comes near, and parsing time grows faster than length
@@ -57,8 +57,8 @@ class Grader:
     def submit(self, key: Hashable, gold: str, completion: str) -> None:
         """Begin to grade a completion; its verdict comes back under `key`."""
         self._open += 1
-        answer = last_boxed(completion)
-        gold = gold.strip()
+        answer = final_answer(completion)
+        gold = reference(gold)
         plain = False if answer is None else plainly_equal(gold, answer)
         if plain is None and answer is not None and len(answer) <= LONGEST_ANSWER:
             future = self._threads.submit(self._compare, gold, answer)
@@ -145,11 +145,12 @@ class Worker:
         context.set_forkserver_preload(["math_verify", "dirl_cli.reward.grading"])
         self._pipe, other_end = context.Pipe()
         process = context.Process(target=serve, args=(other_end, self.timeout), daemon=True)
-        process.start()
-        other_end.close()  # so that the pipe ends when the process does
         try:
+            with other_end:  # so that the pipe ends when the process does
+                process.start()
             self._pipe.recv()  # it is ready: its imports take no answer's time
-        except EOFError:
+        except (EOFError, OSError):
+            self._pipe.close()
             if attempts == 1:
                 raise
             self._start(attempts - 1)
@@ -160,8 +161,8 @@ class Worker:
 def serve(pipe: Connection, seconds: float) -> None:
     """Answer each (gold, answer) with a verdict, in a process that ends when one takes longer or the parent is gone."""
     prepare_worker()
-    pipe.send(None)
     with suppress(EOFError, ConnectionError):
+        pipe.send(None)
         while True:
             gold, answer = pipe.recv()
             signal.setitimer(signal.ITIMER_REAL, seconds)
