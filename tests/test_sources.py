@@ -167,8 +167,8 @@ def test_a_dry_run_shows_the_reference_answers_beside_the_prompts(tmp_path, caps
         f"  1 rows: `answer` is the reference answer (first {data} line 1)",
         f'  not read: hint (1 rows); {data} line 1 has hint: "count"',
     ]
-    at = shown.index("reference answer: 2+2=4")
-    assert shown[at - 2 : at + 2] == ["<|im_start|>assistant", "", "reference answer: 2+2=4", "#### 4"]
+    at = shown.index("reference answer: 4")
+    assert shown[at - 2 : at] == ["<|im_start|>assistant", ""]
 
 
 def test_a_dry_run_reads_no_weights(shared, tmp_path, capsys):

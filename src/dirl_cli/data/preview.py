@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.data.chat import Encoded
 from dirl_cli.data.tokens import Tokens
+from dirl_cli.reward.boxed import reference
 
 SHOWN = 2  # examples of each source
 
@@ -30,7 +31,7 @@ def show(
             console.rule(f"{name}, example {i + 1}: {tokens.lengths[i]:,} tokens", align="left")
             console.print(marked(tokenizer, tokens[i]))
             if answers:
-                console.print(f"reference answer: {answers[name][i]}")
+                console.print(f"reference answer: {reference(answers[name][i])}", markup=False)
     console.print(lengths(sources))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from dirl_cli.evaluation.answers import Answer
-from dirl_cli.reward.boxed import last_boxed
+from dirl_cli.reward.boxed import final_answer, reference
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Problem, Trajectory
 
@@ -46,8 +46,8 @@ def graded(
 
 def explained(answer: Answer, problem: Problem) -> Answer:
     """The answer with what it takes to see why it is right or wrong."""
-    box = last_boxed(answer.text)
-    return replace(answer, question=problem.question, reference=problem.answer, extracted=box)
+    found = final_answer(answer.text)
+    return replace(answer, question=problem.question, reference=reference(problem.answer), extracted=found)
 
 
 def verdict(answer: Answer, correct: bool) -> Answer:

@@ -8,8 +8,9 @@ from math import comb, sqrt
 from statistics import NormalDist, fmean, stdev
 
 from dirl_cli.evaluation.answers import Answer
-from dirl_cli.reward.boxed import last_boxed
-from dirl_cli.reward.notation import number, tidy
+from dirl_cli.reward.boxed import final_answer
+from dirl_cli.reward.notation import number
+from dirl_cli.reward.tidy import tidy
 from dirl_cli.types import Problem
 
 Z95 = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within so many standard deviations
@@ -122,7 +123,7 @@ def majority(group: Iterable[Answer]) -> float:
     """1 if the most frequent boxed answer is right, 0 if not, the average over those that tie; no box is no vote."""
     votes: dict[Fraction | str, list[bool]] = defaultdict(list)
     for answer in group:
-        if box := last_boxed(answer.text):
+        if box := final_answer(answer.text):
             votes[spelling(box)].append(answer.correct)
     most = max(map(len, votes.values()), default=0)
     return fmean([any(correct) for correct in votes.values() if len(correct) == most] or [0.0])

@@ -5,29 +5,45 @@ math-verify can hang and eat memory on hostile text: `verified` belongs in a wor
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache, lru_cache
-from typing import Any
+from itertools import pairwise
+from typing import TypeVar
 
-from dirl_cli.reward.notation import EQUALS, LIST, RATIO, bracketed, number, split, tidy, without_unit
+from dirl_cli.reward.algebra import math_verified
+from dirl_cli.reward.notation import EQUALS, LIST, RATIO, bracketed, has_decimals, number, round_alike, split
+from dirl_cli.reward.tidy import tidy
+from dirl_cli.reward.words import measured
 
+T = TypeVar("T")
 Judge = Callable[[str, str], bool]
+Rule = Callable[[str, str, Judge], bool | None]
 
 PLAIN = 200  # characters; a longer answer is compared in a worker process, whatever it holds
-DECIMALS = 6  # to which a decimal must agree with a number that no decimal equals, as in math-verify
 
 TEXT = re.compile(r"\\text ?\{([^{}]*[\d(][^{}]*)\}")
 WORDS = re.compile(r"(\\text ?\{ ?)?(?:(?:an?|the) )?([A-Za-z][A-Za-z' -]*)\}?")
 BASED = re.compile(r"\(?((?=[A-F]*\d)[\dA-F]+)\)? ?_ ?\{? ?(?:\\text ?\{)?(\d+)\}*$")
 NUMERIC = re.compile(r"(?:[\d\s.,+*/^(){}!-]|\\(?:frac|sqrt|cdot|times|pi)(?![a-zA-Z]))+")
-ASIDE = re.compile(r"_\{[^{}]*\}|_.|\([^()]*\)|\\text|[\s{}']")
-NAME = re.compile(r"[A-Za-z|\\]*")
+ASIDE = re.compile(r"_\{[^{}]*\}|_.|\([^()]*\)|\\text|[\s{}]")
+INDEX = re.compile(r"_\{[^{}]*\}|_.")
+ARGUMENT = re.compile(r"\(([^()]*)\)")
+NAME = re.compile(r"[A-Za-z|\\':/]*(?:\^-1)?")
+MULTIPLE = re.compile(r"-?\d+(?:\.\d+)? ?\*?[A-Za-z]")
 SPACE = re.compile(r"(?<!\d) | (?!\d)")  # but 5 4 is not 54
 SPACED = re.compile(r"[-+]?\d+(?: \d+)+")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
-
-WORD = re.compile(r"-?(?:(?:Integer|Float|Rational|Symbol|Function) *)?\(? *'?[\w.+-]*'? *\)? *")  # as sympy writes it
+CALLED = "(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)? ?:? ?)?"
+CHOICE = re.compile(rf"{CALLED}(?-i:\(([A-J])\)|([A-J])(?=[).:]|$)) ?[).:]? ?(.*)", re.IGNORECASE)
+OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[A-J](?![A-Za-z])|not\b|or\b|nor\b)")
+TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))? ?(?:\\text ?\{ ?)?(?:([ap])\.? ?m\.?)?(?: ?\})?", re.IGNORECASE)
+MODULO = r"\\[pb]?mod(?![a-z])|\\text ?\{ ?\(?mod(?:ulo)? ?\}?|mod(?:ulo)?(?![a-z])"
+RESIDUE = re.compile(rf"(.*?),? ?\(? ?(?:{MODULO}) ?\{{? ?(\d+|[a-z]) ?\}}? ?\)?\}}?")
+RELATION = r"\\[lg]e(?![a-zA-Z])|<|>"
+FOR = re.compile(r",? ?(?:\\text ?\{ ?,? ?(?:where|with|for)( all| any| every| each)?[^{}]*\}|(\\forall(?![a-z]))) ?")
+IN = r"\\in ?\\mathbb ?\{?[A-Z]\}?[\^_+*{}\d> ]*|(?:\\ge|>|\\ne) ?-?[0-3]"
+CONDITION = re.compile(rf"(?:\\forall )?([a-zA-Z]) ?(?:{IN})?|\\forall ([a-z])")
+CASES = re.compile(r"\\begin\{d?cases\}(.*)\\end\{d?cases\}", re.DOTALL)
+IF = re.compile(r"^\\text ?\{ ?(?:if|for|when|where) ?\} ?|[,;. ]+$")
 
 
 class Unclear(Exception):  # noqa: N818
@@ -60,13 +76,45 @@ def same(gold: str, answer: str, judge: Judge) -> bool:
     """Whether two tidy texts say the same: the first rule that can tell decides, or else the judge."""
     if SPACE.sub("", gold) == SPACE.sub("", answer):
         return bool(gold)
-    texts = [TEXT.sub(r"\1", text) if TEXT.fullmatch(text) else text for text in (gold, answer)]
-    (gold, unit), (answer, other) = map(without_unit, texts)
-    if unit and other and unit != other:
+    gold, answer = (TEXT.sub(r"\1", text) if TEXT.fullmatch(text) else text for text in (gold, answer))
+    verdict = decided(WORDED, gold, answer, judge)
+    if verdict is not None:
+        return verdict
+    wanted, given = measured(gold), measured(answer)
+    if wanted.differs(given):
         return False
-    verdicts = (rule(gold, answer, judge) for rule in RULES)
-    verdict = next((verdict for verdict in verdicts if verdict is not None), None)
-    return judge(gold, answer) if verdict is None else verdict
+    verdict = decided(RULES, wanted.text, given.text, judge)
+    return judge(wanted.text, given.text) if verdict is None else verdict
+
+
+def decided(rules: Sequence[Rule], gold: str, answer: str, judge: Judge) -> bool | None:
+    """What the first rule says that can tell."""
+    verdicts = (rule(gold, answer, judge) for rule in rules)
+    return next((verdict for verdict in verdicts if verdict is not None), None)
+
+
+def as_choice(gold: str, answer: str, judge: Judge) -> bool | None:
+    """(A) is (A) 5 and Option A, but not A or B."""
+    letters = []
+    for text in (gold, answer):
+        found = CHOICE.fullmatch(re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text).strip())
+        if found is None or OTHER_CHOICE.search(found[3]):
+            return None
+        letters.append(found[1] or found[2])
+    return letters[0] == letters[1]
+
+
+def as_time(gold: str, answer: str, judge: Judge) -> bool | None:
+    """4:30 p.m. is 16:30, and 4:30 where only one tells the half of the day."""
+    wanted, given = TIME.fullmatch(gold), TIME.fullmatch(answer)
+    if wanted is None or given is None or not (wanted[3] or given[3]):
+        return None
+    minutes, halves = [], []
+    for time in (wanted, given):
+        hour, half = int(time[1]), (time[3] or "").lower()
+        minutes.append(hour % 12 * 60 + int(time[2] or 0))
+        halves.append("p" if time[2] and 12 < hour < 24 else half)
+    return minutes[0] == minutes[1] and (halves[0] == halves[1] or not all(halves))
 
 
 def as_percent(gold: str, answer: str, judge: Judge) -> bool | None:
@@ -83,9 +131,9 @@ def as_numbers(gold: str, answer: str, judge: Judge) -> bool | None:
     wanted, given = number(gold), number(answer)
     if wanted is None or given is None:
         return False if SPACED.fullmatch(answer) else None
-    endless = [(value * 10**99).denominator > 1 for value in (wanted, given)]
-    if "." in gold + answer and endless[0] != endless[1]:
-        return round(wanted, DECIMALS) == round(given, DECIMALS)
+    ends = has_decimals(wanted), has_decimals(given)
+    if "." in gold + answer and ends[0] != ends[1]:
+        return round_alike(given, wanted) if ends[0] else round_alike(wanted, given)
     return wanted == given
 
 
@@ -100,10 +148,133 @@ def as_words(gold: str, answer: str, judge: Judge) -> bool | None:
 
 def as_based(gold: str, answer: str, judge: Judge) -> bool | None:
     """52_8 is 52_8, and 52 where the question asks for base 8; 42 is the same number in a base not asked for."""
-    if not BASED.match(gold) and not BASED.match(answer):
+    wanted, given = without_name(gold), without_name(answer)
+    if not BASED.match(wanted) and not BASED.match(given):
         return None
-    wanted, given = (BASED.sub(r"\1_\2", text) if "_" in text else text for text in (gold, answer))
+    wanted, given = (BASED.sub(r"\1_\2", text) if "_" in text else text for text in (wanted, given))
     return given in (wanted, wanted.partition("_")[0]) or given == f"{wanted}_10"
+
+
+def without_name(text: str) -> str:
+    """What is said of a name, or the text."""
+    *names, value = split(text, EQUALS)
+    return value if all(map(is_name, names)) else text
+
+
+def as_residues(gold: str, answer: str, judge: Judge) -> bool | None:
+    """10 is 3 modulo 7; where only one tells the modulus, it is what the question tells."""
+    wanted, given = RESIDUE.fullmatch(gold), RESIDUE.fullmatch(answer)
+    if wanted and given:
+        values = number(without_name(wanted[1])), number(without_name(given[1]))
+        if wanted[2] != given[2]:
+            return False
+        if values[0] is not None and values[1] is not None and wanted[2].isdigit() and int(wanted[2]):
+            return (values[0] - values[1]) % int(wanted[2]) == 0
+        return same(wanted[1], given[1], judge)
+    if not wanted and not given:
+        return None
+    return same(wanted[1] if wanted else gold, given[1] if given else answer, judge) or None
+
+
+def as_conditioned(gold: str, answer: str, judge: Judge) -> bool | None:
+    """What a formula's letters stand for is the question's to say; where both tell, they must say the same."""
+    (wanted, first), (given, second) = conditioned(gold), conditioned(answer)
+    if not first and not second:
+        return None
+    return (not first or not second or first == second) and same(wanted, given, judge)
+
+
+def conditioned(text: str) -> tuple[str, list[str]]:
+    r"""A formula and what stands after it of its letters alone, as c \in \mathbb{R} and n \ge 1."""
+    text = FOR.sub(lambda found: ", \\forall " if found[1] or found[2] else ", ", text)
+    text = re.sub(r" ?\(([a-zA-Z] ?(?:\\in|\\ge|\\ne|>)[^()]*)\)$", r", \1", text)
+    formula, *conditions = split(text, ",")
+    if re.search(rf"{RELATION}|\\(?:in|ne)(?![a-zA-Z])", formula):
+        return text, []  # it is a condition itself
+    found = [CONDITION.fullmatch(condition) for condition in conditions]
+    bound = [(one[1] or one[2]) if one and one[0] != one[1] else None for one in found]
+    if not conditions or not all(letter and re.search(rf"(?<!\\){letter}", formula) for letter in bound):
+        return text, []
+    return formula, [SPACE.sub("", condition) for condition in conditions]
+
+
+def as_cases(gold: str, answer: str, judge: Judge) -> bool | None:
+    """Each case with its condition, in any order."""
+    wanted, given = CASES.fullmatch(gold), CASES.fullmatch(answer)
+    if not wanted or not given:
+        return None
+    return paired(cases(wanted[1]), cases(given[1]), lambda one, other: in_order(one, other, judge))
+
+
+def cases(rows: str) -> list[list[str]]:
+    """The cells of each row, without commas and ifs."""
+    return [
+        [IF.sub("", IF.sub("", cell.strip())) for cell in row.split("&")] for row in rows.split(r"\\") if row.strip()
+    ]
+
+
+def paired(golds: Sequence[T], answers: Sequence[T], alike: Callable[[T, T], bool]) -> bool:
+    """Whether each of the golds has its own answer, and no answer is left."""
+    left = list(answers)
+    for one in golds:
+        match = next((i for i, other in enumerate(left) if alike(one, other)), None)
+        if match is None:
+            return False
+        del left[match]
+    return not left
+
+
+def as_solutions(gold: str, answer: str, judge: Judge) -> bool | None:
+    """Values with names, by their names; without names on one side, in the order of the names."""
+    wanted, given = solutions(gold), solutions(answer)
+    if wanted and given:
+        return paired(
+            wanted,
+            given,
+            lambda one, other: one.keys() == other.keys() and all(same(one[name], other[name], judge) for name in one),
+        )
+    if wanted:
+        return same(tuples(wanted), answer, judge) or (
+            len(wanted) == 1 and in_order(ordered(wanted[0]), split(answer, LIST), judge)
+        )
+    if given and bracketed(split(gold, LIST)[0], "("):
+        return same(gold, tuples(given), judge)
+    return None
+
+
+def solutions(text: str) -> list[dict[str, str]] | None:
+    """The values of each solution by name, as in x=1, y=2 and (x,y)=(1,2),(3,4); None if there are not two names."""
+    found: list[dict[str, str]] = [{}]
+    names: list[str] = []
+    for part in split(text, LIST):
+        *left, right = split(part, EQUALS)
+        if left and (tuple_of_names := bracketed(left[0], "(")):
+            names = [full(name) for name in split(tuple_of_names[1], LIST)]
+        elif left and is_name(left[0]):
+            name = full(left[0])
+            if name in found[-1]:
+                found.append({})
+            found[-1][name] = right
+            continue
+        rows = bracketed(right, r"\{")
+        for row in split(rows[1], LIST) if rows else [right]:
+            values = bracketed(row, "(")
+            if not names or not values or len(split(values[1], LIST)) != len(names):
+                return None
+            found.append(dict(zip(names, split(values[1], LIST), strict=True)))
+    found = [one for one in found if one]
+    return found if all(len(one) > 1 for one in found) else None
+
+
+def ordered(solution: dict[str, str]) -> list[str]:
+    """Its values, by the alphabet where the names follow one another there, as x and y; otherwise as written."""
+    names = sorted(solution)
+    follow = all(len(a) == len(b) == 1 and ord(b) == ord(a) + 1 for a, b in pairwise(names))
+    return [solution[name] for name in (names if follow else solution)]
+
+
+def tuples(solved: list[dict[str, str]]) -> str:
+    return ", ".join(f"({', '.join(ordered(one))})" for one in solved)
 
 
 def as_brackets(gold: str, answer: str, judge: Judge) -> bool | None:
@@ -120,7 +291,7 @@ def as_brackets(gold: str, answer: str, judge: Judge) -> bool | None:
 
 def as_ratio(gold: str, answer: str, judge: Judge) -> bool | None:
     """Term by term if there are three and more; one of two is a quotient."""
-    golds, answers = split(gold, RATIO), split(answer, RATIO)
+    golds, answers = split(without_name(gold), RATIO), split(without_name(answer), RATIO)
     return in_order(golds, answers, judge) if max(len(golds), len(answers)) > 2 else None
 
 
@@ -156,23 +327,69 @@ def elements(text: str) -> list[str]:
     return [one for signed in both for one in dict.fromkeys(signed)]
 
 
+def as_inequalities(gold: str, answer: str, judge: Judge) -> bool | None:
+    """3 > x > 1 is 1 < x < 3; what differs in more is for algebra."""
+    (terms, signs), (others, theirs) = ascending(gold), ascending(answer)
+    if not signs or signs != theirs:
+        return None
+    return in_order(terms, others, judge) or None
+
+
+def ascending(text: str) -> tuple[list[str], list[str]]:
+    """The terms and the signs of a chain of inequalities, the least first."""
+    terms, signs = split(text, RELATION), re.findall(RELATION, text)
+    if len(terms) != len(signs) + 1:
+        return [text], []
+    if all(sign in (">", r"\ge") for sign in signs):
+        return terms[::-1], [sign.replace(">", "<").replace("ge", "le") for sign in reversed(signs)]
+    return terms, signs
+
+
 def as_equations(gold: str, answer: str, judge: Judge) -> bool | None:
     """x = 5 is 5, and so is 10/2 = 5; what an equation names must agree, and 5 = 3 is neither."""
     (*names, value), (*others, given) = split(gold, EQUALS), split(answer, EQUALS)
     if not names and not others:
         return None
     if not names:
-        return all(same(gold, part, judge) for part in others if NUMERIC.fullmatch(part)) and same(gold, given, judge)
+        numbers = all(same(gold, part, judge) for part in others if NUMERIC.fullmatch(part))
+        return numbers and not MULTIPLE.fullmatch(others[0]) and same(gold, given, judge)
     if not others:
         return is_name(names[0]) and same(value, answer, judge)
-    if is_name(names[0]) and ASIDE.sub("", names[0]).lower() == ASIDE.sub("", others[0]).lower():
-        return same(value, given, judge)
-    return judge(gold, answer)
+    if not is_name(names[0]) or spelt(names[0]) != spelt(others[0]) or differ(INDEX, names[0], others[0]):
+        return judge(gold, answer)
+    if differ(ARGUMENT, names[0], others[0]):
+        renamed = with_argument(given, ARGUMENT.findall(others[0]), ARGUMENT.findall(names[0]))
+        return renamed is not None and same(value, renamed, judge)
+    return same(value, given, judge)
 
 
 def is_name(text: str) -> bool:
     """Whether an answer may be called this: x, f(x), m_1, (x, y), AB or nothing."""
     return NAME.fullmatch(ASIDE.sub("", text)) is not None
+
+
+def spelt(name: str) -> str:
+    """A name without its index and argument, in small letters."""
+    return ASIDE.sub("", name).lower()
+
+
+def full(name: str) -> str:
+    """A name with its index."""
+    return spelt(name) + "".join(re.sub(r"\\text|[{}\s]", "", index) for index in INDEX.findall(name))
+
+
+def differ(part: re.Pattern[str], name: str, other: str) -> bool:
+    """Whether two names have different indices or arguments; a name may do without."""
+    one, two = ([re.sub(r"\\text|\\|[{}\s]", "", found) for found in part.findall(text)] for text in (name, other))
+    return bool(one and two and one != two)
+
+
+def with_argument(formula: str, old: list[str], new: list[str]) -> str | None:
+    """The formula of another variable, as t^2 of t becomes x^2; None where x has a meaning already."""
+    if len(old) != 1 or len(new) != 1 or not all(re.fullmatch("[a-zA-Z]", name) for name in (*old, *new)):
+        return None
+    tokens = re.findall(r"\\[a-zA-Z]+|.", formula, re.DOTALL)
+    return None if new[0] in tokens else "".join(new[0] if token == old[0] else token for token in tokens)
 
 
 def as_rounded(gold: str, answer: str, judge: Judge) -> bool | None:
@@ -186,42 +403,12 @@ def as_rounded(gold: str, answer: str, judge: Judge) -> bool | None:
     return same(rounded if is_name(exact) else exact, answer, judge)
 
 
-RULES = (as_percent, as_numbers, as_words, as_based, as_brackets, as_ratio, as_lists, as_equations, as_rounded)
+WORDED: tuple[Rule, ...] = (as_choice, as_time)  # for these the words count that stand beside
+RULES: tuple[Rule, ...] = (
+    *(as_percent, as_numbers, as_words, as_residues, as_based, as_conditioned, as_cases, as_solutions),
+    *(as_brackets, as_ratio, as_lists, as_inequalities, as_equations, as_rounded),
+)
 
 
 def unclear(gold: str, answer: str) -> bool:
     raise Unclear
-
-
-@lru_cache(maxsize=4096)
-def math_verified(gold: str, answer: str) -> bool:
-    """Whether math-verify holds `answer` for `gold`."""
-    keep_from_evaluating()
-    from math_verify import verify
-
-    return verify(parsed(gold), parsed(answer), allow_set_relation_comp=True, timeout_seconds=None)
-
-
-@cache
-def keep_from_evaluating() -> None:
-    """Sympy gives numbers that it is handed as text to `eval`: from now on these and single names only."""
-    from sympy.parsing import sympy_parser
-
-    evaluate = sympy_parser.eval_expr
-
-    def evaluate_word(code: str, *names: Any) -> Any:
-        if not WORD.fullmatch(code):
-            raise ValueError(f"{code[:40]} is not evaluated")
-        return evaluate(code, *names)
-
-    sympy_parser.eval_expr = evaluate_word
-
-
-@lru_cache(maxsize=4096)
-def parsed(text: str) -> list[Any]:
-    """What math-verify reads: as LaTeX in a box only, since it takes the last number of loose text for its answer."""
-    from math_verify import LatexExtractionConfig, parse
-
-    latex = LatexExtractionConfig(boxed_match_priority=0)
-    latex = replace(latex, normalization_config=replace(latex.normalization_config, units=False))  # 2d is not 2
-    return parse(rf"\boxed{{{text}}}", [latex], parsing_timeout=None)

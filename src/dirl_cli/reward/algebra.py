@@ -1,0 +1,195 @@
+"""Whether math-verify holds two tidy answers for equal, with a guard for each fault of it that we know.
+
+It can hang and eat memory on hostile text: this belongs in a worker process (grading.py).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from functools import cache, lru_cache
+from random import Random
+from typing import Any
+
+from dirl_cli.reward.notation import has_decimals, round_alike
+
+Judge = Callable[..., bool]
+
+DIGITS = 100  # to which numbers are computed
+SMALL = Fraction(1, 10**80)  # the difference of equal ones, as a part of them
+POINTS = 6  # at which formulas are compared
+WORD = re.compile(r"-?(?:(?:Integer|Float|Rational|Symbol|Function) *)?\(? *'?[\w.+-]*'? *\)? *")  # as sympy writes it
+
+TOKEN = re.compile(r"\\(?:text|mbox|begin|end) ?\{[^{}]*\}|\\[a-zA-Z]+|_\{[^{}]*\}|_.|[a-zA-Z]'*|.", re.DOTALL)
+INDEX = re.compile(r"_\{? ?(?:[a-zA-Z]*i|i *=)")
+PRIMED = "'"
+PRIME = re.compile(r"\^ ?\{? ?\\prime(?![a-zA-Z]) ?\}?")
+
+
+@lru_cache(maxsize=4096)
+def math_verified(gold: str, answer: str) -> bool:
+    """Whether math-verify holds `answer` for `gold`."""
+    guard()
+    from math_verify import verify
+
+    both = gold + answer
+    letters = {token for token in TOKEN.findall(both) if len(token) == 1}
+    cased = frozenset(letter for letter in letters if letter.isupper() and letter.lower() in letters)
+    wanted, given = (parsed(spelt_out(text, cased)) for text in (gold, answer))
+    return verify(wanted, given, allow_set_relation_comp=True, timeout_seconds=None)
+
+
+def spelt_out(text: str, cased: frozenset[str]) -> str:
+    """The text with names for what math-verify does not see.
+
+    It drops primes, so that f' is f; it reads every capital as its small letter, so that R - r is 0, which we let it
+    do only with letters that come in one size; it takes i for a variable and I for the imaginary unit, whose power it
+    drops unless there is a bracket.
+    """
+    imaginary = not INDEX.search(text)
+    parts = []
+    for token in TOKEN.findall(PRIME.sub("'", text)):
+        letter = token.rstrip("'")
+        if token == "I" or (token == "i" and imaginary):
+            parts.append("I")
+        elif letter in cased and letter.isupper():
+            parts.append(f"{letter}_{{capital{'prime' * token.count(PRIMED)}}}")
+        elif letter.isalpha() and letter != token:
+            parts.append(f"{letter}_{{{'prime' * token.count(PRIMED)}}}")
+        else:
+            parts.append(token)
+    return re.sub(r"I(?= ?\^)", "(I)", "".join(parts))
+
+
+@lru_cache(maxsize=4096)
+def parsed(text: str) -> list[Any]:
+    """What math-verify reads: as LaTeX in a box only, since it takes the last number of loose text for its answer."""
+    from math_verify import LatexExtractionConfig, parse
+
+    latex = LatexExtractionConfig(boxed_match_priority=0)
+    latex = replace(latex, normalization_config=replace(latex.normalization_config, units=False))  # 2d is not 2
+    return parse(rf"\boxed{{{text}}}", [latex], parsing_timeout=None)
+
+
+@cache
+def guard() -> None:
+    """Put our own comparison of values in the place of math-verify's, and let sympy evaluate no text."""
+    from math_verify import grader, parser
+    from sympy.parsing import sympy_parser
+
+    sympy_parser.eval_expr = only_words(sympy_parser.eval_expr)
+    grader.sympy_numeric_eq = numbers_equal(grader.sympy_numeric_eq)
+    grader.sympy_symbolic_eq = formulas_equal(grader.sympy_symbolic_eq)
+    # With an i in one of two texts, math-verify takes the same letters for other symbols there than in the other text.
+    parser.should_treat_as_complex = lambda text: False
+
+
+def only_words(evaluate: Any) -> Any:
+    """Sympy gives numbers that it is handed as text to `eval`: from now on these and single names only."""
+
+    def evaluate_word(code: str, *names: Any) -> Any:
+        if not WORD.fullmatch(code):
+            raise ValueError(f"{code[:40]} is not evaluated")
+        return evaluate(code, *names)
+
+    return evaluate_word
+
+
+def numbers_equal(theirs: Judge) -> Judge:
+    """Equality of numbers.
+
+    math-verify takes (a - b).evalf(chop=True) == 0, which makes whatever is below 1e-15 equal, even as a factor of
+    something huge, so that terms get lost; and it rounds to six places however small the number is.
+    """
+    from sympy import Float
+
+    def equal(a: Any, b: Any, *precision: int) -> bool:
+        if is_matrix(a) or is_matrix(b):
+            return theirs(a, b, *precision)  # calls this one for each element
+        if a.free_symbols or b.free_symbols:
+            return False  # the other comparison is for these
+        written = a.has(Float), b.has(Float)
+        a, b = exact(a).doit(), exact(b).doit()
+        one_is_decimal = (written[0] and a.is_Rational) != (written[1] and b.is_Rational)
+        if a.is_Rational and b.is_Rational and not one_is_decimal:
+            return bool(a == b)
+        x, y = value(a), value(b)
+        if x is None or y is None:
+            return bool(a == b)
+        if one_is_decimal and x.is_real and y.is_real:
+            p, q = as_fraction(a, x), as_fraction(b, y)
+            ends = [one.is_Rational and has_decimals(r) for one, r in ((a, p), (b, q))]
+            if not all(ends):
+                return round_alike(q, p) if ends[0] else round_alike(p, q)
+        return close(x, y)
+
+    return equal
+
+
+def formulas_equal(theirs: Judge) -> Judge:
+    """Equality of formulas: by their values at some points, which is quick and sure, and by algebra elsewhere."""
+    from sympy import Derivative, Integral, Limit, Product, Sum
+    from sympy.core.function import AppliedUndef
+
+    def equal(a: Any, b: Any) -> bool:
+        if is_matrix(a) or is_matrix(b):
+            return theirs(a, b)
+        a, b = exact(a), exact(b)
+        if any(one.has(AppliedUndef, Derivative, Integral, Limit, Product, Sum) for one in (a, b)):
+            return bool(a.as_dummy() == b.as_dummy()) or theirs(a, b)
+        verdicts = [equal_at(point, a, b) for point in range(POINTS)]
+        known = [verdict for verdict in verdicts if verdict is not None]
+        return all(known) if len(known) > POINTS // 2 else theirs(a, b)
+
+    return equal
+
+
+def equal_at(point: int, a: Any, b: Any) -> bool | None:
+    """Whether two formulas have the same value where their variables have certain values; None if one has none."""
+    from sympy import Rational
+
+    chosen = {}
+    for symbol in a.free_symbols | b.free_symbols:
+        chance = Random(f"{symbol.name} {point}")  # the same for the same name
+        chosen[symbol] = Rational(chance.choice((-1, 1)) * chance.randrange(1, 1000), 101)
+    x, y = value(a.xreplace(chosen)), value(b.xreplace(chosen))
+    return None if x is None or y is None else close(x, y)
+
+
+def exact(expression: Any) -> Any:
+    """With the decimals that were written, not their binary neighbours."""
+    from sympy import Float, Rational
+
+    return expression.xreplace({decimal: Rational(str(decimal)) for decimal in expression.atoms(Float)})
+
+
+def value(expression: Any) -> Any:
+    """To DIGITS digits, where it is a finite number; what gets smaller with more digits is 0."""
+    from sympy import Integer
+
+    found = expression.evalf(DIGITS, maxn=4 * DIGITS)
+    if not found.is_number or found.is_finite is False:
+        return None
+    if found.is_finite is None:
+        return None
+    if abs(found) < SMALL:
+        more = expression.evalf(3 * DIGITS, maxn=9 * DIGITS)
+        return more if abs(more) > abs(found) * SMALL else Integer(0)
+    return found
+
+
+def close(x: Any, y: Any) -> bool:
+    return bool(abs(x - y) <= max(abs(x), abs(y)) * SMALL)
+
+
+def as_fraction(expression: Any, approximate: Any) -> Fraction:
+    from sympy import Rational
+
+    found = expression if expression.is_Rational else Rational(approximate)
+    return Fraction(int(found.p), int(found.q))
+
+
+def is_matrix(expression: Any) -> bool:
+    from sympy import MatrixBase, MatrixExpr
+
+    return isinstance(expression, MatrixBase | MatrixExpr)

@@ -1,0 +1,157 @@
+r"""Words beside a number: which only say what is counted, which are units, which make another number of it.
+
+Nouns and adjectives are without end, so almost any word may stand after a number and say what is counted. The words
+that multiply, divide or qualify are few: they are the tables below, and none of them is ever dropped.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from dirl_cli.reward.notation import fraction, number
+
+# Units make an answer wrong when they are mixed up; the first name of each is the one compared.
+UNITS = {
+    name: names.split()[0]
+    for names in (
+        *("mm millimeter millimetre", "cm centimeter centimetre", "dm decimeter", "meter metre m", "km kilometer"),
+        *("inch in", "foot feet ft", "yard yd", "mile mi", "mg milligram", "gram g gm", "kg kilogram kilo", "tonne"),
+        *("ounce oz", "pound lb gbp £", "ml milliliter millilitre", "cl centiliter", "liter litre l", "gallon gal"),
+        *("ms millisecond", "second sec s", "minute min", "hour hr h", "day", "week", "month", "year yr", "am", "pm"),
+        *("cent ¢", "dollar usd $", "euro eur €", "yen jpy", "yuan cny rmb", "rupee inr rs ₹"),
+        *("degree deg", "radian rad", "celsius", "fahrenheit", "kelvin k", "mph", "kph kmh kmph"),
+        *("newton n", "joule j", "watt w", "volt v", "kw kilowatt", "kj kilojoule", "hz hertz", "pascal pa"),
+    )
+    for name in names.split()
+}
+UNITS |= {f"{name}{plural}": unit for name, unit in UNITS.items() if len(name) > 1 for plural in ("s", "es")}
+SPELT = {"mph": ["mile", "hour"], "kph": ["km", "hour"]}
+ONE_LETTER = "mgslLhNJWVK"  # the units among upright letters; any other is a variable
+SIZES = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "cubed": "3"}
+
+PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8}
+PARTS |= {"ninth": 9, "tenth": 10, "twelfth": 12, "sixteenth": 16, "twentieth": 20}
+POWERS = {"ten": 1, "hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
+MULTIPLIERS = {name: Fraction(1, parts) for name, parts in PARTS.items()}
+MULTIPLIERS |= {name: Fraction(10**power) for name, power in POWERS.items()}
+MULTIPLIERS |= {f"{name}th": Fraction(1, 10**power) for name, power in POWERS.items() if power > 1}
+MULTIPLIERS |= {"dozen": Fraction(12), "score": Fraction(20), "gross": Fraction(144)}
+MULTIPLIERS |= {f"{name}s": factor for name, factor in MULTIPLIERS.items()} | {"halves": Fraction(1, 2)}
+MULTIPLIERS |= {"百": Fraction(100), "千": Fraction(1000), "万": Fraction(10**4), "亿": Fraction(10**8)}
+
+CARDINALS = "zero one two three four five six seven eight nine ten eleven twelve"
+QUALIFIERS = f"""
+    {CARDINALS} twenty thirty forty fifty sixty
+    and or least most max maximum minimum up upwards upward over under below beneath beyond exceeding
+    plus minus divided multiplied power powers exponent factorial inverse reciprocal negative negated opposite
+    doubled tripled quadrupled halved twice thrice double triple mod modulo remainder base conjugate
+    repeating recurring repeated periodic infinity infinite permille basis pi radical
+    about around roughly nearly almost approx approximately circa maybe perhaps possibly probably unknown
+    not no never neither nor isn wrong incorrect false if unless except excluding without when where provided
+    半 分 又 或 和 不 约 余 多 少 以 至 负 点 方 之
+"""
+QUALIFYING = {*MULTIPLIERS, *QUALIFIERS.split()}
+ONLY_FIRST = {"squared", "cubed", "root", "rooted", "sqrt"}  # after a unit they belong to it, as in metres squared
+BESIDE = {"men", "sq", "cu", "or", "and", "at", "am", "pm", "ten"}  # short words that are no products of letters
+
+CURRENCY = r"(?:US|A|C)? ?\\?\$|US dollars|USD|EUR|GBP|JPY|CNY|RMB|INR|Rs\.?|[€£¥₹]"
+BEFORE = re.compile(rf"(-?) ?(?:\\text ?\{{ ?({CURRENCY}) ?\}}|({CURRENCY})) ?(-? ?[\d.(\\{{].*)", re.DOTALL)
+AFTER = re.compile(r"(.*\d) ?(\\\$|[€£¥₹¢])", re.DOTALL)
+
+POWER = r"(?: ?\^ ?\{? ?-?\d ?\}?)?"
+UPRIGHT = rf"\\text ?\{{[^{{}}]*\}}{POWER}"
+TAIL = re.compile(
+    rf"(?<=[^ ^_,;=+*/(<>-])(?: ?{UPRIGHT}(?: ?(?:/|\\cdot(?![a-z]))? ?(?:{UPRIGHT}|(?<=[/ ])[A-Za-z]+{POWER}))*"
+    rf"|(?<=[\d}}!]) ?(?:[A-Za-z][A-Za-z/.' -]*{POWER}|[\u4e00-\u9fff]+))$"
+)
+COMMAND = re.compile(rf"\\text|\\cdot|{POWER[:-1]}|(?<=m)[23](?![a-z])")
+RATE = re.compile(rf" ?[a-zA-Z] ?/ ?[a-zA-Z]{{1,3}}{POWER}")  # m/s
+WORD = re.compile(r"[A-Za-zÀ-ɏ]+|[\u4e00-\u9fff]")
+SOME_WORD = re.compile(r"[A-Za-z$€£¥₹¢\u4e00-\u9fff]")
+
+
+class Measured(NamedTuple):
+    """A value as text, the units it is given in, their powers, and the words that qualify it."""
+
+    text: str
+    units: tuple[str, ...] = ()
+    powers: tuple[str, ...] = ()
+    qualified: str = ""
+
+    def differs(self, other: "Measured") -> bool:
+        """Whether the words alone make it another value."""
+        mixed = any(a and b and a != b for a, b in ((self.units, other.units), (self.powers, other.powers)))
+        return mixed or self.qualified != other.qualified
+
+
+def measured(text: str) -> Measured:
+    """The value that a text gives, freed of the words beside it, which have multiplied it where they do."""
+    if not SOME_WORD.search(text):
+        return Measured(text)
+    text, units = without_currency(text)
+    found = TAIL.search(text)
+    if found is None or not is_wordy(found[0]):
+        return Measured(text, units)
+
+    value = text[: found.start()].rstrip()
+    words = WORD.findall(COMMAND.sub("", found[0]).lower().replace(".", ""))
+    value, words = multiplied(value, words)
+    if any(word in QUALIFYING or (word in ONLY_FIRST and i == 0) for i, word in enumerate(words)):
+        return Measured(value, units, qualified=" ".join(words))
+
+    named = [UNITS[word] for word in words if word in UNITS]
+    spelt = [name for unit in named for name in SPELT.get(unit, [unit]) if unit != "degree" or len(named) == 1]
+    powers = [SIZES[word] for word in words if word in SIZES] + re.findall(r"\^ ?\{? ?(-?\d)", found[0])
+    return Measured(value, (*units, *spelt), tuple(powers))
+
+
+def without_currency(text: str) -> tuple[str, tuple[str, ...]]:
+    """The amount, and the currency that its sign or name tells."""
+    if before := BEFORE.fullmatch(text):
+        name, amount = before[2] or before[3], before[1] + before[4]
+    elif after := AFTER.fullmatch(text):
+        amount, name = after[1], after[2]
+    else:
+        return text, ()
+    unit = UNITS.get(name.lower().strip("\\. "), "dollar")
+    return amount, () if name == "¥" else (unit,)  # a yen or a yuan
+
+
+def is_wordy(tail: str) -> bool:
+    """Whether what stands after a value are words: no number, formula, variable or product of variables."""
+    plain = COMMAND.sub("", tail)
+    first = WORD.search(plain)
+    if first is None or re.search(r"[\d=<>+*\\]", plain):
+        return False
+    word = first[0]
+    if not word.isascii():
+        return True
+    if r"\text" in tail:
+        return len(word) > 1 or word in ONE_LETTER
+    if len(word) == 1:
+        return word in ONE_LETTER and (RATE.fullmatch(tail) is not None or tail == " L")
+    spaced = tail.startswith(" ")
+    if word.lower() in UNITS or (spaced and word.lower() in BESIDE):
+        return True
+    if spaced:
+        return any(len(other) > 3 for other in WORD.findall(plain))
+    return len(word) > 3 and re.search(r".[aeiou]", word) is not None
+
+
+def multiplied(value: str, words: list[str]) -> tuple[str, list[str]]:
+    """The value times or plus what the first words say, as in 5 million and 12 and a half, and the other words."""
+    factor, more = Fraction(1), Fraction(0)
+    while words and words[0] in MULTIPLIERS:
+        factor *= MULTIPLIERS[words[0]]
+        words = words[1:]
+    if len(words) > 2 and words[0] == "and" and words[2].removesuffix("s") in PARTS:
+        counts = CARDINALS.split()
+        count = counts.index(words[1]) if words[1] in counts else int(words[1] in ("a", "an"))
+        more = count * MULTIPLIERS[words[2]]
+        words = words[3:] if count else words
+    if factor == 1 and more == 0:
+        return value, words
+    amount = number(value)
+    if amount is None:
+        return rf"({value}) \cdot {fraction(factor)} + {fraction(more)}", words
+    return fraction(amount * factor + more), words
