@@ -116,10 +116,10 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
         job = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in fixed]
         out = out and out / schema.slug(",".join(word for word in job if not is_told(unresolved, word)))
         print(f"dirl {name} {' '.join(job)}", *(["→", out] if out else []), flush=True)
-    elif out and not any(cfg.get(key) for key in READ_ONLY) and os.environ.get("RANK", "0") == "0":
-        print(f"dirl {name} → {out}", flush=True)  # before what takes seconds to import
     if line := preset_line(name, cfg):
         print(line, flush=True)
+    if out and says_where(cfg):
+        print(f"dirl {name} → {out}", flush=True)  # before what takes seconds to import
     if out:
         cfg.out = literal(str(out))
     if "launch" in cfg:
@@ -161,6 +161,12 @@ def heeding_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def says_where(cfg: DictConfig) -> bool:
+    """Whether this command writes, is no job of a sweep, which is announced, and is the first of its processes."""
+    is_job = HydraConfig.get().mode == RunMode.MULTIRUN
+    return not is_job and not any(cfg.get(key) for key in READ_ONLY) and os.environ.get("RANK", "0") == "0"
 
 
 def preset_line(name: str, cfg: DictConfig) -> str | None:
