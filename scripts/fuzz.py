@@ -178,7 +178,7 @@ def rows(home: Path) -> tuple[list[bytes], Target]:
 
     def run(data: bytes, here: Path) -> None:
         file = here / ("a.json", "a.jsonl", "a.jsonl.gz", "a.gz", "a.csv")[len(data) % 5]
-        file.write_bytes(gzip.compress(data, 1) if len(data) % 5 == 2 else data)
+        file.write_bytes(gzip.compress(data, 1) if file.suffix == ".gz" else data)
         found = renamed(read_rows(file), {"question": "problem", "content": "value", "role": "from"})
         for read in (demonstration, lambda row: problem(row, "0")):
             for row in found:

@@ -132,3 +132,8 @@ def test_the_tokenizer_is_the_same_after_saving(tokenizer: PreTrainedTokenizerBa
     both = [t.apply_chat_template(messages)["input_ids"] for t in (tokenizer, loaded)]
     assert both[0] == both[1]
     assert (loaded.pad_token_id, loaded.eos_token_id, loaded.mask_token_id) == (0, 2, 3)
+
+
+def test_more_problems_than_there_are_are_not_looked_for():
+    with pytest.raises(DirlError, match=r"arithmetic has no 2,147,523,948 problems: give its splits 1,000,000"):
+        Arithmetic(test=2**31).problems()

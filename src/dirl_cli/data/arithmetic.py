@@ -15,6 +15,8 @@ OBJECTS = ("pens", "books", "cards", "coins", "eggs", "apples", "shells", "stamp
 GAINS = ("buys", "finds", "gets", "wins")
 LOSSES = ("sells", "loses", "drops", "eats")
 
+MOST = 1_000_000  # problems, which take twenty seconds; there are a hundred times as many, ever harder to find
+
 T = TypeVar("T")
 Chain = tuple[int, ...]  # the first number, then each change with its sign
 
@@ -90,6 +92,8 @@ class Arithmetic:
             yield from (message["content"] for message in row.fields["messages"])
 
     def _splits(self) -> Splits:
+        if (size := self.train + self.held_out + self.test) > MOST:
+            raise DirlError(f"{self.name} has no {size:,} problems: give its splits {MOST:,} in all")
         return draw_splits(self.train, self.held_out, self.test, self.seed)
 
     def _messages(self, split: str, items: list[Item]) -> list[Row]:
