@@ -134,6 +134,8 @@ class Trial:
     def settings(self) -> dict[str, Any]:
         return {
             "launch": "auto",
+            "steps": 1,
+            "rl.epochs": 1,
             "micro_rows": self.micro_rows,
             "gradient_checkpointing": self.checkpointing,
             "row_tokens": self.row_tokens,

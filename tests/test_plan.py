@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,12 +20,16 @@ from transformers import AutoConfig
 
 from dirl_cli import schema
 from dirl_cli.commands import rl, sft
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, DoesNotFit
+from dirl_cli.hub import configured
 from dirl_cli.loop.forecast import UPDATE, rl_budget, slowest, update_knobs
+from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.models.sdar import SDARMoeConfig
+from dirl_cli.models.shapes import PUBLISHED, outline
 from dirl_cli.overrides import leave_preset
 from dirl_cli.rollout.engines import Lmdeploy, Native
 from dirl_cli.training.budget import Budget, Place, halvings
+from dirl_cli.training.duration import Duration, update_operations
 from dirl_cli.training.optim import Muon
 from dirl_cli.training.plan import Architecture, Memory, MicroBatch, Parallelism, architecture, parallelism
 from dirl_cli.tree import conf_dir, preset
@@ -301,6 +306,8 @@ def test_longer_rollouts_want_fewer_at_once(shared, tmp_path):
     lm = small_lm()
     asked = {
         "launch": "auto",
+        "steps": 1,
+        "rl.epochs": 1,
         "micro_rows": 1,
         "gradient_checkpointing": True,
         "row_tokens": 64,
@@ -323,6 +330,8 @@ def test_a_run_with_lmdeploy_may_be_told_to_give_it_a_smaller_share():
     lm, engine = small_lm(), Lmdeploy(max_batch=1, cache_share=0.9)
     asked = {
         "launch": "auto",
+        "steps": 1,
+        "rl.epochs": 1,
         "micro_rows": 1,
         "gradient_checkpointing": True,
         "row_tokens": 64,
@@ -343,7 +352,14 @@ def test_a_run_with_lmdeploy_may_be_told_to_give_it_a_smaller_share():
 
 
 def test_what_samples_while_the_model_learns_is_counted_beside_it():
-    asked = {"launch": "auto", "micro_rows": 1, "gradient_checkpointing": False, "row_tokens": 64}
+    asked = {
+        "launch": "auto",
+        "steps": 1,
+        "rl.epochs": 1,
+        "micro_rows": 1,
+        "gradient_checkpointing": False,
+        "row_tokens": 64,
+    }
     asked |= {"decoding.max_new_tokens": 8, "rollout.max_batch": 2, "rl.problems": 1, "rl.group_size": 2}
     asked |= {"rl.mini_batches": 1}
 
@@ -394,20 +410,21 @@ def test_a_dry_run_plans_a_model_that_has_no_weights_for_a_gpu_that_is_not_here(
     command, phases, eight_billion, tmp_path, capsys
 ):
     name = command.__name__.rpartition(".")[2]
-    command.run(config(name, "model=path", f"model.path={eight_billion}", "dry_run=true"), tmp_path / "out")
+    with pytest.raises(DoesNotFit):
+        command.run(config(name, "model=path", f"model.path={eight_billion}", "dry_run=true"), tmp_path / "out")
     said = capsys.readouterr().out
     assert re.search(r"^batch_size: 512|^rollout: .*max_batch: 64", said, re.M)
     assert phases in said
     assert "optimizer states" in said and "65.5 GB" in said
     assert "8,190,735,360 parameters, 1,244,659,712 of them in embedding and head" in said
-    assert "whatever the settings" in said and "choose a model of at most 4," in said
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_too_large_for_a_gpu_is_told_to_be_shared_among_eight(eight_billion, tmp_path, capsys):
     words = ["gpus=8", "model=path", f"model.path={eight_billion}", "dry_run=true"]
-    sft.run(config("sft", "experiment=dirl8b_sft", "launch=ddp", *words), tmp_path / "out")
-    assert "give launch=fsdp2" in capsys.readouterr().out
+    with pytest.raises(DoesNotFit, match="give launch=fsdp2"):
+        sft.run(config("sft", "experiment=dirl8b_sft", "launch=ddp", *words), tmp_path / "out")
+    capsys.readouterr()
     sft.run(config("sft", "experiment=dirl8b_sft", *words), tmp_path / "out")
     said = capsys.readouterr().out
     assert "this fits: " in said
@@ -439,10 +456,104 @@ def test_the_experiment_for_one_gpu_fits_it_with_a_margin(engine, one_billion, t
     assert ("engine's weights   4.1 GB" in said) == (engine == "lmdeploy")
 
 
+@pytest.fixture
+def nothing_here(tmp_path, monkeypatch) -> Path:
+    """A machine to which nothing was downloaded."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("command", "data"), [(sft, "data=openr1math_glm"), (rl, "data=bigmath")])
+def test_what_is_proposed_for_a_model_and_data_that_are_not_here_fits_when_it_is_tried(
+    command, data, nothing_here, capsys
+):
+    """More GPUs, then adapters, before a smaller model: for 8B on one GPU of 80 GB."""
+    name = command.__name__.rpartition(".")[2]
+    with pytest.raises(DoesNotFit) as told:
+        command.run(config(name, "model=sdar8b", data, "dry_run=true"), nothing_here)
+    assert told.value.exit_code == 3
+    assert "no tokenizer of sdar8b is here, so nothing is known of the data" in capsys.readouterr().out
+    proposals = re.findall(r"(?:give|or) ((?:[\w.]+=\S+ ?)+), which takes", str(told.value))
+    assert [re.findall(r"[\w.]+", words)[:2] for words in proposals] == [["gpus", "4"], ["peft", "lora"]]
+    assert all("gradient_checkpointing=true" in words for words in proposals)
+    for words in proposals:
+        command.run(config(name, "model=sdar8b", data, "dry_run=true", *words.split()), nothing_here)
+        assert "this fits: " in capsys.readouterr().out
+
+
+def test_adapters_to_layers_that_a_model_does_not_have_are_not_proposed(nothing_here):
+    with pytest.raises(DoesNotFit, match="choose a model of at most") as told:
+        sft.run(config("sft", "model=sdar30b", "dry_run=true"), nothing_here)
+    assert "peft" not in str(told.value)
+
+
+@pytest.mark.parametrize("command", [sft, rl])
+def test_what_is_not_here_is_planned_and_not_trained(command, nothing_here):
+    name = command.__name__.rpartition(".")[2]
+    with pytest.raises(DirlError, match="SDAR-4B-Chat is not on this machine: run `dirl download model=sdar4b` first"):
+        command.run(config(name, "model=sdar4b", "device=cpu"), nothing_here)
+    with pytest.raises(DirlError, match="lab/model is not on this machine"):
+        command.run(config(name, "model=path", "model.path=lab/model", "dry_run=true"), nothing_here)
+
+
+def test_of_a_model_of_the_hub_configuration_and_tokenizer_are_enough(eight_billion, nothing_here, capsys):
+    snapshot = nothing_here / "hub/models--lab--model/snapshots/1"
+    shutil.copytree(eight_billion, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("1")
+    words = ["model=path", "model.path=lab/model", "dry_run=true", "peft=lora", "gradient_checkpointing=true"]
+    sft.run(config("sft", *words), nothing_here)
+    said = capsys.readouterr().out
+    assert "20 training demonstrations of arithmetic" in said and "this fits: " in said
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        ("JetLM/SDAR-1.7B-Chat", 2_031_739_904),
+        ("JetLM/SDAR-4B-Chat", 4_411_424_256),
+        ("JetLM/SDAR-8B-Chat", 8_190_735_360),
+        ("JetLM/SDAR-30B-A3B-Chat", 30_532_122_624),
+    ],
+)
+def test_published_shapes_have_the_published_number_of_parameters(path, parameters, nothing_here):
+    lm = outline(Checkpoint("mine", path), "sdpa")
+    assert sum(parameter.numel() for parameter in lm.model.parameters()) == parameters
+    assert (lm.block_size, lm.mask_token_id, lm.tokenizer) == (4, 151669, None)
+
+
+def test_every_model_of_the_hub_that_conf_names_has_a_published_shape():
+    named = {path for choice, path in configured().items() if choice.startswith("model=")}
+    assert named - {"models/SmolLM2-135M-Instruct"} == set(PUBLISHED)  # which is made out of a package
+
+
+def duration(operations: float, **others) -> Duration:
+    return replace(Duration(10, 512, 64, operations, False, "steps or batch_size", "tiny_sft"), **others)
+
+
+def test_what_takes_long_on_a_cpu_says_how_long_and_what_to_give_instead(monkeypatch):
+    monkeypatch.setattr("dirl_cli.training.duration.operations_per_second", lambda: 1e10)
+    said = "about 512 tokens a step × 10 steps, in rows of 64: about 5 hours on this CPU"
+    remedy = ": lower steps or batch_size, or give experiment=tiny_sft, which is for a model as small as this one"
+    budget = replace(budget_of({4: 1}, 120), duration=duration(3.6e13))
+    assert list(replace(budget, place=replace(LAPTOP, memory_gb=120)).warnings()) == [f"{said}{remedy}"]
+    assert list(budget.warnings()) == []  # on a GPU nothing is known of it
+    assert duration(3.6e13, preset=None).warning() == f"{said}: lower steps or batch_size"
+    assert not duration(3e12).is_long
+    assert str(duration(1e15, is_bound=True)).endswith("at most 6 days on this CPU")
+
+
+def test_rows_of_a_cpu_that_are_long_for_nothing_are_counted():
+    """Of the embedded model the attention over a row of 8,192 is most of the work."""
+    model = architecture(small_lm().model.config, ADAMW)
+    short, long = (update_operations(model, MicroBatch(1, width, width // 4, 8192)) for width in (256, 8192))
+    assert long - short == 12 * 8192 * model.layers * model.queries * (8192 - 256)
+
+
 @pytest.mark.parametrize("command", [sft, rl])
 def test_a_run_that_cannot_fit_ends_before_weights_are_looked_for(command, eight_billion, tmp_path):
     name = command.__name__.rpartition(".")[2]
-    with pytest.raises(DirlError, match="this does not fit: the update takes about"):
+    with pytest.raises(DoesNotFit, match="this does not fit: the update takes about"):
         command.run(config(name, "model=path", f"model.path={eight_billion}", "device=cpu"), tmp_path / "out")
 
 

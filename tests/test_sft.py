@@ -279,6 +279,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     assert [line.get("loss") for line in lines(out)] == [line.get("loss") for line in lines(through)]
 
 
+@pytest.mark.parametrize("words", [("optim=adamw",), ("optim=adamw", "optim.lr=1e-3"), ("optim=muon", "optim.lr=0.02")])
+def test_the_rate_of_a_published_checkpoint_is_told_where_weights_are_random(tmp_path, capsys, words):
+    run(config("steps=1", "eval_problems=0", *words), tmp_path)
+    sentence = "optim.lr=1e-05 is for a published checkpoint, and this model begins at random: give 1e-3"
+    assert (sentence in capsys.readouterr().out) == (words == ("optim=adamw",))
+
+
 def test_real_demonstrations_with_the_real_tokenizer_train_save_and_go_on(shared, tmp_path, capsys):
     model = published_vocabulary(tmp_path / "random", shared)
     rows = json.loads((shared / "data/GSM8K-train-sft.json").read_text())[:200]

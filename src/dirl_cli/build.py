@@ -9,7 +9,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.plain import literal
-from dirl_cli.tree import conf_dir
+from dirl_cli.tree import conf_dir, with_bases
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def choice(group: str, name: str, **given: Any) -> Any:
     files = {file.stem: file for file in sorted((conf_dir() / group).glob("*.yaml"))}
     if name not in files:
         raise DirlError(f"{group}={name}: {did_you_mean(name, files)}")
-    cfg = OmegaConf.merge({group: OmegaConf.load(files[name])}, {group: given})
+    cfg = OmegaConf.merge({"seed": 0, group: with_bases(files[name])}, {group: given})
     return build(cast(DictConfig, cfg)[group])
 
 

@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 ANY_OPTION = {"ignore_unknown_options": True}  # which are told how keys are written
+TRAINING = ("sft", "rl")
 View = StrEnum("View", ["job", "hydra", "all"])
 Topic = StrEnum("Topic", ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"])
 
@@ -93,7 +94,8 @@ def add(name: str, summary: str, example: str) -> None:
 
 
 def hints(name: str, example: str) -> str:
-    return f"Such as: dirl {name} {example}\n\nEvery key: dirl {name} --cfg job"
+    codes = "\n\ndry_run=true looks first. Exit code 3: it does not fit" if name in TRAINING else ""
+    return f"Such as: dirl {name} {example}\n\nEvery key: dirl {name} --cfg job{codes}"
 
 
 def start(

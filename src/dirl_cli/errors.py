@@ -20,6 +20,16 @@ class DirlError(Exception):
         super().__init__(printable(masked(sentence)))
 
 
+class NotHere(DirlError):  # noqa: N818
+    """Something of the Hub that was not downloaded."""
+
+
+class DoesNotFit(DirlError):  # noqa: N818
+    """A run wants clearly more memory than there is."""
+
+    exit_code = 3
+
+
 class Stopped(DirlError):  # noqa: N818  # it is no error
     """The run ended because it was asked to, and the same command goes on."""
 

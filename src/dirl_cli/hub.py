@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import IO, Literal
 
 import httpx
-from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects, hf_raise_for_status, http_stream_backoff
 
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, NotHere
 from dirl_cli.tree import conf_dir
 
 Kind = Literal["model", "dataset"]
@@ -89,7 +89,13 @@ def local(repo_id: str, kind: Kind) -> Path:
     except LocalEntryNotFoundError as error:
         missing = "only in part" if isinstance(error, IncompleteSnapshotError) else "not"
         command = f"dirl download {words(repo_id, kind)}"
-        raise DirlError(f"{repo_id} is {missing} on this machine: run `{command}` first") from error
+        raise NotHere(f"{repo_id} is {missing} on this machine: run `{command}` first") from error
+
+
+def with_config(repo_id: str) -> Path | None:
+    """The directory of the Hub's cache with a model's config.json, whatever else is missing; None where that is."""
+    file = try_to_load_from_cache(repo_id, "config.json")
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def snapshot(repo_id: str, kind: Kind, to: Path | None, here: bool = False) -> Path:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dirl_cli import explain, overrides, schema, tree
-from dirl_cli.errors import DirlError, Interrupted, Stopped, did_you_mean, stop_code
+from dirl_cli.errors import DirlError, DoesNotFit, Interrupted, Stopped, did_you_mean, stop_code
 from dirl_cli.plain import is_secret, literal, masked
 from dirl_cli.rundir import model_of_run, open_run
 from dirl_cli.types import SHARING
@@ -260,8 +260,9 @@ def start_processes(name: str, cfg: DictConfig, out: Path, locks: Sequence[int])
     if failure.exists():
         reason, code = json.loads(failure.read_text())
         failure.unlink()
-        if code == DirlError.exit_code:
-            raise DirlError(reason)
+        for kind in (DirlError, DoesNotFit):
+            if code == kind.exit_code:
+                raise kind(reason)
         raise Stopped(reason, stop_code(Interrupted(asked[0])) if asked else code)
     if asked:
         raise Interrupted(asked[0])

@@ -77,6 +77,14 @@ def options(group: str) -> list[str]:
     return GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
 
 
+def with_bases(file: Path) -> DictConfig:
+    """A config by itself, with those beside it that its defaults name; Hydra may be busy with another."""
+    own: Any = OmegaConf.load(file)
+    bases = [base for base in own.pop("defaults", []) if base != "_self_"]
+    merged: Any = OmegaConf.merge(*(with_bases(file.with_stem(base)) for base in bases), own)
+    return merged
+
+
 def each(group: str) -> list[str]:
     """The choices that `all` of a group stands for, nothing if it has no such choice."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

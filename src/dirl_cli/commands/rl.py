@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,14 +17,14 @@ from rich.text import Text
 from dirl_cli.algo.advantages import ADVANTAGES
 from dirl_cli.algo.objective import Objective
 from dirl_cli.algo.select import FILTERS
-from dirl_cli.build import build
+from dirl_cli.build import build, choice
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show
 from dirl_cli.data.tokens import Tokens
 from dirl_cli.errors import DirlError, Interrupted, did_you_mean
 from dirl_cli.loop.ahead import resting, sampling_ahead
 from dirl_cli.loop.exam import Exam
-from dirl_cli.loop.forecast import RL, rl_budget
+from dirl_cli.loop.forecast import PROMPT, RL, rl_budget
 from dirl_cli.loop.groups import (
     Answers,
     Replayed,
@@ -42,6 +43,7 @@ from dirl_cli.loop.sweep_table import Column, show_sweep
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
+from dirl_cli.models.shapes import outline, shapes
 from dirl_cli.plain import shell_word
 from dirl_cli.reward.scoring import Rewards, Scorer
 from dirl_cli.rollout.engines import Native
@@ -114,8 +116,22 @@ def run(cfg: DictConfig, out: Path) -> None:
     check(cfg.rl, objective, decoding)
     peft.require(cfg.launch)
     require_measured(cfg.keep_best, ["reward", "accuracy", *["greedy_accuracy"] * bool(cfg.eval_problems)])
-    lm: DiffusionLM = model.load("float32", "meta", cfg.attention)  # its weights come once they are known to fit
+    # its weights come once they are known to fit
+    lm: DiffusionLM = (outline if cfg.dry_run else shapes)(model, cfg.attention)
     decoding = lm.decoding(decoding)
+    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
+    chosen = {key: OmegaConf.select(cfg, key) for key in RL}
+    sampling, learns = None if cfg.rl.replay else engine, not cfg.rl.rollout_only
+    adapter = partial(choice, "peft") if find_spec("peft") else None
+    plan = partial(rl_budget, lm, optim, objective, decoding, place, chosen, peft=peft, adapter=adapter)
+    if cfg.dry_run and lm.tokenizer is None:
+        longest = cfg.rl.max_prompt_tokens or PROMPT
+        progress.say(
+            f"no tokenizer of {cfg.model.name} is here, so nothing is known of the data: prompts are taken to be"
+            f" {longest:,} tokens"
+        )
+        plan(longest, sampling, learns).show(OmegaConf.to_container(cfg), progress.console)
+        return
     reader = Reader(lm, instruction, accelerator, progress, max_prompt_tokens=cfg.rl.max_prompt_tokens)
     sources, weights = ([], []) if cfg.rl.replay else sources_of(data)
     names = [source.name for source in sources]
@@ -127,15 +143,12 @@ def run(cfg: DictConfig, out: Path) -> None:
         answers = {name: [one.answer for one in pool.problems] for name, pool in zip(names, pools, strict=True)}
         show(dict(zip(names, prompts, strict=True)), lm.require_tokenizer(), progress.console, answers)
     longest = max((len(prompt) for pool in pools for prompt in pool.prompts), default=0)  # not known of a replay
-    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
-    chosen = {key: OmegaConf.select(cfg, key) for key in RL}
-    sampling, learns = None if cfg.rl.replay else engine, not cfg.rl.rollout_only
-    budget = rl_budget(lm, optim, objective, decoding, place, chosen, longest, sampling, learns, peft)
+    budget = plan(longest, sampling, learns)
     if cfg.dry_run:
         budget.show(OmegaConf.to_container(cfg), progress.console)
         return
-    if doubt := budget.require():
-        progress.say(doubt)
+    for warning in budget.warnings():
+        progress.warn(warning)
     engine.require()
     with progress.working("loading the model"):
         lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,21 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from dirl_cli.build import build
+from dirl_cli.build import build, choice
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError, Interrupted
 from dirl_cli.loop.exam import Exam
-from dirl_cli.loop.forecast import SFT, sft_budget
+from dirl_cli.loop.forecast import PROMPT, SFT, sft_budget
 from dirl_cli.loop.keep import keep
 from dirl_cli.loop.sources import Reader, epochs, fingerprint_of, require_same_data
 from dirl_cli.loop.sweep_table import Column, show_sweep
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
+from dirl_cli.models.shapes import outline, shapes
+from dirl_cli.models.tiny import Tiny
 from dirl_cli.plain import shell_word
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
@@ -34,6 +37,7 @@ from dirl_cli.training.checkpoint import Checkpoints, load, require_measured, re
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.metrics import NoLog, open_log
+from dirl_cli.training.optim import AdamW
 from dirl_cli.training.order import Order
 from dirl_cli.training.parallel import start_accelerator, whole
 from dirl_cli.training.plot import Panel
@@ -56,6 +60,7 @@ COLUMNS = {
     "greedy_accuracy": Column("greedy accuracy %", 1, scale=100),
 }
 SHOWN = ("loss", "grad_norm", "lr", "tokens_per_s")
+LEAST_RATE = 1e-4  # at which AdamW gets anywhere from random weights
 RECIPE = (
     "model",
     "peft",
@@ -91,10 +96,23 @@ def run(cfg: DictConfig, out: Path) -> None:
     )
     peft.require(cfg.launch)
     instruction = build(cfg.instruction, Instruction)
-    lm: DiffusionLM = model.load("float32", "meta", cfg.attention)  # its weights come once they are known to fit
+    # its weights come once they are known to fit
+    lm: DiffusionLM = (outline if cfg.dry_run else shapes)(model, cfg.attention)
     annealing.check(lm.block_size)
     require_rates(cfg.mask_rates)
     decoding = lm.decoding(build(cfg.decoding, Decoding))
+    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
+    chosen = {key: OmegaConf.select(cfg, key) for key in SFT}
+    adapter = partial(choice, "peft") if find_spec("peft") else None
+    plan = partial(sft_budget, lm, optim, masking, decoding, place, chosen, peft=peft, adapter=adapter)
+    if cfg.dry_run and lm.tokenizer is None:
+        progress.say(
+            f"no tokenizer of {cfg.model.name} is here, so nothing is known of the data: demonstrations are taken to be"
+            f" as long as max_tokens={cfg.max_tokens:,}, and prompts to be {PROMPT:,} tokens"
+        )
+        unknown = plan(np.array([cfg.max_tokens]), [[0] * PROMPT] * cfg.eval_problems)
+        unknown.show(OmegaConf.to_container(cfg), progress.console)
+        return
     sources, weights = sources_of(data)
     names = [source.name for source in sources]
     reader = Reader(lm, instruction, accelerator, progress, cfg.max_tokens)
@@ -111,15 +129,15 @@ def run(cfg: DictConfig, out: Path) -> None:
     by_rate = {metric(rate): f"{rate:.0%} masked" for rate in cfg.mask_rates}
     measured = ["validation_loss", *by_rate] if any(map(len, held_out)) else []
     require_measured(cfg.keep_best, ["loss", *measured, *["greedy_accuracy"] * bool(asked.problems)])
-    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
     lengths = np.concatenate([tokens.lengths for tokens in training])
-    chosen = {key: OmegaConf.select(cfg, key) for key in SFT}
-    budget = sft_budget(lm, optim, masking, decoding, place, chosen, lengths, asked.prompts, peft)
+    budget = plan(lengths, asked.prompts)
     if cfg.dry_run:
         budget.show(OmegaConf.to_container(cfg), progress.console)
         return
-    if doubt := budget.require():
-        progress.say(doubt)
+    for warning in budget.warnings():
+        progress.warn(warning)
+    if isinstance(model, Tiny) and isinstance(optim, AdamW) and optim.lr < LEAST_RATE:
+        progress.warn(f"optim.lr={optim.lr} is for a published checkpoint, and this model begins at random: give 1e-3")
     with progress.working("loading the model"):
         lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
     if cfg.gradient_checkpointing:

@@ -1,8 +1,8 @@
 """The memory that a run is going to take, from its settings and the lengths of what it learns from."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from dirl_cli.rollout.engines import Engine, Lmdeploy
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import generator
 from dirl_cli.training.budget import Budget, Place, Settings, halvings
+from dirl_cli.training.duration import SMALL, Duration, sampling_operations, update_operations
 from dirl_cli.training.optim import Optim
 from dirl_cli.training.plan import (
     SCORING,
@@ -30,12 +31,15 @@ from dirl_cli.training.plan import (
     micro_batch,
     parallelism,
 )
-from dirl_cli.types import Decoding, Trajectory
+from dirl_cli.types import SHARING, Decoding, Trajectory
 
 UPDATE = ("micro_rows", "gradient_checkpointing", "row_tokens", "decoding.max_new_tokens")
-SFT = (*UPDATE, "launch", "batch_size", "max_tokens", "eval_problems")
+SFT = (*UPDATE, "steps", "launch", "batch_size", "max_tokens", "eval_problems")
 ROLLOUT = ("rollout.max_batch", "rollout.cache_share", "rl.async_rollout")
-RL = (*UPDATE, *ROLLOUT, "launch", "rl.problems", "rl.group_size", "rl.mini_batches")
+RL = (*UPDATE, *ROLLOUT, "steps", "launch", "rl.problems", "rl.group_size", "rl.mini_batches", "rl.epochs")
+GPUS = (2, 4, 8)  # of one machine
+ADAPTERS = ("lora", "qlora")
+PROMPT = 1024  # tokens of prompts of which nothing is known
 LEAST = 64  # tokens of a row, a demonstration or an answer that are worth proposing
 
 
@@ -49,9 +53,14 @@ def sft_budget(
     lengths: NDArray[np.int64],
     prompts: Sequence[Sequence[int]],
     peft: Peft = WHOLE,
+    adapter: Callable[[str], Peft] | None = None,
 ) -> Budget:
-    """Of fine-tuning on demonstrations of these lengths and answering these prompts. settings: those named in SFT."""
-    memory = memory_of(lm, optim, peft, place)
+    """Of fine-tuning on demonstrations of these lengths and answering these prompts.
+
+    settings: those named in SFT. adapter: makes the choices of `peft` that may be proposed instead, by name.
+    """
+    memories = Memories(lm, optim, peft, adapter, place)
+    memory = memories.of({})
 
     def batch(settings: Settings) -> MicroBatch:
         kept = lengths[lengths <= max(settings["max_tokens"], lengths.min())]
@@ -61,10 +70,10 @@ def sft_budget(
         return packed(strip, settings["batch_size"] * float(kept.mean()) / longest, settings, place)
 
     def phases(settings: Settings) -> dict[str, Bytes]:
-        shared = replace(memory, parallelism=parallelism(settings["launch"], place.gpus))
+        shared = memories.of(settings)
         found = loading(shared) | {"update": update(shared, batch(settings), settings)}
         if asked := prompts[: settings["eval_problems"]]:
-            slots = min(NativeSampler(lm).max_batch, math.ceil(len(asked) / place.gpus))
+            slots = min(NativeSampler(lm).max_batch, math.ceil(len(asked) / processes(settings, place)))
             greedy = replace(decoding, temperature=0.0)
             found["evaluation"] = rollout(
                 replace(shared, samples=True), slots, max(map(len, asked)), lm, greedy, settings
@@ -79,7 +88,17 @@ def sft_budget(
             "max_tokens": halvings(settings["max_tokens"], LEAST),
         }
     )
-    return Budget(phases, settings, knobs, place, f"{memory}\nabout {batch(settings)}")
+    ways = other_ways(settings, place, peft) if adapter else []
+    duration = Duration(
+        settings["steps"],
+        batch(settings).step,
+        batch(settings).width,
+        settings["steps"] * update_operations(memory.model, batch(settings)),
+        is_bound=False,
+        knobs="steps, batch_size or row_tokens",
+        preset="tiny_sft" if memory.model.parameters < SMALL else None,
+    )
+    return Budget(phases, settings, knobs, place, f"{memory}\nabout {batch(settings)}", ways, duration)
 
 
 def rl_budget(
@@ -93,12 +112,15 @@ def rl_budget(
     engine: Engine | None,
     learns: bool,
     peft: Peft = WHOLE,
+    adapter: Callable[[str], Peft] | None = None,
 ) -> Budget:
     """Of reinforcement on prompts of at most so many tokens. settings: those named in RL. engine: what samples, if any.
 
+    adapter: makes the choices of `peft` that may be proposed instead, by name.
     All answers are taken to be as long as they may be, and revealed in as many steps as they may take.
     """
-    memory = memory_of(lm, optim, peft, place, reference=objective.beta > 0, samples=engine is not None)
+    memories = Memories(lm, optim, peft, adapter, place, reference=objective.beta > 0, samples=engine is not None)
+    memory = memories.of({})
     scoring = logit_bytes(decoding)
     tokens = Tokens(lm.block_size, lm.mask_token_id)
 
@@ -109,10 +131,9 @@ def rl_budget(
         return packed(objective.views(longest, tokens, generator(0)), answers, settings, place)
 
     def phases(settings: Settings) -> dict[str, Bytes]:
-        slots = min(
-            settings["rollout.max_batch"], math.ceil(settings["rl.problems"] / place.gpus) * settings["rl.group_size"]
-        )
-        shared = replace(memory, parallelism=parallelism(settings["launch"], place.gpus))
+        problems = math.ceil(settings["rl.problems"] / processes(settings, place))
+        slots = min(settings["rollout.max_batch"], problems * settings["rl.group_size"])
+        shared = memories.of(settings)
         uses_copy = shared.parallelism.gathers if isinstance(engine, Lmdeploy) else settings["rl.async_rollout"]
         shared = replace(shared, copy_stays=bool(uses_copy))
         found: dict[str, Bytes] = {}
@@ -134,20 +155,68 @@ def rl_budget(
         **update_knobs(settings, batch(settings)),
         "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
     }
-    return Budget(phases, settings, knobs, place, f"{memory}\nat most {batch(settings)}")
-
-
-def memory_of(
-    lm: DiffusionLM, optim: Optim, peft: Peft, place: Place, reference: bool = False, samples: bool = False
-) -> Memory:
-    return Memory(
-        architecture(lm.model.config, optim, peft, peft.base_dtype(place.dtype, place.kind)),
-        bf16=pick_dtype(place.dtype, place.kind) == torch.bfloat16,
-        dense=pick_attention(place.attention, place.kind) == "sdpa",
-        reference=reference,
-        samples=samples,
-        cuda=place.kind == "cuda",
+    ways = other_ways(settings, place, peft) if adapter else []
+    passes = settings["rl.mini_batches"] * settings["rl.epochs"]
+    sampled = settings["rl.problems"] * settings["rl.group_size"] * settings["decoding.max_new_tokens"]
+    operations = passes * update_operations(memory.model, batch(settings)) * learns
+    if engine:
+        operations += sampling_operations(memory.model, sampled, decoding.denoising_steps or lm.block_size)
+    duration = Duration(
+        settings["steps"],
+        sampled,
+        batch(settings).width,
+        settings["steps"] * operations,
+        is_bound=True,
+        knobs="steps, rl.problems, rl.group_size or decoding.max_new_tokens",
+        preset="tiny_rl" if memory.model.parameters < SMALL else None,
     )
+    return Budget(phases, settings, knobs, place, f"{memory}\nat most {batch(settings)}", ways, duration)
+
+
+@dataclass(frozen=True)
+class Memories:
+    """A model's memory by what of it is trained: as `peft` says, or an adapter in its place."""
+
+    lm: DiffusionLM
+    optim: Optim
+    peft: Peft
+    adapter: Callable[[str], Peft] | None
+    place: Place
+    reference: bool = False
+    samples: bool = False
+    known: dict[str | None, Memory] = field(default_factory=dict)
+
+    def of(self, settings: Settings) -> Memory:
+        name = settings.get("peft")
+        if name not in self.known:
+            self.known[name] = self._made(self.adapter(name) if name and self.adapter else self.peft)
+        count = processes(settings, self.place)
+        return replace(self.known[name], parallelism=parallelism(settings.get("launch", "auto"), count))
+
+    def _made(self, peft: Peft) -> Memory:
+        place = self.place
+        return Memory(
+            architecture(self.lm.model.config, self.optim, peft, peft.base_dtype(place.dtype, place.kind)),
+            bf16=pick_dtype(place.dtype, place.kind) == torch.bfloat16,
+            dense=pick_attention(place.attention, place.kind) == "sdpa",
+            reference=self.reference,
+            samples=self.samples,
+            cuda=place.kind == "cuda",
+        )
+
+
+def processes(settings: Settings, place: Place) -> int:
+    """As many as there are, or as are proposed."""
+    return int(settings.get("gpus", place.gpus))
+
+
+def other_ways(settings: Settings, place: Place, peft: Peft) -> list[list[Settings]]:
+    """More GPUs that share the model, and adapters beside it: what to propose to who trains all of it."""
+    if peft != WHOLE:
+        return []
+    more = [count for count in GPUS if count > place.gpus and place.kind == "cuda"]
+    alone = {"launch": "auto"} if settings["launch"] in SHARING else {}  # which adapters leave too little for
+    return [[{"gpus": count, "launch": "fsdp2"} for count in more], [{"peft": name, **alone} for name in ADAPTERS]]
 
 
 def slowest(prompt: int, answer: int, steps: int | None, block_size: int) -> Trajectory:
@@ -159,7 +228,7 @@ def slowest(prompt: int, answer: int, steps: int | None, block_size: int) -> Tra
 
 
 def packed(strip: Strip, strips: float, settings: Settings, place: Place) -> MicroBatch:
-    return micro_batch(strip, strips, settings["row_tokens"], settings["micro_rows"], place.gpus)
+    return micro_batch(strip, strips, settings["row_tokens"], settings["micro_rows"], processes(settings, place))
 
 
 def update(memory: Memory, batch: MicroBatch, settings: Settings, scoring: int = SCORING) -> Bytes:

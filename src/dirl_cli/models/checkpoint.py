@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.adapter import merged
@@ -104,6 +104,23 @@ class Checkpoint:
         stored = Stored(self.path)
         directory = stored.directory()
         config = stored.config(directory, attention)
+        if device == "meta":
+            return self.outline(config, stored.tokenizer(directory))
+        block_size, mask_id = self.settled(config)
+        model = stored.model(directory, config, pick_dtype(dtype, device))
+        model = merged(model, self.adapter) if self.adapter else model
+        torch.nn.Module.to(model, device).eval()
+        require_finite(model)
+        return diffusion_lm(model, stored.tokenizer(directory), block_size, mask_id)
+
+    def outline(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> DiffusionLM:
+        """The model on `meta`, its shapes alone: no weight is read."""
+        block_size, mask_id = self.settled(config)
+        model = Stored(self.path).shapes(config, torch.float32)
+        return diffusion_lm(model.eval(), tokenizer, block_size, mask_id)
+
+    def settled(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """Block size and id of the mask token: as asked, as stored, or as published ones are."""
         block_size = given(self.block_size, getattr(config, "block_size", None), DEFAULT_BLOCK_SIZE)
         stored_mask = getattr(config, "mask_token_id", None)
         mask_id = given(self.mask_token_id, stored_mask, DEFAULT_MASK_TOKEN_ID)
@@ -116,14 +133,7 @@ class Checkpoint:
                 f"mask token {mask_id} is outside the vocabulary of {self.path} ({config.vocab_size}):"
                 " set model.mask_token_id"
             )
-        if device == "meta":  # its shapes alone: no weight is read
-            model = stored.shapes(config, pick_dtype(dtype, device))
-            return diffusion_lm(model.eval(), stored.tokenizer(directory), block_size, mask_id)
-        model = stored.model(directory, config, pick_dtype(dtype, device))
-        model = merged(model, self.adapter) if self.adapter else model
-        torch.nn.Module.to(model, device).eval()
-        require_finite(model)
-        return diffusion_lm(model, stored.tokenizer(directory), block_size, mask_id)
+        return block_size, mask_id
 
 
 def diffusion_lm(

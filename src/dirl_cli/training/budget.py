@@ -1,7 +1,7 @@
 """Whether a run fits the memory there is, and if not, the nearest settings that do."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Column, Table
 
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.models.checkpoint import pick_device
+from dirl_cli.training.duration import Duration
 from dirl_cli.training.plan import Bytes
 
 SPARE = 0.95  # what fits leaves a twentieth free
@@ -62,7 +63,9 @@ class Budget:
     """A run's memory against what there is.
 
     settings: what the phases depend on, as configured. knobs: by key, what it may be instead, from the least change
-    on; those first that cost least. facts: what else is worth knowing.
+    on; those first that cost least. ways: where no knobs suffice, other ways to train the same model: each a list of
+    changes, from the least on, of which the first that fits is proposed. facts: what else is worth knowing.
+    duration: what the run computes.
     """
 
     phases: Phases
@@ -70,6 +73,8 @@ class Budget:
     knobs: Mapping[str, Sequence[Any]]
     place: Place
     facts: str
+    ways: Sequence[Sequence[Settings]] = ()
+    duration: Duration | None = None
 
     @cached_property
     def room(self) -> int:
@@ -82,20 +87,48 @@ class Budget:
     def fits(self, changes: Settings) -> bool:
         return self.need(changes) <= SPARE * self.room
 
-    def nearest(self) -> dict[str, Any] | None:
-        """Changes that make it fit, none of which could be left out or be smaller; None if nothing does."""
-        changes: dict[str, Any] = {}
+    def nearest(self, way: Settings | None = None) -> dict[str, Any] | None:
+        """Changes that make it fit, none of which could be left out or be smaller; None if nothing does.
+
+        way: changes to begin with, which stay.
+        """
+        start = dict(way or {})
+        changes = dict(start)
         for key, value in ((key, value) for key, values in self.knobs.items() for value in values):
             if self.fits(changes):
                 break
             changes[key] = value
         if not self.fits(changes):
             return None
-        for key in reversed(list(changes)):
+        for key in [key for key in reversed(changes) if key not in start]:
             others = {other: value for other, value in changes.items() if other != key}
             least = next(value for value in self.knobs[key] if self.fits({**others, key: value}))
             changes = others if self.fits(others) else {**others, key: least}
-        return {key: changes[key] for key in self.knobs if key in changes}
+        return start | {key: changes[key] for key in self.knobs if key in changes}
+
+    def proposals(self) -> list[dict[str, Any]]:
+        """The nearest settings that fit; where none do, the least of each other way to train the same model."""
+        if nearest := self.nearest():
+            return [nearest]
+        found = [self.first_that_fits(ways) for ways in self.ways]
+        return [changes for changes in found if changes]
+
+    def first_that_fits(self, ways: Sequence[Settings]) -> dict[str, Any] | None:
+        for way in ways:
+            try:
+                changes = self.nearest(way)
+            except DirlError:
+                continue  # an adapter to layers that this model does not have
+            if changes:
+                return changes
+        return None
+
+    def warnings(self) -> Iterator[str]:
+        """What to say before the run starts: that it may not fit, or takes long. Raises DoesNotFit."""
+        if doubt := self.require():
+            yield doubt
+        if self.duration and self.place.kind == "cpu" and self.duration.is_long:
+            yield self.duration.warning()
 
     def verdict(self) -> str:
         """Whether it fits, and else what does, in a sentence."""
@@ -106,9 +139,9 @@ class Budget:
             return f"this fits: {takes}"
         takes = f"this {'may' if need <= ERROR * self.room else 'does'} not fit: {takes}"
         anyway = f"(memory_gb={math.ceil(need / SPARE / 1e9)} starts it all the same)"
-        if changes := self.nearest():
-            words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
-            return f"{takes}: give {words}, which takes {size(self.need(changes))} {anyway}"
+        if proposals := self.proposals():
+            choices = [f"{spelled(changes)}, which takes {size(self.need(changes))}" for changes in proposals]
+            return f"{takes}: give {'; or '.join(choices)} {anyway}"
         least = self.need({key: values[-1] for key, values in self.knobs.items() if values})
         millions = max(parts["parameters"] for parts in now.values()) / 4e6 * SPARE * self.room / least
         return (
@@ -117,17 +150,24 @@ class Budget:
         )
 
     def require(self) -> str | None:
-        """Raises DirlError if it clearly does not fit; returns a sentence if it may not."""
+        """Raises DoesNotFit if it clearly does not; returns a sentence if it may not."""
         if self.need({}) > ERROR * self.room:
-            raise DirlError(self.verdict())
+            raise DoesNotFit(self.verdict())
         return None if self.fits({}) else self.verdict()
 
     def show(self, config: Any, console: Console) -> None:
-        """Print the configuration, the memory that each part takes in each phase, and the verdict."""
+        """Print the configuration, the memory that each part takes in each phase, and the verdict.
+
+        Raises DoesNotFit, whose sentence the verdict then is.
+        """
         text = yaml.safe_dump(config, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110)
         console.print(Syntax("", "yaml", theme="ansi_dark").highlight(text))
         console.print(self.table())
-        console.print(f"\n{self.facts}\n{self.verdict()}", markup=False)
+        console.print(f"\n{self.facts}", markup=False)
+        if self.duration and self.place.kind == "cpu":
+            console.print(str(self.duration), markup=False)
+        self.require()
+        console.print(self.verdict(), style="bold", markup=False)
 
     def table(self) -> Table:
         """A row for each part, a column for each phase."""
@@ -139,6 +179,11 @@ class Budget:
                 table.add_row(part, *(size(one) if one else "" for one in sizes))
         table.add_row("together", *(size(sum(parts.values())) for parts in phases.values()), style="bold")
         return table
+
+
+def spelled(changes: Settings) -> str:
+    """Settings as words of a command line."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
 
 
 def halvings(value: int, least: int) -> list[int]:

@@ -1,0 +1,79 @@
+"""How long a run will take on this machine's CPU: what it computes against what a CPU does, before it starts."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from dirl_cli.training.plan import Architecture, MicroBatch
+
+EFFICIENCY = 0.2  # of a large matrix product's speed, in a step with all that is not one
+SMALL = 10_000_000  # parameters of a model that the embedded one's recipe is for
+LONG = 1800  # seconds worth a warning
+
+
+@dataclass(frozen=True)
+class Duration:
+    """What a run computes.
+
+    tokens: of a step. width: of a row. operations: of floating-point numbers, in all of its steps. is_bound: whether
+    tokens and operations are the most there may be. knobs: settings that make it less. preset: the experiment for a
+    model as small as this one, if it is so small.
+    """
+
+    steps: int
+    tokens: int
+    width: int
+    operations: float
+    is_bound: bool
+    knobs: str
+    preset: str | None
+
+    def __str__(self) -> str:
+        most = "at most" if self.is_bound else "about"
+        cost = f"{most} {self.tokens:,} tokens a step × {self.steps:,} steps, in rows of {self.width:,}"
+        return f"{cost}: {most} {clock(self.seconds)} on this CPU"
+
+    def warning(self) -> str:
+        """The same with what to give instead."""
+        preset = f", or give experiment={self.preset}, which is for a model as small as this one" if self.preset else ""
+        return f"{self}: lower {self.knobs}{preset}"
+
+    @property
+    def seconds(self) -> float:
+        return self.operations / (EFFICIENCY * operations_per_second())
+
+    @property
+    def is_long(self) -> bool:
+        return self.seconds > LONG
+
+
+def update_operations(model: Architecture, batch: MicroBatch) -> float:
+    """Of a step's forward and backward: products with weights, attention over whole rows, logits of what is scored."""
+    scored = batch.step * batch.scored / (batch.rows * batch.width)
+    attention = 2 * model.layers * model.queries * batch.width
+    return 6.0 * (batch.step * (model.layer_parameters + attention) + scored * model.vocabulary * model.hidden)
+
+
+def sampling_operations(model: Architecture, tokens: int, steps: int) -> float:
+    """Of drawing so many tokens, each block in so many forwards."""
+    return 2.0 * tokens * steps * (model.layer_parameters + model.vocabulary * model.hidden)
+
+
+def operations_per_second() -> float:
+    """Of a product of two matrices that fit the cache, on the threads there are; a moment's measurement."""
+    matrix = torch.ones(512, 512)
+    taken = []
+    for _ in range(4):
+        began = time.perf_counter()
+        matrix @ matrix
+        taken.append(time.perf_counter() - began)
+    return 2.0 * 512**3 / min(taken)
+
+
+def clock(seconds: float) -> str:
+    """Such as `20 minutes`, `3 hours`, `5 days`."""
+    for unit, size in (("days", 86_400), ("hours", 3600)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{max(2, seconds / 60):.0f} minutes"
