@@ -4,11 +4,11 @@ import re
 from fractions import Fraction
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from dirl_cli.reward.algebra import math_verified
-from dirl_cli.reward.equality import plainly_equal, verified
+from dirl_cli.reward.equality import compared, plainly_equal, verified
 from dirl_cli.reward.notation import number
 from dirl_cli.reward.tidy import tidy
 
@@ -577,6 +577,17 @@ n^3
 x>4
     =   4<x   4 < x
     ≠   x>4, x \ne 7   4>x   x \ge 4
+5
+    ≠   x \not= 5   x \ne 5   x != 5   x \ge 5   x >= 5   2x = 5   5 \approx 6   6 \approx 5   5 \quad 6
+    ≠   5'   5''   5²   ⁵   5₂   5 \text{ quadrillion}   5 grand   5 elevenths   5 abcd   5^{st}   5 \mod 4   5 \pmod 4
+100!
+    ≠   100!+1   100!-1
+x^2=-1
+    =   x^2+1=0
+    ≠   x^2=-2   x^2=1
+f(x,y)=xy
+    =   f(a,b)=ab
+    ≠   f(a,b)=a+b   f(a,b)=xy
 -1<x\le 6
     =   6 \ge x > -1   (-1,6]
     ≠   6 > x \ge -1   6 \le x < -1
@@ -618,6 +629,20 @@ def test_nothing_is_no_answer(gold: str, answer: str) -> None:
 def test_every_answer_says_what_it_says_itself() -> None:
     golds = [gold for gold, _, _ in rows()]
     assert all(plainly_equal(gold, gold) and plainly_equal(gold, rf"$\displaystyle {gold}\,$.") for gold in golds)
+
+
+PIECES = r"""\text{ 5x=1,;()[]{}/<:&$.'!_8^2\\ \{ \} \pmod 5 \text{a} \text{ or } \pm \cup \le \in \approx \%"""
+PIECES += r""" \$ \sqrt \forall \begin{cases} \end{cases} \begin{pmatrix} \end{pmatrix} \frac{1}{2} (x,y)= million"""
+PIECES += " √ ² ½ 万 A. pm and "
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*PIECES.split(" "), *"5x=,;()[]{}/ "]), max_size=40).map("".join), st.booleans())
+@example(r"\begin{cases}\end{cases}", True)
+@example(r"(\begin{matrix}\end{matrix})", True)
+def test_rules_reach_a_verdict_on_anything(text: str, known: bool) -> None:
+    for gold, answer in (("5", text), (text, "5"), (text, text[::-1]), (text, text + text)):
+        assert compared(gold, answer, lambda one, other: known) in (True, False)
 
 
 NESTED = [  # an answer, and whether the quick path may take it for a 5

@@ -56,6 +56,8 @@ def spelt_out(text: str, cased: frozenset[str]) -> str:
             parts.append(f"{letter}_{{capital{'prime' * token.count(PRIMED)}}}")
         elif letter.isalpha() and letter != token:
             parts.append(f"{letter}_{{{'prime' * token.count(PRIMED)}}}")
+        elif token == PRIMED:  # of a number
+            parts.append(r" \cdot p_{prime}")
         else:
             parts.append(token)
     return re.sub(r"I(?= ?\^)", "(I)", "".join(parts))
@@ -80,6 +82,7 @@ def guard() -> None:
     sympy_parser.eval_expr = only_words(sympy_parser.eval_expr)
     grader.sympy_numeric_eq = numbers_equal(grader.sympy_numeric_eq)
     grader.sympy_symbolic_eq = formulas_equal(grader.sympy_symbolic_eq)
+    grader.sympy_solve_and_compare = solutions_equal(grader.sympy_solve_and_compare)
     # With an i in one of two texts, math-verify takes the same letters for other symbols there than in the other text.
     parser.should_treat_as_complex = lambda text: False
 
@@ -111,17 +114,13 @@ def numbers_equal(theirs: Judge) -> Judge:
         written = a.has(Float), b.has(Float)
         a, b = exact(a).doit(), exact(b).doit()
         one_is_decimal = (written[0] and a.is_Rational) != (written[1] and b.is_Rational)
-        if a.is_Rational and b.is_Rational and not one_is_decimal:
-            return bool(a == b)
-        x, y = value(a), value(b)
-        if x is None or y is None:
-            return bool(a == b)
-        if one_is_decimal and x.is_real and y.is_real:
-            p, q = as_fraction(a, x), as_fraction(b, y)
-            ends = [one.is_Rational and has_decimals(r) for one, r in ((a, p), (b, q))]
-            if not all(ends):
+        if one_is_decimal:
+            p, q = as_fraction(a), as_fraction(b)
+            ends = [one.is_Rational and r is not None and has_decimals(r) for one, r in ((a, p), (b, q))]
+            if p is not None and q is not None and not all(ends):
                 return round_alike(q, p) if ends[0] else round_alike(p, q)
-        return close(x, y)
+        verdict = same_value(a, b)
+        return bool(a == b) if verdict is None else verdict
 
     return equal
 
@@ -144,6 +143,18 @@ def formulas_equal(theirs: Judge) -> Judge:
     return equal
 
 
+def solutions_equal(theirs: Judge) -> Judge:
+    """Equality of equations: math-verify compares their solutions pair by pair, so that two without any are equal."""
+    from sympy import Eq, solve
+
+    def equal(gold: Any, answer: Any, *precision: int) -> bool:
+        if isinstance(gold, Eq) and not solve(gold, gold.free_symbols):
+            return False
+        return theirs(gold, answer, *precision)
+
+    return equal
+
+
 def equal_at(point: int, a: Any, b: Any) -> bool | None:
     """Whether two formulas have the same value where their variables have certain values; None if one has none."""
     from sympy import Rational
@@ -152,8 +163,15 @@ def equal_at(point: int, a: Any, b: Any) -> bool | None:
     for symbol in a.free_symbols | b.free_symbols:
         chance = Random(f"{symbol.name} {point}")  # the same for the same name
         chosen[symbol] = Rational(chance.choice((-1, 1)) * chance.randrange(1, 1000), 101)
-    x, y = value(a.xreplace(chosen)), value(b.xreplace(chosen))
-    return None if x is None or y is None else close(x, y)
+    return same_value(a.xreplace(chosen).doit(), b.xreplace(chosen).doit())
+
+
+def same_value(a: Any, b: Any) -> bool | None:
+    """Whether two numbers are equal, exactly if they are rational; None where one is not finite."""
+    if a.is_Rational and b.is_Rational:
+        return bool(a == b)
+    x, y = value(a), value(b)
+    return None if x is None or y is None else bool(abs(x - y) <= max(abs(x), abs(y)) * SMALL)
 
 
 def exact(expression: Any) -> Any:
@@ -168,9 +186,7 @@ def value(expression: Any) -> Any:
     from sympy import Integer
 
     found = expression.evalf(DIGITS, maxn=4 * DIGITS)
-    if not found.is_number or found.is_finite is False:
-        return None
-    if found.is_finite is None:
+    if not found.is_number or not found.is_finite:
         return None
     if abs(found) < SMALL:
         more = expression.evalf(3 * DIGITS, maxn=9 * DIGITS)
@@ -178,15 +194,15 @@ def value(expression: Any) -> Any:
     return found
 
 
-def close(x: Any, y: Any) -> bool:
-    return bool(abs(x - y) <= max(abs(x), abs(y)) * SMALL)
-
-
-def as_fraction(expression: Any, approximate: Any) -> Fraction:
+def as_fraction(expression: Any) -> Fraction | None:
+    """The number, or what it is to DIGITS digits; None if it is not real."""
     from sympy import Rational
 
-    found = expression if expression.is_Rational else Rational(approximate)
-    return Fraction(int(found.p), int(found.q))
+    found = expression if expression.is_Rational else value(expression)
+    if found is None or not found.is_real:
+        return None
+    ratio = Rational(found)
+    return Fraction(int(ratio.p), int(ratio.q))
 
 
 def is_matrix(expression: Any) -> bool:

@@ -28,6 +28,7 @@ INDEX = re.compile(r"_\{[^{}]*\}|_.")
 ARGUMENT = re.compile(r"\(([^()]*)\)")
 NAME = re.compile(r"[A-Za-z|\\':/]*(?:\^-1)?")
 MULTIPLE = re.compile(r"-?\d+(?:\.\d+)? ?\*?[A-Za-z]")
+POINT = re.compile(r"^[A-Z] ?(?=\([^()]*,[^()]*\)$)")
 SPACE = re.compile(r"(?<!\d) | (?!\d)")  # but 5 4 is not 54
 SPACED = re.compile(r"[-+]?\d+(?: \d+)+")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -38,6 +39,7 @@ OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[A-J](?![A-Za-z])|not\b|or\b|nor\b
 TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))? ?(?:\\text ?\{ ?)?(?:([ap])\.? ?m\.?)?(?: ?\})?", re.IGNORECASE)
 MODULO = r"\\[pb]?mod(?![a-z])|\\text ?\{ ?\(?mod(?:ulo)? ?\}?|mod(?:ulo)?(?![a-z])"
 RESIDUE = re.compile(rf"(.*?),? ?\(? ?(?:{MODULO}) ?\{{? ?(\d+|[a-z]) ?\}}? ?\)?\}}?")
+UNEQUAL = r"\\(?:[lg]e|ne|not)(?![a-z])|\\not[a-z]|[<>]"
 RELATION = r"\\[lg]e(?![a-zA-Z])|<|>"
 FOR = re.compile(r",? ?(?:\\text ?\{ ?,? ?(?:where|with|for)( all| any| every| each)?[^{}]*\}|(\\forall(?![a-z]))) ?")
 IN = r"\\in ?\\mathbb ?\{?[A-Z]\}?[\^_+*{}\d> ]*|(?:\\ge|>|\\ne) ?-?[0-3]"
@@ -107,8 +109,10 @@ def as_choice(gold: str, answer: str, judge: Judge) -> bool | None:
 def as_time(gold: str, answer: str, judge: Judge) -> bool | None:
     """4:30 p.m. is 16:30, and 4:30 where only one tells the half of the day."""
     wanted, given = TIME.fullmatch(gold), TIME.fullmatch(answer)
-    if wanted is None or given is None or not (wanted[3] or given[3]):
+    if not (wanted and wanted[3]) and not (given and given[3]):
         return None
+    if wanted is None or given is None:
+        return False if ":" in gold + answer else None
     minutes, halves = [], []
     for time in (wanted, given):
         hour, half = int(time[1]), (time[3] or "").lower()
@@ -122,6 +126,8 @@ def as_percent(gold: str, answer: str, judge: Judge) -> bool | None:
     wanted, given = gold.removesuffix(r"\%"), answer.removesuffix(r"\%")
     if (wanted, given) == (gold, answer):
         return None
+    if any(text.endswith(r"\%") for text in (wanted, given)):
+        return False
     shares = [text if text == full else rf"\frac{{{text}}}{{100}}" for text, full in ((wanted, gold), (given, answer))]
     return same(wanted, given, judge) or same(shares[0], shares[1], judge)
 
@@ -164,6 +170,9 @@ def without_name(text: str) -> str:
 def as_residues(gold: str, answer: str, judge: Judge) -> bool | None:
     """10 is 3 modulo 7; where only one tells the modulus, it is what the question tells."""
     wanted, given = RESIDUE.fullmatch(gold), RESIDUE.fullmatch(answer)
+    one = wanted or given
+    if one is None:
+        return None
     if wanted and given:
         values = number(without_name(wanted[1])), number(without_name(given[1]))
         if wanted[2] != given[2]:
@@ -171,8 +180,9 @@ def as_residues(gold: str, answer: str, judge: Judge) -> bool | None:
         if values[0] is not None and values[1] is not None and wanted[2].isdigit() and int(wanted[2]):
             return (values[0] - values[1]) % int(wanted[2]) == 0
         return same(wanted[1], given[1], judge)
-    if not wanted and not given:
-        return None
+    residue = number(without_name(one[1]))
+    if residue is not None and one[2].isdigit() and residue >= int(one[2]):
+        return None  # the remainder is still to be taken
     return same(wanted[1] if wanted else gold, given[1] if given else answer, judge) or None
 
 
@@ -279,6 +289,7 @@ def tuples(solved: list[dict[str, str]]) -> str:
 
 def as_brackets(gold: str, answer: str, judge: Judge) -> bool | None:
     """Tuples, columns and intervals in their order; the kind of bracket counts for two elements, as in an interval."""
+    gold, answer = POINT.sub("", gold), POINT.sub("", answer)
     wanted, given = bracketed(gold), bracketed(answer)
     kinds = [found and found[0] + found[2] for found in (wanted, given)]
     golds, answers = (split(found[1] if found else text, LIST) for found, text in ((wanted, gold), (given, answer)))
@@ -352,7 +363,8 @@ def as_equations(gold: str, answer: str, judge: Judge) -> bool | None:
         return None
     if not names:
         numbers = all(same(gold, part, judge) for part in others if NUMERIC.fullmatch(part))
-        return numbers and not MULTIPLE.fullmatch(others[0]) and same(gold, given, judge)
+        said = not MULTIPLE.fullmatch(others[0]) and not any(re.search(UNEQUAL, part) for part in others)
+        return numbers and said and same(gold, given, judge)
     if not others:
         return is_name(names[0]) and same(value, answer, judge)
     if not is_name(names[0]) or spelt(names[0]) != spelt(others[0]) or differ(INDEX, names[0], others[0]):
@@ -385,22 +397,36 @@ def differ(part: re.Pattern[str], name: str, other: str) -> bool:
 
 
 def with_argument(formula: str, old: list[str], new: list[str]) -> str | None:
-    """The formula of another variable, as t^2 of t becomes x^2; None where x has a meaning already."""
-    if len(old) != 1 or len(new) != 1 or not all(re.fullmatch("[a-zA-Z]", name) for name in (*old, *new)):
+    """The formula of other variables, as t^2 of t becomes x^2; None where x has a meaning already."""
+    before, after = (re.sub(r"\s", "", ",".join(names)).split(",") for names in (old, new))
+    if len(before) != len(after) or not all(re.fullmatch("[a-zA-Z]", name) for name in (*before, *after)):
         return None
+    renamed = dict(zip(before, after, strict=True))
     tokens = re.findall(r"\\[a-zA-Z]+|.", formula, re.DOTALL)
-    return None if new[0] in tokens else "".join(new[0] if token == old[0] else token for token in tokens)
+    if any(name in tokens and name not in renamed for name in after):
+        return None
+    return "".join(renamed.get(token, token) for token in tokens)
 
 
 def as_rounded(gold: str, answer: str, judge: Judge) -> bool | None:
-    r"""Where the gold is given with \approx, its decimals are those that count."""
+    r"""Where the gold is given with \approx, its decimals are those that count; an answer's must be rightly rounded."""
     exact, sign, rounded = map(str.strip, gold.partition(r"\approx"))
     if not sign:
-        return None
-    near, value = number(rounded), number(answer)
-    if near is not None and value is not None and round(value, len(rounded.partition(".")[2])) == near:
+        exact, sign, rounded = map(str.strip, answer.partition(r"\approx"))
+        if not sign or is_name(exact):
+            return None
+        return rounds(rounded, exact) is not False and same(gold, exact, judge)
+    if rounds(rounded, answer):
         return True
     return same(rounded if is_name(exact) else exact, answer, judge)
+
+
+def rounds(rounded: str, exact: str) -> bool | None:
+    """Whether a decimal is what a number rounds to; None where they are no numbers."""
+    near, value = number(rounded), number(exact)
+    if near is None or value is None:
+        return None
+    return round(value, len(rounded.partition(".")[2])) == near
 
 
 WORDED: tuple[Rule, ...] = (as_choice, as_time)  # for these the words count that stand beside

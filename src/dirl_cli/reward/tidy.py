@@ -9,7 +9,19 @@ GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu x
 
 # What is not ASCII, as LaTeX; full-width signs and letters in fonts become plain ones by Unicode's own tables.
 SYMBOLS = str.maketrans(
-    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "∗": "*", "÷": "/", "∕": "/"}
+    {
+        "−": "-",
+        "–": "-",
+        "‐": "-",
+        "‑": "-",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "⋅": r"\cdot ",
+        "∙": r"\cdot ",
+        "∗": "*",
+        "÷": "/",
+        "∕": "/",
+    }
     | {"±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx "}
     | {"⩽": r"\le ", "⩾": r"\ge ", "≡": r"\equiv ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset "}
     | {"∠": r"\angle ", "△": r"\triangle ", "∨": r"\lor ", "∧": r"\land ", "⟨": "(", "⟩": ")", "∣": "|", "′": "'"}
@@ -34,6 +46,7 @@ ASIDE = r"color|textcolor|tag|label|hspace\*?|vspace\*?|phantom|hphantom|vphanto
 LETTERS = "mathbf|mathit|mathsf|mathtt|boldsymbol|bm|pmb|underline|uline"
 UPRIGHT = "mathrm|textbf|textit|textrm|textsf|texttt|textup|textnormal|emph|mbox|hbox"
 QUALIFYING = "more|less|fewer|greater|higher|lower|above|below|under|over|up|a|an|one|two|three|so"  # 5 or more
+RAISE, END = r" ?(?:\^ ?\{? ?)?(?:\\text ?\{ ?)?", r"(?![a-zA-Z])(?: ?\}){0,2}"  # around the end of an ordinal
 
 
 def command(names: str) -> str:
@@ -51,12 +64,13 @@ def typed(found: re.Match[str]) -> str:
 
 
 def based(found: re.Match[str]) -> str:
-    return "_" + (found[1] if found[1].isdigit() else str(2 + BASES.split("|").index(found[1])))
+    name = found[1] or found[2]
+    return f"_{name if name.isdigit() else 2 + BASES.split('|').index(name)}"
 
 
 REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     # Rows of a matrix, with or without the space below them.
-    (rf"\\\\\*? ?\[ ?-?[\d.]+ ?[a-z]{{2}} ?\]|{command('cr')}", r"\\\\"),
+    (rf"\\\\\*?(?: ?\[ ?-?[\d.]+ ?[a-z]{{2}} ?\])?|{command('cr')}", r"\\\\"),
     (command("hline"), ""),
     # What only sets, spaces and ends.
     (r"(?<=\d)(?:\{,\}|,\\! *|\\[,;:! ] *| )(?=\d{3}(?!\d))", ""),  # thousands: 1{,}000, 10,\!080, 1\,000, 1 000
@@ -81,9 +95,12 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\[dt]binom", r"\\binom"),
     (f"{command('leq?|leqslant')}|<=", r"\\le "),
     (f"{command('geq?|geqslant')}|>=", r"\\ge "),
+    (r"\\not ?=|!=", r"\\ne "),
+    (r"\\not ?\\([a-z]+)", r"\\not\1"),
     (command("lt"), "<"),
     (command("gt"), ">"),
     (command("imath"), "i"),
+    (command("bmod"), r"\\mod "),
     (rf"{command('colon')}|(?<=\d) to (?=\d)|(?<=\d) ?{text('to')} ?(?=\d)", ":"),
     (command("langle|lparen"), "("),
     (command("rangle|rparen"), ")"),
@@ -96,14 +113,14 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r" ?\^ ?\{? ?\\circ ?\}? ?(?:\\text ?\{ ?)?([CF])(?![a-zA-Z]) ?\}?", lambda found: TEMPERATURES[found[1]]),
     (r" ?(?:\^ ?\{? ?\\circ|\\degree)(?![a-zA-Z]) ?\}?", ""),
     (rf" ?(?:\\?%|{text('per ?cent')}|{text('pct')}|per ?cent(?:age)?$|pct$)", r"\\%"),
-    (r"(?<=\d) ?(?:\^ ?\{? ?)?(?:\\text ?\{ ?)?(?:st|nd|rd|th)(?![a-zA-Z])(?: ?\}){0,2}", ""),
+    (rf"(?<=1){RAISE}st{END}|(?<=2){RAISE}nd{END}|(?<=3){RAISE}rd{END}|(?<=\d){RAISE}th{END}", ""),
     # Lists, by whatever word or sign.
     (rf" ?{command('lor|vee|land|wedge')} ?", ","),
     (f",? ?{text('(?:, ?)?(?:and|or)')}", ","),
     (rf",? ?(?<![\w\\])(?:and|or)(?!\w)(?! ?(?:{QUALIFYING})(?![a-zA-Z]))", ","),
     (r"(?<=[\d)}])(?:and|or)(?=[-\d(\\]|[A-Za-z](?:\([a-z]\))?=)", ","),  # x=1orx=4
     # Bases by name.
-    (rf"_ ?\{{? ?(?:\\text ?\{{ ?)?({BASES})(?: ?\}}){{1,2}}", based),
+    (rf"_ ?\{{? ?(?:\\text ?\{{ ?)?(?:base[- ]?(\d+)|({BASES}))(?: ?\}}){{1,2}}", based),
     (rf"(?<=[\dA-F]) ?(?:\\text ?\{{ ?)?\(?(?:in )?base(?: ?\}})?[- ]?(\d+|{BASES})\)?(?: ?\}})?$", based),
     (text(""), ""),
     ("  +", " "),
@@ -154,13 +171,13 @@ def in_root(found: re.Match[str]) -> str:
 def with_plain_environments(answer: str) -> str:
     """Aligned lines and systems as lists, arrays in brackets as matrices."""
     answer = ALIGNED.sub(lambda found: as_list(found[2]), answer)
-    answer = GRID.sub(lambda found: rf"\begin{{pmatrix}}{found[1] or found[2]}\end{{pmatrix}}", answer)
+    answer = GRID.sub(lambda found: rf"\begin{{pmatrix}}{found[1] or found[2] or ''}\end{{pmatrix}}", answer)
     return SYSTEM.sub(system, answer).strip()
 
 
 def system(found: re.Match[str]) -> str:
     """Equations that hold at once as a list; cases, which have a condition each, stay what they are."""
-    inside = re.sub(r"& ?(?==)", "", found[1] or found[2])
+    inside = re.sub(r"& ?(?==)", "", found[1] or found[2] or "")
     return rf"\begin{{cases}}{inside}\end{{cases}}" if "&" in inside else as_list(inside)
 
 

@@ -32,6 +32,7 @@ SIZES = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "cub
 PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8}
 PARTS |= {"ninth": 9, "tenth": 10, "twelfth": 12, "sixteenth": 16, "twentieth": 20}
 POWERS = {"ten": 1, "hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
+POWERS |= {"mil": 6, "mn": 6, "bn": 9, "grand": 3, "myriad": 4}
 MULTIPLIERS = {name: Fraction(1, parts) for name, parts in PARTS.items()}
 MULTIPLIERS |= {name: Fraction(10**power) for name, power in POWERS.items()}
 MULTIPLIERS |= {f"{name}th": Fraction(1, 10**power) for name, power in POWERS.items() if power > 1}
@@ -41,16 +42,18 @@ MULTIPLIERS |= {"百": Fraction(100), "千": Fraction(1000), "万": Fraction(10*
 
 CARDINALS = "zero one two three four five six seven eight nine ten eleven twelve"
 QUALIFIERS = f"""
-    {CARDINALS} twenty thirty forty fifty sixty
+    {CARDINALS} twenty thirty forty fifty sixty seventy eighty ninety googol
     and or least most max maximum minimum up upwards upward over under below beneath beyond exceeding
     plus minus divided multiplied power powers exponent factorial inverse reciprocal negative negated opposite
     doubled tripled quadrupled halved twice thrice double triple mod modulo remainder base conjugate
     repeating recurring repeated periodic infinity infinite permille basis pi radical
     about around roughly nearly almost approx approximately circa maybe perhaps possibly probably unknown
-    not no never neither nor isn wrong incorrect false if unless except excluding without when where provided
+    not no never neither nor cannot isn aren doesn wrong incorrect false
+    impossible invalid rejected fails failed if unless except excluding without when where provided
     半 分 又 或 和 不 约 余 多 少 以 至 负 点 方 之
 """
 QUALIFYING = {*MULTIPLIERS, *QUALIFIERS.split()}
+NUMERAL = re.compile("(?:eleven|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)tie|[a-z]+illion)(?:th)?s?")
 ONLY_FIRST = {"squared", "cubed", "root", "rooted", "sqrt"}  # after a unit they belong to it, as in metres squared
 BESIDE = {"men", "sq", "cu", "or", "and", "at", "am", "pm", "ten"}  # short words that are no products of letters
 
@@ -58,10 +61,12 @@ CURRENCY = r"(?:US|A|C)? ?\\?\$|US dollars|USD|EUR|GBP|JPY|CNY|RMB|INR|Rs\.?|[�
 BEFORE = re.compile(rf"(-?) ?(?:\\text ?\{{ ?({CURRENCY}) ?\}}|({CURRENCY})) ?(-? ?[\d.(\\{{].*)", re.DOTALL)
 AFTER = re.compile(r"(.*\d) ?(\\\$|[€£¥₹¢])", re.DOTALL)
 
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"  # no word is a part of it, as a product of variables may be
+
 POWER = r"(?: ?\^ ?\{? ?-?\d ?\}?)?"
 UPRIGHT = rf"\\text ?\{{[^{{}}]*\}}{POWER}"
 TAIL = re.compile(
-    rf"(?<=[^ ^_,;=+*/(<>-])(?: ?{UPRIGHT}(?: ?(?:/|\\cdot(?![a-z]))? ?(?:{UPRIGHT}|(?<=[/ ])[A-Za-z]+{POWER}))*"
+    rf"(?<=[^ ^_,;=+*/(<>-])(?: ?{UPRIGHT}(?:(?: ?(?:/|\\cdot(?![a-z])) ?| ?)(?:{UPRIGHT}|(?<=[/ ])[A-Za-z]+{POWER}))*"
     rf"|(?<=[\d}}!]) ?(?:[A-Za-z][A-Za-z/.' -]*{POWER}|[\u4e00-\u9fff]+))$"
 )
 COMMAND = re.compile(rf"\\text|\\cdot|{POWER[:-1]}|(?<=m)[23](?![a-z])")
@@ -96,13 +101,18 @@ def measured(text: str) -> Measured:
     value = text[: found.start()].rstrip()
     words = WORD.findall(COMMAND.sub("", found[0]).lower().replace(".", ""))
     value, words = multiplied(value, words)
-    if any(word in QUALIFYING or (word in ONLY_FIRST and i == 0) for i, word in enumerate(words)):
+    if any(map(qualifies, words)) or (words and words[0] in ONLY_FIRST):
         return Measured(value, units, qualified=" ".join(words))
 
     named = [UNITS[word] for word in words if word in UNITS]
     spelt = [name for unit in named for name in SPELT.get(unit, [unit]) if unit != "degree" or len(named) == 1]
     powers = [SIZES[word] for word in words if word in SIZES] + re.findall(r"\^ ?\{? ?(-?\d)", found[0])
     return Measured(value, (*units, *spelt), tuple(powers))
+
+
+def qualifies(word: str) -> bool:
+    """Whether a word makes another statement of the number before it, and does not only say what is counted."""
+    return word in QUALIFYING or NUMERAL.fullmatch(word) is not None
 
 
 def without_currency(text: str) -> tuple[str, tuple[str, ...]]:
@@ -133,6 +143,8 @@ def is_wordy(tail: str) -> bool:
     spaced = tail.startswith(" ")
     if word.lower() in UNITS or (spaced and word.lower() in BESIDE):
         return True
+    if word in ALPHABET:
+        return False
     if spaced:
         return any(len(other) > 3 for other in WORD.findall(plain))
     return len(word) > 3 and re.search(r".[aeiou]", word) is not None
