@@ -106,12 +106,7 @@ def test_without_weight_there_are_no_causal_rows():
     assert Annealing((), 0.0, 1.0, 0.0).causal_rows([EIGHT], FINAL) == []
 
 
-@pytest.mark.parametrize("sizes", [(3,), (1, 8), (0,)])
+@pytest.mark.parametrize("sizes", [(3,), (1, 8)])
 def test_sizes_that_lead_nowhere_are_refused(sizes):
     with pytest.raises(DirlError, match="each must divide the next"):
         Annealing(sizes, 0.5, 1.0, 0.0).check(4)
-
-
-def test_shares_are_shares():
-    with pytest.raises(DirlError, match="up to 1"):
-        Annealing((), 1.5, 1.0, 0.0).check(4)

@@ -89,11 +89,6 @@ def test_the_same_seed_gives_the_same_problems_everywhere() -> None:
     assert draw_splits(1, 1, 1, 1).test != draw_splits(1, 1, 1, 0).test
 
 
-def test_a_mistyped_split_is_an_error_with_a_suggestion() -> None:
-    with pytest.raises(DirlError, match="did you mean test"):
-        Arithmetic(split="tset").problems()
-
-
 def test_the_vocabulary_is_small_and_begins_with_the_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     assert len(tokenizer) == 373
     assert tokenizer.convert_ids_to_tokens(range(4)) == list(SPECIAL)

@@ -140,7 +140,7 @@ def test_a_tree_of_ones_own_says_what_its_commands_do_by_default(jobs, here):
         (["lr=1"], "dirl sft: lr: no such key; did you mean optim.lr?"),
         (["decoding=dynamc"], "dirl sft: decoding=dynamc: did you mean dynamic?"),
         (["optim=sgd"], "dirl sft: optim=sgd: choose one of adamw, adamw_rl, adamw_rl_tiny, muon"),
-        (["steps=few"], "dirl sft: steps=few: Value 'few' of type 'str' could not be converted to Integer"),
+        (["steps=few"], "dirl sft: steps=few: give a whole number of at least 1"),
         (["seed=1,2"], "dirl sft: seed=1,2: add -m to run each of them"),
         (["-m", "seed=1,2", "optim.lrr=1"], "dirl sft: optim.lrr: no such key; did you mean optim.lr?"),
         (["seed"], "dirl sft: seed: an override has the form KEY=VALUE"),
@@ -239,7 +239,7 @@ def test_a_users_mapping_takes_the_place_of_the_one_there(jobs):
     assert jobs[-1]["reward"]["weights"] == {"boxed": 1, "format": 0.5}
     assert dirl("rl", "+reward.weights={boxed: 1}").exit_code == 0
     assert jobs[-1]["reward"]["weights"] == {"accuracy": 1.0, "boxed": 1}
-    assert dirl("rl", "reward.options={soft_overlong: {cache: 5}}").exit_code == 0
+    assert dirl("rl", "reward.weights={soft_overlong: 1}", "reward.options={soft_overlong: {cache: 5}}").exit_code == 0
     assert jobs[-1]["reward"]["options"] == {"soft_overlong": {"cache": 5}}
 
 
@@ -464,7 +464,7 @@ def test_build_names_the_key_that_is_wrong():
     mix = {"_target_": "dirl_cli.data.files.Mix", "name": "mix"}
     assert build(OmegaConf.create(good)).high == 0.2
     for change, sentence in [
-        ({"low": "wide"}, "masking.low: Value 'wide' of type 'str' could not be converted to Float"),
+        ({"low": "wide"}, "masking.low=wide: give a number of at least 0 and at most 1"),
         ({"low": "???"}, "give a value for masking.low, such as masking.low=…"),
         ({"hihg": 0.5}, "masking.hihg: no such key; did you mean high?"),
         ({"_target_": "dirl_cli.diffusion.masking.Bnad"}, "did you mean Band?"),

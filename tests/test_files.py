@@ -480,10 +480,9 @@ def test_a_mix_has_its_sources_with_their_weights_and_asks_them_in_turn(tmp_path
     assert sources_of(first) == ([first], [1.0])
 
 
-@pytest.mark.parametrize("weights", [[], [1.0, 0.0], [-1.0]])
-def test_a_mix_of_nothing_is_told(weights):
-    with pytest.raises(DirlError, match=r"data.sources must name at least one file, and every weight must be above 0"):
-        Mix("mix", [TrainingFile("a.json", weight=weight) for weight in weights])
+def test_a_mix_of_nothing_is_told():
+    with pytest.raises(DirlError, match=r"data.sources must name at least one file"):
+        Mix("mix", [])
 
 
 def test_sources_of_a_mix_are_told_apart_by_name():

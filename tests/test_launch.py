@@ -21,13 +21,13 @@ def settings(**chosen):
 @pytest.mark.parametrize(
     ("command", "chosen", "sentence"),
     [
-        ("sft", {"launch": "fsd2"}, "launch=fsd2: did you mean fsdp2?"),
         ("sft", {"launch": "single", "gpus": 2}, "launch=single is one process: leave gpus and nodes at 1"),
         ("sft", {"launch": "fsdp2"}, "launch=fsdp2 shares a model among processes: give gpus=2 or more"),
         ("rl", {"launch": "zero2"}, "launch=zero2 shares a model among processes: give gpus=2 or more"),
         ("eval", {"launch": "fsdp2", "gpus": 2}, "leave launch at auto for dirl eval"),
         ("rl", {"nodes": 2, "node_rank": 1}, "give each machine its node_rank, 0 to 1, and the main_address"),
         ("rl", {"nodes": 2, "main_address": "a"}, "give each machine its node_rank, 0 to 1, and the main_address"),
+        ("rl", {"nodes": 2, "node_rank": 2, "main_address": "a"}, "give each machine its node_rank, 0 to 1, and"),
     ],
 )
 def test_what_does_not_go_together_is_told(command, chosen, sentence):

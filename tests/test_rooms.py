@@ -6,13 +6,13 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "dirl_cli"
 
 # A room is a folder or a module at the top. Everyone may import these:
-FREE = {"disk", "errors", "plain", "screen", "types"}
+FREE = {"disk", "errors", "plain", "ranges", "screen", "types"}
 MAY_IMPORT = {
     "cli": {"launch", "complete", "overrides"},  # when a command starts
-    "launch": {"commands", "explain", "overrides", "rundir", "schema", "tree", "worker"},
+    "launch": {"build", "commands", "explain", "overrides", "rundir", "schema", "tree", "worker"},
     "worker": {"commands", "rundir"},
     "complete": {"overrides", "tree"},
-    "explain": {"tree"},
+    "explain": {"schema", "tree"},
     "overrides": set(),
     "rundir": {"tree"},
     "tree": {"schema"},
@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "disk": set(),
     "errors": set(),
     "plain": set(),
+    "ranges": set(),
     "screen": set(),
     "types": set(),
     "__init__": {"api"},

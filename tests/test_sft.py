@@ -218,7 +218,7 @@ def test_the_best_checkpoint_is_saved_where_it_is_measured(tmp_path, measured, b
     [
         (["max_tokens=9"], "nothing of arithmetic is left to learn from: raise max_tokens"),
         (["dtype=float16"], "dtype=float16: did you mean"),
-        (["device=gpu"], "device=gpu: did you mean cpu"),
+        (["device=gpu"], "device=gpu: did you mean cuda"),
         (["optim.lr=1e30", "optim.adamw_lr=1e30"], "the loss is .* at step 5, number 4 in a row to be"),
         (["resume=nowhere"], "nowhere holds no checkpoint"),
         (["keep_best=acuracy"], "keep_best=acuracy is not measured in this run"),

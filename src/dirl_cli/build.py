@@ -1,5 +1,6 @@
 """From a group's config to the object it describes."""
 
+import re
 from dataclasses import fields, replace
 from importlib import import_module
 from typing import Any, TypeVar, cast, get_origin, get_type_hints, overload
@@ -9,6 +10,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.plain import literal
+from dirl_cli.ranges import refusal, require, type_at
 from dirl_cli.tree import conf_dir, with_bases
 
 T = TypeVar("T")
@@ -25,21 +27,25 @@ def build(cfg: DictConfig, kind: type | None = None) -> Any:
     Raises DirlError that names the key: a wrong type, an unknown or a missing field, a target that is not there.
     """
     group = str(cfg._get_full_key(None)) or "config"
+    if kind is None and "_target_" not in cfg:
+        raise DirlError(f"{group} has no _target_, so there is nothing to make of it: choose {group}=… anew")
     kind = kind or find(str(cfg._target_), group)
     given = cast(dict[str, Any], literal(OmegaConf.to_container(cfg, resolve=True)))
     given.pop("_target_", None)
     nested = [key for key, value in given.items() if isinstance(value, dict) and "_target_" in value]
     given |= {key: build(cfg[key]) for key in nested}
-    typed = OmegaConf.structured(kind)
     try:
-        built = OmegaConf.to_object(OmegaConf.merge(typed, given))
+        typed = OmegaConf.merge(OmegaConf.structured(kind), given)
+        require(OmegaConf.to_container(typed, throw_on_missing=True), kind, group)
+        built = OmegaConf.to_object(typed)
     except MissingMandatoryValue as error:
         raise DirlError(f"give a value for {group}.{error.full_key}, such as {group}.{error.full_key}=…") from error
     except ConfigKeyError as error:
         known = [field.name for field in fields(cast(Any, error.object_type))]  # of `kind`, or of what it holds
         raise DirlError(f"{group}.{error.full_key}: no such key; {did_you_mean(str(error.key), known)}") from error
     except OmegaConfBaseException as error:
-        raise DirlError(f"{group}.{error.full_key}: {str(error).partition(chr(10))[0]}") from error
+        value, hint = value_at(given, str(error.full_key)), type_at(kind, str(error.full_key))
+        raise DirlError(refusal(f"{group}.{error.full_key}", value, hint)) from error
     return with_tuples(built)
 
 
@@ -50,6 +56,13 @@ def choice(group: str, name: str, **given: Any) -> Any:
         raise DirlError(f"{group}={name}: {did_you_mean(name, files)}")
     cfg = OmegaConf.merge({"seed": 0, group: with_bases(files[name])}, {group: given})
     return build(cast(DictConfig, cfg)[group])
+
+
+def value_at(given: Any, key: str) -> Any:
+    """What stands in nested containers under a full key, such as sources[0].weight."""
+    for part in re.findall(r"[^.\[\]]+", key):
+        given = given[int(part)] if isinstance(given, list | tuple) else given[part]
+    return given
 
 
 def find(target: str, group: str) -> type:

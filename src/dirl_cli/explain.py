@@ -6,10 +6,11 @@ from difflib import get_close_matches
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from dirl_cli import tree
+from dirl_cli import schema, tree
 from dirl_cli.plain import literal, shell_word
+from dirl_cli.ranges import describe, type_at
 
 COMPLAINTS = (HydraException, OmegaConfBaseException)
 ELSEWHERE = {  # what other toolkits call our keys
@@ -39,6 +40,8 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
         return f"{found[1]}={found[2]} is for another command: dirl {command} has no {found[3]}"
     if found := re.search(r"Could not override '(.+?)'", text):
         return f"{found[1]}: no such key; {hint(command, found[1], keys(command, words))}"
+    if sentence := mistyped(error, command):
+        return sentence
     if found := re.match(r"Error merging override (.+)", text):
         return f"{found[1]}: {first_line(cause)}"
     if found := re.search(r"Ambiguous value for argument '(.+?)'", text):
@@ -53,6 +56,16 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
         return f"give a value for {found[1]}: {', '.join(found[2].split())}"
     lines = [line.strip() for line in f"{text}\n{cause}".split("Config search path:")[0].splitlines()]
     return "; ".join(line for line in lines if line)
+
+
+def mistyped(error: Exception, command: str) -> str:
+    """The sentence for a value of another type than a command's setting has; nothing for any other error."""
+    cause = error.__cause__
+    if not isinstance(cause, ValidationError):
+        return ""
+    setting = type_at(schema.SCHEMAS[command], str(cause.full_key))
+    override = re.match(r"Error merging override (.+)", str(error))
+    return f"{override[1] if override else cause.full_key}: give {describe(setting)}" if setting else ""
 
 
 def first_line(text: str) -> str:

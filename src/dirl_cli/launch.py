@@ -8,11 +8,12 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,13 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dirl_cli import explain, overrides, schema, tree
-from dirl_cli.errors import DirlError, DoesNotFit, Interrupted, Stopped, did_you_mean, stop_code
+from dirl_cli.build import build
+from dirl_cli.errors import DirlError, DoesNotFit, Interrupted, Stopped, stop_code
 from dirl_cli.plain import is_secret, literal, masked
+from dirl_cli.ranges import require, spell, types_of
 from dirl_cli.rundir import model_of_run, open_run
 from dirl_cli.types import SHARING
 from dirl_cli.worker import FAILURE
 
-WHOLE = ("auto", "single", "ddp", "cpu_gloo")  # ways to launch in which every process holds the whole model
 SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
 ASKED = ("prompt", "messages", "instruction")  # keys whose text is a model's to read
 PATH_MODEL = "dirl_cli.models.checkpoint.Checkpoint"  # the model whose path may be a run's, or one of its checkpoints
@@ -65,7 +67,8 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
     fixed = [] if not sweep else overrides.fixed_keys(words)
     title = schema.slug(",".join(short.get(word, word) for word in words if word.partition("=")[0] not in fixed))
     ledger = Path("runs", name, f".sweep-{os.getpid()}").absolute()  # a file, since jobs may be other processes
-    ledger.unlink(missing_ok=True)  # of a sweep that was killed
+    if sweep:
+        begin_sweep(ledger)
     failed: list[DirlError] = []
 
     def task(cfg: DictConfig) -> None:
@@ -95,6 +98,18 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
         sum_up(name, title, ledger)
 
 
+def begin_sweep(ledger: Path) -> None:
+    """Make the file in which jobs note that they are done, where Hydra keeps the sweep's config too."""
+    try:
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        ledger.write_text("")  # there may be one of a sweep that was killed
+    except OSError as error:
+        raise DirlError(
+            f"{ledger.parent} cannot be written ({error.strerror}), where a sweep leaves its config:"
+            " start it in another directory"
+        ) from error
+
+
 def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> None:
     """Run a command on a composed config.
 
@@ -108,6 +123,7 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
     except OmegaConfBaseException as error:
         raise DirlError(explain.explain(error, name, [])) from error
     refuse_secrets(tree.leaves(OmegaConf.to_container(cfg)))
+    check_values(name, cfg)
     if OmegaConf.select(cfg, "model._target_") == PATH_MODEL:
         given: Any = OmegaConf.to_container(cfg.model)
         cfg.model = model_of_run(given)
@@ -141,7 +157,6 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
             left = f"what is finished is in {out}, and the same command goes on"
         raise Stopped(f"stopped: {left}", stop_code(asked)) from None
     if out and writes and HydraConfig.get().mode == RunMode.MULTIRUN:
-        ledger.parent.mkdir(parents=True, exist_ok=True)
         with ledger.open("a") as lines:
             lines.write(json.dumps([HydraConfig.get().job.num, job, str(out)]) + "\n")
 
@@ -182,6 +197,37 @@ def preset_line(name: str, cfg: DictConfig) -> str | None:
     return f"no model= is given, so this is experiment={preset}: {', '.join(facts)}"
 
 
+def check_values(name: str, cfg: DictConfig) -> None:
+    """Raises DirlError for the first setting that nothing reads or that cannot have its value.
+
+    Every group is built for that, but for those that this command, as it is given, makes nothing of.
+    """
+    kind = schema.SCHEMAS[name]
+    settings = {str(key): value for key, value in cast(dict, OmegaConf.to_container(cfg)).items()}
+    types = types_of(kind)
+    if unread := [key for key in settings if key not in types]:
+        known = [key for key, _ in tree.leaves(settings) if key.partition(".")[0] in types]
+        raise DirlError(f"{unread[0]}: no such key; {explain.hint(name, unread[0], known)}")
+    require(settings, kind)
+    if name == "download":
+        return
+    loads_nothing = cfg.get("predictions") or cfg.get("compare")  # and imports no torch to find that out
+    for group in ["bench"] if loads_nothing else types:
+        if is_dataclass(types[group]):
+            build(cfg[group], types[group])
+        elif types[group] is Any and isinstance(cfg[group], DictConfig):
+            build(cfg[group])
+        elif (tree.conf_dir() / group).is_dir():  # as a config of the user's own may say
+            raise DirlError(f"{group}={spell(cfg[group])}: give a mapping as those in {tree.conf_dir() / group}")
+    if "name" in settings and leaves_runs(cfg.name):
+        raise DirlError(f"name={cfg.name} is no name of a directory in runs: for one elsewhere give out=DIR")
+
+
+def leaves_runs(name: str) -> bool:
+    """Whether a run's name leads out of the directory that its command's runs are in."""
+    return Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts
+
+
 def refuse_secrets(settings: Iterable[tuple[str, Any]]) -> None:
     """Raises DirlError for a setting that nobody may read, since configurations are saved; what is asked may be any."""
     if found := [key for key, value in settings if key.partition(".")[0] not in ASKED and is_secret(key, value)]:
@@ -204,17 +250,16 @@ def sum_up(name: str, title: str, ledger: Path) -> None:
 
 
 def check_launch(name: str, cfg: DictConfig) -> None:
-    """Raises DirlError where `launch` is not known or does not go with the rest; cpu_gloo settles the device."""
+    """Raises DirlError where `launch` does not go with the rest; cpu_gloo settles the device."""
     processes = cfg.gpus * cfg.nodes
-    if cfg.launch not in (*WHOLE, *SHARING):
-        raise DirlError(f"launch={cfg.launch}: {did_you_mean(cfg.launch, (*WHOLE, *SHARING))}")
     if cfg.launch == "single" and processes > 1:
         raise DirlError("launch=single is one process: leave gpus and nodes at 1, or launch at auto")
     if cfg.launch in SHARING and name == "eval":
         raise DirlError(f"launch={cfg.launch} shares a model that is trained: leave launch at auto for dirl eval")
     if cfg.launch in SHARING and processes == 1:
         raise DirlError(f"launch={cfg.launch} shares a model among processes: give gpus=2 or more, or launch=single")
-    if cfg.nodes > 1 and (cfg.node_rank is None or cfg.main_address is None):
+    is_placed = cfg.node_rank is not None and cfg.node_rank < cfg.nodes and cfg.main_address is not None
+    if cfg.nodes > 1 and not is_placed:
         ranks = f"node_rank, 0 to {cfg.nodes - 1}"
         raise DirlError(f"nodes={cfg.nodes}: give each machine its {ranks}, and the main_address of machine 0")
     if cfg.launch == "cpu_gloo":

@@ -73,7 +73,7 @@ def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) ->
     name = key.lstrip("+")
     if equals and name in TEXTS:
         return [f"{key}={quote(value)}"]
-    if equals and not value and (known := choices(name)):
+    if equals and value in ("", "null") and (known := choices(name)):
         path = ["a path"] if name in PATH_CHOICE else []
         raise DirlError(f"{word} names nothing: choose one of {', '.join([*known, *path])}")
     if not value or value == "null" or is_call(value):

@@ -1,19 +1,35 @@
 """The types of what commands read beside their groups, and the functions that the config files may call.
 
-The values are in conf/: a field here has a name and a type. Groups with code behind them carry their types in the
-dataclass that their `_target_` names.
+The values are in conf/: a field here has a name and a type, which says what it may be. Groups with code behind them
+carry their types in the dataclass that their `_target_` names.
 """
 
 import hashlib
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from dirl_cli.types import Decoding, Instruction
+from dirl_cli.errors import DirlError
+from dirl_cli.ranges import (
+    Attention,
+    Count,
+    Device,
+    Dtype,
+    Natural,
+    NotNegative,
+    OneOf,
+    Positive,
+    Range,
+    Seed,
+    SomeShare,
+)
+from dirl_cli.types import SHARING, WHOLE, Decoding, Instruction
 
+LAUNCHES = (*WHOLE, *SHARING)
+Limit = Annotated[float, Range(above=0, infinite=True, remark="inf switches it off")]  # of a gradient's length
 LONGEST_NAME = 200  # bytes of a file name made of a path or an override; the disk allows 255, suffix included
 
 
@@ -21,7 +37,7 @@ LONGEST_NAME = 200  # bytes of a file name made of a path or an override; the di
 class JobConfig:
     """Of every command that writes something: `out` is where, by default a directory called `name`."""
 
-    seed: int
+    seed: Seed
     name: str
     out: str
 
@@ -30,11 +46,11 @@ class JobConfig:
 class RunConfig(JobConfig):
     """Of every command whose work is continued when the same command is given again."""
 
-    gpus: int
-    nodes: int
-    node_rank: int | None
+    gpus: Count
+    nodes: Count
+    node_rank: Natural | None
     main_address: str | None
-    launch: str
+    launch: Annotated[str, OneOf(*LAUNCHES)]
     prepare: bool
     resume: str
 
@@ -49,22 +65,22 @@ class TrainConfig(RunConfig):
     optim: Any
     schedule: Any
     logger: Any
-    steps: int
-    row_tokens: int
-    micro_rows: int | None
+    steps: Count
+    row_tokens: Count
+    micro_rows: Count | None
     gradient_checkpointing: bool
-    clip_norm: float
-    max_skipped: int
-    skip_norm: float
-    dtype: str
-    attention: str
-    device: str
-    memory_gb: float | None
-    log_every: int
-    eval_every: int
-    eval_problems: int
-    save_every: int
-    keep_checkpoints: int
+    clip_norm: Limit
+    max_skipped: Natural
+    skip_norm: Limit
+    dtype: Dtype
+    attention: Attention
+    device: Device
+    memory_gb: Positive | None
+    log_every: Count
+    eval_every: Natural
+    eval_problems: Natural
+    save_every: Natural
+    keep_checkpoints: Natural
     keep_best: str | None
     async_checkpoints: bool
     dry_run: bool
@@ -77,27 +93,40 @@ class TrainConfig(RunConfig):
 class SftConfig(TrainConfig):
     masking: Any
     annealing: Any
-    batch_size: int
-    max_tokens: int
-    mask_rates: list[float]
+    batch_size: Count
+    max_tokens: Count
+    mask_rates: list[SomeShare]
 
 
 @dataclass
 class ReinforcementConfig:
-    problems: int
-    group_size: int
-    mini_batches: int
-    epochs: int
-    filter: str
-    max_rounds: int
-    max_prompt_tokens: int | None
+    problems: Count
+    group_size: Count
+    mini_batches: Count
+    epochs: Count
+    filter: Annotated[str, OneOf("accuracy", "reward", "none")]
+    max_rounds: Count
+    max_prompt_tokens: Count | None
     async_rollout: bool
-    old: str
-    correction_cap: float | None
+    old: Annotated[str, OneOf("auto", "sampler", "trainer")]
+    correction_cap: Annotated[float, Range(at_least=0, infinite=True, remark="0 is off")] | None
     train_tail: bool
     rollout_only: bool
     replay: str | None
     rescore: bool
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2 and not (self.rollout_only or self.replay):
+            raise DirlError(
+                f"rl.group_size={self.group_size}: an answer is worth what it is beside the others to its problem,"
+                " so give at least 2"
+            )
+        if self.rescore and not self.replay:
+            raise DirlError("rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR")
+        if self.async_rollout and (self.replay or self.rollout_only):
+            raise DirlError("rl.async_rollout=true samples while it learns: leave rl.replay and rl.rollout_only out")
+        if self.replay and self.rollout_only:
+            raise DirlError("rl.replay learns without sampling and rl.rollout_only samples without learning: give one")
 
 
 @dataclass
@@ -106,24 +135,24 @@ class RlConfig(TrainConfig):
     reward: Any
     rollout: Any
     rl: ReinforcementConfig
-    show_every: int
+    show_every: Natural
 
 
 @dataclass
 class EvalConfig(RunConfig):
     model: Any
     bench: Any
-    samples: int
-    limit: int | None
+    samples: Count
+    limit: Count | None
     ids: list[str] | None
     predictions: str | None
     compare: list[str] | None
     rollout: Any
-    dtype: str
-    attention: str
-    device: str
-    grade_workers: int | None
-    grade_timeout: float
+    dtype: Dtype
+    attention: Attention
+    device: Device
+    grade_workers: Count | None
+    grade_timeout: Positive
     instruction: Instruction = field(default_factory=Instruction)
     decoding: Decoding = field(default_factory=Decoding)
 
@@ -134,13 +163,13 @@ class GenerateConfig(JobConfig):
     prompt: str | None
     messages: Any  # a list of turns, or the text of a JSON list, a file of one, or - for standard input
     input: str | None
-    samples: int
+    samples: Count
     watch: bool
-    pace: float
+    pace: NotNegative
     rollout: Any
-    dtype: str
-    attention: str
-    device: str
+    dtype: Dtype
+    attention: Attention
+    device: Device
     instruction: Instruction = field(default_factory=Instruction)
     decoding: Decoding = field(default_factory=Decoding)
 
@@ -149,7 +178,7 @@ class GenerateConfig(JobConfig):
 class MergeConfig:
     model: Any
     to: str
-    dtype: str
+    dtype: Dtype
     push_to_hub: str | None
 
 

@@ -1,14 +1,16 @@
 """What travels between rooms: plain values that a test can write by hand and another process can send."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.errors import DirlError
+from dirl_cli.ranges import Count, Natural, NotNegative, OneOf, Seed, SomeShare, require_fields
 
 StopReason = Literal["stop", "length"]
 Confidence = Literal["sampled", "max", "entropy"]
 STATE = "state.json"  # in every checkpoint of a training run
-SHARING = ("fsdp2", "zero2")  # the ways to launch in which processes share a model
+WHOLE = ("auto", "single", "ddp", "cpu_gloo")  # ways to launch in which every process holds the whole model
+SHARING = ("fsdp2", "zero2")  # and those in which processes share it
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,11 @@ class Instruction:
     """
 
     text: str | None = None
-    role: str = "user"
+    role: Annotated[str, OneOf("user", "system")] = "user"
     think: bool = False
 
     def __post_init__(self) -> None:
-        if self.role not in ("user", "system"):
-            raise DirlError(f"instruction.role={self.role}: {did_you_mean(self.role, ('user', 'system'))}")
+        require_fields(self, "instruction")
 
     def messages(self, question: str, system: str = "") -> list[dict[str, str]]:
         """The turns that put the question, `system` before it."""
@@ -66,26 +67,24 @@ class Decoding:
     stop_token_ids: the answer ends with the block that holds one of them; the text is cut there.
     """
 
-    block_size: int | None = None
-    denoising_steps: int | None = None
+    block_size: Count | None = None
+    denoising_steps: Count | None = None
     strategy: str = "low_confidence_dynamic"
-    threshold: float = 0.9
-    confidence: str = "sampled"
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int = 0
+    threshold: NotNegative = 0.9
+    confidence: Annotated[str, OneOf(*get_args(Confidence))] = "sampled"
+    temperature: NotNegative = 0.0
+    top_k: Natural = 0
+    top_p: SomeShare = 1.0
+    max_new_tokens: Count = 256
+    stop_token_ids: tuple[Natural, ...] = ()
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.confidence not in get_args(Confidence):
-            hint = did_you_mean(self.confidence, get_args(Confidence))
-            raise DirlError(f"no confidence is called {self.confidence}: {hint}")
-        if (self.denoising_steps is not None and self.denoising_steps < 1) or self.max_new_tokens < 1:
-            raise DirlError("decoding.denoising_steps and decoding.max_new_tokens must be at least 1")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise DirlError("decoding wants temperature ≥ 0, top_k ≥ 0 and 0 < top_p ≤ 1")
+        require_fields(self, "decoding")
+        if self.strategy == "low_confidence_dynamic" and self.threshold > 1:
+            raise DirlError(
+                f"decoding.threshold={self.threshold:g}: confidence is at most 1, so nothing is above it: give less"
+            )
 
     @property
     def truncates(self) -> bool:

@@ -8,7 +8,7 @@ this one choose; each states its formula and source.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from dirl_cli.algo.advantages import ADVANTAGES
 from dirl_cli.algo.views import Trace
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.ranges import NotNegative, Range
 
 Divergence = Callable[[Tensor], Tensor]
+Clip = Annotated[float, Range(at_least=0, infinite=True, remark="inf switches it off")]
 NORMALIZERS = ("token", "sequence", "constant")
 LARGEST_LOG_RATIO = 10.0  # nats either way, as in TraceRL's code; from 88 on exp is infinite in fp32
 
@@ -42,9 +44,9 @@ class Objective:
     advantage: str
     level: str
     normalizer: str
-    clip_low: float
-    clip_high: float
-    beta: float
+    clip_low: Clip
+    clip_high: Clip
+    beta: NotNegative
     kl: str
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from dirl_cli.diffusion.layout import SHARED, Strip, lay_out
 from dirl_cli.diffusion.trace import trajectory_strip
+from dirl_cli.ranges import Count, InnerShare, Share
 from dirl_cli.types import Trajectory
 
 
@@ -42,7 +43,7 @@ class Trace:
 class MergedTrace:
     """The trace with every `steps` successive steps of a block taken for one (TraceRL, arXiv 2509.06949)."""
 
-    steps: int
+    steps: Count
 
     def __call__(self, trajectory: Trajectory, tokens: Tokens, generator: Generator) -> Strip:
         merged = [(step + self.steps - 1) // self.steps for step in trajectory.reveal_step]
@@ -68,7 +69,7 @@ class AnswerMasked:
     One copy of the sequence, in which a block sees the masks of the blocks before it.
     """
 
-    prompt_rate: float
+    prompt_rate: Share
 
     def __call__(self, trajectory: Trajectory, tokens: Tokens, generator: Generator) -> Strip:
         start = len(trajectory.prompt_ids)
@@ -94,9 +95,9 @@ class RandomMasks:
     Several draws are averaged.
     """
 
-    low: float
-    high: float
-    draws: int
+    low: Share
+    high: Share
+    draws: Count
 
     def __call__(self, trajectory: Trajectory, tokens: Tokens, generator: Generator) -> Strip:
         rates = self.low + (self.high - self.low) * torch.rand(self.draws, 1, generator=generator)
@@ -109,8 +110,8 @@ class RandomMasks:
 class ComplementaryMasks:
     """A random mask of rate ρ in [low, high] and its complement, weighted 1/2ρ and 1/2(1-ρ) (arXiv 2506.20639)."""
 
-    low: float
-    high: float
+    low: InnerShare
+    high: InnerShare
 
     def __call__(self, trajectory: Trajectory, tokens: Tokens, generator: Generator) -> Strip:
         rate = self.low + (self.high - self.low) * torch.rand(1, generator=generator)

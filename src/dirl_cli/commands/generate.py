@@ -51,8 +51,6 @@ class Request:
 
 def run(cfg: DictConfig, out: Path) -> None:
     """Write completions as JSON lines, those of an input file on from where they were interrupted; print the others."""
-    if cfg.samples < 1:
-        raise DirlError("samples must be at least 1")
     console = PlainConsole(soft_wrap=True)
     engine = build(cfg.rollout)
     engine.require()

@@ -16,12 +16,11 @@ from rich.text import Text
 
 from dirl_cli.algo.advantages import ADVANTAGES
 from dirl_cli.algo.objective import Objective
-from dirl_cli.algo.select import FILTERS
 from dirl_cli.build import build, choice
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show
 from dirl_cli.data.tokens import Tokens
-from dirl_cli.errors import DirlError, Interrupted, did_you_mean
+from dirl_cli.errors import DirlError, Interrupted
 from dirl_cli.loop.ahead import resting, sampling_ahead
 from dirl_cli.loop.exam import Exam
 from dirl_cli.loop.forecast import PROMPT, RL, rl_budget
@@ -338,25 +337,13 @@ def settle_ratio(rl: DictConfig) -> None:
 
 
 def check(rl: DictConfig, objective: Objective, decoding: Decoding) -> None:
-    """Raises DirlError for choices of `rl` that do not exist or exclude each other, before anything is loaded."""
-    for name, known in (("old", ("sampler", "trainer")), ("filter", FILTERS)):
-        if rl[name] not in known:
-            raise DirlError(f"rl.{name}={rl[name]}: {did_you_mean(rl[name], known)}")
-    for name in ("problems", "group_size", "mini_batches", "epochs", "max_rounds"):
-        if rl[name] < 1:
-            raise DirlError(f"rl.{name} must be at least 1, not {rl[name]}")
+    """Raises DirlError for choices that exclude each other, before anything is loaded."""
     if rl.correction_cap and not (rl.old == "trainer" and objective.is_exact):
         raise DirlError(
             "rl.correction_cap wants rl.old=trainer and an algorithm that scores the true trace, as dipo: set it to 0"
         )
     if decoding.temperature == 0 and not rl.replay:
         raise DirlError("decoding.temperature=0 gives a group equal answers, from which there is nothing to learn")
-    if rl.rescore and not rl.replay:
-        raise DirlError("rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR")
-    if rl.async_rollout and (rl.replay or rl.rollout_only):
-        raise DirlError("rl.async_rollout=true samples while it learns: leave rl.replay and rl.rollout_only out")
-    if rl.replay and rl.rollout_only:
-        raise DirlError("rl.replay learns without sampling and rl.rollout_only samples without learning: give one")
 
 
 def measured(sampled: Sequence[Answers], groups: Sequence[Answers], group_size: int) -> dict[str, float]:

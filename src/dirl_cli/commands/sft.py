@@ -43,7 +43,7 @@ from dirl_cli.training.parallel import start_accelerator, whole
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, due
 from dirl_cli.training.trainer import Sums, Trainer
-from dirl_cli.training.validation import hold_out, metric, require_rates
+from dirl_cli.training.validation import hold_out, metric
 from dirl_cli.types import Decoding, Instruction
 
 MEASURING = "measuring held-out demonstrations"
@@ -99,7 +99,6 @@ def run(cfg: DictConfig, out: Path) -> None:
     # its weights come once they are known to fit
     lm: DiffusionLM = (outline if cfg.dry_run else shapes)(model, cfg.attention)
     annealing.check(lm.block_size)
-    require_rates(cfg.mask_rates)
     decoding = lm.decoding(build(cfg.decoding, Decoding))
     place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
     chosen = {key: OmegaConf.select(cfg, key) for key in SFT}

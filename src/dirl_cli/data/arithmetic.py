@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 from dirl_cli.data.rows import Row
-from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.errors import DirlError
+from dirl_cli.ranges import Natural, OneOf, Seed, Share
 from dirl_cli.types import Problem
 
 NAMES = ("Tom", "Anna", "Ben", "Emma", "Sam", "Lena", "Nora", "Otto")
@@ -52,12 +53,12 @@ class Arithmetic:
     """
 
     name: str = "arithmetic"
-    train: int = 40_000
-    held_out: int = 300
-    test: int = 1_000
-    worked: float = 0.7
-    seed: int = 0
-    split: str = "test"
+    train: Natural = 40_000
+    held_out: Natural = 300
+    test: Natural = 1_000
+    worked: Share = 0.7
+    seed: Seed = 0
+    split: Annotated[str, OneOf("train", "validation", "test")] = "test"
 
     def demonstrations(self) -> list[Row]:
         """The training problems with their solutions, as messages."""
@@ -70,8 +71,6 @@ class Arithmetic:
     def problems(self) -> list[Problem]:
         """The problems of `split`; the subset says whether training holds the same numbers and operations."""
         splits = self._splits()
-        if self.split not in splits._fields:
-            raise DirlError(f"arithmetic has no split {self.split}: {did_you_mean(self.split, splits._fields)}")
         seen = {item.chain for item in splits.train}
         return [
             Problem(f"{self.split}-{i}", item.question, item.answer, "seen" if item.chain in seen else "unseen")

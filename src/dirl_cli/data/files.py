@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from dirl_cli.data.columns import demonstration, is_problem, problem, question, renamed, told
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.errors import DirlError
+from dirl_cli.ranges import Positive, Seed, ShareOrCount
 from dirl_cli.types import Problem
 
 
@@ -40,9 +41,9 @@ class TrainingFile:
     split: str | None = None
     config: str | None = None
     columns: dict[str, str] | None = None
-    held_out: float = 0
-    seed: int = 0
-    weight: float = 1.0
+    held_out: ShareOrCount = 0
+    seed: Seed = 0
+    weight: Positive = 1.0
     setting: str = "data.columns="
 
     def demonstrations(self) -> list[Row]:
@@ -88,8 +89,8 @@ class Mix:
     sources: list[TrainingFile]
 
     def __post_init__(self) -> None:
-        if not self.sources or min(source.weight for source in self.sources) <= 0:
-            raise DirlError("data.sources must name at least one file, and every weight must be above 0")
+        if not self.sources:
+            raise DirlError("data.sources must name at least one file")
         named = [replace(source, name=source.name or source.path, setting="columns: ") for source in self.sources]
         if len({source.name for source in named}) < len(named):
             raise DirlError("two of data.sources go by the same name: give each a name=")

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from dirl_cli.diffusion.layout import SHARED, Rows, Strip, lay_out, pack
+from dirl_cli.ranges import Share
 
 LOWEST_RATE = 1e-3  # keeps 1/p finite
 
@@ -44,8 +45,8 @@ class PerSample:
 class Band:
     """Each block has its own rate, uniform between `low` and `high`."""
 
-    low: float
-    high: float
+    low: Share
+    high: Share
 
     def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         t = torch.rand(count(block), generator=generator)

@@ -24,6 +24,7 @@ from dirl_cli.models.checkpoint import (
 )
 from dirl_cli.models.narrow import inference_model
 from dirl_cli.models.stored import UNBUILDABLE, Stored, one_line
+from dirl_cli.ranges import Count
 
 KINDS = "Llama, Mistral, Mixtral, Qwen, SmolLM, Gemma, Phi, OLMo, GPT-2, GPT-NeoX or OPT"  # among others
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -41,7 +42,7 @@ class FromCausal:
 
     name: str
     path: str
-    block_size: int
+    block_size: Count
     logit_shift: bool
     adapter: str | None = None
     package: str | None = None

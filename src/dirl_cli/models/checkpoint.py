@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merged
 from dirl_cli.models.published import save_published
 from dirl_cli.models.stored import Stored
+from dirl_cli.ranges import ATTENTIONS, DEVICES, DTYPES, Count, Natural
 from dirl_cli.types import Decoding
 
 DEFAULT_BLOCK_SIZE = 4  # published configurations may name neither
@@ -85,8 +86,8 @@ class Checkpoint:
 
     name: str
     path: str
-    block_size: int | None = None
-    mask_token_id: int | None = None
+    block_size: Count | None = None
+    mask_token_id: Natural | None = None
     adapter: str | None = None
     made_by: str | None = None
 
@@ -228,7 +229,7 @@ def pick_device(device: str) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise DirlError(f"device={device}: {did_you_mean(device, ('auto', 'cpu', 'cuda'))}") from error
+        raise DirlError(f"device={device}: {DEVICES.hint(device)}") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise DirlError(f"device={device}: there is no CUDA device here, so leave it at auto")
     return device
@@ -239,7 +240,7 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     found = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
     if found is None:
-        raise DirlError(f"dtype={dtype}: {did_you_mean(dtype, ('auto', 'float32', 'bfloat16'))}")
+        raise DirlError(f"dtype={dtype}: {DTYPES.hint(dtype)}")
     return found
 
 
@@ -249,5 +250,5 @@ def pick_attention(attention: str, device: str) -> str:
         attention = "flex" if device.startswith("cuda") else "sdpa"
     found = {"flex": "flex_attention", "sdpa": "sdpa"}.get(attention)
     if found is None:
-        raise DirlError(f"attention={attention}: {did_you_mean(attention, ('auto', 'sdpa', 'flex'))}")
+        raise DirlError(f"attention={attention}: {ATTENTIONS.hint(attention)}")
     return found

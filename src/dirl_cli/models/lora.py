@@ -16,6 +16,7 @@ from dirl_cli.disk import whole_directory
 from dirl_cli.errors import DirlError, did_you_mean, pip_install
 from dirl_cli.models.checkpoint import DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.models.narrow import inference_model
+from dirl_cli.ranges import Count, Seed, ShareBelowOne
 from dirl_cli.types import SHARING
 
 if TYPE_CHECKING:
@@ -126,17 +127,11 @@ class Lora:
     """
 
     targets: tuple[str, ...]
-    rank: int
-    alpha: int
-    dropout: float
+    rank: Count
+    alpha: Count
+    dropout: ShareBelowOne
     four_bit: bool
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise DirlError(
-                f"peft.rank is {self.rank} and peft.dropout {self.dropout}: give at least 1, and 0 to below 1"
-            )
+    seed: Seed
 
     def require(self, launch: str) -> None:
         for package, extra in (("peft", "peft"), ("bitsandbytes", "qlora"))[: 1 + self.four_bit]:

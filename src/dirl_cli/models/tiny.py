@@ -5,9 +5,11 @@ from itertools import islice
 
 import torch
 
+from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm, pick_attention, pick_device, pick_dtype
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.models.tokenizer import train_tokenizer
+from dirl_cli.ranges import Count, Seed
 
 
 @dataclass(frozen=True)
@@ -15,13 +17,20 @@ class Tiny:
     """A freshly initialised SDAR with a vocabulary learned from the arithmetic problems."""
 
     name: str = "tiny"
-    block_size: int = 4
-    hidden_size: int = 128
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    intermediate_size: int = 384
-    max_position_embeddings: int = 1024
-    seed: int = 0
+    block_size: Count = 4
+    hidden_size: Count = 128
+    num_hidden_layers: Count = 2
+    num_attention_heads: Count = 4
+    intermediate_size: Count = 384
+    max_position_embeddings: Count = 1024
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise DirlError(
+                f"model.hidden_size={self.hidden_size}: give a multiple of twice model.num_attention_heads,"
+                f" which is {self.num_attention_heads}"
+            )
 
     def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
         """A new random model, the same for the same seed."""

@@ -8,9 +8,10 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.ranges import require
 from dirl_cli.reward.answer import Reward
 from dirl_cli.reward.rewards import BUILT_IN
 
@@ -52,7 +53,12 @@ def load_file(path: Path) -> ModuleType:
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises DirlError where the reward called `name` cannot be called with these options."""
+    reward = find_reward(name)
     try:
-        inspect.signature(find_reward(name)).bind(None, **options)
+        inspect.signature(reward).bind(None, **options)
     except TypeError as error:
         raise DirlError(f"reward.options.{name} does not fit the reward {name}: {error}") from error
+    if reward in BUILT_IN.values():
+        types = get_type_hints(reward, include_extras=True)
+        for option, value in options.items():
+            require(value, types[option], f"reward.options.{name}.{option}")

@@ -3,14 +3,16 @@
 A pair of values is what the shortest and the longest answer get, or the slowest and the fastest; `between` joins them.
 """
 
-from collections.abc import Sequence
 from math import cos, pi
 
+from dirl_cli.ranges import Count, Finite
 from dirl_cli.reward.answer import Answer, Reward
 from dirl_cli.reward.boxed import last_boxed
 
+Ends = tuple[Finite, Finite]
 
-def between(ends: Sequence[float], t: float, end: float) -> float:
+
+def between(ends: Ends, t: float, end: float) -> float:
     """From ends[0] at t = 0 to ends[1] at t = end and beyond, along half a cosine: a + (b - a)(1 - cos(πt/end))/2."""
     first, last = ends
     share = min(t / end, 1.0) if end else 0.0
@@ -32,7 +34,7 @@ def binary(answer: Answer) -> float:
     return 1.0 if answer.right else -1.0
 
 
-def boxed(answer: Answer, *, value: float = 0.1) -> float:
+def boxed(answer: Answer, *, value: Finite = 0.1) -> float:
     r"""`value` if there is a closed `\boxed{}`, else 0."""
     return value if last_boxed(answer.completion) is not None else 0.0
 
@@ -50,9 +52,9 @@ def format(answer: Answer, *, opened: bool = False) -> float:
 def cosine(
     answer: Answer,
     *,
-    right: Sequence[float] = (1.0, 0.5),
-    wrong: Sequence[float] = (-0.5, 0.0),
-    truncated: float = -0.5,
+    right: Ends = (1.0, 0.5),
+    wrong: Ends = (-0.5, 0.0),
+    truncated: Finite = -0.5,
 ) -> float:
     """Right: 1 → 0.5, wrong: -0.5 → 0 as the length goes 0 → max_new_tokens; truncated: -0.5 (arXiv 2502.03373)."""
     if answer.truncated:
@@ -60,24 +62,24 @@ def cosine(
     return between(right if answer.right else wrong, answer.tokens, answer.max_new_tokens)
 
 
-def repetition(answer: Answer, *, n: int = 3) -> float:
+def repetition(answer: Answer, *, n: Count = 3) -> float:
     """-(1 - distinct/all n-grams of words), in any case of letters; 0 for fewer than n words."""
     words = answer.completion.lower().split()
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
     return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
-def soft_overlong(answer: Answer, *, cache: int) -> float:
+def soft_overlong(answer: Answer, *, cache: Count) -> float:
     """min(-(length - (max_new_tokens - cache)) / cache, 0): a ramp over the last `cache` tokens (DAPO, eq. 13)."""
     return min((answer.max_new_tokens - cache - answer.tokens) / cache, 0.0)
 
 
-def speed(answer: Answer, *, right: Sequence[float] = (0.5, 1.0), wrong: Sequence[float] = (0.0, -0.5)) -> float:
+def speed(answer: Answer, *, right: Ends = (0.5, 1.0), wrong: Ends = (0.0, -0.5)) -> float:
     """Right: 0.5 → 1, wrong: 0 → -0.5 as a step reveals 1 → block_size tokens."""
     return between(right if answer.right else wrong, steps_ahead(answer), answer.block_size - 1)
 
 
-def speed_penalty(answer: Answer, *, right: float = 0.5, wrong: Sequence[float] = (0.0, -0.5)) -> float:
+def speed_penalty(answer: Answer, *, right: Finite = 0.5, wrong: Ends = (0.0, -0.5)) -> float:
     """Right: 0.5 at any speed; wrong: as `speed`, so that only haste which costs the answer is punished."""
     return speed(answer, right=(right, right), wrong=wrong)
 

@@ -5,9 +5,10 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Annotated, Any, Self, TypeVar, cast
 
 from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.ranges import Count, Finite, OneOf, Positive
 from dirl_cli.reward.answer import Answer
 from dirl_cli.reward.find import check_options
 from dirl_cli.reward.grading import Grader
@@ -29,24 +30,18 @@ class Rewards:
     timeout: seconds, for each answer and each such reward.
     """
 
-    weights: dict[str, float]
+    weights: dict[str, Finite]
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    on_error: str = "stop"
-    workers: int = 2
-    timeout: float = 5.0
+    on_error: Annotated[str, OneOf("stop", "exclude")] = "stop"
+    workers: Count = 2
+    timeout: Positive = 5.0
 
     def __post_init__(self) -> None:
-        if self.on_error not in ("stop", "exclude"):
-            raise DirlError(f"reward.on_error={self.on_error}: choose stop or exclude")
-        if self.workers < 1 or self.timeout <= 0:
-            raise DirlError("reward.workers must be at least 1 and reward.timeout above 0")
         if not self.weights:
             raise DirlError("reward.weights is empty: name at least one reward")
         for name in [name for name, weight in self.weights.items() if not isinstance(weight, int | float)]:
             # a dotted name on the command line is read as a path into the config
             raise DirlError(f"reward.weights.{name} is no number: give a dotted name in braces, as {{{name}.…: 1}}")
-        if not all(map(isfinite, self.weights.values())):
-            raise DirlError(f"reward.weights must be finite, not {self.weights}")
         for name in self.options:
             if name not in self.weights:
                 raise DirlError(f"reward.options.{name} has no weight: {did_you_mean(name, self.weights)}")

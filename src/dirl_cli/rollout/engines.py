@@ -11,6 +11,7 @@ import torch
 from dirl_cli import hub
 from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.ranges import Count, SomeShare
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import Sampler
 
@@ -37,7 +38,7 @@ class Engine(Protocol):
 class Native:
     """This toolkit's own, on any device. max_batch: sequences at once."""
 
-    max_batch: int
+    max_batch: Count
 
     def require(self) -> None:
         """It runs anywhere."""
@@ -50,8 +51,8 @@ class Native:
 class Lmdeploy:
     """LMDeploy's PyTorch engine, in this process and on its GPU; see `start_engine`."""
 
-    max_batch: int
-    cache_share: float
+    max_batch: Count
+    cache_share: SomeShare
 
     def require(self) -> None:
         """Raises DirlError where the package or a CUDA device is missing."""

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.masking import Example, Masking, causal_strip
 from dirl_cli.errors import DirlError
+from dirl_cli.ranges import Count, NotNegative, Share, SomeShare
 from dirl_cli.training.batches import Noise
 
 
@@ -21,20 +22,18 @@ class Annealing:
     hidden at first; it grows to 1. causal_weight: of the next-token loss, which all steps have.
     """
 
-    block_sizes: tuple[int, ...]
-    share: float
-    masked: float
-    causal_weight: float
+    block_sizes: tuple[Count, ...]
+    share: Share
+    masked: SomeShare
+    causal_weight: NotNegative
 
     def check(self, block_size: int) -> None:
         """Raises DirlError for what cannot lead to blocks of this size."""
         sizes = [*self.block_sizes, block_size]
-        if any(size < 1 or following % size for size, following in pairwise(sizes)):
+        if any(following % size for size, following in pairwise(sizes)):
             raise DirlError(
                 f"annealing.block_sizes={list(self.block_sizes)}: each must divide the next, up to {block_size}"
             )
-        if not (0 <= self.share <= 1 and 0 < self.masked <= 1):
-            raise DirlError("annealing.share and annealing.masked are shares: give numbers up to 1")
 
     def noise(self, final: Noise, progress: float) -> Noise:
         """The noise at a point of the run, of which `final` is that of its end. progress: from 0 to 1."""

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from dirl_cli.ranges import NotNegative, Positive, Range, ShareBelowOne
+
+Rate = Annotated[float, Range(above=0, remark="at 0 nothing is learned")]
 
 
 class Optim(Protocol):
@@ -19,10 +23,10 @@ class Optim(Protocol):
 class AdamW:
     """AdamW on all trainable parameters; weight decay on matrices only, not on norms and biases."""
 
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
+    lr: Rate
+    betas: tuple[ShareBelowOne, ShareBelowOne]
+    eps: Positive
+    weight_decay: NotNegative
 
     def build(self, model: PreTrainedModel) -> list[torch.optim.Optimizer]:
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -37,12 +41,12 @@ class Muon:
     adamw_lr, betas, eps: of the rest. weight_decay: of both, not on norms and biases.
     """
 
-    lr: float
-    momentum: float
-    adamw_lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
+    lr: Rate
+    momentum: ShareBelowOne
+    adamw_lr: NotNegative
+    betas: tuple[ShareBelowOne, ShareBelowOne]
+    eps: Positive
+    weight_decay: NotNegative
 
     def build(self, model: PreTrainedModel) -> list[torch.optim.Optimizer]:
         matrices = layer_matrices(model)

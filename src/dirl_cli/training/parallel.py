@@ -18,8 +18,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.errors import DirlError
 from dirl_cli.models.checkpoint import DiffusionLM, pick_device, pick_dtype
+from dirl_cli.ranges import DEVICES
 from dirl_cli.types import SHARING
 
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16"}
@@ -32,7 +33,7 @@ def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelera
     holds it.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise DirlError(f"device={device}: {did_you_mean(device, ('auto', 'cpu', 'cuda'))}")
+        raise DirlError(f"device={device}: {DEVICES.hint(device)}")
     device = pick_device(device)
     AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
     in_place = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from dirl_cli.ranges import Share, ShareOrCount
+
 
 class Schedule(Protocol):
     """A learning-rate schedule."""
@@ -15,7 +17,7 @@ class Schedule(Protocol):
 class Constant:
     """The full rate after the warm-up."""
 
-    warmup: float
+    warmup: ShareOrCount
 
     def __call__(self, step: int, steps: int) -> float:
         return rise(step, warmup_steps(self.warmup, steps))
@@ -25,8 +27,8 @@ class Constant:
 class Linear:
     """A straight line from the full rate to `floor` times it."""
 
-    warmup: float
-    floor: float
+    warmup: ShareOrCount
+    floor: Share
 
     def __call__(self, step: int, steps: int) -> float:
         warmup = warmup_steps(self.warmup, steps)
@@ -37,8 +39,8 @@ class Linear:
 class Cosine:
     """Half a cosine from the full rate to `floor` times it."""
 
-    warmup: float
-    floor: float
+    warmup: ShareOrCount
+    floor: Share
 
     def __call__(self, step: int, steps: int) -> float:
         warmup = warmup_steps(self.warmup, steps)

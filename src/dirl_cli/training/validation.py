@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Band, Example
-from dirl_cli.errors import DirlError
 from dirl_cli.training.batches import Noise
 from dirl_cli.training.trainer import Loss, Trainer
 
@@ -31,12 +30,6 @@ class Validation:
             for rate, rows in self.by_rate.items()
         }
         return {"validation_loss": found["loss"], **accuracy}
-
-
-def require_rates(rates: Sequence[float]) -> None:
-    """Raises DirlError for a rate that is none."""
-    if wrong := [rate for rate in rates if not 0 < rate <= 1]:
-        raise DirlError(f"mask_rates has {wrong[0]:g}: give shares above 0, up to 1 for answers hidden altogether")
 
 
 def hold_out(examples: Sequence[Example], noise: Noise, rates: Sequence[float], seed: int) -> Validation:

@@ -1,0 +1,207 @@
+"""What a setting may be: stated in its type, as in `steps: Count`, checked and told of in one place.
+
+A type that is not checked by OmegaConf's conversion alone is `Annotated` with a `Range` or a `OneOf`. The types here
+have names; what only one setting has, such as a remark on how to switch it off, stands where that setting does.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from math import isfinite, isnan
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from dirl_cli.errors import DirlError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be: finite ones, and inf where `infinite`.
+
+    whole_from_one: whether numbers from 1 on must be whole. remark: what the sentence adds, such as how to switch off.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    infinite: bool = False
+    whole_from_one: bool = False
+    remark: str = ""
+
+    def holds(self, number: float) -> bool:
+        """Whether a number is one of them."""
+        if isnan(number) or not (self.infinite or isfinite(number)):
+            return False
+        if self.whole_from_one and number >= 1 and number != int(number):
+            return False
+        is_high_enough = (self.at_least is None or number >= self.at_least) and (
+            self.above is None or number > self.above
+        )
+        is_low_enough = (self.at_most is None or number <= self.at_most) and (self.below is None or number < self.below)
+        return is_high_enough and is_low_enough
+
+    def describe(self, noun: str) -> str:
+        """Such as: a whole number of at least 1. noun: `whole number` or `number`."""
+        bounds = [
+            f"{word} {bound:g}" if abs(bound) < 1e6 else f"{word} {bound}"
+            for word, bound in (
+                ("of at least", self.at_least),
+                ("above", self.above),
+                ("at most", self.at_most),
+                ("below", self.below),
+            )
+            if bound is not None
+        ]
+        if self.whole_from_one:
+            noun = "share below 1, or a whole number"
+        adjective = "" if bounds else "finite "
+        remark = f"; {self.remark}" if self.remark else ""
+        return f"a {adjective}{noun} {' and '.join(bounds)}".rstrip() + remark
+
+
+class OneOf:
+    """The words that a setting may be.
+
+    pattern: of others. meant: what is said of words that only look like another, as `gpu` like `cpu`.
+    """
+
+    def __init__(self, *words: str, pattern: str = "", meant: Mapping[str, str] | None = None) -> None:
+        self.words, self.pattern, self.meant = words, pattern, meant or {}
+
+    def holds(self, word: str) -> bool:
+        return word in self.words or bool(self.pattern and re.fullmatch(self.pattern, word))
+
+    def hint(self, word: str) -> str:
+        """What was probably meant."""
+        return f"did you mean {self.meant[word]}?" if word in self.meant else did_you_mean(word, self.words)
+
+
+Count = Annotated[int, Range(at_least=1)]
+Natural = Annotated[int, Range(at_least=0)]
+Seed = Annotated[int, Range(at_least=0, at_most=2**32 - 1)]  # what every generator of numbers takes
+Finite = Annotated[float, Range()]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(at_least=0)]
+Share = Annotated[float, Range(at_least=0, at_most=1)]
+SomeShare = Annotated[float, Range(above=0, at_most=1)]
+ShareBelowOne = Annotated[float, Range(at_least=0, below=1)]
+InnerShare = Annotated[float, Range(above=0, below=1)]
+ShareOrCount = Annotated[float, Range(at_least=0, whole_from_one=True)]
+
+DEVICES = OneOf("auto", "cpu", "cuda", pattern=r"cuda:\d+", meant={"gpu": "cuda"})
+DTYPES = OneOf("auto", "float32", "bfloat16")
+ATTENTIONS = OneOf("auto", "sdpa", "flex")
+Device = Annotated[str, DEVICES]
+Dtype = Annotated[str, DTYPES]
+Attention = Annotated[str, ATTENTIONS]
+
+
+def require(value: object, hint: Any, key: str = "") -> None:
+    """Raises DirlError that names the setting where its type does not allow its value.
+
+    value: as OmegaConf converted it, in plain containers. hint: its type, with annotations. key: its full name.
+    """
+    for name, leaf, leaf_type in limited(value, hint, key):
+        if not limit_of(leaf_type).holds(leaf):
+            raise DirlError(refusal(name, leaf, leaf_type))
+
+
+def require_fields(built: Any, group: str) -> None:
+    """The same for a dataclass that was made by hand. group: what its settings are called by."""
+    require(vars(built), type(built), group)
+
+
+def limited(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """Key, value and type of all in `value` whose type says more than OmegaConf's conversion checks."""
+    inner = without_none(hint)
+    if value is None or inner is Any:
+        return
+    if isinstance(value, dict) and get_origin(inner) is Annotated:  # which OmegaConf takes for a number in a mapping
+        return  # so that the class itself tells what was meant
+    if get_origin(inner) is Annotated:
+        yield key, value, hint
+    elif is_dataclass(inner):
+        types = types_of(inner)
+        for name in [name for name in types if name in value]:
+            yield from limited(value[name], types[name], f"{key}.{name}".lstrip("."))
+    elif get_origin(inner) is dict:
+        for name, one in value.items():
+            yield from limited(one, get_args(inner)[1], f"{key}.{name}")
+    elif get_origin(inner) in (list, tuple):
+        if size(inner) not in (None, len(value)):
+            raise DirlError(refusal(key, value, inner))
+        for i, one in enumerate(value):
+            yield from limited(one, get_args(inner)[0], f"{key}[{i}]")
+
+
+def refusal(key: str, value: object, hint: Any) -> str:
+    """The sentence for a value that a setting of this type cannot have."""
+    limit = limit_of(hint)
+    if isinstance(limit, OneOf) and isinstance(value, str):
+        return f"{key}={value}: {limit.hint(value)}"
+    return f"{key}={spell(value)}: give {describe(hint)}"
+
+
+def describe(hint: Any) -> str:
+    """What a setting of this type may be, such as: a whole number of at least 1, or null."""
+    inner = without_none(hint)
+    limit = limit_of(inner)
+    if inner is not hint:
+        return f"{describe(inner)}, or null"
+    if isinstance(limit, Range):
+        return limit.describe("whole number" if get_args(inner)[0] is int else "number")
+    if isinstance(limit, OneOf):
+        return f"one of {', '.join(limit.words)}"
+    if get_origin(inner) in (list, tuple):
+        count = f" of {size(inner)}" if size(inner) else ""
+        return f"a list{count}, each of it {describe(get_args(inner)[0])}"
+    if get_origin(inner) is dict:
+        return f"a mapping, each value {describe(get_args(inner)[1])}"
+    if is_dataclass(inner):
+        return f"a mapping such as {{{fields(inner)[0].name}: …}}"
+    return {bool: "true or false", str: "text"}.get(inner, "another value")
+
+
+def type_at(hint: Any, key: str) -> Any:
+    """The type of the setting that is called `key` inside one of type `hint`; None if that says nothing of it."""
+    for part in re.findall(r"[^.\[\]]+", key):
+        inner = without_none(hint)
+        if is_dataclass(inner):
+            hint = types_of(inner).get(part)
+        elif get_origin(inner) in (dict, list, tuple):
+            hint = get_args(inner)[get_origin(inner) is dict]
+        else:
+            return None
+    return hint
+
+
+def types_of(kind: Any) -> dict[str, Any]:
+    """The annotated types of a dataclass's fields."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def without_none(hint: Any) -> Any:
+    """The type of a setting where it is not null."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint
+    return next(one for one in get_args(hint) if one is not NoneType)
+
+
+def limit_of(hint: Any) -> Any:
+    """The Range or OneOf of a type, null aside; None if it has none."""
+    inner = without_none(hint)
+    return get_args(inner)[1] if get_origin(inner) is Annotated else None
+
+
+def size(hint: Any) -> int | None:
+    """How many items a list must have; None if any number will do."""
+    items = get_args(hint)
+    return len(items) if get_origin(hint) is tuple and items[-1] is not ... else None
+
+
+def spell(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
