@@ -1,10 +1,14 @@
 """A checkpoint out of an installed package's GGUF file: the same model and tokenizer, loaded like any other."""
 
+import shlex
+
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from dirl_cli.cli import app
 from dirl_cli.errors import DirlError
 from dirl_cli.models.causal import FromCausal
 from dirl_cli.models.gguf import unpack
@@ -107,6 +111,17 @@ def test_what_was_unpacked_is_made_blocks_of(package, tmp_path):
     assert lm.mask_token_id == len(WORDS) and lm.stop_token_ids == (1,)
     ((answer,),) = NativeSampler(lm).sample([[5, 6, 7]], 1, Decoding(max_new_tokens=8))
     assert len(answer.token_ids) >= 1
+
+
+def test_what_to_do_next_with_an_unpacked_model_is_a_command_that_works(package, here):
+    of_package = [f"model.package={package}", "model.file=tiny_gguf/model.gguf"]
+    runner = CliRunner(env={"HYDRA_FULL_ERROR": "0"})  # which a command sets, put back after it
+    printed = runner.invoke(app, ["download", "model=smollm2", *of_package, "--to", "here"]).stdout
+    proposed = printed.splitlines()[-1].removeprefix("Next: dirl ")
+    words = [*shlex.split(proposed), "device=cpu", "decoding.max_new_tokens=4"]
+    assert words[:3] == ["generate", "model=smollm2", "model.path=here"]
+    result = runner.invoke(app, words)
+    assert result.exit_code == 0, result.output
 
 
 def test_a_package_that_is_not_there_is_told_with_its_remedy(tmp_path):

