@@ -22,13 +22,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dirl_cli import schema
 from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError
+from dirl_cli.loop.groups import why_without_signal
 from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.rollout.record import read_rollout
+from dirl_cli.rollout.record import Record, read_rollout
 from dirl_cli.schema import slug
 from dirl_cli.training.checkpoint import sha256
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.tree import conf_dir
+from dirl_cli.types import Problem, Trajectory
 
 # A random model answers nothing right, so answers are rewarded for ending early, at any of many tokens.
 SMALL = (
@@ -538,7 +540,9 @@ def test_real_problems_with_the_real_tokenizer_are_learned_from_saved_resumed_an
     words = ["data=file", f"data.path={shared}/data/GSM8K-train-rl.json", "data.held_out=2", "steps=2", "save_every=1"]
     words += ["decoding.max_new_tokens=8", "decoding.stop_token_ids=[]", "row_tokens=512", "dtype=float32"]
     words += ["rl.filter=none", "optim.lr=1e-3"]
-    words += ["+reward.weights={accuracy: 1.0, repetition: 0.5}", "+reward.options={repetition: {n: 1}}"]
+    (tmp_path / "mine.py").write_text("def letters(answer):\n    return len(answer.completion)\n")  # which differ
+    words += [f"+reward.weights={{{tmp_path}/mine.py\\:letters: 1.0, repetition: 0.5}}"]
+    words += ["+reward.options={repetition: {n: 1}}"]
     run(config(model, *words), tmp_path / "run")
     shutil.rmtree(tmp_path / "run/model")
     shutil.rmtree(tmp_path / "run/checkpoints/step-000002")
@@ -553,3 +557,27 @@ def test_real_problems_with_the_real_tokenizer_are_learned_from_saved_resumed_an
     )
     assert max(token for record in records for token in record.trajectory.token_ids) < 151669
     assert AutoTokenizer.from_pretrained(tmp_path / "run/model").convert_tokens_to_ids("<|im_end|>") == 151645
+
+
+def test_a_run_in_which_no_group_holds_a_signal_says_why_and_has_no_model(model, tmp_path, capsys):
+    words = ("steps=6", "rl.problems=1", "rl.filter=none", "rl.max_rounds=1", "eval_problems=0", "show_every=0")
+    with pytest.raises(DirlError, match=r"no step changed the model.* no group held a signal; give easier problems"):
+        run(config(model, *words, "~reward.weights", "+reward.weights={accuracy: 1}", "~reward.options"), tmp_path)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("nothing is learned: ")]
+    assert len(told) == 1 and "all answers are wrong; give easier problems" in told[0]
+    assert not (tmp_path / "model").exists()
+
+
+def test_why_there_is_nothing_to_learn_is_told_by_what_the_answers_are():
+    def group(*answers):
+        problem, nothing = Problem("a", "1+1?", "2"), Trajectory([], [], [])
+        return [Record(problem, i, "", nothing, reward, {}, correct) for i, (reward, correct) in enumerate(answers)]
+
+    right, wrong, short = (1.0, True), (0.0, False), (0.5, False)
+    for answers, why in [
+        ([group(right, right)], "all answers are right: give harder problems"),
+        ([group(wrong, wrong)], "all answers are wrong; "),
+        ([group(wrong, short)], "rl.filter=reward keeps those"),
+        ([group(wrong, wrong), group(right, right)], "raise rl.group_size or decoding.temperature"),
+    ]:
+        assert why in why_without_signal(answers)

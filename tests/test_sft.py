@@ -148,11 +148,6 @@ def test_what_the_run_shows(tmp_path, capsys):
     assert shown[-1] == f"the model is in {tmp_path}/model: run `dirl eval model={tmp_path}/model`"
 
 
-def test_rates_that_are_no_shares_are_refused(tmp_path):
-    with pytest.raises(DirlError, match=r"mask_rates has 1\.5: give shares above 0"):
-        run(config("mask_rates=[0.5,1.5]", "dry_run=true"), tmp_path)
-
-
 def test_hidden_tokens_are_guessed_right_as_often_as_the_metric_says():
     lm = Tiny(hidden_size=32, num_hidden_layers=1, intermediate_size=32).load("float32", "cpu", "sdpa")
     guess = int(lm.model(torch.full((1, 4), lm.mask_token_id)).logits[0, 0].argmax())
@@ -331,3 +326,16 @@ def test_a_batch_may_be_larger_than_the_data():
 def test_generators_differ_in_every_number_and_their_order():
     draws = {float(torch.rand(1, generator=generator(*numbers))) for numbers in ((0,), (1,), (0, 1), (1, 0), (0, 0))}
     assert len(draws) == 5
+
+
+def test_a_run_whose_every_step_was_skipped_has_no_model(tmp_path):
+    words = ("steps=2", "eval_problems=0", "skip_norm=1e-9", "max_skipped=5")
+    for _ in range(2):  # given again, the same command has nothing else to say
+        with pytest.raises(DirlError, match="no step changed the model, so there is none to save"):
+            run(config(*words), tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_rate_that_is_0_at_the_only_step_changes_nothing(tmp_path):
+    with pytest.raises(DirlError, match="its gradients were skipped or its rates 0"):
+        run(config("steps=1", "eval_problems=0", "schedule=linear", "schedule.warmup=0"), tmp_path)

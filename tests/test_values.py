@@ -5,6 +5,7 @@ import shlex
 import sys
 from dataclasses import is_dataclass
 from importlib import import_module
+from io import BytesIO, StringIO, TextIOWrapper
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
@@ -23,6 +24,7 @@ from dirl_cli.explain import explain
 from dirl_cli.launch import check_values
 from dirl_cli.ranges import OneOf, Range, describe, limit_of, require, type_at, types_of, without_none
 from dirl_cli.schema import SCHEMAS
+from dirl_cli.screen import take_any_text
 
 MANDATORY = {
     "data.sources": [{"path": "a.jsonl"}],
@@ -282,3 +284,26 @@ def test_evaluating_predictions_looks_at_values_without_torch(here):
     loaded = {name for name in ("dirl_cli.rollout.engines", "dirl_cli.models.tiny") if name in before}
     check_values("eval", cfg)
     assert {name for name in ("dirl_cli.rollout.engines", "dirl_cli.models.tiny") if name in sys.modules} == loaded
+
+
+def test_a_directory_that_is_no_config_tree_says_so(here):
+    (here / "d/runs").mkdir(parents=True)
+    (here / "d/runs/config.yaml").write_text("steps: 3\n")
+    assert refused("sft", "-cd", "d").startswith("d is no config tree: it holds no GROUP/NAME.yaml")
+    (here / "d/experiment").mkdir()
+    (here / "d/experiment/mine.yaml").write_text("# @package _global_\nsteps: -3\n")
+    assert refused("sft", "-cd", "d", "model=tiny", "experiment=mine").startswith(
+        "steps=-3: give a whole number of at least 1"
+    )
+
+
+def test_a_terminal_without_our_letters_gets_question_marks():
+    shown = TextIOWrapper(BytesIO(), encoding="ascii")
+    take_any_text(shown, StringIO())
+    print("step 1 · π", file=shown, flush=True)
+    assert shown.buffer.getvalue() == b"step 1 ? ?\n"
+
+
+def test_bytes_that_are_no_letters_here_are_told(here):
+    word = b"name=caf\xc3\xa9".decode("ascii", errors="surrogateescape")  # as a shell in LC_ALL=POSIX hands it over
+    assert refused("sft", word).endswith("start it with LC_ALL=C.UTF-8")

@@ -114,7 +114,10 @@ def snapshot(repo_id: str, kind: Kind, to: Path | None, here: bool = False) -> P
 
 def configured() -> dict[str, str]:
     """The repositories that our configs name, by the words that choose them, such as bench=math500."""
-    files = {f"{file.parent.name}={file.stem}": file.read_text() for file in sorted(conf_dir().glob("*/*.yaml"))}
+    files = {
+        f"{file.parent.name}={file.stem}": file.read_text(encoding="utf-8")
+        for file in sorted(conf_dir().glob("*/*.yaml"))
+    }
     found = {choice: re.search(r"^path: ([\w.-]+/[\w.-]+)(?!\S)", text, re.M) for choice, text in files.items()}
     return {choice: path[1] for choice, path in found.items() if path}
 

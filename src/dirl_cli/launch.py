@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from dirl_cli.errors import DirlError, DoesNotFit, Interrupted, Stopped, stop_co
 from dirl_cli.plain import is_secret, literal, masked
 from dirl_cli.ranges import require, spell, types_of
 from dirl_cli.rundir import model_of_run, open_run
+from dirl_cli.screen import take_any_text
 from dirl_cli.types import SHARING
 from dirl_cli.worker import FAILURE
 
@@ -43,6 +45,14 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
     flags: Hydra's own, such as --multirun. config_dir: the user's config tree, which wins over ours.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow a busy machine 6-fold
+    take_any_text(sys.stdout, sys.stderr)
+    if unread := [
+        word for word in words if re.search("[\ud800-\udfff]", word)
+    ]:  # Python's place for a byte it cannot read
+        raise DirlError(
+            f"{unread[0].partition('=')[0]}=… holds letters that {sys.getfilesystemencoding()} has not:"
+            " start it with LC_ALL=C.UTF-8"
+        )
     tree.prepare(config_dir)
     try:
         compose(name, flags, words)

@@ -136,7 +136,7 @@ def refuse_other(out: Path, config: str) -> None:
     """Refuse a directory whose run has another configuration and has come to something."""
     if not (out / "config.yaml").exists() or {path.name for path in out.iterdir()} <= BEGINNINGS:
         return
-    changed = differences(flatten((out / "config.yaml").read_text()), flatten(config))
+    changed = differences(flatten((out / "config.yaml").read_text(encoding="utf-8")), flatten(config))
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise DirlError(

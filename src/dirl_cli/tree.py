@@ -31,10 +31,21 @@ def prepare(config_dir: Path | None) -> None:
     """Make Hydra find the user's tree before ours, and modules in the working directory."""
     if "" not in sys.path:
         sys.path.append("")  # so that a `_target_` may name a module in the working directory
-    for file in config_dir.rglob("*.yaml") if config_dir else ():
-        require_yaml(file)
+    if config_dir:
+        require_tree(config_dir)
     UserConfigs.directory = config_dir
     Plugins.instance().register(UserConfigs)
+
+
+def require_tree(directory: Path) -> None:
+    """Raises DirlError for a directory that holds no configs, or one that cannot be read."""
+    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
+    commands = {path.name for path in conf_dir().glob("*.yaml")}
+    files = sorted(directory.rglob("*.yaml"))
+    if not any(file.parent.name in groups or (file.parent == directory and file.name in commands) for file in files):
+        raise DirlError(f"{directory} is no config tree: it holds no GROUP/NAME.yaml such as experiment/mine.yaml")
+    for file in files:
+        require_yaml(file)
 
 
 def require_yaml(file: Path) -> None:

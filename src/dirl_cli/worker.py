@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.plain import masked
 from dirl_cli.rundir import locked
+from dirl_cli.screen import take_any_text
 
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in Linux's prctl.h
 FAILURE = "failure.txt"  # in the run directory: the sentence of the process that failed first
@@ -97,6 +98,7 @@ def run(name: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    take_any_text(sys.stdout, sys.stderr)
     if sys.argv[1] == "start":
         start(*sys.argv[2:])
     elif sys.argv[1] == "run":

@@ -25,14 +25,17 @@ from dirl_cli.loop.ahead import resting, sampling_ahead
 from dirl_cli.loop.exam import Exam
 from dirl_cli.loop.forecast import PROMPT, RL, rl_budget
 from dirl_cli.loop.groups import (
+    REMEDIES,
     Answers,
     Replayed,
     Sampled,
     State,
     drawing,
+    holds_signal,
     replayed,
     rescored,
     teaches,
+    why_without_signal,
     with_advantages,
 )
 from dirl_cli.loop.keep import keep
@@ -76,6 +79,7 @@ COLUMNS = {
     "tokens_per_forward": Column("tok/fwd", 2),
     "kl": Column("kl", 4),
 }
+PATIENCE = 5  # steps in a row without a signal after which it is said why
 SHOWN = ("reward", "accuracy", "length", "tokens_per_forward", "kept")
 RECIPE = (
     "model",
@@ -191,6 +195,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         if start.parent == checkpoints.directory:  # another run's checkpoint may have seen other data
             require_same_data(cfg.data.name, remembered.get("data_fingerprint", data_fingerprint), data_fingerprint)
         trainer.steps_taken, trainer.skipped = remembered["updates"], remembered["skipped"]
+        trainer.updates_applied = remembered.get("updates_applied", trainer.steps_taken)
         state, path = State.from_json(remembered), start
         progress.say(f"going on after step {state.step}, from {start}")
     config = OmegaConf.to_container(cfg)
@@ -204,12 +209,14 @@ def run(cfg: DictConfig, out: Path) -> None:
     sampler.update_weights(gathered(peft.pushed(lm)), trainer.steps_taken)
 
     saved_at = state.step
+    without_signal = 0  # steps in a row
 
     def save(metrics: dict[str, float]) -> Path:
         """Save the last whole step, of which these were the metrics."""
         remembered: dict[str, Any] = {"command": "rl"}
         remembered |= {"base_fingerprint": base_fingerprint, "data_fingerprint": data_fingerprint}
         remembered |= {"updates": trainer.steps_taken, "skipped": trainer.skipped, **state.to_json()}
+        remembered["updates_applied"] = trainer.updates_applied
         with trainer.times("saving"):
             saved = checkpoints.save(state.step, lm.model, trainer.optimizers, metrics, **remembered)
             log.draw(PANELS, cfg.name, out / "rl.png")
@@ -262,6 +269,9 @@ def run(cfg: DictConfig, out: Path) -> None:
 
                 step, is_last = state.step, state.step == cfg.steps
                 progress.update(step, metrics)
+                without_signal = 0 if holds_signal(groups) else without_signal + 1
+                if without_signal == PATIENCE and not cfg.rl.rollout_only:
+                    progress.say(f"nothing is learned: {why_without_signal(sampled)}")
                 if metrics.get("skipped"):
                     progress.note(step, metrics, "loss", "grad_norm", "skipped")
                 if due(step, cfg.show_every):
@@ -284,6 +294,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     if cfg.rl.rollout_only:
         progress.say(f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`")
         return
+    trainer.require_update(f"no group held a signal; {REMEDIES}")
     settings: Any = OmegaConf.to_container(cfg)
     summary = f"{cfg.model.name}, reinforced on {cfg.data.name} with `dirl rl algo={cfg.algo.name}`."
     keep(lm, peft, out, summary, settings, RECIPE, PANELS, decoding, accelerator, progress)

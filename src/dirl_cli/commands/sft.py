@@ -167,6 +167,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         if start.parent == checkpoints.directory:  # another run's checkpoint may have seen other data
             require_same_data(cfg.data.name, remembered.get("data_fingerprint", data_fingerprint), data_fingerprint)
         trainer.steps_taken, trainer.skipped = remembered["step"], remembered["skipped"]
+        trainer.updates_applied = remembered.get("updates_applied", trainer.steps_taken)
         path = start
         progress.say(f"going on after step {trainer.steps_taken}, from {start}")
     main, config = accelerator.is_main_process, OmegaConf.to_container(cfg)
@@ -181,6 +182,7 @@ def run(cfg: DictConfig, out: Path) -> None:
             "base_fingerprint": base_fingerprint,
             "data_fingerprint": data_fingerprint,
             "skipped": trainer.skipped,
+            "updates_applied": trainer.updates_applied,
         }
         with trainer.times("saving"):
             return checkpoints.save(trainer.steps_taken, lm.model, trainer.optimizers, metrics, **remembered)
@@ -241,6 +243,7 @@ def run(cfg: DictConfig, out: Path) -> None:
 
     log.close()
     progress.sum_up(trainer.times.total)
+    trainer.require_update("its gradients were skipped or its rates 0 (grad_norm and lr in metrics.jsonl tell which)")
     settings: Any = OmegaConf.to_container(cfg)
     summary = f"{cfg.model.name}, fine-tuned on {cfg.data.name} with `dirl sft`."
     keep(lm, peft, out, summary, settings, RECIPE, panels, decoding, accelerator, progress)

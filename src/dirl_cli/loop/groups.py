@@ -24,6 +24,10 @@ from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.order import Order
 from dirl_cli.types import Decoding, Problem
 
+REMEDIES = (
+    "give easier problems or a model that is right at times, more decoding.max_new_tokens,"
+    " or reference answers in the form that is asked for (dry_run=true shows them)"
+)
 Answers = list[Record]  # those to one problem
 Drawn = tuple[int, Record]  # an answer and its problem's place in the endless order
 
@@ -196,6 +200,25 @@ def teaches(group: Answers, rule: str) -> bool:
     """Whether a group holds a signal; see `has_signal`."""
     rewards = [record.reward or 0.0 for record in group]
     return len(group) > 0 and has_signal(rewards, [record.correct for record in group], rule)
+
+
+def holds_signal(groups: Sequence[Answers]) -> bool:
+    """Whether any answer is worth more or less than the others to its problem."""
+    return any(record.advantage for group in groups for record in group)
+
+
+def why_without_signal(groups: Sequence[Answers]) -> str:
+    """Why there is nothing to learn from these groups, and what to change."""
+    answers = [record for group in groups for record in group]
+    if not answers:
+        return "no answer has a reward: correct what reward.weights names"
+    if any(len({record.reward for record in group}) > 1 for group in groups):
+        return "no group has right and wrong answers, but rewards differ in some: rl.filter=reward keeps those"
+    if all(record.correct for record in answers):
+        return "all answers are right: give harder problems"
+    if not any(record.correct for record in answers):
+        return f"all answers are wrong; {REMEDIES}"
+    return "the answers to each problem are all right or all wrong: raise rl.group_size or decoding.temperature"
 
 
 def rescored(groups: Sequence[Answers], scorer: Scorer, longest: int, block_size: int) -> list[Answers]:

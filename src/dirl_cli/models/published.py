@@ -52,8 +52,8 @@ def published_weights(
 
 def name_as_published(file: Path) -> None:
     """Give a configuration the names that published ones and engines use for what transformers 5 renamed."""
-    config = {key: value for key, value in json.loads(file.read_text()).items() if key not in LOCAL}
+    config = {key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key not in LOCAL}
     config |= {published: config.pop(new) for new, published in RENAMED.items() if new in config}
     if rope := config.get("rope_parameters"):
         config["rope_theta"] = rope["rope_theta"]
-    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -47,6 +47,7 @@ class Trainer:
         self.stoppable = stoppable
         self.skipped = 0  # updates in a row
         self.steps_taken = 0
+        self.updates_applied = 0  # that moved the parameters: not skipped, and neither gradient nor rate is 0
         self.times = PhaseTimes()
 
     def step(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
@@ -88,8 +89,14 @@ class Trainer:
                 if not skip:
                     optimizer.step()
                 optimizer.zero_grad()
+        self.updates_applied += not skip and norm > 0 and rate > 0
         self.steps_taken += 1
         return {**metrics, "grad_norm": norm, "lr": rate, "skipped": float(skip)}
+
+    def require_update(self, remedy: str) -> None:
+        """Raises DirlError that ends in `remedy` where the model is still what it began as."""
+        if not self.updates_applied:
+            raise DirlError(f"no step changed the model, so there is none to save: {remedy}")
 
     @torch.no_grad()
     def measure(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
