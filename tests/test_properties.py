@@ -99,18 +99,21 @@ def test_packing_loses_no_token_and_mixes_no_two_samples(drawn, block_size, row_
 
 # Files
 
+token_ids = some.integers(0, 2**31 - 1)
+numbers = some.floats(-1e14, 1e14)
 trajectories = some.builds(
-    lambda steps, **more: Trajectory(
+    lambda steps, commits, **more: Trajectory(
         token_ids=[token for token, _, _ in steps],
         reveal_step=[step for _, step, _ in steps],
         logprobs=[logprob for _, _, logprob in steps],
+        forwards=more["denoise_forwards"] + commits,
         **more,
     ),
-    some.lists(some.tuples(some.integers(0, 2**40), some.integers(1, 64), some.floats(allow_nan=False)), max_size=8),
-    prompt_ids=some.lists(some.integers(0, 2**40), max_size=5),
+    some.lists(some.tuples(token_ids, some.integers(1, 64), some.floats(-1e14, 0)), min_size=1, max_size=8),
+    some.integers(0, 9),
+    prompt_ids=some.lists(token_ids, max_size=5),
     stop_reason=some.sampled_from(["stop", "length"]),
-    denoise_forwards=some.integers(0, 99),
-    forwards=some.integers(0, 99),
+    denoise_forwards=some.integers(1, 99),
     weights_version=some.integers(0, 9),
     stop_token_ids=some.lists(some.integers(0, 9), max_size=2).map(tuple),
 )
@@ -120,10 +123,10 @@ records = some.builds(
     sample=some.integers(0, 9),
     completion=some.text(),
     trajectory=trajectories,
-    reward=some.none() | some.floats(allow_nan=False),
-    parts=some.dictionaries(some.text(), some.floats(allow_nan=False), max_size=3),
+    reward=some.none() | numbers,
+    parts=some.dictionaries(some.text(), numbers, max_size=3),
     correct=some.booleans(),
-    advantage=some.none() | some.floats(allow_nan=False),
+    advantage=some.none() | numbers,
     kept=some.booleans(),
 )
 
