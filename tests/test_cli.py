@@ -241,6 +241,8 @@ def test_a_users_mapping_takes_the_place_of_the_one_there(jobs):
     assert jobs[-1]["reward"]["weights"] == {"accuracy": 1.0, "boxed": 1}
     assert dirl("rl", "reward.weights={soft_overlong: 1}", "reward.options={soft_overlong: {cache: 5}}").exit_code == 0
     assert jobs[-1]["reward"]["options"] == {"soft_overlong": {"cache": 5}}
+    refused = dirl("eval", "reward.weights={boxed: 1}")
+    assert refused.exit_code == 1 and "reward.weights: no such key" in refused.stderr
 
 
 def test_columns_are_mapped_as_the_advice_says_also_in_a_sweep(jobs):

@@ -38,7 +38,7 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
         return f"{error.override}: {quoting(*error.override.partition('=')[::2])}"
     if found := re.search(r"In '(\w+)/(.+?)': Could not override '(.+?)'", text):
         return f"{found[1]}={found[2]} is for another command: dirl {command} has no {found[3]}"
-    if found := re.search(r"Could not override '(.+?)'", text):
+    if found := re.search(r"Could not (?:override|delete from config\.) '(.+?)'", text):
         return f"{found[1]}: no such key; {hint(command, found[1], keys(command, words))}"
     if sentence := mistyped(error, command):
         return sentence
