@@ -75,7 +75,7 @@ def test_a_command_is_handed_its_config_and_its_directory(jobs):
 
 def test_a_command_alone_is_the_embedded_preset_and_gives_way_to_the_command_line():
     tiny, large = compose_job("sft"), compose_job("sft", "model=sdar8b")
-    assert (tiny.optim._target_.split(".")[-1], tiny.steps, tiny.dtype) == ("Muon", 1000, "auto")
+    assert (tiny.optim._target_.split(".")[-1], tiny.steps, tiny.dtype) == ("Muon", 1400, "auto")
     assert (large.optim._target_.split(".")[-1], large.optim.lr, large.dtype) == ("AdamW", 1e-5, "auto")
     mine = compose_job("sft", "optim=adamw", "steps=7")
     assert (mine.optim._target_.split(".")[-1], mine.steps, mine.dtype) == ("AdamW", 7, "auto")
@@ -118,7 +118,7 @@ def test_the_first_line_is_said_once_in_a_sweep_and_not_where_no_model_is_read(j
 
 def test_a_preset_is_named_for_a_model_of_ones_own(jobs):
     assert dirl("rl", "experiment=tiny_rl", "model=some/DIR").exit_code == 0
-    assert (jobs[-1]["model"]["path"], jobs[-1]["steps"], jobs[-1]["optim"]["lr"]) == ("some/DIR", 60, 2e-4)
+    assert (jobs[-1]["model"]["path"], jobs[-1]["steps"], jobs[-1]["optim"]["lr"]) == ("some/DIR", 120, 2e-4)
 
 
 def test_a_tree_of_ones_own_says_what_its_commands_do_by_default(jobs, here):
