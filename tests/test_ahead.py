@@ -14,6 +14,7 @@ from test_groups import MIXED, SAME, each, ids, source
 from test_rl import ARITHMETIC, SMALL, config, lines, run, updates, weights
 
 from dirl_cli.errors import DirlError
+from dirl_cli.launch import check_values
 from dirl_cli.loop.ahead import sampling_ahead
 from dirl_cli.loop.groups import State
 from dirl_cli.rollout.record import read_rollout
@@ -146,4 +147,4 @@ def test_two_processes_that_share_the_model_sample_ahead_as_one_does(model, tmp_
 def test_it_excludes_runs_that_do_not_do_both(model, tmp_path):
     for words in (["rl.rollout_only=true"], [f"rl.replay={tmp_path}"]):
         with pytest.raises(DirlError, match="async_rollout"):
-            run(config(model, "rl.async_rollout=1", *words), tmp_path / "run")
+            check_values("rl", config(model, "rl.async_rollout=true", *words))

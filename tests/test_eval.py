@@ -305,12 +305,6 @@ def test_real_benchmarks_run_to_the_end(shared: Path, tmp_path: Path, name: str,
     assert card["metrics"]["truncated"] == 1.0
 
 
-@pytest.mark.parametrize("changes", [{"limit": 0}, {"samples": 0}])
-def test_nothing_to_evaluate_is_an_error(tmp_path: Path, changes: dict[str, int]) -> None:
-    with pytest.raises(DirlError, match="nothing to evaluate"):
-        command.run(config(**changes), tmp_path)
-
-
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     words = [sys.executable, "-c", "from dirl_cli.cli import app; app()", "eval"]

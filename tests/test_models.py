@@ -464,5 +464,5 @@ def test_python_samples_with_the_settings_of_the_configs(saved, name, monkeypatc
 
 
 def test_a_sampler_holds_at_least_one_sequence(saved):
-    with pytest.raises(DirlError, match="max_batch must be at least 1"):
+    with pytest.raises(DirlError, match=r"rollout\.max_batch=0: give a whole number of at least 1"):
         load_sampler(saved, max_batch=0)

@@ -29,7 +29,7 @@ from dirl_cli.schema import SCHEMAS
         (["eval", "bench=[math500,gsm8k]"], "`(-m .+)` runs each", "bench.name", "gsm8k"),
         (["sft", "mask_rates=0.5,1"], "write (.+) for a list", "mask_rates", [0.5, 1.0]),
         (["sft", "data=a.json", "data.split=train[:5%]"], "as in (.+)", "data.split", "train[:5%]"),
-        (["sft", "model=path", "model.path=a", "model.block_size=(4'"], "as in (.+)", "model.block_size", "(4'"),
+        (["sft", "keep_best=(4'"], "as in (.+)", "keep_best", "(4'"),
         (["sft", "data=[a.jsonl,b/c d.jsonl]"], "a mixture: (.+)", "data.sources.1.path", "b/c d.jsonl"),
     ],
 )
