@@ -237,6 +237,7 @@ def refused(*words):
         ("rl rl.filter=acuracy", "rl.filter=acuracy: did you mean accuracy?"),
         ("rl rl.replay=a rl.rollout_only=true", "rl.replay learns without sampling and rl.rollout_only samples"),
         ("rl rl.rescore=true", "rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR"),
+        ("rl reward.weights.accuracy=[1]", "reward.weights.accuracy=[1]: give a finite number"),
         ("rl rl=3", "rl=3: give a mapping such as {problems: …}"),
         ("rl algo.clip_low=-1", "algo.clip_low=-1: give a number of at least 0; inf switches it off"),
         ("rl reward=dapo reward.options.soft_overlong.cache=0", "reward.options.soft_overlong.cache=0: give a whole "),

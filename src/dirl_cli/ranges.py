@@ -103,7 +103,8 @@ def require(value: object, hint: Any, key: str = "") -> None:
     value: as OmegaConf converted it, in plain containers. hint: its type, with annotations. key: its full name.
     """
     for name, leaf, leaf_type in limited(value, hint, key):
-        if not limit_of(leaf_type).holds(leaf):
+        is_container = isinstance(leaf, list)  # which OmegaConf takes for a number in a mapping
+        if is_container or not limit_of(leaf_type).holds(leaf):
             raise DirlError(refusal(name, leaf, leaf_type))
 
 
