@@ -78,3 +78,9 @@ def published_vocabulary(directory: Path, shared: Path) -> Path:
     shutil.copytree(shared / "models/sdar-tokenizer", directory)
     SDARForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+def paid_by_the_letter(directory: Path) -> str:
+    """An override that rewards answers by their letters, so that a model which has learned nothing has a signal."""
+    (directory / "letters.py").write_text("def letters(answer):\n    return len(answer.completion)\n")
+    return f"+reward.weights={{{directory}/letters.py\\:letters: 1.0}}"

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dirl_cli.training.optim import AdamW, Muon, layer_matrices
-from dirl_cli.training.schedule import Constant, Cosine, Linear
+from dirl_cli.training.schedule import Constant, Cosine, Linear, warmup_remark
 
 
 class Net(nn.Module):
@@ -74,6 +74,14 @@ def test_the_warm_up_learns_from_its_first_step_and_ends_at_the_full_rate():
 
 def test_a_warm_up_below_one_is_a_fraction_of_the_run():
     assert Constant(warmup=0.03)(0, 100) == pytest.approx(1 / 3)
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_told():
+    assert warmup_remark(Constant(10), 4) == (
+        "schedule.warmup=10 is longer than the run: rates come to 40% of their full ones"
+    )
+    assert Constant(10)(3, 4) == 0.4
+    assert warmup_remark(Linear(4, 0.0), 4) is warmup_remark(Cosine(0.5, 0.1), 4) is None
 
 
 def test_no_warm_up_starts_at_the_full_rate():

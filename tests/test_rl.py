@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
-from small import published_vocabulary
+from small import paid_by_the_letter, published_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dirl_cli import schema
@@ -540,9 +540,7 @@ def test_real_problems_with_the_real_tokenizer_are_learned_from_saved_resumed_an
     words = ["data=file", f"data.path={shared}/data/GSM8K-train-rl.json", "data.held_out=2", "steps=2", "save_every=1"]
     words += ["decoding.max_new_tokens=8", "decoding.stop_token_ids=[]", "row_tokens=512", "dtype=float32"]
     words += ["rl.filter=none", "optim.lr=1e-3"]
-    (tmp_path / "mine.py").write_text("def letters(answer):\n    return len(answer.completion)\n")  # which differ
-    words += [f"+reward.weights={{{tmp_path}/mine.py\\:letters: 1.0, repetition: 0.5}}"]
-    words += ["+reward.options={repetition: {n: 1}}"]
+    words += [paid_by_the_letter(tmp_path), "+reward.weights.repetition=0.5", "+reward.options={repetition: {n: 1}}"]
     run(config(model, *words), tmp_path / "run")
     shutil.rmtree(tmp_path / "run/model")
     shutil.rmtree(tmp_path / "run/checkpoints/step-000002")

@@ -74,7 +74,7 @@ def test_a_rollout_with_a_problem_for_one_of_two_processes_ends_as_it_does_for_o
     for name, more in {"one": [], "two": ["gpus=2"], "shared": ["gpus=2", "launch=fsdp2"]}.items():
         command = [Path(sys.executable).with_name("dirl"), "rl", *words, *more, f"out={tmp_path / name}"]
         ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280)
-        assert ended.returncode == 0
+        assert ended.returncode == (filter == "accuracy")  # which leaves the model as it was
     expected = [read_rollout(file) for file in sorted(tmp_path.glob("one/rollouts/*"))]
     losses = [line.get("loss") for line in metrics(tmp_path / "one")]
     assert (None in losses) == (filter == "accuracy")

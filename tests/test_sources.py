@@ -9,7 +9,7 @@ import pytest
 from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from small import published_vocabulary
+from small import paid_by_the_letter, published_vocabulary
 
 from dirl_cli import schema
 from dirl_cli.commands import rl, sft
@@ -145,6 +145,7 @@ RL = ("rl.problems=2", "rl.group_size=2", "rl.filter=none", "rl.max_rounds=1", "
 def test_an_unfinished_run_does_not_go_on_with_other_rows(tmp_path, command, run, more):
     rows = [{"question": f"{i}+1?", "response": str(i), "ground_truth_answer": i} for i in range(6)]
     words = ["data=file", f"data.path={save(tmp_path / 'a.jsonl', rows)}", "data.name=mine", "save_every=1", *more]
+    words += [paid_by_the_letter(tmp_path)] if command == "rl" else []
     out = tmp_path / "out"
     run(config(command, *words), out)
     for written in ("model", "checkpoints/step-000002"):
@@ -198,7 +199,8 @@ def test_reinforcement_draws_from_a_mix_without_what_does_not_fit(sources, tmp_p
         save(tmp_path / f"{name}.json", theirs)
     parts = f"[{{path: {tmp_path}/a.json, name: a, weight: 3}}, {{path: {tmp_path}/b.json, name: b}}]"
     more = ["data=mix", f"data.sources={parts}", "instruction=none", *words[3:], "rl.max_prompt_tokens=30"]
-    rl.run(config("rl", *more, "decoding.temperature=1", "optim.lr=1e-3"), tmp_path / "out")
+    more += ["decoding.temperature=1", "optim.lr=1e-3", paid_by_the_letter(tmp_path)]
+    rl.run(config("rl", *more), tmp_path / "out")
     counted = "6 training problems of {}; 3 left out that have prompts longer than rl.max_prompt_tokens=30"
     warning = "warning: 33% of 9 rows are not learned from; the longest has 42 tokens"
     assert said(capsys)[:4] == [counted.format("a"), warning, counted.format("b"), warning]

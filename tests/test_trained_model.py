@@ -10,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from small import paid_by_the_letter
 from typer.testing import CliRunner
 
 from dirl_cli import schema
@@ -135,6 +136,8 @@ def test_every_command_takes_a_run_or_a_checkpoint_for_its_model(here: Path, tmp
             "eval_problems=0",
             "rl.problems=1",
             "rl.group_size=2",
+            "rl.filter=none",
+            paid_by_the_letter(here),
             "out=rewarded",
         ),
     )

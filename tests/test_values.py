@@ -181,7 +181,7 @@ def test_a_type_tells_what_a_setting_may_be():
     assert describe(one) == "a number above 0; inf switches it off"
     assert describe(Annotated[int, Range(at_least=1)] | None) == "a whole number of at least 1, or null"
     assert describe(Annotated[float, Range()]) == "a finite number"
-    assert describe(tuple[float, float] | None).startswith("a list of 2, each of it")
+    assert describe(tuple[float, float] | None).startswith("a list of 2, each item")
     assert describe(Annotated[str, OneOf("a", "b")]) == "one of a, b"
     assert (describe(bool), describe(str)) == ("true or false", "text")
 
@@ -220,8 +220,8 @@ def refused(*words):
         ("sft device=gpu", "device=gpu: did you mean cuda?"),
         ("sft dtype=bf16", "dtype=bf16: did you mean bfloat16?"),
         ("sft launch=fsd2", "launch=fsd2: did you mean fsdp2?"),
-        ("sft mask_rates=3", "mask_rates=3: give a list, each of it a number above 0 and at most 1"),
-        ("sft optim.betas=[0.9]", "optim.betas=[0.9]: give a list of 2, each of it a number of at least 0 and below 1"),
+        ("sft mask_rates=3", "mask_rates=3: give a list, each item a number above 0 and at most 1"),
+        ("sft optim.betas=[0.9]", "optim.betas=[0.9]: give a list of 2, each item a number of at least 0 and below 1"),
         ("sft data=mix data.sources=[a]", "data.sources[0]=a: give a mapping such as {path: …}"),
         ("sft data=mix 'data.sources=[{path: a, weight: 0}]'", "data.sources[0].weight=0: give a number above 0"),
         ("sft data=a.jsonl data.held_out=1.5", "data.held_out=1.5: give a share below 1, or a whole number of at le"),
@@ -232,8 +232,10 @@ def refused(*words):
         ("sft +stepz=1", "stepz: no such key; did you mean steps?"),
         ("sft +decoding.tempratur=1", "decoding.tempratur: no such key; did you mean temperature?"),
         ("sft name=../../x", "name=../../x is no name of a directory in runs: for one elsewhere give out=DIR"),
+        ("sft 'optim.lr=${x}'", "Interpolation key 'x' not found; a text that holds ${…} is written \\${…}"),
         ("sft name=", "name= is no name of a directory in runs"),
         ("rl rl.group_size=1", "rl.group_size=1: an answer is worth what it is beside the others to its problem"),
+        ("rl rl.mini_batches=65", "rl.mini_batches=65: there are at most rl.problems=16 groups to cut into parts"),
         ("rl rl.filter=acuracy", "rl.filter=acuracy: did you mean accuracy?"),
         ("rl rl.replay=a rl.rollout_only=true", "rl.replay learns without sampling and rl.rollout_only samples"),
         ("rl rl.rescore=true", "rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR"),

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from dirl_cli import schema, tree
 from dirl_cli.plain import literal, shell_word
@@ -32,6 +32,9 @@ ELSEWHERE = {  # what other toolkits call our keys
 def explain(error: Exception, command: str, words: Sequence[str]) -> str:
     """One sentence for one of COMPLAINTS that was raised while `command` was composed with `words`."""
     text, cause = str(error), str(error.__cause__ or "")
+    if isinstance(error, InterpolationResolutionError):
+        key = f"{error.full_key}: " if error.full_key else ""
+        return f"{key}{first_line(text)}; a text that holds ${{…}} is written \\${{…}}"
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return f"{error.override}: an override has the form KEY=VALUE"

@@ -156,7 +156,7 @@ def describe(hint: Any) -> str:
         return f"one of {', '.join(limit.words)}"
     if get_origin(inner) in (list, tuple):
         count = f" of {size(inner)}" if size(inner) else ""
-        return f"a list{count}, each of it {describe(get_args(inner)[0])}"
+        return f"a list{count}, each item {describe(get_args(inner)[0])}"
     if get_origin(inner) is dict:
         return f"a mapping, each value {describe(get_args(inner)[1])}"
     if is_dataclass(inner):

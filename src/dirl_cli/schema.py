@@ -121,6 +121,11 @@ class ReinforcementConfig:
                 f"rl.group_size={self.group_size}: an answer is worth what it is beside the others to its problem,"
                 " so give at least 2"
             )
+        if self.mini_batches > self.problems and not self.replay:
+            raise DirlError(
+                f"rl.mini_batches={self.mini_batches}: there are at most rl.problems={self.problems} groups to cut into"
+                " parts, so give no more"
+            )
         if self.rescore and not self.replay:
             raise DirlError("rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR")
         if self.async_rollout and (self.replay or self.rollout_only):

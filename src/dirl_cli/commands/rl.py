@@ -59,6 +59,7 @@ from dirl_cli.training.metrics import NoLog, open_log
 from dirl_cli.training.parallel import gathered, start_accelerator, whole
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, due
+from dirl_cli.training.schedule import warmup_remark
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding, Instruction
 
@@ -152,6 +153,9 @@ def run(cfg: DictConfig, out: Path) -> None:
         return
     for warning in budget.warnings():
         progress.warn(warning)
+    updates = cfg.steps * cfg.rl.mini_batches * cfg.rl.epochs
+    if not cfg.rl.rollout_only and (remark := warmup_remark(schedule, updates)):
+        progress.say(remark)
     engine.require()
     with progress.working("loading the model"):
         lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
@@ -165,7 +169,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         accelerator,
         TokenScorer(lm.model, lm.unsampled_ids, decoding),
         optim.build(lm.model),
-        partial(schedule, steps=cfg.steps * cfg.rl.mini_batches * cfg.rl.epochs),
+        partial(schedule, steps=updates),
         cfg.clip_norm,
         cfg.max_skipped,
         cfg.skip_norm,

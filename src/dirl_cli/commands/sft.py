@@ -42,6 +42,7 @@ from dirl_cli.training.order import Order
 from dirl_cli.training.parallel import start_accelerator, whole
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, due
+from dirl_cli.training.schedule import warmup_remark
 from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.training.validation import hold_out, metric
 from dirl_cli.types import Decoding, Instruction
@@ -137,6 +138,8 @@ def run(cfg: DictConfig, out: Path) -> None:
         progress.warn(warning)
     if isinstance(model, Tiny) and isinstance(optim, AdamW) and optim.lr < LEAST_RATE:
         progress.warn(f"optim.lr={optim.lr} is for a published checkpoint, and this model begins at random: give 1e-3")
+    if remark := warmup_remark(schedule, cfg.steps):
+        progress.say(remark)
     with progress.working("loading the model"):
         lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
     if cfg.gradient_checkpointing:

@@ -48,6 +48,14 @@ class Cosine:
         return rise(step, warmup) * (1 - (1 - self.floor) * fallen)
 
 
+def warmup_remark(schedule: Schedule, steps: int) -> str | None:
+    """What there is to say of a warm-up that is longer than the run."""
+    if not isinstance(schedule, Constant | Linear | Cosine) or warmup_steps(schedule.warmup, steps) <= steps:
+        return None
+    reached = steps / warmup_steps(schedule.warmup, steps)
+    return f"schedule.warmup={schedule.warmup:g} is longer than the run: rates come to {reached:.0%} of their full ones"
+
+
 def warmup_steps(warmup: float, steps: int) -> int:
     """A number below 1 is a fraction of the run, any other a number of steps."""
     return round(warmup * steps) if warmup < 1 else int(warmup)
