@@ -100,10 +100,15 @@ class Budget:
             changes[key] = value
         if not self.fits(changes):
             return None
-        for key in [key for key in reversed(changes) if key not in start]:
-            others = {other: value for other, value in changes.items() if other != key}
-            least = next(value for value in self.knobs[key] if self.fits({**others, key: value}))
-            changes = others if self.fits(others) else {**others, key: least}
+        previous: dict[str, Any] = {}
+        while (
+            changes != previous
+        ):  # again, since checkpointing of few layers takes more than it saves: without it more fits
+            previous = changes
+            for key in [key for key in reversed(changes) if key not in start]:
+                others = {other: value for other, value in changes.items() if other != key}
+                least = next(value for value in self.knobs[key] if self.fits({**others, key: value}))
+                changes = others if self.fits(others) else {**others, key: least}
         return start | {key: changes[key] for key in self.knobs if key in changes}
 
     def proposals(self) -> list[dict[str, Any]]:
