@@ -49,8 +49,8 @@ def tell_version() -> None:
 
 
 @app.command("help", hidden=True)
-def tell_help(ctx: typer.Context, command: Annotated[str, typer.Argument()] = "") -> None:
-    app([*[command] * bool(command), "--help"], prog_name="dirl")
+def tell_help(command: Annotated[str, typer.Argument()] = "") -> None:
+    app([command, "--help"] if command else ["--help"], prog_name="dirl")
 
 
 Overrides = Annotated[
