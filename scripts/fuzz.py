@@ -249,11 +249,11 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
     import torch
     from omegaconf import OmegaConf
 
-    from dirl_cli import tree
     from dirl_cli.algo.advantages import ADVANTAGES
     from dirl_cli.algo.objective import Objective
-    from dirl_cli.build import build
+    from dirl_cli.cli.build import build
     from dirl_cli.commands.rl import measured
+    from dirl_cli.files import conf_dir
     from dirl_cli.loop.groups import State, replayed, with_advantages
     from dirl_cli.loop.learn import Learner
     from dirl_cli.models.checkpoint import diffusion_lm
@@ -278,7 +278,7 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
     torch.manual_seed(0)
     lm = diffusion_lm(SDARForCausalLM(config), None, 4, 49)
     begun = {name: value.clone() for name, value in lm.model.state_dict().items()}
-    objectives = [build(OmegaConf.load(file), Objective) for file in sorted((tree.conf_dir() / "algo").glob("*.yaml"))]
+    objectives = [build(OmegaConf.load(file), Objective) for file in sorted((conf_dir() / "algo").glob("*.yaml"))]
     optimizer = torch.optim.SGD(lm.model.parameters(), lr=1e-3)
     accelerator = start_accelerator("cpu", "float32")
     trainer = Trainer(accelerator, TokenScorer(lm.model, lm.unsampled_ids), [optimizer], lambda step: 1.0, 1.0)
@@ -356,7 +356,7 @@ def evaluations(home: Path) -> tuple[list[bytes], Target]:
 
 def overrides(home: Path) -> tuple[list[bytes], Target]:
     """Words of a command line."""
-    from dirl_cli.launch import launch
+    from dirl_cli.cli.launch import launch
 
     def run(data: bytes, here: Path) -> None:
         words = data.decode(errors="replace").replace("\x00", "").split("\n")
@@ -383,11 +383,12 @@ def numbers(home: Path) -> tuple[list[bytes], Target]:
     from hydra import compose, initialize_config_dir
     from omegaconf import DictConfig, OmegaConf
 
-    from dirl_cli import tree
-    from dirl_cli.build import build
+    from dirl_cli.cli import config_tree
+    from dirl_cli.cli.build import build
+    from dirl_cli.cli.launch import launch
     from dirl_cli.commands import eval as evaluation
     from dirl_cli.commands import generate
-    from dirl_cli.launch import launch
+    from dirl_cli.files import conf_dir
     from dirl_cli.types import Decoding
 
     def look(cfg: DictConfig, *_: Any) -> None:
@@ -423,11 +424,11 @@ def numbers(home: Path) -> tuple[list[bytes], Target]:
             launch(command, [], ["model=tiny", *commands[command], *writes, *words], None)
 
     corpus: list[dict[str, Any]] = []
-    tree.prepare(None)
+    config_tree.prepare(None)
     for command in commands:
-        with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = OmegaConf.to_container(compose(command, ["model=tiny", *commands[command]]))
-        leaves = [(f"{command} {key}", value) for key, value in tree.leaves(cfg) if type(value) in (int, float)]
+        leaves = [(f"{command} {key}", value) for key, value in config_tree.leaves(cfg) if type(value) in (int, float)]
         corpus += [{key: odd} for key, _ in leaves for odd in (-1, 0, 2**31, 1e308, math.nan, math.inf, "x", None)]
         corpus += [dict(pair) for pair in pairwise(leaves)]
     return [json.dumps(given).encode() for given in corpus], run
@@ -449,10 +450,11 @@ def configs(home: Path) -> tuple[list[bytes], Target]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from dirl_cli import tree
-    from dirl_cli.build import build
+    from dirl_cli.cli import config_tree
+    from dirl_cli.cli.build import build
+    from dirl_cli.cli.explain import COMPLAINTS, explain
     from dirl_cli.errors import DirlError
-    from dirl_cli.explain import COMPLAINTS, explain
+    from dirl_cli.files import conf_dir
     from dirl_cli.types import Decoding
 
     kinds = {"decoding": Decoding, "masking": None, "reward": None, "optim": None, "data": None, "schedule": None}
@@ -463,10 +465,10 @@ def configs(home: Path) -> tuple[list[bytes], Target]:
         command = "rl" if group == "reward" else "sft"
         (here / group).mkdir()
         (here / group / "odd.yaml").write_bytes(content)
-        tree.prepare(here)
+        config_tree.prepare(here)
         words = [f"{group}=odd"]
         try:
-            with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 cfg = compose(command, words)
             OmegaConf.resolve(cfg)
             build(cfg[group], *filter(None, [kinds[group]]))
@@ -475,7 +477,7 @@ def configs(home: Path) -> tuple[list[bytes], Target]:
 
     corpus = []
     for i, group in enumerate(kinds):
-        for file in sorted((tree.conf_dir() / group).glob("*.yaml"))[:4]:
+        for file in sorted((conf_dir() / group).glob("*.yaml"))[:4]:
             corpus.append(b"%c\n" % (48 + i) + file.read_bytes())
     return corpus, run
 

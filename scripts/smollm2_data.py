@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dirl_cli.data.rows import Row, read_rows
-from dirl_cli.disk import write_text
 from dirl_cli.errors import DirlError
+from dirl_cli.files import write_text
 from dirl_cli.reward.boxed import last_boxed
 
 QUESTIONS = 400  # that the model is asked for answers of its own

@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from dirl_cli.disk import writing
 from dirl_cli.evaluation.card import Evaluation, read_evaluation
 from dirl_cli.evaluation.compare import common_problems, compare
 from dirl_cli.evaluation.report import accuracy, number, percent
+from dirl_cli.files import writing
 from dirl_cli.training.metrics import read_metrics
 from dirl_cli.training.plot import Panel, draw
 from dirl_cli.training.validation import metric

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from dirl_cli.algo.advantages import normalised
 from dirl_cli.algo.objective import Objective
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
 from dirl_cli.diffusion.masking import Count, example
 from dirl_cli.loop.groups import with_advantages
 from dirl_cli.loop.learn import Learner

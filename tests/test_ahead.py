@@ -13,8 +13,8 @@ import test_rl
 from test_groups import MIXED, SAME, each, ids, source
 from test_rl import ARITHMETIC, SMALL, config, lines, run, updates, weights
 
+from dirl_cli.cli.launch import check_values
 from dirl_cli.errors import DirlError
-from dirl_cli.launch import check_values
 from dirl_cli.loop.ahead import sampling_ahead
 from dirl_cli.loop.groups import State
 from dirl_cli.rollout.record import read_rollout

@@ -18,7 +18,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from dirl_cli.cli import app
+from dirl_cli.cli.app import app
 from dirl_cli.diffusion.layout import pack
 from dirl_cli.diffusion.trace import trajectory_strip
 from dirl_cli.errors import DirlError

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
 from dirl_cli.data.arithmetic import Arithmetic
 from dirl_cli.data.chat import (
     encode_demonstrations,
@@ -20,8 +20,8 @@ from dirl_cli.data.chat import (
 )
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
+from dirl_cli.files import conf_dir
 from dirl_cli.models.tokenizer import train_tokenizer
-from dirl_cli.tree import conf_dir
 from dirl_cli.types import Instruction
 
 PAD, END = 0, 2

@@ -24,8 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from dirl_cli.disk import whole_directory
 from dirl_cli.errors import DirlError
+from dirl_cli.files import whole_directory
 from dirl_cli.training.checkpoint import (
     STATE,
     SUMS,

@@ -12,12 +12,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from typer.testing import CliRunner
 
-from dirl_cli import overrides, tree
-from dirl_cli.build import build
-from dirl_cli.cli import app
-from dirl_cli.complete import complete_override, rejoin
+from dirl_cli.cli import config_tree, overrides
+from dirl_cli.cli.app import app
+from dirl_cli.cli.build import build
+from dirl_cli.cli.complete import complete_override, rejoin
+from dirl_cli.cli.schema import SCHEMAS, slug
 from dirl_cli.errors import DirlError
-from dirl_cli.schema import SCHEMAS, slug
+from dirl_cli.files import conf_dir
 from dirl_cli.types import Decoding, Instruction
 
 
@@ -51,14 +52,14 @@ def refusal(*words):
 
 
 def compose_job(command, *words):
-    tree.prepare(None)
-    with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
-        return compose(command, overrides.leave_preset(words, tree.preset(command)))
+    config_tree.prepare(None)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(command, overrides.leave_preset(words, config_tree.preset(command)))
 
 
 def test_help_imports_neither_hydra_nor_torch():
     code = (
-        "import sys; from typer.testing import CliRunner; from dirl_cli.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from dirl_cli.cli.app import app\n"
         "assert 'sft' in CliRunner().invoke(app, ['--help']).stdout\n"
         "print([name for name in ('hydra', 'omegaconf', 'yaml', 'torch', 'transformers') if name in sys.modules])"
     )
@@ -123,7 +124,7 @@ def test_a_preset_is_named_for_a_model_of_ones_own(jobs):
 
 def test_a_tree_of_ones_own_says_what_its_commands_do_by_default(jobs, here):
     (here / "my/experiment").mkdir(parents=True)
-    given = (tree.conf_dir() / "generate.yaml").read_text()
+    given = (conf_dir() / "generate.yaml").read_text()
     (here / "my/generate.yaml").write_text(given.replace("tiny_generate", "mine"))
     (here / "my/experiment/mine.yaml").write_text(
         "# @package _global_\ndefaults: [{override /model: dirl8b}]\nsamples: 3\n"
@@ -411,7 +412,7 @@ def test_a_bug_is_shown_from_the_command_on(here):
         "def run(cfg, out): raise ZeroDivisionError('a bug')\n"
         "sys.modules['dirl_cli.commands.generate'] = types.SimpleNamespace(run=run)\n"
         "sys.argv[1:] = ['generate']\n"
-        "from dirl_cli.cli import app; app()\n"
+        "from dirl_cli.cli.app import app; app()\n"
     )
     result = subprocess.run([sys.executable, "commands_of_mine.py"], capture_output=True, text=True)
     assert result.returncode == 1
@@ -442,10 +443,10 @@ def test_tab_offers_the_keys_of_the_chosen_group_and_the_models_trained_here(her
 
 
 def test_every_yaml_composes_and_builds():
-    tree.prepare(None)
-    surveyed = {command: tree.survey(command, ["model=tiny"])[0] for command in reversed(SCHEMAS)}
+    config_tree.prepare(None)
+    surveyed = {command: config_tree.survey(command, ["model=tiny"])[0] for command in reversed(SCHEMAS)}
     values_only = {"decoding": [Decoding], "instruction": [Instruction]}
-    with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for group, name, command in {
             (group, name): (group, name, command)  # each choice once, in one of the commands that have it
             for command, groups in surveyed.items()

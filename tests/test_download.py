@@ -14,7 +14,7 @@ from hub import COMMIT, Hub, sha256
 from huggingface_hub import close_session, constants
 from typer.testing import CliRunner
 
-from dirl_cli.cli import app
+from dirl_cli.cli.app import app
 from dirl_cli.commands.download import room_for
 from dirl_cli.data.files import ProblemFile
 from dirl_cli.errors import DirlError

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from small import published_vocabulary
 from transformers import PreTrainedTokenizerBase
 
-from dirl_cli import tree
 from dirl_cli.commands import eval as command
+from dirl_cli.console import PlainConsole
 from dirl_cli.data.arithmetic import Arithmetic
 from dirl_cli.data.chat import answer_text, encode_problems
 from dirl_cli.errors import DirlError
@@ -31,10 +31,10 @@ from dirl_cli.evaluation.grade import graded
 from dirl_cli.evaluation.metrics import measure
 from dirl_cli.evaluation.progress import tracked
 from dirl_cli.evaluation.report import PROTOCOL
+from dirl_cli.files import conf_dir
 from dirl_cli.loop import ask
 from dirl_cli.models.tokenizer import train_tokenizer
 from dirl_cli.reward.grading import Grader
-from dirl_cli.screen import PlainConsole
 from dirl_cli.types import Decoding, Instruction, Problem, Trajectory
 
 ANSWER = Answer("a", 0, "\\boxed{1}\n é", True, "stop", 10, 12, 6, 8, 0.5)
@@ -278,7 +278,7 @@ class Published(Arithmetic):
 
 
 def test_the_experiment_of_the_papers_is_their_protocol() -> None:
-    with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("eval", ["experiment=eval_paper"])
     asked = {key: OmegaConf.select(cfg, key) for key in PROTOCOL if not key.startswith("bench.")}
     assert asked == {key: value for key, value in PROTOCOL.items() if not key.startswith("bench.")}
@@ -307,7 +307,7 @@ def test_real_benchmarks_run_to_the_end(shared: Path, tmp_path: Path, name: str,
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", "from dirl_cli.cli import app; app()", "eval"]
+    words = [sys.executable, "-c", "from dirl_cli.cli.app import app; app()", "eval"]
     words += ["limit=40", "decoding.temperature=1", "decoding.max_new_tokens=16", "rollout.max_batch=4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     file = tmp_path / "cut" / "answers.jsonl"

@@ -10,12 +10,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from pyarrow import parquet
 
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
 from dirl_cli.data.columns import told
 from dirl_cli.data.files import Mix, ProblemFile, TrainingFile, sources_of
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.errors import DirlError
-from dirl_cli.tree import conf_dir
+from dirl_cli.files import conf_dir
 
 PROBLEMS = [{"question": "1+1?", "ground_truth_answer": "2"}, {"question": "2+2?", "ground_truth_answer": 4}]
 DEMONSTRATIONS = [{"prompt": f"{i}?", "response": f"{i}."} for i in range(10)]

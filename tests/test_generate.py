@@ -16,15 +16,15 @@ from omegaconf import OmegaConf
 from small import MASK, small_lm
 from transformers import AutoTokenizer
 
-from dirl_cli import schema
+from dirl_cli.cli import schema
 from dirl_cli.commands import generate
+from dirl_cli.console import PlainConsole
 from dirl_cli.errors import DirlError, Stopped
+from dirl_cli.files import conf_dir
 from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.screen import PlainConsole
 from dirl_cli.training.logprobs import score_trajectories
-from dirl_cli.tree import conf_dir
 from dirl_cli.types import Decoding, Trajectory
 
 OURS = ("index", "sample", "text", "prompt_ids", "token_ids", "reveal_step", "logprobs", "stop_reason", "forwards")

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from dirl_cli.cli import app
+from dirl_cli.cli.app import app
 from dirl_cli.errors import DirlError
 from dirl_cli.models.causal import FromCausal
 from dirl_cli.models.gguf import unpack

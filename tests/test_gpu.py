@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dirl_cli.cli import app
+from dirl_cli.cli.app import app
 from dirl_cli.diffusion.layout import pack
 from dirl_cli.diffusion.trace import trajectory_strip
 from dirl_cli.models.attention import block_mask, dense_mask, hidden_states

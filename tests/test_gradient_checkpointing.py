@@ -13,18 +13,19 @@ from small import MASK, PAD, small_lm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dirl_cli import Decoding, schema
+from dirl_cli import Decoding
+from dirl_cli.cli import schema
 from dirl_cli.commands import sft
 from dirl_cli.commands.sft import cross_entropy
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
+from dirl_cli.files import conf_dir
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.trainer import Trainer
-from dirl_cli.tree import conf_dir
 
 
 def model(checkpointing: bool) -> DiffusionLM:

@@ -12,7 +12,7 @@ from small import MASK, PAD, small_lm
 from dirl_cli.algo.advantages import normalised
 from dirl_cli.algo.batch import Group, fitting, joined_length, objective_rows
 from dirl_cli.algo.objective import Objective
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
 from dirl_cli.diffusion.layout import SHARED, common_blocks, join, pack
 from dirl_cli.diffusion.trace import trajectory_strip
 

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dirl_cli import tree
+from dirl_cli.cli import config_tree
+from dirl_cli.cli.launch import accelerate_options, check_launch
 from dirl_cli.errors import DirlError
-from dirl_cli.launch import accelerate_options, check_launch
+from dirl_cli.files import conf_dir
 
 
 def settings(**chosen):
@@ -62,7 +63,7 @@ def test_the_commands_of_the_page_on_several_gpus_compose(command, words, monkey
     monkeypatch.setenv("SLURM_NODEID", "0")
     words = [re.sub(r",\w+", "", word) for word in words.split() if word != "-m" and not word.startswith("hydra")]
     words = [word.replace("data=my.jsonl", "data=file") for word in words]
-    tree.prepare(None)
-    with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
+    config_tree.prepare(None)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose(command, words)
     check_launch(command, cfg)

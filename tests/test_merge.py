@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from small import MASK, random_lm, small_lm
 from transformers import AutoModelForCausalLM
 
-from dirl_cli import schema
+from dirl_cli.cli import schema
 from dirl_cli.commands.merge import run
 from dirl_cli.errors import DirlError
+from dirl_cli.files import conf_dir
 from dirl_cli.models.checkpoint import Checkpoint
-from dirl_cli.tree import conf_dir
 
 
 @pytest.fixture(params=["untied", "tied", "moe"])

@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from dirl_cli import Decoding, load_sampler, score
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.errors import DirlError
+from dirl_cli.files import conf_dir
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM, diffusion_lm, pick_device
 from dirl_cli.models.narrow import inference_model
@@ -33,7 +34,6 @@ from dirl_cli.models.tokenizer import train_tokenizer
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.checkpoint import save_model
 from dirl_cli.training.logprobs import score_trajectories
-from dirl_cli.tree import conf_dir
 
 OPTIONS = Decoding(temperature=1.0, max_new_tokens=9, strategy="sequential")
 PROMPTS = [[5, 6, 7], [11] * 9]

@@ -20,13 +20,15 @@ from small import MASK, PAD, random_lm, small_lm
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dirl_cli import Decoding, schema
-from dirl_cli.build import build
+from dirl_cli import Decoding
+from dirl_cli.cli import schema
+from dirl_cli.cli.build import build
 from dirl_cli.commands import rl, sft
 from dirl_cli.commands.sft import cross_entropy
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
+from dirl_cli.files import conf_dir
 from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM
 from dirl_cli.models.lora import Lora, trained
 from dirl_cli.models.tiny import Tiny
@@ -36,7 +38,6 @@ from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.plan import Memory, architecture
 from dirl_cli.training.trainer import Trainer
-from dirl_cli.tree import conf_dir
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA = Lora(ALL, rank=4, alpha=8, dropout=0.0, four_bit=False, seed=0)

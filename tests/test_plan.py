@@ -18,21 +18,22 @@ from omegaconf import DictConfig, OmegaConf
 from small import small_lm
 from transformers import AutoConfig
 
-from dirl_cli import schema
+from dirl_cli.cli import schema
+from dirl_cli.cli.config_tree import preset
+from dirl_cli.cli.overrides import leave_preset
 from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError, DoesNotFit
+from dirl_cli.files import conf_dir
 from dirl_cli.hub import configured
 from dirl_cli.loop.forecast import UPDATE, rl_budget, slowest, update_knobs
 from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.models.sdar import SDARMoeConfig
 from dirl_cli.models.shapes import PUBLISHED, outline
-from dirl_cli.overrides import leave_preset
 from dirl_cli.rollout.engines import Lmdeploy, Native
 from dirl_cli.training.budget import Budget, Place, halvings
 from dirl_cli.training.duration import Duration, update_operations
 from dirl_cli.training.optim import Muon
 from dirl_cli.training.plan import Architecture, Memory, MicroBatch, Parallelism, architecture, parallelism
-from dirl_cli.tree import conf_dir, preset
 from dirl_cli.types import Decoding
 
 GROUPED = Size(hidden=64, layers=3, heads=4, key_heads=2, inner=192, vocabulary=1500, head_dim=32)

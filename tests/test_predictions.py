@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dirl_cli.cli import app
+from dirl_cli.cli.app import app
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import Answer
 from dirl_cli.evaluation.predictions import read_predictions, regraded
@@ -116,7 +116,7 @@ def test_grading_answers_imports_neither_torch_nor_transformers(here: Path) -> N
     (here / "bench.json").write_text(json.dumps(BENCH))
     (here / "mine.jsonl").write_text(jsonl(box(0, "2")))
     code = (
-        "import sys; from typer.testing import CliRunner; from dirl_cli.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from dirl_cli.cli.app import app\n"
         "words = ['eval', 'predictions=mine.jsonl', 'bench.path=bench.json', 'out=out']\n"
         "assert CliRunner().invoke(app, words).exit_code == 0\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'accelerate') if name in sys.modules])"

@@ -13,19 +13,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from omegaconf import OmegaConf
 
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
+from dirl_cli.cli.overrides import rewrite
+from dirl_cli.cli.schema import slug
 from dirl_cli.data.columns import demonstration, problem, renamed
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.diffusion.layout import PADDING, lay_out, pack
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import Answer, read_answers, typed
-from dirl_cli.overrides import rewrite
-from dirl_cli.plain import masked, printable
 from dirl_cli.reward.boxed import last_boxed
 from dirl_cli.reward.equality import plainly_equal
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.record import Record, from_json, read_rollout, to_json, write_rollout
-from dirl_cli.schema import slug
+from dirl_cli.text import masked, printable
 from dirl_cli.types import Decoding, Problem, Trajectory
 
 settings.register_profile(

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
-from dirl_cli.cli import app
+from dirl_cli.cli.app import app
 from dirl_cli.models.tiny import Tiny
 
 PAGE = (Path(__file__).parents[1] / "docs" / "quickstart.md").read_text().replace("\\\n", "")

@@ -9,6 +9,7 @@ from dirl_cli.diffusion.sampling import Candidates
 from dirl_cli.diffusion.unmasking import State, find_strategy, reveal
 
 ROOT = Path(__file__).parents[1]
+HOUSE = ROOT / "src" / "dirl_cli"
 README = (ROOT / "README.md").read_text()
 
 
@@ -36,17 +37,21 @@ def test_the_decoding_strategy_of_the_readme_reveals_two(monkeypatch, tmp_path):
     assert reveal(find_strategy("readme_strategy.surest_two"), state)[0].tolist() == [False, True, False, True]
 
 
-def test_the_map_shows_the_house():
+def test_the_tree_shows_every_room():
+    tree = README.split("## The house")[1].split("```")[1]
+    rooms = {path.parent.name for path in HOUSE.glob("*/__init__.py")}
+    assert {line.split("/")[0].strip() for line in tree.splitlines() if line.startswith("  ")} == rooms
+
+
+def test_the_map_shows_every_file():
     shown, room = set(), ""
-    for line in README.split("## The house")[1].splitlines():
+    for line in (ROOT / "docs" / "map.md").read_text().splitlines():
         if found := re.match(r"  (\w+)/ ", line):
             room = f"{found[1]}/"
         elif found := re.match(r"(  |    )(\w+\.py) +(\S.*)", line):
             shown.add((room if len(found[1]) == 4 else "") + found[2])
             assert 2 <= len(found[3].split()) <= 8, line
-    house = ROOT / "src" / "dirl_cli"
-    modules = {file.relative_to(house).as_posix() for file in house.rglob("*.py") if file.name != "__init__.py"}
-    assert shown == modules
+    assert shown == {file.relative_to(HOUSE).as_posix() for file in HOUSE.rglob("*.py") if file.name != "__init__.py"}
 
 
 def test_the_config_choices_of_the_readme_exist():

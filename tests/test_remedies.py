@@ -9,10 +9,10 @@ import pytest
 from test_cli import dirl, jobs, refusal  # noqa: F401  # jobs is a fixture
 
 from dirl_cli import hub
+from dirl_cli.cli.schema import SCHEMAS
 from dirl_cli.commands.generate import UNTRAINED
 from dirl_cli.errors import DirlError, pip_install
-from dirl_cli.plain import shell_word
-from dirl_cli.schema import SCHEMAS
+from dirl_cli.text import shell_word
 
 
 @pytest.mark.parametrize(

@@ -19,17 +19,17 @@ from safetensors.torch import load_file
 from small import paid_by_the_letter, published_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dirl_cli import schema
+from dirl_cli.cli import schema
+from dirl_cli.cli.schema import slug
 from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError
+from dirl_cli.files import conf_dir
 from dirl_cli.loop.groups import why_without_signal
 from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.record import Record, read_rollout
-from dirl_cli.schema import slug
 from dirl_cli.training.checkpoint import sha256
 from dirl_cli.training.logprobs import TokenScorer
-from dirl_cli.tree import conf_dir
 from dirl_cli.types import Problem, Trajectory
 
 # A random model answers nothing right, so answers are rewarded for ending early, at any of many tokens.

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from dirl_cli.cli.run_dir import environment, git_state, open_run
 from dirl_cli.errors import DirlError
-from dirl_cli.rundir import environment, git_state, open_run
 
 CONFIG = {"seed": 0, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "name": "a", "gpus": 1, "steps": None}
 
@@ -59,7 +59,7 @@ def test_never_sets_the_old_run_aside(tmp_path):
 def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
     code = (
         "import sys; from pathlib import Path; from omegaconf import OmegaConf\n"
-        "from dirl_cli.rundir import open_run\n"
+        "from dirl_cli.cli.run_dir import open_run\n"
         "with open_run(Path(sys.argv[1]), OmegaConf.create({}), 'auto'): print('open', flush=True); input()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run")]

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from omegaconf import OmegaConf
 
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.answer import Answer
 from dirl_cli.reward.scoring import Rewards, Scored, Scorer

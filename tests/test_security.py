@@ -21,7 +21,9 @@ from rich.text import Text
 from safetensors.torch import load_file, save_file
 from small import SIZES, small_lm
 
-from dirl_cli import hub, launch, rundir
+from dirl_cli import hub
+from dirl_cli.cli import launch, run_dir
+from dirl_cli.console import PlainConsole
 from dirl_cli.data.chat import encode_messages
 from dirl_cli.data.columns import demonstration
 from dirl_cli.data.rows import read_rows
@@ -32,9 +34,8 @@ from dirl_cli.models.adapter import merged
 from dirl_cli.models.checkpoint import Checkpoint, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.models.tokenizer import train_tokenizer
-from dirl_cli.plain import is_secret, masked, printable
 from dirl_cli.reward.equality import verified
-from dirl_cli.screen import PlainConsole
+from dirl_cli.text import is_secret, masked, printable
 
 SOURCE = Path(__file__).parents[1] / "src" / "dirl_cli"
 TOKEN, PASSWORD = "hf_abcdefghijklmnopqrstuvwxyz", "correct-horse-battery"
@@ -384,7 +385,7 @@ def test_a_run_keeps_no_secret_and_no_file_that_everybody_may_write(here, secret
         text = file.read_text()
         assert PASSWORD not in text and os.environ["HF_TOKEN"] not in text and os.environ["WANDB_API_KEY"] not in text
         assert not file.stat().st_mode & stat.S_IWOTH
-    assert "https://***@hub.lab ***" in rundir.environment()["command"].replace("'", "")
+    assert "https://***@hub.lab ***" in run_dir.environment()["command"].replace("'", "")
 
 
 def test_a_traceback_tells_no_secret(secrets, capsys):

@@ -1,6 +1,6 @@
 """Problems shared out so that all processes are done at about the same time."""
 
-from dirl_cli.loop.share import balanced
+from dirl_cli.distributed import balanced
 
 
 def loads(costs, shares):

@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from small import small_lm
 
-from dirl_cli import launch, screen
+from dirl_cli import console as console_module
+from dirl_cli.cli import launch
+from dirl_cli.console import PlainConsole, working
 from dirl_cli.evaluation import report
 from dirl_cli.loop import exam as exams
 from dirl_cli.loop.exam import Exam
-from dirl_cli.screen import PlainConsole, working
 from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.progress import StepProgress
 from dirl_cli.types import Decoding, Problem
@@ -25,7 +26,7 @@ def console(**options):
 
 
 def test_what_takes_long_is_told_with_a_count_and_ever_more_rarely(monkeypatch):
-    monkeypatch.setattr(screen, "PATIENCE", 0.1)
+    monkeypatch.setattr(console_module, "PATIENCE", 0.1)
     shown = console()
     with working(shown, "answering", 5) as count:
         count(3)
@@ -43,7 +44,7 @@ def test_what_is_quick_says_nothing():
 
 
 def test_a_failure_ends_the_signs_of_life(monkeypatch):
-    monkeypatch.setattr(screen, "PATIENCE", 0.05)
+    monkeypatch.setattr(console_module, "PATIENCE", 0.05)
     shown = console()
     with pytest.raises(ZeroDivisionError), working(shown, "dividing"):
         raise ZeroDivisionError

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
-from dirl_cli.cli import app
+from dirl_cli.cli.app import app
 
 HOME = Path(__file__).parents[1]
 PAGE = (HOME / "docs/smollm2.md").read_text().replace("\\\n", "")

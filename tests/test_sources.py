@@ -11,15 +11,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from small import paid_by_the_letter, published_vocabulary
 
-from dirl_cli import schema
+from dirl_cli.cli import schema
 from dirl_cli.commands import rl, sft
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
+from dirl_cli.files import conf_dir
 from dirl_cli.loop.sources import Reader
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.training.progress import StepProgress
-from dirl_cli.tree import conf_dir
 from dirl_cli.types import Instruction, Problem
 
 SMALL = ("+model.hidden_size=32", "+model.num_hidden_layers=1", "+model.intermediate_size=32")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dirl_cli.cli import app
+from dirl_cli.cli.app import app
 from dirl_cli.commands.eval import after_sweep
 from dirl_cli.evaluation.answers import Answer
 from dirl_cli.evaluation.card import read_evaluation

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dirl_cli.cli import app
+from dirl_cli.cli.app import app
 from dirl_cli.commands import rl, sft
 
 SMALL = ("data.train=40", "data.held_out=4", "data.test=4", "batch_size=8", "eval_problems=0", "device=cpu")

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from small import paid_by_the_letter
 from typer.testing import CliRunner
 
-from dirl_cli import schema
-from dirl_cli.build import build
-from dirl_cli.cli import app
+from dirl_cli.cli import schema
+from dirl_cli.cli.app import app
+from dirl_cli.cli.build import build
+from dirl_cli.cli.run_dir import model_of_run
 from dirl_cli.commands import sft
 from dirl_cli.errors import DirlError
+from dirl_cli.files import conf_dir
 from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM
-from dirl_cli.rundir import model_of_run
 from dirl_cli.training.shards import Part, write_parts
-from dirl_cli.tree import conf_dir
 
 DATA = ("data.train=40", "data.held_out=4", "data.test=4", "batch_size=8", "eval_problems=0", "device=cpu")
 SMALL = ("+model.hidden_size=32", "+model.num_hidden_layers=1", "+model.intermediate_size=32")

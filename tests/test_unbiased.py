@@ -22,7 +22,7 @@ from dirl_cli.algo.advantages import ADVANTAGES
 from dirl_cli.algo.batch import Group, objective_rows, trained_length
 from dirl_cli.algo.objective import LEVELS, Objective
 from dirl_cli.algo.views import Tokens, Trace
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler

@@ -16,15 +16,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 from typer.testing import CliRunner
 
-from dirl_cli import tree
-from dirl_cli.build import build
-from dirl_cli.cli import app
+from dirl_cli.cli import config_tree
+from dirl_cli.cli.app import app
+from dirl_cli.cli.build import build
+from dirl_cli.cli.explain import explain
+from dirl_cli.cli.launch import check_values
+from dirl_cli.cli.schema import SCHEMAS
+from dirl_cli.console import take_any_text
 from dirl_cli.errors import DirlError
-from dirl_cli.explain import explain
-from dirl_cli.launch import check_values
+from dirl_cli.files import conf_dir
 from dirl_cli.ranges import OneOf, Range, describe, limit_of, require, type_at, types_of, without_none
-from dirl_cli.schema import SCHEMAS
-from dirl_cli.screen import take_any_text
 
 MANDATORY = {
     "data.sources": [{"path": "a.jsonl"}],
@@ -39,7 +40,7 @@ SENSELESS = (math.nan, math.inf, -1, 0, "ten")
 def targets():
     """The file of each class that the config tree names, the first of those that name it: (group, choice)."""
     found = {}
-    for file in sorted(tree.conf_dir().glob("*/*.yaml")):
+    for file in sorted(conf_dir().glob("*/*.yaml")):
         target = yaml.safe_load(file.read_text()).get("_target_")
         if target and target not in found:
             found[target] = (file.parent.name, file.stem)
@@ -49,8 +50,8 @@ def targets():
 def composed(command, *words):
     """The config of a command with what it wants at least."""
     model = ["model=path"] if command == "merge" else []
-    tree.prepare(None)
-    with initialize_config_dir(str(tree.conf_dir()), version_base="1.3"):
+    config_tree.prepare(None)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose(command, [*model, *words])
     for key, value in MANDATORY.items():
         if OmegaConf.is_missing(OmegaConf.select(cfg, key.rpartition(".")[0]) or cfg, key.rpartition(".")[2]):
@@ -61,7 +62,7 @@ def composed(command, *words):
 
 def numbers(settings, kind, prefix=""):
     """(key, type) of each number in plain containers whose type is `kind`, those that are null now among them."""
-    for key, value in tree.leaves(settings):
+    for key, value in config_tree.leaves(settings):
         hint = without_none(type_at(kind, key))
         if isinstance(value, list):
             first = type_at(kind, f"{key}[0]")
@@ -156,7 +157,7 @@ def test_no_settings_have_a_number_without_a_range():
 
 
 def views():
-    files = [yaml.safe_load(file.read_text()) for file in tree.conf_dir().glob("algo/*.yaml")]
+    files = [yaml.safe_load(file.read_text()) for file in conf_dir().glob("algo/*.yaml")]
     return [file["views"]["_target_"] for file in files]
 
 

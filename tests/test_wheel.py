@@ -16,7 +16,7 @@ def test_the_wheel_prints_the_same_config_as_the_checkout(tmp_path):
     assert {path.relative_to(REPOSITORY) for path in (REPOSITORY / "conf").rglob("*.yaml")} == {
         path.relative_to(tmp_path / "site" / "dirl_cli") for path in (tmp_path / "site").rglob("*.yaml")
     }
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dirl_cli.cli import app; app()"
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dirl_cli.cli.app import app; app()"
     printed = [
         subprocess.check_output([sys.executable, "-c", code, source, "sft", "--cfg", "job"], cwd=tmp_path, text=True)
         for source in (tmp_path / "site", REPOSITORY / "src")

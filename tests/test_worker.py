@@ -125,9 +125,9 @@ def test_a_launcher_of_the_users_own_starts_what_was_prepared(tmp_path, launcher
         tmp_path, "dirl", "sft", "seed=7", "out=run", "device=cpu", "prepare=true", stdout=subprocess.PIPE
     ) as one:
         told, _ = one.communicate()
-    assert told.endswith("torchrun --nproc_per_node N -m dirl_cli.worker sft run\n")
+    assert told.endswith("torchrun --nproc_per_node N -m dirl_cli.cli.worker sft run\n")
     assert not (tmp_path / "run/rank0").exists()
-    with call(tmp_path, *launcher, "-m", "dirl_cli.worker", "sft", "run") as process:
+    with call(tmp_path, *launcher, "-m", "dirl_cli.cli.worker", "sft", "run") as process:
         assert process.wait() == 0
     assert [(tmp_path / f"run/rank{rank}").read_text() for rank in (0, 1)] == ["7 of 2", "7 of 2"]
 

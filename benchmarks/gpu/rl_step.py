@@ -62,7 +62,7 @@ def run(model: str, engine: str, out: Path) -> list[dict[str, Any]]:
         "save_every=0",
         "data.train=64",
     ]
-    command = [sys.executable, "-c", "from dirl_cli.cli import app; app()", "rl", *words]
+    command = [sys.executable, "-c", "from dirl_cli.cli.app import app; app()", "rl", *words]
     process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
     try:
         while len(steps := logged(out / "metrics.jsonl")) < STEPS:

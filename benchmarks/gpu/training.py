@@ -28,7 +28,7 @@ from shapes import (
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
 from dirl_cli.diffusion.masking import Example, example
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.training.batches import Noise, generator

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from os import PathLike
 
-from dirl_cli.build import choice
+from dirl_cli.cli.build import choice
 from dirl_cli.models.checkpoint import Checkpoint
 from dirl_cli.rollout.engines import Engine
 from dirl_cli.rollout.sampler import Sampler

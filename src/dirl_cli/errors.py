@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from dirl_cli.plain import masked, printable
+from dirl_cli.text import masked, printable
 
 STOP_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 

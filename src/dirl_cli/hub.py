@@ -15,7 +15,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects, hf_raise_for_status, http_stream_backoff
 
 from dirl_cli.errors import DirlError, NotHere
-from dirl_cli.tree import conf_dir
+from dirl_cli.files import conf_dir
 
 Kind = Literal["model", "dataset"]
 

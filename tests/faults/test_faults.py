@@ -17,9 +17,9 @@ import torch
 from faulty_reward import due
 from trials import SFT, TRACEBACK, Child, config, finished, result, save_random_model
 
+from dirl_cli.cli.run_dir import open_run
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.grading import Grader
-from dirl_cli.rundir import open_run
 from dirl_cli.training.checkpoint import complete, damage
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]

@@ -13,13 +13,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from dirl_cli import schema
+from dirl_cli.cli import schema
 from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError
+from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.training.checkpoint import SUMS, complete
 from dirl_cli.training.metrics import MetricsLog
-from dirl_cli.tree import conf_dir
 
 DATA = (
     "data.train=40",

@@ -18,9 +18,9 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dirl_cli import hub
+from dirl_cli.console import PlainConsole
 from dirl_cli.errors import DirlError
 from dirl_cli.hub import File, Repository
-from dirl_cli.screen import PlainConsole
 
 KINDS: dict[str, hub.Kind] = {"model": "model", "data": "dataset", "bench": "dataset"}
 AT_ONCE = 8  # files

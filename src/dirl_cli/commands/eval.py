@@ -16,9 +16,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
+from dirl_cli.console import PlainConsole, working
 from dirl_cli.data.rows import read_rows
-from dirl_cli.disk import write_json, write_text
 from dirl_cli.errors import DirlError, Stopped, stop_code
 from dirl_cli.evaluation import compare, report, sweep
 from dirl_cli.evaluation.answers import Answer, AnswerLog, drop_torn_line, missing, read_answers
@@ -27,8 +27,8 @@ from dirl_cli.evaluation.grade import graded
 from dirl_cli.evaluation.metrics import Metrics, measure, measure_subsets
 from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.evaluation.progress import tracked
+from dirl_cli.files import write_json, write_text
 from dirl_cli.reward.grading import Grader
-from dirl_cli.screen import PlainConsole, working
 from dirl_cli.types import Decoding, Instruction, Problem
 
 GRADERS = ("dirl", "math-verify", "latex2sympy2_extended", "sympy")
@@ -50,8 +50,8 @@ def run(cfg: DictConfig, out: Path) -> None:
 def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:
     """Evaluate cfg.model on cfg.bench: answers go to `out`/answers.jsonl as they come, the rest to eval_card.json."""
     from dirl_cli.data.chat import answer_text, encode_problems
+    from dirl_cli.distributed import balanced
     from dirl_cli.loop.ask import Processes, sample
-    from dirl_cli.loop.share import balanced
     from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 
     processes = Processes(cfg.gpus * cfg.nodes, cfg.device)

@@ -17,18 +17,18 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
 from dirl_cli.commands.eval import digest, plain
+from dirl_cli.console import PlainConsole, working
 from dirl_cli.data.chat import answer_text, encode_messages, encode_prompt, encode_question
 from dirl_cli.data.columns import text
 from dirl_cli.data.conversation import read_turns
 from dirl_cli.data.rows import Row, read_rows
-from dirl_cli.disk import writing
 from dirl_cli.errors import DirlError, Stopped, stop_code
 from dirl_cli.evaluation.answers import drop_torn_line
+from dirl_cli.files import writing
 from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.screen import PlainConsole, working
 from dirl_cli.types import Decoding, Instruction, Trajectory
 
 HIDDEN = "░"

@@ -5,12 +5,12 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torch import nn
 
-from dirl_cli.build import build
+from dirl_cli.cli.build import build
 from dirl_cli.errors import DirlError
 from dirl_cli.models.card import model_card
 from dirl_cli.models.checkpoint import DiffusionLM, pick_dtype
 from dirl_cli.models.push import push, require_pushable
-from dirl_cli.plain import shell_word
+from dirl_cli.text import shell_word
 
 
 def run(cfg: DictConfig, out: Path | None) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dirl_cli.algo.advantages import ADVANTAGES
 from dirl_cli.algo.objective import Objective
-from dirl_cli.build import build, choice
+from dirl_cli.cli.build import build, choice
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show
 from dirl_cli.data.tokens import Tokens
@@ -46,11 +46,11 @@ from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
 from dirl_cli.models.shapes import outline, shapes
-from dirl_cli.plain import shell_word
 from dirl_cli.reward.scoring import Rewards, Scorer
 from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.record import Record, rollout_path, write_rollout
 from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.text import shell_word
 from dirl_cli.training.budget import Place
 from dirl_cli.training.checkpoint import Checkpoints, load, require_measured, require_same_run
 from dirl_cli.training.interrupt import StopSignal

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from dirl_cli.build import build, choice
+from dirl_cli.cli.build import build, choice
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show
 from dirl_cli.diffusion.layout import Rows
@@ -28,9 +28,9 @@ from dirl_cli.models.lora import WHOLE
 from dirl_cli.models.push import require_pushable
 from dirl_cli.models.shapes import outline, shapes
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.plain import shell_word
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.text import shell_word
 from dirl_cli.training.batches import Noise, NoisedBatches, Padded, generator
 from dirl_cli.training.budget import Place
 from dirl_cli.training.checkpoint import Checkpoints, load, require_measured, require_same_run

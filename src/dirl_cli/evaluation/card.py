@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dirl_cli.disk import write_json
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.evaluation.answers import Answer, is_a, read_answers, typed
 from dirl_cli.evaluation.metrics import Metrics
+from dirl_cli.files import write_json
 
 CARD, ANSWERS, SOURCE = "eval_card.json", "answers.jsonl", "sampled_from.json"
 SECTIONS = ("model", "bench", "instruction", "decoding")

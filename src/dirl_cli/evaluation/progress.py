@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dirl_cli.console import working
 from dirl_cli.evaluation.answers import Answer
-from dirl_cli.screen import working
 
 
 def tracked(

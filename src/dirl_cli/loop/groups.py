@@ -14,8 +14,8 @@ from dirl_cli.algo.advantages import Advantage
 from dirl_cli.algo.select import has_signal
 from dirl_cli.data.chat import answer_text
 from dirl_cli.diffusion.sampling import request_key
+from dirl_cli.distributed import balanced
 from dirl_cli.errors import DirlError
-from dirl_cli.loop.share import balanced
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.reward.answer import Answer
 from dirl_cli.reward.scoring import Scored, Scorer

@@ -11,7 +11,7 @@ from dirl_cli.models.card import adapter_card, model_card
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.models.lora import Peft
 from dirl_cli.models.push import push
-from dirl_cli.plain import shell_word
+from dirl_cli.text import shell_word
 from dirl_cli.training.checkpoint import save_model
 from dirl_cli.training.metrics import curves
 from dirl_cli.training.plot import Panel

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from dirl_cli.disk import write_text
+from dirl_cli.console import PlainConsole
 from dirl_cli.evaluation.metrics import standard_error
 from dirl_cli.evaluation.report import draw, number
 from dirl_cli.evaluation.sweep import csv_text, folder_of, overrides
-from dirl_cli.screen import PlainConsole
+from dirl_cli.files import write_text
 from dirl_cli.training.metrics import read_metrics
 
 CAPTION = "What each run measured last. ±: the standard error over seeds."

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 from transformers import PreTrainedConfig
 from yaml import YAMLError
 
-from dirl_cli.disk import installed
+from dirl_cli.files import installed
 
 TAGS = ["block-diffusion", "dirl"]
 KEPT = ("base_model", "license", "license_name", "license_link")  # of a base model's card

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dirl_cli.disk import whole_directory
 from dirl_cli.errors import DirlError, did_you_mean, pip_install
+from dirl_cli.files import whole_directory
 from dirl_cli.models.checkpoint import DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.models.narrow import inference_model
 from dirl_cli.ranges import Count, Seed, ShareBelowOne

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
-from dirl_cli.disk import whole_directory
+from dirl_cli.files import whole_directory
 
 SHARD = "5GB"  # as published checkpoints are cut
 LOCAL = ("auto_map", "is_local", "local_files_only")  # remote code that is not saved; how a tokenizer was read

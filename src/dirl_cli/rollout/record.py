@@ -8,8 +8,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-from dirl_cli.disk import write_text
 from dirl_cli.errors import DirlError
+from dirl_cli.files import write_text
 from dirl_cli.models.checkpoint import DiffusionLM
 from dirl_cli.types import Problem, StopReason, Trajectory
 

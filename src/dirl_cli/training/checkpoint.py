@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from dirl_cli.disk import partial_of, remove, sync, whole_directory, writing
 from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.files import partial_of, remove, sync, whole_directory, writing
 from dirl_cli.models.checkpoint import DiffusionLM, pick_dtype
 from dirl_cli.training.shards import Part, read_parts, stored_shapes, write_parts
 from dirl_cli.types import STATE

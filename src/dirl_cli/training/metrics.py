@@ -10,8 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from dirl_cli.disk import write_text, writing
 from dirl_cli.errors import DirlError
+from dirl_cli.files import write_text, writing
 from dirl_cli.training.plot import Panel, plot
 
 Metrics = Mapping[str, float]

@@ -6,7 +6,7 @@ from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dirl_cli.disk import writing
+from dirl_cli.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

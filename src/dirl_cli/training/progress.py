@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from dirl_cli.screen import PlainConsole, working
+from dirl_cli.console import PlainConsole, working
 
 FORMS = {
     "loss": "loss {:.4f}",

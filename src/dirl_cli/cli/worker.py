@@ -1,7 +1,7 @@
 """A command in several processes: `start` runs Accelerate's launcher, which runs `run` once per process.
 
 No process composes a config of its own: each reads the one that the parent saved in the run directory. A launcher of
-the user's own does the same with `-m dirl_cli.worker COMMAND DIRECTORY`, once `prepare=true` has written that.
+the user's own does the same with `-m dirl_cli.cli.worker COMMAND DIRECTORY`, once `prepare=true` has written that.
 """
 
 import ctypes
@@ -17,10 +17,10 @@ from types import TracebackType
 
 from omegaconf import DictConfig, OmegaConf
 
+from dirl_cli.cli.run_dir import locked
+from dirl_cli.console import take_any_text
 from dirl_cli.errors import DirlError, Stopped
-from dirl_cli.plain import masked
-from dirl_cli.rundir import locked
-from dirl_cli.screen import take_any_text
+from dirl_cli.text import masked
 
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in Linux's prctl.h
 FAILURE = "failure.txt"  # in the run directory: the sentence of the process that failed first
@@ -37,7 +37,7 @@ def start(name: str, out: str, *options: str) -> None:
         ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGTERM)  # end with the parent, even if it is killed
     # Those that wait for one that failed, as on a GPU, hear no signal and have nothing to save: torch gives them 30 s.
     PContext.close.__defaults__ = (None, PATIENCE)
-    script = ["-m", "dirl_cli.worker", "run", name, out]
+    script = ["-m", "dirl_cli.cli.worker", "run", name, out]
     logging.disable(logging.ERROR)  # a failed process tells its own reason
     try:
         launch_command(launch_command_parser().parse_args([*options, *script]))

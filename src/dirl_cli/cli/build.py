@@ -8,10 +8,11 @@ from typing import Any, TypeVar, cast, get_origin, get_type_hints, overload
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from dirl_cli.cli.config_tree import with_bases
 from dirl_cli.errors import DirlError, did_you_mean
-from dirl_cli.plain import literal
+from dirl_cli.files import conf_dir
 from dirl_cli.ranges import refusal, require, type_at
-from dirl_cli.tree import conf_dir, with_bases
+from dirl_cli.text import literal
 
 T = TypeVar("T")
 

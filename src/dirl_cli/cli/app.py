@@ -29,7 +29,7 @@ Topic = StrEnum("Topic", ["all", "config", "defaults", "defaults-tree", "plugins
 
 
 def complete(ctx: typer.Context, incomplete: str) -> list[str]:
-    from dirl_cli.complete import complete_override
+    from dirl_cli.cli.complete import complete_override
 
     words = ctx.params.get("overrides") or []
     return complete_override(str(ctx.command.name), words, incomplete, ctx.params.get("config_dir"))
@@ -37,7 +37,7 @@ def complete(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def show_version(wanted: bool) -> None:
     if wanted:
-        from dirl_cli.disk import installed
+        from dirl_cli.files import installed
 
         typer.echo(f"dirl {installed('dirl') or 'of a checkout'}")
         raise typer.Exit
@@ -102,7 +102,7 @@ def start(
     name: str, words: list[str], multirun: bool, cfg: View | None, info: Topic | None, config_dir: Path | None
 ) -> None:
     """Launch a command and tell what the user can fix in one sentence."""
-    from dirl_cli.launch import launch
+    from dirl_cli.cli.launch import launch
 
     flags = {"--multirun": multirun, "--cfg": cfg, "--info": info}
     given = [flag for flag, value in flags.items() if value]
@@ -140,7 +140,7 @@ def download(
     info: Info = None,
     config_dir: ConfigDir = None,
 ) -> None:
-    from dirl_cli.overrides import gather, quote
+    from dirl_cli.cli.overrides import gather, quote
 
     if to and multirun:
         raise typer.BadParameter("--to and --multirun exclude each other")

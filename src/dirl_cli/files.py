@@ -91,3 +91,9 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def conf_dir() -> Path:
+    """The config tree: inside the package once installed, at the top of the repository in a checkout."""
+    here = Path(__file__).parent
+    return here / "conf" if (here / "conf").is_dir() else here.parents[1] / "conf"

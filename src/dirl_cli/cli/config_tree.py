@@ -16,15 +16,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import dirl_cli.schema  # noqa: F401  # registers the schemas
+import dirl_cli.cli.schema  # noqa: F401  # registers the schemas
 from dirl_cli.errors import DirlError
-from dirl_cli.plain import literal
-
-
-def conf_dir() -> Path:
-    """The config tree: inside the package once installed, at the top of the repository in a checkout."""
-    here = Path(__file__).parent
-    return here / "conf" if (here / "conf").is_dir() else here.parents[1] / "conf"
+from dirl_cli.files import conf_dir
+from dirl_cli.text import literal
 
 
 def prepare(config_dir: Path | None) -> None:

@@ -10,7 +10,7 @@ from typing import IO, Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from dirl_cli.plain import printable
+from dirl_cli.text import printable
 
 SPIN, PATIENCE = 1.0, 10.0  # seconds without a sign of life, in a terminal and elsewhere
 

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from dirl_cli.errors import DirlError, did_you_mean, pip_install
-from dirl_cli.plain import literal, shell_word
+from dirl_cli.text import literal, shell_word
 
 PATH_CHOICE = {"data": "file", "bench": "file", "model": "path"}  # the choice whose `path` takes any path
 TEXTS = ("prompt", "messages", "instruction.text")  # their whole value, also with -m

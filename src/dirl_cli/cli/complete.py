@@ -8,13 +8,13 @@ import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from dirl_cli import overrides, tree
+from dirl_cli.cli import config_tree, overrides
 from dirl_cli.errors import DirlError
 
 
 def complete_override(command: str, words: Sequence[str], incomplete: str, config_dir: Path | None = None) -> list[str]:
     """The completions of `incomplete`, the last word of `dirl COMMAND WORDS…`, as the shell wants them."""
-    tree.prepare(config_dir)
+    config_tree.prepare(config_dir)
     *words, word = rejoin([*words, incomplete])
     try:
         found = [candidate for candidate in candidates(command, words) if candidate.startswith(word)]
@@ -34,8 +34,8 @@ def rejoin(words: Sequence[str]) -> list[str]:
 
 def candidates(command: str, words: Sequence[str]) -> list[str]:
     """Whole `key=value` words: every choice of every group, every key at its value, every model trained here."""
-    words = overrides.rewrite(words, tree.choices, sweep=False)
-    groups, values = tree.survey(command, overrides.leave_preset(words, tree.preset(command)))
+    words = overrides.rewrite(words, config_tree.choices, sweep=False)
+    groups, values = config_tree.survey(command, overrides.leave_preset(words, config_tree.preset(command)))
     chosen = [f"{group}={name}" for group, names in groups.items() for name in names]
     trained = [f"model={path}" for path in sorted(Path("runs").glob("*/*/model"))] if "model" in groups else []
     return [*chosen, *trained, *(f"{key}={spell(value)}" for key, value in values.items())]

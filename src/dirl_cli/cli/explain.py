@@ -8,9 +8,9 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
-from dirl_cli import schema, tree
-from dirl_cli.plain import literal, shell_word
+from dirl_cli.cli import config_tree, schema
 from dirl_cli.ranges import describe, type_at
+from dirl_cli.text import literal, shell_word
 
 COMPLAINTS = (HydraException, OmegaConfBaseException)
 ELSEWHERE = {  # what other toolkits call our keys
@@ -49,7 +49,7 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
         return f"{found[1]}: {first_line(cause)}"
     if found := re.search(r"Ambiguous value for argument '(.+?)'", text):
         key, _, values = found[1].partition("=")
-        as_list = f", or write {key}=[{values}] for a list" if tree.holds_list(command, words, key) else ""
+        as_list = f", or write {key}=[{values}] for a list" if config_tree.holds_list(command, words, key) else ""
         return f"{found[1]}: add -m to run each of them{as_list}"
     if found := re.search(r"An item is already at '(.+?)'", text):
         return f"+{found[1]}: the key is there already; write {found[1]}=… without the +"
@@ -78,9 +78,9 @@ def first_line(text: str) -> str:
 def keys(command: str, words: Sequence[str]) -> list[str]:
     """The groups and keys of the config that the choices in `words` give, or of the command's own defaults."""
     try:
-        groups, values = tree.survey(command, words)
+        groups, values = config_tree.survey(command, words)
     except ConfigCompositionException:
-        groups, values = tree.survey(command, [])
+        groups, values = config_tree.survey(command, [])
     return [*groups, *values]
 
 

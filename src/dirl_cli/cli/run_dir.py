@@ -14,10 +14,10 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dirl_cli.disk import installed, write_json, write_text
+from dirl_cli.cli.config_tree import leaves
 from dirl_cli.errors import DirlError
-from dirl_cli.plain import masked
-from dirl_cli.tree import leaves
+from dirl_cli.files import installed, write_json, write_text
+from dirl_cli.text import masked
 from dirl_cli.types import STATE
 
 # Keys that may change between two starts of a run, because its result does not depend on them.
@@ -167,7 +167,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed(name) for name in PACKAGES},
-        "git": git_state(Path(__file__).parents[2]),
+        "git": git_state(Path(__file__).parents[3]),
     }
 
 

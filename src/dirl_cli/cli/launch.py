@@ -22,15 +22,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dirl_cli import explain, overrides, schema, tree
-from dirl_cli.build import build
+from dirl_cli.cli import config_tree, explain, overrides, schema
+from dirl_cli.cli.build import build
+from dirl_cli.cli.run_dir import model_of_run, open_run
+from dirl_cli.cli.worker import FAILURE
+from dirl_cli.console import take_any_text
 from dirl_cli.errors import DirlError, DoesNotFit, Interrupted, Stopped, stop_code
-from dirl_cli.plain import is_secret, literal, masked
+from dirl_cli.files import conf_dir
 from dirl_cli.ranges import require, spell, types_of
-from dirl_cli.rundir import model_of_run, open_run
-from dirl_cli.screen import take_any_text
+from dirl_cli.text import is_secret, literal, masked
 from dirl_cli.types import SHARING
-from dirl_cli.worker import FAILURE
 
 SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
 ASKED = ("prompt", "messages", "instruction")  # keys whose text is a model's to read
@@ -53,7 +54,7 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
             f"{unread[0].partition('=')[0]}=… holds letters that {sys.getfilesystemencoding()} has not:"
             " start it with LC_ALL=C.UTF-8"
         )
-    tree.prepare(config_dir)
+    config_tree.prepare(config_dir)
     try:
         compose(name, flags, words)
     except explain.COMPLAINTS as error:
@@ -66,14 +67,14 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
     if any(word.startswith("-") for word in words):
         raise DirlError(explain.options(name, words))
     may_sweep = flags in ([], ["--multirun"]) and name != "download"
-    spelled = overrides.spell_out(words, tree.each) if may_sweep else list(words)
+    spelled = overrides.spell_out(words, config_tree.each) if may_sweep else list(words)
     short = dict(zip(spelled, words, strict=True))
     if spelled != list(words):
         flags, words = ["--multirun"], spelled
     sweep = "--multirun" in flags
-    words = overrides.rewrite(words, tree.choices, sweep)
-    words = overrides.leave_preset(words, tree.preset(name))
-    words = overrides.choose_files(words, lambda key: tree.has(name, words, key))
+    words = overrides.rewrite(words, config_tree.choices, sweep)
+    words = overrides.leave_preset(words, config_tree.preset(name))
+    words = overrides.choose_files(words, lambda key: config_tree.has(name, words, key))
     fixed = [] if not sweep else overrides.fixed_keys(words)
     title = schema.slug(",".join(short.get(word, word) for word in words if word.partition("=")[0] not in fixed))
     ledger = Path("runs", name, f".sweep-{os.getpid()}").absolute()  # a file, since jobs may be other processes
@@ -96,7 +97,7 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
     sys.excepthook = report_bug
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of reporting by itself
     try:
-        hydra.main(config_path=str(tree.conf_dir()), config_name=name, version_base="1.3")(task)()
+        hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(task)()
     except explain.COMPLAINTS as error:
         raise DirlError(explain.explain(error, name, words)) from error
     except DirlError as error:
@@ -125,14 +126,14 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
 
     fixed: the keys that do not tell a sweep's jobs apart. ledger: where a job of a sweep notes that it is done.
     """
-    if missing := [key for key, value in tree.leaves(OmegaConf.to_container(cfg)) if value == "???"]:
+    if missing := [key for key, value in config_tree.leaves(OmegaConf.to_container(cfg)) if value == "???"]:
         raise DirlError(f"give a value for {' and '.join(missing)}, such as {missing[0]}=…")
     unresolved = OmegaConf.to_container(cfg)
     try:
-        tree.resolve(cfg)
+        config_tree.resolve(cfg)
     except OmegaConfBaseException as error:
         raise DirlError(explain.explain(error, name, [])) from error
-    refuse_secrets(tree.leaves(OmegaConf.to_container(cfg)))
+    refuse_secrets(config_tree.leaves(OmegaConf.to_container(cfg)))
     check_values(name, cfg)
     if OmegaConf.select(cfg, "model._target_") == PATH_MODEL:
         given: Any = OmegaConf.to_container(cfg.model)
@@ -155,7 +156,9 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
     try:
         with open_run(out, cfg, cfg.resume) if out and writes and is_first else nullcontext() as lock:
             if out and writes and cfg.prepare:
-                print(f"{out} is prepared: start it with torchrun --nproc_per_node N -m dirl_cli.worker {name} {out}")
+                print(
+                    f"{out} is prepared: start it with torchrun --nproc_per_node N -m dirl_cli.cli.worker {name} {out}"
+                )
             elif out and writes and cfg.gpus * cfg.nodes > 1:
                 start_processes(name, cfg, out, [lock.fileno()] if lock else [])
             else:
@@ -216,7 +219,7 @@ def check_values(name: str, cfg: DictConfig) -> None:
     settings = {str(key): value for key, value in cast(dict, OmegaConf.to_container(cfg)).items()}
     types = types_of(kind)
     if unread := [key for key in settings if key not in types]:
-        known = [key for key, _ in tree.leaves(settings) if key.partition(".")[0] in types]
+        known = [key for key, _ in config_tree.leaves(settings) if key.partition(".")[0] in types]
         raise DirlError(f"{unread[0]}: no such key; {explain.hint(name, unread[0], known)}")
     require(settings, kind)
     if name == "download":
@@ -227,8 +230,8 @@ def check_values(name: str, cfg: DictConfig) -> None:
             build(cfg[group], types[group])
         elif types[group] is Any and isinstance(cfg[group], DictConfig):
             build(cfg[group])
-        elif (tree.conf_dir() / group).is_dir():  # as a config of the user's own may say
-            raise DirlError(f"{group}={spell(cfg[group])}: give a mapping as those in {tree.conf_dir() / group}")
+        elif (conf_dir() / group).is_dir():  # as a config of the user's own may say
+            raise DirlError(f"{group}={spell(cfg[group])}: give a mapping as those in {conf_dir() / group}")
     if "name" in settings and leaves_runs(cfg.name):
         raise DirlError(f"name={cfg.name} is no name of a directory in runs: for one elsewhere give out=DIR")
 
@@ -290,7 +293,7 @@ def start_processes(name: str, cfg: DictConfig, out: Path, locks: Sequence[int])
     asked: list[int] = []  # the signals to stop
     failure = out / FAILURE
     failure.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "dirl_cli.worker", "start", name, str(out), *accelerate_options(cfg)]
+    command = [sys.executable, "-m", "dirl_cli.cli.worker", "start", name, str(out), *accelerate_options(cfg)]
     print(starting(cfg), flush=True)
 
     def terminate(number: int, frame: FrameType | None) -> None:
