@@ -7,7 +7,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from dirl_cli.diffusion.layout import Rows, lay_out, pack
-from dirl_cli.diffusion.trace import trajectory_strip
+from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.types import Trajectory
 

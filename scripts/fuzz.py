@@ -232,7 +232,7 @@ def parquet(home: Path) -> tuple[list[bytes], Target]:
 
 def rollouts(home: Path) -> tuple[list[bytes], Target]:
     """Rollout files."""
-    from dirl_cli.rollout.record import Record, read_rollout, to_json
+    from dirl_cli.rollout.storage import Record, read_rollout, to_json
     from dirl_cli.types import Problem, Trajectory
 
     def run(data: bytes, here: Path) -> None:
@@ -256,10 +256,10 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
     from dirl_cli.files import conf_dir
     from dirl_cli.loop.groups import State, replayed, with_advantages
     from dirl_cli.loop.learn import Learner
-    from dirl_cli.models.checkpoint import diffusion_lm
+    from dirl_cli.models.load import diffusion_lm
     from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
     from dirl_cli.rollout.native import NativeSampler
-    from dirl_cli.rollout.record import Record, rollout_path, to_json
+    from dirl_cli.rollout.storage import Record, rollout_path, to_json
     from dirl_cli.training.logprobs import TokenScorer
     from dirl_cli.training.parallel import start_accelerator
     from dirl_cli.training.trainer import Trainer
@@ -527,7 +527,7 @@ def conversations(home: Path) -> tuple[list[bytes], Target]:
     from dirl_cli.data.chat import encode_demonstrations, encode_messages, encode_prompt
     from dirl_cli.data.columns import demonstration
     from dirl_cli.data.rows import read_rows
-    from dirl_cli.models.tokenizer import CHATML, train_tokenizer
+    from dirl_cli.models.tiny import CHATML, train_tokenizer
     from dirl_cli.types import Instruction
 
     tokenizer = train_tokenizer(["What is 7 times 8?", "It is 56."])
@@ -563,9 +563,9 @@ def checkpoints(home: Path) -> tuple[list[bytes], Target]:
     import torch
     from transformers import logging as transformers_logging
 
-    from dirl_cli.models.checkpoint import Checkpoint, diffusion_lm
+    from dirl_cli.models.load import Checkpoint, diffusion_lm
     from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
-    from dirl_cli.models.tokenizer import train_tokenizer
+    from dirl_cli.models.tiny import train_tokenizer
 
     tokenizer = train_tokenizer(["What is 7 times 8?", "It is 56."])
     sizes = {

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from dirl_cli.algo.batch import Group, objective_rows
 from dirl_cli.algo.objective import Objective
-from dirl_cli.algo.views import Tokens
 from dirl_cli.diffusion.layout import PADDING, PER_TOKEN, Rows, pack
-from dirl_cli.diffusion.trace import trajectory_strip
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.diffusion.states import Tokens, trajectory_strip
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.types import Trajectory
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dirl_cli.diffusion.sampling import draw
 from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal
-from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm
+from dirl_cli.models.load import DiffusionLM, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.types import Decoding
 

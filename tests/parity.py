@@ -9,8 +9,8 @@ from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.diffusion.sampling import candidates, temper
 from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal, spread
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.models.narrow import inference_model
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.low_precision import inference_model
 from dirl_cli.types import Decoding, Trajectory
 
 

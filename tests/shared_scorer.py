@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dirl_cli.diffusion.layout import Rows, pack
-from dirl_cli.diffusion.trace import trajectory_strip
+from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.training.logprobs import TokenScorer
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm
+from dirl_cli.models.load import DiffusionLM, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 
 VOCABULARY, MASK, PAD = 50, 49, 0

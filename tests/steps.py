@@ -23,9 +23,9 @@ from dirl_cli.cli.build import build
 from dirl_cli.diffusion.masking import Count, example
 from dirl_cli.loop.groups import with_advantages
 from dirl_cli.loop.learn import Learner
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.rollout.record import Record
+from dirl_cli.rollout.storage import Record
 from dirl_cli.training.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW, Muon

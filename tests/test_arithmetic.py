@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dirl_cli.data.arithmetic import Arithmetic, draw_splits
 from dirl_cli.errors import DirlError
-from dirl_cli.models.tokenizer import SPECIAL, train_tokenizer
+from dirl_cli.models.tiny import SPECIAL, train_tokenizer
 
 SMALL = Arithmetic(train=2000, held_out=50, test=200)
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from dirl_cli.commands.sft import run
 from dirl_cli.errors import DirlError
-from dirl_cli.models.card import adapter_card, model_card, repositories, told
+from dirl_cli.models.model_card import adapter_card, model_card, repositories, told
 from dirl_cli.models.sdar import SDARConfig
 
 RECIPE = {
@@ -134,7 +134,7 @@ def test_a_model_is_safe_with_its_card_when_it_cannot_be_pushed(tmp_path, monkey
         raise httpx.ConnectError("no route")
 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr("dirl_cli.models.push.create_repo", refuse)
+    monkeypatch.setattr("dirl_cli.models.save.create_repo", refuse)
     out = tmp_path / "run"
     with pytest.raises(
         DirlError, match=f"the model is safe in {out / 'model'}, but not on the Hub .no route.: push it"
@@ -147,7 +147,7 @@ def test_a_model_is_safe_with_its_card_when_it_cannot_be_pushed(tmp_path, monkey
 
 
 def test_a_checkout_that_is_only_on_the_path_has_a_card_too(monkeypatch):
-    monkeypatch.setattr("dirl_cli.models.card.PACKAGES", ("torch", "nobody-has-this"))
+    monkeypatch.setattr("dirl_cli.models.model_card.PACKAGES", ("torch", "nobody-has-this"))
     assert any(
         line.startswith("torch 2.") and line.endswith("nobody-has-this of a checkout") for line in card().splitlines()
     )

@@ -20,12 +20,11 @@ from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
 from dirl_cli.diffusion.layout import pack
-from dirl_cli.diffusion.trace import trajectory_strip
+from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.errors import DirlError
-from dirl_cli.models.causal import FromCausal
-from dirl_cli.models.checkpoint import Checkpoint
-from dirl_cli.models.gguf import find
-from dirl_cli.models.lora import Lora, trained
+from dirl_cli.models.from_causal import FromCausal, find
+from dirl_cli.models.load import Checkpoint
+from dirl_cli.models.peft import Lora, trained
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import TokenScorer, score_trajectories
 from dirl_cli.types import Decoding, Trajectory

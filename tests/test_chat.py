@@ -21,7 +21,7 @@ from dirl_cli.data.chat import (
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.models.tokenizer import train_tokenizer
+from dirl_cli.models.tiny import train_tokenizer
 from dirl_cli.types import Instruction
 
 PAD, END = 0, 2

@@ -33,7 +33,7 @@ from dirl_cli.evaluation.progress import tracked
 from dirl_cli.evaluation.report import PROTOCOL
 from dirl_cli.files import conf_dir
 from dirl_cli.loop import ask
-from dirl_cli.models.tokenizer import train_tokenizer
+from dirl_cli.models.tiny import train_tokenizer
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Decoding, Instruction, Problem, Trajectory
 
@@ -291,7 +291,7 @@ def test_real_benchmarks_run_to_the_end(shared: Path, tmp_path: Path, name: str,
     model = published_vocabulary(tmp_path / "model", shared)
     command.run(
         config(
-            model={"_target_": "dirl_cli.models.checkpoint.Checkpoint", "name": "random", "path": str(model)},
+            model={"_target_": "dirl_cli.models.load.Checkpoint", "name": "random", "path": str(model)},
             bench={"_target_": "dirl_cli.data.files.ProblemFile", "name": name, "path": f"{shared}/data/{name}.json"},
             samples=1,
             limit=limit,

@@ -21,7 +21,7 @@ from dirl_cli.commands import generate
 from dirl_cli.console import PlainConsole
 from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.files import conf_dir
-from dirl_cli.models.checkpoint import Checkpoint
+from dirl_cli.models.load import Checkpoint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import score_trajectories

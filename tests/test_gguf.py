@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
 from dirl_cli.errors import DirlError
-from dirl_cli.models.causal import FromCausal
-from dirl_cli.models.gguf import unpack
+from dirl_cli.models.from_causal import FromCausal, unpack
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding
 

@@ -7,7 +7,7 @@ import torch
 
 from dirl_cli.cli.app import app
 from dirl_cli.diffusion.layout import pack
-from dirl_cli.diffusion.trace import trajectory_strip
+from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.models.attention import block_mask, dense_mask, hidden_states
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler

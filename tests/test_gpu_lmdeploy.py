@@ -10,7 +10,7 @@ import torch
 from parity import parting, slow_answer
 
 from dirl_cli.api import load_sampler
-from dirl_cli.models.checkpoint import diffusion_lm
+from dirl_cli.models.load import diffusion_lm
 from dirl_cli.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from dirl_cli.rollout.engines import Lmdeploy
 from dirl_cli.rollout.native import NativeSampler

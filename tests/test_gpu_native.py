@@ -5,7 +5,7 @@ import torch
 from small import random_lm, small_lm
 
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.rollout.blocks import block_attention
+from dirl_cli.rollout.forward_gpu import block_attention
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import score_trajectories
 from dirl_cli.types import Decoding
@@ -41,7 +41,7 @@ def two_best(state):
 @pytest.mark.parametrize("count", [1, 5, 64])
 def test_attention_is_torchs(count, block, heads, key_heads, dtype):
     torch.manual_seed(0)
-    from dirl_cli.rollout.decode_attention import decode_attention
+    from dirl_cli.rollout.attention_triton import decode_attention
 
     keys, values = (torch.randn(count + 1, 1024, key_heads, 128, device="cuda", dtype=dtype) for _ in range(2))
     query = torch.randn(count * block, heads, 128, device="cuda", dtype=dtype)

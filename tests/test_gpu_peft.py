@@ -9,8 +9,8 @@ from torch import nn
 from dirl_cli.commands.sft import cross_entropy
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
-from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.models.lora import Lora, trained
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.peft import Lora, trained
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import Noise

@@ -20,7 +20,7 @@ from dirl_cli.commands.sft import cross_entropy
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.files import conf_dir
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer

@@ -15,7 +15,7 @@ from dirl_cli.commands.rl import answer_table, measured, records
 from dirl_cli.errors import DirlError
 from dirl_cli.loop.groups import Sampled, State, continues, drawing, replayed, rescored, with_advantages
 from dirl_cli.reward.scoring import Rewards, Scored, Scorer
-from dirl_cli.rollout.record import Record, rollout_path, write_rollout
+from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
 from dirl_cli.types import Decoding, Problem, Trajectory
 
 POOL = [Problem(str(i), f"what is {i}?", str(i)) for i in range(6)]

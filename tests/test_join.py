@@ -14,7 +14,7 @@ from dirl_cli.algo.batch import Group, fitting, joined_length, objective_rows
 from dirl_cli.algo.objective import Objective
 from dirl_cli.cli.build import build
 from dirl_cli.diffusion.layout import SHARED, common_blocks, join, pack
-from dirl_cli.diffusion.trace import trajectory_strip
+from dirl_cli.diffusion.states import trajectory_strip
 
 GROUPS = [Group(a, normalised(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
 ALONE = [

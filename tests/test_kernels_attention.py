@@ -15,10 +15,10 @@ pytest.importorskip("triton")
 
 from small import small_lm
 
-from dirl_cli.rollout.batch import Batch
-from dirl_cli.rollout.blocks import Blocks, at_once, block_attention
-from dirl_cli.rollout.decode_attention import decode_attention
+from dirl_cli.rollout.attention_triton import decode_attention
+from dirl_cli.rollout.forward_gpu import Blocks, at_once, block_attention
 from dirl_cli.rollout.native import requests
+from dirl_cli.rollout.scheduler import Batch
 from dirl_cli.types import Decoding
 
 KERNEL = sys.modules[decode_attention.__module__]

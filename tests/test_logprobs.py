@@ -12,7 +12,7 @@ from shared_scorer import backpropagate, shared_rows
 from small import MASK, PAD, random_lm, small_lm
 
 from dirl_cli.diffusion.layout import Rows, pack
-from dirl_cli.diffusion.trace import trajectory_strip
+from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.errors import DirlError
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.training.head import linear_logprobs, tokens_at_once

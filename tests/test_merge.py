@@ -20,7 +20,7 @@ from dirl_cli.cli import schema
 from dirl_cli.commands.merge import run
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.models.checkpoint import Checkpoint
+from dirl_cli.models.load import Checkpoint
 
 
 @pytest.fixture(params=["untied", "tied", "moe"])

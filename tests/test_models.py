@@ -26,11 +26,10 @@ from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM, diffusion_lm, pick_device
-from dirl_cli.models.narrow import inference_model
+from dirl_cli.models.load import Checkpoint, DiffusionLM, diffusion_lm, pick_device
+from dirl_cli.models.low_precision import inference_model
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
-from dirl_cli.models.tiny import Tiny
-from dirl_cli.models.tokenizer import train_tokenizer
+from dirl_cli.models.tiny import Tiny, train_tokenizer
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.checkpoint import save_model
 from dirl_cli.training.logprobs import score_trajectories

@@ -220,7 +220,7 @@ def test_an_engine_that_is_not_there_is_told(monkeypatch):
 
 
 def test_an_engine_of_its_own_gets_a_checkpoint_to_start_from(tmp_path):
-    from dirl_cli.models.checkpoint import Checkpoint
+    from dirl_cli.models.load import Checkpoint
     from dirl_cli.rollout.engines import on_disk
 
     lm = small_lm()

@@ -17,10 +17,10 @@ from dirl_cli.algo.batch import Group
 from dirl_cli.algo.mismatch import corrections
 from dirl_cli.algo.objective import KL, LEVELS, NORMALIZERS, Objective, ratio_of
 from dirl_cli.algo.select import has_signal
-from dirl_cli.algo.views import Trace
 from dirl_cli.cli.build import build
+from dirl_cli.diffusion.states import Trace
 from dirl_cli.errors import DirlError
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.training.logprobs import score_trajectories
 from dirl_cli.types import Trajectory
 

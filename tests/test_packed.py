@@ -9,10 +9,10 @@ from small import random_lm, small_lm
 
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.models.narrow import narrowed, refresh
-from dirl_cli.rollout.batch import Batch
-from dirl_cli.rollout.blocks import Blocks, block_attention, bucket
+from dirl_cli.models.low_precision import narrowed, refresh
+from dirl_cli.rollout.forward_gpu import Blocks, block_attention, bucket
 from dirl_cli.rollout.native import NativeSampler, requests
+from dirl_cli.rollout.scheduler import Batch
 from dirl_cli.types import Decoding
 
 STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
@@ -120,11 +120,11 @@ def test_a_shared_prompt_gives_the_answers_of_separate_ones():
 
 
 def test_a_long_prompt_goes_in_in_pieces(monkeypatch):
-    from dirl_cli.rollout import blocks
+    from dirl_cli.rollout import forward_gpu
 
     lm, prompt, options = small_lm(), list(range(1, 48)), decoding()
     expected = NativeSampler(lm).sample([prompt, prompt[5:]], 2, options)
-    monkeypatch.setattr(blocks, "PREFILL", 8)
+    monkeypatch.setattr(forward_gpu, "PREFILL", 8)
     found = NativeSampler(lm, by_blocks=True).sample([prompt, prompt[5:]], 2, options)
     assert [one.token_ids for one, _ in pairs(found, expected)] == [one.token_ids for _, one in pairs(found, expected)]
 

@@ -29,8 +29,8 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM
-from dirl_cli.models.lora import Lora, trained
+from dirl_cli.models.load import Checkpoint, DiffusionLM
+from dirl_cli.models.peft import Lora, trained
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import Noise
@@ -297,7 +297,7 @@ def test_what_cannot_be_is_told_in_a_sentence(change, sentence):
 
 @pytest.mark.parametrize("package", ["peft", "bitsandbytes"])
 def test_a_missing_package_is_told_before_anything_is_loaded(monkeypatch, package):
-    monkeypatch.setattr("dirl_cli.models.lora.find_spec", lambda name: None if name == package else "there")
+    monkeypatch.setattr("dirl_cli.models.peft.find_spec", lambda name: None if name == package else "there")
     with pytest.raises(DirlError, match=rf"needs the package {package}: pip install .*'{package}<"):
         Lora(ALL, 4, 8, 0.0, True, 0).require("auto")
 

@@ -26,7 +26,7 @@ from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.files import conf_dir
 from dirl_cli.hub import configured
 from dirl_cli.loop.forecast import UPDATE, rl_budget, slowest, update_knobs
-from dirl_cli.models.checkpoint import Checkpoint
+from dirl_cli.models.load import Checkpoint
 from dirl_cli.models.sdar import SDARMoeConfig
 from dirl_cli.models.shapes import PUBLISHED, outline
 from dirl_cli.rollout.engines import Lmdeploy, Native

@@ -24,7 +24,7 @@ from dirl_cli.evaluation.answers import Answer, read_answers, typed
 from dirl_cli.reward.boxed import last_boxed
 from dirl_cli.reward.equality import plainly_equal
 from dirl_cli.reward.grading import Grader
-from dirl_cli.rollout.record import Record, from_json, read_rollout, to_json, write_rollout
+from dirl_cli.rollout.storage import Record, from_json, read_rollout, to_json, write_rollout
 from dirl_cli.text import masked, printable
 from dirl_cli.types import Decoding, Problem, Trajectory
 

@@ -14,8 +14,8 @@ from small import EXPERTS, MASK, SIZES, random_lm, small_lm
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from dirl_cli.errors import DirlError
-from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM, diffusion_lm
-from dirl_cli.models.published import save_published
+from dirl_cli.models.load import Checkpoint, DiffusionLM, diffusion_lm
+from dirl_cli.models.save import save_published
 from dirl_cli.models.sdar import SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 
 IDS = torch.arange(5, 13)[None]

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from small import small_lm
 
 from dirl_cli.errors import DirlError
-from dirl_cli.models.push import push, require_pushable
+from dirl_cli.models.save import push, require_pushable
 
 
 class Hub(ThreadingHTTPServer):
@@ -92,8 +92,8 @@ def saved(tmp_path) -> Path:
 
 def use(hub: Hub, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     api = HfApi(hub.address, token)
-    monkeypatch.setattr("dirl_cli.models.push.create_repo", api.create_repo)
-    monkeypatch.setattr("dirl_cli.models.push.upload_folder", api.upload_folder)
+    monkeypatch.setattr("dirl_cli.models.save.create_repo", api.create_repo)
+    monkeypatch.setattr("dirl_cli.models.save.upload_folder", api.upload_folder)
 
 
 def test_every_file_goes_into_a_private_repository(hub, saved, monkeypatch):
@@ -128,12 +128,12 @@ def test_a_push_that_fails_says_where_the_model_is_and_how_to_push_it_later(hub,
 
 
 def test_a_push_that_cannot_succeed_is_refused_before_anything_is_trained(monkeypatch):
-    monkeypatch.setattr("dirl_cli.models.push.get_token", lambda: "good")
+    monkeypatch.setattr("dirl_cli.models.save.get_token", lambda: "good")
     require_pushable(None)
     require_pushable("lab/new")
     for name in ("model", "lab/new/model", "lab/a new", "../model"):
         with pytest.raises(DirlError, match="is no name on the Hub: give OWNER/NAME"):
             require_pushable(name)
-    monkeypatch.setattr("dirl_cli.models.push.get_token", lambda: None)
+    monkeypatch.setattr("dirl_cli.models.save.get_token", lambda: None)
     with pytest.raises(DirlError, match="push_to_hub=lab/new needs a token of the Hub: run `hf auth login` first"):
         require_pushable("lab/new")

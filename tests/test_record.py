@@ -8,7 +8,7 @@ import pytest
 from small import MASK, small_lm
 
 from dirl_cli.errors import DirlError
-from dirl_cli.rollout.record import (
+from dirl_cli.rollout.storage import (
     Record,
     read_rollout,
     require_learnable,

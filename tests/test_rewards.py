@@ -4,8 +4,8 @@ from math import cos, pi
 
 import pytest
 
-from dirl_cli.reward.answer import Answer
 from dirl_cli.reward.rewards import (
+    Answer,
     accuracy,
     between,
     binary,

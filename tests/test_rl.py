@@ -25,9 +25,9 @@ from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.loop.groups import why_without_signal
-from dirl_cli.models.checkpoint import Checkpoint
+from dirl_cli.models.load import Checkpoint
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.rollout.record import Record, read_rollout
+from dirl_cli.rollout.storage import Record, read_rollout
 from dirl_cli.training.checkpoint import sha256
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.types import Problem, Trajectory

@@ -10,7 +10,7 @@ import pytest
 from steps import among, differences, take
 from test_rl import ARITHMETIC, SMALL, model  # noqa: F401  # a fixture
 
-from dirl_cli.rollout.record import read_rollout
+from dirl_cli.rollout.storage import read_rollout
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from dirl_cli.cli.build import build
 from dirl_cli.errors import DirlError
-from dirl_cli.reward.answer import Answer
+from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import Rewards, Scored, Scorer
 from dirl_cli.types import Problem
 

@@ -31,9 +31,9 @@ from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import read_answers
 from dirl_cli.evaluation.card import read_evaluation
 from dirl_cli.models.adapter import merged
-from dirl_cli.models.checkpoint import Checkpoint, diffusion_lm
+from dirl_cli.models.load import Checkpoint, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
-from dirl_cli.models.tokenizer import train_tokenizer
+from dirl_cli.models.tiny import train_tokenizer
 from dirl_cli.reward.equality import verified
 from dirl_cli.text import is_secret, masked, printable
 

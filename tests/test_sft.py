@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dirl_cli.cli import schema
 from dirl_cli.commands.sft import cross_entropy, run
+from dirl_cli.data.order import Order
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.training.batches import Noise, NoisedBatches, generator
 from dirl_cli.training.logprobs import TokenScorer
-from dirl_cli.training.order import Order
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.training.validation import hold_out, metric
 

@@ -17,7 +17,7 @@ from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.loop.sources import Reader
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.training.progress import StepProgress
 from dirl_cli.types import Instruction, Problem

@@ -15,7 +15,7 @@ from dirl_cli.data.preview import lengths, marked, show
 from dirl_cli.data.rows import Row
 from dirl_cli.data.tokens import Tokens, tokens_file, write_tokens
 from dirl_cli.errors import DirlError
-from dirl_cli.models.tokenizer import train_tokenizer
+from dirl_cli.models.tiny import train_tokenizer
 from dirl_cli.types import Instruction
 
 ROWS = [Row(f"row {i}", {"prompt": "a b ", "response": "c" * i}) for i in range(1, 6)]

@@ -20,7 +20,7 @@ from dirl_cli.cli.run_dir import model_of_run
 from dirl_cli.commands import sft
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM
+from dirl_cli.models.load import Checkpoint, DiffusionLM
 from dirl_cli.training.shards import Part, write_parts
 
 DATA = ("data.train=40", "data.held_out=4", "data.test=4", "batch_size=8", "eval_problems=0", "device=cpu")
@@ -47,7 +47,7 @@ def run(request, tmp_path_factory) -> Path:
 
 
 def load(path: Path, **settings: object) -> DiffusionLM:
-    model = {"_target_": "dirl_cli.models.checkpoint.Checkpoint", "name": "mine", "path": str(path), **settings}
+    model = {"_target_": "dirl_cli.models.load.Checkpoint", "name": "mine", "path": str(path), **settings}
     cfg = OmegaConf.create({"model": model_of_run(model)})
     return build(cfg.model).load("float32", "cpu")
 

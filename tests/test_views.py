@@ -6,7 +6,8 @@ from small import MASK
 from torch import Generator
 
 from dirl_cli.algo.batch import trained_length
-from dirl_cli.algo.views import (
+from dirl_cli.diffusion.layout import Strip
+from dirl_cli.diffusion.states import (
     AnswerMasked,
     ComplementaryMasks,
     LeftToRight,
@@ -15,7 +16,6 @@ from dirl_cli.algo.views import (
     Tokens,
     Trace,
 )
-from dirl_cli.diffusion.layout import Strip
 from dirl_cli.errors import DirlError
 from dirl_cli.types import Trajectory
 

@@ -11,7 +11,7 @@ import torch
 from replay import MEAN_STEPS, PATTERNS
 from shapes import DEVICE, DTYPE, fused_roofline, lmdeploy, machine, random_model, row, seconds, table
 
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.types import Decoding, Trajectory

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from dirl_cli.data.arithmetic import Arithmetic
-from dirl_cli.models.checkpoint import DiffusionLM, diffusion_lm
-from dirl_cli.models.published import save_published
+from dirl_cli.models.load import DiffusionLM, diffusion_lm
+from dirl_cli.models.save import save_published
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
-from dirl_cli.models.tokenizer import train_tokenizer
+from dirl_cli.models.tiny import train_tokenizer
 from dirl_cli.rollout.engines import Lmdeploy
 from dirl_cli.rollout.sampler import Sampler
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from dirl_cli.cli.build import build
 from dirl_cli.diffusion.masking import Example, example
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.training.batches import Noise, generator
 from dirl_cli.training.logprobs import TokenScorer
 

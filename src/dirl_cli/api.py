@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from os import PathLike
 
 from dirl_cli.cli.build import choice
-from dirl_cli.models.checkpoint import Checkpoint
+from dirl_cli.models.load import Checkpoint
 from dirl_cli.rollout.engines import Engine
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.logprobs import score_trajectories

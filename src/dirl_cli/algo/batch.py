@@ -7,8 +7,8 @@ import torch
 from torch import Generator, Tensor
 
 from dirl_cli.algo.objective import Objective
-from dirl_cli.algo.views import Tokens
 from dirl_cli.diffusion.layout import Rows, Strip, common_blocks, join, pack
+from dirl_cli.diffusion.states import Tokens
 from dirl_cli.types import Trajectory
 
 

@@ -35,7 +35,7 @@ from dirl_cli.types import SHARING
 
 SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
 ASKED = ("prompt", "messages", "instruction")  # keys whose text is a model's to read
-PATH_MODEL = "dirl_cli.models.checkpoint.Checkpoint"  # the model whose path may be a run's, or one of its checkpoints
+PATH_MODEL = "dirl_cli.models.load.Checkpoint"  # the model whose path may be a run's, or one of its checkpoints
 WITHOUT_MODEL = ("compare", "predictions")  # keys that leave a command no use for a model
 READ_ONLY = ("dry_run", "compare")  # keys that make a command look and tell: it opens no run directory
 

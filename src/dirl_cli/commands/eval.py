@@ -52,7 +52,7 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequen
     from dirl_cli.data.chat import answer_text, encode_problems
     from dirl_cli.distributed import balanced
     from dirl_cli.loop.ask import Processes, sample
-    from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
+    from dirl_cli.models.load import DiffusionLM, fingerprint
 
     processes = Processes(cfg.gpus * cfg.nodes, cfg.device)
     console.quiet = not processes.is_first

@@ -27,7 +27,7 @@ from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.errors import DirlError, Stopped, stop_code
 from dirl_cli.evaluation.answers import drop_torn_line
 from dirl_cli.files import writing
-from dirl_cli.models.checkpoint import DiffusionLM, fingerprint
+from dirl_cli.models.load import DiffusionLM, fingerprint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.types import Decoding, Instruction, Trajectory
 

@@ -7,9 +7,9 @@ from torch import nn
 
 from dirl_cli.cli.build import build
 from dirl_cli.errors import DirlError
-from dirl_cli.models.card import model_card
-from dirl_cli.models.checkpoint import DiffusionLM, pick_dtype
-from dirl_cli.models.push import push, require_pushable
+from dirl_cli.models.load import DiffusionLM, pick_dtype
+from dirl_cli.models.model_card import model_card
+from dirl_cli.models.save import push, require_pushable
 from dirl_cli.text import shell_word
 
 

@@ -42,14 +42,14 @@ from dirl_cli.loop.keep import keep
 from dirl_cli.loop.learn import Learner
 from dirl_cli.loop.sources import Questions, Reader, epochs, fingerprint_of, require_same_data
 from dirl_cli.loop.sweep_table import Column, show_sweep
-from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
-from dirl_cli.models.lora import WHOLE
-from dirl_cli.models.push import require_pushable
+from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
+from dirl_cli.models.peft import WHOLE
+from dirl_cli.models.save import require_pushable
 from dirl_cli.models.shapes import outline, shapes
 from dirl_cli.reward.scoring import Rewards, Scorer
 from dirl_cli.rollout.engines import Native
-from dirl_cli.rollout.record import Record, rollout_path, write_rollout
 from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
 from dirl_cli.text import shell_word
 from dirl_cli.training.budget import Place
 from dirl_cli.training.checkpoint import Checkpoints, load, require_measured, require_same_run

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dirl_cli.cli.build import build, choice
 from dirl_cli.data.files import sources_of
+from dirl_cli.data.order import Order
 from dirl_cli.data.preview import show
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError, Interrupted
@@ -23,9 +24,9 @@ from dirl_cli.loop.forecast import PROMPT, SFT, sft_budget
 from dirl_cli.loop.keep import keep
 from dirl_cli.loop.sources import Reader, epochs, fingerprint_of, require_same_data
 from dirl_cli.loop.sweep_table import Column, show_sweep
-from dirl_cli.models.checkpoint import DiffusionLM, fingerprint, pick_dtype
-from dirl_cli.models.lora import WHOLE
-from dirl_cli.models.push import require_pushable
+from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
+from dirl_cli.models.peft import WHOLE
+from dirl_cli.models.save import require_pushable
 from dirl_cli.models.shapes import outline, shapes
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.reward.grading import Grader
@@ -38,7 +39,6 @@ from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.metrics import NoLog, open_log
 from dirl_cli.training.optim import AdamW
-from dirl_cli.training.order import Order
 from dirl_cli.training.parallel import start_accelerator, whole
 from dirl_cli.training.plot import Panel
 from dirl_cli.training.progress import StepProgress, due

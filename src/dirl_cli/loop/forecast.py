@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from dirl_cli.algo.objective import Objective
-from dirl_cli.algo.views import Tokens
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.diffusion.masking import Masking, example, noised_strip
-from dirl_cli.models.checkpoint import DiffusionLM, pick_attention, pick_dtype
-from dirl_cli.models.lora import WHOLE, Peft
+from dirl_cli.diffusion.states import Tokens
+from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
+from dirl_cli.models.peft import WHOLE, Peft
 from dirl_cli.rollout.engines import Engine, Lmdeploy
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.batches import generator

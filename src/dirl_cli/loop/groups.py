@@ -13,15 +13,15 @@ from accelerate.utils import gather_object
 from dirl_cli.algo.advantages import Advantage
 from dirl_cli.algo.select import has_signal
 from dirl_cli.data.chat import answer_text
+from dirl_cli.data.order import Order
 from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.distributed import balanced
 from dirl_cli.errors import DirlError
-from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.reward.answer import Answer
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import Scored, Scorer
-from dirl_cli.rollout.record import Record, from_json, read_lines, require_learnable, rollout_files, to_json
 from dirl_cli.rollout.sampler import Sampler
-from dirl_cli.training.order import Order
+from dirl_cli.rollout.storage import Record, from_json, read_lines, require_learnable, rollout_files, to_json
 from dirl_cli.types import Decoding, Problem
 
 REMEDIES = (

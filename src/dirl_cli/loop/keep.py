@@ -7,10 +7,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from dirl_cli.models.card import adapter_card, model_card
-from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.models.lora import Peft
-from dirl_cli.models.push import push
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.model_card import adapter_card, model_card
+from dirl_cli.models.peft import Peft
+from dirl_cli.models.save import push
 from dirl_cli.text import shell_word
 from dirl_cli.training.checkpoint import save_model
 from dirl_cli.training.metrics import curves

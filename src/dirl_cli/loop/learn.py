@@ -10,10 +10,10 @@ from torch import nn
 from dirl_cli.algo.batch import Group, objective_rows
 from dirl_cli.algo.mismatch import Mismatch, corrections
 from dirl_cli.algo.objective import Objective
-from dirl_cli.algo.views import Tokens
 from dirl_cli.diffusion.layout import Rows
+from dirl_cli.diffusion.states import Tokens
 from dirl_cli.loop.groups import Answers
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.training.batches import generator
 from dirl_cli.training.parallel import release
 from dirl_cli.training.trainer import Trainer

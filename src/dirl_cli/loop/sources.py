@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.data.chat import encode_questions, turn_end
 from dirl_cli.data.columns import told
+from dirl_cli.data.order import Order
 from dirl_cli.data.rows import Row
 from dirl_cli.data.tokens import Tokens, tokens_file, write_tokens
 from dirl_cli.errors import DirlError
-from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.training.order import Order
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.training.progress import StepProgress
 from dirl_cli.types import Instruction, Problem
 

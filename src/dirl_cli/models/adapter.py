@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dirl_cli import hub
 from dirl_cli.errors import DirlError, pip_install
-from dirl_cli.models.harmless import read_object
+from dirl_cli.models.safe_files import read_object
 
 
 def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:

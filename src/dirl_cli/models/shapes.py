@@ -4,11 +4,11 @@ from typing import Any
 
 from dirl_cli import hub
 from dirl_cli.errors import NotHere
-from dirl_cli.models.checkpoint import Checkpoint, DiffusionLM, pick_attention
-from dirl_cli.models.harmless import require_harmless
-from dirl_cli.models.lora import Loads
+from dirl_cli.models.load import Checkpoint, DiffusionLM, pick_attention
+from dirl_cli.models.model_directory import Stored
+from dirl_cli.models.peft import Loads
+from dirl_cli.models.safe_files import require_harmless
 from dirl_cli.models.sdar import SDARConfig, SDARMoeConfig
-from dirl_cli.models.stored import Stored
 
 COMMON = {
     "vocab_size": 151936,

@@ -12,8 +12,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from dirl_cli.reward.answer import Answer
-from dirl_cli.reward.find import find_reward
+from dirl_cli.reward.rewards import Answer, find_reward
 
 Outcome = float | str
 """A reward's value, or in a few words why there is none."""

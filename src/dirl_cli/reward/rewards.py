@@ -3,11 +3,66 @@
 A pair of values is what the shortest and the longest answer get, or the slowest and the fastest; `between` joins them.
 """
 
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from math import cos, pi
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self, get_type_hints
 
-from dirl_cli.ranges import Count, Finite
-from dirl_cli.reward.answer import Answer, Reward
+from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.ranges import Count, Finite, require
 from dirl_cli.reward.boxed import last_boxed
+from dirl_cli.types import Problem, Trajectory
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion of a problem.
+
+    completion: the text up to the stop token. tokens: how many it has.
+    truncated: it ran into the length limit. correct: its last box was verified, truncated or not.
+    tokens_per_step: tokens revealed per denoising forward, from 1 to block_size.
+    """
+
+    problem: Problem
+    completion: str
+    tokens: int
+    truncated: bool
+    tokens_per_step: float
+    max_new_tokens: int
+    block_size: int
+    correct: bool = False
+
+    @classmethod
+    def of(
+        cls, problem: Problem, trajectory: Trajectory, completion: str, max_new_tokens: int, block_size: int
+    ) -> Self:
+        """The answer that a trajectory holds, not graded yet; `completion` is the text of its completion_ids."""
+        return cls(
+            problem=problem,
+            completion=completion,
+            tokens=len(trajectory.completion_ids),
+            truncated=trajectory.stop_reason == "length",
+            tokens_per_step=len(trajectory.token_ids) / trajectory.denoise_forwards,
+            max_new_tokens=max_new_tokens,
+            block_size=block_size,
+        )
+
+    @property
+    def right(self) -> bool:
+        """Correct and complete: the accuracy of every formula."""
+        return self.correct and not self.truncated
+
+
+Reward = Callable[..., float]
+"""From an answer, and options by keyword where it has any, to a finite number; a function of these alone."""
+
 
 Ends = tuple[Finite, Finite]
 
@@ -101,3 +156,51 @@ BUILT_IN: dict[str, Reward] = {
         *(soft_overlong, speed, speed_penalty, length),
     )
 }
+
+
+@cache
+def find_reward(name: str) -> Reward:
+    """The reward called `name`: built in, `my_module.my_reward`, or `rewards.py:my_reward`."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    path, of_file, function = name.rpartition(":")
+    if not of_file:
+        path, _, function = name.rpartition(".")
+    if not path:
+        hint, names = did_you_mean(name, BUILT_IN), ", ".join(BUILT_IN)
+        raise DirlError(
+            f"no reward is called {name}: {hint if names in hint else f'{hint} There are {names}'};"
+            " one of your own is my_module.my_reward or rewards.py:my_reward"
+        )
+    try:
+        module = load_file(Path(path).expanduser().resolve()) if of_file else import_module(path)
+    except (ImportError, OSError, SyntaxError, ValueError) as error:
+        raise DirlError(f"the reward {name} cannot be loaded: {error}") from error
+    reward = getattr(module, function, None)
+    if not callable(reward):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise DirlError(f"{path} has no function {function}: {did_you_mean(function, own)}")
+    return reward
+
+
+def load_file(path: Path) -> ModuleType:
+    """A Python file as a module; registered, since dataclasses and pickle look their module up by name."""
+    spec = spec_from_file_location(f"reward file {path}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises DirlError where the reward called `name` cannot be called with these options."""
+    reward = find_reward(name)
+    try:
+        inspect.signature(reward).bind(None, **options)
+    except TypeError as error:
+        raise DirlError(f"reward.options.{name} does not fit the reward {name}: {error}") from error
+    if reward in BUILT_IN.values():
+        types = get_type_hints(reward, include_extras=True)
+        for option, value in options.items():
+            require(value, types[option], f"reward.options.{name}.{option}")

@@ -9,11 +9,9 @@ from typing import Annotated, Any, Self, TypeVar, cast
 
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.ranges import Count, Finite, OneOf, Positive
-from dirl_cli.reward.answer import Answer
-from dirl_cli.reward.find import check_options
 from dirl_cli.reward.grading import Grader
 from dirl_cli.reward.pool import Outcome, RewardPool, attempt
-from dirl_cli.reward.rewards import BUILT_IN
+from dirl_cli.reward.rewards import BUILT_IN, Answer, check_options
 
 Key = TypeVar("Key", bound=Hashable)
 

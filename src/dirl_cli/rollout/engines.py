@@ -10,7 +10,7 @@ import torch
 
 from dirl_cli import hub
 from dirl_cli.errors import DirlError, pip_install
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.ranges import Count, SomeShare
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import Sampler

@@ -37,8 +37,8 @@ from torch import Tensor
 from dirl_cli.diffusion.sampling import draw, uniform
 from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal
 from dirl_cli.errors import DirlError
-from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.models.published import published_weights
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.save import published_weights
 from dirl_cli.rollout.native import Request, requests
 from dirl_cli.rollout.sampler import Watch
 from dirl_cli.types import Decoding, Trajectory

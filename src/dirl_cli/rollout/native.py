@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
-from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.models.narrow import narrowed, refresh
-from dirl_cli.rollout.batch import Answer, Batch
-from dirl_cli.rollout.batch import Request as Request
-from dirl_cli.rollout.blocks import Blocks, Graphs, at_once, block_attention
-from dirl_cli.rollout.runs import Runs
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.low_precision import narrowed, refresh
+from dirl_cli.rollout.forward import Runs
+from dirl_cli.rollout.forward_gpu import Blocks, Graphs, at_once, block_attention
 from dirl_cli.rollout.sampler import Watch
+from dirl_cli.rollout.scheduler import Answer, Batch
+from dirl_cli.rollout.scheduler import Request as Request
 from dirl_cli.types import Decoding, Trajectory
 
 
@@ -113,7 +113,7 @@ class NativeSampler:
         del kept  # before there is another
         if lm.device.type != "cuda":
             return Blocks(lm, slots, length, block_attention, at_once)
-        from dirl_cli.rollout.decode_attention import decode_attention  # which only a GPU has the package for
+        from dirl_cli.rollout.attention_triton import decode_attention  # which only a GPU has the package for
 
         torch.cuda.set_device(lm.device)  # on which Triton starts
         return Blocks(lm, slots, length, decode_attention, Graphs())

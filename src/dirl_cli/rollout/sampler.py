@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Decoding, Trajectory
 
 Watch = Callable[[int, int, list[int]], None]

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from torch import Generator
 
+from dirl_cli.data.order import Order
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Example, Masking, example, noised_rows
-from dirl_cli.training.order import Order
 
 
 @dataclass(frozen=True)

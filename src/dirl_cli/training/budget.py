@@ -14,7 +14,7 @@ from rich.syntax import Syntax
 from rich.table import Column, Table
 
 from dirl_cli.errors import DirlError, DoesNotFit
-from dirl_cli.models.checkpoint import pick_device
+from dirl_cli.models.load import pick_device
 from dirl_cli.training.duration import Duration
 from dirl_cli.training.plan import Bytes
 

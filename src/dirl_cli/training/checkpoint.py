@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.files import partial_of, remove, sync, whole_directory, writing
-from dirl_cli.models.checkpoint import DiffusionLM, pick_dtype
+from dirl_cli.models.load import DiffusionLM, pick_dtype
 from dirl_cli.training.shards import Part, read_parts, stored_shapes, write_parts
 from dirl_cli.types import STATE
 

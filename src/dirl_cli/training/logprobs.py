@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.sampling import entropy, temper, truncate
-from dirl_cli.diffusion.trace import trajectory_strip
+from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.models.attention import hidden_states
-from dirl_cli.models.checkpoint import DiffusionLM, is_shifted
+from dirl_cli.models.load import DiffusionLM, is_shifted
 from dirl_cli.training.head import Scores, linear_logprobs, tokens_at_once
 from dirl_cli.types import Decoding, Trajectory
 

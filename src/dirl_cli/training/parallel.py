@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from dirl_cli.errors import DirlError
-from dirl_cli.models.checkpoint import DiffusionLM, pick_device, pick_dtype
+from dirl_cli.models.load import DiffusionLM, pick_device, pick_dtype
 from dirl_cli.ranges import DEVICES
 from dirl_cli.types import SHARING
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merged
-from dirl_cli.models.checkpoint import DiffusionLM, pick_device, pick_dtype
+from dirl_cli.models.load import DiffusionLM, pick_device, pick_dtype
 from dirl_cli.training.checkpoint import MODEL, files_of, learned
 from dirl_cli.training.shards import read_parts
 

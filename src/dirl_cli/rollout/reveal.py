@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dirl_cli.diffusion.sampling import draw, uniform
 from dirl_cli.diffusion.unmasking import BUILT_IN, State, find_strategy, quota, reveal, spread
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Decoding
 
 HIDDEN, GIVEN = 0, -1  # in place of the step that revealed a token

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dirl_cli.models.cache import SlotCache
-from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.rollout.canvas import Canvas, Revealer
-from dirl_cli.rollout.decoder import Integers, decode, one_before, slot_model
+from dirl_cli.models.kv_cache import SlotCache
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.rollout.forward import Integers, decode, one_before, slot_model
+from dirl_cli.rollout.reveal import Canvas, Revealer
 from dirl_cli.types import Decoding
 
 PREFILL = 16384  # tokens of prompts in one forward

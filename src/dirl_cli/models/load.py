@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merged
-from dirl_cli.models.published import save_published
-from dirl_cli.models.stored import Stored
+from dirl_cli.models.model_directory import Stored
+from dirl_cli.models.save import save_published
 from dirl_cli.ranges import ATTENTIONS, DEVICES, DTYPES, Count, Natural
 from dirl_cli.types import Decoding
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from dirl_cli.errors import DirlError
 from dirl_cli.files import write_text
-from dirl_cli.models.checkpoint import DiffusionLM
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Problem, StopReason, Trajectory
 
 WHOLE_NUMBERS = 2**31  # and more is no step, no token and no count

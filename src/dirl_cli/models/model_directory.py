@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 import dirl_cli.models.sdar  # noqa: F401  # registers `sdar` and `sdar_moe`
 from dirl_cli import hub
 from dirl_cli.errors import DirlError
-from dirl_cli.models.harmless import read_object, require_harmless
+from dirl_cli.models.safe_files import read_object, require_harmless
 
 UNBUILDABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError)
 

@@ -7,13 +7,42 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from dirl_cli.models.cache import SlotCache
-from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.rollout.canvas import Canvas, Revealer
-from dirl_cli.rollout.decoder import Integers, decode, one_before, slot_model
+from dirl_cli.models.kv_cache import SLOTS, Attend, SlotCache
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.low_precision import inference_model
+from dirl_cli.rollout.reveal import Canvas, Revealer
 
+Integers = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+
+
+def slot_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as `decode` takes it, whatever attention it was loaded with. It follows the weights of `model`."""
+    return inference_model(model, SLOTS)
+
+
+def one_before(hidden: Tensor, edge: Tensor) -> Tensor:
+    """For each token of some blocks the hidden state of the token before it. hidden: (N, B, D). edge: (N, D)."""
+    return torch.cat([edge[:, None], hidden[:, :-1]], 1)
+
+
+def decode(
+    model: PreTrainedModel, cache: SlotCache, token_ids: Tensor, position: Tensor, places: Tensor, attend: Attend
+) -> Tensor:
+    """Hidden states (T, D) of tokens at `places`, each slot * length + position: (T,) all.
+
+    model: one of `slot_model`.
+    """
+    output = model.get_decoder()(
+        input_ids=token_ids[None],
+        position_ids=position[None],
+        past_key_values=cache.at(places),
+        use_cache=False,
+        attend=attend,
+    )
+    return output.last_hidden_state[0]
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Protocol
 
 import numpy as np
 
-from dirl_cli.models.cache import SlotCache
-from dirl_cli.models.checkpoint import DiffusionLM
-from dirl_cli.rollout.canvas import Canvas, Revealer
-from dirl_cli.rollout.decoder import Integers
+from dirl_cli.models.kv_cache import SlotCache
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.rollout.forward import Integers
+from dirl_cli.rollout.reveal import Canvas, Revealer
 from dirl_cli.rollout.sampler import Watch
 from dirl_cli.types import Decoding
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from dirl_cli.errors import DirlError, did_you_mean, pip_install
 from dirl_cli.files import whole_directory
-from dirl_cli.models.checkpoint import DiffusionLM, pick_attention, pick_dtype
-from dirl_cli.models.narrow import inference_model
+from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
+from dirl_cli.models.low_precision import inference_model
 from dirl_cli.ranges import Count, Seed, ShareBelowOne
 from dirl_cli.types import SHARING
 
