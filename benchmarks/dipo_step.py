@@ -19,11 +19,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from dirl_cli.algo.batch import Group, objective_rows
 from dirl_cli.cli.build import build
 from dirl_cli.diffusion.states import Tokens
 from dirl_cli.models.load import DiffusionLM, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
+from dirl_cli.rl.batch import Group, objective_rows
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.types import Trajectory
 

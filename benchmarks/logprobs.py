@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dirl_cli.training.head import linear_logprobs, tokens_at_once
+from dirl_cli.training.logprobs import linear_logprobs, tokens_at_once
 
 VOCABULARY, WIDTH = 151_936, 1024
 TOKENS, TIMED = 2048, 512  # where memory is measured; where time is

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from experiment import at_once
 
-from dirl_cli.evaluation.card import Evaluation, read_evaluation
 from dirl_cli.evaluation.report import accuracy, number
-from dirl_cli.training.plot import Point, scatter
+from dirl_cli.evaluation.result_card import Evaluation, read_evaluation
+from dirl_cli.report.plot import Point, scatter
 
 WORDS, ROOT = Path("runs/smollm2/words/model"), Path("runs/speed_quality")
 THRESHOLDS = (0.5, 0.7, 0.9, 0.98)

@@ -249,15 +249,15 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
     import torch
     from omegaconf import OmegaConf
 
-    from dirl_cli.algo.advantages import ADVANTAGES
-    from dirl_cli.algo.objective import Objective
     from dirl_cli.cli.build import build
     from dirl_cli.commands.rl import measured
     from dirl_cli.files import conf_dir
-    from dirl_cli.loop.groups import State, replayed, with_advantages
-    from dirl_cli.loop.learn import Learner
     from dirl_cli.models.load import diffusion_lm
     from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
+    from dirl_cli.rl.advantages import ADVANTAGES
+    from dirl_cli.rl.objective import Objective
+    from dirl_cli.rl.rollouts import State, replayed, with_advantages
+    from dirl_cli.rl.update import Learner
     from dirl_cli.rollout.native import NativeSampler
     from dirl_cli.rollout.storage import Record, rollout_path, to_json
     from dirl_cli.training.logprobs import TokenScorer
@@ -325,9 +325,9 @@ def evaluations(home: Path) -> tuple[list[bytes], Target]:
     from dataclasses import asdict
 
     from dirl_cli.evaluation.answers import Answer
-    from dirl_cli.evaluation.card import ANSWERS, CARD, SOURCE, read_evaluation
     from dirl_cli.evaluation.compare import common_problems, compare, differing_settings
     from dirl_cli.evaluation.metrics import measure
+    from dirl_cli.evaluation.result_card import ANSWERS, CARD, SOURCE, read_evaluation
 
     answers = [Answer(str(i), k, "4", i > k, "stop", 3, 4, 2, 2, 0.1) for i in range(3) for k in range(2)]
     metrics = asdict(measure(answers))

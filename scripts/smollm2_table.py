@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-from dirl_cli.evaluation.card import Evaluation, read_evaluation
 from dirl_cli.evaluation.compare import common_problems, compare
 from dirl_cli.evaluation.report import accuracy, number, percent
+from dirl_cli.evaluation.result_card import Evaluation, read_evaluation
 from dirl_cli.files import writing
-from dirl_cli.training.metrics import read_metrics
-from dirl_cli.training.plot import Panel, draw
-from dirl_cli.training.validation import metric
+from dirl_cli.report.metrics_log import read_metrics
+from dirl_cli.report.plot import Panel, draw
+from dirl_cli.sft.validation import metric
 
 STAGES = {  # and its evaluations on both tasks
     "SmolLM2, a token at a time": ("causal-gsm8k", "causal-words"),

@@ -7,11 +7,11 @@ import torch
 from small import MASK, PAD
 from torch import Tensor
 
-from dirl_cli.algo.batch import Group, objective_rows
-from dirl_cli.algo.objective import Objective
 from dirl_cli.diffusion.layout import PADDING, PER_TOKEN, Rows, pack
 from dirl_cli.diffusion.states import Tokens, trajectory_strip
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.rl.batch import Group, objective_rows
+from dirl_cli.rl.objective import Objective
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.types import Trajectory
 

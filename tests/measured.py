@@ -12,21 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from dirl_cli.algo.objective import Objective
 from dirl_cli.commands.rl import frozen
 from dirl_cli.commands.sft import cross_entropy
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.diffusion.states import Trace
-from dirl_cli.loop.forecast import rl_budget, sft_budget, slowest
-from dirl_cli.loop.learn import Learner
 from dirl_cli.models.load import DiffusionLM, diffusion_lm, pick_attention
 from dirl_cli.models.peft import WHOLE, Peft
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
+from dirl_cli.plan.budget import Budget, Place
+from dirl_cli.plan.forecast import rl_budget, sft_budget, slowest
+from dirl_cli.rl.objective import Objective
+from dirl_cli.rl.update import Learner
 from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.storage import Record
-from dirl_cli.training.batches import Noise
-from dirl_cli.training.budget import Budget, Place
+from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW, Optim
 from dirl_cli.training.parallel import start_accelerator

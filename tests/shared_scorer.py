@@ -54,4 +54,6 @@ if __name__ == "__main__":
     whole = [p.grad if wrapper == "data_parallel" else p.grad.full_tensor() for p in scorer.parameters()]
     if dist.get_rank() == 0:
         torch.save([2 * gradient for gradient in whole], file)  # both wrappers take the mean over processes
+    del wrapped  # whose threads would outlive the group
+    dist.barrier()
     dist.destroy_process_group()

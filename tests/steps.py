@@ -17,16 +17,16 @@ from small import MASK, PAD, small_lm
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dirl_cli.algo.advantages import normalised
-from dirl_cli.algo.objective import Objective
 from dirl_cli.cli.build import build
 from dirl_cli.diffusion.masking import Count, example
-from dirl_cli.loop.groups import with_advantages
-from dirl_cli.loop.learn import Learner
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.rl.advantages import normalised
+from dirl_cli.rl.objective import Objective
+from dirl_cli.rl.rollouts import with_advantages
+from dirl_cli.rl.update import Learner
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.storage import Record
-from dirl_cli.training.batches import Noise
+from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.parallel import gathered, start_accelerator, whole

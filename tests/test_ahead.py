@@ -15,8 +15,7 @@ from test_rl import ARITHMETIC, SMALL, config, lines, run, updates, weights
 
 from dirl_cli.cli.launch import check_values
 from dirl_cli.errors import DirlError
-from dirl_cli.loop.ahead import sampling_ahead
-from dirl_cli.loop.groups import State
+from dirl_cli.rl.rollouts import State, sampling_ahead
 from dirl_cli.rollout.storage import read_rollout
 
 model = test_rl.model  # a fixture

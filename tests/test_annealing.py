@@ -6,10 +6,11 @@ import pytest
 import torch
 from small import small_lm
 
+from dirl_cli.data.order import generator
 from dirl_cli.diffusion.masking import Count, PerBlock, PerSample, example
 from dirl_cli.errors import DirlError
-from dirl_cli.training.annealing import Annealing, Thinned, thinned
-from dirl_cli.training.batches import Noise, generator
+from dirl_cli.sft.annealing import Annealing, Thinned, thinned
+from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 
 FINAL = Noise(Count(), 4, 49, 0, 64)

@@ -12,9 +12,9 @@ import pytest
 from dirl_cli.commands import eval as command
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import Answer
-from dirl_cli.evaluation.card import read_evaluation, require_same
 from dirl_cli.evaluation.compare import Difference, common_problems, compare, differing_settings
 from dirl_cli.evaluation.metrics import measure
+from dirl_cli.evaluation.result_card import read_evaluation, require_same
 
 ANSWER = Answer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
 

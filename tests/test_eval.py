@@ -27,12 +27,11 @@ from dirl_cli.data.arithmetic import Arithmetic
 from dirl_cli.data.chat import answer_text, encode_problems
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import Answer, AnswerLog, Run, drop_torn_line, missing, read_answers
-from dirl_cli.evaluation.grade import graded
 from dirl_cli.evaluation.metrics import measure
-from dirl_cli.evaluation.progress import tracked
+from dirl_cli.evaluation.questions import sample
 from dirl_cli.evaluation.report import PROTOCOL
+from dirl_cli.evaluation.run import graded, tracked
 from dirl_cli.files import conf_dir
-from dirl_cli.loop import ask
 from dirl_cli.models.tiny import train_tokenizer
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Decoding, Instruction, Problem, Trajectory
@@ -77,11 +76,11 @@ class Oracle:
         seeds: Sequence[int],
     ) -> Iterator[tuple[int, int, Trajectory]]:
         for i in reversed(range(len(prompts))):
-            for sample in range(first[i], n):
+            for number in range(first[i], n):
                 question = self.tokenizer.decode(prompts[i]).split("user\n")[1].split("<|im_end|>")[0]
-                self.asked.append((question, seeds[i], sample))
-                ids = self.tokenizer(f"\\boxed{{{sample}}}<|im_end|><|endoftext|>")["input_ids"]
-                yield i, sample, Trajectory(prompts[i], ids, [1] * len(ids), [0.0] * len(ids), "stop", 2, 3, 0, (2,))
+                self.asked.append((question, seeds[i], number))
+                ids = self.tokenizer(f"\\boxed{{{number}}}<|im_end|><|endoftext|>")["input_ids"]
+                yield i, number, Trajectory(prompts[i], ids, [1] * len(ids), [0.0] * len(ids), "stop", 2, 3, 0, (2,))
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +145,9 @@ def test_an_interrupted_sampling_asks_for_the_same_samples_as_a_whole_one(tokeni
     prompts = encode_problems(tokenizer, problems, Instruction(), 100)
     whole, rest = Oracle(tokenizer), Oracle(tokenizer)
     ids = [problem.id for problem in problems]
-    everything = list(ask.sample(whole, prompts, list(missing(ids, 4, set())), Decoding()))
+    everything = list(sample(whole, prompts, list(missing(ids, 4, set())), Decoding()))
     done = {("0", 1), ("2", 0), ("2", 3), ("3", 0), ("3", 1), ("3", 2), ("3", 3)}
-    others = list(ask.sample(rest, prompts, list(missing(ids, 4, done)), Decoding()))
+    others = list(sample(rest, prompts, list(missing(ids, 4, done)), Decoding()))
     assert {(str(i), sample) for i, sample, _ in others} == {(str(i), sample) for i, sample, _ in everything} - done
     assert len(whole.asked) == len(set(whole.asked)) == 20  # also the three equal questions differ, by their seeds
     assert set(rest.asked) < set(whole.asked) and len(rest.asked) == 13
@@ -158,7 +157,7 @@ def test_answers_are_graded_against_their_own_problem(tokenizer: PreTrainedToken
     problems = [Problem("x", "What?", "0"), Problem("y", "Why?", "1.0"), Problem("z", "Who?", "2")]
     prompts = encode_problems(tokenizer, problems, Instruction(), 100)
     runs = list(missing([problem.id for problem in problems], 2, set()))
-    sampled = ask.sample(Oracle(tokenizer), prompts, runs, Decoding())
+    sampled = sample(Oracle(tokenizer), prompts, runs, Decoding())
     with Grader(1, 30.0) as grader:
         answers = list(graded(sampled, problems, partial(answer_text, tokenizer), grader))
     right = {(answer.problem, answer.sample): answer.correct for answer in answers}

@@ -12,8 +12,7 @@ from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.sampling import draw, draw_at_once, invert, temper
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.models.attention import block_mask, dense_mask
-from dirl_cli.training.head import linear_logprobs
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import TokenScorer, linear_logprobs
 
 pytestmark = [
     pytest.mark.gpu,

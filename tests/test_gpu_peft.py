@@ -13,7 +13,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import Lora, trained
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.batches import Noise
+from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW
 from dirl_cli.training.parallel import start_accelerator

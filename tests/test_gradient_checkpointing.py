@@ -22,7 +22,7 @@ from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.files import conf_dir
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.batches import Noise
+from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.trainer import Trainer

@@ -188,15 +188,18 @@ def answers(n: int, plain: int) -> Iterator[tuple[int, str, str]]:
 
 
 def grade_and_kill(items: Iterator[tuple[int, str, str]], every: int) -> tuple[list[tuple[int, bool]], int]:
-    """The verdicts, a worker chosen at random being killed at each key that `every` divides; and how many were."""
+    """The verdicts, a worker chosen at random being killed after each `every` of them; and how many were."""
     chance, verdicts, killed = random.Random(0), [], 0
+    due = True
     with Grader(workers=2, timeout=30.0) as grader:
         for key, right in grader.grade(items):
             assert isinstance(key, int)
             verdicts.append((key, right))
-            if key % every == 0 and (alive := multiprocessing.active_children()):
+            due = due or len(verdicts) % every == 0
+            if due and (alive := multiprocessing.active_children()):  # workers start with what they are needed for
                 os.kill(chance.choice(alive).pid or 0, signal.SIGKILL)
                 killed += 1
+                due = False
                 time.sleep(0.7)  # verdicts come in bursts, and one answer survives only so many deaths
         assert grader.gave_up == 0
     return verdicts, killed

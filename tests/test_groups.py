@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from small import small_lm
 
-from dirl_cli.algo.advantages import mean_only, normalised
 from dirl_cli.commands.rl import answer_table, measured, records
 from dirl_cli.errors import DirlError
-from dirl_cli.loop.groups import Sampled, State, continues, drawing, replayed, rescored, with_advantages
 from dirl_cli.reward.scoring import Rewards, Scored, Scorer
+from dirl_cli.rl.advantages import mean_only, normalised
+from dirl_cli.rl.rollouts import Sampled, State, continues, drawing, replayed, rescored, with_advantages
 from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
 from dirl_cli.types import Decoding, Problem, Trajectory
 

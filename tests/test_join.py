@@ -9,12 +9,12 @@ from answers import ANSWERS, BLOCK, EIGHT, REWARDS, SIX, TOKENS, answer, assert_
 from omegaconf import OmegaConf
 from small import MASK, PAD, small_lm
 
-from dirl_cli.algo.advantages import normalised
-from dirl_cli.algo.batch import Group, fitting, joined_length, objective_rows
-from dirl_cli.algo.objective import Objective
 from dirl_cli.cli.build import build
 from dirl_cli.diffusion.layout import SHARED, common_blocks, join, pack
 from dirl_cli.diffusion.states import trajectory_strip
+from dirl_cli.rl.advantages import normalised
+from dirl_cli.rl.batch import Group, fitting, joined_length, objective_rows
+from dirl_cli.rl.objective import Objective
 
 GROUPS = [Group(a, normalised(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
 ALONE = [

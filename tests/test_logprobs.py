@@ -15,8 +15,7 @@ from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.errors import DirlError
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.training.head import linear_logprobs, tokens_at_once
-from dirl_cli.training.logprobs import TokenScorer, is_plain, score_trajectories
+from dirl_cli.training.logprobs import TokenScorer, is_plain, linear_logprobs, score_trajectories, tokens_at_once
 from dirl_cli.types import Decoding
 
 TRAJECTORIES = [one for group in ANSWERS for one in group]

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from dirl_cli.errors import DirlError
-from dirl_cli.training.metrics import FileOnly, MetricsLog, NoLog, TensorBoard, Wandb, read_metrics
-from dirl_cli.training.plot import Panel, plot, smooth
-from dirl_cli.training.progress import StepProgress, clock, describe, due, shares
-from dirl_cli.training.timing import PhaseTimes
+from dirl_cli.report.metrics_log import FileOnly, MetricsLog, NoLog, TensorBoard, Wandb, read_metrics
+from dirl_cli.report.plot import Panel, plot, smooth
+from dirl_cli.report.progress import StepProgress, clock, describe, due, shares
+from dirl_cli.training.trainer import PhaseTimes
 
 NOWHERE = FileOnly().open(None, {}, 0)
 

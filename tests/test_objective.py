@@ -12,15 +12,14 @@ from omegaconf import OmegaConf
 from small import MASK, PAD, small_lm
 from torch import Generator, Tensor
 
-from dirl_cli.algo.advantages import ADVANTAGES
-from dirl_cli.algo.batch import Group
-from dirl_cli.algo.mismatch import corrections
-from dirl_cli.algo.objective import KL, LEVELS, NORMALIZERS, Objective, ratio_of
-from dirl_cli.algo.select import has_signal
 from dirl_cli.cli.build import build
 from dirl_cli.diffusion.states import Trace
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.rl.advantages import ADVANTAGES, has_signal
+from dirl_cli.rl.batch import Group
+from dirl_cli.rl.objective import KL, LEVELS, NORMALIZERS, Objective, ratio_of
+from dirl_cli.rl.update import corrections
 from dirl_cli.training.logprobs import score_trajectories
 from dirl_cli.types import Trajectory
 

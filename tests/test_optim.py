@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from dirl_cli.training.optim import AdamW, Muon, layer_matrices
-from dirl_cli.training.schedule import Constant, Cosine, Linear, warmup_remark
+from dirl_cli.training.optim import AdamW, Constant, Cosine, Linear, Muon, layer_matrices, warmup_remark
 
 
 class Net(nn.Module):

@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dirl_cli.data.order import LONGEST_ROUND, Order
+from dirl_cli.data.order import LONGEST_ROUND, Order, generator
 from dirl_cli.diffusion.sampling import request_key
-from dirl_cli.loop.groups import drawing
-from dirl_cli.training.batches import generator
+from dirl_cli.rl.rollouts import drawing
 
 
 def order(sizes, weights, seed=0):

@@ -32,11 +32,11 @@ from dirl_cli.files import conf_dir
 from dirl_cli.models.load import Checkpoint, DiffusionLM
 from dirl_cli.models.peft import Lora, trained
 from dirl_cli.models.tiny import Tiny
+from dirl_cli.plan.memory import Memory, architecture
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.batches import Noise
+from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW, Muon
-from dirl_cli.training.plan import Memory, architecture
 from dirl_cli.training.trainer import Trainer
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -25,15 +25,15 @@ from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.files import conf_dir
 from dirl_cli.hub import configured
-from dirl_cli.loop.forecast import UPDATE, rl_budget, slowest, update_knobs
 from dirl_cli.models.load import Checkpoint
 from dirl_cli.models.sdar import SDARMoeConfig
 from dirl_cli.models.shapes import PUBLISHED, outline
+from dirl_cli.plan.budget import Budget, Place, halvings
+from dirl_cli.plan.duration import Duration, update_operations
+from dirl_cli.plan.forecast import UPDATE, rl_budget, slowest, update_knobs
+from dirl_cli.plan.memory import Architecture, Memory, MicroBatch, Parallelism, architecture, parallelism
 from dirl_cli.rollout.engines import Lmdeploy, Native
-from dirl_cli.training.budget import Budget, Place, halvings
-from dirl_cli.training.duration import Duration, update_operations
 from dirl_cli.training.optim import Muon
-from dirl_cli.training.plan import Architecture, Memory, MicroBatch, Parallelism, architecture, parallelism
 from dirl_cli.types import Decoding
 
 GROUPED = Size(hidden=64, layers=3, heads=4, key_heads=2, inner=192, vocabulary=1500, head_dim=32)
@@ -533,7 +533,7 @@ def duration(operations: float, **others) -> Duration:
 
 
 def test_what_takes_long_on_a_cpu_says_how_long_and_what_to_give_instead(monkeypatch):
-    monkeypatch.setattr("dirl_cli.training.duration.operations_per_second", lambda: 1e10)
+    monkeypatch.setattr("dirl_cli.plan.duration.operations_per_second", lambda: 1e10)
     said = "about 512 tokens a step × 10 steps, in rows of 64: about 5 hours on this CPU"
     remedy = ": lower steps or batch_size, or give experiment=tiny_sft, which is for a model as small as this one"
     budget = replace(budget_of({4: 1}, 120), duration=duration(3.6e13))

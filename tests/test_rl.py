@@ -24,9 +24,9 @@ from dirl_cli.cli.schema import slug
 from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.loop.groups import why_without_signal
 from dirl_cli.models.load import Checkpoint
 from dirl_cli.models.tiny import Tiny
+from dirl_cli.rl.rollouts import why_without_signal
 from dirl_cli.rollout.storage import Record, read_rollout
 from dirl_cli.training.checkpoint import sha256
 from dirl_cli.training.logprobs import TokenScorer
@@ -505,8 +505,10 @@ def test_a_run_of_another_configuration_is_refused(model, tmp_path):
     other = dirl(tmp_path, model, *words, "steps=1", "rl.group_size=4")
     assert other.wait() == 1
     told = other.stdout.read()
-    assert told.startswith("dirl rl: run holds a run with another configuration (rl.group_size: 3 → 4)")
-    assert "resume=never" in told and len(told.splitlines()) == 1
+    title, sentence = told.splitlines()
+    assert title == "dirl rl → run"
+    assert sentence.startswith("dirl rl: run holds a run with another configuration (rl.group_size: 3 → 4)")
+    assert "resume=never" in sentence
 
 
 @pytest.mark.slow

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from dirl_cli.cli.build import find
+from dirl_cli.cli.former import MODULES
 from dirl_cli.cli.run_dir import environment, git_state, open_run
 from dirl_cli.errors import DirlError
 
@@ -46,6 +49,18 @@ def test_keys_that_do_not_change_the_result_may_change(tmp_path):
     start(tmp_path / "run")
     start(tmp_path / "run", name="b", gpus=4, logger={"_target_": "mine"})
     assert OmegaConf.load(tmp_path / "run/config.yaml").gpus == 4  # worker processes read this file
+
+
+def test_a_run_goes_on_although_its_classes_have_moved(tmp_path):
+    start(tmp_path / "run", algo={"_target_": "dirl_cli.algo.objective.Objective"})
+    start(tmp_path / "run", algo={"_target_": "dirl_cli.rl.objective.Objective"})
+
+
+def test_a_class_is_found_where_an_earlier_version_had_it():
+    for module, name in [("algo.views", "Trace"), ("models.lora", "Lora"), ("training.schedule", "Cosine")]:
+        assert find(f"dirl_cli.{module}.{name}", "group").__name__ == name
+    for module in MODULES.values():
+        import_module(module)
 
 
 def test_never_sets_the_old_run_aside(tmp_path):

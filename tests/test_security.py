@@ -29,7 +29,7 @@ from dirl_cli.data.columns import demonstration
 from dirl_cli.data.rows import read_rows
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import read_answers
-from dirl_cli.evaluation.card import read_evaluation
+from dirl_cli.evaluation.result_card import read_evaluation
 from dirl_cli.models.adapter import merged
 from dirl_cli.models.load import Checkpoint, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM

@@ -24,15 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dirl_cli.cli import schema
 from dirl_cli.commands.sft import cross_entropy, run
-from dirl_cli.data.order import Order
+from dirl_cli.data.order import Order, generator
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.training.batches import Noise, NoisedBatches, generator
+from dirl_cli.sft.batches import Noise, NoisedBatches
+from dirl_cli.sft.validation import hold_out, metric
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.trainer import Trainer
-from dirl_cli.training.validation import hold_out, metric
 
 SMALL = (
     "+model.hidden_size=32",

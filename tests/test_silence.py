@@ -13,11 +13,11 @@ from small import small_lm
 from dirl_cli import console as console_module
 from dirl_cli.cli import launch
 from dirl_cli.console import PlainConsole, working
+from dirl_cli.evaluation import held_out as exams
 from dirl_cli.evaluation import report
-from dirl_cli.loop import exam as exams
-from dirl_cli.loop.exam import Exam
-from dirl_cli.training.interrupt import StopSignal
-from dirl_cli.training.progress import StepProgress
+from dirl_cli.evaluation.held_out import Exam
+from dirl_cli.report.progress import StepProgress
+from dirl_cli.training.session import StopSignal
 from dirl_cli.types import Decoding, Problem
 
 

@@ -16,10 +16,10 @@ from dirl_cli.commands import rl, sft
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.loop.sources import Reader
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.training.progress import StepProgress
+from dirl_cli.report.progress import StepProgress
+from dirl_cli.training.prepare import Reader
 from dirl_cli.types import Instruction, Problem
 
 SMALL = ("+model.hidden_size=32", "+model.num_hidden_layers=1", "+model.intermediate_size=32")

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from dirl_cli.cli.app import app
 from dirl_cli.commands.eval import after_sweep
 from dirl_cli.evaluation.answers import Answer
-from dirl_cli.evaluation.card import read_evaluation
 from dirl_cli.evaluation.metrics import measure
+from dirl_cli.evaluation.result_card import read_evaluation
 from dirl_cli.evaluation.sweep import Member, curves, published, rows
 
 ANSWER = Answer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)

@@ -18,13 +18,13 @@ from enumerated import answers, toy
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from dirl_cli.algo.advantages import ADVANTAGES
-from dirl_cli.algo.batch import Group, objective_rows, trained_length
-from dirl_cli.algo.objective import LEVELS, Objective
 from dirl_cli.cli.build import build
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.states import Tokens, Trace
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.rl.advantages import ADVANTAGES
+from dirl_cli.rl.batch import Group, objective_rows, trained_length
+from dirl_cli.rl.objective import LEVELS, Objective
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.types import Decoding, Trajectory

@@ -5,7 +5,6 @@ import torch
 from small import MASK
 from torch import Generator
 
-from dirl_cli.algo.batch import trained_length
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.diffusion.states import (
     AnswerMasked,
@@ -17,6 +16,7 @@ from dirl_cli.diffusion.states import (
     Trace,
 )
 from dirl_cli.errors import DirlError
+from dirl_cli.rl.batch import trained_length
 from dirl_cli.types import Trajectory
 
 TOKENS = Tokens(block_size=4, mask_id=MASK)

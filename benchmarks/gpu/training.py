@@ -29,9 +29,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dirl_cli.cli.build import build
+from dirl_cli.data.order import generator
 from dirl_cli.diffusion.masking import Example, example
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.training.batches import Noise, generator
+from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 
 import dipo_step  # isort: skip  # these `shapes` makes importable

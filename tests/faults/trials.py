@@ -18,8 +18,8 @@ from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import Tiny
+from dirl_cli.report.metrics_log import MetricsLog
 from dirl_cli.training.checkpoint import SUMS, complete
-from dirl_cli.training.metrics import MetricsLog
 
 DATA = (
     "data.train=40",

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from dirl_cli.cli.config_tree import with_bases
+from dirl_cli.cli.former import todays_target
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.files import conf_dir
 from dirl_cli.ranges import refusal, require, type_at
@@ -68,7 +69,7 @@ def value_at(given: Any, key: str) -> Any:
 
 def find(target: str, group: str) -> type:
     """The class that an import path names."""
-    module_name, _, name = target.rpartition(".")
+    module_name, _, name = todays_target(target).rpartition(".")
     try:
         module = import_module(module_name)
     except (ImportError, ValueError, TypeError, RecursionError) as error:

@@ -15,6 +15,7 @@ from typing import IO, Any
 from omegaconf import DictConfig, OmegaConf
 
 from dirl_cli.cli.config_tree import leaves
+from dirl_cli.cli.former import todays_target
 from dirl_cli.errors import DirlError
 from dirl_cli.files import installed, write_json, write_text
 from dirl_cli.text import masked
@@ -157,7 +158,12 @@ def spell(value: object) -> str:
 
 
 def flatten(config: str) -> dict[str, Any]:
-    return dict(leaves(OmegaConf.to_container(OmegaConf.create(config))))
+    """Full keys and their values, import paths as they are today."""
+    settings = dict(leaves(OmegaConf.to_container(OmegaConf.create(config))))
+    for key, value in settings.items():
+        if key.endswith("_target_"):
+            settings[key] = todays_target(value)
+    return settings
 
 
 def environment() -> dict[str, Any]:

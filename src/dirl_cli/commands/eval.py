@@ -22,11 +22,10 @@ from dirl_cli.data.rows import read_rows
 from dirl_cli.errors import DirlError, Stopped, stop_code
 from dirl_cli.evaluation import compare, report, sweep
 from dirl_cli.evaluation.answers import Answer, AnswerLog, drop_torn_line, missing, read_answers
-from dirl_cli.evaluation.card import ANSWERS, CARD, SOURCE, read_evaluation, require_same
-from dirl_cli.evaluation.grade import graded
 from dirl_cli.evaluation.metrics import Metrics, measure, measure_subsets
 from dirl_cli.evaluation.predictions import read_predictions, regraded
-from dirl_cli.evaluation.progress import tracked
+from dirl_cli.evaluation.result_card import ANSWERS, CARD, SOURCE, read_evaluation, require_same
+from dirl_cli.evaluation.run import graded, tracked
 from dirl_cli.files import write_json, write_text
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Decoding, Instruction, Problem
@@ -50,8 +49,8 @@ def run(cfg: DictConfig, out: Path) -> None:
 def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:
     """Evaluate cfg.model on cfg.bench: answers go to `out`/answers.jsonl as they come, the rest to eval_card.json."""
     from dirl_cli.data.chat import answer_text, encode_problems
-    from dirl_cli.distributed import balanced
-    from dirl_cli.loop.ask import Processes, sample
+    from dirl_cli.distributed import Processes, balanced
+    from dirl_cli.evaluation.questions import sample
     from dirl_cli.models.load import DiffusionLM, fingerprint
 
     processes = Processes(cfg.gpus * cfg.nodes, cfg.device)
@@ -186,7 +185,7 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
 
     title: what was swept over. jobs: the overrides that set each apart, and its directory.
     """
-    from dirl_cli.training.plot import scatter
+    from dirl_cli.report.plot import scatter
 
     members = [sweep.Member(sweep.overrides(job), read_evaluation(out)) for job, out in jobs]
     folder = sweep.folder_of(jobs)

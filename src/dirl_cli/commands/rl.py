@@ -14,17 +14,26 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from rich.text import Text
 
-from dirl_cli.algo.advantages import ADVANTAGES
-from dirl_cli.algo.objective import Objective
 from dirl_cli.cli.build import build, choice
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show
 from dirl_cli.data.tokens import Tokens
 from dirl_cli.errors import DirlError, Interrupted
-from dirl_cli.loop.ahead import resting, sampling_ahead
-from dirl_cli.loop.exam import Exam
-from dirl_cli.loop.forecast import PROMPT, RL, rl_budget
-from dirl_cli.loop.groups import (
+from dirl_cli.evaluation.held_out import Exam
+from dirl_cli.evaluation.sweep_table import Column, show_sweep
+from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
+from dirl_cli.models.peft import WHOLE
+from dirl_cli.models.save import require_pushable
+from dirl_cli.models.shapes import outline, shapes
+from dirl_cli.plan.budget import Place
+from dirl_cli.plan.forecast import PROMPT, RL, rl_budget
+from dirl_cli.report.metrics_log import NoLog, open_log
+from dirl_cli.report.plot import Panel
+from dirl_cli.report.progress import StepProgress, due
+from dirl_cli.reward.scoring import Rewards, Scorer
+from dirl_cli.rl.advantages import ADVANTAGES
+from dirl_cli.rl.objective import Objective
+from dirl_cli.rl.rollouts import (
     REMEDIES,
     Answers,
     Replayed,
@@ -34,32 +43,23 @@ from dirl_cli.loop.groups import (
     holds_signal,
     replayed,
     rescored,
+    resting,
+    sampling_ahead,
     teaches,
     why_without_signal,
     with_advantages,
 )
-from dirl_cli.loop.keep import keep
-from dirl_cli.loop.learn import Learner
-from dirl_cli.loop.sources import Questions, Reader, epochs, fingerprint_of, require_same_data
-from dirl_cli.loop.sweep_table import Column, show_sweep
-from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
-from dirl_cli.models.peft import WHOLE
-from dirl_cli.models.save import require_pushable
-from dirl_cli.models.shapes import outline, shapes
-from dirl_cli.reward.scoring import Rewards, Scorer
+from dirl_cli.rl.update import Learner
 from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
 from dirl_cli.text import shell_word
-from dirl_cli.training.budget import Place
 from dirl_cli.training.checkpoint import Checkpoints, load, require_measured, require_same_run
-from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
-from dirl_cli.training.metrics import NoLog, open_log
+from dirl_cli.training.optim import warmup_remark
 from dirl_cli.training.parallel import gathered, start_accelerator, whole
-from dirl_cli.training.plot import Panel
-from dirl_cli.training.progress import StepProgress, due
-from dirl_cli.training.schedule import warmup_remark
+from dirl_cli.training.prepare import Questions, Reader, epochs, fingerprint_of, require_same_data
+from dirl_cli.training.session import StopSignal, keep
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding, Instruction
 

@@ -15,36 +15,34 @@ from torch import Tensor
 
 from dirl_cli.cli.build import build, choice
 from dirl_cli.data.files import sources_of
-from dirl_cli.data.order import Order
+from dirl_cli.data.order import Order, generator
 from dirl_cli.data.preview import show
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError, Interrupted
-from dirl_cli.loop.exam import Exam
-from dirl_cli.loop.forecast import PROMPT, SFT, sft_budget
-from dirl_cli.loop.keep import keep
-from dirl_cli.loop.sources import Reader, epochs, fingerprint_of, require_same_data
-from dirl_cli.loop.sweep_table import Column, show_sweep
+from dirl_cli.evaluation.held_out import Exam
+from dirl_cli.evaluation.sweep_table import Column, show_sweep
 from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.peft import WHOLE
 from dirl_cli.models.save import require_pushable
 from dirl_cli.models.shapes import outline, shapes
 from dirl_cli.models.tiny import Tiny
+from dirl_cli.plan.budget import Place
+from dirl_cli.plan.forecast import PROMPT, SFT, sft_budget
+from dirl_cli.report.metrics_log import NoLog, open_log
+from dirl_cli.report.plot import Panel
+from dirl_cli.report.progress import StepProgress, due
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.sft.batches import Noise, NoisedBatches, Padded
+from dirl_cli.sft.validation import hold_out, metric
 from dirl_cli.text import shell_word
-from dirl_cli.training.batches import Noise, NoisedBatches, Padded, generator
-from dirl_cli.training.budget import Place
 from dirl_cli.training.checkpoint import Checkpoints, load, require_measured, require_same_run
-from dirl_cli.training.interrupt import StopSignal
 from dirl_cli.training.logprobs import TokenScorer
-from dirl_cli.training.metrics import NoLog, open_log
-from dirl_cli.training.optim import AdamW
+from dirl_cli.training.optim import AdamW, warmup_remark
 from dirl_cli.training.parallel import start_accelerator, whole
-from dirl_cli.training.plot import Panel
-from dirl_cli.training.progress import StepProgress, due
-from dirl_cli.training.schedule import warmup_remark
+from dirl_cli.training.prepare import Reader, epochs, fingerprint_of, require_same_data
+from dirl_cli.training.session import StopSignal, keep
 from dirl_cli.training.trainer import Sums, Trainer
-from dirl_cli.training.validation import hold_out, metric
 from dirl_cli.types import Decoding, Instruction
 
 MEASURING = "measuring held-out demonstrations"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from hashlib import blake2b
 
 import torch
 from torch import Generator, Tensor
@@ -61,3 +62,9 @@ class Order:
 def shuffled(seeded: Callable[..., Generator], size: int, *numbers: int) -> Tensor:
     """The numbers below `size` in an order that depends on `numbers`. Returns (size,)."""
     return torch.randperm(size, generator=seeded(*numbers))
+
+
+def generator(*numbers: int) -> Generator:
+    """A generator whose draws depend on all the numbers and their order."""
+    digest = blake2b(repr(numbers).encode(), digest_size=7).digest()
+    return Generator().manual_seed(int.from_bytes(digest))

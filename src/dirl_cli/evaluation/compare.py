@@ -8,9 +8,9 @@ from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 from dirl_cli.evaluation.answers import Answer
-from dirl_cli.evaluation.card import Evaluation
 from dirl_cli.evaluation.metrics import Metrics
 from dirl_cli.evaluation.report import number
+from dirl_cli.evaluation.result_card import Evaluation
 
 CAPTION = (
     "z: the difference in standard errors (s.e.); by chance alone it exceeds 1 in one comparison of three,"

@@ -8,7 +8,7 @@ from typing import Any
 
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import Answer, typed
-from dirl_cli.evaluation.grade import explained, verdict
+from dirl_cli.evaluation.run import explained, verdict
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Problem
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dirl_cli.evaluation import report
-from dirl_cli.evaluation.card import Evaluation
+from dirl_cli.evaluation.result_card import Evaluation
 
 CAPTION = (
     f"{report.CAPTION} published: avg@16 of the papers; z: by how many of our standard errors ours is above it,"

@@ -1,8 +1,10 @@
 """One optimizer step, the same for every objective and any number of processes."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,33 @@ from torch import Tensor, nn
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError
 from dirl_cli.training.parallel import release
-from dirl_cli.training.timing import PhaseTimes
+
+
+class PhaseTimes:
+    """Seconds spent in named phases: `total` since the start, and what `take` gives since it was last called.
+
+    A run takes them with each line of its metrics, which so holds what came since the line before it.
+    """
+
+    def __init__(self) -> None:
+        self.total: dict[str, float] = defaultdict(float)
+        self._new: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self.total[phase] += seconds
+            self._new[phase] += seconds
+
+    def take(self) -> dict[str, float]:
+        """As metrics, such as `seconds/optimizer`."""
+        new, self._new = self._new, defaultdict(float)
+        return {f"seconds/{phase}": seconds for phase, seconds in new.items()}
+
 
 Sums = dict[str, Tensor]
 Loss = Callable[[Rows, Tensor, Tensor], Sums]

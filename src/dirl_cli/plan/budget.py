@@ -15,8 +15,8 @@ from rich.table import Column, Table
 
 from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.models.load import pick_device
-from dirl_cli.training.duration import Duration
-from dirl_cli.training.plan import Bytes
+from dirl_cli.plan.duration import Duration
+from dirl_cli.plan.memory import Bytes
 
 SPARE = 0.95  # what fits leaves a twentieth free
 ERROR = 1.15  # what is refused would not fit either if the estimate were so much too high

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Band, Example
-from dirl_cli.training.batches import Noise
+from dirl_cli.sft.batches import Noise
 from dirl_cli.training.trainer import Loss, Trainer
 
 

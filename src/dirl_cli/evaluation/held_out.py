@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from dirl_cli.data.chat import answer_text
 from dirl_cli.distributed import balanced
 from dirl_cli.errors import Interrupted
-from dirl_cli.evaluation.grade import graded
+from dirl_cli.evaluation.run import graded
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.sampler import Sampler
-from dirl_cli.training.progress import StepProgress
 from dirl_cli.types import Decoding, Problem
 
 

@@ -11,7 +11,7 @@ from dirl_cli.evaluation.metrics import standard_error
 from dirl_cli.evaluation.report import draw, number
 from dirl_cli.evaluation.sweep import csv_text, folder_of, overrides
 from dirl_cli.files import write_text
-from dirl_cli.training.metrics import read_metrics
+from dirl_cli.report.metrics_log import read_metrics
 
 CAPTION = "What each run measured last. ±: the standard error over seeds."
 PASSING = ("time", "seconds/", "epoch")  # metrics of a step that say nothing of the run's end

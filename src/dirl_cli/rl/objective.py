@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from dirl_cli.algo.advantages import ADVANTAGES
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.states import Trace
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.ranges import NotNegative, Range
+from dirl_cli.rl.advantages import ADVANTAGES
 
 Divergence = Callable[[Tensor], Tensor]
 Clip = Annotated[float, Range(at_least=0, infinite=True, remark="inf switches it off")]
@@ -29,7 +29,7 @@ LARGEST_LOG_RATIO = 10.0  # nats either way, as in TraceRL's code; from 88 on ex
 class Objective:
     """An RL objective; conf/algo/ holds those that have a name.
 
-    views: see diffusion/states.py. advantage: see algo/advantages.py. level: of the ratio, `token`, `step` (all that one
+    views: see diffusion/states.py. advantage: see advantages.py. level: of the ratio, `token`, `step` (all that one
     denoising step revealed) or `sequence` (the answer's mean). clip_low, clip_high: ε on either side of 1.
     normalizer: `token` divides by all tokens of the global batch, `sequence` takes each answer's mean and then the
     mean of answers, `constant` divides by the answers times the longest allowed. beta: weight of the divergence

@@ -11,7 +11,7 @@ from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.masking import Example, Masking, causal_strip
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import Count, NotNegative, Share, SomeShare
-from dirl_cli.training.batches import Noise
+from dirl_cli.sft.batches import Noise
 
 
 @dataclass(frozen=True)

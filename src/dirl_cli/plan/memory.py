@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.models.peft import WHOLE, Peft
-from dirl_cli.training.head import tokens_at_once
+from dirl_cli.training.logprobs import tokens_at_once
 from dirl_cli.training.optim import Optim
 from dirl_cli.types import SHARING, Decoding
 

@@ -1,17 +1,18 @@
 """Where groups of scored answers come from: sampled with dynamic sampling, or read back from an earlier run."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
+from threading import Event
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from dirl_cli.algo.advantages import Advantage
-from dirl_cli.algo.select import has_signal
 from dirl_cli.data.chat import answer_text
 from dirl_cli.data.order import Order
 from dirl_cli.diffusion.sampling import request_key
@@ -20,6 +21,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import Scored, Scorer
+from dirl_cli.rl.advantages import Advantage, has_signal
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.rollout.storage import Record, from_json, read_lines, require_learnable, rollout_files, to_json
 from dirl_cli.types import Decoding, Problem
@@ -260,3 +262,46 @@ def drawing(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Order:
         return torch.Generator().manual_seed(request_key(seed, list(numbers), 0))
 
     return Order(tuple(sizes), tuple(weights), seeded)
+
+
+@contextmanager
+def resting(sampler: Sampler) -> Iterator[None]:
+    """The sampler gives its memory to the trainer meanwhile."""
+    sampler.sleep()
+    yield
+    sampler.wake()
+
+
+@contextmanager
+def sampling_ahead(source: Sampled, state: State) -> Iterator[None]:
+    """The first round of the step after `state`'s is sampled meanwhile, in a thread, and kept in `state`.
+
+    The sampler must hold weights of its own, which nobody touches inside. Nothing is sampled where what is left over
+    from earlier rounds will do.
+    """
+    if len(state.surplus) >= source.problems:
+        yield
+        return
+    device, places, moment = source.accelerator.device, source.places(state), [state.step + 1, 0]
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream(device))  # on which the weights were pushed
+    stopped = Event()
+
+    def sample() -> list[Drawn]:
+        answers = []
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            for drawn in source.own(places, moment):
+                answers.append(drawn)
+                if stopped.is_set():
+                    break
+        return answers
+
+    with ThreadPoolExecutor(1) as thread:
+        under_way = thread.submit(sample)
+        try:
+            yield
+        except BaseException:
+            stopped.set()  # the answer that is being written is the last
+            raise
+        state.ahead = source.gathered(under_way.result(), places)

@@ -1,10 +1,7 @@
-"""The questions of an evaluation, asked by several processes."""
+"""The questions of an evaluation, put to a sampler."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
-
-import torch
 
 from dirl_cli.evaluation.answers import Run
 from dirl_cli.rollout.sampler import Sampler
@@ -33,25 +30,3 @@ def sample(
             wanted, end, decoding, first, seeds=[seeds[run.place] for run in group]
         ):
             yield group[i].place, number, trajectory
-
-
-class Processes:
-    """The processes of one evaluation: this one's rank and device, and how many there are."""
-
-    def __init__(self, count: int, device: str) -> None:
-        self.rank, self.count, self.device = 0, 1, device
-        if count > 1:
-            from accelerate import PartialState  # takes seconds to import
-
-            on_cpu = device == "cpu" or not torch.cuda.is_available()
-            self.state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # the first to finish waits for the last
-            self.rank, self.count = self.state.process_index, self.state.num_processes
-            self.device = str(self.state.device)
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def wait(self) -> None:
-        if self.count > 1:
-            self.state.wait_for_everyone()

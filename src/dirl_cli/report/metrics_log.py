@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from dirl_cli.errors import DirlError
 from dirl_cli.files import write_text, writing
-from dirl_cli.training.plot import Panel, plot
+from dirl_cli.report.plot import Panel, plot
 
 Metrics = Mapping[str, float]
 

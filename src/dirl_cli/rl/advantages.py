@@ -1,6 +1,6 @@
 """What an answer is worth beside the others to its problem."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,3 +33,19 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 ADVANTAGES: dict[str, Advantage] = {f.__name__: f for f in (normalised, mean_only, leave_one_out)}
+
+
+FILTERS = ("accuracy", "reward", "none")
+ROUNDING = 1e-6  # rewards nearer to each other than this are the same
+
+
+def has_signal(rewards: Sequence[float], correct: Sequence[bool], rule: str) -> bool:
+    """Whether a group's answers differ: by `accuracy` some are right and some wrong, by `reward` it is not constant.
+
+    rule: one of FILTERS; `none` keeps every group.
+    """
+    if rule == "accuracy":
+        return any(correct) and not all(correct)
+    if rule == "reward":
+        return max(rewards) - min(rewards) > ROUNDING
+    return True

@@ -15,7 +15,7 @@ from dirl_cli.data.rows import Row
 from dirl_cli.data.tokens import Tokens, tokens_file, write_tokens
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.training.progress import StepProgress
+from dirl_cli.report.progress import StepProgress
 from dirl_cli.types import Instruction, Problem
 
 MANY = 0.1  # a share that is told apart where it is left out

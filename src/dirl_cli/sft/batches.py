@@ -2,12 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Protocol
 
-from torch import Generator
-
-from dirl_cli.data.order import Order
+from dirl_cli.data.order import Order, generator
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Example, Masking, example, noised_rows
 
@@ -80,9 +77,3 @@ class NoisedBatches:
         """Which examples make batch `step`, in which one epoch may end and the next begin."""
         first = step * self.batch_size
         return [self.order[place] for place in range(first, first + self.batch_size)]
-
-
-def generator(*numbers: int) -> Generator:
-    """A generator whose draws depend on all the numbers and their order."""
-    digest = blake2b(repr(numbers).encode(), digest_size=7).digest()
-    return Generator().manual_seed(int.from_bytes(digest))

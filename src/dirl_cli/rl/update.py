@@ -1,20 +1,19 @@
 """What is learned from a step's groups: packed rows, recorded log-probs, and the optimizer steps on them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dirl_cli.algo.batch import Group, objective_rows
-from dirl_cli.algo.mismatch import Mismatch, corrections
-from dirl_cli.algo.objective import Objective
+from dirl_cli.data.order import generator
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.states import Tokens
-from dirl_cli.loop.groups import Answers
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.training.batches import generator
+from dirl_cli.rl.batch import Group, objective_rows
+from dirl_cli.rl.objective import Objective, k3, ratio_of
+from dirl_cli.rl.rollouts import Answers
 from dirl_cli.training.parallel import release
 from dirl_cli.training.trainer import Trainer
 
@@ -128,3 +127,32 @@ class Learner:
 
 def noted(rows: Rows, **notes: torch.Tensor) -> Rows:
     return replace(rows, notes={**rows.notes, **notes})
+
+
+@dataclass
+class Mismatch:
+    """An objective that also compares log-probs; largest: of the differences in nats, so far.
+
+    version: of the weights; tokens sampled from others are left out.
+    """
+
+    objective: Objective
+    version: int
+    largest: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def loss(self, rows: Rows, logprobs: Tensor, entropy: Tensor) -> dict[str, Tensor]:
+        """The objective's sums, and of the tokens compared: their number, |difference| and KL(sampler ‖ trainer)."""
+        fresh = ((rows.notes["version"] == self.version) & (rows.weight > 0)).float()
+        difference = fresh * (logprobs.detach() - rows.notes["behaviour"])
+        self.largest = torch.maximum(self.largest.to(difference.device), difference.abs().max())
+        return {
+            **self.objective.loss(rows, logprobs, entropy),
+            "compared": fresh.sum(),
+            "mismatch_mean": difference.abs().sum(),
+            "mismatch_kl": k3(difference).sum(),
+        }
+
+
+def corrections(old: Tensor, behaviour: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights min(π_old / π_sampler, cap) (N,) for what an engine sampled a little differently."""
+    return ratio_of(old - behaviour).clamp(max=cap)

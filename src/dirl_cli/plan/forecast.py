@@ -9,19 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dirl_cli.algo.objective import Objective
+from dirl_cli.data.order import generator
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.diffusion.masking import Masking, example, noised_strip
 from dirl_cli.diffusion.states import Tokens
 from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.models.peft import WHOLE, Peft
-from dirl_cli.rollout.engines import Engine, Lmdeploy
-from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.batches import generator
-from dirl_cli.training.budget import Budget, Place, Settings, halvings
-from dirl_cli.training.duration import SMALL, Duration, sampling_operations, update_operations
-from dirl_cli.training.optim import Optim
-from dirl_cli.training.plan import (
+from dirl_cli.plan.budget import Budget, Place, Settings, halvings
+from dirl_cli.plan.duration import SMALL, Duration, sampling_operations, update_operations
+from dirl_cli.plan.memory import (
     SCORING,
     Bytes,
     Memory,
@@ -31,6 +27,10 @@ from dirl_cli.training.plan import (
     micro_batch,
     parallelism,
 )
+from dirl_cli.rl.objective import Objective
+from dirl_cli.rollout.engines import Engine, Lmdeploy
+from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.training.optim import Optim
 from dirl_cli.types import SHARING, Decoding, Trajectory
 
 UPDATE = ("micro_rows", "gradient_checkpointing", "row_tokens", "decoding.max_new_tokens")

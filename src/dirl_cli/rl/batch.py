@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from dirl_cli.algo.objective import Objective
 from dirl_cli.diffusion.layout import Rows, Strip, common_blocks, join, pack
 from dirl_cli.diffusion.states import Tokens
+from dirl_cli.rl.objective import Objective
 from dirl_cli.types import Trajectory
 
 

@@ -1,0 +1,18 @@
+"""Import paths in the config.yaml of runs that an earlier version began, under the names they have today."""
+
+MODULES = {
+    "dirl_cli.algo.objective": "dirl_cli.rl.objective",
+    "dirl_cli.algo.views": "dirl_cli.diffusion.states",
+    "dirl_cli.models.causal": "dirl_cli.models.from_causal",
+    "dirl_cli.models.checkpoint": "dirl_cli.models.load",
+    "dirl_cli.models.lora": "dirl_cli.models.peft",
+    "dirl_cli.training.annealing": "dirl_cli.sft.annealing",
+    "dirl_cli.training.metrics": "dirl_cli.report.metrics_log",
+    "dirl_cli.training.schedule": "dirl_cli.training.optim",
+}
+
+
+def todays_target(target: str) -> str:
+    """The import path of a class, which an earlier version may have written down: the one it has today."""
+    module, _, name = target.rpartition(".")
+    return f"{MODULES[module]}.{name}" if module in MODULES else target

@@ -1,1 +1,0 @@
-"""What the training loops of the commands are made of, put together from the rooms below."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: demonstrations, freshly masked at every step."""
