@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "hub": {"tree"},
     "models": {"diffusion", "hub"},
     "diffusion": set(),
-    "api": {"build", "models", "rollout", "training"},
+    "api": {"build", "models", "rollout", "rundir", "training"},
     "disk": set(),
     "errors": set(),
     "plain": set(),

@@ -27,14 +27,13 @@ from dirl_cli.build import build
 from dirl_cli.errors import DirlError, DoesNotFit, Interrupted, Stopped, stop_code
 from dirl_cli.plain import is_secret, literal, masked
 from dirl_cli.ranges import require, spell, types_of
-from dirl_cli.rundir import model_of_run, open_run
+from dirl_cli.rundir import PATH_MODEL, model_of_run, open_run
 from dirl_cli.screen import take_any_text
 from dirl_cli.types import SHARING
 from dirl_cli.worker import FAILURE
 
 SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
 ASKED = ("prompt", "messages", "instruction")  # keys whose text is a model's to read
-PATH_MODEL = "dirl_cli.models.checkpoint.Checkpoint"  # the model whose path may be a run's, or one of its checkpoints
 WITHOUT_MODEL = ("compare", "predictions")  # keys that leave a command no use for a model
 READ_ONLY = ("dry_run", "compare")  # keys that make a command look and tell: it opens no run directory
 
