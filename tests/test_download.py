@@ -34,6 +34,7 @@ REPOSITORIES = {
     "models/lab/old": {"config.json": b"{}", "pytorch_model.bin": WEIGHTS},
     "models/lab/secret": MODEL,
     "models/JetLM/SDAR-8B-Chat": MODEL | {"twin.safetensors": WEIGHTS},
+    "datasets/lab/exams": {"exams.json": PROBLEMS},
     "datasets/lab/photos": {"README.md": b"photos", "one.png": b"png"},
     "datasets/Auraithm/Light-MATH-RL": {"README.md": b"problems", "data/train.jsonl": PROBLEMS},
 } | {
@@ -46,7 +47,7 @@ DIRL = Path(sys.executable).with_name("dirl")
 @pytest.fixture
 def hub():
     server = Hub(REPOSITORIES)
-    server.gated = {"models/lab/secret"}
+    server.gated = {"models/lab/secret", "datasets/lab/exams"}
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield server
@@ -281,6 +282,11 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(fetched, refusal, hub, monke
 def test_what_cannot_be_fetched_is_told_in_one_sentence(refusal, tmp_path, words, sentence):
     (tmp_path / "home").mkdir(exist_ok=True)
     assert refusal(*words).startswith(sentence)
+
+
+def test_the_page_of_a_gated_data_set_is_told(refusal, hub):
+    page = f"{hub.endpoint}/datasets/lab/exams"
+    assert refusal("datasets/lab/exams").startswith(f"lab/exams is gated: accept its terms at {page}, then")
 
 
 @pytest.mark.parametrize(

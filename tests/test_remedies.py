@@ -12,7 +12,7 @@ from dirl_cli import hub
 from dirl_cli.cli.schema import SCHEMAS
 from dirl_cli.commands.generate import UNTRAINED
 from dirl_cli.errors import DirlError, pip_install
-from dirl_cli.text import shell_word
+from dirl_cli.text import counted, shell_word
 
 
 @pytest.mark.parametrize(
@@ -110,3 +110,7 @@ def test_the_model_that_an_untrained_one_is_told_of_is_what_sft_leaves(jobs):  #
     command, remedy = re.findall("`(.+?)`", UNTRAINED)
     assert dirl(*command.split()[1:]).exit_code == 0
     assert remedy == f"model={jobs[-1]['out']}/model"
+
+
+def test_one_of_a_thing_is_counted_without_an_s():
+    assert [counted(n, "row") for n in (0, 1, 2, 7307)] == ["0 rows", "1 row", "2 rows", "7,307 rows"]

@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "models": {"diffusion", "hub"},
     "diffusion": set(),
     "report": set(),
-    "api": {"cli/build", "models", "rollout", "training"},
+    "api": {"cli/build", "cli/run_dir", "models", "rollout", "training"},
     **{name: set() for name in FREE},
     "__init__": {"api"},
 }

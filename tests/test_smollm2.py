@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
+from dirl_cli.evaluation.compare import Difference
 
 HOME = Path(__file__).parents[1]
 PAGE = (HOME / "docs/smollm2.md").read_text().replace("\\\n", "")
@@ -95,3 +96,9 @@ def test_a_file_that_is_not_there_is_told_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["smollm2_data.py"])
     with pytest.raises(SystemExit, match=r"smollm2_data.py: nowhere.json does not exist"):
         data_script("gsm8k", str(tmp_path), "nowhere.json")
+
+
+def test_a_gain_whose_error_cannot_be_told_is_told_without_it():
+    gained = runpy.run_path(str(HOME / "scripts/smollm2_table.py"))["gained"]
+    assert gained(Difference(31.0, 42.5, 5.0)) == "31.0 → 42.5 %, 2.3 standard errors."
+    assert gained(Difference(0.0, 100.0, None)) == "0.0 → 100.0 %."

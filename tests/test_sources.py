@@ -166,8 +166,8 @@ def test_a_dry_run_shows_the_reference_answers_beside_the_prompts(tmp_path, caps
     rl.run(config("rl", "data=file", f"data.path={data}", "dry_run=true"), tmp_path / "out")
     shown = said(capsys)
     assert shown[1:3] == [
-        f"  1 rows: `answer` is the reference answer (first {data} line 1)",
-        f'  not read: hint (1 rows); {data} line 1 has hint: "count"',
+        f"  1 row: `answer` is the reference answer (first {data} line 1)",
+        f'  not read: hint (1 row); {data} line 1 has hint: "count"',
     ]
     at = shown.index("reference answer: 4")
     assert shown[at - 2 : at] == ["<|im_start|>assistant", ""]

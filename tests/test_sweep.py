@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import asdict, replace
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from typer.testing import CliRunner
 from dirl_cli.cli.app import app
 from dirl_cli.commands.eval import after_sweep
 from dirl_cli.evaluation.answers import Answer
-from dirl_cli.evaluation.metrics import measure
+from dirl_cli.evaluation.metrics import mean_over_seeds, measure
 from dirl_cli.evaluation.result_card import read_evaluation
-from dirl_cli.evaluation.sweep import Member, curves, published, rows
+from dirl_cli.evaluation.sweep import MEANS, Member, curves, published, rows
 
 ANSWER = Answer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
 
@@ -95,6 +96,29 @@ def test_evaluations_with_different_numbers_of_samples_share_a_table(
     lines = end(jobs, capsys)
     assert "samples avg@k % 95 % pass@k maj@k length tok/step tok/fwd" in lines
     assert "2 50.0 ± 28.9 15.0-85.0 75.0 50.0 10 2.00 4.00" in lines
+
+
+def test_seeds_have_a_row_of_their_mean_and_its_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    right = {("0.5", 0): 1, ("0.5", 1): 2, ("0.5", 2): 3, ("0.9", 0): 4, ("0.9", 1): 4}
+    jobs = [
+        ([f"decoding.threshold={t}", f"seed={seed}"], card(tmp_path / f"{t}-{seed}", n, forwards=3 + seed))
+        for (t, seed), n in right.items()
+    ]
+    lines = end(jobs, capsys)
+    error = 100 * sqrt((0.25**2 + 0 + 0.25**2) / 2 / 3)
+    at = lines.index("0.5, 2 75.0 ± 25.0 30.1-95.4 10 2.00 2.40")
+    assert lines[at + 1] == f"0.5, mean of 3 seeds 50.0 ± {error:.1f} 10 2.00 {(4 + 3 + 2.4) / 3:.2f}"
+    assert "0.9, mean of 2 seeds 100.0 10 2.00 3.50" in lines  # of what does not vary, nothing tells the error
+    assert MEANS in lines
+    with (tmp_path / "mine-quiz-swept.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 5  # a line an evaluation
+
+
+def test_what_one_seed_does_not_know_has_no_mean() -> None:
+    sampled = measure([ANSWER, replace(ANSWER, problem="b", correct=True)])
+    mean = mean_over_seeds([sampled, replace(sampled, accuracy=1.0, length=None, tokens_per_forward=3.0)])
+    assert (mean.accuracy, mean.standard_error, mean.answers) == (0.75, pytest.approx(0.25), 4)
+    assert (mean.length, mean.tokens_per_forward, mean.low, mean.high) == (None, 2.25, None, None)
 
 
 @pytest.mark.slow

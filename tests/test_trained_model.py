@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from small import paid_by_the_letter
 from typer.testing import CliRunner
 
+from dirl_cli import Decoding, load_sampler, score
 from dirl_cli.cli import schema
 from dirl_cli.cli.app import app
 from dirl_cli.cli.build import build
@@ -65,6 +66,17 @@ def test_the_last_checkpoint_and_the_run_are_the_model_that_the_run_left(run):
     left = Checkpoint("left", str(run / "model")).load("float32", "cpu")
     assert_same(load(run / "checkpoints/step-000004"), left)
     assert_same(load(run), left)
+
+
+def test_python_takes_a_run_or_a_checkpoint_as_the_command_line_does(run, tmp_path):
+    left = load_sampler(run / "model", device="cpu")
+    for path in (run, run / "checkpoints/step-000004"):
+        assert_same(load_sampler(path, device="cpu").lm, left.lm)
+    ((answer,),) = left.sample([[5, 6]], 1, Decoding(max_new_tokens=4))
+    assert score(run, [answer]) == score(run / "model", [answer])
+    (tmp_path / "config.yaml").write_text("name: unfinished")
+    with pytest.raises(DirlError, match="holds a run that has left no model"):
+        load_sampler(tmp_path)
 
 
 def test_an_earlier_checkpoint_is_the_model_of_its_step_and_all_of_it_can_be_trained(run):

@@ -103,6 +103,17 @@ def test_the_schedule_sets_every_rate_from_the_number_of_steps_taken():
     assert one.step([rows_of(1)], weighted, 1)["lr"] == pytest.approx(0.2)
 
 
+def test_each_optimizers_rate_is_told_and_any_of_them_moves_the_model():
+    model, other = Bigram(), nn.Linear(1, 1)
+    optimizers = [torch.optim.SGD(other.parameters(), lr=0.4), torch.optim.AdamW(model.parameters(), lr=0.2)]
+    one = Trainer(Accelerator(cpu=True), model, optimizers, lambda step: 0.5, clip_norm=1e9)
+    metrics = one.step([rows_of(5)], weighted, 1)
+    assert (metrics["lr"], metrics["adamw_lr"], one.updates_applied) == (0.2, 0.1, 1)
+    one.schedule = lambda step: 0.0
+    metrics = one.step([rows_of(5)], weighted, 1)
+    assert (metrics["lr"], metrics["adamw_lr"], one.updates_applied) == (0.0, 0.0, 1)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_a_parameter_changes():
     one = trainer()
     before = table(one).clone()

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from os import PathLike
 
-from dirl_cli.cli.build import choice
-from dirl_cli.models.load import Checkpoint
+from dirl_cli.cli.build import choice, made
+from dirl_cli.cli.run_dir import PATH_MODEL, model_of_run
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.engines import Engine
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.logprobs import score_trajectories
@@ -19,7 +20,7 @@ def load_sampler(
     rollout: str | Engine = "native",
     cache_share: float | None = None,
 ) -> Sampler:
-    """A sampler for the model in `path`, a directory or a Hub id on this machine.
+    """A sampler for the model in `path`: a directory, a run or one of its checkpoints, or a Hub id on this machine.
 
     `sampler.sample(prompts: list[list[int]], n, decoding) -> list[list[Trajectory]]`; `sampler.lm.tokenizer` encodes.
     rollout: `native`, `lmdeploy` (at most `max_batch` answers at once; cache_share is LMDeploy's), or an engine. What
@@ -31,7 +32,7 @@ def load_sampler(
     chosen = {key: value for key, value in given.items() if value is not None}
     engine: Engine = choice("rollout", rollout, **chosen) if isinstance(rollout, str) else rollout
     engine.require()
-    return engine.start(Checkpoint(str(path), str(path)).load(dtype, device))
+    return engine.start(load(path, dtype, device))
 
 
 def score(
@@ -43,6 +44,14 @@ def score(
 ) -> list[list[float]]:
     """Each answer token's log-probability, in nats, in the state in which it was revealed; a list per trajectory.
 
-    decoding: how the tokens were drawn, where temperature, top-k or top-p shaped their distribution.
+    path: as of `load_sampler`. decoding: how the tokens were drawn, where temperature, top-k or top-p shaped their
+    distribution.
     """
-    return score_trajectories(Checkpoint(str(path), str(path)).load(dtype, device), trajectories, decoding)
+    return score_trajectories(load(path, dtype, device), trajectories, decoding)
+
+
+def load(path: str | PathLike[str], dtype: str, device: str) -> DiffusionLM:
+    """The model that `model=PATH` is on the command line."""
+    given = {"_target_": PATH_MODEL, "name": str(path), "path": str(path)}
+    lm: DiffusionLM = made("model", model_of_run(given)).load(dtype, device)
+    return lm

@@ -171,7 +171,8 @@ def type_at(hint: Any, key: str) -> Any:
         if is_dataclass(inner):
             hint = types_of(inner).get(part)
         elif get_origin(inner) in (dict, list, tuple):
-            hint = get_args(inner)[get_origin(inner) is dict]
+            of_items, *of_values = get_args(inner)
+            hint = of_values[0] if get_origin(inner) is dict else of_items
         else:
             return None
     return hint

@@ -50,6 +50,11 @@ def literal(value: Any) -> Any:
     return value
 
 
+def counted(count: int, noun: str) -> str:
+    """Such as: 1 row, or 2 rows."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def shell_word(key: str, value: object) -> str:
     """`key=value` as it is typed in a shell."""
     return shlex.quote(f"{key}={value}")

@@ -60,6 +60,11 @@ def choice(group: str, name: str, **given: Any) -> Any:
     return build(cast(DictConfig, cfg)[group])
 
 
+def made(group: str, settings: dict[str, Any]) -> Any:
+    """What plain settings describe. group: what they are called in a sentence."""
+    return build(OmegaConf.create({group: literal(settings)})[group])
+
+
 def value_at(given: Any, key: str) -> Any:
     """What stands in nested containers under a full key, such as sources[0].weight."""
     for part in re.findall(r"[^.\[\]]+", key):

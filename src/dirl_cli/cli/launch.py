@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dirl_cli.cli import config_tree, explain, overrides, schema
 from dirl_cli.cli.build import build
-from dirl_cli.cli.run_dir import model_of_run, open_run
+from dirl_cli.cli.run_dir import PATH_MODEL, model_of_run, open_run
 from dirl_cli.cli.worker import FAILURE
 from dirl_cli.console import take_any_text
 from dirl_cli.errors import DirlError, DoesNotFit, Interrupted, Stopped, stop_code
@@ -35,7 +35,6 @@ from dirl_cli.types import SHARING
 
 SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
 ASKED = ("prompt", "messages", "instruction")  # keys whose text is a model's to read
-PATH_MODEL = "dirl_cli.models.load.Checkpoint"  # the model whose path may be a run's, or one of its checkpoints
 WITHOUT_MODEL = ("compare", "predictions")  # keys that leave a command no use for a model
 READ_ONLY = ("dry_run", "compare")  # keys that make a command look and tell: it opens no run directory
 

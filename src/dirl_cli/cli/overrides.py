@@ -32,6 +32,8 @@ def rewrite(words: Sequence[str], choices: Callable[[str], list[str]], sweep: bo
     """
     if strange := [word for word in words if len(word.partition("=")[0]) > LONGEST_KEY]:
         raise DirlError(f"{strange[0][:40]}…: no key is that long; an override has the form KEY=VALUE")
+    if nameless := [word for word in words if word.startswith("=")]:
+        raise DirlError(f"{nameless[0]}: an override has the form KEY=VALUE, without spaces")
     return [new for word in words for new in rewrite_word(word, choices, sweep)]
 
 

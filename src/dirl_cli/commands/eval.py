@@ -190,8 +190,8 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
     members = [sweep.Member(sweep.overrides(job), read_evaluation(out)) for job, out in jobs]
     folder = sweep.folder_of(jobs)
     title = "-".join([*(name for name in sweep.common_names(members) if name not in folder.name), title])
-    caption = sweep.CAPTION if any("published" in member.evaluation.card for member in members) else report.CAPTION
-    console.print(report.draw(title, sweep.rows(members), ", ".join(members[0].overrides), caption))
+    rows = sweep.rows(members)
+    console.print(report.draw(title, rows, ", ".join(members[0].overrides), sweep.caption(members, list(rows))))
     files = [folder / f"{title}.csv"]
     write_text(files[0], sweep.as_csv(members))
     if curves := sweep.curves(members):

@@ -12,6 +12,7 @@ from typing import Any
 from dirl_cli.data.conversation import read_turns
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.text import counted
 from dirl_cli.types import Problem
 
 TURNS = ("messages", "role", "content")
@@ -20,6 +21,7 @@ COLUMNS = (*TURNS, *TEXTS, "id", "subset")
 ANSWERS = ("response", "ground_truth_answer")  # a row without one is left out, and counted
 # What tells where a row comes from or of which kind it is; a nameless column is a table's count of its rows.
 LABELS = {"", "id", "idx", "index", "uuid", "source", "data_source", "dataset", "url", "split", "subset", "level"}
+EMPTY: tuple[Any, ...] = ("", [], {}, None)  # what says nothing
 LONGEST_EXPONENT = 50  # of a number that is spelled out
 SHOWN = 60  # characters of an example
 
@@ -29,16 +31,31 @@ def renamed(rows: list[Row], columns: Mapping[str, str], setting: str = "data.co
     for ours in columns:
         if ours not in COLUMNS:
             raise DirlError(f"{setting}{{{ours}: {columns[ours]}}}: {did_you_mean(ours, COLUMNS)}")
-    found = [row._replace(fields=rename(row.fields, columns)) for row in rows]
+    found = [under_our_names(row, columns) for row in rows]
     return [below(row, "question") for row in found] if columns.get("question") == "instruction" else found
 
 
-def rename(fields: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def under_our_names(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row, and the turns of its messages, with the columns under our names."""
+    fields, gone = rename(row.fields, columns), displaced(row.fields, columns)
+    if isinstance(turns := fields.get("messages"), list):
+        gone += [name for turn in turns if isinstance(turn, dict) for name in displaced(turn, columns)]
+        fields["messages"] = [rename(turn, columns) if isinstance(turn, dict) else turn for turn in turns]
+
+    said = "`{theirs}` is taken for `{ours}`, and its own `{ours}` is not read"
+    notes = [said.format(ours=ours, theirs=columns[ours]) for ours in dict.fromkeys(gone)]
+    return row._replace(fields=fields, notes=(*row.notes, *notes))
+
+
+def rename(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     named = {name: value for name, value in fields.items() if name not in {*columns, *columns.values()}}
-    named |= {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
-    if isinstance(named.get("messages"), list):
-        named["messages"] = [rename(one, columns) if isinstance(one, dict) else one for one in named["messages"]]
-    return named
+    return named | {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
+
+
+def displaced(fields: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    """Our names under which something is written already that gives way to another column."""
+    own = [ours for ours in columns if ours not in columns.values() and fields.get(ours) not in EMPTY]
+    return [ours for ours in own if columns[ours] in fields]
 
 
 def below(row: Row, question: str) -> Row:
@@ -200,7 +217,7 @@ def noted(row: Row, fields: dict[str, Any], note: str) -> Row:
 def unread(row: Row, read: set[str]) -> dict[str, Any]:
     """The columns that say something, and of which nothing is made."""
     known = read | LABELS
-    return {name: value for name, value in row.fields.items() if name not in known and value not in ("", [], {}, None)}
+    return {name: value for name, value in row.fields.items() if name not in known and value not in EMPTY}
 
 
 def told(rows: Iterable[Row]) -> list[str]:
@@ -214,8 +231,8 @@ def told(rows: Iterable[Row]) -> list[str]:
         for name, value in row.unread.items():
             unread_in[name] += 1
             example = example or f"{row.place} has {name}: {json.dumps(value, default=str, ensure_ascii=False)[:SHOWN]}"
-    lines = [f"{n:,} rows: {note} (first {first[note]})" for note, n in noted_in.items()]
+    lines = [f"{counted(n, 'row')}: {note} (first {first[note]})" for note, n in noted_in.items()]
     if unread_in:
-        columns = ", ".join(f"{name} ({n:,} rows)" for name, n in unread_in.items())
+        columns = ", ".join(f"{name} ({counted(n, 'row')})" for name, n in unread_in.items())
         lines.append(f"not read: {columns}; {example}")
     return lines

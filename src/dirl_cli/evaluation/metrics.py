@@ -83,6 +83,34 @@ def measure(answers: Iterable[Answer]) -> Metrics:
     )
 
 
+def mean_over_seeds(runs: Sequence[Metrics]) -> Metrics:
+    """What evaluations of the same problems measured, on average; its standard error is over the evaluations.
+
+    What one of them does not know is not known of their mean.
+    """
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return fmean(known) if len(known) == len(values) else None
+
+    accuracies = [run.accuracy for run in runs]
+    return replace(
+        runs[0],
+        answers=sum(run.answers for run in runs),
+        accuracy=fmean(accuracies),
+        standard_error=standard_error(accuracies),
+        length=mean([run.length for run in runs]),
+        truncated=mean([run.truncated for run in runs]),
+        tokens_per_denoising_forward=mean([run.tokens_per_denoising_forward for run in runs]),
+        tokens_per_forward=mean([run.tokens_per_forward for run in runs]),
+        tokens_per_second=mean([run.tokens_per_second for run in runs]),
+        pass_at={k: fmean(run.pass_at[k] for run in runs) for k in runs[0].pass_at},
+        majority=mean([run.majority for run in runs]),
+        low=None,
+        high=None,
+    )
+
+
 def measure_subsets(answers: Sequence[Answer], problems: Iterable[Problem]) -> dict[str, Metrics]:
     """The metrics of each subset by name, sorted; none where the problems are all of one."""
     subset = {problem.id: problem.subset for problem in problems}

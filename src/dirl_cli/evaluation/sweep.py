@@ -4,19 +4,32 @@ import csv
 import io
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from dirl_cli.evaluation import report
+from dirl_cli.evaluation.metrics import mean_over_seeds
 from dirl_cli.evaluation.result_card import Evaluation
 
-CAPTION = (
-    f"{report.CAPTION} published: avg@16 of the papers; z: by how many of our standard errors ours is above it,"
+PUBLISHED = (
+    "published: avg@16 of the papers; z: by how many of our standard errors ours is above it,"
     " where our settings are theirs."
 )
+MEANS = "Of a mean of seeds, ± is its standard error over the seeds."
 TOLD_APART = {"model", "model.path", "bench", "bench.path"}  # keys that a curve does not run through
+
+
+class Job(Protocol):
+    """One of a sweep's, and the overrides that set it apart."""
+
+    @property
+    def overrides(self) -> Mapping[str, str]: ...
+
+
+J = TypeVar("J", bound=Job)
 
 
 @dataclass(frozen=True)
@@ -46,15 +59,45 @@ def common_names(sweep: Sequence[Member]) -> list[str]:
     return [only for (only, *others) in names if only and not others]
 
 
-def rows(sweep: Sequence[Member]) -> dict[str, dict[str, str]]:
-    """The cells of each evaluation by its label, what is published beside the accuracy."""
-    k = report.common_k(member.evaluation.metrics for member in sweep)
+def with_means(jobs: Sequence[J], cells: Callable[[Sequence[J]], dict[str, str]]) -> dict[str, dict[str, str]]:
+    """The cells of each job by its label; below jobs that differ in their seeds alone, those of their mean."""
+    by_rest: dict[tuple[str, ...], list[J]] = defaultdict(list)
+    for job in jobs:
+        rest = tuple(value for key, value in job.overrides.items() if key != "seed")
+        by_rest[rest].append(job)
+
     found = {}
-    for member in sweep:
-        _, ours, interval, *others = report.cells(member.evaluation.metrics, k).items()
-        figure = ("published (z)", published(member.evaluation.card))
-        found[member.label()] = {name: cell for name, cell in (ours, interval, figure, *others) if name != "cut %"}
+    for rest, seeds in by_rest.items():
+        for job in seeds:
+            found[", ".join(job.overrides.values())] = cells([job])
+        if len(seeds) > 1:
+            found[", ".join([*rest, f"mean of {len(seeds)} seeds"])] = cells(seeds)
     return found
+
+
+def rows(sweep: Sequence[Member]) -> dict[str, dict[str, str]]:
+    """The cells of each evaluation, and of the mean of seeds, by label."""
+    return with_means(sweep, partial(cells, k=report.common_k(member.evaluation.metrics for member in sweep)))
+
+
+def cells(members: Sequence[Member], k: str) -> dict[str, str]:
+    """Those of an evaluation, or of the mean of several; what is published stands beside the accuracy of one."""
+    metrics, figure = members[0].evaluation.metrics, published(members[0].evaluation.card)
+    if len(members) > 1:
+        metrics, figure = mean_over_seeds([member.evaluation.metrics for member in members]), ""
+    _, ours, interval, *others = report.cells(metrics, k).items()
+    shown = (ours, interval, ("published (z)", figure), *others)
+    return {name: cell for name, cell in shown if name != "cut %"}
+
+
+def caption(sweep: Sequence[Member], labels: Sequence[str]) -> str:
+    """What the table's columns are, and the ± of its means if it has any. labels: of its rows."""
+    lines = [report.CAPTION]
+    if any("published" in member.evaluation.card for member in sweep):
+        lines.append(PUBLISHED)
+    if len(labels) > len(sweep):
+        lines.append(MEANS)
+    return "\n".join(lines)
 
 
 def published(card: Mapping[str, Any]) -> str:

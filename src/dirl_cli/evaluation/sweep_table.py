@@ -1,15 +1,15 @@
 """The training runs of a sweep together: a table with seeds as their mean ± its standard error, and a CSV file."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from dirl_cli.console import PlainConsole
 from dirl_cli.evaluation.metrics import standard_error
 from dirl_cli.evaluation.report import draw, number
-from dirl_cli.evaluation.sweep import csv_text, folder_of, overrides
+from dirl_cli.evaluation.sweep import csv_text, folder_of, overrides, with_means
 from dirl_cli.files import write_text
 from dirl_cli.report.metrics_log import read_metrics
 
@@ -44,7 +44,8 @@ def show_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]], columns: 
     file = folder_of(jobs) / f"{title}.csv"
     write_text(file, csv_text([{**run.overrides, **run.metrics, "directory": str(run.directory)} for run in runs]))
     console = PlainConsole(soft_wrap=True)
-    console.print(draw(title, rows(runs, columns), ", ".join(runs[0].overrides), CAPTION))
+    rows = with_means(runs, partial(cells, columns=columns))
+    console.print(draw(title, rows, ", ".join(runs[0].overrides), CAPTION))
     console.print(str(file))
 
 
@@ -54,22 +55,6 @@ def last_values(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     for line in history:
         values |= line
     return {name: value for name, value in values.items() if not name.startswith(PASSING)}
-
-
-def rows(runs: Sequence[Run], columns: Mapping[str, Column]) -> dict[str, dict[str, str]]:
-    """The cells of each run by its label; below runs that differ in their seeds alone, those of their mean."""
-    by_rest: dict[tuple[str, ...], list[Run]] = defaultdict(list)
-    for run in runs:
-        rest = tuple(value for key, value in run.overrides.items() if key != "seed")
-        by_rest[rest].append(run)
-
-    found = {}
-    for rest, seeds in by_rest.items():
-        for run in seeds:
-            found[", ".join(run.overrides.values())] = cells([run], columns)
-        if len(seeds) > 1:
-            found[", ".join([*rest, f"mean of {len(seeds)} seeds"])] = cells(seeds, columns)
-    return found
 
 
 def cells(runs: Sequence[Run], columns: Mapping[str, Column]) -> dict[str, str]:

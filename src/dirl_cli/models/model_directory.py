@@ -22,6 +22,7 @@ import dirl_cli.models.sdar  # noqa: F401  # registers `sdar` and `sdar_moe`
 from dirl_cli import hub
 from dirl_cli.errors import DirlError
 from dirl_cli.models.safe_files import read_object, require_harmless
+from dirl_cli.text import counted
 
 UNBUILDABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError)
 
@@ -94,12 +95,12 @@ class Stored:
             )
         if wrong := sorted(found["missing_keys"]):
             raise DirlError(
-                f"{self.path} lacks {len(wrong)} tensor{'s' * (len(wrong) > 1)} of the model, such as {wrong[0]}:"
+                f"{self.path} lacks {counted(len(wrong), 'tensor')} of the model, such as {wrong[0]}:"
                 " download or copy it again"
             )
         if strange := sorted(found["unexpected_keys"]):
             raise DirlError(
-                f"{self.path} holds {len(strange)} tensor{'s' * (len(strange) > 1)} that its config.json does not know,"
+                f"{self.path} holds {counted(len(strange), 'tensor')} that its config.json does not know,"
                 f" such as {strange[0]}: download or copy config.json again"
             )
         return cast(PreTrainedModel, model)

@@ -54,8 +54,11 @@ class Place:
     @property
     def whose(self) -> str:
         """Whose memory a process takes, such as `each GPU's`."""
-        whose = {"cuda": ("the GPU's", "each GPU's"), "cpu": ("the machine's", "each process's")}[self.kind]
-        return f"{whose[self.gpus > 1]}{' free' if self.memory_gb is None else ''}"
+        if self.kind == "cuda":
+            whose = "each GPU's" if self.gpus > 1 else "the GPU's"
+        else:
+            whose = "each process's" if self.gpus > 1 else "the machine's"
+        return f"{whose} free" if self.memory_gb is None else whose
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.models.peft import WHOLE, Peft
+from dirl_cli.text import counted
 from dirl_cli.training.logprobs import tokens_at_once
 from dirl_cli.training.optim import Optim
 from dirl_cli.types import SHARING, Decoding
@@ -132,7 +133,7 @@ class MicroBatch:
     step: int
 
     def __str__(self) -> str:
-        rows = f"{self.rows} row{'s' * (self.rows > 1)} of {self.width:,}"
+        rows = f"{counted(self.rows, 'row')} of {self.width:,}"
         return f"{self.step:,} tokens a step; micro-batches of {rows}, {self.scored:,} of them scored"
 
 

@@ -13,6 +13,7 @@ FORMS = {
     "loss": "loss {:.4f}",
     "grad_norm": "grad {:.2f}",
     "lr": "lr {:.2e}",
+    "adamw_lr": "adamw_lr {:.2e}",
     "tokens_per_s": "{:,.0f} tokens/s",
     "validation_loss": "validation loss {:.4f}",
     "denoising_accuracy": "{1} hidden: {0:.0%} right",

@@ -95,8 +95,10 @@ class Grader:
         self._open -= 1
         if isinstance(verdict, bool):
             return key, verdict
-        self.gave_up += verdict.result() is None
-        return key, bool(verdict.result())
+        found = verdict.result()
+        if found is None:
+            self.gave_up += 1
+        return key, bool(found)
 
 
 class Worker:

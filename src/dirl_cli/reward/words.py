@@ -41,6 +41,7 @@ MULTIPLIERS |= {f"{name}s": factor for name, factor in MULTIPLIERS.items()} | {"
 MULTIPLIERS |= {"百": Fraction(100), "千": Fraction(1000), "万": Fraction(10**4), "亿": Fraction(10**8)}
 
 CARDINALS = "zero one two three four five six seven eight nine ten eleven twelve"
+COUNTS = {word: count for count, word in enumerate(CARDINALS.split())} | {"a": 1, "an": 1}
 QUALIFIERS = f"""
     {CARDINALS} twenty thirty forty fifty sixty seventy eighty ninety googol
     and or least most max maximum minimum up upwards upward over under below beneath beyond exceeding
@@ -157,8 +158,7 @@ def multiplied(value: str, words: list[str]) -> tuple[str, list[str]]:
         factor *= MULTIPLIERS[words[0]]
         words = words[1:]
     if len(words) > 2 and words[0] == "and" and words[2].removesuffix("s") in PARTS:
-        counts = CARDINALS.split()
-        count = counts.index(words[1]) if words[1] in counts else int(words[1] in ("a", "an"))
+        count = COUNTS.get(words[1], 0)
         more = count * MULTIPLIERS[words[2]]
         words = words[3:] if count else words
     if factor == 1 and more == 0:

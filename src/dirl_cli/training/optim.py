@@ -44,7 +44,7 @@ class Muon:
 
     lr: Rate
     momentum: ShareBelowOne
-    adamw_lr: NotNegative
+    adamw_lr: Annotated[float, Range(above=0, remark="at 0 embeddings, output head and norms stay as they are")]
     betas: tuple[ShareBelowOne, ShareBelowOne]
     eps: Positive
     weight_decay: NotNegative

@@ -71,6 +71,7 @@ class Trainer:
         self.schedule = schedule
         self.clip_norm = clip_norm
         self.full_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.rate_names = ["lr", *(f"{type(other).__name__.lower()}_lr" for other in optimizers[1:])]
         self.max_skipped, self.skip_norm = max_skipped, skip_norm
         self.stoppable = stoppable
         self.skipped = 0  # updates in a row
@@ -79,14 +80,14 @@ class Trainer:
         self.times = PhaseTimes()
 
     def step(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
-        """Descend on Σ loss ÷ `normalizer`; returns that and the other sums likewise, the gradient's norm and the rate.
+        """Descend on Σ loss ÷ `normalizer`; returns that, the other sums likewise, the gradient's norm and the rates.
 
         micro_batches: those of all processes, the same list on each, which computes its share. How they are cut and
         how many processes there are changes nothing but the time. An update whose loss or gradient is not finite, or
         whose gradient is longer than `skip_norm`, is skipped but counts as a step, since its batch would come again.
         Raises DirlError where more than `max_skipped` in a row would be.
         """
-        rate = self.set_learning_rates()
+        rates = self.set_learning_rates()
         self.scorer.train()
         share = self.share(micro_batches)
         totals: list[Sums] = []
@@ -117,9 +118,10 @@ class Trainer:
                 if not skip:
                     optimizer.step()
                 optimizer.zero_grad()
-        self.updates_applied += not skip and norm > 0 and rate > 0
+        if not skip and norm > 0 and any(rates.values()):
+            self.updates_applied += 1
         self.steps_taken += 1
-        return {**metrics, "grad_norm": norm, "lr": rate, "skipped": float(skip)}
+        return {**metrics, "grad_norm": norm, **rates, "skipped": float(skip)}
 
     def require_update(self, remedy: str) -> None:
         """Raises DirlError that ends in `remedy` where the model is still what it began as."""
@@ -161,10 +163,13 @@ class Trainer:
         reduced = self.accelerator.reduce(stacked, "sum")
         return dict(zip(totals[0], reduced.tolist(), strict=True))
 
-    def set_learning_rates(self) -> float:
-        """Set what the schedule asks at this step; returns the first optimizer's rate."""
+    def set_learning_rates(self) -> dict[str, float]:
+        """Set what the schedule asks at this step; returns each optimizer's rate by the name of its metric.
+
+        The first one's is `lr`, another's has its kind before it, such as `adamw_lr`.
+        """
         factor = self.schedule(self.steps_taken)
         for optimizer, rates in zip(self.optimizers, self.full_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        return self.full_rates[0][0] * factor
+        return {name: rates[0] * factor for name, rates in zip(self.rate_names, self.full_rates, strict=True)}
