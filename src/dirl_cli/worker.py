@@ -18,7 +18,7 @@ from types import TracebackType
 from omegaconf import DictConfig, OmegaConf
 
 from dirl_cli.errors import DirlError, Stopped
-from dirl_cli.plain import masked
+from dirl_cli.plain import counted, masked
 from dirl_cli.rundir import locked
 from dirl_cli.screen import take_any_text
 
@@ -50,6 +50,15 @@ def start(name: str, out: str, *options: str) -> None:
         sys.exit(1)
     except SignalException:
         sys.exit(1)
+
+
+def require_gpus(count: int) -> None:
+    """Raises DirlError where this machine has fewer of them, before any process is started."""
+    import torch
+
+    there = torch.cuda.device_count()
+    if count > there:
+        raise DirlError(f"gpus={count}: this machine has {counted(there, 'GPU')}: give no more, or device=cpu")
 
 
 def join(name: str, out: str) -> None:
