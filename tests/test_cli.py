@@ -489,3 +489,18 @@ def test_tuples_stay_tuples():
 def test_long_names_are_cut_and_stay_apart():
     assert slug("a" * 300) != slug("a" * 299 + "b")
     assert len(slug("a" * 300)) <= 200
+
+
+@pytest.mark.parametrize(
+    ("finished", "left"),
+    [("answers.jsonl", "what is finished is in runs/e, and the same command goes on"), (None, "nothing was finished")],
+)
+def test_ctrl_c_says_what_is_left_of_a_command(here, monkeypatch, finished, left):
+    def run(cfg, out):
+        if finished:
+            (out / finished).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "dirl_cli.commands.eval", SimpleNamespace(run=run))
+    result = dirl("eval", "out=runs/e")
+    assert (result.exit_code, result.stderr) == (130, f"dirl eval: stopped: {left}\n")

@@ -591,6 +591,112 @@ f(x,y)=xy
 -1<x\le 6
     =   6 \ge x > -1   (-1,6]
     ≠   6 > x \ge -1   6 \le x < -1
+
+# Brackets: [8] is a list, an integral part or an interval; a set of sets is none of numbers; (3,8) is no set.
+8
+    =   \{8\}   (8)   \begin{pmatrix}8\end{pmatrix}
+    ≠   [8]   \left[8\right]   [8,8]   x=[8]   x \in [8]   \lbrack 8 \rbrack   [5+3]   \{\{8\}\}   8_{max}
+    ≠   8\ldots   8\cdots   8...   8.0\ldots   8_{\text{max}}   8^T   8!!   8 \approx   8 \text{ bps}
+    ≠   -x=8   x/2=8   \frac{x}{2}=8   1/x=8   x-1=8   8 \text{ give or take}   8 \text{ ppm}   8\text{-ish}
+5.5
+    ≠   [5.5]
+t+1
+    ≠   [t+1]   t+1_2
+\{3,8\}
+    =   3,8   \{8,3\}
+    ≠   (3,8)   [3,8]   \{\{3,8\}\}   \{\{3\},\{8\}\}   \{(3,8)\}
+x>0
+    =   (0,\infty)
+    ≠   (0,\infty]
+(-\infty,\infty)
+    ≠   [-\infty,\infty]
+15\text{ m}
+    =   15
+    ≠   15\text{ m}^2   15\text{ m/s}   15\text{ m2}
+15\text{ m}^2
+    =   15   15 \text{ m2}   15 \text{ m}²   15 \text{ square meters}
+    ≠   15 \text{ m}   15 \text{ m3}
+15\text{ m/s}
+    ≠   15\text{ m/s}^2
+
+# A letter is another one than its capital: I is no imaginary unit, an index or an exponent T is not dropped.
+i
+    ≠   I   \mathbf{I}   I_2   i_1   I'   -I
+2i+1
+    ≠   2I+1   2i_1+1
+I
+    ≠   i   I'   I_1   -I
+I_1
+    ≠   I   I_2   i_1
+R_1-r
+    =   -r+R_{1}
+    ≠   R-r   R_1-R   R_2-r
+2^T
+    =   2^{T}
+    ≠   2   T^2
+\begin{pmatrix}1&2\\3&4\end{pmatrix}
+    =   \begin{pmatrix}1&3\\2&4\end{pmatrix}^T
+    ≠   \begin{pmatrix}1&2\\3&4\end{pmatrix}^T
+n!!
+    ≠   (n!)!   n!   n
+k
+    =   \text{k}
+    ≠   \text{K}
+
+# Choices are also written small, but e and i are numbers.
+\text{(D)}
+    =   d   (d)   \text{(d)}   d)   d.   option d   \textbf{d}
+    ≠   c   (c)   2d   d+1   d^2   d or c   d, c   cd
+G
+    =   g   (g)
+    ≠   h   -g   g'
+\text{(E)}
+    =   (e)   e)
+    ≠   e   e^2   2e
+d
+    ≠   D   (D)
+
+# Exactly 12 is 12; what is given with \approx is judged by its digits.
+12
+    =   \text{exactly } 12   \text{exactly 12}   exactly 12   \text{only } 12   \text{a total of } 12
+    =   12 \text{ exactly}   \approx 12   x \approx 12
+    ≠   \text{exactly } 13   \text{not exactly } 12   \text{exactly } 12 \text{ million}   \text{just under } 12
+    ≠   \text{just over } 12   \text{exactly } 12 \text{ or } 13   \text{exactly twice } 12   \approx 12.1
+    ≠   \not\approx 12   11.99 \approx 12   \approx 12, 13   \text{about } 12   \text{only if } 12
+x=12
+    =   \approx 12   x \approx 12
+    ≠   y \approx 12   x \approx 11
+\frac13
+    =   0.333333\ldots   \approx 0.333333
+    ≠   0.333\ldots   \approx 0.333   0.333334\ldots
+3.14
+    =   \approx 3.14
+    ≠   3.14\ldots   \pi   \approx \pi   \approx 3.1
+
+# Logarithms to ten, moduli, indices that only count.
+\log_{10} 7
+    =   \lg 7   \lg(7)   lg 7   \operatorname{lg} 7   \frac{\ln 7}{\ln 10}
+    ≠   \ln 7   \log_2 7   \lg 8
+(-\infty,-4)\cup(4,\infty)
+    =   |x|>4   4<|x|   \lvert x \rvert > 4
+    ≠   |x|\ge 4   |x|<4   |x|>5   |x|>-4   |x|\ne 4
+x<-4 \text{ or } x>4
+    =   |x|>4   4<|x|
+    ≠   |y|>4   |x|\ge 4   |x|<4
+|x| \le 4
+    =   -4 \le x \le 4   4 \ge |x|   [-4,4]
+    ≠   -4<x<4   x \le 4   |y| \le 4   -4 \le y \le 4
+\sum_{k=1}^n a_k
+    =   \sum_{i=1}^n a_i   \sum_{j=1}^{n} a_{j}
+    ≠   \sum_{i=1}^n a_k   n a_k   \sum_{i=0}^{n-1} a_i   \sum_{i=1}^n b_i   \sum_{i=1}^n a_{i+1}   \prod_{i=1}^n a_i
+\sum_{k=1}^n x_ky_k
+    =   \sum_{i=1}^n y_i x_i
+    ≠   \sum_{k=1}^n x_k y_i
+a_n=2^n
+    =   a_k=2^k   2^n
+    ≠   a_k=2^n   a_n=2^k   b_k=2^k   a_{n+1}=2^n   a_2=2^n
+x_A=5
+    ≠   x_B=5
 """
 
 
@@ -647,7 +753,7 @@ def test_rules_reach_a_verdict_on_anything(text: str, known: bool) -> None:
 
 NESTED = [  # an answer, and whether the quick path may take it for a 5
     ("(" * 90 + "5" + ")" * 90, True),
-    (r"\{" * 45 + "5" + r"\}" * 45, True),
+    (r"\{" * 45 + "5" + r"\}" * 45, False),
     ("(" * 900 + "5" + ")" * 900, None),
     (r"9^{9^{9^{9}}}", None),
     ("1" * 199, False if len("1" * 199) <= 60 else None),

@@ -25,7 +25,7 @@ from dirl_cli.commands import eval as command
 from dirl_cli.console import PlainConsole
 from dirl_cli.data.arithmetic import Arithmetic
 from dirl_cli.data.chat import answer_text, encode_problems
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.evaluation.answers import Answer, AnswerLog, Run, drop_torn_line, missing, read_answers
 from dirl_cli.evaluation.metrics import measure
 from dirl_cli.evaluation.questions import sample
@@ -302,6 +302,28 @@ def test_real_benchmarks_run_to_the_end(shared: Path, tmp_path: Path, name: str,
     card = json.loads((tmp_path / "eval_card.json").read_text())
     assert card["metrics"]["problems"] == (limit or {"MATH500": 500, "GSM8K": 1319}[name])
     assert card["metrics"]["truncated"] == 1.0
+
+
+def test_ctrl_c_in_an_evaluation_says_what_it_has_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    append = AnswerLog.append
+
+    def interrupted(log: AnswerLog, answer: Answer) -> None:
+        append(log, answer)
+        if len(read_answers(tmp_path / "answers.jsonl")) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnswerLog, "append", interrupted)
+    with pytest.raises(Stopped) as stopped:
+        command.run(config(), tmp_path)
+    left = f"5 of 12 answers are in {tmp_path}/answers.jsonl"
+    assert (str(stopped.value), stopped.value.exit_code) == (f"stopped: {left}, and the same command goes on", 130)
+    assert not (tmp_path / "eval_card.json").exists()
+
+    monkeypatch.setattr(AnswerLog, "append", append)
+    capsys.readouterr()
+    command.run(config(), tmp_path)
+    assert f"continue after 5 answers in {tmp_path}/answers.jsonl" in capsys.readouterr().out
+    assert json.loads((tmp_path / "eval_card.json").read_text())["metrics"]["answers"] == 12
 
 
 @pytest.mark.slow

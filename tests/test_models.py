@@ -264,7 +264,9 @@ def with_a_token_too_many(directory: Path) -> None:
 DAMAGES = {
     "lacks 1 tensor of the model, such as model.layers.0.mlp.up_proj.weight: download": without_tensor,
     "holds a damaged weight file .*: download or copy it again": truncated,
-    "is not a model that can be loaded: No such file .*model-00001": lambda d: into_shards(d).unlink(),
+    "is not a model that can be loaded .No such file .*model-00001.*: give another, or": lambda d: into_shards(
+        d
+    ).unlink(),
     "holds a damaged weight file .*file not fully covered.*: download": shard_truncated,
     "lacks 1 tensor of the model, such as .*: download": shard_without_a_tensor_of_the_index,
     "cannot be loaded as its config.json and index say .'weight_map'.: download or copy": index_without_files,
@@ -275,17 +277,17 @@ DAMAGES = {
     "cannot be loaded as its config.json and index say .list index out of range": lambda d: edit_config(
         d, num_hidden_layers=3
     ),
-    "is not a model that can be loaded: Error no file named model.safetensors": lambda d: (
+    "is not a model that can be loaded .Error no file named model.safetensors": lambda d: (
         d / "model.safetensors"
     ).unlink(),
-    "is not a model that can be loaded: Unrecognized model": lambda d: (d / "config.json").unlink(),
+    "holds no config.json, so it is no saved model: give one": lambda d: (d / "config.json").unlink(),
     "config.json is damaged .Expecting property": lambda d: (d / "config.json").write_text("{"),
     "config.json is damaged .it is no JSON object": lambda d: (d / "config.json").write_text("[]"),
-    "is not a model that can be loaded: Validation error": lambda d: edit_config(d, hidden_size="a"),
+    "is not a model that can be loaded .Validation error": lambda d: edit_config(d, hidden_size="a"),
     r"holds .* with shape \(50, 32\), and its config.json asks for \(50, 64\)": lambda d: edit_config(
         d, hidden_size=64
     ),
-    "is not a model that can be loaded: The checkpoint": lambda d: edit_config(d, model_type="other"),
+    "is not a model that can be loaded .The checkpoint": lambda d: edit_config(d, model_type="other"),
     "config.json names no model_type, such as sdar: download": lambda d: edit_config(d, model_type=None),
     "holds nan or inf in model.layers.1.mlp.up_proj.weight: download": lambda d: with_value(d, torch.nan),
     "holds nan or inf in model.layers.1.mlp.up_proj.weight: .*": lambda d: with_value(d, -torch.inf),

@@ -327,6 +327,22 @@ def test_longer_rollouts_want_fewer_at_once(shared, tmp_path):
     assert set(UPDATE) <= set(asked)
 
 
+def test_a_tiny_model_under_the_published_recipe_is_told_what_it_costs_and_of_the_recipe_of_its_size(monkeypatch, here):
+    monkeypatch.setattr("dirl_cli.plan.duration.operations_per_second", lambda: 1e10)
+    said = []
+    monkeypatch.setattr("dirl_cli.report.progress.StepProgress.warn", lambda progress, text: said.append(text))
+    monkeypatch.setattr("dirl_cli.rollout.engines.Native.require", stop)  # which comes next
+    with pytest.raises(InterruptedError):
+        rl.run(config("rl", "model=tiny", "device=cpu", "memory_gb=1000"), here / "out")
+    cost, remedy = said[0].split(": lower ")
+    assert cost.startswith("at most 1,048,576 tokens a step × 100 steps, in rows of 16,384: at most ")
+    assert remedy.endswith("or give experiment=tiny_rl, which is for a model as small as this one")
+
+
+def stop(*_: object) -> None:
+    raise InterruptedError
+
+
 def test_a_run_with_lmdeploy_may_be_told_to_give_it_a_smaller_share():
     lm, engine = small_lm(), Lmdeploy(max_batch=1, cache_share=0.9)
     asked = {

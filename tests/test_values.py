@@ -227,6 +227,11 @@ def refused(*words):
         ("sft mask_rates=3", "mask_rates=3: give a list, each item a number above 0 and at most 1"),
         ("sft optim.betas=[0.9]", "optim.betas=[0.9]: give a list of 2, each item a number of at least 0 and below 1"),
         ("sft data=mix data.sources=[a]", "data.sources[0]=a: give a mapping such as {path: …}"),
+        (
+            "sft data=mix 'data.sources={a: b}'",
+            "data.sources={'a': 'b'}: give a list, each item a mapping such as {path: …}",
+        ),
+        ("sft data=mix 'data.sources=[{path: a, columns: [b]}]'", "data.sources[0].columns=['b']: give a mapping"),
         ("sft data=mix 'data.sources=[{path: a, weight: 0}]'", "data.sources[0].weight=0: give a number above 0"),
         ("sft data=a.jsonl data.held_out=1.5", "data.held_out=1.5: give a share below 1, or a whole number of at le"),
         ("sft decoding.threshold=5", "decoding.threshold=5: confidence is at most 1"),

@@ -9,10 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
+from dirl_cli.cli.launch import start_processes
+from dirl_cli.errors import DirlError
 
 # Python imports this at every start; it puts a stand-in in the place of `dirl sft`.
 STAND_IN = """
-import signal, sys, time, types
+import os, signal, sys, time, types
 
 def run(cfg, out):
     from accelerate import Accelerator
@@ -29,6 +33,8 @@ def run(cfg, out):
             raise DirlError("this was the first to go")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as one that waits for a GPU, which hears nothing
         time.sleep(600)
+    if cfg.steps == 18 and accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     if cfg.steps == 15:
         stop = lambda *_: (out / f"stopped{accelerator.process_index}").touch() or sys.exit()
         signal.signal(signal.SIGTERM, stop)
@@ -69,6 +75,22 @@ def test_a_process_that_fails_is_told_in_one_sentence(tmp_path):
     result = dirl(tmp_path, "sft", "steps=13", "out=run")
     assert result == (1, "dirl sft: 13 brings bad luck: take another number\n")
     assert not (tmp_path / "run/failure.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_told_with_what_may_have_killed_it(tmp_path):
+    hint = "; if nobody did, the machine may have run out of memory: give fewer gpus or a smaller batch"
+    result = dirl(tmp_path, "sft", "steps=18", "out=run")
+    assert result == (1, f"dirl sft: process 1 was killed by SIGKILL{hint}\n")
+
+
+def test_more_processes_than_the_machine_has_gpus_are_refused_before_one_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.utils.is_cuda_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("subprocess.Popen", None)
+    cfg = OmegaConf.create({"gpus": 64, "nodes": 1, "device": "auto"})
+    with pytest.raises(DirlError, match=r"^gpus=64: this machine has 2 GPUs: give no more, or device=cpu$"):
+        start_processes("sft", cfg, tmp_path, [])
 
 
 @pytest.mark.slow

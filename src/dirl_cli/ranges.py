@@ -136,6 +136,22 @@ def limited(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
             yield from limited(one, get_args(inner)[0], f"{key}[{i}]")
 
 
+def require_shape(value: Any, hint: Any, key: str) -> None:
+    """Raises DirlError for a mapping in the place of a list or the reverse, of which OmegaConf does not say where."""
+    inner = without_none(hint)
+    is_list, is_mapping = get_origin(inner) in (list, tuple), get_origin(inner) is dict or is_dataclass(inner)
+    if (is_list and isinstance(value, dict)) or (is_mapping and isinstance(value, list)):
+        raise DirlError(refusal(key, value, hint))
+
+    if is_list and isinstance(value, list):
+        for i, one in enumerate(value):
+            require_shape(one, get_args(inner)[0], f"{key}[{i}]")
+    if is_dataclass(inner) and isinstance(value, dict):
+        types = types_of(inner)
+        for name in [name for name in types if name in value]:
+            require_shape(value[name], types[name], f"{key}.{name}")
+
+
 def refusal(key: str, value: object, hint: Any) -> str:
     """The sentence for a value that a setting of this type cannot have."""
     limit = limit_of(hint)

@@ -12,7 +12,7 @@ from dirl_cli.cli.config_tree import with_bases
 from dirl_cli.cli.former import todays_target
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.files import conf_dir
-from dirl_cli.ranges import refusal, require, type_at
+from dirl_cli.ranges import refusal, require, require_shape, type_at
 from dirl_cli.text import literal
 
 T = TypeVar("T")
@@ -36,6 +36,7 @@ def build(cfg: DictConfig, kind: type | None = None) -> Any:
     given.pop("_target_", None)
     nested = [key for key, value in given.items() if isinstance(value, dict) and "_target_" in value]
     given |= {key: build(cfg[key]) for key in nested}
+    require_shape(given, kind, group)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(kind), given)
         require(OmegaConf.to_container(typed, throw_on_missing=True), kind, group)

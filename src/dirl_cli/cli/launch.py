@@ -25,12 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 from dirl_cli.cli import config_tree, explain, overrides, schema
 from dirl_cli.cli.build import build
 from dirl_cli.cli.run_dir import PATH_MODEL, model_of_run, open_run
-from dirl_cli.cli.worker import FAILURE
+from dirl_cli.cli.worker import FAILURE, require_gpus
 from dirl_cli.console import take_any_text
 from dirl_cli.errors import DirlError, DoesNotFit, Interrupted, Stopped, stop_code
 from dirl_cli.files import conf_dir
 from dirl_cli.ranges import require, spell, types_of
-from dirl_cli.text import is_secret, literal, masked
+from dirl_cli.text import counted, is_secret, literal, masked
 from dirl_cli.types import SHARING
 
 SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
@@ -287,13 +287,15 @@ def start_processes(name: str, cfg: DictConfig, out: Path, locks: Sequence[int])
     from accelerate.utils import is_cuda_available
 
     on_cpu = cfg.device == "cpu" or not is_cuda_available()
+    if not on_cpu:
+        require_gpus(cfg.gpus)
     environment = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVING, **os.environ}
     environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
     asked: list[int] = []  # the signals to stop
     failure = out / FAILURE
     failure.unlink(missing_ok=True)
     command = [sys.executable, "-m", "dirl_cli.cli.worker", "start", name, str(out), *accelerate_options(cfg)]
-    print(starting(cfg), flush=True)
+    print(starting(cfg, os.cpu_count() if on_cpu else None), flush=True)
 
     def terminate(number: int, frame: FrameType | None) -> None:
         asked.append(number)
@@ -327,9 +329,11 @@ def start_processes(name: str, cfg: DictConfig, out: Path, locks: Sequence[int])
         raise DirlError("a process failed, for the reason above")
 
 
-def starting(cfg: DictConfig) -> str:
-    """What is waited for until the processes say something themselves."""
+def starting(cfg: DictConfig, cores: int | None) -> str:
+    """What is waited for until the processes say something themselves. cores: those that they share, if they do."""
     count = f"{cfg.gpus} processes" if cfg.gpus > 1 else "a process"
+    if cores and cfg.gpus > cores:
+        count += f", which take turns on {counted(cores, 'CPU core')}"
     if cfg.nodes == 1:
         return f"starting {count}"
     host, _, port = cfg.main_address.partition(":")

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from dirl_cli.cli.run_dir import locked
 from dirl_cli.console import take_any_text
 from dirl_cli.errors import DirlError, Stopped
-from dirl_cli.text import masked
+from dirl_cli.text import counted, masked
 
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in Linux's prctl.h
 FAILURE = "failure.txt"  # in the run directory: the sentence of the process that failed first
@@ -50,6 +50,15 @@ def start(name: str, out: str, *options: str) -> None:
         sys.exit(1)
     except SignalException:
         sys.exit(1)
+
+
+def require_gpus(count: int) -> None:
+    """Raises DirlError where this machine has fewer of them, before any process is started."""
+    import torch
+
+    there = torch.cuda.device_count()
+    if count > there:
+        raise DirlError(f"gpus={count}: this machine has {counted(there, 'GPU')}: give no more, or device=cpu")
 
 
 def join(name: str, out: str) -> None:

@@ -129,7 +129,7 @@ def parquet_rows(path: Path) -> list[Row]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise DirlError(f"{path} is not a Parquet file that can be read: {error}") from error
+        raise DirlError(f"{path} is not a Parquet file that can be read ({error}): write or copy it again") from error
     return [Row(f"{path} row {i}", fields) for i, fields in enumerate(rows, start=1)]
 
 

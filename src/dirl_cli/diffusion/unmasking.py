@@ -117,4 +117,4 @@ def find_strategy(name: str) -> Strategy:
     try:
         return getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise DirlError(f"the decoding strategy {name} cannot be imported: {error}") from error
+        raise DirlError(f"the decoding strategy {name} cannot be imported ({error}): check its path") from error

@@ -50,7 +50,11 @@ class Stored:
         return hub.local(self.path, "model")
 
     def config(self, directory: Path, attention: str) -> PreTrainedConfig:
-        if (content := read_object(directory / "config.json")) and not content.get("model_type"):
+        if not (directory / "config.json").exists():
+            raise DirlError(
+                f"{self.path} holds no config.json, so it is no saved model: give one as `dirl sft` leaves it"
+            )
+        if not read_object(directory / "config.json").get("model_type"):
             raise DirlError(f"{self.path}/config.json names no model_type, such as sdar: download or copy it again")
         try:
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -121,7 +125,8 @@ class Stored:
         )
 
     def _unloadable(self, error: Exception) -> DirlError:
-        return DirlError(f"{self.path} is not a model that can be loaded: {one_line(error)}")
+        reason = one_line(error)
+        return DirlError(f"{self.path} is not a model that can be loaded ({reason}): give another, or copy it again")
 
 
 def one_line(error: Exception) -> str:

@@ -20,9 +20,11 @@ SMALL = Fraction(1, 10**80)  # the difference of equal ones, as a part of them
 POINTS = 6  # at which formulas are compared
 WORD = re.compile(r"-?(?:(?:Integer|Float|Rational|Symbol|Function) *)?\(? *'?[\w.+-]*'? *\)? *")  # as sympy writes it
 
-TOKEN = re.compile(r"\\(?:text|mbox|begin|end) ?\{[^{}]*\}|\\[a-zA-Z]+|_\{[^{}]*\}|_.|[a-zA-Z]'*|.", re.DOTALL)
+NAME = r"([a-zA-Z])('*)(?:_\{ ?([\w+-]+) ?\}|_(\w))?"  # a letter, its primes and its index
+TOKEN = re.compile(rf"{NAME}|\\(?:text|mbox|begin|end) ?\{{[^{{}}]*\}}|\\[a-zA-Z]+|_\{{[^{{}}]*\}}|_.|!!|.", re.DOTALL)
 INDEX = re.compile(r"_\{? ?(?:[a-zA-Z]*i|i *=)")
-PRIMED = "'"
+DUMMY = re.compile(r"\\(?:sum|prod) ?_ ?\{ ?([a-z]) ?=")
+TO_THE_T = re.compile(r"(?<!\\end\{.matrix\})\^ ?\{? ?T(?![a-z])")
 PRIME = re.compile(r"\^ ?\{? ?\\prime(?![a-zA-Z]) ?\}?")
 
 
@@ -33,9 +35,11 @@ def math_verified(gold: str, answer: str) -> bool:
     from math_verify import verify
 
     both = gold + answer
-    letters = {token for token in TOKEN.findall(both) if len(token) == 1}
-    cased = frozenset(letter for letter in letters if letter.isupper() and letter.lower() in letters)
-    wanted, given = (parsed(spelt_out(text, cased)) for text in (gold, answer))
+    letters = {found[1] for found in TOKEN.finditer(both)}
+    cased = {letter for letter in letters if letter and letter.isupper() and letter.lower() in letters}
+    if TO_THE_T.search(both):
+        cased.add("T")
+    wanted, given = (parsed(spelt_out(text, frozenset(cased))) for text in (gold, answer))
     return verify(wanted, given, allow_set_relation_comp=True, timeout_seconds=None)
 
 
@@ -43,24 +47,52 @@ def spelt_out(text: str, cased: frozenset[str]) -> str:
     """The text with names for what math-verify does not see.
 
     It drops primes, so that f' is f; it reads every capital as its small letter, so that R - r is 0, which we let it
-    do only with letters that come in one size; it takes i for a variable and I for the imaginary unit, whose power it
-    drops unless there is a bracket.
+    do only with letters that come in one size; it takes i for a variable and I, with any index, for the imaginary
+    unit, whose power it drops unless there is a bracket; it drops a T as exponent, as if of a matrix, and the index of
+    a number; it takes the terms a_k of a sum for one number, and n!! for (n!)!.
     """
+    text = PRIME.sub("'", text)
     imaginary = not INDEX.search(text)
-    parts = []
-    for token in TOKEN.findall(PRIME.sub("'", text)):
-        letter = token.rstrip("'")
-        if token == "I" or (token == "i" and imaginary):
-            parts.append("I")
-        elif letter in cased and letter.isupper():
-            parts.append(f"{letter}_{{capital{'prime' * token.count(PRIMED)}}}")
-        elif letter.isalpha() and letter != token:
-            parts.append(f"{letter}_{{{'prime' * token.count(PRIMED)}}}")
-        elif token == PRIMED:  # of a number
-            parts.append(r" \cdot p_{prime}")
+    dummies = frozenset(DUMMY.findall(text))
+    spelt = ""
+    for found in TOKEN.finditer(text):
+        token = found[0]
+        if token == "i" and imaginary:
+            spelt += "(I)" if text[found.end() :].lstrip().startswith("^") else "I"
+        elif found[1]:
+            name = named(found, cased, dummies)
+            spelt += f"{{{name}}}" if spelt.endswith("^") else name
+        elif token == "'":  # of a number
+            spelt += r" \cdot p_{prime}"
+        elif token == "!!":
+            spelt += "^{w_{twice}}"
+        elif token.startswith("_") and re.search(r"[\d)}]$", spelt):  # an index of a number
+            spelt += rf" \cdot q_{{index{plain(token)}}}" + ("{" if token == "_{" else "")
         else:
-            parts.append(token)
-    return re.sub(r"I(?= ?\^)", "(I)", "".join(parts))
+            spelt += token
+    return spelt
+
+
+def named(found: re.Match[str], cased: frozenset[str], dummies: frozenset[str]) -> str:
+    """A letter with its primes and index, under a name that math-verify keeps apart from others."""
+    letter, index = found[1], found[3] or found[4] or ""
+    marks = "prime" * len(found[2])
+    running = [dummy for dummy in index if dummy in dummies]
+    if len(running) == 1:  # a term of a sequence is a function of its index
+        return f"{letter}_{{{marks}{plain(index.replace(running[0], 'index'))}}}({running[0]})"
+    marks += plain(index)
+    if letter == "I":
+        return f"H_{{capital{marks}}}"
+    if letter == "i" and index:
+        return f"H_{{small{marks}}}"
+    if letter in cased and letter.isupper():
+        return f"{letter}_{{capital{marks}}}"
+    return f"{letter}_{{{marks}}}" if found[2] else found[0]
+
+
+def plain(index: str) -> str:
+    """An index in letters and digits alone, since signs would be read."""
+    return re.sub(r"\W|_", "", index.replace("+", "plus").replace("-", "minus"))
 
 
 @lru_cache(maxsize=4096)

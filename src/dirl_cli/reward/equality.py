@@ -22,12 +22,14 @@ PLAIN = 200  # characters; a longer answer is compared in a worker process, what
 TEXT = re.compile(r"\\text ?\{([^{}]*[\d(][^{}]*)\}")
 WORDS = re.compile(r"(\\text ?\{ ?)?(?:(?:an?|the) )?([A-Za-z][A-Za-z' -]*)\}?")
 BASED = re.compile(r"\(?((?=[A-F]*\d)[\dA-F]+)\)? ?_ ?\{? ?(?:\\text ?\{)?(\d+)\}*$")
+ENDLESS = re.compile(r"(.*[\d}]) ?(?:\.\.\.|\\ldots)")
+AT_INFINITY = re.compile(r"\\infty ?\]|\[ ?[-+]? ?\\infty")
 NUMERIC = re.compile(r"(?:[\d\s.,+*/^(){}!-]|\\(?:frac|sqrt|cdot|times|pi)(?![a-zA-Z]))+")
 ASIDE = re.compile(r"_\{[^{}]*\}|_.|\([^()]*\)|\\text|[\s{}]")
 INDEX = re.compile(r"_\{[^{}]*\}|_.")
 ARGUMENT = re.compile(r"\(([^()]*)\)")
 NAME = re.compile(r"[A-Za-z|\\':/]*(?:\^-1)?")
-MULTIPLE = re.compile(r"-?\d+(?:\.\d+)? ?\*?[A-Za-z]")
+LINEAR = re.compile(r"(?=.*[-+\d/])[-+\d.*/ ()]*[A-Za-z](?! ?\()[-+\d.*/ ()]*")  # 2x, x/2 and x - 1, still to be solved
 POINT = re.compile(r"^[A-Z] ?(?=\([^()]*,[^()]*\)$)")
 SPACE = re.compile(r"(?<!\d) | (?!\d)")  # but 5 4 is not 54
 SPACED = re.compile(r"[-+]?\d+(?: \d+)+")
@@ -35,11 +37,14 @@ THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 CALLED = "(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)? ?:? ?)?"
 CHOICE = re.compile(rf"{CALLED}(?-i:\(([A-J])\)|([A-J])(?=[).:]|$)) ?[).:]? ?(.*)", re.IGNORECASE)
+UPRIGHT = re.compile(r"\\text ?\{([^{}]*)\}")
+SMALL_CHOICE = re.compile(rf"{CALLED}(?-i:\(([a-hj])\)|([a-hj])(?=[).:])|([a-df-hj])(?=$)) ?[).:]?", re.IGNORECASE)
 OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[A-J](?![A-Za-z])|not\b|or\b|nor\b)")
 TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))? ?(?:\\text ?\{ ?)?(?:([ap])\.? ?m\.?)?(?: ?\})?", re.IGNORECASE)
 MODULO = r"\\[pb]?mod(?![a-z])|\\text ?\{ ?\(?mod(?:ulo)? ?\}?|mod(?:ulo)?(?![a-z])"
 RESIDUE = re.compile(rf"(.*?),? ?\(? ?(?:{MODULO}) ?\{{? ?(\d+|[a-z]) ?\}}? ?\)?\}}?")
 UNEQUAL = r"\\(?:[lg]e|ne|not)(?![a-z])|\\not[a-z]|[<>]"
+MODULUS = re.compile(r"\| ?([a-zA-Z]) ?\|")
 RELATION = r"\\[lg]e(?![a-zA-Z])|<|>"
 FOR = re.compile(r",? ?(?:\\text ?\{ ?,? ?(?:where|with|for)( all| any| every| each)?[^{}]*\}|(\\forall(?![a-z]))) ?")
 IN = r"\\in ?\\mathbb ?\{?[A-Z]\}?[\^_+*{}\d> ]*|(?:\\ge|>|\\ne) ?-?[0-3]"
@@ -96,14 +101,19 @@ def decided(rules: Sequence[Rule], gold: str, answer: str, judge: Judge) -> bool
 
 
 def as_choice(gold: str, answer: str, judge: Judge) -> bool | None:
-    """(A) is (A) 5 and Option A, but not A or B."""
-    letters = []
-    for text in (gold, answer):
-        found = CHOICE.fullmatch(re.sub(r"\\text ?\{([^{}]*)\}", r"\1", text).strip())
-        if found is None or OTHER_CHOICE.search(found[3]):
-            return None
-        letters.append(found[1] or found[2])
-    return letters[0] == letters[1]
+    """(A) is (A) 5 and Option A, but not A or B; and a, alone, unless it is e or i, which are numbers."""
+    wanted, given = (UPRIGHT.sub(r"\1", text).strip() for text in (gold, answer))
+    one, other = CHOICE.fullmatch(wanted), CHOICE.fullmatch(given)
+    if one is None or OTHER_CHOICE.search(one[3]):
+        return None
+    if other is None:
+        small = SMALL_CHOICE.fullmatch(given)
+        return True if small and not one[3] and letter(small).upper() == letter(one) else None
+    return None if OTHER_CHOICE.search(other[3]) else letter(one) == letter(other)
+
+
+def letter(choice: re.Match[str]) -> str:
+    return next(filter(None, choice.groups()))
 
 
 def as_time(gold: str, answer: str, judge: Judge) -> bool | None:
@@ -143,12 +153,23 @@ def as_numbers(gold: str, answer: str, judge: Judge) -> bool | None:
     return wanted == given
 
 
+def as_endless(gold: str, answer: str, judge: Judge) -> bool | None:
+    r"""0.333\ldots is the number of which these are the first digits, and no decimal."""
+    endless, wanted = ENDLESS.fullmatch(answer), number(gold)
+    if endless is None or wanted is None:
+        return None
+    given = number(endless[1])
+    return given is not None and not has_decimals(wanted) and round_alike(wanted, given)
+
+
 def as_words(gold: str, answer: str, judge: Judge) -> bool | None:
     r"""Words are not products of letters, so that east is not seat; short ones are words where one is in \text."""
     wanted, given = WORDS.fullmatch(gold), WORDS.fullmatch(answer)
     if not wanted or not given:
         return None
-    words = [match[2].lower().replace(" ", "") for match in (wanted, given)]
+    words = [match[2].replace(" ", "") for match in (wanted, given)]
+    if max(map(len, words)) > 1:  # a letter alone is another one than its capital
+        words = [word.lower() for word in words]
     return words[0] == words[1] if wanted[1] or given[1] or min(map(len, words)) > 3 else None
 
 
@@ -289,10 +310,14 @@ def tuples(solved: list[dict[str, str]]) -> str:
 
 def as_brackets(gold: str, answer: str, judge: Judge) -> bool | None:
     """Tuples, columns and intervals in their order; the kind of bracket counts for two elements, as in an interval."""
+    if AT_INFINITY.search(answer) and not AT_INFINITY.search(gold):
+        return False
     gold, answer = POINT.sub("", gold), POINT.sub("", answer)
     wanted, given = bracketed(gold), bracketed(answer)
     kinds = [found and found[0] + found[2] for found in (wanted, given)]
     golds, answers = (split(found[1] if found else text, LIST) for found, text in ((wanted, gold), (given, answer)))
+    if given and not wanted and given[0] == "[" and (len(answers) == 1 or NUMERIC.fullmatch(gold)):
+        return False  # [5] is a list, an integral part or an interval, and no 5
     if wanted and given:
         return (len(golds) != 2 or kinds[0] == kinds[1]) and in_order(golds, answers, judge)
     if kinds[0] == "()" and len(golds) == len(answers):
@@ -312,9 +337,11 @@ def in_order(golds: Sequence[str], answers: Sequence[str], judge: Judge) -> bool
 
 def as_lists(gold: str, answer: str, judge: Judge) -> bool | None:
     """The same elements in any order, each in the answer at least as often as in the gold."""
+    if holds_sets(gold) != holds_sets(answer):
+        return False
     golds, answers = elements(gold), elements(answer)
     if len(golds) > 1 == len(answers):  # 8,221 are two numbers where two are asked for
-        found = bracketed(answer, "(")
+        found = None if bracketed(gold, r"\{") else bracketed(answer, "(")  # (1,2) is no set
         answers = elements(found[1]) if found else split(answer, LIST)
     if [*golds, *answers] == [gold, answer]:
         return None
@@ -338,6 +365,38 @@ def elements(text: str) -> list[str]:
     return [one for signed in both for one in dict.fromkeys(signed)]
 
 
+def holds_sets(text: str) -> bool:
+    """Whether it is a set of which an element is a set."""
+    if text.count(r"\{") < 2 or (found := bracketed(without_name(text), r"\{")) is None:
+        return False
+    return any(bracketed(part, r"\{") for part in split(found[1], LIST))
+
+
+def as_moduli(gold: str, answer: str, judge: Judge) -> bool | None:
+    """|x| < 2 is -2 < x < 2, and |x| > 2 is x < -2 or x > 2, where one says it in inequalities."""
+    if "|" not in gold + answer or not (re.search(RELATION, gold) and re.search(RELATION, answer)):
+        return None
+    wanted, given = without_modulus(gold), without_modulus(answer)
+    if (wanted, given) == (gold, answer):
+        return None
+    return same(wanted, given, judge)
+
+
+def without_modulus(text: str) -> str:
+    """The same inequality of a letter's modulus and a positive number, of the letter alone."""
+    (small, *rest), signs = ascending(text)
+    if len(rest) != 1 or len(signs) != 1:
+        return text
+    [large], [sign] = rest, signs
+    bounded, beyond = MODULUS.fullmatch(small), MODULUS.fullmatch(large)
+    bound = number(large if bounded else small)
+    if bound is None or bound <= 0:
+        return text
+    if bounded:
+        return f"-{large} {sign} {bounded[1]} {sign} {large}"
+    return f"{beyond[1]} {sign} -{small}, {small} {sign} {beyond[1]}" if beyond else text
+
+
 def as_inequalities(gold: str, answer: str, judge: Judge) -> bool | None:
     """3 > x > 1 is 1 < x < 3; what differs in more is for algebra."""
     (terms, signs), (others, theirs) = ascending(gold), ascending(answer)
@@ -356,6 +415,14 @@ def ascending(text: str) -> tuple[list[str], list[str]]:
     return terms, signs
 
 
+def as_near(gold: str, answer: str, judge: Judge) -> bool | None:
+    r"""x \approx 5 is judged as x = 5 is, by its digits: they are right where they are the gold's."""
+    name, sign, value = map(str.strip, answer.partition(r"\approx"))
+    if not sign or not is_name(name) or r"\approx" in gold:
+        return False if sign and not value else None
+    return bool(value) and same(gold, f"{name} = {value}" if name else value, judge)
+
+
 def as_equations(gold: str, answer: str, judge: Judge) -> bool | None:
     """x = 5 is 5, and so is 10/2 = 5; what an equation names must agree, and 5 = 3 is neither."""
     (*names, value), (*others, given) = split(gold, EQUALS), split(answer, EQUALS)
@@ -363,16 +430,21 @@ def as_equations(gold: str, answer: str, judge: Judge) -> bool | None:
         return None
     if not names:
         numbers = all(same(gold, part, judge) for part in others if NUMERIC.fullmatch(part))
-        said = not MULTIPLE.fullmatch(others[0]) and not any(re.search(UNEQUAL, part) for part in others)
-        return numbers and said and same(gold, given, judge)
+        unsolved = LINEAR.fullmatch(without_fractions(others[0])) or any(re.search(UNEQUAL, part) for part in others)
+        return numbers and not unsolved and same(gold, given, judge)
     if not others:
         return is_name(names[0]) and same(value, answer, judge)
     if not is_name(names[0]) or spelt(names[0]) != spelt(others[0]) or differ(INDEX, names[0], others[0]):
-        return judge(gold, answer)
+        renamed = with_index(given, names[0], others[0])
+        return judge(gold, answer) if renamed is None else same(value, renamed, judge)
     if differ(ARGUMENT, names[0], others[0]):
         renamed = with_argument(given, ARGUMENT.findall(others[0]), ARGUMENT.findall(names[0]))
         return renamed is not None and same(value, renamed, judge)
     return same(value, given, judge)
+
+
+def without_fractions(text: str) -> str:
+    return re.sub(r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"(\1)/(\2)", text)
 
 
 def is_name(text: str) -> bool:
@@ -394,6 +466,19 @@ def differ(part: re.Pattern[str], name: str, other: str) -> bool:
     """Whether two names have different indices or arguments; a name may do without."""
     one, two = ([re.sub(r"\\text|\\|[{}\s]", "", found) for found in part.findall(text)] for text in (name, other))
     return bool(one and two and one != two)
+
+
+def with_index(formula: str, name: str, other: str) -> str | None:
+    """The formula of a sequence of another index, as 2^k of a_k becomes 2^n; None where it is no such formula."""
+    new, old = INDEX.findall(name), INDEX.findall(other)
+    if spelt(name) != spelt(other) or len(new) != 1 or len(old) != 1:
+        return None
+    letters = [re.sub(r"[_{}\s]", "", index) for index in (new[0], old[0])]
+    if not all(re.fullmatch("[a-z]", letter) for letter in letters):
+        return None
+    if not re.search(rf"(?<![a-zA-Z\\]){letters[1]}", formula):
+        return None  # as in x_i = 5, where it tells which
+    return with_argument(formula, [letters[1]], [letters[0]])
 
 
 def with_argument(formula: str, old: list[str], new: list[str]) -> str | None:
@@ -431,8 +516,8 @@ def rounds(rounded: str, exact: str) -> bool | None:
 
 WORDED: tuple[Rule, ...] = (as_choice, as_time)  # for these the words count that stand beside
 RULES: tuple[Rule, ...] = (
-    *(as_percent, as_numbers, as_words, as_residues, as_based, as_conditioned, as_cases, as_solutions),
-    *(as_brackets, as_ratio, as_lists, as_inequalities, as_equations, as_rounded),
+    *(as_percent, as_numbers, as_words, as_residues, as_based, as_endless, as_conditioned, as_cases, as_solutions),
+    *(as_brackets, as_ratio, as_moduli, as_lists, as_inequalities, as_near, as_equations, as_rounded),
 )
 
 

@@ -34,7 +34,7 @@ SYMBOLS = str.maketrans(
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni")
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 
-FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|log|ln|exp"
+FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|log|lg|ln|exp"
 TYPED = f"{FUNCTIONS}|sqrt|pi|theta|alpha|beta|gamma|delta|lambda|sigma|omega|phi"  # as in pi/2 and sqrt(2)
 TEMPERATURES = {"C": r"\text{ celsius}", "F": r"\text{ fahrenheit}"}
 BASES = "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen"
@@ -91,6 +91,9 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
     (r"(?<![\w.\\^])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,2})(?![\w.])", r"\1 \\times 10^{\2}"),  # as JSON and Python write it
     # One command for one meaning.
+    (command("lg"), r"\\log_{10}"),
+    (command("[lr]?vert"), "|"),
+    (command("c?dots|dots[cbo]"), r"\\ldots"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\[dt]binom", r"\\binom"),
     (f"{command('leq?|leqslant')}|<=", r"\\le "),
@@ -102,6 +105,8 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (command("imath"), "i"),
     (command("bmod"), r"\\mod "),
     (rf"{command('colon')}|(?<=\d) to (?=\d)|(?<=\d) ?{text('to')} ?(?=\d)", ":"),
+    (command("lbrack"), "["),
+    (command("rbrack"), "]"),
     (command("langle|lparen"), "("),
     (command("rangle|rparen"), ")"),
     (command("lbrace"), r"\\{"),

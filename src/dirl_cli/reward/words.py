@@ -47,8 +47,8 @@ QUALIFIERS = f"""
     and or least most max maximum minimum up upwards upward over under below beneath beyond exceeding
     plus minus divided multiplied power powers exponent factorial inverse reciprocal negative negated opposite
     doubled tripled quadrupled halved twice thrice double triple mod modulo remainder base conjugate
-    repeating recurring repeated periodic infinity infinite permille basis pi radical
-    about around roughly nearly almost approx approximately circa maybe perhaps possibly probably unknown
+    repeating recurring repeated periodic infinity infinite permille basis bp bps ppm ppb pi radical
+    about around roughly nearly almost approx approximately ish give circa maybe perhaps possibly probably unknown
     not no never neither nor cannot isn aren doesn wrong incorrect false
     impossible invalid rejected fails failed if unless except excluding without when where provided
     半 分 又 或 和 不 约 余 多 少 以 至 负 点 方 之
@@ -57,6 +57,9 @@ QUALIFYING = {*MULTIPLIERS, *QUALIFIERS.split()}
 NUMERAL = re.compile("(?:eleven|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)tie|[a-z]+illion)(?:th)?s?")
 ONLY_FIRST = {"squared", "cubed", "root", "rooted", "sqrt"}  # after a unit they belong to it, as in metres squared
 BESIDE = {"men", "sq", "cu", "or", "and", "at", "am", "pm", "ten"}  # short words that are no products of letters
+
+SURELY = "exactly|precisely|only|just|a total of"
+SURE = re.compile(rf"(?:\\text ?\{{ ?(?:{SURELY}) ?\}}|(?:{SURELY}) ) ?(?=-? ?(?:[\d.(]|\\frac|\\sqrt))", re.IGNORECASE)
 
 CURRENCY = r"(?:US|A|C)? ?\\?\$|US dollars|USD|EUR|GBP|JPY|CNY|RMB|INR|Rs\.?|[€£¥₹]"
 BEFORE = re.compile(rf"(-?) ?(?:\\text ?\{{ ?({CURRENCY}) ?\}}|({CURRENCY})) ?(-? ?[\d.(\\{{].*)", re.DOTALL)
@@ -86,7 +89,10 @@ class Measured(NamedTuple):
 
     def differs(self, other: "Measured") -> bool:
         """Whether the words alone make it another value."""
-        mixed = any(a and b and a != b for a, b in ((self.units, other.units), (self.powers, other.powers)))
+        if self.units and other.units:
+            mixed = (self.units, self.powers) != (other.units, other.powers)
+        else:
+            mixed = bool(self.powers and other.powers and self.powers != other.powers)
         return mixed or self.qualified != other.qualified
 
 
@@ -94,6 +100,8 @@ def measured(text: str) -> Measured:
     """The value that a text gives, freed of the words beside it, which have multiplied it where they do."""
     if not SOME_WORD.search(text):
         return Measured(text)
+    if sure := SURE.match(text):  # what is said to be exactly so is so
+        text = text[sure.end() :]
     text, units = without_currency(text)
     found = TAIL.search(text)
     if found is None or not is_wordy(found[0]):
@@ -107,7 +115,9 @@ def measured(text: str) -> Measured:
 
     named = [UNITS[word] for word in words if word in UNITS]
     spelt = [name for unit in named for name in SPELT.get(unit, [unit]) if unit != "degree" or len(named) == 1]
-    powers = [SIZES[word] for word in words if word in SIZES] + re.findall(r"\^ ?\{? ?(-?\d)", found[0])
+    powers = [SIZES[word] for word in words if word in SIZES] + re.findall(
+        r"(?:\^ ?\{? ?|(?<=m)(?=[23]))(-?\d)", found[0]
+    )
     return Measured(value, (*units, *spelt), tuple(powers))
 
 
