@@ -42,10 +42,10 @@ test-faults: install
 MINUTES ?= 60
 FINDINGS ?= runs/fuzz
 fuzz: install
-	@$(BIN)/python scripts/fuzz.py --minutes $(MINUTES) --findings $(FINDINGS)
+	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --findings $(FINDINGS)
 
 compare-algos: install
-	@$(BIN)/python benchmarks/compare_algos.py
+	@$(BIN)/python -m benchmarks.compare_algos
 
 clean:
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,8 +5,20 @@ make compare-algos                      # about 25 minutes on two cores; continu
 
 from pathlib import Path
 
-from experiment import ROOT, SEEDS, at_once, card, evaluated, fine_tuned, history, late, mean_and_error, percent
 from matplotlib.figure import Figure
+
+from benchmarks.experiment import (
+    ROOT,
+    SEEDS,
+    at_once,
+    card,
+    evaluated,
+    fine_tuned,
+    history,
+    late,
+    mean_and_error,
+    percent,
+)
 
 ALGORITHMS = (
     "dipo",

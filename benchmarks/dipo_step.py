@@ -1,7 +1,7 @@
 """One DiPO update, packed against the published expansion: the same gradient, fewer forwards, less time and memory.
 
-python benchmarks/dipo_step.py            # about two minutes on one core
-python benchmarks/dipo_step.py sweep      # packed alone, by tokens a row
+python -m benchmarks.dipo_step            # about two minutes on one core
+python -m benchmarks.dipo_step sweep      # packed alone, by tokens a row
 """
 
 import os
@@ -26,10 +26,9 @@ from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.rl.batch import Group, objective_rows
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.types import Trajectory
+from tests.reference.expanded import dipo_sum, expand, expanded_logprobs
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path.insert(0, str(REPOSITORY / "tests"))
-from expanded import dipo_sum, expand, expanded_logprobs  # noqa: E402
 
 BLOCK, GROUP, PROMPT, BUFFER = 4, 8, 46, 98  # the prompt ends inside a block, the buffer of an answer with one
 VOCABULARY, MASK = 4096, 4095
@@ -169,7 +168,7 @@ def peak(side: str, name: str) -> None:
 
 def peak_of(side: str, name: str) -> float:
     """`peak` in a process of its own, whose freed memory goes back at once, so that what is held is what is used."""
-    command = [sys.executable, __file__, "peak", side, name]
+    command = [sys.executable, "-m", "benchmarks.dipo_step", "peak", side, name]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 

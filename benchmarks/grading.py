@@ -1,6 +1,6 @@
 """How many answers are graded a second: right ones and their neighbours', boxed in prose, of five real benchmarks.
 
-python benchmarks/grading.py            # two minutes on two cores; reads ../shared/data
+python -m benchmarks.grading            # two minutes on two cores; reads ../shared/data
 """
 
 import json

@@ -1,9 +1,9 @@
 """Does it learn, on each of five seeds? Fine-tuning, then reinforcement, against as much more fine-tuning.
 
-python benchmarks/learning.py           # about 45 minutes on two cores; continues where it was stopped
+python -m benchmarks.learning           # about 45 minutes on two cores; continues where it was stopped
 """
 
-from experiment import ROOT, at_once, card, evaluated, fine_tuned, history, late, mean_and_error, percent
+from benchmarks.experiment import ROOT, at_once, card, evaluated, fine_tuned, history, late, mean_and_error, percent
 
 SEEDS = range(5)
 TASKS = {"mixed (default)": ("sft", ()), "every demonstration worked": ("sft-worked", ("data.worked=1.0",))}

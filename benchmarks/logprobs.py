@@ -1,6 +1,6 @@
 """Log-probs and their gradient through a published vocabulary: the head's own backward against a checkpointed softmax.
 
-python benchmarks/logprobs.py             # about ten minutes on one core, at most 9 GB
+python -m benchmarks.logprobs             # about ten minutes on one core, at most 9 GB
 """
 
 import os
@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from dipo_step import REPEATS, interleaved, memory
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.dipo_step import REPEATS, interleaved, memory
 from dirl_cli.training.logprobs import linear_logprobs, tokens_at_once
 
 VOCABULARY, WIDTH = 151_936, 1024
@@ -79,7 +79,7 @@ def peak(side: str, dtype: str) -> None:
 def peak_of(side: str, dtype: str) -> float:
     """`peak` in a process of its own, whose freed memory goes back at once."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, "peak", side, dtype]
+    command = [sys.executable, "-m", "benchmarks.logprobs", "peak", side, dtype]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 

@@ -1,6 +1,6 @@
 """Memory as planned against memory as measured, for models of three sizes on a CPU.
 
-python benchmarks/plan.py            # about half an hour on one busy core, at most 4 GB
+python -m benchmarks.plan            # about half an hour on one busy core, at most 4 GB
 """
 
 import os
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from measured import Live, Size, Trial
+from tests.helpers.measured import Live, Size, Trial
 
 SIZES = {
     "10 M": Size(hidden=256, layers=6, heads=4, key_heads=2, inner=768, vocabulary=10_000),
@@ -60,7 +59,7 @@ def main() -> None:
             for way in WAYS:
                 if work == "sample" and WAYS[way][1]:
                     continue  # sampling keeps nothing for backpropagation
-                command = [sys.executable, __file__, size, work, way]
+                command = [sys.executable, "-m", "benchmarks.plan", size, work, way]
                 done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
                 planned, tensors, process = map(int, done.stdout.split())
                 cells = [f"{count / MIB:,.0f}" for count in (planned, tensors, process)]

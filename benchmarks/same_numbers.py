@@ -1,14 +1,12 @@
 """Whether several processes learn what one does: five fp32 steps of SFT and of DiPO, on CPU processes over gloo.
 
-python benchmarks/same_numbers.py    # a markdown table; minutes
+python -m benchmarks.same_numbers    # a markdown table; minutes
 """
 
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from steps import among, differences, take
+from tests.helpers.steps import among, differences, take
 
 TASKS = {"sft": "SFT", "rl": "DiPO"}
 

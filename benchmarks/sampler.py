@@ -1,6 +1,6 @@
 """The native sampler against the published loop: the same greedy tokens, fewer forwards, less time.
 
-python benchmarks/sampler.py            # about eight minutes on one core
+python -m benchmarks.sampler            # about eight minutes on one core
 """
 
 import platform
@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from reference import reference_sample
 
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding
+from tests.reference.published_sampler import reference_sample
 
 NEW_TOKENS, REPEATS = 64, 7
 

@@ -1,15 +1,14 @@
 """Speed against quality of a converted model: thresholds and block sizes beside the same model a token at a time.
 
 scripts/smollm2.sh                              # makes the models, in runs/smollm2
-python benchmarks/speed_quality.py [1 4 8 16]   # ten minutes, and a quarter of an hour a size but 4; killed, it goes on
+python -m benchmarks.speed_quality [1 4 8 16]   # ten minutes, and a quarter of an hour a size but 4; killed, it goes on
 """
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from experiment import at_once
-
+from benchmarks.experiment import at_once
 from dirl_cli.evaluation.report import accuracy, number
 from dirl_cli.evaluation.result_card import Evaluation, read_evaluation
 from dirl_cli.report.plot import Point, scatter

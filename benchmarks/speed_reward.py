@@ -1,11 +1,11 @@
 """What the speed reward adds to tokens per forward and costs in accuracy: the same starts, with it and without.
 
-python benchmarks/speed_reward.py       # about 20 minutes on two cores; continues where it was stopped
+python -m benchmarks.speed_reward       # about 20 minutes on two cores; continues where it was stopped
 """
 
 from pathlib import Path
 
-from experiment import ROOT, SEEDS, at_once, card, evaluated, fine_tuned, mean_and_error, percent
+from benchmarks.experiment import ROOT, SEEDS, at_once, card, evaluated, fine_tuned, mean_and_error, percent
 
 # Groups are kept where the reward differs, all-correct ones among them: only there can speed alone be rewarded.
 REWARDS = {

@@ -43,15 +43,15 @@ part() { # NAME SECONDS COMMAND…: its output into the report, whatever becomes
 
 printf '' >"$OUT/report.md"
 printf '| part | verdict | seconds |\n|---|---|--:|\n' >"$OUT/summary.md"
-part machine 60 "$PYTHON" -c "import sys; sys.path.insert(0, 'benchmarks/gpu'); import shapes; print(shapes.machine())"
-TESTS=$(grep -lE 'mark\.gpu' tests/test_*.py)
+part machine 60 "$PYTHON" -c "from benchmarks.gpu.shapes import machine; print(machine())"
+TESTS=$(grep -rlE 'mark\.gpu' tests --include='test_*.py')
 "$PYTHON" -c "import hypothesis" 2>/dev/null || TESTS=$(grep -L hypothesis $TESTS) # it may be none of the wheels
 part tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -o timeout=150 -m gpu $TESTS
-part push 60 "$PYTHON" benchmarks/gpu/push.py "$SHAPE"
-part training 100 "$PYTHON" benchmarks/gpu/training.py "$SHAPE"
-part samplers 140 "$PYTHON" benchmarks/gpu/sampler.py "$SHAPE" $BATCHES
-part rl-native 110 "$PYTHON" benchmarks/gpu/rl_step.py "$SHAPE" native $TOKENIZER
-part rl-lmdeploy 120 "$PYTHON" benchmarks/gpu/rl_step.py "$SHAPE" lmdeploy $TOKENIZER
-[ "$SHAPE" = toy ] || part samplers-8B 150 "$PYTHON" benchmarks/gpu/sampler.py 8B 1 32 128
+part push 60 "$PYTHON" -m benchmarks.gpu.push "$SHAPE"
+part training 100 "$PYTHON" -m benchmarks.gpu.training "$SHAPE"
+part samplers 140 "$PYTHON" -m benchmarks.gpu.sampler "$SHAPE" $BATCHES
+part rl-native 110 "$PYTHON" -m benchmarks.gpu.rl_step "$SHAPE" native $TOKENIZER
+part rl-lmdeploy 120 "$PYTHON" -m benchmarks.gpu.rl_step "$SHAPE" lmdeploy $TOKENIZER
+[ "$SHAPE" = toy ] || part samplers-8B 150 "$PYTHON" -m benchmarks.gpu.sampler 8B 1 32 128
 cat "$OUT/summary.md" | tee -a "$OUT/report.md"
 ! grep -qE "failed|tests \| cut" "$OUT/summary.md"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.paths import SHARED
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait for each other make tests slow
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, where it is
@@ -23,10 +25,9 @@ def own_cache(tmp_path_factory) -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The real benchmarks, tokenizer and golden cases beside the checkout; without them the test is skipped."""
-    directory = Path(__file__).parents[2] / "shared"
-    if not directory.is_dir():
-        pytest.skip(f"needs the real data in {directory}")
-    return directory
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the real data in {SHARED}")
+    return SHARED
 
 
 @pytest.fixture

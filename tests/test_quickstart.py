@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
 from dirl_cli.models.tiny import Tiny
+from tests.helpers.paths import ROOT
 
-PAGE = (Path(__file__).parents[1] / "docs" / "quickstart.md").read_text().replace("\\\n", "")
+PAGE = (ROOT / "docs" / "quickstart.md").read_text().replace("\\\n", "")
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
 COMMANDS = [shlex.split(line, comments=True)[1:] for line in LINES if line.startswith("dirl ")]
 

@@ -1,14 +1,13 @@
 """The README: its code runs, and its map shows every module and folder of the house."""
 
 import re
-from pathlib import Path
 
 import torch
 
 from dirl_cli.diffusion.sampling import Candidates
 from dirl_cli.diffusion.unmasking import State, find_strategy, reveal
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "src" / "dirl_cli"
 README = (ROOT / "README.md").read_text()
 

@@ -1,9 +1,10 @@
 """The rooms of the house: which modules may import which."""
 
 import ast
-from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "src" / "dirl_cli"
+from tests.helpers.paths import ROOT
+
+SOURCE = ROOT / "src" / "dirl_cli"
 
 # A room is a folder, a module at the top, or a module of `cli`, where who knows whom decides how fast help is.
 # Everyone may import these:

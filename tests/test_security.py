@@ -19,7 +19,6 @@ from huggingface_hub.utils import filter_repo_objects
 from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file, save_file
-from small import SIZES, small_lm
 
 from dirl_cli import hub
 from dirl_cli.cli import launch, run_dir
@@ -36,8 +35,10 @@ from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.models.tiny import train_tokenizer
 from dirl_cli.reward.equality import verified
 from dirl_cli.text import is_secret, masked, printable
+from tests.helpers.paths import ROOT
+from tests.helpers.small import SIZES, small_lm
 
-SOURCE = Path(__file__).parents[1] / "src" / "dirl_cli"
+SOURCE = ROOT / "src" / "dirl_cli"
 TOKEN, PASSWORD = "hf_abcdefghijklmnopqrstuvwxyz", "correct-horse-battery"
 
 
@@ -506,7 +507,8 @@ def test_ends_of_answers_that_are_no_tokens_are_told(model, ends):
 def test_what_fuzzing_feeds_is_refused_or_read(tmp_path):
     command = [
         sys.executable,
-        "scripts/fuzz.py",
+        "-m",
+        "tests.fuzz",
         "--minutes",
         "1",
         "--findings",
@@ -514,7 +516,7 @@ def test_what_fuzzing_feeds_is_refused_or_read(tmp_path):
         "--only",
         "rows,rollouts",
     ]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and [file.name for file in tmp_path.iterdir()] == ["counts.md"], done.stdout
     assert int(re.search(r"([\d,]+) inputs, 0 kinds", done.stdout)[1].replace(",", "")) > 100
 

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
 from dirl_cli.evaluation.compare import Difference
+from tests.helpers.paths import ROOT
 
-HOME = Path(__file__).parents[1]
-PAGE = (HOME / "docs/smollm2.md").read_text().replace("\\\n", "")
+PAGE = (ROOT / "docs/smollm2.md").read_text().replace("\\\n", "")
 LINES = [line.strip() for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
 COMMANDS = [shlex.split(line, comments=True)[1:] for line in LINES if line.startswith("dirl ")]
-SCRIPT = HOME / "scripts/smollm2.sh"
+SCRIPT = ROOT / "scripts/smollm2.sh"
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -58,7 +58,7 @@ def test_every_stage_of_the_script_is_accepted(machine, here, monkeypatch):
 
 def data_script(*words: str) -> None:
     sys.argv[1:] = words
-    runpy.run_path(str(HOME / "scripts/smollm2_data.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "scripts/smollm2_data.py"), run_name="__main__")
 
 
 def rows(file: Path) -> list[dict]:
@@ -99,6 +99,6 @@ def test_a_file_that_is_not_there_is_told_in_a_sentence(tmp_path, monkeypatch):
 
 
 def test_a_gain_whose_error_cannot_be_told_is_told_without_it():
-    gained = runpy.run_path(str(HOME / "scripts/smollm2_table.py"))["gained"]
+    gained = runpy.run_path(str(ROOT / "scripts/smollm2_table.py"))["gained"]
     assert gained(Difference(31.0, 42.5, 5.0)) == "31.0 → 42.5 %, 2.3 standard errors."
     assert gained(Difference(0.0, 100.0, None)) == "0.0 → 100.0 %."

@@ -1,6 +1,6 @@
 """A push of the trainer's weights into an engine on the same device: what moves, and how long it takes.
 
-python benchmarks/gpu/push.py [toy|1.7B|8B]
+python -m benchmarks.gpu.push [toy|1.7B|8B]
 """
 
 import sys
@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from shapes import BANDWIDTH, DEVICE, lmdeploy, machine, random_model, row, seconds, table, wait
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.gpu.shapes import BANDWIDTH, DEVICE, lmdeploy, machine, random_model, row, seconds, table, wait
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import Sampler

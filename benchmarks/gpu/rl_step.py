@@ -1,6 +1,6 @@
 """Whole steps of `dirl rl`, phase by phase, as the command itself logs them, on a model of random weights.
 
-python benchmarks/gpu/rl_step.py [toy|1.7B] [native|lmdeploy] [tokenizer directory]
+python -m benchmarks.gpu.rl_step [toy|1.7B] [native|lmdeploy] [tokenizer directory]
 """
 
 import json
@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shapes import DEVICE, machine, random_model, row, saved, table
+from benchmarks.gpu.shapes import DEVICE, machine, random_model, row, saved, table
 
 STEPS = 4 if DEVICE == "cuda" else 2  # the first of which compiles and captures
 PROBLEMS, GROUP, NEW = (16, 8, 256) if DEVICE == "cuda" else (2, 2, 8)

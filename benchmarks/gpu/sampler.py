@@ -1,6 +1,6 @@
 """Samplers, the same weights and the same schedule: native, LMDeploy, and the published loop on plain transformers.
 
-python benchmarks/gpu/sampler.py [toy|1.7B|8B] [batch …]
+python -m benchmarks.gpu.sampler [toy|1.7B|8B] [batch …]
 """
 
 import sys
@@ -8,21 +8,20 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from replay import MEAN_STEPS, PATTERNS
-from shapes import DEVICE, DTYPE, fused_roofline, lmdeploy, machine, random_model, row, seconds, table
 
+from benchmarks.gpu.replay import MEAN_STEPS, PATTERNS
+from benchmarks.gpu.shapes import DEVICE, DTYPE, fused_roofline, lmdeploy, machine, random_model, row, seconds, table
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.types import Decoding, Trajectory
-
-from reference import reference_sample  # isort: skip  # which `shapes` makes importable
+from tests.reference.published_sampler import reference_sample
 
 REPEATS = 5 if DEVICE == "cuda" else 1
 SCHEDULES = {  # denoising steps a block, in the mean
     "static, S = 4": (4, Decoding(strategy="low_confidence_static", denoising_steps=4)),
     "static, S = 2": (2, Decoding(strategy="low_confidence_static", denoising_steps=2)),
-    "recorded trace": (MEAN_STEPS, Decoding(denoising_steps=4, strategy="replay.replayed")),
+    "recorded trace": (MEAN_STEPS, Decoding(denoising_steps=4, strategy="benchmarks.gpu.replay.replayed")),
 }
 GOALS = (
     "Goals: native ≥ 2.5× LMDeploy at batch ≤ 8 and ≥ 1.5× at batch ≥ 128; 6× the loop at batch 1;"

@@ -5,7 +5,6 @@ Without a GPU everything here runs on the CPU in fp32, which shows that it runs 
 
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from dirl_cli.rollout.engines import Lmdeploy
 from dirl_cli.rollout.sampler import Sampler
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path += [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "tests")]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

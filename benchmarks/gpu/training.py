@@ -1,6 +1,6 @@
 """Training steps: fine-tuning against the doubled layout, DiPO packed against the published expansion.
 
-python benchmarks/gpu/training.py [toy|1.7B|8B] [answer buffer]
+python -m benchmarks.gpu.training [toy|1.7B|8B] [answer buffer]
 """
 
 import sys
@@ -10,7 +10,11 @@ from functools import partial
 
 import torch
 from omegaconf import OmegaConf
-from shapes import (
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from benchmarks import dipo_step
+from benchmarks.gpu.shapes import (
     BLOCK,
     DEVICE,
     DTYPE,
@@ -25,18 +29,13 @@ from shapes import (
     seconds,
     table,
 )
-from torch.nn import functional as F
-from transformers import PreTrainedModel
-
 from dirl_cli.cli.build import build
 from dirl_cli.data.order import generator
 from dirl_cli.diffusion.masking import Example, example
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
-
-import dipo_step  # isort: skip  # these `shapes` makes importable
-from expanded import doubled_mask  # isort: skip
+from tests.reference.expanded import doubled_mask
 
 REPEATS = 5 if DEVICE == "cuda" else 1
 LENGTHS = (700, 1100, 500, 900) if DEVICE == "cuda" else (40, 60)

@@ -2,7 +2,6 @@
 
 import re
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +11,7 @@ from dirl_cli.cli import config_tree
 from dirl_cli.cli.launch import accelerate_options, check_launch
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
+from tests.helpers.paths import ROOT
 
 
 def settings(**chosen):
@@ -53,7 +53,7 @@ def test_two_machines_find_each_other_at_the_first_ones_address():
 
 
 def commands():
-    blocks = re.findall(r"```bash\n(.*?)```", (Path(__file__).parents[1] / "docs/multi_gpu.md").read_text(), re.S)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/multi_gpu.md").read_text(), re.S)
     return re.findall(r"(?:^|srun )dirl (\w+) ([^#\n]*)", "\n".join(blocks), re.M)
 
 

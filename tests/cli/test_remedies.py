@@ -3,16 +3,16 @@
 import re
 import shlex
 import tomllib
-from pathlib import Path
 
 import pytest
-from test_cli import dirl, jobs, refusal  # noqa: F401  # jobs is a fixture
 
 from dirl_cli import hub
 from dirl_cli.cli.schema import SCHEMAS
 from dirl_cli.commands.generate import UNTRAINED
 from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.text import counted, shell_word
+from tests.cli.test_cli import dirl, jobs, refusal  # noqa: F401  # jobs is a fixture
+from tests.helpers.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_cfg_job_prints_every_key(command):
 
 def test_packages_are_installed_by_their_own_names():
     """Those of pyproject.toml: `dirl` itself is on no index."""
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extra, wanted in project["optional-dependencies"].items():
         pip, install, *packages = shlex.split(pip_install(extra))
         assert (pip, install) == ("pip", "install")

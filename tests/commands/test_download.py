@@ -10,7 +10,6 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from hub import COMMIT, Hub, sha256
 from huggingface_hub import close_session, constants
 from typer.testing import CliRunner
 
@@ -19,6 +18,7 @@ from dirl_cli.commands.download import room_for
 from dirl_cli.data.files import ProblemFile
 from dirl_cli.errors import DirlError
 from dirl_cli.hub import local
+from tests.helpers.hub import COMMIT, Hub, sha256
 
 WEIGHTS = random.Random(0).randbytes(1_000_000)
 PROBLEMS = b'{"question": "1+1?", "ground_truth_answer": "2"}\n' * 100

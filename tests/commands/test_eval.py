@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from small import published_vocabulary
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.commands import eval as command
@@ -35,6 +34,7 @@ from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import train_tokenizer
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Decoding, Instruction, Problem, Trajectory
+from tests.helpers.small import published_vocabulary
 
 ANSWER = Answer("a", 0, "\\boxed{1}\n é", True, "stop", 10, 12, 6, 8, 0.5)
 CONFIG = OmegaConf.create(

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from small import MASK, small_lm
 from transformers import AutoTokenizer
 
 from dirl_cli.cli import schema
@@ -26,6 +25,7 @@ from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import score_trajectories
 from dirl_cli.types import Decoding, Trajectory
+from tests.helpers.small import MASK, small_lm
 
 OURS = ("index", "sample", "text", "prompt_ids", "token_ids", "reveal_step", "logprobs", "stop_reason", "forwards")
 

@@ -13,7 +13,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from small import MASK, random_lm, small_lm
 from transformers import AutoModelForCausalLM
 
 from dirl_cli.cli import schema
@@ -21,6 +20,7 @@ from dirl_cli.commands.merge import run
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.load import Checkpoint
+from tests.helpers.small import MASK, random_lm, small_lm
 
 
 @pytest.fixture(params=["untied", "tied", "moe"])

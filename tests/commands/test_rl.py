@@ -16,7 +16,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
-from small import paid_by_the_letter, published_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dirl_cli.cli import schema
@@ -31,6 +30,7 @@ from dirl_cli.rollout.storage import Record, read_rollout
 from dirl_cli.training.checkpoint import sha256
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.types import Problem, Trajectory
+from tests.helpers.small import paid_by_the_letter, published_vocabulary
 
 # A random model answers nothing right, so answers are rewarded for ending early, at any of many tokens.
 SMALL = (

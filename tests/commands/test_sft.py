@@ -19,7 +19,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
-from small import published_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dirl_cli.cli import schema
@@ -33,6 +32,7 @@ from dirl_cli.sft.batches import Noise, NoisedBatches
 from dirl_cli.sft.validation import hold_out, metric
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.trainer import Trainer
+from tests.helpers.small import published_vocabulary
 
 SMALL = (
     "+model.hidden_size=32",

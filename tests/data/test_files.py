@@ -16,10 +16,11 @@ from dirl_cli.data.files import Mix, ProblemFile, TrainingFile, sources_of
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
+from tests.helpers.paths import ROOT, SHARED
 
 PROBLEMS = [{"question": "1+1?", "ground_truth_answer": "2"}, {"question": "2+2?", "ground_truth_answer": 4}]
 DEMONSTRATIONS = [{"prompt": f"{i}?", "response": f"{i}."} for i in range(10)]
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+DATA = SHARED / "data"
 
 
 def save(path: Path, rows: list, lines: bool = False) -> str:
@@ -131,11 +132,11 @@ def test_all_rows_cannot_be_held_out(tmp_path: Path) -> None:
         TrainingFile(save(tmp_path / "a.json", DEMONSTRATIONS), held_out=10).demonstrations()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real benchmark files of ../shared/data are not here")
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real benchmark files of ../shared/data are not here")
 def test_the_real_files_are_read() -> None:
     sizes = {"MATH500": 500, "GSM8K": 1319, "AIME2024": 30, "AIME2025": 30, "OlympiadBench": 675}
-    assert {name: len(problems(str(SHARED / f"{name}.json"))) for name in sizes} == sizes
-    assert len(TrainingFile(str(SHARED / "GSM8K-train-sft.json")).demonstrations()) == 7473
+    assert {name: len(problems(str(DATA / f"{name}.json"))) for name in sizes} == sizes
+    assert len(TrainingFile(str(DATA / "GSM8K-train-sft.json")).demonstrations()) == 7473
 
 
 def save_table(path: Path, rows: list[dict]) -> str:
@@ -484,7 +485,7 @@ def test_the_advice_on_columns_works_as_it_is_typed(tmp_path):
 
 
 def test_the_rows_of_the_readme_are_read_without_a_word(tmp_path):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     rows = [json.loads(line) for line in readme.split("```json\n")[1].split("```")[0].splitlines()]
     found = [learned(tmp_path, row) for row in rows[:3]]
     assert [row.fields.keys() for row in found] == [{"messages"}, {"question", "response", "system"}, rows[2].keys()]

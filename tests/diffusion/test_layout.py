@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import small_lm
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from dirl_cli.diffusion.layout import PADDING, SHARED, Coordinates, Strip, attends, first_fit, lay_out, pack
 from dirl_cli.models.attention import TILE, attention_mask, block_mask, dense_mask, hidden_states
+from tests.helpers.small import small_lm
 
 MASK = 49
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small import MASK
 from torch import Generator
 
 from dirl_cli.diffusion.layout import Strip
@@ -18,6 +17,7 @@ from dirl_cli.diffusion.states import (
 from dirl_cli.errors import DirlError
 from dirl_cli.rl.batch import trained_length
 from dirl_cli.types import Trajectory
+from tests.helpers.small import MASK
 
 TOKENS = Tokens(block_size=4, mask_id=MASK)
 M = MASK

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from faulty_reward import due
 
 from dirl_cli.diffusion.masking import hide
 from dirl_cli.diffusion.unmasking import low_confidence_dynamic
+from tests.faults.faulty_reward import due
 
 
 def strategy(state):

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_reward import due
-from trials import SFT, TRACEBACK, Child, config, finished, result, save_random_model
 
 from dirl_cli.cli.run_dir import open_run
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.grading import Grader
 from dirl_cli.training.checkpoint import complete, damage
+from tests.faults.faulty_reward import due
+from tests.faults.trials import SFT, TRACEBACK, Child, config, finished, result, save_random_model
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 KILLS = 30
@@ -183,7 +183,7 @@ def test_the_command_that_is_asked_to_stop_exits_with_0(undisturbed, tmp_path, t
 def test_a_loss_that_is_not_finite_or_a_gradient_that_explodes(every, factor, undisturbed, tmp_path, tell):
     words = [
         undisturbed["sft"][0],
-        "masking._target_=faulty.Masking",
+        "masking._target_=tests.faults.faulty.Masking",
         f"+masking.every={every}",
         f"+masking.factor={factor}",
     ]
@@ -202,7 +202,7 @@ def test_a_loss_that_is_not_finite_or_a_gradient_that_explodes(every, factor, un
 def test_losses_that_stay_nan_end_the_run_in_a_sentence(undisturbed, tmp_path, tell):
     words = [
         undisturbed["sft"][0],
-        "masking._target_=faulty.Masking",
+        "masking._target_=tests.faults.faulty.Masking",
         "+masking.every=1",
         "+masking.factor=nan",
         "max_skipped=3",
@@ -214,7 +214,9 @@ def test_losses_that_stay_nan_end_the_run_in_a_sentence(undisturbed, tmp_path, t
 
 def test_a_reward_that_fails(undisturbed, flags, tmp_path, tell):
     word, _, _ = undisturbed["rl"]
-    cfg = config("rl", word, "+reward.weights={soft_overlong: 1.0, faulty_reward.reward: 1.0}", "reward.timeout=2")
+    cfg = config(
+        "rl", word, "+reward.weights={soft_overlong: 1.0, tests.faults.faulty_reward.reward: 1.0}", "reward.timeout=2"
+    )
     through = finished("rl", cfg, tmp_path / "through")
     faults = {"hang": "took longer than 2 s", "exit": "code 3", "kill": "code -9", "raise": "RuntimeError: a fault"}
     survived = 0
@@ -241,7 +243,7 @@ def test_a_grading_process_that_is_killed(tell):
 
 def test_a_sampler_that_raises_in_mid_rollout(undisturbed, flags, tmp_path, tell):
     word, _, _ = undisturbed["rl"]
-    cfg = config("rl", word, "decoding.strategy=faulty.strategy")
+    cfg = config("rl", word, "decoding.strategy=tests.faults.faulty.strategy")
     through, survived = finished("rl", cfg, tmp_path / "through"), 0
     for step in (1, 4):
         out = tmp_path / str(step)

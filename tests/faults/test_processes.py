@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from trials import SFT, Child, config, save_random_model
+
+from tests.faults.trials import SFT, Child, config, save_random_model
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

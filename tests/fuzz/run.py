@@ -1,6 +1,6 @@
 """Feed mutated files, overrides, numbers, answers and checkpoints to what reads them, and keep what breaks it.
 
-python scripts/fuzz.py --minutes 60 --findings DIR [--seed 0] [--only rows,answers]
+python -m tests.fuzz --minutes 60 --findings DIR [--seed 0] [--only rows,answers]
 
 Whatever is read may be refused with a DirlError. Another exception, a process that dies and an input that takes more
 than 30 s of its process are findings: the input and what happened are kept in --findings, one of a kind. Changes are
@@ -32,6 +32,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+
+from tests.helpers.paths import SHARED
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 TOO_LONG = 30.0  # seconds of processor time for one input
@@ -516,7 +518,7 @@ def answers(home: Path) -> tuple[list[bytes], Target]:
     ]
     pairs = list(zip([*golds, *more], [*more, *golds], strict=True))
     pairs += [(gold, gold) for gold in golds]
-    judged = Path(__file__).parents[2] / "shared/cases/grading.jsonl"  # where it is, answers that were judged by hand
+    judged = SHARED / "cases/grading.jsonl"  # where it is, answers that were judged by hand
     rows = map(json.loads, judged.read_text().splitlines()) if judged.exists() else ()
     pairs += [(str(row["gold"]), row["completion"]) for row in rows]
     return [f"{gold}\n{answer}".encode() for gold, answer in pairs], run
@@ -747,7 +749,3 @@ def table(tallies: dict[str, Tally]) -> str:
         for name, one in tallies.items()
     ]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    main()

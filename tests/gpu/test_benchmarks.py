@@ -3,24 +3,19 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.gpu.replay import MEAN_STEPS, PATTERNS
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding
-
-from small import small_lm  # isort: skip
-
-REPOSITORY = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
+from tests.helpers.small import small_lm
 
 
-def test_a_recorded_trace_is_replayed_whatever_the_tokens(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks/gpu")
-    from replay import MEAN_STEPS, PATTERNS
-
-    decoding = Decoding(strategy="replay.replayed", max_new_tokens=40)
+def test_a_recorded_trace_is_replayed_whatever_the_tokens():
+    decoding = Decoding(strategy="benchmarks.gpu.replay.replayed", max_new_tokens=40)
     [[one], [other]] = NativeSampler(small_lm()).sample([[2, 3, 4, 5], [6] * 8], 1, decoding)
     steps = [step for pattern in 3 * PATTERNS for step in pattern]
     assert one.reveal_step == steps[4:44]  # behind a prompt of one block
@@ -34,7 +29,7 @@ def test_a_recorded_trace_is_replayed_whatever_the_tokens(monkeypatch):
 def test_the_check_for_a_gpu_runs_on_a_cpu_with_all_its_tables(tmp_path):
     parts = "machine push training samplers rl-native"
     environment = os.environ | {"SHAPE": "toy", "PARTS": parts, "PYTHON": sys.executable}
-    script = ["bash", str(REPOSITORY / "scripts/gpu_check.sh"), "", str(tmp_path)]
+    script = ["bash", str(ROOT / "scripts/gpu_check.sh"), "", str(tmp_path)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     report = (tmp_path / "report.md").read_text()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,7 +42,7 @@ def test_the_check_for_a_gpu_runs_on_a_cpu_with_all_its_tables(tmp_path):
 @pytest.mark.slow
 def test_it_fails_with_a_part_that_fails(tmp_path):
     environment = os.environ | {"SHAPE": "nothing", "PARTS": "push", "PYTHON": sys.executable}
-    script = ["bash", str(REPOSITORY / "scripts/gpu_check.sh"), "", str(tmp_path)]
+    script = ["bash", str(ROOT / "scripts/gpu_check.sh"), "", str(tmp_path)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "KeyError: 'nothing'" in done.stdout

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from answers import ANSWERS, BLOCK
-from small import MASK, PAD, random_lm, small_lm
 from torch._dynamo.utils import counters
 
 from dirl_cli.diffusion.layout import Rows, pack
@@ -13,6 +11,8 @@ from dirl_cli.diffusion.sampling import draw, draw_at_once, invert, temper
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.models.attention import block_mask, dense_mask
 from dirl_cli.training.logprobs import TokenScorer, linear_logprobs
+from tests.helpers.answers import ANSWERS, BLOCK
+from tests.helpers.small import MASK, PAD, random_lm, small_lm
 
 pytestmark = [
     pytest.mark.gpu,

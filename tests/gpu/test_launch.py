@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from steps import among, differences
+
+from tests.helpers.steps import among, differences
 
 pytestmark = [
     pytest.mark.gpu,

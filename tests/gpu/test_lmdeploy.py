@@ -1,14 +1,12 @@
 """LMDeploy on a GPU against the native engine and the slow loop, on random weights of two shapes."""
 
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-from parity import parting, slow_answer
 
+from benchmarks.gpu import shapes
 from dirl_cli.api import load_sampler
 from dirl_cli.models.load import diffusion_lm
 from dirl_cli.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
@@ -16,8 +14,7 @@ from dirl_cli.rollout.engines import Lmdeploy
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import score_trajectories
 from dirl_cli.types import Decoding
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks/gpu"))
+from tests.reference.parity import parting, slow_answer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,8 +33,6 @@ BF16 = 0.1  # nats: what rounding to 8 bits may tip or shift
 @pytest.fixture(scope="module", params=["toy", "1.7B"])
 def engines(request):
     """The model in bf16, and both engines with its weights."""
-    import shapes
-
     lm = shapes.random_model(request.param, "sdpa")
     theirs = shapes.lmdeploy(lm, 16, 0.2)
     yield lm, NativeSampler(lm), theirs
@@ -134,8 +129,6 @@ def test_a_push_without_a_sleep_is_seen_by_captured_graphs(engines):
 
 
 def test_a_mixture_of_experts_answers_with_pushed_weights():
-    import shapes
-
     config = SDARMoeConfig(
         vocab_size=shapes.VOCABULARY,
         hidden_size=256,
@@ -172,8 +165,6 @@ def test_a_mixture_of_experts_answers_with_pushed_weights():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_an_engine_computes_on_the_gpu_of_its_model():
-    import shapes
-
     lm = shapes.random_model("toy", "sdpa")
     lm.model.to("cuda:1")
     before = torch.cuda.memory_allocated(0)
@@ -189,8 +180,6 @@ def test_an_engine_computes_on_the_gpu_of_its_model():
 
 
 def test_from_python_as_in_the_quick_start(tmp_path):
-    import shapes
-
     lm = shapes.random_model("toy", "sdpa")
     path = shapes.saved(lm, tmp_path / "model")
     sampler = load_sampler(path, rollout="lmdeploy", max_batch=4, cache_share=0.1)

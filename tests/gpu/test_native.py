@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from small import random_lm, small_lm
 
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.forward_gpu import block_attention
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import score_trajectories
 from dirl_cli.types import Decoding
+from tests.helpers.small import random_lm, small_lm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,7 +53,7 @@ def test_attention_is_torchs(count, block, heads, key_heads, dtype):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "test_gpu_native.two_best"])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, f"{__name__}.two_best"])
 def test_answers_from_graphs_are_those_of_plain_forwards(strategy, temperature):
     lm, options = on_gpu(small_lm()), decoding(strategy, temperature=temperature)
     sampler = NativeSampler(lm, 3)

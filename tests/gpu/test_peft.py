@@ -1,4 +1,4 @@
-"""LoRA and QLoRA where only a CUDA device can show them; each has its counterpart in tests/test_peft.py."""
+"""LoRA and QLoRA where only a CUDA device can show them; each has its counterpart in tests/models/test_peft.py."""
 
 from dataclasses import replace
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from small import MASK, PAD
 from torch import Tensor
 
 from dirl_cli.diffusion.layout import PADDING, PER_TOKEN, Rows, pack
@@ -14,6 +13,7 @@ from dirl_cli.rl.batch import Group, objective_rows
 from dirl_cli.rl.objective import Objective
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.types import Trajectory
+from tests.helpers.small import MASK, PAD
 
 BLOCK, STOP, LONGEST = 4, 1, 16
 TOKENS = Tokens(BLOCK, MASK)

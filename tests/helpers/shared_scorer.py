@@ -1,14 +1,12 @@
-"""What one of two processes does in tests/test_logprobs.py: its share of the rows through a scorer that both hold.
+"""One of two processes of tests/training/test_logprobs.py: its share of the rows through a scorer that both hold.
 
-python tests/shared_scorer.py KIND WRAPPER FILE        # under torchrun; FILE gets the gradients
+python -m tests.helpers.shared_scorer KIND WRAPPER FILE        # under torchrun; FILE gets the gradients
 """
 
 import sys
 
 import torch
 import torch.distributed as dist
-from answers import ANSWERS, BLOCK
-from small import MASK, PAD, random_lm
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.training.logprobs import TokenScorer
+from tests.helpers.answers import ANSWERS, BLOCK
+from tests.helpers.small import MASK, PAD, random_lm
 
 
 def shared_rows() -> list[Rows]:

@@ -1,6 +1,6 @@
 """Five optimizer steps of one process among several, on what is the same everywhere: what it sees and ends with.
 
-python tests/steps.py FILE LAUNCH sft+rl [KEY=VALUE …]    # with RANK, WORLD_SIZE, … as torchrun sets them
+python -m tests.helpers.steps FILE LAUNCH sft+rl [KEY=VALUE …]    # with RANK, WORLD_SIZE, … as torchrun sets them
 """
 
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from small import MASK, PAD, small_lm
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -32,9 +31,11 @@ from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.parallel import gathered, start_accelerator, whole
 from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.types import SHARING, Decoding, Problem
+from tests.helpers.paths import ROOT
+from tests.helpers.small import MASK, PAD, small_lm
 
 STEPS = 5
-DIPO = OmegaConf.load(Path(__file__).parents[1] / "conf/algo/dipo.yaml")
+DIPO = OmegaConf.load(ROOT / "conf/algo/dipo.yaml")
 OPTIMIZERS = {
     "adamw": AdamW(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
     "muon": Muon(lr=1e-2, momentum=0.95, adamw_lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
@@ -139,7 +140,8 @@ def among(processes: int, directory: Path, launch: str, tasks: str = "sft+rl", *
     words = [f"{key}={value}" for key, value in options.items()]
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, str(directory / str(rank)), launch, tasks, *words],
+            [sys.executable, "-m", "tests.helpers.steps", str(directory / str(rank)), launch, tasks, *words],
+            cwd=ROOT,
             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(processes)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from answers import slopes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -28,6 +27,7 @@ from dirl_cli.models.peft import Lora, trained
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import TokenScorer, score_trajectories
 from dirl_cli.types import Decoding, Trajectory
+from tests.helpers.answers import slopes
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

@@ -5,13 +5,13 @@ from pathlib import Path
 import httpx
 import pytest
 from huggingface_hub import ModelCard
-from test_sft import config
 from transformers import LlamaConfig
 
 from dirl_cli.commands.sft import run
 from dirl_cli.errors import DirlError
 from dirl_cli.models.model_card import adapter_card, model_card, repositories, told
 from dirl_cli.models.sdar import SDARConfig
+from tests.commands.test_sft import config
 
 RECIPE = {
     "data": {"_target_": "dirl_cli.data.files.File", "path": "lab/problems", "columns": None},

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from answers import slopes
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from small import EXPERTS, MASK, PAD, SIZES, small_lm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +31,8 @@ from dirl_cli.models.tiny import Tiny, train_tokenizer
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.checkpoint import save_model
 from dirl_cli.training.logprobs import score_trajectories
+from tests.helpers.answers import slopes
+from tests.helpers.small import EXPERTS, MASK, PAD, SIZES, small_lm
 
 OPTIONS = Decoding(temperature=1.0, max_new_tokens=9, strategy="sequential")
 PROMPTS = [[5, 6, 7], [11] * 9]

@@ -12,11 +12,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
-from measured import ADAMW, Size, Trial, measured
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
-from small import MASK, PAD, random_lm, small_lm
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,6 +36,9 @@ from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.trainer import Trainer
+from tests.helpers.measured import ADAMW, Size, Trial, measured
+from tests.helpers.paths import ROOT
+from tests.helpers.small import MASK, PAD, random_lm, small_lm
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA = Lora(ALL, rank=4, alpha=8, dropout=0.0, four_bit=False, seed=0)
@@ -183,7 +184,8 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / f"{rank}.pt")],
+            [sys.executable, "-m", __name__, str(tmp_path / f"{rank}.pt")],
+            cwd=ROOT,
             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from huggingface_hub import HfApi
-from small import small_lm
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.save import push, require_pushable
+from tests.helpers.small import small_lm
 
 
 class Hub(ThreadingHTTPServer):

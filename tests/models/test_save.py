@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
-from small import EXPERTS, MASK, SIZES, random_lm, small_lm
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import Checkpoint, DiffusionLM, diffusion_lm
 from dirl_cli.models.save import save_published
 from dirl_cli.models.sdar import SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
+from tests.helpers.small import EXPERTS, MASK, SIZES, random_lm, small_lm
 
 IDS = torch.arange(5, 13)[None]
 

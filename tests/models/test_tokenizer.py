@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small import published_vocabulary
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import Checkpoint, DiffusionLM
+from tests.helpers.small import published_vocabulary
 
 PAD, TURN_START, TURN_END, THINK, MASK = 151643, 151644, 151645, 151667, 151669
 CHAT = [{"role": "user", "content": "Solve $x^2 = 1234$."}]

@@ -13,9 +13,7 @@ from huggingface_hub import constants
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from measured import ADAMW, Size, Trial, Untrained, dipo, measured
 from omegaconf import DictConfig, OmegaConf
-from small import small_lm
 from transformers import AutoConfig
 
 from dirl_cli.cli import schema
@@ -35,6 +33,8 @@ from dirl_cli.plan.memory import Architecture, Memory, MicroBatch, Parallelism, 
 from dirl_cli.rollout.engines import Lmdeploy, Native
 from dirl_cli.training.optim import Muon
 from dirl_cli.types import Decoding
+from tests.helpers.measured import ADAMW, Size, Trial, Untrained, dipo, measured
+from tests.helpers.small import small_lm
 
 GROUPED = Size(hidden=64, layers=3, heads=4, key_heads=2, inner=192, vocabulary=1500, head_dim=32)
 TIED = Size(hidden=128, layers=6, heads=4, key_heads=4, inner=256, vocabulary=300, head_dim=32, tied=True)

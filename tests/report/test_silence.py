@@ -8,7 +8,6 @@ import time
 import pytest
 from accelerate import Accelerator
 from omegaconf import OmegaConf
-from small import small_lm
 
 from dirl_cli import console as console_module
 from dirl_cli.cli import launch
@@ -19,6 +18,7 @@ from dirl_cli.evaluation.held_out import Exam
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.training.session import StopSignal
 from dirl_cli.types import Decoding, Problem
+from tests.helpers.small import small_lm
 
 
 def console(**options):

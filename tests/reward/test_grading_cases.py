@@ -1,14 +1,14 @@
 """Public cases of grading with what a careful mathematician says of each: shared/cases/grading.jsonl."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from dirl_cli.reward.boxed import final_answer, reference
 from dirl_cli.reward.equality import plainly_equal, verified
+from tests.helpers.paths import SHARED
 
-FILE = Path(__file__).parents[2] / "shared" / "cases" / "grading.jsonl"
+FILE = SHARED / "cases" / "grading.jsonl"
 CASES = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] if FILE.exists() else []
 WRONG = [case for case in CASES if not case["should"]]
 

@@ -13,8 +13,9 @@ from dirl_cli.errors import DirlError
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import Rewards, Scored, Scorer
 from dirl_cli.types import Problem
+from tests.helpers.paths import ROOT
 
-CONF = Path(__file__).parents[1] / "conf" / "reward"
+CONF = ROOT / "conf" / "reward"
 
 OWN = """
 import os

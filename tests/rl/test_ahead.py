@@ -9,14 +9,14 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-import test_rl
-from test_groups import MIXED, SAME, each, ids, source
-from test_rl import ARITHMETIC, SMALL, config, lines, run, updates, weights
 
 from dirl_cli.cli.launch import check_values
 from dirl_cli.errors import DirlError
 from dirl_cli.rl.rollouts import State, sampling_ahead
 from dirl_cli.rollout.storage import read_rollout
+from tests.commands import test_rl
+from tests.commands.test_rl import ARITHMETIC, SMALL, config, lines, run, updates, weights
+from tests.rl.test_rollouts import MIXED, SAME, each, ids, source
 
 model = test_rl.model  # a fixture
 

@@ -1,13 +1,10 @@
 """Sharing a prompt, splitting, padding and packing change how much is computed, never what."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from answers import ANSWERS, BLOCK, EIGHT, REWARDS, SIX, TOKENS, answer, assert_same, packed
 from omegaconf import OmegaConf
-from small import MASK, PAD, small_lm
 
 from dirl_cli.cli.build import build
 from dirl_cli.diffusion.layout import SHARED, common_blocks, join, pack
@@ -15,6 +12,9 @@ from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.rl.advantages import normalised
 from dirl_cli.rl.batch import Group, fitting, joined_length, objective_rows
 from dirl_cli.rl.objective import Objective
+from tests.helpers.answers import ANSWERS, BLOCK, EIGHT, REWARDS, SIX, TOKENS, answer, assert_same, packed
+from tests.helpers.paths import ROOT
+from tests.helpers.small import MASK, PAD, small_lm
 
 GROUPS = [Group(a, normalised(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
 ALONE = [
@@ -24,7 +24,7 @@ OLD = 0.3 * torch.randn(9, 10, generator=torch.Generator().manual_seed(2))
 
 
 def algorithm(name: str, **changed) -> Objective:
-    return build(OmegaConf.merge(OmegaConf.load(Path(__file__).parents[1] / "conf" / "algo" / f"{name}.yaml"), changed))
+    return build(OmegaConf.merge(OmegaConf.load(ROOT / "conf" / "algo" / f"{name}.yaml"), changed))
 
 
 def rows_of(groups: list[Group], row_tokens: int):

@@ -2,14 +2,10 @@
 
 from collections.abc import Iterator
 from math import exp
-from pathlib import Path
 
 import pytest
 import torch
-from answers import ANSWERS, BLOCK, LONGEST, REWARDS, STOP, answer, assert_same, gradient, packed
-from expanded import dipo_sum, expand, expanded_logprobs
 from omegaconf import OmegaConf
-from small import MASK, PAD, small_lm
 from torch import Generator, Tensor
 
 from dirl_cli.cli.build import build
@@ -22,8 +18,12 @@ from dirl_cli.rl.objective import KL, LEVELS, NORMALIZERS, Objective, ratio_of
 from dirl_cli.rl.update import corrections
 from dirl_cli.training.logprobs import score_trajectories
 from dirl_cli.types import Trajectory
+from tests.helpers.answers import ANSWERS, BLOCK, LONGEST, REWARDS, STOP, answer, assert_same, gradient, packed
+from tests.helpers.paths import ROOT
+from tests.helpers.small import MASK, PAD, small_lm
+from tests.reference.expanded import dipo_sum, expand, expanded_logprobs
 
-ALGO = Path(__file__).parents[1] / "conf" / "algo"
+ALGO = ROOT / "conf" / "algo"
 
 
 def algorithm(name: str, **changed) -> Objective:

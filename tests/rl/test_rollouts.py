@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from small import small_lm
 
 from dirl_cli.commands.rl import answer_table, measured, records
 from dirl_cli.errors import DirlError
@@ -17,6 +16,7 @@ from dirl_cli.rl.advantages import mean_only, normalised
 from dirl_cli.rl.rollouts import Sampled, State, continues, drawing, replayed, rescored, with_advantages
 from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
 from dirl_cli.types import Decoding, Problem, Trajectory
+from tests.helpers.small import small_lm
 
 POOL = [Problem(str(i), f"what is {i}?", str(i)) for i in range(6)]
 

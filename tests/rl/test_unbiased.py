@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from math import comb
-from pathlib import Path
 
 import pytest
 import torch
-from enumerated import answers, toy
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -28,8 +26,9 @@ from dirl_cli.rl.objective import LEVELS, Objective
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.types import Decoding, Trajectory
+from tests.helpers.paths import ROOT
+from tests.reference.enumerated import answers, toy
 
-ROOT = Path(__file__).parents[1]
 THRESHOLD = {"sampled": 0.7, "max": 0.9, "entropy": 0.75}  # at which a dynamic step reveals now one token, now several
 PROMPT = [0, 1, 1, 0]
 STOP, LONGEST = 2, 5

@@ -13,13 +13,12 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is first imported
 pytest.importorskip("triton")
 
-from small import small_lm
-
 from dirl_cli.rollout.attention_triton import decode_attention
 from dirl_cli.rollout.forward_gpu import Blocks, at_once, block_attention
 from dirl_cli.rollout.native import requests
 from dirl_cli.rollout.scheduler import Batch
 from dirl_cli.types import Decoding
+from tests.helpers.small import small_lm
 
 KERNEL = sys.modules[decode_attention.__module__]
 NARROW = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no bfloat16

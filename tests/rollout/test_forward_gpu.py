@@ -5,7 +5,6 @@ from collections.abc import Callable, Hashable
 
 import pytest
 import torch
-from small import random_lm, small_lm
 
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.models.attention import dense_mask
@@ -14,6 +13,7 @@ from dirl_cli.rollout.forward_gpu import Blocks, block_attention, bucket
 from dirl_cli.rollout.native import NativeSampler, requests
 from dirl_cli.rollout.scheduler import Batch
 from dirl_cli.types import Decoding
+from tests.helpers.small import random_lm, small_lm
 
 STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], [9, 8, 7, 6, 5, 4, 3, 2, 1, 12, 13]]
@@ -36,7 +36,7 @@ def pairs(ours, theirs):
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 8])
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "test_packed.two_best"])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, f"{__name__}.two_best"])
 def test_answers_are_those_of_plain_forwards(strategy, block_size):
     lm = small_lm(block_size)
     for options in ({}, {"temperature": 0.0, "denoising_steps": 2}, {"stop_token_ids": (3, 7, 36), "top_k": 9}):

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from parity import last_block
-from small import MASK, VOCABULARY, random_lm, small_lm
+
+from tests.helpers.small import MASK, VOCABULARY, random_lm, small_lm
+from tests.reference.parity import last_block
 
 pytest.importorskip("lmdeploy", reason="needs lmdeploy 0.18.0 (pip install --no-deps): `make install` brings it")
 

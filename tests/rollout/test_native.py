@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import MASK, VOCABULARY, small_lm
 
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.diffusion.sampling import request_key, uniform
@@ -15,6 +14,7 @@ from dirl_cli.models.attention import dense_mask
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import score_trajectories
 from dirl_cli.types import Decoding
+from tests.helpers.small import MASK, VOCABULARY, small_lm
 
 STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], []]

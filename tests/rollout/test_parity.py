@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import parting, slow_answer
-from small import small_lm
 
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding
+from tests.helpers.small import small_lm
+from tests.reference.parity import parting, slow_answer
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3]]
 STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic"]

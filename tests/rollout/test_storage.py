@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from small import MASK, small_lm
 
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.storage import (
@@ -17,6 +16,7 @@ from dirl_cli.rollout.storage import (
     write_rollout,
 )
 from dirl_cli.types import Problem, Trajectory
+from tests.helpers.small import MASK, small_lm
 
 TRAJECTORY = Trajectory(
     prompt_ids=[5, 6],

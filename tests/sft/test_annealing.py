@@ -4,7 +4,6 @@ from itertools import permutations, product
 
 import pytest
 import torch
-from small import small_lm
 
 from dirl_cli.data.order import generator
 from dirl_cli.diffusion.masking import Count, PerBlock, PerSample, example
@@ -12,6 +11,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.sft.annealing import Annealing, Thinned, thinned
 from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
+from tests.helpers.small import small_lm
 
 FINAL = Noise(Count(), 4, 49, 0, 64)
 BY_AND_BY = Annealing((1, 2), share=0.5, masked=0.5, causal_weight=0.1)

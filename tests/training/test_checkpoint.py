@@ -18,7 +18,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from small import small_lm
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -41,6 +40,8 @@ from dirl_cli.training.checkpoint import (
 )
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.shards import Part, read_parts, write_parts
+from tests.helpers.paths import ROOT
+from tests.helpers.small import small_lm
 
 Run = tuple[nn.Module, list[torch.optim.Optimizer]]
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
@@ -409,7 +410,8 @@ def in_two_processes(job: str, directory: Path) -> list[dict]:
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, job, str(directory)],
+            [sys.executable, "-m", __name__, job, str(directory)],
+            cwd=ROOT,
             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from small import MASK, PAD, small_lm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +25,7 @@ from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.trainer import Trainer
+from tests.helpers.small import MASK, PAD, small_lm
 
 
 def model(checkpointing: bool) -> DiffusionLM:

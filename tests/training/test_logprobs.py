@@ -2,14 +2,9 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from answers import ANSWERS, BLOCK
-from measured import Live
-from shared_scorer import backpropagate, shared_rows
-from small import MASK, PAD, random_lm, small_lm
 
 from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.states import trajectory_strip
@@ -17,6 +12,11 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.training.logprobs import TokenScorer, is_plain, linear_logprobs, score_trajectories, tokens_at_once
 from dirl_cli.types import Decoding
+from tests.helpers.answers import ANSWERS, BLOCK
+from tests.helpers.measured import Live
+from tests.helpers.paths import ROOT
+from tests.helpers.shared_scorer import backpropagate, shared_rows
+from tests.helpers.small import MASK, PAD, random_lm, small_lm
 
 TRAJECTORIES = [one for group in ANSWERS for one in group]
 
@@ -159,8 +159,8 @@ def test_what_is_hooked_to_a_head_is_heard():
 )
 def test_processes_that_share_a_scorer_have_the_gradients_of_one(kind, wrapper, tmp_path):
     torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = Path(__file__).with_name("shared_scorer.py")
-    subprocess.run([*torchrun, script, kind, wrapper, tmp_path / "gradients"], check=True)
+    script = [*torchrun, "-m", "tests.helpers.shared_scorer"]
+    subprocess.run([*script, kind, wrapper, tmp_path / "gradients"], cwd=ROOT, check=True)
     lm = random_lm(kind)
     scorer = TokenScorer(lm.model, lm.unsampled_ids)
     backpropagate(scorer, shared_rows())

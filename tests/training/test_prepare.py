@@ -9,7 +9,6 @@ import pytest
 from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from small import paid_by_the_letter, published_vocabulary
 
 from dirl_cli.cli import schema
 from dirl_cli.commands import rl, sft
@@ -21,6 +20,7 @@ from dirl_cli.models.tiny import Tiny
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.training.prepare import Reader
 from dirl_cli.types import Instruction, Problem
+from tests.helpers.small import paid_by_the_letter, published_vocabulary
 
 SMALL = ("+model.hidden_size=32", "+model.num_hidden_layers=1", "+model.intermediate_size=32")
 SHORT = ("steps=2", "device=cpu", "eval_problems=2", "decoding.max_new_tokens=4", "log_every=1")

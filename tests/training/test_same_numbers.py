@@ -1,4 +1,4 @@
-"""Loss, gradient norm and parameters after five steps, by one process and by several, on tests/steps.py."""
+"""Loss, gradient norm and parameters after five steps, by one process and by several, on tests/helpers/steps.py."""
 
 import json
 import os
@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from steps import among, differences, take
-from test_rl import ARITHMETIC, SMALL, model  # noqa: F401  # a fixture
 
 from dirl_cli.rollout.storage import read_rollout
+from tests.commands.test_rl import ARITHMETIC, SMALL, model  # noqa: F401  # a fixture
+from tests.helpers.steps import among, differences, take
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from small import paid_by_the_letter
 from typer.testing import CliRunner
 
 from dirl_cli import Decoding, load_sampler, score
@@ -23,6 +22,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.load import Checkpoint, DiffusionLM
 from dirl_cli.training.shards import Part, write_parts
+from tests.helpers.small import paid_by_the_letter
 
 DATA = ("data.train=40", "data.held_out=4", "data.test=4", "batch_size=8", "eval_problems=0", "device=cpu")
 SMALL = ("+model.hidden_size=32", "+model.num_hidden_layers=1", "+model.intermediate_size=32")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError
 from dirl_cli.training.trainer import Sums, Trainer
+from tests.helpers.paths import ROOT
 
 VOCABULARY = 6
 
@@ -166,7 +167,8 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / f"{rank}.pt")],
+            [sys.executable, "-m", __name__, str(tmp_path / f"{rank}.pt")],
+            cwd=ROOT,
             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)

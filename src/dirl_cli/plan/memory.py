@@ -1,7 +1,7 @@
 """What a run will hold in memory, part by part, from the model's configuration alone.
 
 Activations are what one of transformers' Qwen3 layers leaves to backpropagation, counted from its code; that the sums
-are those measured on a CPU is seen in `tests/test_plan.py` and `benchmarks/plan.py`. What differs on a GPU
+are those measured on a CPU is seen in `tests/plan/test_plan.py` and `benchmarks/plan.py`. What differs on a GPU
 (attention=flex) is counted from code alike, but no GPU has confirmed it.
 """
 

@@ -1,0 +1,5 @@
+"""`make fuzz`, and `python -m tests.fuzz`."""
+
+from tests.fuzz.run import main
+
+main()
