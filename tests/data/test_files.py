@@ -484,9 +484,9 @@ def test_the_advice_on_columns_works_as_it_is_typed(tmp_path):
         assert build(compose("eval", ["bench=file", *words]).bench).problems()[0].answer == "4"
 
 
-def test_the_rows_of_the_readme_are_read_without_a_word(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    rows = [json.loads(line) for line in readme.split("```json\n")[1].split("```")[0].splitlines()]
+def test_the_rows_of_the_page_are_read_without_a_word(tmp_path):
+    page = (ROOT / "docs/data.md").read_text()
+    rows = [json.loads(line) for line in page.split("```json\n")[1].split("```")[0].splitlines()]
     found = [learned(tmp_path, row) for row in rows[:3]]
     assert [row.fields.keys() for row in found] == [{"messages"}, {"question", "response", "system"}, rows[2].keys()]
     assert [row.unread for row in found] == [{}, {}, {}] and found[0].fields["messages"][0] == SYSTEM

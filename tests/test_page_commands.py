@@ -1,0 +1,58 @@
+"""The commands of the pages are accepted word for word, and the Python of the README runs."""
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+from typer.testing import CliRunner
+
+from dirl_cli.cli.app import app
+from dirl_cli.models.tiny import Tiny
+from tests.test_readme import PAGES, README, code_with, commands, files
+
+TRIED_ELSEWHERE = ("quickstart", "smollm2", "multi_gpu")  # in tests of their own
+COMMANDS = ("download", "eval", "generate", "merge", "rl", "sft")
+COMMANDS_OF_PAGES = [
+    pytest.param(path, words, id=f"{path.stem} {' '.join(words)}")
+    for path in PAGES
+    if path.stem not in TRIED_ELSEWHERE
+    for words in commands(path.read_text())
+]
+
+
+@pytest.fixture
+def own_modules(here):
+    """Modules imported from the test's directory are forgotten afterwards: another page may call its own the same."""
+    yield here
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(here):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(("path", "words"), COMMANDS_OF_PAGES)
+def test_every_command_is_accepted(path, words, own_modules, monkeypatch):
+    handed = []
+    for name in COMMANDS:
+        stand_in = SimpleNamespace(run=lambda cfg, out: handed.append(OmegaConf.to_container(cfg)))
+        monkeypatch.setitem(sys.modules, f"dirl_cli.commands.{name}", stand_in)
+    for name, text in files(path.read_text()).items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    for directory in ("my_model", "my_adapter", "my_causal_model", *re.findall(r"runs/[\w/-]+", " ".join(words))):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    for name in ("my.jsonl", "problems.jsonl", "answers.jsonl"):
+        Path(name).touch()
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert handed
+
+
+def test_the_example_in_python_of_the_readme_runs(here):
+    Tiny(hidden_size=32, num_hidden_layers=1, intermediate_size=32).load("float32", "cpu").save(here / "model")
+    code = code_with("load_sampler", README).replace("runs/rl/tiny-arithmetic-dipo", str(here / "model"))
+    names: dict = {}
+    exec(code.replace("max_new_tokens=64", "max_new_tokens=8"), names)
+    assert [len(logprobs) for logprobs in names["logprobs"]] == [len(answer.token_ids) for answer in names["answers"]]
