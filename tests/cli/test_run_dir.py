@@ -57,10 +57,27 @@ def test_a_run_goes_on_although_its_classes_have_moved(tmp_path):
 
 
 def test_a_class_is_found_where_an_earlier_version_had_it():
-    for module, name in [("algo.views", "Trace"), ("models.lora", "Lora"), ("training.schedule", "Cosine")]:
+    for module, name in [("algo.views", "Trace"), ("models.causal", "FromCausal"), ("training.schedule", "Cosine")]:
         assert find(f"dirl_cli.{module}.{name}", "group").__name__ == name
     for module in MODULES.values():
         import_module(module)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "today"),
+    [
+        ("models.checkpoint.Checkpoint", "PretrainedModel"),  # from the first version, moved and renamed
+        ("models.load.Checkpoint", "PretrainedModel"),
+        ("models.lora.Lora", "LoraFinetune"),
+        ("models.peft.Lora", "LoraFinetune"),
+        ("models.lora.Whole", "FullFinetune"),
+    ],
+)
+def test_a_class_is_found_under_the_name_that_an_earlier_version_gave_it(tmp_path, earlier, today):
+    found = find(f"dirl_cli.{earlier}", "group")
+    assert found.__name__ == today
+    start(tmp_path / "run", part={"_target_": f"dirl_cli.{earlier}"})
+    start(tmp_path / "run", part={"_target_": f"{found.__module__}.{today}"})
 
 
 def test_never_sets_the_old_run_aside(tmp_path):

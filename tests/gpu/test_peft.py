@@ -10,7 +10,7 @@ from dirl_cli.commands.sft import cross_entropy
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.models.peft import Lora, trained
+from dirl_cli.models.peft import LoraFinetune, trainable_parameters
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
@@ -25,11 +25,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA = Lora(ALL, rank=8, alpha=16, dropout=0.0, four_bit=False, seed=0)
+LORA = LoraFinetune(ALL, rank=8, alpha=16, dropout=0.0, four_bit=False, seed=0)
 KINDS = ["lora", "qlora"]
 
 
-def peft(kind: str) -> Lora:
+def peft(kind: str) -> LoraFinetune:
     if kind == "qlora":
         pytest.importorskip("bitsandbytes")
     return replace(LORA, four_bit=kind == "qlora")
@@ -58,7 +58,7 @@ def test_it_learns_in_bf16_with_flex_attention(kind, checkpointing):
     trainer = Trainer(accelerator, TokenScorer(lm.model), optimizers, lambda step: 1.0, 1.0)
     losses = [trainer.step([rows(lm)], cross_entropy, 128)["loss"] for _ in range(10)]
     assert losses[-1] < 0.8 * losses[0]
-    assert all(factor.dtype == torch.float32 for factor in trained(lm.model).values())
+    assert all(factor.dtype == torch.float32 for factor in trainable_parameters(lm.model).values())
     for name, parameter in lm.model.named_parameters():
         assert parameter.requires_grad or torch.equal(parameter, frozen[name])
 
@@ -74,7 +74,7 @@ def test_the_merged_weights_act_as_the_adapted_ones_and_are_renewed_in_place(kin
         before = sampler.sample(prompts, 1, decoding)
     torch.manual_seed(0)
     with torch.no_grad():
-        for factor in trained(lm.model).values():
+        for factor in trainable_parameters(lm.model).values():
             factor.normal_(0, 0.2)
     sampler.update_weights(own.pushed(lm), 1)
     found, expected = logits(merged.model), logits(lm.model)

@@ -17,10 +17,10 @@ from dirl_cli.commands.sft import cross_entropy
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.diffusion.states import Trace
 from dirl_cli.models.load import DiffusionLM, diffusion_lm, pick_attention
-from dirl_cli.models.peft import WHOLE, Peft
+from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
-from dirl_cli.plan.budget import Budget, Place
-from dirl_cli.plan.forecast import rl_budget, sft_budget, slowest
+from dirl_cli.plan.budget import Budget, Machine
+from dirl_cli.plan.forecast import rl_budget, sft_budget, worst_case_trajectory
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.update import Learner
 from dirl_cli.rollout.engines import Native
@@ -124,11 +124,11 @@ class Trial:
     prompt: int = 21
     row_tokens: int = 256
     micro_rows: int = 1
-    peft: Peft = WHOLE
+    peft: Peft = FullFinetune()
 
     @property
-    def place(self) -> Place:
-        return Place(self.device, self.dtype, "auto", 1, None)
+    def machine(self) -> Machine:
+        return Machine(self.device, self.dtype, "auto", 1, None)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class Trial:
             rows, answer_tokens = noise.rows([demonstration] * 4, step)
             trainer.step(trainer.cut(rows, self.micro_rows), cross_entropy, answer_tokens)
         return sft_budget(
-            lm, self.optim, masking, Decoding(), self.place, self.settings, np.array([self.tokens]), [], self.peft
+            lm, self.optim, masking, Decoding(), self.machine, self.settings, np.array([self.tokens]), [], self.peft
         )
 
     def reinforce(self, lm: DiffusionLM) -> Budget:
@@ -179,13 +179,13 @@ class Trial:
         learner = Learner(
             trainer, objective, lm, reference, True, 0.0, 1, 1, True, self.row_tokens, self.micro_rows, self.tokens, 0
         )
-        answer = slowest(self.prompt, self.tokens, decoding.denoising_steps, lm.block_size)
+        answer = worst_case_trajectory(self.prompt, self.tokens, decoding.denoising_steps, lm.block_size)
         answer = replace(answer, logprobs=[-1.0] * len(answer.token_ids))
         for step in range(2):
             group = [Record(PROBLEM, i, "", answer, advantage=i - 1.5) for i in range(4)]
             learner.learn([group, group], step)
         return rl_budget(
-            lm, self.optim, objective, decoding, self.place, self.settings, self.prompt, None, True, self.peft
+            lm, self.optim, objective, decoding, self.machine, self.settings, self.prompt, None, True, self.peft
         )
 
     def sample(self, lm: DiffusionLM) -> Budget:
@@ -194,7 +194,7 @@ class Trial:
         with start_accelerator(self.device, self.dtype).autocast():
             NativeSampler(lm, 8).sample([[1] * self.prompt] * 8, 1, decoding)
         return rl_budget(
-            lm, Untrained(), dipo(0.0), decoding, self.place, self.settings, self.prompt, engine=Native(8), learns=False
+            lm, Untrained(), dipo(0.0), decoding, self.machine, self.settings, self.prompt, Native(8), learns=False
         )
 
 

@@ -21,9 +21,9 @@ from dirl_cli.cli.app import app
 from dirl_cli.diffusion.layout import pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.errors import DirlError
-from dirl_cli.models.from_causal import FromCausal, find
-from dirl_cli.models.load import Checkpoint
-from dirl_cli.models.peft import Lora, trained
+from dirl_cli.models.from_causal import FromCausal, package_file
+from dirl_cli.models.load import PretrainedModel
+from dirl_cli.models.peft import LoraFinetune, trainable_parameters
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import TokenScorer, score_trajectories
 from dirl_cli.types import Decoding, Trajectory
@@ -131,7 +131,7 @@ def test_sampler_and_trainer_agree(causal, logit_shift, prompt, by_blocks):
 def test_the_pad_token_learns_as_any_other_and_the_configuration_goes_on_naming_it(causal, tmp_path):
     lm = converted(causal)
     lm.save(tmp_path / "saved")
-    saved = Checkpoint("saved", str(tmp_path / "saved")).load("float32", "cpu")
+    saved = PretrainedModel("saved", str(tmp_path / "saved")).load("float32", "cpu")
     for one in (lm, saved):
         assert one.model.config.pad_token_id == one.pad_token_id == 0
         by_autograd, by_differences = slopes(one, one.pad_token_id)
@@ -200,7 +200,7 @@ def test_a_kind_that_does_not_run_in_blocks_is_refused(tmp_path, kind, options, 
 def test_it_is_saved_as_a_model_like_any_other(causal, tmp_path):
     lm, answer = converted(causal), trajectory()
     lm.save(tmp_path / "model")
-    again = Checkpoint("again", str(tmp_path / "model")).load("float32", "cpu", "sdpa")
+    again = PretrainedModel("again", str(tmp_path / "model")).load("float32", "cpu", "sdpa")
     assert (again.block_size, again.mask_token_id, again.logit_shift) == (4, lm.mask_token_id, True)
     assert score_trajectories(again, [answer]) == score_trajectories(lm, [answer])
     assert again.tokenizer.mask_token == lm.tokenizer.mask_token
@@ -208,10 +208,10 @@ def test_it_is_saved_as_a_model_like_any_other(causal, tmp_path):
 
 def test_an_adapter_trained_beside_it_is_merged_into_it(causal, tmp_path):
     """As `peft=lora` leaves it, which knows nothing of the mask token's row."""
-    peft = Lora(("q_proj",), rank=2, alpha=4, dropout=0.0, four_bit=False, seed=0)
+    peft = LoraFinetune(("q_proj",), rank=2, alpha=4, dropout=0.0, four_bit=False, seed=0)
     lm = peft.load(FromCausal("x", causal, 4, True), "float32", "cpu", "sdpa")
     with torch.no_grad():
-        for parameter in trained(lm.model).values():
+        for parameter in trainable_parameters(lm.model).values():
             parameter.normal_()
     peft.save(lm, tmp_path / "adapter", causal, "")
     again = FromCausal("x", causal, 4, True, str(tmp_path / "adapter")).load("float32", "cpu", "sdpa")
@@ -280,7 +280,9 @@ def test_a_model_out_of_a_package_is_told_what_to_install(here):
 
 
 def test_a_file_of_an_installed_package_is_found_without_importing_it():
-    assert find("torch", "torch/version.py").name == "version.py"
-    assert find("torch==9.9", "torch/version.py").name == "version.py"  # the remedy's version; any other is taken too
+    assert package_file("torch", "torch/version.py").name == "version.py"
+    assert (
+        package_file("torch==9.9", "torch/version.py").name == "version.py"
+    )  # the remedy's version; any other is taken too
     with pytest.raises(DirlError, match=r"the package torch has no torch/no_such_file: correct model\.file"):
-        find("torch", "torch/no_such_file")
+        package_file("torch", "torch/no_such_file")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
 from dirl_cli.errors import DirlError
-from dirl_cli.models.from_causal import FromCausal, unpack
+from dirl_cli.models.from_causal import FromCausal, convert_gguf
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding
 
@@ -93,7 +93,7 @@ def interleaved(name: str, tensor: np.ndarray) -> np.ndarray:
 
 
 def test_the_model_in_the_package_becomes_a_checkpoint_with_the_same_logits(causal, package, tmp_path):
-    unpack(package, "tiny_gguf/model.gguf", tmp_path / "model")
+    convert_gguf(package, "tiny_gguf/model.gguf", tmp_path / "model")
     found = LlamaForCausalLM.from_pretrained(tmp_path / "model").eval()
     token_ids = torch.randint(0, len(WORDS), (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_the_model_in_the_package_becomes_a_checkpoint_with_the_same_logits(caus
 
 
 def test_what_was_unpacked_is_made_blocks_of(package, tmp_path):
-    unpack(package, "tiny_gguf/model.gguf", tmp_path / "model")
+    convert_gguf(package, "tiny_gguf/model.gguf", tmp_path / "model")
     lm = FromCausal("tiny", str(tmp_path / "model"), 4, True).load("float32", "cpu", "sdpa")
     tokenizer = lm.require_tokenizer()
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
@@ -133,4 +133,4 @@ def test_a_dry_run_says_where_the_model_of_a_package_is_to_be(package, here, wor
 
 def test_a_package_that_is_not_there_is_told_with_its_remedy(tmp_path):
     with pytest.raises(DirlError, match="comes in the package nowhere-to-be-found, which is not installed: pip"):
-        unpack("nowhere-to-be-found", "model.gguf", tmp_path)
+        convert_gguf("nowhere-to-be-found", "model.gguf", tmp_path)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from dirl_cli.commands.sft import run
 from dirl_cli.errors import DirlError
-from dirl_cli.models.model_card import adapter_card, model_card, repositories, told
+from dirl_cli.models.model_card import adapter_card, format_setting, model_card, repositories
 from dirl_cli.models.sdar import SDARConfig
 from tests.commands.test_sft import config
 
@@ -96,7 +96,7 @@ def test_a_path_of_this_machine_shows_its_last_name_only_and_a_bar_does_not_brea
     assert "secret" not in text and "base_model" not in header(text) and "datasets" not in header(text)
     assert "| data | path=sums.json |" in text
     assert "| asked | a\\| b |" in text
-    assert told(("x", 1, 0.123456)) == "[x, 1, 0.1235]"
+    assert format_setting(("x", 1, 0.123456)) == "[x, 1, 0.1235]"
 
 
 def test_a_file_of_this_name_is_no_repository(tmp_path, monkeypatch):

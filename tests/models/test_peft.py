@@ -27,8 +27,8 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.models.load import Checkpoint, DiffusionLM
-from dirl_cli.models.peft import Lora, trained
+from dirl_cli.models.load import DiffusionLM, PretrainedModel
+from dirl_cli.models.peft import LoraFinetune, trainable_parameters
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.plan.memory import Memory, architecture
 from dirl_cli.rollout.native import NativeSampler
@@ -41,7 +41,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.small import MASK, PAD, random_lm, small_lm
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA = Lora(ALL, rank=4, alpha=8, dropout=0.0, four_bit=False, seed=0)
+LORA = LoraFinetune(ALL, rank=4, alpha=8, dropout=0.0, four_bit=False, seed=0)
 QLORA = ("four_bit", [False, pytest.param(True, id="4 bit")])
 
 
@@ -62,7 +62,7 @@ def adapted(four_bit: bool = False, kind: str = "untied", dtype: str = "float32"
     return peft(four_bit, kind, **options).load(Given(kind), dtype, "cpu", "sdpa")
 
 
-def peft(four_bit: bool = False, kind: str = "untied", **options: object) -> Lora:
+def peft(four_bit: bool = False, kind: str = "untied", **options: object) -> LoraFinetune:
     if four_bit:
         pytest.importorskip("bitsandbytes")
     return replace(LORA, four_bit=four_bit, targets=ALL[:4] if kind == "moe" else ALL, **options)
@@ -72,7 +72,7 @@ def learned(lm: DiffusionLM) -> DiffusionLM:
     """The same, as training might leave it."""
     torch.manual_seed(1)
     with torch.no_grad():
-        for factor in trained(lm.model).values():
+        for factor in trainable_parameters(lm.model).values():
             factor.normal_(0, 0.1)
     return lm
 
@@ -99,8 +99,9 @@ def loss_of(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize(*QLORA)
 def test_only_the_factors_are_trained_and_a_run_begins_as_the_model_was(four_bit, kind):
     lm = adapted(four_bit, kind)
-    assert all("lora_" in name and factor.dtype == torch.float32 for name, factor in trained(lm.model).items())
-    assert len(trained(lm.model)) == 2 * 2 * (4 if kind == "moe" else 7)  # factors × layers × targets
+    factors = trainable_parameters(lm.model)
+    assert all("lora_" in name and factor.dtype == torch.float32 for name, factor in factors.items())
+    assert len(factors) == 2 * 2 * (4 if kind == "moe" else 7)  # factors × layers × targets
     before = logits(peft(four_bit, kind).reference(adapted(four_bit, kind)).model)
     assert torch.equal(logits(lm.model), before)
     assert four_bit or torch.equal(before, logits(random_lm(kind).model))
@@ -109,8 +110,9 @@ def test_only_the_factors_are_trained_and_a_run_begins_as_the_model_was(four_bit
 def test_the_factors_start_by_their_seed_whatever_was_drawn_before():
     one, again, other = adapted(), adapted(), adapted(seed=1)
     torch.rand(3)
-    assert all(torch.equal(a, b) for a, b in zip(*(trained(lm.model).values() for lm in (one, again)), strict=True))
-    assert not torch.equal(*(next(iter(trained(lm.model).values())) for lm in (one, other)))
+    factors, same, others = (list(trainable_parameters(lm.model).values()) for lm in (one, again, other))
+    assert all(torch.equal(a, b) for a, b in zip(factors, same, strict=True))
+    assert not torch.equal(factors[0], others[0])
 
 
 def test_the_gradients_are_those_of_the_whole_weight_through_the_factors():
@@ -123,10 +125,10 @@ def test_the_gradients_are_those_of_the_whole_weight_through_the_factors():
     whole_loss.backward()
     assert loss.item() == pytest.approx(whole_loss.item(), rel=1e-5)
     scale = LORA.alpha / LORA.rank
-    for name, a in trained(lm.model).items():
+    for name, a in trainable_parameters(lm.model).items():
         if ".lora_A." not in name:
             continue
-        b = trained(lm.model)[name.replace(".lora_A.", ".lora_B.")]
+        b = trainable_parameters(lm.model)[name.replace(".lora_A.", ".lora_B.")]
         gradient = dict(whole.named_parameters())[name.replace(".lora_A.default", "")].grad
         torch.testing.assert_close(a.grad, scale * b.T @ gradient, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(b.grad, scale * gradient @ a.T, rtol=1e-3, atol=1e-5)
@@ -148,7 +150,7 @@ def test_steps_move_the_factors_and_not_a_bit_of_the_weights(four_bit, optim):
     assert loss_of(lm.model).item() < 0.97 * start
     assert all(torch.equal(dict(lm.model.named_parameters())[name], value) for name, value in frozen.items())
     assert {id(p) for one in optimizers for group in one.param_groups for p in group["params"]} == {
-        id(p) for p in trained(lm.model).values()
+        id(p) for p in trainable_parameters(lm.model).values()
     }
 
 
@@ -161,7 +163,7 @@ def test_gradient_checkpointing_changes_no_gradient(four_bit):
             lm.model.gradient_checkpointing_enable({"use_reentrant": False})
         lm.model.train()
         loss_of(lm.model).backward()
-        gradients.append([p.grad for p in trained(lm.model).values()])
+        gradients.append([p.grad for p in trainable_parameters(lm.model).values()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
@@ -172,7 +174,7 @@ def several_steps(accelerator: Accelerator) -> tuple[list[float], dict[str, Tens
     optimizers = AdamW(1e-2, (0.9, 0.95), 1e-8, 0.0).build(lm.model)
     trainer = Trainer(accelerator, TokenScorer(lm.model), optimizers, lambda step: 1.0, 1.0)
     losses = [trainer.step(rows(3).split(1), cross_entropy, 10)["loss"] for _ in range(3)]
-    return losses, {name: factor.detach() for name, factor in trained(lm.model).items()}
+    return losses, {name: factor.detach() for name, factor in trainable_parameters(lm.model).items()}
 
 
 @pytest.mark.slow
@@ -237,7 +239,7 @@ def test_in_bf16_the_merged_weights_are_rounded_once_and_the_factors_never():
     lm = learned(adapted(dtype="bfloat16"))
     with torch.autocast("cpu", torch.bfloat16):  # which is not to round them either
         pushed = dict(LORA.pushed(lm))
-    name, factors = "model.layers.0.mlp.up_proj", trained(lm.model)
+    name, factors = "model.layers.0.mlp.up_proj", trainable_parameters(lm.model)
     product = factors[f"{name}.lora_B.default.weight"] @ factors[f"{name}.lora_A.default.weight"] * 2
     base = small_lm().model.get_submodule(name).weight.bfloat16()
     assert torch.equal(pushed[f"{name}.weight"], (base.float() + product).bfloat16())
@@ -301,7 +303,7 @@ def test_what_cannot_be_is_told_in_a_sentence(change, sentence):
 def test_a_missing_package_is_told_before_anything_is_loaded(monkeypatch, package):
     monkeypatch.setattr("dirl_cli.models.peft.find_spec", lambda name: None if name == package else "there")
     with pytest.raises(DirlError, match=rf"needs the package {package}: pip install .*'{package}<"):
-        Lora(ALL, 4, 8, 0.0, True, 0).require("auto")
+        LoraFinetune(ALL, 4, 8, 0.0, True, 0).require("auto")
 
 
 # From end to end
@@ -353,8 +355,8 @@ def test_checkpoints_hold_nothing_but_the_factors(tuned, base):
 
 
 def test_adapter_and_merged_model_give_the_same_answers(tuned, base):
-    merged = Checkpoint("merged", str(tuned / "model")).load("float32", "cpu")
-    beside = Checkpoint("beside", str(base), adapter=str(tuned / "adapter")).load("float32", "cpu")
+    merged = PretrainedModel("merged", str(tuned / "model")).load("float32", "cpu")
+    beside = PretrainedModel("beside", str(base), adapter=str(tuned / "adapter")).load("float32", "cpu")
     for name, tensor in merged.model.state_dict().items():
         assert torch.equal(tensor, beside.model.state_dict()[name]), name
     prompts, decoding = [[5, 6, 7], [8] * 9], Decoding(max_new_tokens=12, temperature=1.0)
@@ -368,7 +370,7 @@ def test_the_adapter_tells_its_base_and_both_cards_the_recipe(tuned, base):
     assert (told["base_model_name_or_path"], told["r"], told["peft_type"]) == (str(base), 4, "LORA")
     assert told["target_modules"] == sorted(ALL), "in one order, run after run"
     for card in ("adapter/README.md", "model/README.md"):
-        assert "Lora(targets=[q_proj, k_proj" in (tuned / card).read_text()
+        assert "LoraFinetune(targets=[q_proj, k_proj" in (tuned / card).read_text()
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes_dropout_and_all(tuned, base, tmp_path):
@@ -380,7 +382,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_dropout_and_all(tuned, base, tm
 
 
 def test_a_run_does_not_go_on_beside_another_model(tuned, base, tmp_path):
-    lm = Checkpoint("base", str(base)).load("float32", "cpu")
+    lm = PretrainedModel("base", str(base)).load("float32", "cpu")
     with torch.no_grad():
         lm.model.get_input_embeddings().weight[0] += 1
     lm.save(tmp_path / "other")
@@ -434,9 +436,9 @@ def test_qlora_saves_a_merged_model_that_acts_as_the_packed_one(base, tmp_path):
     sft.run(cfg, tmp_path)
     lm = build(cfg.peft).load(build(cfg.model), "float32", "cpu", "sdpa")
     factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    for name, factor in trained(lm.model).items():
+    for name, factor in trainable_parameters(lm.model).items():
         factor.data.copy_(factors[f"base_model.model.{name.replace('.default.', '.')}"])
-    saved = Checkpoint("merged", str(tmp_path / "model")).load("float32", "cpu")
+    saved = PretrainedModel("merged", str(tmp_path / "model")).load("float32", "cpu")
     torch.testing.assert_close(logits(saved.model), logits(lm.model), rtol=1e-4, atol=1e-4)
 
 

@@ -23,12 +23,12 @@ from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.files import conf_dir
 from dirl_cli.hub import configured
-from dirl_cli.models.load import Checkpoint
+from dirl_cli.models.load import PretrainedModel
 from dirl_cli.models.sdar import SDARMoeConfig
 from dirl_cli.models.shapes import PUBLISHED, outline
-from dirl_cli.plan.budget import Budget, Place, halvings
+from dirl_cli.plan.budget import Budget, Machine, halvings
 from dirl_cli.plan.duration import Duration, update_operations
-from dirl_cli.plan.forecast import UPDATE, rl_budget, slowest, update_knobs
+from dirl_cli.plan.forecast import UPDATE, rl_budget, update_knobs, worst_case_trajectory
 from dirl_cli.plan.memory import Architecture, Memory, MicroBatch, Parallelism, architecture, parallelism
 from dirl_cli.rollout.engines import Lmdeploy, Native
 from dirl_cli.training.optim import Muon
@@ -39,9 +39,9 @@ from tests.helpers.small import small_lm
 GROUPED = Size(hidden=64, layers=3, heads=4, key_heads=2, inner=192, vocabulary=1500, head_dim=32)
 TIED = Size(hidden=128, layers=6, heads=4, key_heads=4, inner=256, vocabulary=300, head_dim=32, tied=True)
 MUON = Muon(0.02, 0.95, 1e-3, (0.9, 0.95), 1e-8, 0.0)
-LAPTOP = Place("cpu", "float32", "auto", gpus=1, memory_gb=None)
+LAPTOP = Machine("cpu", "float32", "auto", gpus=1, memory_gb=None)
 ONE_BILLION = {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144}
-BIG_GPU = Place("cuda", "auto", "auto", gpus=1, memory_gb=80)
+BIG_GPU = Machine("cuda", "auto", "auto", gpus=1, memory_gb=80)
 
 
 # What is planned is what is measured
@@ -197,9 +197,9 @@ def test_lmdeploy_takes_its_weights_and_its_share_of_what_they_leave():
 
 
 def test_an_answer_takes_as_many_steps_as_it_may():
-    assert slowest(prompt=5, answer=7, steps=4, block_size=4).reveal_step == [2, 3, 4, 1, 2, 3, 4]
-    assert slowest(prompt=4, answer=7, steps=2, block_size=4).reveal_step == [1, 1, 2, 2, 1, 1, 2, 2]
-    assert slowest(prompt=4, answer=4, steps=9, block_size=4).reveal_step == [1, 2, 3, 4]
+    assert worst_case_trajectory(prompt=5, answer=7, steps=4, block_size=4).reveal_step == [2, 3, 4, 1, 2, 3, 4]
+    assert worst_case_trajectory(prompt=4, answer=7, steps=2, block_size=4).reveal_step == [1, 1, 2, 2, 1, 1, 2, 2]
+    assert worst_case_trajectory(prompt=4, answer=4, steps=9, block_size=4).reveal_step == [1, 2, 3, 4]
 
 
 # Remedies
@@ -233,15 +233,15 @@ def budgets(draw) -> Budget:
         return {"update": checkpointed.update(MicroBatch(rows, width, rows * width // 2, 0))}
 
     asked = {"micro_rows": number(1, 64), "row_tokens": number(64, 32_768), "gradient_checkpointing": False}
-    place = replace(LAPTOP, memory_gb=sum(phases(asked)["update"].values()) / 1e9 * number(10, 120) / 100)
+    machine = replace(LAPTOP, memory_gb=sum(phases(asked)["update"].values()) / 1e9 * number(10, 120) / 100)
     batch = MicroBatch(asked["micro_rows"], asked["row_tokens"], 0, 0)
-    return Budget(phases, asked, update_knobs(asked, batch), place, "")
+    return Budget(phases, asked, update_knobs(asked, batch), machine, "")
 
 
 @given(budgets())
 @settings(max_examples=200, deadline=None)
 def test_what_is_proposed_fits_and_none_of_it_could_be_left_out_or_be_less(budget):
-    changes = budget.nearest()
+    changes = budget.smallest_fitting_change()
     if changes is None:
         assert not budget.fits({key: values[-1] for key, values in budget.knobs.items() if values})
         return
@@ -256,10 +256,10 @@ def test_what_is_proposed_fits_and_none_of_it_could_be_left_out_or_be_less(budge
 @given(budgets())
 @settings(max_examples=50, deadline=None)
 def test_only_what_clearly_exceeds_the_memory_is_refused(budget):
-    if budget.need({}) > 1.15 * budget.room:
+    if budget.need({}) > 1.15 * budget.free_bytes:
         with pytest.raises(DirlError, match="this does not fit"):
             budget.require()
-    elif budget.need({}) > 0.95 * budget.room:
+    elif budget.need({}) > 0.95 * budget.free_bytes:
         assert budget.require().startswith("this may not fit")
     else:
         assert budget.require() is None
@@ -267,9 +267,9 @@ def test_only_what_clearly_exceeds_the_memory_is_refused(budget):
 
 def budget_of(needs: dict[str, int], room_gb: float, gpus: int = 1) -> Budget:
     """An update that takes so many GB by the value of micro_rows, 10 of them parameters."""
-    place = Place("cuda", "auto", "auto", gpus, room_gb)
+    machine = Machine("cuda", "auto", "auto", gpus, room_gb)
     phases = lambda now: {"update": {"parameters": 10**10, "rest": needs[now["micro_rows"]] * 10**9 - 10**10}}  # noqa: E731
-    return Budget(phases, {"micro_rows": 4}, {"micro_rows": [2, 1]}, place, "")
+    return Budget(phases, {"micro_rows": 4}, {"micro_rows": [2, 1]}, machine, "")
 
 
 def test_a_verdict_says_by_how_much_and_what_to_give():
@@ -295,12 +295,12 @@ def test_halvings_end_at_the_least():
 
 
 def test_room_is_what_is_free_shared_among_processes_or_what_is_said():
-    assert 0 < replace(LAPTOP, gpus=4).room() < LAPTOP.room()
-    assert replace(LAPTOP, memory_gb=1.5).room() == 1_500_000_000
+    assert 0 < replace(LAPTOP, gpus=4).free_bytes() < LAPTOP.free_bytes()
+    assert replace(LAPTOP, memory_gb=1.5).free_bytes() == 1_500_000_000
     with pytest.raises(DirlError, match=r"no CUDA device here to ask: say what each GPU has, such as memory_gb=80"):
-        replace(BIG_GPU, memory_gb=None).room()
+        replace(BIG_GPU, memory_gb=None).free_bytes()
     with pytest.raises(DirlError, match="device=gpu"):
-        replace(BIG_GPU, device="gpu", memory_gb=None).room()
+        replace(BIG_GPU, device="gpu", memory_gb=None).free_bytes()
 
 
 def test_longer_rollouts_want_fewer_at_once(shared, tmp_path):
@@ -321,9 +321,9 @@ def test_longer_rollouts_want_fewer_at_once(shared, tmp_path):
         "rl.mini_batches": 1,
         "rl.async_rollout": False,
     }
-    place = replace(LAPTOP, memory_gb=0.006)
-    budget = rl_budget(lm, ADAMW, dipo(0.0), Decoding(temperature=1.0), place, asked, 20, Native(64), learns=False)
-    assert list(budget.nearest()) == ["rollout.max_batch"]
+    machine = replace(LAPTOP, memory_gb=0.006)
+    budget = rl_budget(lm, ADAMW, dipo(0.0), Decoding(temperature=1.0), machine, asked, 20, Native(64), learns=False)
+    assert list(budget.smallest_fitting_change()) == ["rollout.max_batch"]
     assert set(UPDATE) <= set(asked)
 
 
@@ -362,9 +362,9 @@ def test_a_run_with_lmdeploy_may_be_told_to_give_it_a_smaller_share():
         "rl.async_rollout": False,
     }
     asked["rollout.cache_share"] = engine.cache_share
-    place = replace(BIG_GPU, memory_gb=0.001)
-    budget = rl_budget(lm, ADAMW, dipo(0.0), Decoding(temperature=1.0), place, asked, 4, engine, learns=True)
-    assert budget.nearest() == {"rollout.cache_share": 0.45}
+    machine = replace(BIG_GPU, memory_gb=0.001)
+    budget = rl_budget(lm, ADAMW, dipo(0.0), Decoding(temperature=1.0), machine, asked, 4, engine, learns=True)
+    assert budget.smallest_fitting_change() == {"rollout.cache_share": 0.45}
     assert "KV cache" not in budget.phases(asked)["update"]
 
 
@@ -534,7 +534,7 @@ def test_of_a_model_of_the_hub_configuration_and_tokenizer_are_enough(eight_bill
     ],
 )
 def test_published_shapes_have_the_published_number_of_parameters(path, parameters, nothing_here):
-    lm = outline(Checkpoint("mine", path), "sdpa")
+    lm = outline(PretrainedModel("mine", path), "sdpa")
     assert sum(parameter.numel() for parameter in lm.model.parameters()) == parameters
     assert (lm.block_size, lm.mask_token_id, lm.tokenizer) == (4, 151669, None)
 
@@ -553,7 +553,7 @@ def test_what_takes_long_on_a_cpu_says_how_long_and_what_to_give_instead(monkeyp
     said = "about 512 tokens a step × 10 steps, in rows of 64: about 5 hours on this CPU"
     remedy = ": lower steps or batch_size, or give experiment=tiny_sft, which is for a model as small as this one"
     budget = replace(budget_of({4: 1}, 120), duration=duration(3.6e13))
-    assert list(replace(budget, place=replace(LAPTOP, memory_gb=120)).warnings()) == [f"{said}{remedy}"]
+    assert list(replace(budget, machine=replace(LAPTOP, memory_gb=120)).warnings()) == [f"{said}{remedy}"]
     assert list(budget.warnings()) == []  # on a GPU nothing is known of it
     assert duration(3.6e13, preset=None).warning() == f"{said}: lower steps or batch_size"
     assert not duration(3e12).is_long

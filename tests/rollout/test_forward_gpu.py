@@ -8,7 +8,7 @@ import torch
 
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.models.low_precision import narrowed, refresh
+from dirl_cli.models.low_precision import cast_linear_weights, recast
 from dirl_cli.rollout.forward_gpu import Blocks, block_attention, bucket
 from dirl_cli.rollout.native import NativeSampler, requests
 from dirl_cli.rollout.scheduler import Batch
@@ -193,7 +193,7 @@ def test_new_weights_reach_what_is_kept():
 @pytest.mark.parametrize("kind", ["untied", "tied", "moe"])
 def test_a_narrowed_model_is_what_autocast_makes_of_it(kind):
     model, ids = random_lm(kind).model, torch.arange(1, 13)[None]
-    twin = narrowed(model, torch.bfloat16)
+    twin = cast_linear_weights(model, torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(twin(ids).logits, model(ids).logits)
     assert model.lm_head.weight.dtype == torch.float32
@@ -204,13 +204,13 @@ def test_a_narrowed_model_is_what_autocast_makes_of_it(kind):
 
 def test_a_narrowed_model_takes_new_weights_in_place():
     model, other = random_lm("tied").model, small_lm(seed=1).model
-    twin = narrowed(model, torch.bfloat16)
+    twin = cast_linear_weights(model, torch.bfloat16)
     weight = twin.model.layers[1].self_attn.q_proj.weight
     before, address = weight.clone(), weight.data_ptr()
     with torch.no_grad():
         for own, new in zip(model.model.layers.parameters(), other.model.layers.parameters(), strict=True):
             own.copy_(new)
-    refresh(twin, model)
+    recast(twin, model)
     assert weight.data_ptr() == address
     assert not torch.equal(weight, before)
     assert torch.equal(weight, other.model.layers[1].self_attn.q_proj.weight.bfloat16())

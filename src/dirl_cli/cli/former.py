@@ -10,9 +10,16 @@ MODULES = {
     "dirl_cli.training.metrics": "dirl_cli.report.metrics_log",
     "dirl_cli.training.schedule": "dirl_cli.training.optim",
 }
+CLASSES = {  # in the modules of today
+    "dirl_cli.models.load.Checkpoint": "dirl_cli.models.load.PretrainedModel",
+    "dirl_cli.models.peft.Lora": "dirl_cli.models.peft.LoraFinetune",
+    "dirl_cli.models.peft.Whole": "dirl_cli.models.peft.FullFinetune",
+}
 
 
 def todays_target(target: str) -> str:
     """The import path of a class, which an earlier version may have written down: the one it has today."""
     module, _, name = target.rpartition(".")
-    return f"{MODULES[module]}.{name}" if module in MODULES else target
+    if module in MODULES:
+        target = f"{MODULES[module]}.{name}"
+    return CLASSES.get(target, target)

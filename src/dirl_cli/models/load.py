@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dirl_cli.errors import DirlError
-from dirl_cli.models.adapter import merged
-from dirl_cli.models.model_directory import Stored
+from dirl_cli.models.adapter import merge_adapter
+from dirl_cli.models.model_directory import ModelDirectory
 from dirl_cli.models.save import save_published
 from dirl_cli.ranges import ATTENTIONS, DEVICES, DTYPES, Count, Natural
 from dirl_cli.types import Decoding
@@ -77,7 +77,7 @@ class DiffusionLM:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class PretrainedModel:
     """A model directory, or a Hub repository that was downloaded before.
 
     block_size: None for the checkpoint's own; another is for `dirl sft` and `dirl rl` to teach it. adapter: what to
@@ -102,29 +102,29 @@ class Checkpoint:
         attention = pick_attention(attention, device)
         if self.made_by and not Path(self.path).is_dir():
             raise DirlError(f"{self.path} is not there: run `{self.made_by}` first")
-        stored = Stored(self.path)
+        stored = ModelDirectory(self.path)
         directory = stored.directory()
         config = stored.config(directory, attention)
         if device == "meta":
             return self.outline(config, stored.tokenizer(directory))
-        block_size, mask_id = self.settled(config)
+        block_size, mask_id = self.block_and_mask(config)
         model = stored.model(directory, config, pick_dtype(dtype, device))
-        model = merged(model, self.adapter) if self.adapter else model
+        model = merge_adapter(model, self.adapter) if self.adapter else model
         torch.nn.Module.to(model, device).eval()
         require_finite(model)
         return diffusion_lm(model, stored.tokenizer(directory), block_size, mask_id)
 
     def outline(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> DiffusionLM:
         """The model on `meta`, its shapes alone: no weight is read."""
-        block_size, mask_id = self.settled(config)
-        model = Stored(self.path).shapes(config, torch.float32)
+        block_size, mask_id = self.block_and_mask(config)
+        model = ModelDirectory(self.path).shapes(config, torch.float32)
         return diffusion_lm(model.eval(), tokenizer, block_size, mask_id)
 
-    def settled(self, config: PreTrainedConfig) -> tuple[int, int]:
+    def block_and_mask(self, config: PreTrainedConfig) -> tuple[int, int]:
         """Block size and id of the mask token: as asked, as stored, or as published ones are."""
-        block_size = given(self.block_size, getattr(config, "block_size", None), DEFAULT_BLOCK_SIZE)
+        block_size = first_set(self.block_size, getattr(config, "block_size", None), DEFAULT_BLOCK_SIZE)
         stored_mask = getattr(config, "mask_token_id", None)
-        mask_id = given(self.mask_token_id, stored_mask, DEFAULT_MASK_TOKEN_ID)
+        mask_id = first_set(self.mask_token_id, stored_mask, DEFAULT_MASK_TOKEN_ID)
         if stored_mask not in (None, mask_id):
             raise DirlError(
                 f"model.mask_token_id is {mask_id} and the checkpoint's is {stored_mask}: leave model.mask_token_id out"
@@ -218,7 +218,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
-def given(*values: int | None) -> int:
+def first_set(*values: int | None) -> int:
     """The first of some values that is there."""
     return next(value for value in values if value is not None)
 

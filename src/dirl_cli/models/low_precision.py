@@ -21,9 +21,9 @@ def inference_model(model: PreTrainedModel, attention: str | None = None) -> Pre
     return second.eval()
 
 
-def narrowed(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """`model` as autocast would run it, its linear layers' weights cast once; everything else is the same storage."""
-    with torch.inference_mode(False), torch.no_grad():  # `refresh` writes to them outside too
+    with torch.inference_mode(False), torch.no_grad():  # `recast` writes to them outside too
         cast = {
             id(layer.weight): nn.Parameter(layer.weight.to(dtype), requires_grad=False)
             for layer in model.modules()
@@ -36,7 +36,7 @@ def narrowed(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def refresh(twin: PreTrainedModel, model: PreTrainedModel) -> None:
+def recast(twin: PreTrainedModel, model: PreTrainedModel) -> None:
     """Cast the weights of `model` anew, in place."""
     own, other = (one.named_parameters(remove_duplicate=False) for one in (twin, model))
     for (_, cast), (_, weight) in zip(own, other, strict=True):

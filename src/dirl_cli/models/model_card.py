@@ -12,7 +12,7 @@ from yaml import YAMLError
 from dirl_cli.files import installed
 
 TAGS = ["block-diffusion", "dirl"]
-KEPT = ("base_model", "license", "license_name", "license_link")  # of a base model's card
+INHERITED = ("base_model", "license", "license_name", "license_link")  # of a base model's card
 PACKAGES = ("dirl", "torch", "transformers")
 USE = """```bash
 dirl generate model={name} prompt="What is 7 times 8?"
@@ -60,17 +60,17 @@ def model_card(
     measured = [[key, values[-1], min(values), max(values)] for key, values in metrics.items() if values]
     sections = {
         f"# {title}": summary,
-        "## Recipe": table(["", ""], [*recipe.items()]),
-        "## Metrics": table(["", "last", "lowest", "highest"], measured) if measured else "",
-        "## Decoding": table(["", ""], [*decoding.items()]) if decoding else "",
-        "## Use": use(repository or ".", config),
+        "## Recipe": markdown_table(["", ""], [*recipe.items()]),
+        "## Metrics": markdown_table(["", "last", "lowest", "highest"], measured) if measured else "",
+        "## Decoding": markdown_table(["", ""], [*decoding.items()]) if decoding else "",
+        "## Use": usage(repository or ".", config),
         "## Versions": ", ".join(f"{package} {installed(package) or 'of a checkout'}" for package in PACKAGES),
     }
     body = "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items() if text)
     return f"---\n{header.to_yaml()}\n---\n\n{body}\n"
 
 
-def use(name: str, config: PreTrainedConfig) -> str:
+def usage(name: str, config: PreTrainedConfig) -> str:
     """How a model is used, which its name and configuration tell."""
     elsewhere = REGISTERED.get(config.model_type)
     return USE.format(
@@ -85,18 +85,18 @@ def adapter_card(title: str, summary: str, model: Mapping[str, Any] | None, reci
     """The README.md of an adapter. model: the settings of the one that it stands beside, if that has a path."""
     base = model["path"] if model else None
     header = ModelCardData(library_name="peft", tags=TAGS, **inherited(base) if base else {})
-    command = f"dirl eval {naming(model) if model else 'model=BASE'} model.adapter=."
-    sections = f"## Recipe\n\n{table(['', ''], [*recipe.items()])}\n\n## Use\n\n```bash\n{command}\n```"
+    command = f"dirl eval {command_words(model) if model else 'model=BASE'} model.adapter=."
+    sections = f"## Recipe\n\n{markdown_table(['', ''], [*recipe.items()])}\n\n## Use\n\n```bash\n{command}\n```"
     body = f"# {title}, adapter\n\n{summary}\n\n{sections}"
     return f"---\n{header.to_yaml()}\n---\n\n{body}\n"
 
 
-def naming(model: Mapping[str, Any]) -> str:
+def command_words(model: Mapping[str, Any]) -> str:
     """The words by which a command loads the model of these settings as they do."""
     choice = "from_causal model.path=" if "logit_shift" in model else ""
     others = {key: model.get(key) for key in ("block_size", "mask_token_id", "logit_shift")}
     rest = [f" model.{key}={value}" for key, value in others.items() if value is not None]
-    return f"model={choice}{told(model['path'])}{''.join(rest)}"
+    return f"model={choice}{format_setting(model['path'])}{''.join(rest)}"
 
 
 def inherited(base: str) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def inherited(base: str) -> dict[str, Any]:
         known = metadata_load(file) if isinstance(file, str | Path) and Path(file).is_file() else None
     except (ValueError, YAMLError):  # a broken card is no reason to fail
         known = None
-    kept = {key: value for key, value in (known or {}).items() if key in KEPT}
+    kept = {key: value for key, value in (known or {}).items() if key in INHERITED}
     return {**kept, "base_model": base} if is_repository else kept
 
 
@@ -120,20 +120,20 @@ def repositories(settings: object) -> Iterator[str]:
         yield settings
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    cells = [[" ".join(told(cell).replace("|", "\\|").split()) for cell in row] for row in rows]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    cells = [[" ".join(format_setting(cell).replace("|", "\\|").split()) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *cells])
 
 
-def told(value: object) -> str:
+def format_setting(value: object) -> str:
     """A setting as a reader wants it: `AdamW(lr=1e-05, weight_decay=0.0)`; of an absolute path the last name only."""
     if isinstance(value, Mapping):
         kind = str(value.get("_target_", "")).rpartition(".")[2]
         given = {key: inner for key, inner in value.items() if key != "_target_" and inner is not None}
-        inner = ", ".join(f"{key}={told(inner)}" for key, inner in given.items())
+        inner = ", ".join(f"{key}={format_setting(inner)}" for key, inner in given.items())
         return f"{kind}({inner})" if kind and inner else kind or inner
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(told, value))}]"
+        return f"[{', '.join(map(format_setting, value))}]"
     if isinstance(value, float):
         return f"{value:.4g}"
     return Path(value).name if isinstance(value, str) and value.startswith("/") else str(value)

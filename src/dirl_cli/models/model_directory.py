@@ -21,14 +21,14 @@ from transformers.utils import logging as transformers_logging
 import dirl_cli.models.sdar  # noqa: F401  # registers `sdar` and `sdar_moe`
 from dirl_cli import hub
 from dirl_cli.errors import DirlError
-from dirl_cli.models.safe_files import read_object, require_harmless
+from dirl_cli.models.safe_files import check_safe_checkpoint, read_object
 from dirl_cli.text import counted
 
 UNBUILDABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, ImportError, RuntimeError)
 
 
 @dataclass(frozen=True)
-class Stored:
+class ModelDirectory:
     """A model directory, or a Hub repository that was downloaded before."""
 
     path: str
@@ -36,7 +36,7 @@ class Stored:
     def directory(self) -> Path:
         """Where it is. Raises DirlError where that is nowhere, or where it holds what is never loaded."""
         directory = self._found()
-        require_harmless(directory)
+        check_safe_checkpoint(directory)
         return directory
 
     def _found(self) -> Path:

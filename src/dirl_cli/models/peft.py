@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import Linear as LoraLinear
 
-PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in 4 bits: a byte for 64 of them, 4 for 256 such bytes
+PACKED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in 4 bits: a byte for 64 of them, 4 for 256 such bytes
 
 
-class Loads(Protocol):
+class ModelSource(Protocol):
     """A model's settings."""
 
     def load(self, dtype: str, device: str, attention: str) -> DiffusionLM: ...
@@ -39,7 +39,7 @@ class Peft(Protocol):
         """Raises DirlError where a package is missing, or where `launch` does not go with it."""
         ...
 
-    def load(self, model: Loads, dtype: str, device: str, attention: str) -> DiffusionLM:
+    def load(self, model: ModelSource, dtype: str, device: str, attention: str) -> DiffusionLM:
         """The model as it is trained. dtype: of the forward."""
         ...
 
@@ -80,13 +80,13 @@ class Peft(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
+class FullFinetune:
     """All parameters are trained, and so are kept in float32."""
 
     def require(self, launch: str) -> None:
         pass
 
-    def load(self, model: Loads, dtype: str, device: str, attention: str) -> DiffusionLM:
+    def load(self, model: ModelSource, dtype: str, device: str, attention: str) -> DiffusionLM:
         return model.load("float32", device, attention)
 
     def adapt(self, model: PreTrainedModel) -> None:
@@ -114,11 +114,8 @@ class Whole:
         pass
 
 
-WHOLE = Whole()
-
-
 @dataclass(frozen=True)
-class Lora:
+class LoraFinetune:
     """Two factors of `rank` beside each target, their product times alpha ÷ rank added (https://arxiv.org/abs/2106.09685).
 
     The factors are in float32; the weights stay as they are, in the dtype of the forward.
@@ -140,12 +137,12 @@ class Lora:
         if launch in SHARING:
             raise DirlError(f"launch={launch} shares out what is trained, which peft leaves small: give launch=auto")
 
-    def load(self, model: Loads, dtype: str, device: str, attention: str) -> DiffusionLM:
+    def load(self, model: ModelSource, dtype: str, device: str, attention: str) -> DiffusionLM:
         kept = str(self.base_dtype(dtype, device)).removeprefix("torch.")
         lm = model.load(kept, "cpu" if self.four_bit else device, attention)
         if self.four_bit:
             lm.model.config._attn_implementation = pick_attention(attention, device)
-            pack(lm.model)
+            pack_into_4_bits(lm.model)
             nn.Module.to(lm.model, device)  # which packs layer by layer, so that the device never holds all
         self.adapt(lm.model)
         return lm
@@ -160,7 +157,7 @@ class Lora:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             inject_adapter_in_model(self._config(), model)
-        for parameter in trained(model).values():
+        for parameter in trainable_parameters(model).values():
             parameter.data = parameter.data.float()
         model.eval()
 
@@ -168,16 +165,16 @@ class Lora:
         return pick_dtype(dtype, device)
 
     def weight_bytes(self, model: PreTrainedModel) -> int:
-        packed = {id(layer.weight) for _, layer in bases(model)} if self.four_bit else set()
-        return int(sum(p.numel() * PACKED if id(p) in packed else p.nbytes for p in model.parameters()))
+        packed = {id(layer.weight) for _, layer in frozen_linears(model)} if self.four_bit else set()
+        return int(sum(p.numel() * PACKED_BYTES if id(p) in packed else p.nbytes for p in model.parameters()))
 
     def merged_bytes(self, model: PreTrainedModel) -> int:
-        own = adapted(model)
-        return sum(layer.weight.nbytes for name, layer in bases(model) if self.four_bit or name in own)
+        own = lora_layers(model)
+        return sum(layer.weight.nbytes for name, layer in frozen_linears(model) if self.four_bit or name in own)
 
     def merged(self, lm: DiffusionLM, device: str | None = None) -> DiffusionLM:
         twin = without_adapter(lm.model)
-        for name, weight in made(lm.model):
+        for name, weight in effective_weights(lm.model):
             own = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             own.weight = nn.Parameter(weight.to(device or weight.device), requires_grad=False)
             own.bias = cast(nn.Linear, twin.get_submodule(name)).bias
@@ -186,7 +183,7 @@ class Lora:
 
     def pushed(self, lm: DiffusionLM) -> Iterator[tuple[str, Tensor]]:
         names = set()
-        for name, weight in made(lm.model):
+        for name, weight in effective_weights(lm.model):
             names.add(f"{name}.weight")
             yield f"{name}.weight", weight
         for name, parameter in lm.model.named_parameters():
@@ -201,7 +198,7 @@ class Lora:
         config = self._config()
         config.base_model_name_or_path, config.inference_mode = base, True
         config.target_modules = sorted(self.targets)  # PEFT makes a set of them, whose order differs from run to run
-        factors = {name.replace(".default.", "."): factor for name, factor in trained(lm.model).items()}
+        factors = {name.replace(".default.", "."): factor for name, factor in trainable_parameters(lm.model).items()}
         with whole_directory(directory) as partial:
             config.save_pretrained(str(partial))
             tensors = {f"base_model.model.{name}": factor.detach().cpu() for name, factor in factors.items()}
@@ -227,11 +224,11 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head}
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def pack(model: PreTrainedModel) -> None:
+def pack_into_4_bits(model: PreTrainedModel) -> None:
     """Have the linear layers' weights packed into 4 bits when they are next moved to a device."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -248,18 +245,18 @@ def pack(model: PreTrainedModel) -> None:
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """The model that an adapter stands beside; all tensors are shared."""
     twin = inference_model(model)
-    for name, layer in adapted(twin).items():
+    for name, layer in lora_layers(twin).items():
         twin.set_submodule(name, layer.get_base_layer())
     vars(twin).pop("peft_config", None)  # by which PEFT would know an adapter that is not there
     return twin
 
 
 @torch.no_grad()
-def made(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def effective_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Each linear layer whose weight is not there as it acts, being adapted or packed, with that weight."""
-    factors = adapted(model)
-    for name, layer in bases(model):
-        weight = unpacked(layer)
+    factors = lora_layers(model)
+    for name, layer in frozen_linears(model):
+        weight = dequantised(layer)
         if name in factors:
             with torch.autocast(weight.device.type, enabled=False):  # the factors' product is not to be rounded
                 acting = (weight + factors[name].get_delta_weight("default")).to(weight.dtype)
@@ -268,20 +265,20 @@ def made(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, weight
 
 
-def bases(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+def frozen_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers whose weights are frozen, by their names without an adapter."""
     for name, layer in linear_layers(model).items():
         if not layer.weight.requires_grad:
             yield name.removesuffix(".base_layer"), layer
 
 
-def adapted(model: nn.Module) -> "dict[str, LoraLinear]":
+def lora_layers(model: nn.Module) -> "dict[str, LoraLinear]":
     from peft.tuners.lora import LoraLayer
 
     return {name: cast("LoraLinear", layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
 
 
-def unpacked(layer: nn.Linear) -> Tensor:
+def dequantised(layer: nn.Linear) -> Tensor:
     """A layer's weight as it acts: itself, or what its 4 bits stand for."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:

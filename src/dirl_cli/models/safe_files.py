@@ -12,7 +12,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 FOREIGN = {"quantization_config": "is quantised", "transformers_weights": "keeps its weights under another name"}
 
 
-def require_harmless(directory: Path) -> None:
+def check_safe_checkpoint(directory: Path) -> None:
     """Raises DirlError for a model directory that is more than JSON and safetensors which stay inside it."""
     config = read_object(directory / "config.json")
     for key in filter(config.get, FOREIGN):
@@ -25,12 +25,12 @@ def require_harmless(directory: Path) -> None:
                 f"{directory} holds its weights in {pickle.name}, a pickle, which may hold code and is never loaded:"
                 " save it elsewhere as safetensors"
             )
-    for file, name in named_files(directory):
+    for file, name in referenced_files(directory):
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in (".safetensors", ".json"):
             raise DirlError(f"{directory / file} names {name!r}, which is no safetensors or JSON file beside it")
 
 
-def named_files(directory: Path) -> Iterator[tuple[str, Any]]:
+def referenced_files(directory: Path) -> Iterator[tuple[str, Any]]:
     """The files that others in a model directory send transformers to, with those others."""
     shards = read_object(directory / INDEX).get("weight_map")
     yield from ((INDEX, name) for name in (shards.values() if isinstance(shards, dict) else ()))

@@ -4,10 +4,10 @@ from typing import Any
 
 from dirl_cli import hub
 from dirl_cli.errors import NotHere
-from dirl_cli.models.load import Checkpoint, DiffusionLM, pick_attention
-from dirl_cli.models.model_directory import Stored
-from dirl_cli.models.peft import Loads
-from dirl_cli.models.safe_files import require_harmless
+from dirl_cli.models.load import DiffusionLM, PretrainedModel, pick_attention
+from dirl_cli.models.model_directory import ModelDirectory
+from dirl_cli.models.peft import ModelSource
+from dirl_cli.models.safe_files import check_safe_checkpoint
 from dirl_cli.models.sdar import SDARConfig, SDARMoeConfig
 
 COMMON = {
@@ -44,12 +44,12 @@ PUBLISHED = {
 }
 
 
-def shapes(model: Loads, attention: str) -> DiffusionLM:
+def shapes(model: ModelSource, attention: str) -> DiffusionLM:
     """A model without its weights, for what is to be done with them later; all of it has to be on this machine."""
     return model.load("float32", "meta", attention)
 
 
-def outline(model: Loads, attention: str) -> DiffusionLM:
+def outline(model: ModelSource, attention: str) -> DiffusionLM:
     """A model without its weights, from as little of it as there is on this machine.
 
     Of a model of the Hub that is not here, or only in part, its config.json is enough, and of those in PUBLISHED not
@@ -58,12 +58,12 @@ def outline(model: Loads, attention: str) -> DiffusionLM:
     try:
         return shapes(model, attention)
     except NotHere:
-        if not isinstance(model, Checkpoint):
+        if not isinstance(model, PretrainedModel):
             raise
-        stored = Stored(model.path)
+        stored = ModelDirectory(model.path)
         directory = hub.with_config(model.path)
         if directory is not None:
-            require_harmless(directory)
+            check_safe_checkpoint(directory)
             tokenizer = stored.tokenizer(directory)
             return model.outline(stored.config(directory, pick_attention(attention, "meta")), tokenizer)
         if model.path not in PUBLISHED:

@@ -27,8 +27,8 @@ Phases = Callable[[Settings], dict[str, Bytes]]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run takes place, in the words of its settings; it need not be here if `memory_gb` says what there is."""
+class Machine:
+    """The devices of a run, as its settings name them; they need not be here if `memory_gb` says what each has."""
 
     device: str
     dtype: str
@@ -41,7 +41,7 @@ class Place:
         """cuda or cpu. Raises DirlError for what is neither."""
         return self.device if self.device in ("cpu", "cuda") else pick_device(self.device)
 
-    def room(self) -> int:
+    def free_bytes(self) -> int:
         """Bytes that each process may take: `memory_gb`, or its share of what is free now."""
         if self.memory_gb is not None:
             return int(self.memory_gb * 1e9)
@@ -52,13 +52,13 @@ class Place:
         return torch.cuda.mem_get_info()[0]
 
     @property
-    def whose(self) -> str:
+    def owner(self) -> str:
         """Whose memory a process takes, such as `each GPU's`."""
         if self.kind == "cuda":
-            whose = "each GPU's" if self.gpus > 1 else "the GPU's"
+            owner = "each GPU's" if self.gpus > 1 else "the GPU's"
         else:
-            whose = "each process's" if self.gpus > 1 else "the machine's"
-        return f"{whose} free" if self.memory_gb is None else whose
+            owner = "each process's" if self.gpus > 1 else "the machine's"
+        return f"{owner} free" if self.memory_gb is None else owner
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,23 @@ class Budget:
     phases: Phases
     settings: Settings
     knobs: Mapping[str, Sequence[Any]]
-    place: Place
+    machine: Machine
     facts: str
     ways: Sequence[Sequence[Settings]] = ()
     duration: Duration | None = None
 
     @cached_property
-    def room(self) -> int:
-        return self.place.room()
+    def free_bytes(self) -> int:
+        return self.machine.free_bytes()
 
     def need(self, changes: Settings) -> int:
         """Bytes of the phase that holds most."""
         return max(sum(parts.values()) for parts in self.phases({**self.settings, **changes}).values())
 
     def fits(self, changes: Settings) -> bool:
-        return self.need(changes) <= SPARE * self.room
+        return self.need(changes) <= SPARE * self.free_bytes
 
-    def nearest(self, way: Settings | None = None) -> dict[str, Any] | None:
+    def smallest_fitting_change(self, way: Settings | None = None) -> dict[str, Any] | None:
         """Changes that make it fit, none of which could be left out or be smaller; None if nothing does.
 
         way: changes to begin with, which stay.
@@ -116,15 +116,15 @@ class Budget:
 
     def proposals(self) -> list[dict[str, Any]]:
         """The nearest settings that fit; where none do, the least of each other way to train the same model."""
-        if nearest := self.nearest():
-            return [nearest]
+        if changes := self.smallest_fitting_change():
+            return [changes]
         found = [self.first_that_fits(ways) for ways in self.ways]
         return [changes for changes in found if changes]
 
     def first_that_fits(self, ways: Sequence[Settings]) -> dict[str, Any] | None:
         for way in ways:
             try:
-                changes = self.nearest(way)
+                changes = self.smallest_fitting_change(way)
             except DirlError:
                 continue  # an adapter to layers that this model does not have
             if changes:
@@ -135,31 +135,33 @@ class Budget:
         """What to say before the run starts: that it may not fit, or takes long. Raises DoesNotFit."""
         if doubt := self.require():
             yield doubt
-        if self.duration and self.place.kind == "cpu" and self.duration.is_long:
+        if self.duration and self.machine.kind == "cpu" and self.duration.is_long:
             yield self.duration.warning()
 
     def verdict(self) -> str:
         """Whether it fits, and else what does, in a sentence."""
         now, need = self.phases(self.settings), self.need({})
         phase = max(now, key=lambda name: sum(now[name].values()))
-        takes = f"the {phase} takes about {size(need)} of {self.place.whose} {size(self.room)}"
+        takes = f"the {phase} takes about {format_bytes(need)} of {self.machine.owner} {format_bytes(self.free_bytes)}"
         if self.fits({}):
             return f"this fits: {takes}"
-        takes = f"this {'may' if need <= ERROR * self.room else 'does'} not fit: {takes}"
+        takes = f"this {'may' if need <= ERROR * self.free_bytes else 'does'} not fit: {takes}"
         anyway = f"(memory_gb={math.ceil(need / SPARE / 1e9)} starts it all the same)"
         if proposals := self.proposals():
-            choices = [f"{spelled(changes)}, which takes {size(self.need(changes))}" for changes in proposals]
+            choices = [
+                f"{format_settings(changes)}, which takes {format_bytes(self.need(changes))}" for changes in proposals
+            ]
             return f"{takes}: give {'; or '.join(choices)} {anyway}"
         least = self.need({key: values[-1] for key, values in self.knobs.items() if values})
-        millions = max(parts["parameters"] for parts in now.values()) / 4e6 * SPARE * self.room / least
+        millions = max(parts["parameters"] for parts in now.values()) / 4e6 * SPARE * self.free_bytes / least
         return (
-            f"{takes}, and {size(least)} whatever the settings, with parameters, gradients and optimizer states: choose"
-            f" a model of at most {millions:,.0f} million parameters {anyway}"
+            f"{takes}, and {format_bytes(least)} whatever the settings, with parameters, gradients and optimizer"
+            f" states: choose a model of at most {millions:,.0f} million parameters {anyway}"
         )
 
     def require(self) -> str | None:
         """Raises DoesNotFit if it clearly does not; returns a sentence if it may not."""
-        if self.need({}) > ERROR * self.room:
+        if self.need({}) > ERROR * self.free_bytes:
             raise DoesNotFit(self.verdict())
         return None if self.fits({}) else self.verdict()
 
@@ -172,7 +174,7 @@ class Budget:
         console.print(Syntax("", "yaml", theme="ansi_dark").highlight(text))
         console.print(self.table())
         console.print(f"\n{self.facts}", markup=False)
-        if self.duration and self.place.kind == "cpu":
+        if self.duration and self.machine.kind == "cpu":
             console.print(str(self.duration), markup=False)
         self.require()
         console.print(self.verdict(), style="bold", markup=False)
@@ -184,12 +186,12 @@ class Budget:
         for part in dict.fromkeys(part for parts in phases.values() for part in parts):
             sizes = [parts.get(part, 0) for parts in phases.values()]
             if any(sizes):
-                table.add_row(part, *(size(one) if one else "" for one in sizes))
-        table.add_row("together", *(size(sum(parts.values())) for parts in phases.values()), style="bold")
+                table.add_row(part, *(format_bytes(one) if one else "" for one in sizes))
+        table.add_row("together", *(format_bytes(sum(parts.values())) for parts in phases.values()), style="bold")
         return table
 
 
-def spelled(changes: Settings) -> str:
+def format_settings(changes: Settings) -> str:
     """Settings as words of a command line."""
     return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
 
@@ -199,6 +201,6 @@ def halvings(value: int, least: int) -> list[int]:
     return [value >> i for i in range(1, value.bit_length()) if value >> i >= least]
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes as 65.5 GB or 71 MB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

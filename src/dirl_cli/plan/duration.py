@@ -32,7 +32,7 @@ class Duration:
     def __str__(self) -> str:
         most = "at most" if self.is_bound else "about"
         cost = f"{most} {self.tokens:,} tokens a step × {self.steps:,} steps, in rows of {self.width:,}"
-        return f"{cost}: {most} {clock(self.seconds)} on this CPU"
+        return f"{cost}: {most} {format_duration(self.seconds)} on this CPU"
 
     def warning(self) -> str:
         """The same with what to give instead."""
@@ -71,7 +71,7 @@ def operations_per_second() -> float:
     return 2.0 * 512**3 / min(taken)
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Such as `20 minutes`, `3 hours`, `5 days`."""
     for unit, size in (("days", 86_400), ("hours", 3600)):
         if seconds >= 2 * size:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dirl_cli.diffusion.layout import Strip
-from dirl_cli.models.peft import WHOLE, Peft
+from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.text import counted
 from dirl_cli.training.logprobs import tokens_at_once
 from dirl_cli.training.optim import Optim
@@ -70,13 +70,13 @@ class Architecture:
         return self.vocabulary_parameters + self.layer_parameters
 
     @property
-    def is_whole(self) -> bool:
+    def is_full_finetune(self) -> bool:
         """Whether all parameters are trained."""
         return self.trained == self.parameters
 
 
 def architecture(
-    config: PreTrainedConfig, optim: Optim, peft: Peft = WHOLE, dtype: torch.dtype = torch.float32
+    config: PreTrainedConfig, optim: Optim, peft: Peft = FullFinetune(), dtype: torch.dtype = torch.float32
 ) -> Architecture:
     """A model whose weights are kept in `dtype` and its optimizer in numbers, by a step on tensors without storage."""
     with torch.device("meta"):
@@ -84,7 +84,7 @@ def architecture(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         peft.adapt(model)
     with FakeTensorMode():
-        fake(model)
+        use_fake_parameters(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -115,7 +115,7 @@ def architecture(
     )
 
 
-def fake(model: nn.Module) -> None:
+def use_fake_parameters(model: nn.Module) -> None:
     """Put parameters that look as if they were on a CPU, where optimizers can be, in the place of those on `meta`."""
     like = {p: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in model.parameters()}
     for module in model.modules():
@@ -137,7 +137,9 @@ class MicroBatch:
         return f"{self.step:,} tokens a step; micro-batches of {rows}, {self.scored:,} of them scored"
 
 
-def micro_batch(strip: Strip, strips: float, row_tokens: int, micro_rows: int | None, processes: int) -> MicroBatch:
+def largest_micro_batch(
+    strip: Strip, strips: float, row_tokens: int, micro_rows: int | None, processes: int
+) -> MicroBatch:
     """What as many tokens as so many strips have come to, where this strip is the longest."""
     tokens = math.ceil(strips * len(strip))
     width = max(len(strip), min(row_tokens, tokens))
@@ -192,7 +194,7 @@ class Memory:
     def __str__(self) -> str:
         model, kind = self.model, "bf16" if self.bf16 else "fp32"
         parameters = f"{model.parameters:,} parameters, {model.vocabulary_parameters:,} of them in embedding and head"
-        if not model.is_whole:
+        if not model.is_full_finetune:
             parameters += f"; {model.trained:,} trained beside them"
         elif self.bf16:
             kind += " with weights in fp32"
@@ -211,7 +213,7 @@ class Memory:
             "sampler's copy": self.copy() * self.copy_stays,
             "gradients": self.gradients() * self.parallelism.gradients_stay,
             "optimizer states": self.model.state_bytes // self.parallelism.states,
-            "reference model": 4 * self.model.parameters * (self.reference and self.model.is_whole),
+            "reference model": 4 * self.model.parameters * (self.reference and self.model.is_full_finetune),
         }
 
     def gradients(self) -> int:
@@ -219,26 +221,26 @@ class Memory:
 
     def copy(self) -> int:
         """Of what samples, where it cannot use the weights that are trained; its linear layers are in bf16 at once."""
-        return 4 * self.model.parameters - self.linear_copies() * self.parallelism.gathers
+        return 4 * self.model.parameters - self.bf16_copies() * self.parallelism.gathers
 
-    def linear_copies(self) -> int:
+    def bf16_copies(self) -> int:
         """Of the weights of all linear layers in bf16, where they are kept in fp32 and that is not what is wanted."""
         linear = self.model.layer_parameters + self.model.vocabulary * self.model.hidden
-        return 2 * linear * (self.bf16 and self.model.is_whole)
+        return 2 * linear * (self.bf16 and self.model.is_full_finetune)
 
     def layer(self) -> int:
         """Of one token: what a layer keeps for backpropagation."""
         model, narrow = self.model, self.narrow
         # of both norms: what comes in and, where their weights are trained, what is normalised, in fp32; and what goes
         # to five linear layers, each of which casts it for itself under autocast
-        norms = model.hidden * (2 * (4 + 4 * model.is_whole) + (5 * 2 if self.bf16 else 2 * 4))
+        norms = model.hidden * (2 * (4 + 4 * model.is_full_finetune) + (5 * 2 if self.bf16 else 2 * 4))
         # queries and keys before their norms, in fp32, and normalised
-        heads = (model.queries + model.keys) * (4 + narrow * model.is_whole)
+        heads = (model.queries + model.keys) * (4 + narrow * model.is_full_finetune)
         # rotated queries, keys, values, what comes out; under a dense mask keys and values stand once per query head
         attention = narrow * (4 * model.queries if self.dense else 2 * model.queries + 2 * model.keys)
         # gate, up, silu(gate) and their product; an expert's tokens are gathered, and weighted afterwards
         mlp = narrow * (4 * model.inner + 2 * model.experts * model.hidden)
-        return norms + heads + attention + mlp + narrow * model.queries * (self.bf16 and not model.is_whole)
+        return norms + heads + attention + mlp + narrow * model.queries * (self.bf16 and not model.is_full_finetune)
 
     def update(self, batch: MicroBatch, scoring: int = SCORING) -> Bytes:
         """The most while learning from several such micro-batches. scoring: bytes of each logit that is scored."""
@@ -246,15 +248,15 @@ class Memory:
         chunk = min(batch.scored, tokens_at_once(model.vocabulary))
         layer = tokens * self.layer()
         mask = narrow * tokens * batch.width * self.dense
-        between = (4 if model.is_whole else narrow) * model.hidden * tokens  # the input of a layer
+        between = (4 if model.is_full_finetune else narrow) * model.hidden * tokens  # the input of a layer
         kept = model.layers * (between if self.checkpointing else layer) + 2 * between + mask
-        copies = 2 * model.layer_parameters * (self.bf16 and model.is_whole)
+        copies = 2 * model.layer_parameters * (self.bf16 and model.is_full_finetune)
         # the head's gradient is whole before it is added to that of earlier tokens, and in bf16 a chunk's part of it
         slope = max(6 * chunk, 2 * (model.hidden + chunk)) if self.bf16 else 4 * chunk
-        of_head = (4 * model.hidden + slope) * model.is_whole
+        of_head = (4 * model.hidden + slope) * model.is_full_finetune
         logits = model.vocabulary * max(scoring * chunk, of_head)
         of_layer = copies // model.layers
-        cast = self.linear_copies()
+        cast = self.bf16_copies()
         if self.parallelism.gathers:  # where none is kept
             copies, cast = of_layer, 2 * model.vocabulary * model.hidden * self.bf16
         at_head = {"bf16 copies": cast, "activations": kept, "logits": logits}
@@ -284,7 +286,7 @@ class Memory:
             attention = 8 * length * model.queries  # the same keys and values, all that are cached
             busiest = slots * max(prefill, attention, self.drawing(block_size, decoding))
         gathers = self.parallelism.gathers
-        copies = self.linear_copies() * (self.cuda and not gathers)  # instead of a cast in every forward
+        copies = self.bf16_copies() * (self.cuda and not gathers)  # instead of a cast in every forward
         copy = {"sampler's copy": self.copy() * (gathers or self.copy_stays)}
         return self.resident() | copy | {"bf16 copies": copies, "KV cache": slots * cache, "sampling": busiest}
 

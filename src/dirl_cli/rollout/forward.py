@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dirl_cli.models.kv_cache import SLOTS, Attend, SlotCache
+from dirl_cli.models.kv_cache import SLOTS, Attend, KVCache
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.low_precision import inference_model
 from dirl_cli.rollout.reveal import Canvas, Revealer
@@ -29,7 +29,7 @@ def one_before(hidden: Tensor, edge: Tensor) -> Tensor:
 
 
 def decode(
-    model: PreTrainedModel, cache: SlotCache, token_ids: Tensor, position: Tensor, places: Tensor, attend: Attend
+    model: PreTrainedModel, cache: KVCache, token_ids: Tensor, position: Tensor, places: Tensor, attend: Attend
 ) -> Tensor:
     """Hidden states (T, D) of tokens at `places`, each slot * length + position: (T,) all.
 
@@ -84,7 +84,7 @@ class Runs:
         self.lm, self.length = lm, length
         self.model = slot_model(lm.model)
         self.canvas = Canvas(lm, slots, length)
-        self.cache = SlotCache(slots, length)
+        self.cache = KVCache(slots, length)
         self.offsets = np.arange(lm.block_size)
         self.edge = torch.empty(0)  # (slots, D) of the last token of each slot that is cached
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dirl_cli.models.kv_cache import SlotCache
+from dirl_cli.models.kv_cache import KVCache
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.forward import Integers, decode, one_before, slot_model
 from dirl_cli.rollout.reveal import Canvas, Revealer
@@ -72,7 +72,7 @@ class Blocks:
         self.model = slot_model(lm.model)
         self.attention, self.replay = attention, replay
         self.canvas = Canvas(lm, slots + 1, length)  # the spare slot is for blocks that only fill a graph
-        self.cache = SlotCache(slots + 1, length)
+        self.cache = KVCache(slots + 1, length)
         self.offsets = torch.arange(lm.block_size, device=lm.device)
         # of each block its slot, first position, step, request's key, and the slot whose cached tokens it is to end
         self.host = torch.zeros(5, 2 * slots, dtype=torch.long, pin_memory=lm.device.type == "cuda")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.models.low_precision import narrowed, refresh
+from dirl_cli.models.low_precision import cast_linear_weights, recast
 from dirl_cli.rollout.forward import Runs
 from dirl_cli.rollout.forward_gpu import Blocks, Graphs, at_once, block_attention
 from dirl_cli.rollout.sampler import Watch
@@ -86,7 +86,7 @@ class NativeSampler:
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
         if self.narrow:
-            refresh(self.narrow, self.lm.model)
+            recast(self.narrow, self.lm.model)
         self.weights_version = version
 
     def sleep(self) -> None:
@@ -123,7 +123,7 @@ class NativeSampler:
         model, device = self.lm.model, self.lm.device.type
         if not torch.is_autocast_enabled(device) or model.dtype == torch.get_autocast_dtype(device):
             return model
-        self.narrow = self.narrow or narrowed(model, torch.get_autocast_dtype(device))
+        self.narrow = self.narrow or cast_linear_weights(model, torch.get_autocast_dtype(device))
         return self.narrow
 
     def _block_size(self, decoding: Decoding) -> int:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dirl_cli.models.kv_cache import SlotCache
+from dirl_cli.models.kv_cache import KVCache
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.forward import Integers
 from dirl_cli.rollout.reveal import Canvas, Revealer
@@ -21,7 +21,7 @@ class Forwards(Protocol):
 
     lm: DiffusionLM
     canvas: Canvas
-    cache: SlotCache
+    cache: KVCache
 
     def step(self, blocks: Integers, cached: Integers, count: int, reveal: Revealer) -> Integers:
         """Reveal some of N blocks; what their slots have not cached yet is computed on the way.

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dirl_cli.errors import DirlError
-from dirl_cli.models.adapter import merged
+from dirl_cli.models.adapter import merge_adapter
 from dirl_cli.models.load import DiffusionLM, pick_device, pick_dtype
 from dirl_cli.training.checkpoint import MODEL, files_of, learned
 from dirl_cli.training.shards import read_parts
@@ -25,7 +25,7 @@ class TrainedModel:
 
     name: str
     path: str
-    base: Any  # models.lora.Loads
+    base: Any  # models.lora.ModelSource
     peft: Any  # models.lora.Peft
     adapter: str | None = None
 
@@ -43,6 +43,6 @@ class TrainedModel:
         lm = self.peft.merged(lm)
         nn.Module.to(lm.model, dtype=pick_dtype(dtype, device))
         if self.adapter:
-            lm = replace(lm, model=merged(lm.model, self.adapter))
+            lm = replace(lm, model=merge_adapter(lm.model, self.adapter))
         lm.model.requires_grad_(True).eval()
         return lm
