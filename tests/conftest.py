@@ -37,6 +37,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    levels = {logger: logger.level for logger in (logging.root, logging.getLogger("hydra"))}
     yield tmp_path
+    for logger, level in levels.items():
+        logger.setLevel(level)  # `--info` leaves it at DEBUG
     for handler in [handler for handler in logging.root.handlers if type(handler) is logging.StreamHandler]:
         logging.root.removeHandler(handler)  # of Hydra's, once it has explained a config

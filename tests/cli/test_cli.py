@@ -402,6 +402,11 @@ def test_the_config_is_printed_instead_of_run(jobs):
     assert jobs == []
 
 
+def test_a_sweep_over_models_may_be_verbose(jobs):
+    assert dirl("sft", "-m", "model=tiny,tiny_sft", "hydra.verbose=true").exit_code == 0
+    assert [cfg["model"]["name"] for cfg in jobs] == ["tiny", "tiny"]
+
+
 def test_hydra_full_error_shows_where_a_sentence_comes_from(jobs):
     assert isinstance(dirl("sft", "seed=13", full_error="1").exception, DirlError)
 

@@ -1,6 +1,7 @@
 """From a command line to running commands: Hydra composes each job's config, its run directory is opened, it starts."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -79,6 +80,8 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
     ledger = Path("runs", name, f".sweep-{os.getpid()}").absolute()  # a file, since jobs may be other processes
     if sweep:
         begin_sweep(ledger)
+        # Where it logs at DEBUG (hydra.verbose=true), Hydra lists a sweep's config as if it were one job's, and fails.
+        logging.getLogger("hydra").setLevel(logging.INFO)
     failed: list[DirlError] = []
 
     def task(cfg: DictConfig) -> None:
