@@ -64,7 +64,7 @@ def test_answers_from_graphs_are_those_of_plain_forwards(strategy, temperature):
         for group, others in zip(found, plain, strict=True):
             for one, other in zip(group, others, strict=True):
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-    assert any(sampler.kept.replay.graphs.values())
+    assert any(sampler.idle_forward.replay.graphs.values())
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "moe"])
@@ -73,8 +73,8 @@ def test_any_kind_of_model_is_captured_in_bfloat16(kind):
     sampler = NativeSampler(lm, 8)
     first, second, third = (tokens(sampler.sample(PROMPTS, 4, options)) for _ in range(3))
     assert second == third
-    assert any(sampler.kept.replay.graphs.values())
-    assert sampler.narrow is None, "it shares all of its weights"
+    assert any(sampler.idle_forward.replay.graphs.values())
+    assert sampler.low_precision_model is None, "it shares all of its weights"
     assert sum(a == b for a, b in zip(first, second, strict=True)) >= 0.9 * len(first)
 
 
@@ -99,10 +99,10 @@ def test_sampler_and_trainer_agree():
 def test_new_weights_reach_captured_graphs():
     sampler, other = NativeSampler(on_gpu(small_lm(seed=0)), 4), on_gpu(small_lm(seed=1))
     before = [tokens(sampler.sample(PROMPTS, 2, decoding())) for _ in range(2)][-1]
-    kept = sampler.kept
+    kept = sampler.idle_forward
     sampler.update_weights(other.model.named_parameters(), version=3)
     after = sampler.sample(PROMPTS, 2, decoding())
-    assert sampler.kept is kept
+    assert sampler.idle_forward is kept
     assert tokens(after) == tokens(NativeSampler(other, 4).sample(PROMPTS, 2, decoding())) != before
     assert {one.weights_version for group in after for one in group} == {3}
 
@@ -114,9 +114,9 @@ def test_under_autocast_the_trainers_weights_are_narrowed_once_and_followed():
     with torch.autocast("cuda", torch.bfloat16):
         trajectories = [one for group in sampler.sample(PROMPTS, 2, options) for one in group]
         scored = score_trajectories(lm, trajectories, options)
-        narrow = [one for one in sampler.narrow.parameters() if one.dtype == torch.bfloat16]
+        narrow = [one for one in sampler.low_precision_model.parameters() if one.dtype == torch.bfloat16]
         assert sum(one.numel() for one in narrow) == linear
-        assert {kept.dtype for kept in sampler.kept.cache.keys} == {torch.bfloat16}
+        assert {kept.dtype for kept in sampler.idle_forward.cache.keys} == {torch.bfloat16}
         for one, other in zip(trajectories, scored, strict=True):
             assert one.logprobs == pytest.approx(other, abs=0.1)
         sampler.sample(PROMPTS, 2, options)

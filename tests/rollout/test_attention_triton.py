@@ -14,9 +14,8 @@ if DEVICE == "cpu":
 pytest.importorskip("triton")
 
 from dirl_cli.rollout.attention_triton import decode_attention
-from dirl_cli.rollout.forward_gpu import Blocks, at_once, block_attention
-from dirl_cli.rollout.native import requests
-from dirl_cli.rollout.scheduler import Batch
+from dirl_cli.rollout.forward_gpu import GraphForward, block_attention, run_eagerly
+from dirl_cli.rollout.scheduler import Scheduler, make_requests
 from dirl_cli.types import Decoding
 from tests.helpers.small import small_lm
 
@@ -77,9 +76,9 @@ def test_a_model_decodes_with_it():
     found = []
     for attention in (decode_attention, block_attention):
         with torch.inference_mode():
-            batch = Batch(Blocks(lm, 2, 16, attention, at_once), options, 2)
-            for request in requests([[5] * 6, [7] * 9], 1, options, None, None):
-                batch.admit(request)
-            found.append({answer.request.prompt: answer.token_ids for _ in range(2) for answer in batch.step()})
+            scheduler = Scheduler(GraphForward(lm, 2, 16, attention, run_eagerly), options, 2)
+            for request in make_requests([[5] * 6, [7] * 9], 1, options, None, None):
+                scheduler.add(request)
+            found.append({one.request.prompt: one.token_ids for _ in range(2) for one in scheduler.step()})
     assert found[0] == found[1]
     assert len(found[0]) == 2

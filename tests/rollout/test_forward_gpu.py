@@ -9,9 +9,9 @@ import torch
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.models.low_precision import cast_linear_weights, recast
-from dirl_cli.rollout.forward_gpu import Blocks, block_attention, bucket
-from dirl_cli.rollout.native import NativeSampler, requests
-from dirl_cli.rollout.scheduler import Batch
+from dirl_cli.rollout.forward_gpu import GraphForward, block_attention, bucket
+from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.scheduler import Scheduler, make_requests
 from dirl_cli.types import Decoding
 from tests.helpers.small import random_lm, small_lm
 
@@ -67,31 +67,33 @@ class Tape:
         self.first.setdefault(size, work)()
 
 
-def answers(blocks: Blocks, options: Decoding, prompts=PROMPTS, n: int = 3, slots: int = 4):
+def answers(forward: GraphForward, options: Decoding, prompts=PROMPTS, n: int = 3, slots: int = 4):
     with torch.inference_mode():
-        batch, queue, found = Batch(blocks, options, slots), requests(prompts, n, options, None, None), {}
-        while queue or batch.running:
-            while queue and batch.free:
-                batch.admit(queue.pop(0))
-            for answer in batch.step():
-                found[answer.request.prompt, answer.request.sample] = answer.token_ids
+        scheduler = Scheduler(forward, options, slots)
+        queue = make_requests(prompts, n, options, None, None)
+        found = {}
+        while queue or scheduler.running:
+            while queue and scheduler.free:
+                scheduler.add(queue.pop(0))
+            for finished in scheduler.step():
+                found[finished.request.prompt, finished.request.sample] = finished.token_ids
     return [[found[prompt, sample] for sample in range(n)] for prompt in range(len(prompts))]
 
 
 def test_work_reads_all_that_changes_from_tensors_that_stay():
     lm, tape = small_lm(), Tape()
-    blocks = Blocks(lm, 4, 32, block_attention, tape)
+    forward = GraphForward(lm, 4, 32, block_attention, tape)
     for options in (decoding(), decoding("sequential", temperature=0.0), decoding(seed=1)):
         plain = NativeSampler(lm, 4).sample(PROMPTS, 3, options)
-        assert answers(blocks, options) == [[one.token_ids for one in group] for group in plain]
+        assert answers(forward, options) == [[one.token_ids for one in group] for group in plain]
     assert len(set(tape.sizes)) < len(tape.sizes) / 4
 
 
 def test_only_blocks_that_are_denoised_or_to_be_cached_are_computed():
     tape = Tape()
-    blocks = Blocks(small_lm(), 3, 32, block_attention, tape)
+    forward = GraphForward(small_lm(), 3, 32, block_attention, tape)
     options = decoding("low_confidence_static", denoising_steps=2, max_new_tokens=8)
-    answers(blocks, options, prompts=[[5] * 4, [6] * 4, [7] * 8], n=1)
+    answers(forward, options, prompts=[[5] * 4, [6] * 4, [7] * 8], n=1)
     # two forwards a block, of which the first caches the block before; the first of a prompt's two goes in before
     assert [size for size in tape.sizes if isinstance(size, int)] == [6, 3, 6, 3]
 
@@ -152,13 +154,13 @@ def test_sizes_are_few_and_padded_little():
 def test_what_was_made_for_a_stream_serves_the_next_and_is_gone_after_a_sleep():
     sampler, options = NativeSampler(small_lm(), 4, by_blocks=True), decoding()
     first = sampler.sample(PROMPTS, 2, options)
-    kept = weakref.ref(sampler.kept)
+    kept = weakref.ref(sampler.idle_forward)
     assert sampler.sample(PROMPTS, 2, options) == first
     sampler.sample([[5]], 1, options)
-    assert kept() is sampler.kept
+    assert kept() is sampler.idle_forward
     sampler.sample([[5] * 60], 1, options)  # longer than it has room for
     assert kept() is None
-    last = weakref.ref(sampler.kept)
+    last = weakref.ref(sampler.idle_forward)
     sampler.sleep()
     assert last() is None
     sampler.wake()
@@ -177,10 +179,10 @@ def test_two_streams_at_once_do_not_disturb_each_other():
 def test_new_weights_reach_what_is_kept():
     sampler, other = NativeSampler(small_lm(seed=0), by_blocks=True), small_lm(seed=1)
     sampler.sample(PROMPTS, 1, decoding())
-    kept = sampler.kept
+    kept = sampler.idle_forward
     sampler.update_weights(other.model.named_parameters(), version=7)
     found = sampler.sample(PROMPTS, 1, decoding())
-    assert sampler.kept is kept
+    assert sampler.idle_forward is kept
     assert [t.token_ids for [t] in found] == [
         t.token_ids for [t] in NativeSampler(other).sample(PROMPTS, 1, decoding())
     ]
@@ -221,16 +223,18 @@ def test_under_autocast_linear_layers_and_the_cache_are_narrow_and_new_weights_a
     with torch.autocast("cpu", torch.bfloat16):
         plain = NativeSampler(small_lm()).sample(PROMPTS, 1, decoding("sequential"))
         found = sampler.sample(PROMPTS, 1, decoding("sequential"))
-        assert {kept.dtype for kept in (*sampler.kept.cache.keys, *sampler.kept.cache.values)} == {torch.bfloat16}
+        assert {kept.dtype for kept in (*sampler.idle_forward.cache.keys, *sampler.idle_forward.cache.values)} == {
+            torch.bfloat16
+        }
         first = [(a.logprobs[0], b.logprobs[0]) for [a], [b] in zip(found, plain, strict=True)]
         assert all(a == pytest.approx(b, abs=0.05) for a, b in first)
     sampler.update_weights(other.model.named_parameters(), version=1)
-    kept = sampler.kept
+    kept = sampler.idle_forward
     with torch.autocast("cpu", torch.bfloat16):
         again = sampler.sample(PROMPTS, 1, decoding("sequential"))
         fresh = NativeSampler(other, by_blocks=True).sample(PROMPTS, 1, decoding("sequential"))
-    assert sampler.kept is kept
-    narrow = weakref.ref(sampler.narrow)
+    assert sampler.idle_forward is kept
+    narrow = weakref.ref(sampler.low_precision_model)
     del kept
     sampler.sleep()
     assert narrow() is None
@@ -243,5 +247,5 @@ def test_a_model_in_the_dtype_of_autocast_is_sampled_as_it_is():
     sampler = NativeSampler(lm, by_blocks=True)
     with torch.autocast("cpu", torch.bfloat16):
         sampler.sample(PROMPTS, 1, decoding())
-    assert sampler.narrow is None
-    assert sampler.kept.lm.model is lm.model
+    assert sampler.low_precision_model is None
+    assert sampler.idle_forward.lm.model is lm.model

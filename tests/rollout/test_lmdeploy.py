@@ -45,7 +45,8 @@ from dirl_cli.rollout.lmdeploy import (
     masking_with,
     run_on,
 )
-from dirl_cli.rollout.native import NativeSampler, requests
+from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.scheduler import make_requests
 from dirl_cli.types import Decoding
 
 STRATEGIES = {
@@ -89,7 +90,7 @@ class Loop:
     def run(self, prompts, at_once=100):
         """The trace of an answer to each prompt. at_once: how many begin together; the next join two forwards later."""
         waiting = []
-        for i, request in enumerate(requests(prompts, 1, self.decoding, None, None)):
+        for i, request in enumerate(make_requests(prompts, 1, self.decoding, None, None)):
             options = SamplingParam.from_gen_config(generation(request, self.decoding, self.lm))
             session = SchedulerSession(i, self.meta, Lifecycle())
             waiting.append(session.add_sequence(np.array(request.prompt_ids), options))
@@ -274,7 +275,7 @@ def test_a_model_that_is_not_on_a_gpu_is_refused(monkeypatch):
 
 def test_an_answer_gets_no_more_room_than_the_model_has_positions():
     lm = small_lm()  # 256 positions
-    [request] = requests([[2] * 250], 1, Decoding(), None, None)
+    [request] = make_requests([[2] * 250], 1, Decoding(), None, None)
     assert generation(request, Decoding(max_new_tokens=100), lm).max_new_tokens == 6
 
 

@@ -15,7 +15,7 @@ TILE = 64  # keys of a step
 
 
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """See `blocks.block_attention`, which this is for a GPU."""
+    """See `forward_gpu.block_attention`, which this is for a GPU."""
     tokens, heads, size = query.shape
     block, key_heads = tokens // len(slots), keys.shape[2]
     queries = heads // key_heads * block

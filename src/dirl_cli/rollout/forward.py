@@ -1,6 +1,11 @@
-"""Forwards in plain torch, for any device: what a slot has not cached yet goes in with the block it denoises."""
+"""Forwards in plain torch, for any device: what a slot has not cached yet goes in with the block it denoises.
+
+Shapes: S slots, N blocks of B tokens in a forward (one a running slot), T tokens in its packed row, D hidden size,
+H query heads, K key heads, E head size.
+"""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +17,7 @@ from transformers import PreTrainedModel
 from dirl_cli.models.kv_cache import SLOTS, Attend, KVCache
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.low_precision import inference_model
-from dirl_cli.rollout.reveal import Canvas, Revealer
+from dirl_cli.rollout.reveal import SequenceState, Unmasker
 
 Integers = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -23,22 +28,25 @@ def slot_model(model: PreTrainedModel) -> PreTrainedModel:
     return inference_model(model, SLOTS)
 
 
-def one_before(hidden: Tensor, edge: Tensor) -> Tensor:
-    """For each token of some blocks the hidden state of the token before it. hidden: (N, B, D). edge: (N, D)."""
+def previous_states(hidden: Tensor, edge: Tensor) -> Tensor:
+    """For each token of N blocks the hidden state of the token before it, which predicts it under a logit shift.
+
+    hidden: (N, B, D). edge: (N, D), of the token before each block. Returns (N, B, D).
+    """
     return torch.cat([edge[:, None], hidden[:, :-1]], 1)
 
 
 def decode(
-    model: PreTrainedModel, cache: KVCache, token_ids: Tensor, position: Tensor, places: Tensor, attend: Attend
+    model: PreTrainedModel, cache: KVCache, token_ids: Tensor, position: Tensor, index: Tensor, attend: Attend
 ) -> Tensor:
-    """Hidden states (T, D) of tokens at `places`, each slot * length + position: (T,) all.
+    """Final hidden states (T, D) of T tokens, whose keys and values go into `cache`.
 
-    model: one of `slot_model`.
+    model: one of `slot_model`. token_ids, position: (T,). index: (T,) where each is cached, slot * length + position.
     """
     output = model.get_decoder()(
         input_ids=token_ids[None],
         position_ids=position[None],
-        past_key_values=cache.at(places),
+        past_key_values=cache.at(index),
         use_cache=False,
         attend=attend,
     )
@@ -46,10 +54,11 @@ def decode(
 
 
 @dataclass(frozen=True)
-class Group:
-    """Slots with equally many tokens in a forward, side by side in its packed row.
+class EqualWidthSlots:
+    """n slots with equally many tokens in a forward, side by side in its packed row: one call of attention.
 
-    slots: ascending. used: cached positions that any of them sees. mask: (slots, 1, width or 1, used), None for all.
+    slots: (n,) ascending. width: tokens of each. used: the cached positions that any of them sees.
+    mask: (n, 1, width or 1, used) bool, the latter where all tokens of a slot see the same; None where all see all.
     """
 
     slots: Integers
@@ -58,88 +67,108 @@ class Group:
     mask: Tensor | None
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """See `decoder.Attend`; query: (slots * width, heads, D)."""
-        count, (_, heads, size), mask = len(self.slots), query.shape, self.mask
+        """See `kv_cache.Attend`. query: (n * width, H, E). keys, values: (S, length, K, E)."""
+        n = len(self.slots)
+        _, heads, size = query.shape
         key_heads = keys.shape[2]
-        query = query.unflatten(0, (count, self.width)).transpose(1, 2)
-        query = query.reshape(count, key_heads, -1, size)  # the query heads of a key head as more of its queries
+
+        # The H / K query heads of a key head count as more queries of it, so that keys are not repeated.
+        query = query.unflatten(0, (n, self.width)).transpose(1, 2)  # (n, H, width, E)
+        query = query.reshape(n, key_heads, -1, size)  # (n, K, H / K * width, E)
+        mask = self.mask
         if mask is not None and mask.shape[2] > 1 and heads > key_heads:
             mask = mask.repeat(1, 1, heads // key_heads, 1)
-        seen, known = self._seen(keys), self._seen(values)
-        found = nn.functional.scaled_dot_product_attention(query, seen, known, mask, scale=scale)
-        return found.reshape(count, heads, self.width, size).transpose(1, 2).flatten(0, 1)
 
-    def _seen(self, kept: Tensor) -> Tensor:
-        """(slots, key heads, used, D)."""
+        attended = nn.functional.scaled_dot_product_attention(
+            query, self._of_slots(keys), self._of_slots(values), mask, scale=scale
+        )
+        return attended.reshape(n, heads, self.width, size).transpose(1, 2).flatten(0, 1)
+
+    def _of_slots(self, cached: Tensor) -> Tensor:
+        """The used part of a layer's keys or values. cached: (S, length, K, E). Returns (n, K, used, E)."""
         first, last = int(self.slots[0]), int(self.slots[-1])
         if last - first < len(self.slots):  # neighbours need no copy
-            return kept[first : last + 1, : self.used].transpose(1, 2)
-        return kept[torch.from_numpy(self.slots).to(kept.device), : self.used].transpose(1, 2)
+            return cached[first : last + 1, : self.used].transpose(1, 2)
+        return cached[torch.from_numpy(self.slots).to(cached.device), : self.used].transpose(1, 2)
 
 
-class Runs:
-    """Slots whose forwards are one packed row, in which each has a run of tokens, from what it has cached on."""
+class EagerForward:
+    """See `scheduler.Forward`: one packed row a forward, with each slot's tokens from what it has cached on."""
 
     def __init__(self, lm: DiffusionLM, slots: int, length: int) -> None:
-        self.lm, self.length = lm, length
+        self.lm = lm
+        self.length = length
         self.model = slot_model(lm.model)
-        self.canvas = Canvas(lm, slots, length)
+        self.sequences = SequenceState(lm, slots, length)
         self.cache = KVCache(slots, length)
         self.offsets = np.arange(lm.block_size)
-        self.edge = torch.empty(0)  # (slots, D) of the last token of each slot that is cached
+        self.edge = torch.empty(0)  # (S, D) of the last token of each slot that is cached, under a logit shift
 
-    def step(self, blocks: Integers, cached: Integers, count: int, reveal: Revealer) -> Integers:
-        """See `Forwards.step`."""
+    def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
+        """See `Forward.step`."""
+        # By the number of tokens, so that slots of equal width are neighbours.
         order = (blocks[1] - cached).argsort(kind="stable")
         blocks, cached = blocks[:, order], cached[order]
         hidden = self._forward(blocks[0], blocks[1], cached)
-        shown = reveal(self.canvas, self._upload(blocks), hidden, count)
-        return shown.cpu().numpy()[order.argsort()]
+        tokens = unmask(self.sequences, self._upload(blocks), hidden, count)
+        return tokens.cpu().numpy()[order.argsort()]
 
     def _forward(self, slots: Integers, start: Integers, cached: Integers) -> Tensor:
-        """Hidden states of the last block of each run, which are as long or longer than those before: (N * B, D)."""
-        width = start + len(self.offsets) - cached
-        end = width.cumsum()
-        position = np.arange(end[-1]) + (cached + width - end).repeat(width)
-        row = self._upload(np.stack([position, position + (slots * self.length).repeat(width)]))
+        """Hidden states that predict the current block of each slot: (N * B, D). All (N,), fewest tokens first."""
+        size = len(self.offsets)
+        width = start + size - cached
+        end = width.cumsum()  # in the packed row
+        position = np.arange(end[-1]) + (cached + width - end).repeat(width)  # (T,)
+        index = position + (slots * self.length).repeat(width)
+        row = self._upload(np.stack([position, index]))
         groups = self._groups(slots, cached, width)
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
             if len(groups) == 1:
                 return groups[0].attend(query, keys, values, scale)
-            parts = query.split([len(one.slots) * one.width for one in groups])
-            return torch.cat([one.attend(q, keys, values, scale) for one, q in zip(groups, parts, strict=True)])
+            queries = query.split([len(group.slots) * group.width for group in groups])
+            attended = [group.attend(q, keys, values, scale) for group, q in zip(groups, queries, strict=True)]
+            return torch.cat(attended)
 
-        hidden = decode(self.model, self.cache, self.canvas.tokens.take(row[1]), row[0], row[1], attend)
-        size = len(self.offsets)
+        hidden = decode(self.model, self.cache, self.sequences.tokens.take(row[1]), row[0], row[1], attend)
         blocks = hidden
         if len(hidden) > len(slots) * size:
             blocks = hidden[self._upload((end[:, None] - size + self.offsets).ravel())]
-        return self._one_before(hidden, blocks, slots, end - size, width > size) if self.lm.logit_shift else blocks
+        if self.lm.logit_shift:
+            return self._previous_states(hidden, blocks, slots, end - size, width > size)
+        return blocks
 
-    def _one_before(self, hidden: Tensor, blocks: Tensor, slots: Integers, begin: Integers, fresh: Bools) -> Tensor:
-        """The hidden states of the tokens before those of the blocks.
+    def _previous_states(
+        self, hidden: Tensor, blocks: Tensor, slots: Integers, begin: Integers, fresh: Bools
+    ) -> Tensor:
+        """Hidden states of the tokens before those of the current blocks: (N * B, D).
 
-        The one before a block was computed when that was cached: in this forward where it is `fresh`, or earlier.
+        The one before a block was computed when that token was cached: in this forward where it is `fresh`, or earlier.
+        hidden: (T, D). blocks: (N * B, D), those of the current blocks. begin: (N,), where these begin in the row.
         """
         if not len(self.edge):
-            self.edge = hidden.new_zeros(len(self.canvas.tokens), hidden.shape[1])
+            self.edge = hidden.new_zeros(len(self.sequences.tokens), hidden.shape[1])
         self.edge[self._upload(slots[fresh])] = hidden[self._upload(begin[fresh] - 1)]
         states = blocks.unflatten(0, (len(slots), -1))
-        return one_before(states, self.edge[self._upload(slots)]).flatten(0, 1)
+        return previous_states(states, self.edge[self._upload(slots)]).flatten(0, 1)
 
-    def _groups(self, slots: Integers, cached: Integers, width: Integers) -> list[Group]:
-        """By width, which is ascending."""
+    def _groups(self, slots: Integers, cached: Integers, width: Integers) -> list[EqualWidthSlots]:
+        """The slots by width, which is ascending. All (N,)."""
+        size = len(self.offsets)
         groups = []
         borders = [0, *(np.flatnonzero(width[1:] != width[:-1]) + 1), len(slots)]
-        for part in map(slice, borders, borders[1:]):
-            start, tokens, size = cached[part], int(width[part.start]), len(self.offsets)
+        for first, last in pairwise(borders):
+            start = cached[first:last]
+            tokens = int(width[first])
             used = int(start.max()) + tokens
             mask = None
             if tokens > size or start.min() < used - tokens:
-                ends = start[:, None] + np.arange(size, tokens + 1, size).repeat(size if tokens > size else 1)
+                # A token sees its slot up to the end of its own block.
+                ends = start[:, None] + np.arange(size, tokens + 1, size)  # (n, blocks)
+                if tokens > size:
+                    ends = ends.repeat(size, axis=1)  # (n, tokens)
                 mask = self._upload(np.arange(used) < ends[:, None, :, None])
-            groups.append(Group(slots[part], tokens, used, mask))
+            groups.append(EqualWidthSlots(slots[first:last], tokens, used, mask))
         return groups
 
     def _upload(self, values: NDArray[Any]) -> Tensor:

@@ -39,8 +39,8 @@ from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.save import published_weights
-from dirl_cli.rollout.native import Request, requests
-from dirl_cli.rollout.sampler import Watch
+from dirl_cli.rollout.sampler import Watch, collect_samples
+from dirl_cli.rollout.scheduler import Request, make_requests
 from dirl_cli.types import Decoding, Trajectory
 
 
@@ -236,8 +236,7 @@ class LmdeploySampler:
 
     def sample(self, prompts: Sequence[list[int]], n: int, decoding: Decoding) -> list[list[Trajectory]]:
         """See `Sampler.sample`."""
-        found = {(prompt, sample): trajectory for prompt, sample, trajectory in self.stream(prompts, n, decoding)}
-        return [[found[prompt, sample] for sample in range(n)] for prompt in range(len(prompts))]
+        return collect_samples(self.stream(prompts, n, decoding), len(prompts), n)
 
     def stream(
         self,
@@ -251,7 +250,7 @@ class LmdeploySampler:
         """See `Sampler.stream`. Raises DirlError for what LMDeploy cannot do."""
         check(prompts, decoding, self.lm, watch)
         self.strategy.decoding = decoding
-        wanted = requests(prompts, n, decoding, first, seeds)
+        wanted = make_requests(prompts, n, decoding, first, seeds)
         finished: queue.SimpleQueue[tuple[Request, Trajectory | BaseException]] = queue.SimpleQueue()
 
         async def ask(request: Request, session: int) -> None:

@@ -11,23 +11,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.low_precision import cast_linear_weights, recast
-from dirl_cli.rollout.forward import Runs
-from dirl_cli.rollout.forward_gpu import Blocks, Graphs, at_once, block_attention
-from dirl_cli.rollout.sampler import Watch
-from dirl_cli.rollout.scheduler import Answer, Batch
-from dirl_cli.rollout.scheduler import Request as Request
+from dirl_cli.rollout.forward import EagerForward
+from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attention, run_eagerly
+from dirl_cli.rollout.sampler import Watch, collect_samples
+from dirl_cli.rollout.scheduler import Finished, Forward, Scheduler, make_requests
 from dirl_cli.types import Decoding, Trajectory
 
 
 class NativeSampler:
     """Samples from `lm` with at most `max_batch` sequences at once.
 
-    by_blocks: forwards as on a GPU, where that is the default. own_weights: nobody else uses those of `lm`, so that
-    they are not kept while it sleeps.
+    by_blocks: forwards as on a GPU (`GraphForward`), where that is the default. own_weights: nobody else uses those of
+    `lm`, so that they are not kept while it sleeps.
     """
 
     def __init__(
@@ -35,17 +33,17 @@ class NativeSampler:
     ) -> None:
         if max_batch < 1:
             raise DirlError("max_batch must be at least 1")
-        self.lm, self.own_weights = lm, own_weights
+        self.lm = lm
+        self.own_weights = own_weights
         self.max_batch = max_batch
         self.weights_version = 0
         self.by_blocks = lm.device.type == "cuda" if by_blocks is None else by_blocks
-        self.kept: Blocks | None = None  # with its graphs, from one stream to the next
-        self.narrow: PreTrainedModel | None = None
+        self.idle_forward: GraphForward | None = None  # with its graphs, from one stream to the next
+        self.low_precision_model: PreTrainedModel | None = None
 
     def sample(self, prompts: Sequence[list[int]], n: int, decoding: Decoding) -> list[list[Trajectory]]:
         """See `Sampler.sample`."""
-        found = {(prompt, sample): trajectory for prompt, sample, trajectory in self.stream(prompts, n, decoding)}
-        return [[found[prompt, sample] for sample in range(n)] for prompt in range(len(prompts))]
+        return collect_samples(self.stream(prompts, n, decoding), len(prompts), n)
 
     @torch.inference_mode()
     def stream(
@@ -59,7 +57,7 @@ class NativeSampler:
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """See `Sampler.stream`."""
         block_size = self._block_size(decoding)
-        queue = list(reversed(requests(prompts, n, decoding, first, seeds)))
+        queue = list(reversed(make_requests(prompts, n, decoding, first, seeds)))
         if not queue:
             return
         longest = max(len(request.prompt_ids) for request in queue)
@@ -67,16 +65,20 @@ class NativeSampler:
             raise DirlError(
                 f"a prompt has {longest} tokens and the model has room for {self.lm.longest_prompt}: shorten it"
             )
+
         end = min(longest + decoding.max_new_tokens, self.lm.longest_prompt + 1)
-        slots, length = min(self.max_batch, len(queue)), -(-end // block_size) * block_size
-        forwards = self._blocks(slots, length) if self.by_blocks else Runs(self.lm, slots, length)
-        batch = Batch(forwards, decoding, slots)
-        while queue or batch.running:
-            while queue and batch.free:
-                batch.admit(queue.pop())
-            for answer in batch.step(watch):
-                yield answer.request.prompt, answer.request.sample, self._trajectory(answer, decoding)
-        self.kept = forwards if isinstance(forwards, Blocks) else None
+        length = -(-end // block_size) * block_size  # whole blocks
+        slots = min(self.max_batch, len(queue))
+        forward: Forward = (
+            self._graph_forward(slots, length) if self.by_blocks else EagerForward(self.lm, slots, length)
+        )
+        scheduler = Scheduler(forward, decoding, slots)
+        while queue or scheduler.running:
+            while queue and scheduler.free:
+                scheduler.add(queue.pop())
+            for finished in scheduler.step(watch):
+                yield finished.request.prompt, finished.request.sample, self._trajectory(finished, decoding)
+        self.idle_forward = forward if isinstance(forward, GraphForward) else None
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy into the model what does not already share its storage; every later trajectory carries `version`."""
@@ -85,13 +87,14 @@ class NativeSampler:
             for name, tensor in named_tensors:
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
-        if self.narrow:
-            recast(self.narrow, self.lm.model)
+        if self.low_precision_model:
+            recast(self.low_precision_model, self.lm.model)
         self.weights_version = version
 
     def sleep(self) -> None:
-        """Give back own weights, and what the next stream makes anew: the cache, the graphs, the narrowed weights."""
-        self.kept = self.narrow = None
+        """Free own weights, and what the next stream makes anew: KV cache, graphs and low-precision weights."""
+        self.idle_forward = None
+        self.low_precision_model = None
         if self.own_weights:
             for parameter in self.lm.model.parameters():
                 parameter.untyped_storage().resize_(0)
@@ -99,32 +102,35 @@ class NativeSampler:
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        """Take room for own weights, which `update_weights` has to fill."""
+        """Allocate own weights again, which `update_weights` has to fill."""
         if self.own_weights:
             for parameter in self.lm.model.parameters():
                 parameter.untyped_storage().resize_(parameter.nbytes)
 
-    def _blocks(self, slots: int, length: int) -> Blocks:
-        """The slots kept from an earlier stream if they are enough, else new ones."""
-        kept, self.kept = self.kept, None  # not for two streams at once
+    def _graph_forward(self, slots: int, length: int) -> GraphForward:
+        """The forward of an earlier stream if it has room for these slots, else a new one."""
+        idle = self.idle_forward
+        self.idle_forward = None  # not for two streams at once
         lm = replace(self.lm, model=self._model())
-        if kept and kept.lm.model is lm.model and slots <= kept.slots and length <= kept.length:
-            return kept
-        del kept  # before there is another
+        if idle and idle.lm.model is lm.model and slots <= idle.slots and length <= idle.length:
+            return idle
+        del idle  # its memory has to be free before there is another
         if lm.device.type != "cuda":
-            return Blocks(lm, slots, length, block_attention, at_once)
+            return GraphForward(lm, slots, length, block_attention, run_eagerly)
         from dirl_cli.rollout.attention_triton import decode_attention  # which only a GPU has the package for
 
         torch.cuda.set_device(lm.device)  # on which Triton starts
-        return Blocks(lm, slots, length, decode_attention, Graphs())
+        return GraphForward(lm, slots, length, decode_attention, GraphCache())
 
     def _model(self) -> PreTrainedModel:
         """The model, its linear layers in autocast's dtype: a graph would cast them again in every forward."""
-        model, device = self.lm.model, self.lm.device.type
+        model = self.lm.model
+        device = self.lm.device.type
         if not torch.is_autocast_enabled(device) or model.dtype == torch.get_autocast_dtype(device):
             return model
-        self.narrow = self.narrow or cast_linear_weights(model, torch.get_autocast_dtype(device))
-        return self.narrow
+        if self.low_precision_model is None:
+            self.low_precision_model = cast_linear_weights(model, torch.get_autocast_dtype(device))
+        return self.low_precision_model
 
     def _block_size(self, decoding: Decoding) -> int:
         if decoding.block_size not in (None, self.lm.block_size):
@@ -134,28 +140,16 @@ class NativeSampler:
             )
         return self.lm.block_size
 
-    def _trajectory(self, answer: Answer, decoding: Decoding) -> Trajectory:
+    def _trajectory(self, finished: Finished, decoding: Decoding) -> Trajectory:
         return Trajectory(
-            prompt_ids=answer.request.prompt_ids,
-            token_ids=answer.token_ids,
-            reveal_step=answer.reveal_step,
-            logprobs=answer.logprobs,
-            stop_reason="stop" if answer.stopped else "length",
-            denoise_forwards=answer.forwards,
-            forwards=answer.forwards,  # commits ride on denoising forwards
+            prompt_ids=finished.request.prompt_ids,
+            token_ids=finished.token_ids,
+            reveal_step=finished.reveal_step,
+            logprobs=finished.logprobs,
+            stop_reason="stop" if finished.stopped else "length",
+            denoise_forwards=finished.forwards,
+            forwards=finished.forwards,  # commits ride on denoising forwards
             weights_version=self.weights_version,
             stop_token_ids=decoding.stop_token_ids,
             block_size=self.lm.block_size,
         )
-
-
-def requests(
-    prompts: Sequence[list[int]], n: int, decoding: Decoding, first: Sequence[int] | None, seeds: Sequence[int] | None
-) -> list[Request]:
-    """One request an answer, in order."""
-    wanted = []
-    for i, prompt_ids in enumerate(prompts):
-        seed = seeds[i] if seeds else decoding.seed
-        for sample in range(first[i] if first else 0, n):
-            wanted.append(Request(i, sample, prompt_ids, request_key(seed, prompt_ids, sample)))
-    return wanted

@@ -1,4 +1,7 @@
-"""The answers of a running batch on the device, and what one forward reveals of them."""
+"""The sequences of a running batch on the device, and what one forward reveals of them.
+
+Shapes: S slots, N blocks of B tokens in a forward, D hidden size.
+"""
 
 import torch
 from torch import Tensor
@@ -8,62 +11,71 @@ from dirl_cli.diffusion.unmasking import BUILT_IN, State, find_strategy, quota, 
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Decoding
 
-HIDDEN, GIVEN = 0, -1  # in place of the step that revealed a token
+HIDDEN, PROMPT = 0, -1  # in `revealed_at`, where no step has revealed the token
 
 
-class Canvas:
-    """What is known of each slot, by position: (slots, length) each.
+class SequenceState:
+    """The tokens of each slot's sequence and when they were revealed, by position: (S, length) each.
 
-    tokens: the mask token where hidden. revealed_at: a step, from 1, HIDDEN or GIVEN.
+    tokens: the mask token where hidden. revealed_at: the denoising step, from 1, or HIDDEN or PROMPT.
+    logprobs: of revealed tokens, when they were revealed.
     """
 
     def __init__(self, lm: DiffusionLM, slots: int, length: int) -> None:
-        self.mask_token_id, self.length = lm.mask_token_id, length
+        self.mask_token_id = lm.mask_token_id
+        self.length = length
         self.tokens = torch.full((slots, length), lm.mask_token_id, device=lm.device)
-        self.revealed_at = torch.full((slots, length), GIVEN, device=lm.device)
+        self.revealed_at = torch.full((slots, length), PROMPT, device=lm.device)
         self.logprobs = torch.zeros(slots, length, device=lm.device)
 
     def open(self, slot: int, prompt_ids: list[int]) -> None:
-        """Begin an answer: the prompt, and nothing after it."""
+        """Begin a sequence in `slot`: the prompt, and nothing but hidden tokens after it."""
         self.tokens[slot, : len(prompt_ids)] = torch.tensor(prompt_ids, dtype=torch.long)
         self.tokens[slot, len(prompt_ids) :] = self.mask_token_id
-        self.revealed_at[slot, : len(prompt_ids)] = GIVEN
+        self.revealed_at[slot, : len(prompt_ids)] = PROMPT
         self.revealed_at[slot, len(prompt_ids) :] = HIDDEN
 
-    def read(self, slot: int, begin: int, end: int) -> tuple[list[int], list[int], list[float]]:
-        """Tokens, steps and log-probs of a stretch of an answer."""
-        tokens, revealed_at, logprobs = (
-            kept[slot, begin:end].tolist() for kept in (self.tokens, self.revealed_at, self.logprobs)
-        )
+    def slice(self, slot: int, begin: int, end: int) -> tuple[list[int], list[int], list[float]]:
+        """Tokens, reveal steps and log-probs at the positions from `begin` to `end` of a slot."""
+        tokens = self.tokens[slot, begin:end].tolist()
+        revealed_at = self.revealed_at[slot, begin:end].tolist()
+        logprobs = self.logprobs[slot, begin:end].tolist()
         return tokens, revealed_at, logprobs
 
 
-class Revealer:
-    """Draws candidates for what is hidden of some blocks and writes those on a canvas that `decoding` chooses."""
+class Unmasker:
+    """Draws a candidate for every hidden token of some blocks and reveals those that `decoding` chooses."""
 
     def __init__(self, lm: DiffusionLM, decoding: Decoding) -> None:
-        self.head, self.decoding = lm.model.get_output_embeddings(), decoding
+        self.head = lm.model.get_output_embeddings()
+        self.decoding = decoding
         self.strategy = find_strategy(decoding.strategy)
         self.is_built_in = decoding.strategy in BUILT_IN  # and so never waits for the device
         self.unsampled = torch.tensor(lm.unsampled_ids, device=lm.device)
         self.offsets = torch.arange(lm.block_size, device=lm.device)
 
-    def __call__(self, canvas: Canvas, blocks: Tensor, hidden: Tensor, count: int) -> Tensor:
-        """The blocks' tokens thereafter, -1 where still hidden: (N, B).
+    def __call__(self, sequences: SequenceState, blocks: Tensor, hidden: Tensor, count: int) -> Tensor:
+        """Reveal some tokens of N blocks in `sequences`; returns the blocks, -1 where still hidden: (N, B).
 
-        blocks: (4, N), of each its slot, first position, step from 1 and request's key. hidden: (N * B, D).
+        blocks: (4, N), of each its slot, first position, step from 1 and request's key.
+        hidden: (N * B, D), the final hidden states that predict the blocks' tokens.
         count: how many of their tokens are hidden, or more, which only costs time.
         """
         slot, start, step, key = blocks
         options = self.decoding
-        position = start[:, None] + self.offsets
-        places = slot[:, None] * canvas.length + position
-        tokens, revealed_at = canvas.tokens.take(places), canvas.revealed_at.take(places)
+        position = start[:, None] + self.offsets  # (N, B)
+        index = slot[:, None] * sequences.length + position  # (N, B), into the flattened (S, length)
+        tokens = sequences.tokens.take(index)
+        revealed_at = sequences.revealed_at.take(index)
         masked = revealed_at == HIDDEN
-        where = masked.flatten().nonzero_static(size=count, fill_value=0)[:, 0]  # the device is not asked how many
-        noise = uniform(key[:, None], position, step[:, None]).flatten()[where] if options.temperature else None
+
+        # `count` comes from the host: asking the device how many are masked would wait for it.
+        masked_index = masked.flatten().nonzero_static(size=count, fill_value=0)[:, 0]  # (count,)
+        noise = None
+        if options.temperature:
+            noise = uniform(key[:, None], position, step[:, None]).flatten()[masked_index]
         drawn = draw(
-            self.head(hidden[where]),
+            self.head(hidden[masked_index]),
             noise,
             options.temperature,
             options.top_k,
@@ -71,11 +83,13 @@ class Revealer:
             options.confidence,
             self.unsampled,
         )
-        state = State(masked, drawn, quota(step, len(self.offsets), options.denoising_steps), options.threshold, start)
-        chosen = reveal(self.strategy, state)
-        tokens = torch.where(chosen, spread(drawn.tokens, masked), tokens)
-        canvas.tokens.put_(places, tokens)
-        canvas.revealed_at.put_(places, torch.where(chosen, step[:, None], revealed_at))
-        logprobs = torch.where(chosen, spread(drawn.logprobs, masked), canvas.logprobs.take(places))
-        canvas.logprobs.put_(places, logprobs)
-        return torch.where(masked & ~chosen, -1, tokens)
+        owed = quota(step, len(self.offsets), options.denoising_steps)
+        revealed = reveal(self.strategy, State(masked, drawn, owed, options.threshold, start))  # (N, B) bool
+
+        # In place, since a CUDA graph that replays this has to find the same tensors.
+        tokens = torch.where(revealed, spread(drawn.tokens, masked), tokens)
+        sequences.tokens.put_(index, tokens)
+        sequences.revealed_at.put_(index, torch.where(revealed, step[:, None], revealed_at))
+        logprobs = torch.where(revealed, spread(drawn.logprobs, masked), sequences.logprobs.take(index))
+        sequences.logprobs.put_(index, logprobs)
+        return torch.where(masked & ~revealed, -1, tokens)

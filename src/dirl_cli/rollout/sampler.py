@@ -50,3 +50,12 @@ class Sampler(Protocol):
         ...
 
     def wake(self) -> None: ...
+
+
+def collect_samples(stream: Iterable[tuple[int, int, Trajectory]], prompts: int, n: int) -> list[list[Trajectory]]:
+    """All that `Sampler.stream` yields for `prompts` prompts, `n` trajectories each, in order."""
+    by_index = {(prompt, sample): trajectory for prompt, sample, trajectory in stream}
+    answers = []
+    for prompt in range(prompts):
+        answers.append([by_index[prompt, sample] for sample in range(n)])
+    return answers

@@ -1,33 +1,41 @@
-"""Who decodes where: the slots of a running batch, as numbers on the host. Sequences join and leave between blocks."""
+"""The scheduler of continuous batching: which request decodes in which slot, as numbers on the host.
 
-from collections.abc import Iterator
+A slot is a row of the KV cache and of `SequenceState`. Requests join and leave between blocks. All arrays are numpy on
+the host, so that deciding what the next forward does never waits for the device.
+
+Shapes: S slots, N blocks of B tokens in a forward, one a running slot.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.models.kv_cache import KVCache
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.forward import Integers
-from dirl_cli.rollout.reveal import Canvas, Revealer
+from dirl_cli.rollout.reveal import SequenceState, Unmasker
 from dirl_cli.rollout.sampler import Watch
 from dirl_cli.types import Decoding
 
-SLOT, START, STEP, KEY = range(4)
+SLOT, START, STEP, KEY = range(4)  # the rows of `Scheduler.blocks`
 
 
-class Forwards(Protocol):
-    """Some slots of a model, and forwards of them."""
+class Forward(Protocol):
+    """The slots of a model and its forwards of them; `EagerForward` and `GraphForward` are the two there are."""
 
     lm: DiffusionLM
-    canvas: Canvas
+    sequences: SequenceState
     cache: KVCache
 
-    def step(self, blocks: Integers, cached: Integers, count: int, reveal: Revealer) -> Integers:
-        """Reveal some of N blocks; what their slots have not cached yet is computed on the way.
+    def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
+        """Reveal some tokens of N blocks, first computing what their slots have not cached yet.
 
-        blocks: (4, N): slot (ascending), first position, step from 1, the request's key. cached: (N,) positions whose
-        keys and values are final, whole blocks. count: tokens still hidden in all blocks.
+        blocks: (4, N): slot (ascending), first position, denoising step from 1, request's key.
+        cached: (N,) positions of each slot whose keys and values are final, whole blocks.
+        count: tokens still hidden in all blocks.
         Returns the tokens, -1 where still hidden: (N, B).
         """
         ...
@@ -35,7 +43,7 @@ class Forwards(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """An answer that is wanted."""
+    """One completion to sample. prompt, sample: their indices. key: seed of its randomness (`request_key`)."""
 
     prompt: int
     sample: int
@@ -43,9 +51,25 @@ class Request:
     key: int
 
 
+def make_requests(
+    prompts: Sequence[list[int]], n: int, decoding: Decoding, first: Sequence[int] | None, seeds: Sequence[int] | None
+) -> list[Request]:
+    """The requests of a call of `Sampler.stream`, one a completion, in order."""
+    requests = []
+    for i, prompt_ids in enumerate(prompts):
+        seed = seeds[i] if seeds else decoding.seed
+        first_sample = first[i] if first else 0
+        for sample in range(first_sample, n):
+            requests.append(Request(i, sample, prompt_ids, request_key(seed, prompt_ids, sample)))
+    return requests
+
+
 @dataclass(frozen=True)
-class Answer:
-    """A finished one, its last block whole."""
+class Finished:
+    """A request's completion, whole blocks.
+
+    token_ids, reveal_step, logprobs: an entry a token. forwards: that it took. stopped: at a stop token.
+    """
 
     request: Request
     token_ids: list[int]
@@ -55,84 +79,109 @@ class Answer:
     stopped: bool
 
 
-class Batch:
-    """The requests that run, each in a slot of `forwards`, and how far they are."""
+class Scheduler:
+    """Decodes at most `slots` requests at once on `forward`, each block by block in a slot of its own."""
 
-    def __init__(self, forwards: Forwards, decoding: Decoding, slots: int) -> None:
-        self.forwards, self.decoding = forwards, decoding
-        lm = forwards.lm
-        self.reveal = Revealer(lm, decoding)
-        self.block_size, self.last_position = lm.block_size, lm.longest_prompt + 1
-        self.stops = np.array(decoding.stop_token_ids, np.int64)
+    def __init__(self, forward: Forward, decoding: Decoding, slots: int) -> None:
+        self.forward = forward
+        self.decoding = decoding
+        self.unmask = Unmasker(forward.lm, decoding)
+        self.block_size = forward.lm.block_size
+        self.last_position = forward.lm.longest_prompt + 1
+        self.stop_token_ids = np.array(decoding.stop_token_ids, np.int64)
+
         self.free = list(reversed(range(slots)))
-        self.running: dict[int, Request] = {}
-        self.active = np.zeros(slots, bool)  # those that run but for `waiting`
-        self.waiting: dict[int, int] = {}  # slots to another slot, in which their prompt is being computed
-        self.prompt_in: dict[int, int] = {}  # slots to the prompt that they hold in the cache, also after the answer
-        self.blocks = np.zeros((4, slots), np.int64)  # see `Forwards.step`
-        self.blocks[SLOT] = range(slots)
-        self.cached, self.hidden, self.given, self.forwarded = np.zeros((4, slots), np.int64)
+        self.running: dict[int, Request] = {}  # by slot
+        self.active = np.zeros(slots, bool)  # running and not in `waiting`
+        self.waiting: dict[int, int] = {}  # slot to the slot in which its prompt is being computed
+        self.prompt_in: dict[int, int] = {}  # slot to the prompt that it has cached, also after the answer ended
 
-    def admit(self, request: Request) -> None:
-        """Give a request a slot; the rest of its prompt that fills no block begins its first one."""
-        slot, given = self.free.pop(), len(request.prompt_ids)
-        start = given // self.block_size * self.block_size
-        self.forwards.canvas.open(slot, request.prompt_ids)
+        self.blocks = np.zeros((4, slots), np.int64)  # the current block of each slot, as in `Forward.step`
+        self.blocks[SLOT] = range(slots)
+        self.cached = np.zeros(slots, np.int64)  # positions whose keys and values are final
+        self.hidden = np.zeros(slots, np.int64)  # hidden tokens of the current block
+        self.prompt_length = np.zeros(slots, np.int64)
+        self.forwards = np.zeros(slots, np.int64)  # that the request has taken
+
+    def add(self, request: Request) -> None:
+        """Give a request a free slot. What its prompt has beyond whole blocks begins its first block."""
+        slot = self.free.pop()
+        length = len(request.prompt_ids)
+        start = length // self.block_size * self.block_size
+        self.forward.sequences.open(slot, request.prompt_ids)
         self.running[slot] = request
         self.blocks[START:, slot] = start, 0, request.key
-        self.hidden[slot], self.given[slot], self.forwarded[slot] = start + self.block_size - given, given, 0
-        holders = [other for other, prompt in self.prompt_in.items() if prompt == request.prompt]
+        self.hidden[slot] = start + self.block_size - length
+        self.prompt_length[slot] = length
+        self.forwards[slot] = 0
+
+        # A prompt is computed once: its other answers copy the keys and values, waiting for them if need be.
+        holders = [holder for holder, prompt in self.prompt_in.items() if prompt == request.prompt]
         if not holders:
-            self.prompt_in[slot], self.cached[slot] = request.prompt, 0
+            self.prompt_in[slot] = request.prompt
+            self.cached[slot] = 0
         elif self.cached[holders[0]] >= start:
-            self._share(slot, slot if slot in holders else holders[0])
+            self._copy_prompt(slot, slot if slot in holders else holders[0])
         else:
             self.waiting[slot] = holders[0]
         self.active[slot] = slot not in self.waiting
 
-    def step(self, watch: Watch | None = None) -> Iterator[Answer]:
-        """Reveal some of each block; yields the answers that thereby end."""
-        slots = self.active.nonzero()[0]
+    def step(self, watch: Watch | None = None) -> Iterator[Finished]:
+        """Run one forward, which reveals some tokens of each active block; yields what thereby finishes."""
+        slots = self.active.nonzero()[0]  # (N,)
         self.blocks[STEP, slots] += 1
-        self.forwarded[slots] += 1
+        self.forwards[slots] += 1
         count = int(self.hidden[slots].sum())
-        shown = self.forwards.step(self.blocks[:, slots], self.cached[slots], count, self.reveal)
+        tokens = self.forward.step(self.blocks[:, slots], self.cached[slots], count, self.unmask)
         self.cached[slots] = self.blocks[START, slots]
-        self.hidden[slots] = (shown < 0).sum(1)
+        self.hidden[slots] = (tokens < 0).sum(1)
         if watch:
             self._show(slots, watch)
+
+        # This forward computed the prompts that these waited for.
         for slot, source in self.waiting.items():
-            self._share(slot, source)
+            self._copy_prompt(slot, source)
             self.active[slot] = True
         self.waiting.clear()
+
         full = self.hidden[slots] == 0
         if full.any():
-            yield from self._finish(slots[full], shown[full])
+            yield from self._end_blocks(slots[full], tokens[full])
 
-    def _share(self, slot: int, source: int) -> None:
-        """Give `slot` the whole blocks of the prompt that `source` holds."""
-        behind = self.block_size * self.forwards.lm.logit_shift  # the last block is computed again: its end predicts
+    def _copy_prompt(self, slot: int, source: int) -> None:
+        """Let `slot` begin with the keys and values of the prompt's whole blocks in `source`, maybe itself."""
+        length = self.blocks[START, slot]
+        if self.forward.lm.logit_shift:
+            length -= self.block_size  # the last one is computed again: its end predicts the first token after it
         self.prompt_in[slot] = self.prompt_in[source]
-        self.cached[slot] = max(self.blocks[START, slot] - behind, 0)
+        self.cached[slot] = max(length, 0)
         if slot != source:
-            self.forwards.cache.share(source, slot, int(self.cached[slot]))
+            self.forward.cache.share(source, slot, int(self.cached[slot]))
 
-    def _finish(self, slots: Integers, tokens: Integers) -> Iterator[Answer]:
-        """Go on behind the full blocks of `slots`, or end there. tokens: (N, B)."""
-        start, given = self.blocks[START, slots], self.given[slots]
+    def _end_blocks(self, slots: Integers, tokens: Integers) -> Iterator[Finished]:
+        """Begin the next block of each of `slots`, whose blocks are full, or end there. tokens: (N, B)."""
+        start = self.blocks[START, slots]
         end = start + self.block_size
-        in_answer = start[:, None] + np.arange(self.block_size) >= given[:, None]
-        stopped = ((tokens[:, :, None] == self.stops).any(2) & in_answer).any(1)
-        over = stopped | (end >= self.last_position) | (end - given >= self.decoding.max_new_tokens)
-        self.blocks[START, slots], self.blocks[STEP, slots], self.hidden[slots] = end, 0, self.block_size
-        self.active[slots[over]] = False
-        for slot, is_stop in zip(slots[over].tolist(), stopped[over].tolist(), strict=True):
-            answer = self.forwards.canvas.read(slot, int(self.given[slot]), int(self.blocks[START, slot]))
+        prompt_length = self.prompt_length[slots]
+
+        # The first block may hold the end of the prompt, in which a stop token ends nothing.
+        in_answer = start[:, None] + np.arange(self.block_size) >= prompt_length[:, None]
+        is_stop = (tokens[:, :, None] == self.stop_token_ids).any(2)
+        stopped = (is_stop & in_answer).any(1)
+        is_over = stopped | (end >= self.last_position) | (end - prompt_length >= self.decoding.max_new_tokens)
+
+        self.blocks[START, slots] = end
+        self.blocks[STEP, slots] = 0
+        self.hidden[slots] = self.block_size
+        self.active[slots[is_over]] = False
+        for slot, by_stop_token in zip(slots[is_over].tolist(), stopped[is_over].tolist(), strict=True):
+            answer = self.forward.sequences.slice(slot, int(self.prompt_length[slot]), int(self.blocks[START, slot]))
             self.free.append(slot)
-            yield Answer(self.running.pop(slot), *answer, int(self.forwarded[slot]), is_stop)
+            yield Finished(self.running.pop(slot), *answer, int(self.forwards[slot]), by_stop_token)
 
     def _show(self, slots: Integers, watch: Watch) -> None:
         for slot in slots.tolist():
-            request, end = self.running[slot], int(self.blocks[START, slot]) + self.block_size
-            tokens, _, _ = self.forwards.canvas.read(slot, len(request.prompt_ids), end)
+            request = self.running[slot]
+            end = int(self.blocks[START, slot]) + self.block_size
+            tokens, _, _ = self.forward.sequences.slice(slot, len(request.prompt_ids), end)
             watch(request.prompt, request.sample, tokens)
