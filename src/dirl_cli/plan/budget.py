@@ -1,4 +1,4 @@
-"""Whether a run fits the memory there is, and if not, the nearest settings that do."""
+"""Whether a run fits the memory there is, and if not, the smallest change of its settings that makes it fit."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,15 +11,17 @@ import torch
 import yaml
 from rich.console import Console
 from rich.syntax import Syntax
-from rich.table import Column, Table
+from rich.table import Table
 
 from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.models.load import pick_device
 from dirl_cli.plan.duration import Duration
 from dirl_cli.plan.memory import Bytes
 
-SPARE = 0.95  # what fits leaves a twentieth free
-ERROR = 1.15  # what is refused would not fit either if the estimate were so much too high
+# What fits leaves a twentieth free, for what no plan counts: fragments, the allocator's rounding, libraries.
+SPARE = 0.95
+# What is refused would not fit either if the estimate were so much too high: a plan that errs should not stop a run.
+ERROR = 1.15
 
 Settings = Mapping[str, Any]
 Phases = Callable[[Settings], dict[str, Bytes]]
@@ -39,10 +41,15 @@ class Machine:
     @property
     def kind(self) -> str:
         """cuda or cpu. Raises DirlError for what is neither."""
-        return self.device if self.device in ("cpu", "cuda") else pick_device(self.device)
+        if self.device in ("cpu", "cuda"):
+            return self.device
+        return pick_device(self.device)
 
     def free_bytes(self) -> int:
-        """Bytes that each process may take: `memory_gb`, or its share of what is free now."""
+        """Bytes that each process may take: `memory_gb`, or its share of what is free now.
+
+        Raises DirlError where there is no such device here and `memory_gb` does not say.
+        """
         if self.memory_gb is not None:
             return int(self.memory_gb * 1e9)
         if self.kind == "cpu":
@@ -53,22 +60,25 @@ class Machine:
 
     @property
     def owner(self) -> str:
-        """Whose memory a process takes, such as `each GPU's`."""
+        """Whose memory a process takes, such as `each GPU's`, as the words before an amount."""
         if self.kind == "cuda":
             owner = "each GPU's" if self.gpus > 1 else "the GPU's"
         else:
             owner = "each process's" if self.gpus > 1 else "the machine's"
-        return f"{owner} free" if self.memory_gb is None else owner
+        if self.memory_gb is None:
+            owner += " free"
+        return owner
 
 
 @dataclass(frozen=True)
 class Budget:
     """A run's memory against what there is.
 
-    settings: what the phases depend on, as configured. knobs: by key, what it may be instead, from the least change
-    on; those first that cost least. ways: where no knobs suffice, other ways to train the same model: each a list of
-    changes, from the least on, of which the first that fits is proposed. facts: what else is worth knowing.
-    duration: what the run computes.
+    phases: from settings to the bytes of each phase, by part. settings: what the phases depend on, as configured.
+    knobs: by key, what it may be instead, from the least change on; keys first whose change costs least.
+    alternatives: where no knobs suffice, other ways to train the same model: each a list of changes, from the least
+    on, of which the first that fits is proposed. facts: model and micro-batch, in words. duration: what the run
+    computes.
     """
 
     phases: Phases
@@ -76,7 +86,7 @@ class Budget:
     knobs: Mapping[str, Sequence[Any]]
     machine: Machine
     facts: str
-    ways: Sequence[Sequence[Settings]] = ()
+    alternatives: Sequence[Sequence[Settings]] = ()
     duration: Duration | None = None
 
     @cached_property
@@ -84,47 +94,59 @@ class Budget:
         return self.machine.free_bytes()
 
     def need(self, changes: Settings) -> int:
-        """Bytes of the phase that holds most."""
-        return max(sum(parts.values()) for parts in self.phases({**self.settings, **changes}).values())
+        """Bytes of the phase that holds most, with some settings changed."""
+        return max(sum(sizes.values()) for sizes in self.phases({**self.settings, **changes}).values())
 
     def fits(self, changes: Settings) -> bool:
         return self.need(changes) <= SPARE * self.free_bytes
 
-    def smallest_fitting_change(self, way: Settings | None = None) -> dict[str, Any] | None:
+    def smallest_fitting_change(self, fixed: Settings | None = None) -> dict[str, Any] | None:
         """Changes that make it fit, none of which could be left out or be smaller; None if nothing does.
 
-        way: changes to begin with, which stay.
+        fixed: changes to begin with, which stay.
         """
-        start = dict(way or {})
-        changes = dict(start)
-        for key, value in ((key, value) for key, values in self.knobs.items() for value in values):
-            if self.fits(changes):
-                break
-            changes[key] = value
+        fixed = dict(fixed or {})
+        changes = dict(fixed)
+
+        # Turn knobs until it fits, those first that cost least.
+        for key, values in self.knobs.items():
+            for value in values:
+                if not self.fits(changes):
+                    changes[key] = value
         if not self.fits(changes):
             return None
+
+        # Then take back what is not needed, the dearest first. Once is not enough: checkpointing of few layers takes
+        # more than it saves, and when it is gone, more of the others may go.
         previous: dict[str, Any] = {}
-        while (
-            changes != previous
-        ):  # again, since checkpointing of few layers takes more than it saves: without it more fits
+        while changes != previous:
             previous = changes
-            for key in [key for key in reversed(changes) if key not in start]:
-                others = {other: value for other, value in changes.items() if other != key}
-                least = next(value for value in self.knobs[key] if self.fits({**others, key: value}))
-                changes = others if self.fits(others) else {**others, key: least}
-        return start | {key: changes[key] for key in self.knobs if key in changes}
+            for key in reversed(previous):
+                if key not in fixed:
+                    changes = self._with_least(key, changes)
+        return fixed | {key: changes[key] for key in self.knobs if key in changes}
+
+    def _with_least(self, key: str, changes: dict[str, Any]) -> dict[str, Any]:
+        """The same fitting changes with the smallest of `key` that still fits, or without it."""
+        without = {name: value for name, value in changes.items() if name != key}
+        if self.fits(without):
+            return without
+        for value in self.knobs[key]:
+            if self.fits({**without, key: value}):
+                return {**without, key: value}
+        return changes
 
     def proposals(self) -> list[dict[str, Any]]:
-        """The nearest settings that fit; where none do, the least of each other way to train the same model."""
+        """The smallest change that fits; where none does, the first of each alternative that does."""
         if changes := self.smallest_fitting_change():
             return [changes]
-        found = [self.first_that_fits(ways) for ways in self.ways]
-        return [changes for changes in found if changes]
+        proposed = [self._first_that_fits(alternative) for alternative in self.alternatives]
+        return [changes for changes in proposed if changes]
 
-    def first_that_fits(self, ways: Sequence[Settings]) -> dict[str, Any] | None:
-        for way in ways:
+    def _first_that_fits(self, alternative: Sequence[Settings]) -> dict[str, Any] | None:
+        for fixed in alternative:
             try:
-                changes = self.smallest_fitting_change(way)
+                changes = self.smallest_fitting_change(fixed)
             except DirlError:
                 continue  # an adapter to layers that this model does not have
             if changes:
@@ -140,20 +162,28 @@ class Budget:
 
     def verdict(self) -> str:
         """Whether it fits, and else what does, in a sentence."""
-        now, need = self.phases(self.settings), self.need({})
-        phase = max(now, key=lambda name: sum(now[name].values()))
-        takes = f"the {phase} takes about {format_bytes(need)} of {self.machine.owner} {format_bytes(self.free_bytes)}"
+        phases = self.phases(self.settings)
+        totals = {phase: sum(sizes.values()) for phase, sizes in phases.items()}
+        largest = max(totals, key=totals.__getitem__)
+        need = totals[largest]
+        free = f"{self.machine.owner} {format_bytes(self.free_bytes)}"
+        takes = f"the {largest} takes about {format_bytes(need)} of {free}"
         if self.fits({}):
             return f"this fits: {takes}"
-        takes = f"this {'may' if need <= ERROR * self.free_bytes else 'does'} not fit: {takes}"
+
+        may = "may" if need <= ERROR * self.free_bytes else "does"
+        takes = f"this {may} not fit: {takes}"
         anyway = f"(memory_gb={math.ceil(need / SPARE / 1e9)} starts it all the same)"
         if proposals := self.proposals():
             choices = [
                 f"{format_settings(changes)}, which takes {format_bytes(self.need(changes))}" for changes in proposals
             ]
             return f"{takes}: give {'; or '.join(choices)} {anyway}"
+
+        # Nothing helps: what the model itself takes grows with its parameters, and so tells how many would fit.
         least = self.need({key: values[-1] for key, values in self.knobs.items() if values})
-        millions = max(parts["parameters"] for parts in now.values()) / 4e6 * SPARE * self.free_bytes / least
+        parameters = max(sizes["parameters"] for sizes in phases.values()) / 4
+        millions = parameters / 1e6 * SPARE * self.free_bytes / least
         return (
             f"{takes}, and {format_bytes(least)} whatever the settings, with parameters, gradients and optimizer"
             f" states: choose a model of at most {millions:,.0f} million parameters {anyway}"
@@ -163,7 +193,9 @@ class Budget:
         """Raises DoesNotFit if it clearly does not; returns a sentence if it may not."""
         if self.need({}) > ERROR * self.free_bytes:
             raise DoesNotFit(self.verdict())
-        return None if self.fits({}) else self.verdict()
+        if not self.fits({}):
+            return self.verdict()
+        return None
 
     def show(self, config: Any, console: Console) -> None:
         """Print the configuration, the memory that each part takes in each phase, and the verdict.
@@ -180,14 +212,19 @@ class Budget:
         console.print(self.verdict(), style="bold", markup=False)
 
     def table(self) -> Table:
-        """A row for each part, a column for each phase."""
+        """The memory as a row for each part and a column for each phase."""
         phases = self.phases(self.settings)
-        table = Table("memory", *(Column(phase, justify="right") for phase in phases), box=None, padding=(0, 2, 0, 0))
-        for part in dict.fromkeys(part for parts in phases.values() for part in parts):
-            sizes = [parts.get(part, 0) for parts in phases.values()]
-            if any(sizes):
-                table.add_row(part, *(format_bytes(one) if one else "" for one in sizes))
-        table.add_row("together", *(format_bytes(sum(parts.values())) for parts in phases.values()), style="bold")
+        table = Table("memory", box=None, padding=(0, 2, 0, 0))
+        names: dict[str, None] = {}  # of parts, each once and in order
+        for phase, sizes in phases.items():
+            table.add_column(phase, justify="right")
+            names |= dict.fromkeys(sizes)
+
+        for name in names:
+            row = [sizes.get(name, 0) for sizes in phases.values()]
+            if any(row):
+                table.add_row(name, *(format_bytes(size) if size else "" for size in row))
+        table.add_row("together", *(format_bytes(sum(sizes.values())) for sizes in phases.values()), style="bold")
         return table
 
 
@@ -197,10 +234,12 @@ def format_settings(changes: Settings) -> str:
 
 
 def halvings(value: int, least: int) -> list[int]:
-    """Half of it, a quarter, and so on, not below `least`."""
+    """The halves of a number: half of it, a quarter, and so on, not below `least`."""
     return [value >> i for i in range(1, value.bit_length()) if value >> i >= least]
 
 
 def format_bytes(count: float) -> str:
     """Bytes as 65.5 GB or 71 MB."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:,.0f} MB"

@@ -14,7 +14,7 @@ LONG = 1800  # seconds worth a warning
 
 @dataclass(frozen=True)
 class Duration:
-    """What a run computes.
+    """What a run computes, and how long that takes.
 
     tokens: of a step. width: of a row. operations: of floating-point numbers, in all of its steps. is_bound: whether
     tokens and operations are the most there may be. knobs: settings that make it less. preset: the experiment for a
@@ -36,8 +36,10 @@ class Duration:
 
     def warning(self) -> str:
         """The same with what to give instead."""
-        preset = f", or give experiment={self.preset}, which is for a model as small as this one" if self.preset else ""
-        return f"{self}: lower {self.knobs}{preset}"
+        remedy = f"lower {self.knobs}"
+        if self.preset:
+            remedy += f", or give experiment={self.preset}, which is for a model as small as this one"
+        return f"{self}: {remedy}"
 
     @property
     def seconds(self) -> float:
@@ -49,30 +51,35 @@ class Duration:
 
 
 def update_operations(model: Architecture, batch: MicroBatch) -> float:
-    """Of a step's forward and backward: products with weights, attention over whole rows, logits of what is scored."""
+    """Floating-point operations of a step's forward and backward.
+
+    They are products with weights, attention over whole rows, and logits of what is scored: 2 operations a weight and
+    token forward and twice that backward (https://arxiv.org/abs/2001.08361).
+    """
     scored = batch.step * batch.scored / (batch.rows * batch.width)
     attention = 2 * model.layers * model.queries * batch.width
     return 6.0 * (batch.step * (model.layer_parameters + attention) + scored * model.vocabulary * model.hidden)
 
 
 def sampling_operations(model: Architecture, tokens: int, steps: int) -> float:
-    """Of drawing so many tokens, each block in so many forwards."""
+    """Floating-point operations of drawing so many tokens, each block in `steps` forwards."""
     return 2.0 * tokens * steps * (model.layer_parameters + model.vocabulary * model.hidden)
 
 
 def operations_per_second() -> float:
-    """Of a product of two matrices that fit the cache, on the threads there are; a moment's measurement."""
-    matrix = torch.ones(512, 512)
-    taken = []
+    """Speed of a product of two matrices that fit the cache, on the threads there are: the best of four tries."""
+    size = 512
+    matrix = torch.ones(size, size)
+    seconds = []
     for _ in range(4):
         began = time.perf_counter()
         matrix @ matrix
-        taken.append(time.perf_counter() - began)
-    return 2.0 * 512**3 / min(taken)
+        seconds.append(time.perf_counter() - began)
+    return 2.0 * size**3 / min(seconds)
 
 
 def format_duration(seconds: float) -> str:
-    """Such as `20 minutes`, `3 hours`, `5 days`."""
+    """A duration such as `20 minutes`, `3 hours`, `5 days`."""
     for unit, size in (("days", 86_400), ("hours", 3600)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"

@@ -26,6 +26,7 @@ from dirl_cli.plan.memory import (
     largest_micro_batch,
     logit_bytes,
     parallelism,
+    to_whole_blocks,
 )
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rollout.engines import Engine, Lmdeploy
@@ -55,50 +56,79 @@ def sft_budget(
     peft: Peft = FullFinetune(),
     adapter: Callable[[str], Peft] | None = None,
 ) -> Budget:
-    """Of fine-tuning on demonstrations of these lengths and answering these prompts.
+    """Memory budget of an SFT run.
 
-    settings: those named in SFT. adapter: makes the choices of `peft` that may be proposed instead, by name.
+    lm: the model, without its weights. settings: those named in SFT. lengths: tokens of each demonstration (N,).
+    prompts: token ids of each problem that may be answered meanwhile, in order. adapter: makes the choices of `peft`
+    that may be proposed instead, by name; None if there is nothing else to propose.
     """
-    memories = Memories(lm, optim, peft, adapter, machine)
+    memories = MemoryByPeft(lm, optim, peft, adapter, machine)
+    forecast = SftForecast(lm, masking, decoding, machine, lengths, prompts, memories)
     memory = memories.of({})
-
-    def batch(settings: Settings) -> MicroBatch:
-        kept = lengths[lengths <= max(settings["max_tokens"], lengths.min())]
-        longest = int(kept.max())
-        demonstration = example([0] * longest, [True] * longest, lm.block_size, lm.pad_token_id)
-        strip = noised_strip(demonstration, masking, lm.block_size, lm.mask_token_id, generator(0))
-        return packed_batch(strip, settings["batch_size"] * float(kept.mean()) / longest, settings, machine)
-
-    def phases(settings: Settings) -> dict[str, Bytes]:
-        shared = memories.of(settings)
-        found = loading_phase(shared) | {"update": update(shared, batch(settings), settings)}
-        if asked := prompts[: settings["eval_problems"]]:
-            slots = min(NativeSampler(lm).max_batch, math.ceil(len(asked) / processes(settings, machine)))
-            greedy = replace(decoding, temperature=0.0)
-            found["evaluation"] = rollout(
-                replace(shared, samples=True), slots, max(map(len, asked)), lm, greedy, settings
-            )
-        return found
-
-    knobs = (
-        sharing_knobs(settings, machine, peft)
-        | update_knobs(settings, batch(settings))
-        | {
-            "eval_problems": halvings(settings["eval_problems"], 1),
-            "max_tokens": halvings(settings["max_tokens"], LEAST),
-        }
-    )
-    ways = other_ways(settings, machine, peft) if adapter else []
+    batch = forecast.batch(settings)
+    knobs = {
+        **sharding_knobs(settings, machine, peft),
+        **update_knobs(settings, batch),
+        "eval_problems": halvings(settings["eval_problems"], 1),
+        "max_tokens": halvings(settings["max_tokens"], LEAST),
+    }
     duration = Duration(
         settings["steps"],
-        batch(settings).step,
-        batch(settings).width,
-        settings["steps"] * update_operations(memory.model, batch(settings)),
+        batch.step,
+        batch.width,
+        settings["steps"] * update_operations(memory.model, batch),
         is_bound=False,
         knobs="steps, batch_size or row_tokens",
         preset="tiny_sft" if memory.model.parameters < SMALL else None,
     )
-    return Budget(phases, settings, knobs, machine, f"{memory}\nabout {batch(settings)}", ways, duration)
+    return Budget(
+        forecast.phases,
+        settings,
+        knobs,
+        machine,
+        facts=f"{memory}\nabout {batch}",
+        alternatives=alternatives(settings, machine, peft) if adapter else [],
+        duration=duration,
+    )
+
+
+@dataclass(frozen=True)
+class SftForecast:
+    """What the phases of an SFT run hold under any settings. The fields are `sft_budget`'s parameters."""
+
+    lm: DiffusionLM
+    masking: Masking
+    decoding: Decoding
+    machine: Machine
+    lengths: NDArray[np.int64]
+    prompts: Sequence[Sequence[int]]
+    memories: "MemoryByPeft"
+
+    def batch(self, settings: Settings) -> MicroBatch:
+        """The largest micro-batch: steps of demonstrations of average length, rows that the longest fits into."""
+        lm = self.lm
+        lengths = self.lengths[self.lengths <= max(settings["max_tokens"], self.lengths.min())]
+        longest = int(lengths.max())
+        demonstration = example([0] * longest, [True] * longest, lm.block_size, lm.pad_token_id)
+        strip = noised_strip(demonstration, self.masking, lm.block_size, lm.mask_token_id, generator(0))
+        strips = settings["batch_size"] * float(lengths.mean()) / longest
+        return micro_batch_of(strip, strips, settings, self.machine)
+
+    def phases(self, settings: Settings) -> dict[str, Bytes]:
+        memory = self.memories.of(settings)
+        phases = loading_phase(memory)
+        phases["update"] = update_phase(memory, self.batch(settings), settings)
+        if evaluated := self.prompts[: settings["eval_problems"]]:
+            phases["evaluation"] = self.evaluation(memory, evaluated, settings)
+        return phases
+
+    def evaluation(self, memory: Memory, prompts: Sequence[Sequence[int]], settings: Settings) -> Bytes:
+        """What is held while prompts are answered greedily."""
+        of_process = math.ceil(len(prompts) / processes(settings, self.machine))
+        slots = min(NativeSampler(self.lm).max_batch, of_process)
+        greedy = replace(self.decoding, temperature=0.0)
+        longest = max(len(prompt) for prompt in prompts)
+        return rollout_phase(replace(memory, samples=True), slots, longest, self.lm, greedy, settings)
 
 
 def rl_budget(
@@ -114,68 +144,109 @@ def rl_budget(
     peft: Peft = FullFinetune(),
     adapter: Callable[[str], Peft] | None = None,
 ) -> Budget:
-    """Of reinforcement on prompts of at most so many tokens. settings: those named in RL. engine: what samples, if any.
+    """Memory budget of an RL run.
 
-    adapter: makes the choices of `peft` that may be proposed instead, by name.
     All answers are taken to be as long as they may be, and revealed in as many steps as they may take.
+    lm: the model, without its weights. settings: those named in RL. longest_prompt: tokens of it. engine: what samples;
+    None where rollouts are read from files. learns: whether there are updates. adapter: makes the choices of `peft`
+    that may be proposed instead, by name; None if there is nothing else to propose.
     """
-    memories = Memories(lm, optim, peft, adapter, machine, reference=objective.beta > 0, samples=engine is not None)
+    memories = MemoryByPeft(lm, optim, peft, adapter, machine, reference=objective.beta > 0, samples=engine is not None)
+    forecast = RlForecast(lm, objective, decoding, machine, longest_prompt, engine, learns, memories)
     memory = memories.of({})
-    scoring = logit_bytes(decoding)
-    tokens = Tokens(lm.block_size, lm.mask_token_id)
-
-    def batch(settings: Settings) -> MicroBatch:
-        answer = with_answer(longest_prompt, lm, settings) - longest_prompt
-        longest = worst_case_trajectory(longest_prompt, answer, decoding.denoising_steps, lm.block_size)
-        answers = settings["rl.problems"] * settings["rl.group_size"] / settings["rl.mini_batches"]
-        return packed_batch(objective.views(longest, tokens, generator(0)), answers, settings, machine)
-
-    def phases(settings: Settings) -> dict[str, Bytes]:
-        problems = math.ceil(settings["rl.problems"] / processes(settings, machine))
-        slots = min(settings["rollout.max_batch"], problems * settings["rl.group_size"])
-        shared = memories.of(settings)
-        uses_copy = shared.parallelism.gathers if isinstance(engine, Lmdeploy) else settings["rl.async_rollout"]
-        shared = replace(shared, copy_stays=bool(uses_copy))
-        found: dict[str, Bytes] = {}
-        if isinstance(engine, Lmdeploy):
-            share = settings["rollout.cache_share"]
-            found["rollout"] = shared.lmdeploy(machine.free_bytes(), share, slots * lm.block_size, decoding)
-        elif engine:
-            found["rollout"] = rollout(shared, slots, longest_prompt, lm, decoding, settings)
-        if learns:
-            found["update"] = update(shared, batch(settings), settings, scoring)
-        if settings["rl.async_rollout"]:
-            found = {"update and rollout": overlapping(found.values(), shared.resident())}
-        return loading_phase(shared) | found
-
+    batch = forecast.batch(settings)
     knobs = {
-        **sharing_knobs(settings, machine, peft),
+        **sharding_knobs(settings, machine, peft),
         "rollout.max_batch": halvings(settings["rollout.max_batch"], 1),
-        "rollout.cache_share": [engine.cache_share / part for part in (2, 4)] if isinstance(engine, Lmdeploy) else [],
-        **update_knobs(settings, batch(settings)),
+        "rollout.cache_share": [engine.cache_share / 2, engine.cache_share / 4] if isinstance(engine, Lmdeploy) else [],
+        **update_knobs(settings, batch),
         "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
     }
-    ways = other_ways(settings, machine, peft) if adapter else []
-    passes = settings["rl.mini_batches"] * settings["rl.epochs"]
-    sampled = settings["rl.problems"] * settings["rl.group_size"] * settings["decoding.max_new_tokens"]
-    operations = passes * update_operations(memory.model, batch(settings)) * learns
+
+    sampled_tokens = settings["rl.problems"] * settings["rl.group_size"] * settings["decoding.max_new_tokens"]
+    operations = 0.0
+    if learns:
+        passes = settings["rl.mini_batches"] * settings["rl.epochs"]
+        operations += passes * update_operations(memory.model, batch)
     if engine:
-        operations += sampling_operations(memory.model, sampled, decoding.denoising_steps or lm.block_size)
+        operations += sampling_operations(memory.model, sampled_tokens, decoding.denoising_steps or lm.block_size)
     duration = Duration(
         settings["steps"],
-        sampled,
-        batch(settings).width,
+        sampled_tokens,
+        batch.width,
         settings["steps"] * operations,
         is_bound=True,
         knobs="steps, rl.problems, rl.group_size or decoding.max_new_tokens",
         preset="tiny_rl" if memory.model.parameters < SMALL else None,
     )
-    return Budget(phases, settings, knobs, machine, f"{memory}\nat most {batch(settings)}", ways, duration)
+    return Budget(
+        forecast.phases,
+        settings,
+        knobs,
+        machine,
+        facts=f"{memory}\nat most {batch}",
+        alternatives=alternatives(settings, machine, peft) if adapter else [],
+        duration=duration,
+    )
 
 
 @dataclass(frozen=True)
-class Memories:
-    """A model's memory by what of it is trained: as `peft` says, or an adapter in its place."""
+class RlForecast:
+    """What the phases of an RL run hold under any settings. The fields are `rl_budget`'s parameters."""
+
+    lm: DiffusionLM
+    objective: Objective
+    decoding: Decoding
+    machine: Machine
+    longest_prompt: int
+    engine: Engine | None
+    learns: bool
+    memories: "MemoryByPeft"
+
+    def batch(self, settings: Settings) -> MicroBatch:
+        """The largest micro-batch: all answers are the longest there may be, in the states that take most tokens."""
+        lm = self.lm
+        answer = with_answer(self.longest_prompt, lm, settings) - self.longest_prompt
+        longest = worst_case_trajectory(self.longest_prompt, answer, self.decoding.denoising_steps, lm.block_size)
+        strip = self.objective.views(longest, Tokens(lm.block_size, lm.mask_token_id), generator(0))
+        answers = settings["rl.problems"] * settings["rl.group_size"] / settings["rl.mini_batches"]
+        return micro_batch_of(strip, answers, settings, self.machine)
+
+    def phases(self, settings: Settings) -> dict[str, Bytes]:
+        memory = self.memories.of(settings)
+        # While a model is updated its sampler keeps a copy of its own: LMDeploy where it is gathered from shards, the
+        # native engine where it samples meanwhile.
+        if isinstance(self.engine, Lmdeploy):
+            memory = replace(memory, copy_stays=memory.parallelism.gathers)
+        else:
+            memory = replace(memory, copy_stays=bool(settings["rl.async_rollout"]))
+
+        phases: dict[str, Bytes] = {}
+        if self.engine:
+            phases["rollout"] = self.rollout(memory, self.engine, settings)
+        if self.learns:
+            phases["update"] = update_phase(memory, self.batch(settings), settings, logit_bytes(self.decoding))
+        if settings["rl.async_rollout"]:
+            phases = {"update and rollout": overlapping(phases.values(), memory.resident())}
+        return loading_phase(memory) | phases
+
+    def rollout(self, memory: Memory, engine: Engine, settings: Settings) -> Bytes:
+        """What is held while `engine` answers a process's problems."""
+        problems = math.ceil(settings["rl.problems"] / processes(settings, self.machine))
+        slots = min(settings["rollout.max_batch"], problems * settings["rl.group_size"])
+        if isinstance(engine, Lmdeploy):
+            share = settings["rollout.cache_share"]
+            return memory.lmdeploy(self.machine.free_bytes(), share, slots * self.lm.block_size, self.decoding)
+        return rollout_phase(memory, slots, self.longest_prompt, self.lm, self.decoding, settings)
+
+
+@dataclass(frozen=True)
+class MemoryByPeft:
+    """A model's memory by what of it is trained: as `peft` says, or an adapter in its place.
+
+    reference: whether a frozen model is there. samples: whether a sampler is. counted: by the name of an adapter, or
+    None for `peft`, what was counted before, since that takes a while.
+    """
 
     lm: DiffusionLM
     optim: Optim
@@ -184,16 +255,18 @@ class Memories:
     machine: Machine
     reference: bool = False
     samples: bool = False
-    known: dict[str | None, Memory] = field(default_factory=dict)
+    counted: dict[str | None, Memory] = field(default_factory=dict)
 
     def of(self, settings: Settings) -> Memory:
+        """The memory under settings, of which `peft` may name an adapter to propose."""
         name = settings.get("peft")
-        if name not in self.known:
-            self.known[name] = self._made(self.adapter(name) if name and self.adapter else self.peft)
-        count = processes(settings, self.machine)
-        return replace(self.known[name], parallelism=parallelism(settings.get("launch", "auto"), count))
+        if name not in self.counted:
+            peft = self.adapter(name) if name and self.adapter else self.peft
+            self.counted[name] = self._count(peft)
+        launch = settings.get("launch", "auto")
+        return replace(self.counted[name], parallelism=parallelism(launch, processes(settings, self.machine)))
 
-    def _made(self, peft: Peft) -> Memory:
+    def _count(self, peft: Peft) -> Memory:
         machine = self.machine
         return Memory(
             architecture(self.lm.model.config, self.optim, peft, peft.base_dtype(machine.dtype, machine.kind)),
@@ -206,38 +279,59 @@ class Memories:
 
 
 def processes(settings: Settings, machine: Machine) -> int:
-    """As many as there are, or as are proposed."""
+    """The number of processes: as many as there are, or as are proposed."""
     return int(settings.get("gpus", machine.gpus))
 
 
-def other_ways(settings: Settings, machine: Machine, peft: Peft) -> list[list[Settings]]:
-    """More GPUs that share the model, and adapters beside it: what to propose to who trains all of it."""
-    if not isinstance(peft, FullFinetune):
-        return []
-    more = [count for count in GPUS if count > machine.gpus and machine.kind == "cuda"]
-    alone = {"launch": "auto"} if settings["launch"] in SHARING else {}  # which adapters leave too little for
-    return [[{"gpus": count, "launch": "fsdp2"} for count in more], [{"peft": name, **alone} for name in ADAPTERS]]
+# The phases of a run
 
 
-def worst_case_trajectory(prompt: int, answer: int, steps: int | None, block_size: int) -> Trajectory:
-    """The answer of so many tokens that takes most steps: each block reveals as little at a time as it may."""
-    end = -(-(prompt + answer) // block_size) * block_size
-    most = min(steps or block_size, block_size)
-    reveal_step = [place % block_size * most // block_size + 1 for place in range(prompt, end)]
-    return Trajectory([0] * prompt, [0] * len(reveal_step), reveal_step)
+def loading_phase(memory: Memory) -> dict[str, Bytes]:
+    """A phase of its own where processes will share the model: it is loaded whole by each."""
+    if not memory.parallelism.gathers:
+        return {}
+    return {"loading": {"parameters": memory.model.weight_bytes}}
 
 
-def packed_batch(strip: Strip, strips: float, settings: Settings, machine: Machine) -> MicroBatch:
+def update_phase(memory: Memory, batch: MicroBatch, settings: Settings, scoring: int = SCORING) -> Bytes:
+    """What an update holds. scoring: bytes of each logit that is scored."""
+    return replace(memory, checkpointing=settings["gradient_checkpointing"]).update(batch, scoring)
+
+
+def rollout_phase(
+    memory: Memory, slots: int, prompt: int, lm: DiffusionLM, decoding: Decoding, settings: Settings
+) -> Bytes:
+    """What the native engine holds. slots: answers at once. prompt: tokens of the longest."""
+    return memory.rollout(slots, prompt, with_answer(prompt, lm, settings), lm.block_size, decoding)
+
+
+def overlapping(phases: Iterable[Bytes], resident: Bytes) -> Bytes:
+    """Phases that coincide: the parts that are `resident` counted once, all others added up."""
+    total: Bytes = {}
+    for phase in phases:
+        for name, size in phase.items():
+            if name in resident:
+                total[name] = max(total.get(name, 0), size)
+            else:
+                total[name] = total.get(name, 0) + size
+    return total
+
+
+def micro_batch_of(strip: Strip, strips: float, settings: Settings, machine: Machine) -> MicroBatch:
+    """The largest micro-batch of a step on as many tokens as `strips` times this strip, the longest, has."""
     count = processes(settings, machine)
     return largest_micro_batch(strip, strips, settings["row_tokens"], settings["micro_rows"], count)
 
 
-def update(memory: Memory, batch: MicroBatch, settings: Settings, scoring: int = SCORING) -> Bytes:
-    return replace(memory, checkpointing=settings["gradient_checkpointing"]).update(batch, scoring)
+def worst_case_trajectory(prompt: int, answer: int, steps: int | None, block_size: int) -> Trajectory:
+    """The answer of so many tokens that takes most steps: each block reveals as little at a time as it may.
 
-
-def rollout(memory: Memory, slots: int, prompt: int, lm: DiffusionLM, decoding: Decoding, settings: Settings) -> Bytes:
-    return memory.rollout(slots, prompt, with_answer(prompt, lm, settings), lm.block_size, decoding)
+    prompt, answer: numbers of tokens. steps: of a block at most; None for as many as it has tokens.
+    """
+    end = to_whole_blocks(prompt + answer, block_size)
+    most = min(steps or block_size, block_size)
+    reveal_step = [position % block_size * most // block_size + 1 for position in range(prompt, end)]
+    return Trajectory([0] * prompt, [0] * len(reveal_step), reveal_step)
 
 
 def with_answer(prompt: int, lm: DiffusionLM, settings: Settings) -> int:
@@ -245,24 +339,7 @@ def with_answer(prompt: int, lm: DiffusionLM, settings: Settings) -> int:
     return min(prompt + settings["decoding.max_new_tokens"], lm.longest_prompt + 1)
 
 
-def overlapping(phases: Iterable[Bytes], resident: Bytes) -> Bytes:
-    """Phases that coincide: what is resident once, all else of each."""
-    found: Bytes = {}
-    for phase in phases:
-        for name, size in phase.items():
-            found[name] = max(found.get(name, 0), size) if name in resident else found.get(name, 0) + size
-    return found
-
-
-def loading_phase(memory: Memory) -> dict[str, Bytes]:
-    """A model that processes will share is loaded whole by each."""
-    return {"loading": {"parameters": memory.model.weight_bytes}} if memory.parallelism.gathers else {}
-
-
-def sharing_knobs(settings: Settings, machine: Machine, peft: Peft) -> dict[str, Sequence[Any]]:
-    """What makes several processes take less each."""
-    can_shard = machine.gpus > 1 and settings["launch"] != "fsdp2" and isinstance(peft, FullFinetune)
-    return {"launch": ["fsdp2"] if can_shard else []}
+# What may be proposed instead
 
 
 def update_knobs(settings: Settings, batch: MicroBatch) -> dict[str, Sequence[Any]]:
@@ -272,3 +349,23 @@ def update_knobs(settings: Settings, batch: MicroBatch) -> dict[str, Sequence[An
         "gradient_checkpointing": [] if settings["gradient_checkpointing"] else [True],
         "row_tokens": halvings(settings["row_tokens"], LEAST),
     }
+
+
+def sharding_knobs(settings: Settings, machine: Machine, peft: Peft) -> dict[str, Sequence[Any]]:
+    """What makes each of several processes take less: that they share the model."""
+    can_shard = machine.gpus > 1 and settings["launch"] != "fsdp2" and isinstance(peft, FullFinetune)
+    return {"launch": ["fsdp2"] if can_shard else []}
+
+
+def alternatives(settings: Settings, machine: Machine, peft: Peft) -> list[list[Settings]]:
+    """Other ways to train the same model, each from the least change on: more GPUs that share it, and adapters."""
+    if not isinstance(peft, FullFinetune):
+        return []
+
+    more_gpus: list[Settings] = []
+    if machine.kind == "cuda":
+        more_gpus = [{"gpus": count, "launch": "fsdp2"} for count in GPUS if count > machine.gpus]
+    adapters: list[Settings] = [{"peft": name} for name in ADAPTERS]
+    if settings["launch"] in SHARING:  # which adapters leave too little for
+        adapters = [{**adapter, "launch": "auto"} for adapter in adapters]
+    return [more_gpus, adapters]

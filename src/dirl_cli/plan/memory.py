@@ -3,6 +3,9 @@
 Activations are what one of transformers' Qwen3 layers leaves to backpropagation, counted from its code; that the sums
 are those measured on a CPU is seen in `tests/plan/test_plan.py` and `benchmarks/plan.py`. What differs on a GPU
 (attention=flex) is counted from code alike, but no GPU has confirmed it.
+
+All sizes are bytes. Factors of 4 and 2 are the bytes of a number in fp32 and bf16, and `self.value` is whichever of the
+two the forward computes in; other factors count tensors of one shape, which the comment beside them names.
 """
 
 import math
@@ -10,12 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dirl_cli.diffusion.layout import Strip
-from dirl_cli.models.peft import FullFinetune, Peft
+from dirl_cli.models.peft import FullFinetune, Peft, trainable_parameters
+from dirl_cli.rollout.forward_gpu import PREFILL
 from dirl_cli.text import counted
 from dirl_cli.training.logprobs import tokens_at_once
 from dirl_cli.training.optim import Optim
@@ -29,15 +33,24 @@ SCORING = 2 * 4
 TRUNCATING = 5 * 4 + 2
 # While top-p sorts them: tempered, sorted, their order as int64, their softmax and its sums, two masks.
 SORTING = 5 * 4 + 8 + 2
-
-PREFILL = 16384  # tokens of prompts that the native engine computes at once on a GPU
+# What top-k leaves of them before that, and its mask.
+TOP_K_FIRST = 4 + 1
 
 
 def logit_bytes(decoding: Decoding) -> int:
-    """What scoring holds of a logit in the softmax that tokens were drawn from."""
+    """Bytes that scoring holds of each logit, in the softmax that tokens were drawn from."""
     if not decoding.truncates:
         return SCORING
-    return SORTING + 5 * (decoding.top_k > 0) if decoding.top_p < 1 else TRUNCATING
+    if decoding.top_p == 1:
+        return TRUNCATING
+    if decoding.top_k > 0:
+        return SORTING + TOP_K_FIRST
+    return SORTING
+
+
+def to_whole_blocks(tokens: int, block_size: int) -> int:
+    """The least multiple of `block_size` that is not below `tokens`."""
+    return math.ceil(tokens / block_size) * block_size
 
 
 @dataclass(frozen=True)
@@ -78,30 +91,27 @@ class Architecture:
 def architecture(
     config: PreTrainedConfig, optim: Optim, peft: Peft = FullFinetune(), dtype: torch.dtype = torch.float32
 ) -> Architecture:
-    """A model whose weights are kept in `dtype` and its optimizer in numbers, by a step on tensors without storage."""
+    """Count a model's parameters and its optimizer's states, on tensors without storage.
+
+    dtype: of the weights as they are kept.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         parameters = sum(parameter.numel() for parameter in model.parameters())
         peft.adapt(model)
+
     with FakeTensorMode():
         use_fake_parameters(model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        optimizers = optim.build(model)
-        for optimizer in optimizers:
-            with suppress(RuntimeError):  # one that looks at values finds none, but has made its states by then
-                optimizer.step()
-        of_parameters = [states.values() for optimizer in optimizers for states in optimizer.state.values()]
-        state_bytes = sum(one.nbytes for states in of_parameters for one in states if isinstance(one, torch.Tensor))
+        state_bytes = optimizer_bytes(model, optim)
         ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # one where they are tied
-        in_ends = sum(weight.numel() for weight in ends)
+        vocabulary_parameters = sum(weight.numel() for weight in ends)
+
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     experts = getattr(config, "num_experts_per_tok", 0)
     return Architecture(
-        vocabulary_parameters=in_ends,
-        layer_parameters=parameters - in_ends,
-        trained=sum(parameter.numel() for parameter in trained),
+        vocabulary_parameters=vocabulary_parameters,
+        layer_parameters=parameters - vocabulary_parameters,
+        trained=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
         weight_bytes=peft.weight_bytes(model),
         merged_bytes=peft.merged_bytes(model),
         state_bytes=state_bytes,
@@ -116,11 +126,25 @@ def architecture(
 
 
 def use_fake_parameters(model: nn.Module) -> None:
-    """Put parameters that look as if they were on a CPU, where optimizers can be, in the place of those on `meta`."""
-    like = {p: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in model.parameters()}
+    """Replace parameters on `meta` by fake ones that say they are on a CPU, where optimizers can step them."""
+    fakes = {p: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in model.parameters()}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, like[parameter])
+            setattr(module, name, fakes[parameter])
+
+
+def optimizer_bytes(model: PreTrainedModel, optim: Optim) -> int:
+    """Bytes of an optimizer's states, which its first step makes. The parameters have to be fake ones."""
+    for parameter in trainable_parameters(model).values():
+        parameter.grad = torch.empty_like(parameter)
+
+    total = 0
+    for optimizer in optim.build(model):
+        with suppress(RuntimeError):  # one that looks at values finds none, but has made its states by then
+            optimizer.step()
+        for states in optimizer.state.values():
+            total += sum(state.nbytes for state in states.values() if isinstance(state, Tensor))
+    return total
 
 
 @dataclass(frozen=True)
@@ -140,12 +164,17 @@ class MicroBatch:
 def largest_micro_batch(
     strip: Strip, strips: float, row_tokens: int, micro_rows: int | None, processes: int
 ) -> MicroBatch:
-    """What as many tokens as so many strips have come to, where this strip is the longest."""
+    """The largest micro-batch of a step on as many tokens as `strips` times this strip, the longest, has.
+
+    row_tokens: tokens that a row is packed to, unless one strip is longer. micro_rows: rows of a micro-batch; None for
+    all that a process has.
+    """
     tokens = math.ceil(strips * len(strip))
     width = max(len(strip), min(row_tokens, tokens))
-    each = math.ceil(math.ceil(tokens / width) / processes)
-    rows = min(micro_rows or each, each)
-    return MicroBatch(rows, width, math.ceil(rows * width * len(strip.where) / len(strip)), tokens)
+    rows_of_process = math.ceil(math.ceil(tokens / width) / processes)
+    rows = min(micro_rows or rows_of_process, rows_of_process)
+    scored = math.ceil(rows * width * len(strip.where) / len(strip))
+    return MicroBatch(rows, width, scored, tokens)
 
 
 @dataclass(frozen=True)
@@ -192,118 +221,225 @@ class Memory:
     parallelism: Parallelism = Parallelism()
 
     def __str__(self) -> str:
-        model, kind = self.model, "bf16" if self.bf16 else "fp32"
+        model = self.model
         parameters = f"{model.parameters:,} parameters, {model.vocabulary_parameters:,} of them in embedding and head"
         if not model.is_full_finetune:
             parameters += f"; {model.trained:,} trained beside them"
-        elif self.bf16:
+
+        kind = "bf16" if self.bf16 else "fp32"
+        if self.bf16 and model.is_full_finetune:
             kind += " with weights in fp32"
-        return f"{parameters}; {kind}; {'a dense attention mask' if self.dense else 'FlexAttention'}"
+        attention = "a dense attention mask" if self.dense else "FlexAttention"
+        return f"{parameters}; {kind}; {attention}"
 
     @property
-    def narrow(self) -> int:
-        """Bytes of a value that autocast may narrow."""
+    def value(self) -> int:
+        """Bytes of a number that autocast casts to bf16, if the forward is autocast."""
         return 2 if self.bf16 else 4
 
+    @property
+    def casts_weights(self) -> bool:
+        """Whether a forward needs bf16 copies of weights that are kept in fp32, because they are trained."""
+        return self.bf16 and self.model.is_full_finetune
+
+    # What every phase holds
+
     def resident(self) -> Bytes:
-        """What is there in every phase."""
-        return {
+        """Bytes that every phase holds."""
+        sizes = {
             "parameters": self.model.weight_bytes // self.parallelism.parameters,
-            "merged weights": self.model.merged_bytes * self.samples,
-            "sampler's copy": self.copy() * self.copy_stays,
-            "gradients": self.gradients() * self.parallelism.gradients_stay,
+            "merged weights": 0,
+            "sampler's copy": 0,
+            "gradients": 0,
             "optimizer states": self.model.state_bytes // self.parallelism.states,
-            "reference model": 4 * self.model.parameters * (self.reference and self.model.is_full_finetune),
+            "reference model": 0,
         }
+        if self.samples:
+            sizes["merged weights"] = self.model.merged_bytes
+        if self.copy_stays:
+            sizes["sampler's copy"] = self.sampler_copy()
+        if self.parallelism.gradients_stay:
+            sizes["gradients"] = self.gradients()
+        if self.reference and self.model.is_full_finetune:  # an adapter's is the model without it
+            sizes["reference model"] = 4 * self.model.parameters
+        return sizes
 
     def gradients(self) -> int:
+        """Bytes of this process's gradients."""
         return 4 * self.model.trained // self.parallelism.gradients
 
-    def copy(self) -> int:
-        """Of what samples, where it cannot use the weights that are trained; its linear layers are in bf16 at once."""
-        return 4 * self.model.parameters - self.bf16_copies() * self.parallelism.gathers
+    def sampler_copy(self) -> int:
+        """Bytes of the sampler's own copy of the weights, where it cannot use those that are trained."""
+        copy = 4 * self.model.parameters
+        if self.parallelism.gathers:  # a copy that is gathered from the processes has its linear layers cast at once
+            copy -= self.linear_copies()
+        return copy
 
-    def bf16_copies(self) -> int:
-        """Of the weights of all linear layers in bf16, where they are kept in fp32 and that is not what is wanted."""
-        linear = self.model.layer_parameters + self.model.vocabulary * self.model.hidden
-        return 2 * linear * (self.bf16 and self.model.is_full_finetune)
+    def linear_copies(self) -> int:
+        """Bytes of bf16 copies of all fp32 linear weights, the head's among them."""
+        if not self.casts_weights:
+            return 0
+        return 2 * (self.model.layer_parameters + self.model.vocabulary * self.model.hidden)
 
-    def layer(self) -> int:
-        """Of one token: what a layer keeps for backpropagation."""
-        model, narrow = self.model, self.narrow
-        # of both norms: what comes in and, where their weights are trained, what is normalised, in fp32; and what goes
-        # to five linear layers, each of which casts it for itself under autocast
-        norms = model.hidden * (2 * (4 + 4 * model.is_full_finetune) + (5 * 2 if self.bf16 else 2 * 4))
-        # queries and keys before their norms, in fp32, and normalised
-        heads = (model.queries + model.keys) * (4 + narrow * model.is_full_finetune)
-        # rotated queries, keys, values, what comes out; under a dense mask keys and values stand once per query head
-        attention = narrow * (4 * model.queries if self.dense else 2 * model.queries + 2 * model.keys)
-        # gate, up, silu(gate) and their product; an expert's tokens are gathered, and weighted afterwards
-        mlp = narrow * (4 * model.inner + 2 * model.experts * model.hidden)
-        return norms + heads + attention + mlp + narrow * model.queries * (self.bf16 and not model.is_full_finetune)
+    # An update
 
     def update(self, batch: MicroBatch, scoring: int = SCORING) -> Bytes:
-        """The most while learning from several such micro-batches. scoring: bytes of each logit that is scored."""
-        model, narrow, tokens = self.model, self.narrow, batch.rows * batch.width
-        chunk = min(batch.scored, tokens_at_once(model.vocabulary))
-        layer = tokens * self.layer()
-        mask = narrow * tokens * batch.width * self.dense
-        between = (4 if model.is_full_finetune else narrow) * model.hidden * tokens  # the input of a layer
-        kept = model.layers * (between if self.checkpointing else layer) + 2 * between + mask
-        copies = 2 * model.layer_parameters * (self.bf16 and model.is_full_finetune)
-        # the head's gradient is whole before it is added to that of earlier tokens, and in bf16 a chunk's part of it
-        slope = max(6 * chunk, 2 * (model.hidden + chunk)) if self.bf16 else 4 * chunk
-        of_head = (4 * model.hidden + slope) * model.is_full_finetune
-        logits = model.vocabulary * max(scoring * chunk, of_head)
-        of_layer = copies // model.layers
-        cast = self.bf16_copies()
-        if self.parallelism.gathers:  # where none is kept
-            copies, cast = of_layer, 2 * model.vocabulary * model.hidden * self.bf16
-        at_head = {"bf16 copies": cast, "activations": kept, "logits": logits}
-        inside = 2 * narrow * model.inner * tokens  # gradients in the MLP
+        """Bytes at the peak of learning from several such micro-batches.
+
+        scoring: bytes of each logit that is scored.
+        """
+        tokens = batch.rows * batch.width
+        activations = self.activations(tokens, batch.width)
+
+        # Backpropagation begins at the head, with logits, and goes on through layers, with the gradients inside one:
+        # the peak is where more is held.
+        at_head = {
+            "bf16 copies": self.copies_at_head(),
+            "activations": activations,
+            "logits": self.logits(batch.scored, scoring),
+        }
+        in_layer = {
+            "bf16 copies": self.copies_in_layers(),
+            "activations": activations + self.inside_layer(tokens),
+        }
+        peak = max(at_head, in_layer, key=lambda sizes: sum(sizes.values()))
+        return self.resident() | {"gradients": self.gradients(), "gathered": self.gathered()} | peak
+
+    def activations(self, tokens: int, width: int) -> int:
+        """Bytes kept for backpropagation by a forward of so many tokens, in rows of `width`."""
+        # the hidden states between layers, in fp32 where the embedding is
+        number = 4 if self.model.is_full_finetune else self.value
+        between = number * self.model.hidden * tokens
+        of_layer = between if self.checkpointing else tokens * self.layer()
+        mask = self.value * tokens * width if self.dense else 0
+        return self.model.layers * of_layer + 2 * between + mask
+
+    def layer(self) -> int:
+        """Bytes of one token that a layer keeps for backpropagation."""
+        model = self.model
+        value = self.value
+
+        # both norms: what comes in and, where their weights are trained, what is normalised, in fp32
+        norms = 2 * 4 * model.hidden
+        # queries and keys before their norms, in fp32
+        heads = 4 * (model.queries + model.keys)
+        if model.is_full_finetune:
+            norms *= 2
+            heads += value * (model.queries + model.keys)
+
+        # what goes from the norms to five linear layers, each of which casts it for itself under autocast
+        linear_inputs = 5 * 2 * model.hidden if self.bf16 else 2 * 4 * model.hidden
+        if self.bf16 and not model.is_full_finetune:
+            linear_inputs += value * model.queries  # to the output projection's factors, cast up by PEFT and down again
+
+        # rotated queries, keys, values, what comes out; under a dense mask keys and values stand once per query head
+        attention = value * (2 * model.queries + 2 * model.keys)
+        if self.dense:
+            attention = value * 4 * model.queries
+        # gate, up, silu(gate) and their product; an expert's tokens are gathered, and weighted afterwards
+        mlp = value * (4 * model.inner + 2 * model.experts * model.hidden)
+        return norms + heads + linear_inputs + attention + mlp
+
+    def inside_layer(self, tokens: int) -> int:
+        """Bytes that backpropagation through one layer adds: gradients in its MLP, and what is computed again."""
+        gradients = 2 * self.value * self.model.inner * tokens
         if self.checkpointing:
-            inside, copies = inside + layer, of_layer
-        deepest = {"bf16 copies": copies, "activations": kept + inside}
-        busiest = max(at_head, deepest, key=lambda moment: sum(moment.values()))
-        at_once = model.vocabulary_parameters + 2 * model.layer_parameters // model.layers  # and as many gradients
-        gathered = 4 * at_once + 4 * (model.parameters if self.parallelism.keeps_gathered else at_once)
-        sharing = {"gathered": gathered * self.parallelism.gathers}
-        return self.resident() | {"gradients": self.gradients()} | sharing | busiest
+            return gradients + tokens * self.layer()
+        return gradients
+
+    def logits(self, scored: int, scoring: int) -> int:
+        """Bytes of a chunk of logits, or of their gradients. scored: tokens of the micro-batch that have logits."""
+        chunk = min(scored, tokens_at_once(self.model.vocabulary))
+        if not self.model.is_full_finetune:
+            return self.model.vocabulary * scoring * chunk
+
+        # the head's gradient is whole before it is added to that of earlier tokens, and in bf16 a chunk's part of it
+        of_chunk = 4 * chunk
+        if self.bf16:
+            of_chunk = max(6 * chunk, 2 * (self.model.hidden + chunk))
+        return self.model.vocabulary * max(scoring * chunk, 4 * self.model.hidden + of_chunk)
+
+    def copies_at_head(self) -> int:
+        """Bytes of the bf16 copies of weights that autocast holds at the end of a forward."""
+        if not self.parallelism.gathers:
+            return self.linear_copies()
+        if not self.bf16:
+            return 0
+        return 2 * self.model.vocabulary * self.model.hidden  # the head's; those of gathered layers are not kept
+
+    def copies_in_layers(self) -> int:
+        """Bytes of the bf16 copies that are held while the deepest layer is backpropagated: of all layers, or of it."""
+        if not self.casts_weights:
+            return 0
+        copies = 2 * self.model.layer_parameters
+        if self.checkpointing or self.parallelism.gathers:
+            return copies // self.model.layers
+        return copies
+
+    def gathered(self) -> int:
+        """Bytes of parameters and gradients that a process has gathered from the others at a time."""
+        if not self.parallelism.gathers:
+            return 0
+        two_layers = 2 * self.model.layer_parameters // self.model.layers
+        at_once = self.model.vocabulary_parameters + two_layers
+        parameters = self.model.parameters if self.parallelism.keeps_gathered else at_once
+        return 4 * at_once + 4 * parameters
+
+    # Sampling
 
     def rollout(self, slots: int, prompt: int, longest: int, block_size: int, decoding: Decoding) -> Bytes:
-        """The most while the native engine samples. prompt: tokens of the longest; longest: also of its answer."""
-        model, narrow = self.model, self.narrow
-        length = -(-longest // block_size) * block_size
-        cache = length * model.layers * model.keys * 2 * narrow
-        entering = prompt + block_size
-        # a token that enters: the MLP, or attention with keys and values once per query head; its row of the mask
-        widest = max(4 * model.hidden + 3 * narrow * model.inner, 16 * model.queries)
-        if self.cuda:  # some prompts at a time, keys and values read where they are; a slot to spare
-            prefill = min(slots * entering, PREFILL) * (12 * model.hidden + widest)
-            busiest, slots = max(prefill, self.drawing(slots * block_size, decoding)), slots + 1
-        else:
-            prefill = entering * (12 * model.hidden + widest + entering)
-            attention = 8 * length * model.queries  # the same keys and values, all that are cached
-            busiest = slots * max(prefill, attention, self.drawing(block_size, decoding))
+        """Bytes at the peak of sampling with the native engine.
+
+        slots: answers at once. prompt: tokens of the longest prompt. longest: also of its answer.
+        """
+        model = self.model
         gathers = self.parallelism.gathers
-        copies = self.bf16_copies() * (self.cuda and not gathers)  # instead of a cast in every forward
-        copy = {"sampler's copy": self.copy() * (gathers or self.copy_stays)}
-        return self.resident() | copy | {"bf16 copies": copies, "KV cache": slots * cache, "sampling": busiest}
+        length = to_whole_blocks(longest, block_size)
+        entering = prompt + block_size
+        # a token that enters: the MLP, or attention with keys and values once per query head
+        entry = 12 * model.hidden + max(4 * model.hidden + 3 * self.value * model.inner, 16 * model.queries)
+
+        if self.cuda:  # some prompts at a time, keys and values read where they are
+            prefill = min(slots * entering, PREFILL) * entry
+            busiest = max(prefill, self.drawing(slots * block_size, decoding))
+            slots += 1  # one to spare
+        else:
+            prefill = entering * (entry + entering)  # with a token's row of the mask
+            attention = 8 * length * model.queries  # keys and values once per query head, all that are cached
+            busiest = slots * max(prefill, attention, self.drawing(block_size, decoding))
+
+        sampler_copy = self.sampler_copy() if gathers or self.copy_stays else 0
+        copies = self.linear_copies() if self.cuda and not gathers else 0  # instead of a cast in every forward
+        cache = slots * length * model.layers * 2 * model.keys * self.value
+        return self.resident() | {
+            "sampler's copy": sampler_copy,
+            "bf16 copies": copies,
+            "KV cache": cache,
+            "sampling": busiest,
+        }
 
     def drawing(self, tokens: int, decoding: Decoding) -> int:
-        """The most while so many tokens are drawn from their logits."""
-        # per logit: itself, its log-prob, exp, and the running sum in fp64; where top-p sorts, sorted, the order, sums
-        draw = 16 + 4 * (decoding.top_k > 0) + 12 * (decoding.top_p < 1) if decoding.temperature else 8
-        draw *= decoding.truncates or not self.cuda  # else one pass over the logits
-        return tokens * self.model.vocabulary * (self.narrow + draw)
+        """Bytes at the peak of drawing so many tokens from their logits."""
+        if self.cuda and not decoding.truncates:
+            scratch = 0  # one pass over the logits
+        elif decoding.temperature == 0:
+            scratch = 8
+        else:
+            scratch = 16  # per logit: itself, its log-prob, exp, and the running sum in fp64
+            if decoding.top_k > 0:
+                scratch += 4
+            if decoding.top_p < 1:
+                scratch += 12  # sorted, the order, sums
+        return tokens * self.model.vocabulary * (self.value + scratch)
 
-    def lmdeploy(self, room: int, cache_share: float, tokens: int, decoding: Decoding) -> Bytes:
-        """The most while LMDeploy samples so many tokens at once, started where there was `room`.
+    def lmdeploy(self, free_bytes: int, cache_share: float, tokens: int, decoding: Decoding) -> Bytes:
+        """Bytes at the peak while LMDeploy samples so many tokens at once, started where `free_bytes` were free.
 
-        While the model learns its weights are on the CPU, and its keys and values gone.
+        While the model learns, its weights are on the CPU, and its keys and values gone.
+        cache_share: of what weights leave free, the part for keys and values.
         """
         weights = 2 * self.model.parameters
         resident = self.resident()
-        free = room - resident["parameters"] - resident["merged weights"] - resident["reference model"] - weights
-        cache = max(0, int(cache_share * free))
+        held = resident["parameters"] + resident["merged weights"] + resident["reference model"] + weights
+        cache = max(0, int(cache_share * (free_bytes - held)))
         return resident | {"engine's weights": weights, "KV cache": cache, "sampling": self.drawing(tokens, decoding)}
