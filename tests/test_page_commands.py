@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
 from dirl_cli.models.tiny import Tiny
-from tests.test_readme import PAGES, README, code_with, commands, files
+from tests.test_readme import PAGES, README, code_blocks, commands, files
 
-TRIED_ELSEWHERE = ("quickstart", "smollm2", "multi_gpu")  # in tests of their own
+TRIED_ELSEWHERE = ("CONTRIBUTING", "quickstart", "smollm2", "multi_gpu")  # in tests of their own
 COMMANDS = ("download", "eval", "generate", "merge", "rl", "sft")
 COMMANDS_OF_PAGES = [
     pytest.param(path, words, id=f"{path.stem} {' '.join(words)}")
@@ -52,7 +52,8 @@ def test_every_command_is_accepted(path, words, own_modules, monkeypatch):
 
 def test_the_example_in_python_of_the_readme_runs(here):
     Tiny(hidden_size=32, num_hidden_layers=1, intermediate_size=32).load("float32", "cpu").save(here / "model")
-    code = code_with("load_sampler", README).replace("runs/rl/tiny-arithmetic-dipo", str(here / "model"))
+    [code] = code_blocks("python", README)
+    code = code.replace("runs/rl/tiny-arithmetic-dipo", str(here / "model"))
     names: dict = {}
     exec(code.replace("max_new_tokens=64", "max_new_tokens=8"), names)
     assert [len(logprobs) for logprobs in names["logprobs"]] == [len(answer.token_ids) for answer in names["answers"]]

@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 
 import pytest
@@ -24,15 +25,14 @@ def page(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text()
 
 
-def code_with(word: str, text: str) -> str:
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if word in block]
-    return code
+def code_blocks(language: str, text: str) -> list[str]:
+    """The fenced blocks of a page in one language, without what indents them."""
+    return [dedent(block) for block in re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.S | re.M)]
 
 
 def commands(text: str) -> list[list[str]]:
     """The words of each `dirl` command in a page's blocks for the shell."""
-    blocks = re.findall(r"^ *```bash\n(.*?)```", text.replace("\\\n", ""), re.S | re.M)
-    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    lines = "".join(code_blocks("bash", text)).replace("\\\n", "").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("dirl ")]
 
 
