@@ -20,7 +20,7 @@ from dirl_cli.data.columns import demonstration, problem, renamed
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.diffusion.layout import PADDING, lay_out, pack
 from dirl_cli.errors import DirlError
-from dirl_cli.evaluation.answers import Answer, read_answers, typed
+from dirl_cli.evaluation.answers import GradedAnswer, read_answers, typed
 from dirl_cli.reward.boxed import last_boxed
 from dirl_cli.reward.equality import plainly_equal
 from dirl_cli.reward.grading import Grader
@@ -168,9 +168,9 @@ def test_any_bytes_are_read_or_refused(place, content, kind):
     refused(lambda: read_rows(path))
 
 
-@given(some.sampled_from([field.name for field in fields(Answer)]), anything)
+@given(some.sampled_from([field.name for field in fields(GradedAnswer)]), anything)
 def test_any_line_of_answers_is_read_or_refused(place, key, value):
-    good = asdict(Answer("a", 0, "text", True, "stop", 1, 4, 1, 1, 0.5))
+    good = asdict(GradedAnswer("a", 0, "text", True, "stop", 1, 4, 1, 1, 0.5))
     path = place / "answers.jsonl"
     path.write_text(json.dumps(good | {key: value}) + "\n")
     if not refused(lambda: read_answers(path)):

@@ -8,7 +8,7 @@ from dirl_cli.cli.run_dir import PATH_MODEL, model_of_run
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.engines import Engine
 from dirl_cli.rollout.sampler import Sampler
-from dirl_cli.training.logprobs import score_trajectories
+from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding, Trajectory
 
 
@@ -47,7 +47,7 @@ def score(
     path: as of `load_sampler`. decoding: how the tokens were drawn, where temperature, top-k or top-p shaped their
     distribution.
     """
-    return score_trajectories(load(path, dtype, device), trajectories, decoding)
+    return trajectory_logprobs(load(path, dtype, device), trajectories, decoding)
 
 
 def load(path: str | PathLike[str], dtype: str, device: str) -> DiffusionLM:

@@ -25,7 +25,7 @@ from dirl_cli.console import PlainConsole
 from dirl_cli.data.arithmetic import Arithmetic
 from dirl_cli.data.chat import answer_text, encode_problems
 from dirl_cli.errors import DirlError, Stopped
-from dirl_cli.evaluation.answers import Answer, AnswerLog, Run, drop_torn_line, missing, read_answers
+from dirl_cli.evaluation.answers import AnswerLog, GradedAnswer, Run, drop_torn_line, missing, read_answers
 from dirl_cli.evaluation.metrics import measure
 from dirl_cli.evaluation.questions import sample
 from dirl_cli.evaluation.report import PROTOCOL
@@ -36,7 +36,7 @@ from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Decoding, Instruction, Problem, Trajectory
 from tests.helpers.small import published_vocabulary
 
-ANSWER = Answer("a", 0, "\\boxed{1}\n é", True, "stop", 10, 12, 6, 8, 0.5)
+ANSWER = GradedAnswer("a", 0, "\\boxed{1}\n é", True, "stop", 10, 12, 6, 8, 0.5)
 CONFIG = OmegaConf.create(
     {
         "gpus": 1,
@@ -89,7 +89,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
-    other = Answer("b", 1, "", False, "length", 0, 4, 1, 1, 0.1)
+    other = GradedAnswer("b", 1, "", False, "length", 0, 4, 1, 1, 0.1)
     for answer in (ANSWER, other):  # as in two starts of the same run
         with AnswerLog(tmp_path / "answers.jsonl") as log:
             log.append(answer)
@@ -307,7 +307,7 @@ def test_real_benchmarks_run_to_the_end(shared: Path, tmp_path: Path, name: str,
 def test_ctrl_c_in_an_evaluation_says_what_it_has_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys) -> None:
     append = AnswerLog.append
 
-    def interrupted(log: AnswerLog, answer: Answer) -> None:
+    def interrupted(log: AnswerLog, answer: GradedAnswer) -> None:
         append(log, answer)
         if len(read_answers(tmp_path / "answers.jsonl")) == 5:
             raise KeyboardInterrupt

@@ -23,7 +23,7 @@ from dirl_cli.files import conf_dir
 from dirl_cli.models.load import PretrainedModel
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.logprobs import score_trajectories
+from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers.small import MASK, small_lm
 
@@ -94,7 +94,7 @@ def test_what_is_written_scores_as_it_was_sampled(model, tmp_path):
     names = ("prompt_ids", "token_ids", "reveal_step", "logprobs", "stop_reason")
     trajectories = [Trajectory(**{name: line[name] for name in names}) for line in lines]
     lm = PretrainedModel("", str(model)).load("float32", "cpu")
-    for line, scored in zip(lines, score_trajectories(lm, trajectories, Decoding(temperature=1.0)), strict=True):
+    for line, scored in zip(lines, trajectory_logprobs(lm, trajectories, Decoding(temperature=1.0)), strict=True):
         assert line["logprobs"] == pytest.approx(scored, abs=1e-5)
 
 

@@ -11,15 +11,15 @@ import pytest
 
 from dirl_cli.commands import eval as command
 from dirl_cli.errors import DirlError
-from dirl_cli.evaluation.answers import Answer
+from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.compare import Difference, common_problems, compare, differing_settings
 from dirl_cli.evaluation.metrics import measure
 from dirl_cli.evaluation.result_card import read_evaluation, require_same
 
-ANSWER = Answer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
+ANSWER = GradedAnswer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
 
 
-def evaluation(out: Path, answers: Sequence[Answer], problems: Mapping[str, str], **card: Any) -> Path:
+def evaluation(out: Path, answers: Sequence[GradedAnswer], problems: Mapping[str, str], **card: Any) -> Path:
     """The directory of an evaluation with these answers; `problems` are the digests of what they answer."""
     out.mkdir()
     facts = {"model": {"name": out.name}, "bench": {"name": "quiz"}, "samples": 1, **card}
@@ -29,7 +29,7 @@ def evaluation(out: Path, answers: Sequence[Answer], problems: Mapping[str, str]
     return out
 
 
-def quiz(right: str, lengths: Sequence[int] = (10, 10, 10, 10)) -> list[Answer]:
+def quiz(right: str, lengths: Sequence[int] = (10, 10, 10, 10)) -> list[GradedAnswer]:
     """An answer to each of the problems 0, 1, 2, …; x is right, - is wrong."""
     return [
         replace(ANSWER, problem=str(i), correct=mark == "x", length=length, tokens=length, forwards=i + 1)

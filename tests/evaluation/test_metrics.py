@@ -8,14 +8,14 @@ from statistics import fmean
 
 import pytest
 
-from dirl_cli.evaluation.answers import Answer
+from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.metrics import interval, majority, measure, measure_subsets, pass_at, standard_error
 from dirl_cli.types import Problem
 
-ANSWER = Answer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
+ANSWER = GradedAnswer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
 
 
-def answers(verdicts: dict[str, list[bool]]) -> list[Answer]:
+def answers(verdicts: dict[str, list[bool]]) -> list[GradedAnswer]:
     """Answers of each problem, right or wrong as listed."""
     return [
         replace(ANSWER, problem=problem, sample=i, correct=right)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
 from dirl_cli.errors import DirlError
-from dirl_cli.evaluation.answers import Answer
+from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Problem
@@ -94,8 +94,8 @@ def test_of_several_processes_the_first_alone_grades_and_writes(here: Path, monk
 
 
 def test_our_own_answers_are_graded_anew_and_stay_wrong_where_they_were_cut_off() -> None:
-    whole = Answer("p-0", 0, "\\boxed{2}", False, "stop", 3, 4, 2, 2, 0.1)
-    cut = Answer("p-0", 1, "\\boxed{2} and", False, "length", 3, 4, 2, 2, 0.1)
+    whole = GradedAnswer("p-0", 0, "\\boxed{2}", False, "stop", 3, 4, 2, 2, 0.1)
+    cut = GradedAnswer("p-0", 1, "\\boxed{2} and", False, "length", 3, 4, 2, 2, 0.1)
     read = read_predictions([("line 1", asdict(whole)), ("line 2", asdict(cut))], PROBLEMS)
     why = {"question": "1+1?", "reference": "2", "extracted": "2"}
     assert read == [replace(whole, **why), replace(cut, **why)]

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
 from dirl_cli.commands.eval import after_sweep
-from dirl_cli.evaluation.answers import Answer
+from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.metrics import mean_over_seeds, measure
 from dirl_cli.evaluation.result_card import read_evaluation
 from dirl_cli.evaluation.sweep import MEANS, Member, curves, published, rows
 
-ANSWER = Answer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
+ANSWER = GradedAnswer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
 
 
 def card(out: Path, right: int, forwards: int, model: str = "mine", bench: str = "quiz", **more: Any) -> Path:

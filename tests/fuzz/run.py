@@ -326,12 +326,12 @@ def evaluations(home: Path) -> tuple[list[bytes], Target]:
     """The card, the answers and the digests of an evaluation."""
     from dataclasses import asdict
 
-    from dirl_cli.evaluation.answers import Answer
+    from dirl_cli.evaluation.answers import GradedAnswer
     from dirl_cli.evaluation.compare import common_problems, compare, differing_settings
     from dirl_cli.evaluation.metrics import measure
     from dirl_cli.evaluation.result_card import ANSWERS, CARD, SOURCE, read_evaluation
 
-    answers = [Answer(str(i), k, "4", i > k, "stop", 3, 4, 2, 2, 0.1) for i in range(3) for k in range(2)]
+    answers = [GradedAnswer(str(i), k, "4", i > k, "stop", 3, 4, 2, 2, 0.1) for i in range(3) for k in range(2)]
     metrics = asdict(measure(answers))
     card = {"model": {"name": "tiny"}, "bench": {"name": "b", "limit": None}, "metrics": metrics, "samples": 2}
     files = {

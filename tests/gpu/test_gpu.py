@@ -11,7 +11,7 @@ from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.models.attention import block_mask, dense_mask, hidden_states
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.logprobs import TokenScorer, score_trajectories
+from dirl_cli.training.logprobs import TokenScorer, trajectory_logprobs
 from dirl_cli.types import Decoding
 
 pytestmark = [
@@ -78,7 +78,7 @@ def test_greedy_answers_are_those_of_the_cpu():
 def test_sampler_and_trainer_agree(dtype, tolerance):
     lm = Tiny().load(dtype, "cuda", "flex")
     trajectories = answers(lm, confidence="max")
-    scored = score_trajectories(lm, trajectories, Decoding(temperature=1.0))
+    scored = trajectory_logprobs(lm, trajectories, Decoding(temperature=1.0))
     pairs = [
         pair for one, other in zip(trajectories, scored, strict=True) for pair in zip(one.logprobs, other, strict=True)
     ]

@@ -12,7 +12,7 @@ from dirl_cli.models.load import diffusion_lm
 from dirl_cli.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from dirl_cli.rollout.engines import Lmdeploy
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.logprobs import score_trajectories
+from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding
 from tests.reference.parity import parting, slow_answer
 
@@ -59,7 +59,7 @@ def test_log_probs_at_reveal_are_the_trainers(engines):
     decoding = Decoding(temperature=1.0, confidence="max", max_new_tokens=24)
     for shape in (decoding, replace(decoding, temperature=0.7, top_k=50)):
         trajectories = [one for group in theirs.sample(PROMPTS, 2, shape) for one in group]
-        scored = score_trajectories(lm, trajectories, shape)
+        scored = trajectory_logprobs(lm, trajectories, shape)
         pairs = [
             pair for one, own in zip(trajectories, scored, strict=True) for pair in zip(one.logprobs, own, strict=True)
         ]

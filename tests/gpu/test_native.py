@@ -6,7 +6,7 @@ import torch
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.forward_gpu import block_attention
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.logprobs import score_trajectories
+from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding
 from tests.helpers.small import random_lm, small_lm
 
@@ -92,7 +92,7 @@ def test_sampler_and_trainer_agree():
     sampler = NativeSampler(lm, 4)
     for _ in range(2):
         trajectories = [one for group in sampler.sample(PROMPTS, 4, options) for one in group]
-        for one, scored in zip(trajectories, score_trajectories(lm, trajectories, options), strict=True):
+        for one, scored in zip(trajectories, trajectory_logprobs(lm, trajectories, options), strict=True):
             assert one.logprobs == pytest.approx(scored, abs=1e-4)
 
 
@@ -113,7 +113,7 @@ def test_under_autocast_the_trainers_weights_are_narrowed_once_and_followed():
     linear = sum(one.weight.numel() for one in lm.model.modules() if isinstance(one, torch.nn.Linear))
     with torch.autocast("cuda", torch.bfloat16):
         trajectories = [one for group in sampler.sample(PROMPTS, 2, options) for one in group]
-        scored = score_trajectories(lm, trajectories, options)
+        scored = trajectory_logprobs(lm, trajectories, options)
         narrow = [one for one in sampler.low_precision_model.parameters() if one.dtype == torch.bfloat16]
         assert sum(one.numel() for one in narrow) == linear
         assert {kept.dtype for kept in sampler.idle_forward.cache.keys} == {torch.bfloat16}

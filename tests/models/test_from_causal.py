@@ -25,7 +25,7 @@ from dirl_cli.models.from_causal import FromCausal, package_file
 from dirl_cli.models.load import PretrainedModel
 from dirl_cli.models.peft import LoraFinetune, trainable_parameters
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.logprobs import TokenScorer, score_trajectories
+from dirl_cli.training.logprobs import TokenScorer, trajectory_logprobs
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers.answers import slopes
 
@@ -99,7 +99,7 @@ def test_one_token_a_block_with_the_shift_is_the_causal_model(causal):
         if unsampled < logits.shape[-1]:
             logits[:, unsampled] = -torch.inf
     expected = logits[:-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)[len(answer.prompt_ids) - 1 :]
-    [found] = score_trajectories(lm, [answer])
+    [found] = trajectory_logprobs(lm, [answer])
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_sampler_and_trainer_agree(causal, logit_shift, prompt, by_blocks):
     decoding = Decoding(max_new_tokens=16, temperature=1.0, confidence="max", threshold=0.5)
     prompts = [trajectory(prompt=prompt).prompt_ids, trajectory(prompt=prompt + 5).prompt_ids]
     answers = [one for group in NativeSampler(lm, 3, by_blocks).sample(prompts, 2, decoding) for one in group]
-    for one, scored in zip(answers, score_trajectories(lm, answers, decoding), strict=True):
+    for one, scored in zip(answers, trajectory_logprobs(lm, answers, decoding), strict=True):
         assert one.logprobs == pytest.approx(scored, abs=1e-4)
 
 
@@ -172,7 +172,7 @@ def test_other_families_are_sampled_from_as_they_are_scored(tmp_path, kind):
     for by_blocks in (False, True):
         answers = NativeSampler(lm, by_blocks=by_blocks).sample([[5, 6, 7, 8, 9], [10, 11]], 2, decoding)
         trajectories = [one for group in answers for one in group]
-        found = score_trajectories(lm, trajectories, decoding)
+        found = trajectory_logprobs(lm, trajectories, decoding)
         for trajectory, logprobs in zip(trajectories, found, strict=True):
             assert torch.allclose(torch.tensor(logprobs), torch.tensor(trajectory.logprobs), atol=1e-4)
 
@@ -202,7 +202,7 @@ def test_it_is_saved_as_a_model_like_any_other(causal, tmp_path):
     lm.save(tmp_path / "model")
     again = PretrainedModel("again", str(tmp_path / "model")).load("float32", "cpu", "sdpa")
     assert (again.block_size, again.mask_token_id, again.logit_shift) == (4, lm.mask_token_id, True)
-    assert score_trajectories(again, [answer]) == score_trajectories(lm, [answer])
+    assert trajectory_logprobs(again, [answer]) == trajectory_logprobs(lm, [answer])
     assert again.tokenizer.mask_token == lm.tokenizer.mask_token
 
 
@@ -216,7 +216,7 @@ def test_an_adapter_trained_beside_it_is_merged_into_it(causal, tmp_path):
     peft.save(lm, tmp_path / "adapter", causal, "")
     again = FromCausal("x", causal, 4, True, str(tmp_path / "adapter")).load("float32", "cpu", "sdpa")
     answer = trajectory()
-    [scores], [expected], [before] = (score_trajectories(one, [answer]) for one in (again, lm, converted(causal)))
+    [scores], [expected], [before] = (trajectory_logprobs(one, [answer]) for one in (again, lm, converted(causal)))
     assert scores == pytest.approx(expected, abs=1e-4)
     assert scores != pytest.approx(before, abs=1e-2)
 

@@ -30,7 +30,7 @@ from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDA
 from dirl_cli.models.tiny import Tiny, train_tokenizer
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.checkpoint import save_model
-from dirl_cli.training.logprobs import score_trajectories
+from dirl_cli.training.logprobs import trajectory_logprobs
 from tests.helpers.answers import slopes
 from tests.helpers.small import EXPERTS, MASK, PAD, SIZES, small_lm
 
@@ -153,7 +153,7 @@ def test_a_dense_and_a_mixture_model_load_by_their_type_without_remote_code(save
     with torch.device("meta"):
         assert lm.model.state_dict().keys() == Qwen3MoeForCausalLM(config).state_dict().keys()
     trajectories = [group[0] for group in NativeSampler(lm).sample(PROMPTS, 1, OPTIONS)]
-    for trajectory, logprobs in zip(trajectories, score_trajectories(lm, trajectories, OPTIONS), strict=True):
+    for trajectory, logprobs in zip(trajectories, trajectory_logprobs(lm, trajectories, OPTIONS), strict=True):
         assert trajectory.logprobs == pytest.approx(logprobs, abs=1e-5)
 
 

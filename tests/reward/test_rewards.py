@@ -25,14 +25,14 @@ PROBLEM = Problem("p", "7+5?", "12")
 
 def answer(
     completion: str = "",
-    correct: bool = True,
-    tokens: int = 10,
+    verified: bool = True,
+    length: int = 10,
     truncated: bool = False,
     tokens_per_step: float = 1.0,
     max_new_tokens: int = 100,
     block_size: int = 4,
 ) -> Answer:
-    return Answer(PROBLEM, completion, tokens, truncated, tokens_per_step, max_new_tokens, block_size, correct)
+    return Answer(PROBLEM, completion, length, truncated, tokens_per_step, max_new_tokens, block_size, verified)
 
 
 def approx(value: float):
@@ -42,23 +42,30 @@ def approx(value: float):
 def test_an_answer_is_what_its_trajectory_holds():
     trajectory = Trajectory([1], [5, 6, 2, 7, 7, 7, 7, 7], [1, 1, 2, 1, 1, 1, 1, 1], [0.0] * 8, "stop", 3, 5, 0, (2,))
     one = Answer.of(PROBLEM, trajectory, "5 6", max_new_tokens=8, block_size=4)
-    assert (one.completion, one.tokens, one.truncated, one.correct) == ("5 6", 2, False, False)
+    assert (one.completion, one.length, one.truncated, one.verified) == ("5 6", 2, False, False)
     assert one.tokens_per_step == approx(8 / 3)
 
 
+def test_correct_means_complete_too_and_former_names_still_work():
+    cut, whole = answer(truncated=True, length=7), answer(length=7)
+    assert (cut.verified, cut.correct, cut.right) == (True, False, False)
+    assert (whole.verified, whole.correct, whole.right) == (True, True, True)
+    assert cut.tokens == 7
+
+
 def test_accuracy_is_one_for_a_right_answer_that_was_not_cut_off():
-    assert [accuracy(answer()), accuracy(answer(correct=False)), accuracy(answer(truncated=True))] == [1, 0, 0]
+    assert [accuracy(answer()), accuracy(answer(verified=False)), accuracy(answer(truncated=True))] == [1, 0, 0]
 
 
 def test_binary_is_plus_or_minus_one():
-    assert [binary(answer()), binary(answer(correct=False)), binary(answer(truncated=True))] == [1, -1, -1]
+    assert [binary(answer()), binary(answer(verified=False)), binary(answer(truncated=True))] == [1, -1, -1]
 
 
 @pytest.mark.parametrize(
     "completion, value", [(r"\boxed{12}", 0.1), (r"\boxed{}", 0.1), (r"\boxed{12", 0), ("12", 0), ("", 0)]
 )
 def test_boxed_pays_for_a_closed_box_whatever_is_in_it(completion, value):
-    assert boxed(answer(completion, correct=False)) == value
+    assert boxed(answer(completion, verified=False)) == value
     assert boxed(answer(completion), value=2) == 20 * value
 
 
@@ -96,20 +103,20 @@ def test_between_follows_half_a_cosine_and_stays_at_its_end():
     [(0, 1, -0.5), (50, 0.75, -0.25), (100, 0.5, 0), (103, 0.5, 0), (25, 1 - (1 - cos(pi / 4)) / 4, None)],
 )
 def test_cosine_prefers_short_right_and_long_wrong_answers(tokens, right, wrong):
-    assert cosine(answer(tokens=tokens)) == approx(right)
+    assert cosine(answer(length=tokens)) == approx(right)
     if wrong is not None:
-        assert cosine(answer(tokens=tokens, correct=False)) == approx(wrong)
+        assert cosine(answer(length=tokens, verified=False)) == approx(wrong)
 
 
 def test_cosine_of_a_truncated_answer_is_fixed():
-    assert cosine(answer(tokens=100, truncated=True)) == -0.5
-    assert cosine(answer(tokens=3, truncated=True, correct=False)) == -0.5
-    assert cosine(answer(tokens=100, truncated=True), truncated=-2) == -2
+    assert cosine(answer(length=100, truncated=True)) == -0.5
+    assert cosine(answer(length=3, truncated=True, verified=False)) == -0.5
+    assert cosine(answer(length=100, truncated=True), truncated=-2) == -2
 
 
 def test_cosine_takes_other_ends():
-    assert cosine(answer(tokens=50), right=(3, 1)) == approx(2)
-    assert cosine(answer(tokens=50, correct=False), wrong=(-4, -2)) == approx(-3)
+    assert cosine(answer(length=50), right=(3, 1)) == approx(2)
+    assert cosine(answer(length=50, verified=False), wrong=(-4, -2)) == approx(-3)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +140,7 @@ def test_repetition_of_other_ngrams():
 
 @pytest.mark.parametrize("tokens, value", [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (102, -1.1)])
 def test_soft_overlong_is_a_ramp_over_the_cache(tokens, value):
-    assert soft_overlong(answer(tokens=tokens), cache=20) == approx(value)
+    assert soft_overlong(answer(length=tokens), cache=20) == approx(value)
 
 
 @pytest.mark.parametrize(
@@ -142,24 +149,24 @@ def test_soft_overlong_is_a_ramp_over_the_cache(tokens, value):
 )
 def test_speed_pays_fast_right_answers_and_fines_fast_wrong_ones(tokens_per_step, right, wrong):
     assert speed(answer(tokens_per_step=tokens_per_step)) == approx(right)
-    assert speed(answer(tokens_per_step=tokens_per_step, correct=False)) == approx(wrong)
+    assert speed(answer(tokens_per_step=tokens_per_step, verified=False)) == approx(wrong)
     assert speed(answer(tokens_per_step=tokens_per_step, truncated=True)) == approx(wrong)
     assert speed_penalty(answer(tokens_per_step=tokens_per_step)) == 0.5
-    assert speed_penalty(answer(tokens_per_step=tokens_per_step, correct=False)) == approx(wrong)
+    assert speed_penalty(answer(tokens_per_step=tokens_per_step, verified=False)) == approx(wrong)
 
 
 def test_speed_takes_other_ends_and_blocks_of_one():
     assert speed(answer(tokens_per_step=2.5), right=(0, 4)) == approx(2)
-    assert speed(answer(tokens_per_step=4, correct=False), wrong=(0, 0)) == 0
+    assert speed(answer(tokens_per_step=4, verified=False), wrong=(0, 0)) == 0
     assert speed_penalty(answer(), right=1) == 1
     assert speed(answer(block_size=1)) == 0.5
 
 
 @pytest.mark.parametrize("tokens, right, wrong", [(0, 0.5, 0), (25, 0.25, 0), (50, 0, 0), (80, -0.3, -0.3)])
 def test_length_pays_short_right_answers_and_fines_long_ones(tokens, right, wrong):
-    assert length(answer(tokens=tokens)) == approx(right)
-    assert length(answer(tokens=tokens, correct=False)) == approx(wrong)
+    assert length(answer(length=tokens)) == approx(right)
+    assert length(answer(length=tokens, verified=False)) == approx(wrong)
 
 
 def test_length_of_a_truncated_answer_is_minus_a_half():
-    assert length(answer(tokens=103, truncated=True)) == -0.5
+    assert length(answer(length=103, truncated=True)) == -0.5

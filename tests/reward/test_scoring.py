@@ -25,7 +25,7 @@ def words(answer, *, times=1.0):
     return times * len(answer.completion.split())
 
 def verdict(answer):
-    return answer.correct
+    return answer.verified + 100 * answer.correct
 
 class Odd(Exception):
     def __init__(self, one, two):
@@ -103,7 +103,7 @@ def test_options_reach_their_reward(own):
 def test_a_users_rewards_see_the_verdict_by_file_and_by_import_path(own, monkeypatch):
     monkeypatch.syspath_prepend(Path(own).parent)
     found = scores(Rewards({f"{own}:verdict": 1.0, "rewards.words": 10.0}))
-    assert {key: one.total for key, one in found.items()} == {("a", 0): 31, ("a", 1): 10, ("b", 0): 11, ("b", 1): 11}
+    assert {key: one.total for key, one in found.items()} == {("a", 0): 131, ("a", 1): 10, ("b", 0): 111, ("b", 1): 11}
     assert [one.correct for one in found.values()].count(True) == 2
 
 

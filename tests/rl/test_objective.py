@@ -16,7 +16,7 @@ from dirl_cli.rl.advantages import ADVANTAGES, has_signal
 from dirl_cli.rl.batch import Group
 from dirl_cli.rl.objective import KL, LEVELS, NORMALIZERS, Objective, ratio_of
 from dirl_cli.rl.update import corrections
-from dirl_cli.training.logprobs import score_trajectories
+from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Trajectory
 from tests.helpers.answers import ANSWERS, BLOCK, LONGEST, REWARDS, STOP, answer, assert_same, gradient, packed
 from tests.helpers.paths import ROOT
@@ -290,7 +290,7 @@ def test_packed_rows_equal_the_published_expansion(shift, row_tokens):
 def test_the_log_prob_of_a_scored_token_is_that_of_the_state_that_revealed_it():
     lm = small_lm()
     every = [one for some in ANSWERS for one in some] + [answer([], 8, seed=9)]
-    for one, found in zip(every, score_trajectories(lm, every), strict=True):
+    for one, found in zip(every, trajectory_logprobs(lm, every), strict=True):
         for state, scored in as_sampled(one, Generator()):
             logprobs = state_logprobs(lm, state)
             for k in scored:

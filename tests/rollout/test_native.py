@@ -12,7 +12,7 @@ from dirl_cli.diffusion.sampling import request_key, uniform
 from dirl_cli.errors import DirlError
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.logprobs import score_trajectories
+from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding
 from tests.helpers.small import MASK, VOCABULARY, small_lm
 
@@ -65,7 +65,7 @@ def test_left_to_the_model_a_block_takes_a_forward_for_each_of_its_tokens():
     assert sorted(one.reveal_step[-8:]) == [*range(1, 9)]
     assert lm.decoding(Decoding()).denoising_steps == 8
     with pytest.raises(DirlError, match="sampled in blocks of 8 and the model's are of 4: set"):
-        score_trajectories(small_lm(4), [one])
+        trajectory_logprobs(small_lm(4), [one])
 
 
 @pytest.mark.parametrize("confidence", ["sampled", "max", "entropy"])
@@ -76,7 +76,7 @@ def test_log_probs_at_reveal_equal_the_trainers(strategy, confidence):
     for shape in ({}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}, {"temperature": 0.0}, greedy):
         options = decoding(strategy, confidence=confidence, **shape)
         trajectories = [t for group in NativeSampler(lm).sample(PROMPTS, 2, options) for t in group]
-        scored = score_trajectories(lm, trajectories, options)
+        scored = trajectory_logprobs(lm, trajectories, options)
         for trajectory, logprobs in zip(trajectories, scored, strict=True):
             assert trajectory.logprobs == pytest.approx(logprobs, abs=1e-5)
 

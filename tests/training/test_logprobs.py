@@ -10,7 +10,7 @@ from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.errors import DirlError
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.training.logprobs import TokenScorer, is_plain, linear_logprobs, score_trajectories, tokens_at_once
+from dirl_cli.training.logprobs import TokenScorer, is_plain, linear_logprobs, tokens_at_once, trajectory_logprobs
 from dirl_cli.types import Decoding
 from tests.helpers.answers import ANSWERS, BLOCK
 from tests.helpers.measured import Live
@@ -205,8 +205,8 @@ def test_the_mask_token_is_in_no_softmax_that_scores_tokens_except_where_it_is_a
 @pytest.mark.parametrize("row_tokens", [8, 40, 4096])
 def test_packing_changes_no_score(row_tokens):
     lm = small_lm()
-    expected = [score_trajectories(lm, [one])[0] for one in TRAJECTORIES]
-    found = score_trajectories(lm, TRAJECTORIES, row_tokens=row_tokens, rows_each=2)
+    expected = [trajectory_logprobs(lm, [one])[0] for one in TRAJECTORIES]
+    found = trajectory_logprobs(lm, TRAJECTORIES, row_tokens=row_tokens, rows_each=2)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
@@ -227,4 +227,4 @@ def test_flex_attention_cannot_learn_on_a_cpu_and_says_so():
 
 def test_a_temperature_of_zero_is_scored_as_one():
     lm = small_lm()
-    assert score_trajectories(lm, TRAJECTORIES, Decoding(temperature=0.0)) == score_trajectories(lm, TRAJECTORIES)
+    assert trajectory_logprobs(lm, TRAJECTORIES, Decoding(temperature=0.0)) == trajectory_logprobs(lm, TRAJECTORIES)

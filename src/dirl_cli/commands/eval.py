@@ -21,7 +21,7 @@ from dirl_cli.console import PlainConsole, working
 from dirl_cli.data.rows import read_rows
 from dirl_cli.errors import DirlError, Stopped, stop_code
 from dirl_cli.evaluation import compare, report, sweep
-from dirl_cli.evaluation.answers import Answer, AnswerLog, drop_torn_line, missing, read_answers
+from dirl_cli.evaluation.answers import AnswerLog, GradedAnswer, drop_torn_line, missing, read_answers
 from dirl_cli.evaluation.metrics import Metrics, measure, measure_subsets
 from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.evaluation.result_card import ANSWERS, CARD, SOURCE, read_evaluation, require_same
@@ -138,7 +138,12 @@ def grade(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequ
 
 
 def conclude(
-    cfg: DictConfig, out: Path, name: str, answers: Sequence[Answer], problems: Sequence[Problem], facts: dict[str, Any]
+    cfg: DictConfig,
+    out: Path,
+    name: str,
+    answers: Sequence[GradedAnswer],
+    problems: Sequence[Problem],
+    facts: dict[str, Any],
 ) -> Metrics:
     """Write the card and draw the table of these answers by `name`; facts: what else the card says of them."""
     overall, subsets = measure(answers), measure_subsets(answers, problems)
@@ -226,7 +231,7 @@ def gradable(name: str, problems: Sequence[Problem], remarks: Sequence[str]) -> 
     return found
 
 
-def asked_for(answers: Sequence[Answer], problems: Sequence[Problem], samples: int) -> list[Answer]:
+def asked_for(answers: Sequence[GradedAnswer], problems: Sequence[Problem], samples: int) -> list[GradedAnswer]:
     """Those of the answers that are asked for now; an earlier start may have asked for more."""
     ids = {problem.id for problem in problems}
     return [answer for answer in answers if answer.problem in ids and answer.sample < samples]

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Answer:
+class GradedAnswer:
     """One graded completion.
 
     length: tokens before the stop token. tokens: all that were revealed, whole blocks.
@@ -54,7 +54,7 @@ class AnswerLog:
     ) -> None:
         os.close(self._descriptor)
 
-    def append(self, answer: Answer) -> None:
+    def append(self, answer: GradedAnswer) -> None:
         line = (json.dumps(asdict(answer)) + "\n").encode()
         try:
             while line:  # a disk that fills up takes a part, then refuses
@@ -72,14 +72,14 @@ def drop_torn_line(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def read_answers(path: Path) -> list[Answer]:
+def read_answers(path: Path) -> list[GradedAnswer]:
     """The answers of a file, none if it is not there; the last of two to the same sample of a problem counts."""
     if not path.exists():
         return []
     answers = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            answer = typed(Answer(**json.loads(line)))
+            answer = typed(GradedAnswer(**json.loads(line)))
         except (ValueError, TypeError, RecursionError) as error:
             raise DirlError(f"{path} line {number} is not an answer: remove it, and it is sampled again") from error
         answers[answer.problem, answer.sample] = answer

@@ -7,7 +7,7 @@ from math import hypot, sqrt
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
-from dirl_cli.evaluation.answers import Answer
+from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.metrics import Metrics
 from dirl_cli.evaluation.report import number
 from dirl_cli.evaluation.result_card import Evaluation
@@ -22,7 +22,7 @@ BENCH_SETTINGS = ("bench.name", "bench.limit", "bench.ids")
 class Measure(NamedTuple):
     """A ratio of two sums over problems; the same and its standard error from a card, as far as it has them."""
 
-    terms: Callable[[Sequence[Answer]], tuple[float, float]]
+    terms: Callable[[Sequence[GradedAnswer]], tuple[float, float]]
     from_card: Callable[[Metrics], tuple[float | None, float | None]]
     digits: int
 
@@ -91,7 +91,7 @@ def compare(a: Evaluation, b: Evaluation, common: Sequence[str]) -> Iterator[tup
 
 
 def sums(evaluation: Evaluation, problems: Sequence[str], measure: Measure) -> list[tuple[float, float]]:
-    groups: dict[str, list[Answer]] = defaultdict(list)
+    groups: dict[str, list[GradedAnswer]] = defaultdict(list)
     for answer in evaluation.answers:
         groups[answer.problem].append(answer)
     return [measure.terms(groups[problem]) for problem in problems]

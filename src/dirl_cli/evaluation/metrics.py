@@ -7,7 +7,7 @@ from fractions import Fraction
 from math import comb, sqrt
 from statistics import NormalDist, fmean, stdev
 
-from dirl_cli.evaluation.answers import Answer
+from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.reward.boxed import final_answer
 from dirl_cli.reward.notation import number
 from dirl_cli.reward.tidy import tidy
@@ -49,9 +49,9 @@ class Metrics:
     high: float | None = None
 
 
-def measure(answers: Iterable[Answer]) -> Metrics:
+def measure(answers: Iterable[GradedAnswer]) -> Metrics:
     """The metrics of at least one answer."""
-    groups: dict[str, list[Answer]] = defaultdict(list)
+    groups: dict[str, list[GradedAnswer]] = defaultdict(list)
     for answer in answers:
         groups[answer.problem].append(answer)
     k = min(len(group) for group in groups.values())
@@ -111,7 +111,7 @@ def mean_over_seeds(runs: Sequence[Metrics]) -> Metrics:
     )
 
 
-def measure_subsets(answers: Sequence[Answer], problems: Iterable[Problem]) -> dict[str, Metrics]:
+def measure_subsets(answers: Sequence[GradedAnswer], problems: Iterable[Problem]) -> dict[str, Metrics]:
     """The metrics of each subset by name, sorted; none where the problems are all of one."""
     subset = {problem.id: problem.subset for problem in problems}
     names = sorted(set(subset.values()))
@@ -147,7 +147,7 @@ def pass_at(m: int, k: int, right: int) -> float:
     return 1 - comb(k - right, m) / comb(k, m)
 
 
-def majority(group: Iterable[Answer]) -> float:
+def majority(group: Iterable[GradedAnswer]) -> float:
     """1 if the most frequent boxed answer is right, 0 if not, the average over those that tie; no box is no vote."""
     votes: dict[Fraction | str, list[bool]] = defaultdict(list)
     for answer in group:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dirl_cli.errors import DirlError, did_you_mean
-from dirl_cli.evaluation.answers import Answer, is_a, read_answers, typed
+from dirl_cli.evaluation.answers import GradedAnswer, is_a, read_answers, typed
 from dirl_cli.evaluation.metrics import Metrics
 from dirl_cli.files import write_json
 
@@ -26,7 +26,7 @@ class Evaluation:
     name: str
     card: dict[str, Any]
     metrics: Metrics
-    answers: Sequence[Answer]
+    answers: Sequence[GradedAnswer]
     problems: Mapping[str, str]
 
     @property

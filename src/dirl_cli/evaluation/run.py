@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dirl_cli.console import working
-from dirl_cli.evaluation.answers import Answer
+from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.reward.boxed import final_answer, reference
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Problem, Trajectory
@@ -20,17 +20,17 @@ def graded(
     problems: Sequence[Problem],
     decode: Callable[[list[int]], str],
     grader: Grader,
-) -> Iterator[Answer]:
+) -> Iterator[GradedAnswer]:
     """Grade (problem index, sample index, trajectory) as they come; yields answers as their verdicts are reached.
 
     An answer that ran into the length limit is not correct, whatever it holds, as in training.
     """
-    waiting: dict[object, Answer] = {}
+    waiting: dict[object, GradedAnswer] = {}
     before = time.perf_counter()
     for index, sample, trajectory in sampled:
         now = time.perf_counter()
         problem, text = problems[index], decode(trajectory.completion_ids)
-        answer = Answer(
+        answer = GradedAnswer(
             problem=problem.id,
             sample=sample,
             text=text,
@@ -49,19 +49,19 @@ def graded(
     yield from (verdict(waiting.pop(key), correct) for key, correct in grader.rest())
 
 
-def explained(answer: Answer, problem: Problem) -> Answer:
+def explained(answer: GradedAnswer, problem: Problem) -> GradedAnswer:
     """The answer with what it takes to see why it is right or wrong."""
     found = final_answer(answer.text)
     return replace(answer, question=problem.question, reference=reference(problem.answer), extracted=found)
 
 
-def verdict(answer: Answer, correct: bool) -> Answer:
+def verdict(answer: GradedAnswer, correct: bool) -> GradedAnswer:
     return replace(answer, correct=correct and answer.stop_reason == "stop")
 
 
 def tracked(
-    answers: Iterable[Answer], known: Iterable[Answer], total: int, console: Console, processes: int = 1
-) -> Iterator[Answer]:
+    answers: Iterable[GradedAnswer], known: Iterable[GradedAnswer], total: int, console: Console, processes: int = 1
+) -> Iterator[GradedAnswer]:
     """The answers, with accuracy so far (`known` ones included), tokens/s and time left shown as they pass.
 
     total: of this one of `processes`, which is told where it is not the only one.

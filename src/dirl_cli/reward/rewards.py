@@ -23,21 +23,21 @@ from dirl_cli.types import Problem, Trajectory
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion of a problem.
+    """One completion of a problem, as a reward sees it.
 
-    completion: the text up to the stop token. tokens: how many it has.
-    truncated: it ran into the length limit. correct: its last box was verified, truncated or not.
+    completion: the text up to the stop token. length: its tokens, the stop token not counted.
+    truncated: it ran into the length limit. verified: its last box equals the reference, truncated or not.
     tokens_per_step: tokens revealed per denoising forward, from 1 to block_size.
     """
 
     problem: Problem
     completion: str
-    tokens: int
+    length: int
     truncated: bool
     tokens_per_step: float
     max_new_tokens: int
     block_size: int
-    correct: bool = False
+    verified: bool = False
 
     @classmethod
     def of(
@@ -47,7 +47,7 @@ class Answer:
         return cls(
             problem=problem,
             completion=completion,
-            tokens=len(trajectory.completion_ids),
+            length=len(trajectory.completion_ids),
             truncated=trajectory.stop_reason == "length",
             tokens_per_step=len(trajectory.token_ids) / trajectory.denoise_forwards,
             max_new_tokens=max_new_tokens,
@@ -55,14 +55,25 @@ class Answer:
         )
 
     @property
+    def correct(self) -> bool:
+        """Verified and complete: the accuracy of every formula, and what `correct` means in every file of a run."""
+        return self.verified and not self.truncated
+
+    # What rewards written for earlier versions read.
+
+    @property
     def right(self) -> bool:
-        """Correct and complete: the accuracy of every formula."""
-        return self.correct and not self.truncated
+        """The former name of `correct`."""
+        return self.correct
+
+    @property
+    def tokens(self) -> int:
+        """The former name of `length`."""
+        return self.length
 
 
 Reward = Callable[..., float]
 """From an answer, and options by keyword where it has any, to a finite number; a function of these alone."""
-
 
 Ends = tuple[Finite, Finite]
 
@@ -70,8 +81,8 @@ Ends = tuple[Finite, Finite]
 def between(ends: Ends, t: float, end: float) -> float:
     """From ends[0] at t = 0 to ends[1] at t = end and beyond, along half a cosine: a + (b - a)(1 - cos(πt/end))/2."""
     first, last = ends
-    share = min(t / end, 1.0) if end else 0.0
-    return first + (last - first) * (1 - cos(pi * share)) / 2
+    progress = min(t / end, 1.0) if end else 0.0
+    return first + (last - first) * (1 - cos(pi * progress)) / 2
 
 
 def steps_ahead(answer: Answer) -> float:
@@ -80,13 +91,13 @@ def steps_ahead(answer: Answer) -> float:
 
 
 def accuracy(answer: Answer) -> float:
-    """1 if right, else 0; a truncated answer is never right."""
-    return float(answer.right)
+    """1 if correct, else 0; a truncated answer is never correct."""
+    return float(answer.correct)
 
 
 def binary(answer: Answer) -> float:
-    """1 if right, else -1."""
-    return 1.0 if answer.right else -1.0
+    """1 if correct, else -1."""
+    return 1.0 if answer.correct else -1.0
 
 
 def boxed(answer: Answer, *, value: Finite = 0.1) -> float:
@@ -99,7 +110,9 @@ def format(answer: Answer, *, opened: bool = False) -> float:
 
     opened: the prompt already ends in `<think>`, so that the completion does not begin with it.
     """
-    text = ("<think>" if opened else "") + answer.completion.strip()
+    text = answer.completion.strip()
+    if opened:
+        text = "<think>" + text
     once = text.count("<think>") == text.count("</think>") == 1
     return float(once and text.startswith("<think>") and not text.endswith("</think>"))
 
@@ -114,24 +127,24 @@ def cosine(
     """Right: 1 → 0.5, wrong: -0.5 → 0 as the length goes 0 → max_new_tokens; truncated: -0.5 (arXiv 2502.03373)."""
     if answer.truncated:
         return truncated
-    return between(right if answer.right else wrong, answer.tokens, answer.max_new_tokens)
+    return between(right if answer.correct else wrong, answer.length, answer.max_new_tokens)
 
 
 def repetition(answer: Answer, *, n: Count = 3) -> float:
     """-(1 - distinct/all n-grams of words), in any case of letters; 0 for fewer than n words."""
     words = answer.completion.lower().split()
-    grams = list(zip(*(words[i:] for i in range(n)), strict=False))
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
 def soft_overlong(answer: Answer, *, cache: Count) -> float:
     """min(-(length - (max_new_tokens - cache)) / cache, 0): a ramp over the last `cache` tokens (DAPO, eq. 13)."""
-    return min((answer.max_new_tokens - cache - answer.tokens) / cache, 0.0)
+    return min((answer.max_new_tokens - cache - answer.length) / cache, 0.0)
 
 
 def speed(answer: Answer, *, right: Ends = (0.5, 1.0), wrong: Ends = (0.0, -0.5)) -> float:
     """Right: 0.5 → 1, wrong: 0 → -0.5 as a step reveals 1 → block_size tokens."""
-    return between(right if answer.right else wrong, steps_ahead(answer), answer.block_size - 1)
+    return between(right if answer.correct else wrong, steps_ahead(answer), answer.block_size - 1)
 
 
 def speed_penalty(answer: Answer, *, right: Finite = 0.5, wrong: Ends = (0.0, -0.5)) -> float:
@@ -145,42 +158,49 @@ def length(answer: Answer) -> float:
     Kimi k1.5's length reward (arXiv 2501.12599, §2.3.3) with 0 and max_new_tokens in place of the shortest and
     longest answer of the group, so that it is a function of one answer.
     """
-    share = 0.5 - min(answer.tokens / answer.max_new_tokens, 1.0)
-    return share if answer.right else min(share, 0.0)
+    share = 0.5 - min(answer.length / answer.max_new_tokens, 1.0)
+    return share if answer.correct else min(share, 0.0)
 
 
-BUILT_IN: dict[str, Reward] = {
-    f.__name__: f
-    for f in (
-        *(accuracy, binary, boxed, format, cosine, repetition),
-        *(soft_overlong, speed, speed_penalty, length),
-    )
-}
+FORMULAS = (accuracy, binary, boxed, format, cosine, repetition, soft_overlong, speed, speed_penalty, length)
+BUILT_IN: dict[str, Reward] = {formula.__name__: formula for formula in FORMULAS}
 
 
 @cache
 def find_reward(name: str) -> Reward:
-    """The reward called `name`: built in, `my_module.my_reward`, or `rewards.py:my_reward`."""
+    """The reward called `name`: built in, `my_module.my_reward`, or `rewards.py:my_reward`.
+
+    Raises DirlError where there is no such reward, or where its code cannot be loaded.
+    """
     if name in BUILT_IN:
         return BUILT_IN[name]
-    path, of_file, function = name.rpartition(":")
-    if not of_file:
+
+    # An own reward is FILE:FUNCTION or MODULE.FUNCTION; a name with neither can only be a built-in one, mistyped.
+    path, is_file, function = name.rpartition(":")
+    if not is_file:
         path, _, function = name.rpartition(".")
     if not path:
-        hint, names = did_you_mean(name, BUILT_IN), ", ".join(BUILT_IN)
         raise DirlError(
-            f"no reward is called {name}: {hint if names in hint else f'{hint} There are {names}'};"
-            " one of your own is my_module.my_reward or rewards.py:my_reward"
+            f"no reward is called {name}: {built_in_hint(name)}"
+            "; one of your own is my_module.my_reward or rewards.py:my_reward"
         )
+
     try:
-        module = load_file(Path(path).expanduser().resolve()) if of_file else import_module(path)
+        module = load_file(Path(path).expanduser().resolve()) if is_file else import_module(path)
     except (ImportError, OSError, SyntaxError, ValueError) as error:
         raise DirlError(f"the reward {name} cannot be loaded ({error}): check its path or its code") from error
     reward = getattr(module, function, None)
     if not callable(reward):
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise DirlError(f"{path} has no function {function}: {did_you_mean(function, own)}")
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise DirlError(f"{path} has no function {function}: {did_you_mean(function, functions)}")
     return reward
+
+
+def built_in_hint(name: str) -> str:
+    """The built-in reward that a mistyped name is nearest to, and all of them."""
+    hint = did_you_mean(name, BUILT_IN)
+    names = ", ".join(BUILT_IN)
+    return hint if names in hint else f"{hint} There are {names}"
 
 
 def load_file(path: Path) -> ModuleType:

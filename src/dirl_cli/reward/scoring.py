@@ -107,9 +107,9 @@ class Scorer:
     def _graded(
         self, waiting: dict[Key, Waiting], verdicts: Iterator[tuple[Hashable, bool]]
     ) -> Iterator[tuple[Key, Scored | None]]:
-        for verdict_key, correct in verdicts:
+        for verdict_key, verified in verdicts:
             key = cast(Key, verdict_key)
-            one = waiting[key] = Waiting(replace(waiting[key].answer, correct=correct))
+            one = waiting[key] = Waiting(replace(waiting[key].answer, verified=verified))
             for name in self.rewards.weights:
                 options = self.rewards.options.get(name, {})
                 if name in BUILT_IN:
@@ -144,4 +144,4 @@ class Scorer:
                     " correct it, or leave such answers out with reward.on_error=exclude"
                 )
         total = sum(weight * parts[name] for name, weight in self.rewards.weights.items())
-        return Scored(total, parts, one.answer.right)
+        return Scored(total, parts, one.answer.correct)

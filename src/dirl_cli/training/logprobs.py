@@ -71,7 +71,7 @@ class LinearLogprobs(torch.autograd.Function):
         rounded = weight.to(hidden.dtype)
         for first in range(0, len(hidden), ctx.chunk):
             part = slice(first, first + ctx.chunk)
-            slope = steepness(
+            slope = logit_gradient(
                 logits_of(hidden[part], rounded, ctx.temperature, unsampled_ids),
                 targets[part],
                 normalisers[part],
@@ -104,7 +104,7 @@ def score(logits: Tensor, targets: Tensor, unsampled_ids: Tensor) -> tuple[Tenso
     return of_target - log_mass, log_mass - moment / mass, likeliest.squeeze(1) == targets, peak.squeeze(1) + log_mass
 
 
-def steepness(logits: Tensor, targets: Tensor, normalisers: Tensor, of_logprobs: Tensor) -> Tensor:
+def logit_gradient(logits: Tensor, targets: Tensor, normalisers: Tensor, of_logprobs: Tensor) -> Tensor:
     """The gradient of hidden · weightᵀ, given that of the log-probs ÷ temperature, in the logits' place."""
     upstream = of_logprobs[:, None]
     probabilities = logits.sub_(normalisers[:, None]).exp_()
@@ -176,7 +176,7 @@ def is_plain(head: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def score_trajectories(
+def trajectory_logprobs(
     lm: DiffusionLM,
     trajectories: Sequence[Trajectory],
     decoding: Decoding | None = None,
