@@ -34,17 +34,8 @@ from lmdeploy.pytorch.strategies.dllm.unmasking import UnmaskingProcessor
 
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.engines import Lmdeploy
-from dirl_cli.rollout.lmdeploy import (
-    Agent,
-    Keys,
-    LmdeploySampler,
-    Trace,
-    TracedSequences,
-    check,
-    generation,
-    masking_with,
-    run_on,
-)
+from dirl_cli.rollout.lmdeploy import LmdeploySampler, check_prompts, generation_config, mask_token, run_loop_on
+from dirl_cli.rollout.lmdeploy_strategies import KeyedSampling, RequestTrace, TracedSequences, UnmaskingAgent
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.scheduler import make_requests
 from dirl_cli.types import Decoding
@@ -79,10 +70,10 @@ class Loop:
     def __init__(self, lm, decoding):
         self.lm, self.decoding, self.size = lm, decoding, lm.block_size
         config = DLLMConfig(self.size, UnmaskingStrategy.LOW_CONFIDENCE_DYNAMIC, self.size, 0.9)
-        self.agent = Agent(config, lm)
+        self.agent = UnmaskingAgent(config, lm)
         self.agent.decoding = decoding
         self.sequences = TracedSequences(self.size, lm.mask_token_id)
-        self.sampling = Keys(0, self.size)
+        self.sampling = KeyedSampling(0, self.size)
         self.meta = SequenceMeta(64, strategy=self.sequences, sampling_strategy=self.sampling)
         self.steps = DLLMStepInputs(_block_size=self.size, _dllm_mask_token=lm.mask_token_id)
 
@@ -91,7 +82,7 @@ class Loop:
         """The trace of an answer to each prompt. at_once: how many begin together; the next join two forwards later."""
         waiting = []
         for i, request in enumerate(make_requests(prompts, 1, self.decoding, None, None)):
-            options = SamplingParam.from_gen_config(generation(request, self.decoding, self.lm))
+            options = SamplingParam.from_gen_config(generation_config(request, self.decoding, self.lm))
             session = SchedulerSession(i, self.meta, Lifecycle())
             waiting.append(session.add_sequence(np.array(request.prompt_ids), options))
         running = []
@@ -244,7 +235,7 @@ def test_our_strategies_reveal_what_its_own_would(strategy, steps):
 
     theirs = UnmaskingProcessor(DLLMConfig(4, STRATEGIES[strategy], steps, threshold))
     expected_states, expected_tokens = theirs(logits, given, logits.argmax(-1), states.flatten().clone())
-    agent = Agent(DLLMConfig(4, STRATEGIES[strategy], steps, threshold), small_lm())
+    agent = UnmaskingAgent(DLLMConfig(4, STRATEGIES[strategy], steps, threshold), small_lm())
     agent.decoding = Decoding(strategy=strategy, denoising_steps=steps, threshold=threshold)
     lengths, zeros = torch.full((blocks,), 4), torch.zeros(blocks, dtype=torch.long)
     inputs = SimpleNamespace(input_ids=given[None], seq_length=lengths, history_lengths=zeros, is_decoding=True)
@@ -260,11 +251,11 @@ def test_our_strategies_reveal_what_its_own_would(strategy, steps):
 def test_what_it_cannot_do_is_told():
     lm = small_lm()
     with pytest.raises(DirlError, match="watch=true wants rollout=native"):
-        check([], Decoding(), lm, print)
+        check_prompts([], Decoding(), lm, print)
     with pytest.raises(DirlError, match=r"decoding.block_size is 8 and the model's is 4"):
-        check([], Decoding(block_size=8), lm, None)
+        check_prompts([], Decoding(block_size=8), lm, None)
     with pytest.raises(DirlError, match="a prompt has 256 tokens and the model has room for 255: shorten it"):
-        check([[2], [2] * 256], Decoding(), lm, None)
+        check_prompts([[2], [2] * 256], Decoding(), lm, None)
 
 
 def test_a_model_that_is_not_on_a_gpu_is_refused(monkeypatch):
@@ -276,7 +267,7 @@ def test_a_model_that_is_not_on_a_gpu_is_refused(monkeypatch):
 def test_an_answer_gets_no_more_room_than_the_model_has_positions():
     lm = small_lm()  # 256 positions
     [request] = make_requests([[2] * 250], 1, Decoding(), None, None)
-    assert generation(request, Decoding(max_new_tokens=100), lm).max_new_tokens == 6
+    assert generation_config(request, Decoding(max_new_tokens=100), lm).max_new_tokens == 6
 
 
 class Instance:
@@ -288,7 +279,7 @@ class Instance:
     async def async_stream_infer(self, session, prompt_ids, options):
         self.asked.append(options)
         refused = prompt_ids[0] == 13
-        trace = self.sequences().traces[session] = Trace()
+        trace = self.sequences().traces[session] = RequestTrace()
         trace.record(np.zeros(4), np.array([1, 0, 1, 0]), np.array([20, MASK, 22, MASK]), np.array([-1.0, 0, -2, 0]))
         await asyncio.sleep(0)
         trace.record(np.array([1, 0, 1, 0]), np.ones(4), np.array([20, 21, 22, 1]), np.array([0, -3.0, 0, -4]))
@@ -429,11 +420,11 @@ def test_its_loop_runs_on_the_models_gpu_whichever_a_thread_begins_on(monkeypatc
     for device in ("cuda:1", "cpu"):
         loop = asyncio.new_event_loop()
         loop.call_soon(loop.stop)
-        run_on(torch.device(device), loop)
+        run_loop_on(torch.device(device), loop)
     assert taken == [torch.device("cuda:1")]
 
 
 def test_another_mask_token_than_the_published_one_reaches_its_configuration():
-    with masking_with(49):
+    with mask_token(49):
         assert SDARModelConfigBuilder.build(small_lm().model.config, "somewhere").dllm_mask_token == 49
     assert SDARModelConfigBuilder.build(small_lm().model.config, "somewhere").dllm_mask_token == 151669
