@@ -13,8 +13,8 @@ from dirl_cli.files import write_text
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Problem, StopReason, Trajectory
 
-WHOLE_NUMBERS = 2**31  # and more is no step, no token and no count
-LARGEST = 1e15  # of a reward or log-prob: float32 holds its square
+INTEGER_LIMIT = 2**31  # no step, token or count reaches it
+FLOAT_LIMIT = 1e15  # no reward or log-prob reaches it: float32 holds its square
 ROUNDING = 1e-3  # by which a log-prob may be above 0
 
 
@@ -39,76 +39,90 @@ class Record:
 
 
 def rollout_path(directory: Path, step: int) -> Path:
+    """The file of a step, in the directory `rollouts` of a run."""
     return directory / f"step-{step:06d}.jsonl"
 
 
 def rollout_files(directory: Path) -> dict[int, Path]:
-    """The files of a directory, or of the run that it is, by step in order. Raises DirlError if there are none."""
-    inside = directory / "rollouts"
-    found = (inside if inside.is_dir() else directory).glob("step-*.jsonl")
-    steps = {int(match[1]): path for path in found if (match := re.fullmatch(r"step-(\d+)", path.stem))}
+    """The files of a run, or of its directory `rollouts`, by step in order. Raises DirlError if there are none."""
+    rollouts = directory / "rollouts"
+    if not rollouts.is_dir():
+        rollouts = directory
+    steps = {}
+    for path in rollouts.glob("step-*.jsonl"):
+        if match := re.fullmatch(r"step-(\d+)", path.stem):
+            steps[int(match[1])] = path
     if not steps:
         raise DirlError(f"{directory} holds no step-….jsonl: give a run's directory or the rollouts/ in it")
     return dict(sorted(steps.items()))
 
 
 def write_rollout(path: Path, records: Iterable[Record]) -> None:
-    """Write a step's answers: whoever looks finds the whole file or none, even after a crash."""
+    """Write a step's answers, atomically: a reader finds the complete file or none, even after a crash."""
     write_text(path, (json.dumps(to_json(record)) + "\n" for record in records))
 
 
 def read_rollout(path: Path) -> list[Record]:
-    """A step's answers as they were written, floats to the last bit. Raises DirlError that names a malformed line."""
+    """Read a step's answers, floats to the last bit. Raises DirlError that names a malformed line."""
     return [record for _, record in read_lines(path)]
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    """Likewise, each with its file and line, in words."""
+    """Read a step's answers, each with "FILE line N" for messages about it. Raises DirlError like `read_rollout`."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                place = f"{path} line {number}"
-                yield place, read_line(place, line)
+                location = f"{path} line {number}"
+                yield location, read_line(location, line)
     except OSError as error:
         raise DirlError(f"{path} cannot be read ({error.strerror}): check the path") from error
 
 
-def require_learnable(place: str, found: Trajectory, lm: DiffusionLM) -> None:
-    """Raises DirlError, which names the place, for an answer that `lm` cannot have given and so cannot learn from."""
-    length, size = len(found.prompt_ids) + len(found.token_ids), lm.block_size
-    if found.block_size not in (None, size):
+def require_learnable(location: str, answer: Trajectory, lm: DiffusionLM) -> None:
+    """Raises DirlError for an answer that `lm` cannot have given and so cannot learn from.
+
+    location: file and line of the answer, for the message.
+    """
+    length = len(answer.prompt_ids) + len(answer.token_ids)
+    size = lm.block_size
+    if answer.block_size not in (None, size):
         raise DirlError(
-            f"{place} was sampled in blocks of {found.block_size} and the model's are of {size}:"
+            f"{location} was sampled in blocks of {answer.block_size} and the model's are of {size}:"
             " set model.block_size as it was"
         )
+
+    largest_step = max(answer.reveal_step)
+    largest_token = max(answer.prompt_ids + answer.token_ids)
+    never_sampled = set(answer.token_ids) & set(lm.unsampled_ids)
     reason = None
     if length % size:
         reason = f"prompt_ids and token_ids are {length} tokens, which is not whole blocks of {size}"
     elif length > lm.longest_prompt + 1:
         reason = f"prompt_ids and token_ids are {length} tokens, and the model has {lm.max_length} positions"
-    elif max(found.reveal_step) > size:
-        reason = f"reveal_step holds {max(found.reveal_step)}, and a block of {size} has no more steps than tokens"
-    elif max(found.prompt_ids + found.token_ids) >= lm.vocab_size:
-        reason = f"token {max(found.prompt_ids + found.token_ids)} is beyond the model's {lm.vocab_size}"
-    elif strange := set(found.token_ids) & set(lm.unsampled_ids):
-        reason = f"token_ids holds {min(strange)}, which stands for no text and is never sampled"
+    elif largest_step > size:
+        reason = f"reveal_step holds {largest_step}, and a block of {size} has no more steps than tokens"
+    elif largest_token >= lm.vocab_size:
+        reason = f"token {largest_token} is beyond the model's {lm.vocab_size}"
+    elif never_sampled:
+        reason = f"token_ids holds {min(never_sampled)}, which stands for no text and is never sampled"
     if reason:
-        raise DirlError(f"{place}: {reason}; give the model that it was sampled from, or correct or remove it")
+        raise DirlError(f"{location}: {reason}; give the model that it was sampled from, or correct or remove it")
 
 
-def read_line(place: str, line: bytes) -> Record:
+def read_line(location: str, line: bytes) -> Record:
+    """A record from its line. Raises DirlError that begins with `location` for anything else."""
     try:
         return from_json(json.loads(line))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DirlError(f"{place} is not valid JSON: correct or remove it") from error
+        raise DirlError(f"{location} is not valid JSON: correct or remove it") from error
     except KeyError as error:
-        raise DirlError(f"{place} has no {error.args[0]}: correct or remove it") from error
+        raise DirlError(f"{location} has no {error.args[0]}: correct or remove it") from error
     except (TypeError, ValueError) as error:
-        raise DirlError(f"{place}: {error}; correct or remove it") from error
+        raise DirlError(f"{location}: {error}; correct or remove it") from error
 
 
 def to_json(record: Record) -> dict[str, Any]:
-    """One flat object, what people look for first."""
+    """A record as one flat JSON object, beginning with what people look for."""
     return {
         "problem": record.problem.id,
         "subset": record.problem.subset,
@@ -126,84 +140,101 @@ def to_json(record: Record) -> dict[str, Any]:
 
 
 def from_json(line: Any) -> Record:
-    """What `to_json` gave. Raises KeyError, TypeError or ValueError for anything else; further keys are ignored."""
+    """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for anything else; ignores further keys."""
     if not isinstance(line, dict):
         raise TypeError("an answer is an object")
-    parts = typed(line, "parts", dict)
+    parts = value_of_type(line, "parts", dict)
     return Record(
-        problem=Problem(*(typed(line, name, str) for name in ("problem", "question", "answer", "subset"))),
-        sample=whole(line, "sample"),
-        completion=typed(line, "completion", str),
-        trajectory=trajectory(line),
-        reward=number(line, "reward", float, int, NoneType),
-        parts={name: number(parts, name, float, int) for name in parts},
-        correct=typed(line, "correct", bool),
-        advantage=number(line, "advantage", float, int, NoneType),
-        kept=typed(line, "kept", bool),
+        problem=Problem(
+            id=value_of_type(line, "problem", str),
+            question=value_of_type(line, "question", str),
+            answer=value_of_type(line, "answer", str),
+            subset=value_of_type(line, "subset", str),
+        ),
+        sample=integer(line, "sample"),
+        completion=value_of_type(line, "completion", str),
+        trajectory=trajectory_from_json(line),
+        reward=finite_number(line, "reward", float, int, NoneType),
+        parts={name: finite_number(parts, name, float, int) for name in parts},
+        correct=value_of_type(line, "correct", bool),
+        advantage=finite_number(line, "advantage", float, int, NoneType),
+        kept=value_of_type(line, "kept", bool),
     )
 
 
-def trajectory(line: dict[str, Any]) -> Trajectory:
-    found = Trajectory(
-        prompt_ids=wholes(line, "prompt_ids"),
-        token_ids=wholes(line, "token_ids"),
-        reveal_step=wholes(line, "reveal_step", least=1),
-        logprobs=typed_list(line, "logprobs", float, int),
-        stop_reason=typed(line, "stop_reason", str),
-        denoise_forwards=whole(line, "denoise_forwards", least=1),
-        forwards=whole(line, "forwards", least=1),
-        weights_version=whole(line, "weights_version"),
-        stop_token_ids=tuple(wholes(line, "stop_token_ids")),
-        block_size=None if line.get("block_size") is None else whole(line, "block_size", least=1),  # once not noted
+def trajectory_from_json(line: dict[str, Any]) -> Trajectory:
+    """The fields of a trajectory in a record's object. Raises like `from_json`, and where fields disagree."""
+    block_size = None
+    if line.get("block_size") is not None:  # earlier versions did not write it down
+        block_size = integer(line, "block_size", least=1)
+    trajectory = Trajectory(
+        prompt_ids=integers(line, "prompt_ids"),
+        token_ids=integers(line, "token_ids"),
+        reveal_step=integers(line, "reveal_step", least=1),
+        logprobs=list_of_type(line, "logprobs", float, int),
+        stop_reason=value_of_type(line, "stop_reason", str),
+        denoise_forwards=integer(line, "denoise_forwards", least=1),
+        forwards=integer(line, "forwards", least=1),
+        weights_version=integer(line, "weights_version"),
+        stop_token_ids=tuple(integers(line, "stop_token_ids")),
+        block_size=block_size,
     )
-    if found.stop_reason not in get_args(StopReason):
-        raise ValueError(f"no stop_reason is called {found.stop_reason}")
-    if not len(found.token_ids) == len(found.reveal_step) == len(found.logprobs):
+    if trajectory.stop_reason not in get_args(StopReason):
+        raise ValueError(f"no stop_reason is called {trajectory.stop_reason}")
+    if not len(trajectory.token_ids) == len(trajectory.reveal_step) == len(trajectory.logprobs):
         raise ValueError("token_ids, reveal_step and logprobs differ in length")
-    if not found.token_ids:
+    if not trajectory.token_ids:
         raise ValueError("token_ids is empty, and an answer is at least a block")
-    if not all(-LARGEST < logprob < ROUNDING for logprob in found.logprobs):
+    if not all(-FLOAT_LIMIT < logprob < ROUNDING for logprob in trajectory.logprobs):
         raise ValueError("logprobs holds what is no logarithm of a probability")
-    if found.denoise_forwards > found.forwards:
-        raise ValueError(f"denoise_forwards is {found.denoise_forwards} of {found.forwards} forwards")
-    return found
+    if trajectory.denoise_forwards > trajectory.forwards:
+        raise ValueError(f"denoise_forwards is {trajectory.denoise_forwards} of {trajectory.forwards} forwards")
+    return trajectory
 
 
-def typed(line: dict[str, Any], name: str, *kinds: type) -> Any:
-    """The value of a key, which must be of one of these types and not of one derived from them."""
+def value_of_type(line: dict[str, Any], name: str, *types: type) -> Any:
+    """The value of a key, which must be of one of these types and not of one derived from them (a bool is no int)."""
     value = line[name]
-    if type(value) not in kinds:
-        raise TypeError(f"{name} is not {' or '.join(kind.__name__ for kind in kinds)}")
+    if type(value) not in types:
+        raise TypeError(f"{name} is not {any_of(types)}")
     return value
 
 
-def typed_list(line: dict[str, Any], name: str, *kinds: type) -> list[Any]:
-    values: list[Any] = typed(line, name, list)
-    if not set(map(type, values)) <= set(kinds):
-        raise TypeError(f"{name} holds something that is not {' or '.join(kind.__name__ for kind in kinds)}")
+def list_of_type(line: dict[str, Any], name: str, *types: type) -> list[Any]:
+    """The value of a key, which must be a list of values of these types."""
+    values: list[Any] = value_of_type(line, name, list)
+    if not set(map(type, values)) <= set(types):
+        raise TypeError(f"{name} holds something that is not {any_of(types)}")
     return values
 
 
-def number(line: dict[str, Any], name: str, *kinds: type) -> Any:
-    """A number of which float32 can make something, or what else is of `kinds`."""
-    value = typed(line, name, *kinds)
-    if value is not None and not abs(value) < LARGEST:
-        raise ValueError(f"{name} is no finite number, or beyond {LARGEST:.0e}")
+def any_of(types: tuple[type, ...]) -> str:
+    return " or ".join(one_type.__name__ for one_type in types)
+
+
+def finite_number(line: dict[str, Any], name: str, *types: type) -> Any:
+    """The value of a key: a number that float32 can hold and square, or None where NoneType is among `types`."""
+    value = value_of_type(line, name, *types)
+    if value is not None and not abs(value) < FLOAT_LIMIT:
+        raise ValueError(f"{name} is no finite number, or beyond {FLOAT_LIMIT:.0e}")
     return value
 
 
-def whole(line: dict[str, Any], name: str, least: int = 0) -> int:
-    return in_range(name, typed(line, name, int), least)
+def integer(line: dict[str, Any], name: str, least: int = 0) -> int:
+    """The value of a key, an int from `least` on."""
+    return require_range(name, value_of_type(line, name, int), least)
 
 
-def wholes(line: dict[str, Any], name: str, least: int = 0) -> list[int]:
-    values = typed_list(line, name, int)
-    for value in (min(values), max(values)) if values else ():
-        in_range(name, value, least)
+def integers(line: dict[str, Any], name: str, least: int = 0) -> list[int]:
+    """The value of a key, a list of ints from `least` on."""
+    values = list_of_type(line, name, int)
+    if values:
+        require_range(name, min(values), least)
+        require_range(name, max(values), least)
     return values
 
 
-def in_range(name: str, value: int, least: int) -> int:
-    if not least <= value < WHOLE_NUMBERS:
+def require_range(name: str, value: int, least: int) -> int:
+    if not least <= value < INTEGER_LIMIT:
         raise ValueError(f"{name} holds {str(value)[:20]}, and counts from {least} on")
     return value
