@@ -22,14 +22,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dirl_cli.cli import schema
-from dirl_cli.commands.sft import cross_entropy, run
+from dirl_cli.commands.sft import run
 from dirl_cli.data.order import Order, generator
 from dirl_cli.diffusion.masking import PerBlock, example
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.sft.batches import Noise, NoisedBatches
-from dirl_cli.sft.validation import hold_out, metric
+from dirl_cli.sft.validation import SftEvaluation, cross_entropy, hold_out, metric
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.trainer import Trainer
 from tests.helpers.small import published_vocabulary
@@ -272,6 +272,33 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     assert weights(out) == weights(through)
     assert [line["step"] for line in lines(out)] == [*range(7)]
     assert [line.get("loss") for line in lines(out)] == [line.get("loss") for line in lines(through)]
+
+
+def test_an_evaluation_that_was_cut_short_is_made_up_for(finished, tmp_path, monkeypatch):
+    """And the line of its step is written then, as an undisturbed run writes it."""
+    measure, cut = SftEvaluation.measure, []
+
+    def interrupted(self):
+        if not cut:
+            cut.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            with self.trainer.stoppable():
+                pass
+        return measure(self)
+
+    monkeypatch.setattr(SftEvaluation, "measure", interrupted)
+    with pytest.raises(Stopped, match="stopped after step"):
+        run(config("eval_every=3"), tmp_path)
+    step = int(max((tmp_path / "checkpoints").iterdir()).name[5:])
+    assert step not in [line["step"] for line in lines(tmp_path)], "its line waits for the evaluation"
+    run(config("eval_every=3"), tmp_path)
+    assert weights(tmp_path) == weights(finished)
+    ours, undisturbed = ([untimed(line) for line in lines(out)] for out in (tmp_path, finished))
+    assert ours == undisturbed
+
+
+def untimed(line):
+    return {key: value for key, value in line.items() if not key.startswith(("time", "seconds/", "tokens_per_s"))}
 
 
 @pytest.mark.parametrize("words", [("optim=adamw",), ("optim=adamw", "optim.lr=1e-3"), ("optim=muon", "optim.lr=0.02")])

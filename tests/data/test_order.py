@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dirl_cli.data.order import LONGEST_ROUND, Order, generator
 from dirl_cli.diffusion.sampling import request_key
-from dirl_cli.rl.rollouts import drawing
+from dirl_cli.rl.rollouts import problem_order
 
 
 def order(sizes, weights, seed=0):
@@ -83,4 +83,4 @@ def test_one_source_alone_is_shuffled_by_epoch_and_size(size, seed, place):
     epoch, i = divmod(place, size)
     assert order([size], [5.0], seed)[place] == torch.randperm(size, generator=generator(seed, epoch, size))[i]
     drawn = torch.Generator().manual_seed(request_key(seed, [epoch, size], 0))
-    assert drawing([size], [1.0], seed)[place] == torch.randperm(size, generator=drawn)[i]
+    assert problem_order([size], [1.0], seed)[place] == torch.randperm(size, generator=drawn)[i]

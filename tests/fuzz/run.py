@@ -252,14 +252,14 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
     from omegaconf import OmegaConf
 
     from dirl_cli.cli.build import build
-    from dirl_cli.commands.rl import measured
     from dirl_cli.files import conf_dir
     from dirl_cli.models.load import diffusion_lm
     from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
     from dirl_cli.rl.advantages import ADVANTAGES
     from dirl_cli.rl.objective import Objective
-    from dirl_cli.rl.rollouts import State, replayed, with_advantages
-    from dirl_cli.rl.update import Learner
+    from dirl_cli.rl.rollout_metrics import rollout_metrics
+    from dirl_cli.rl.rollouts import RolloutReplay, add_advantages, rollouts_of
+    from dirl_cli.rl.update import PolicyUpdate
     from dirl_cli.rollout.native import NativeSampler
     from dirl_cli.rollout.storage import Record, rollout_path, to_json
     from dirl_cli.training.logprobs import TokenScorer
@@ -290,10 +290,10 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
         lm.model.load_state_dict(begun)
         trainer.skipped = 0
         objective = objectives[len(data) % len(objectives)]
-        groups, sampled = replayed(here, 1, lm, rescores=False).take(State())
-        groups = with_advantages(groups, ADVANTAGES[objective.advantage])
-        measured(sampled, groups, 0)
-        learner = Learner(
+        groups, sampled = RolloutReplay(rollouts_of(here, 1), lm).collect(0)
+        groups = add_advantages(groups, ADVANTAGES[objective.advantage])
+        rollout_metrics(sampled, groups, 0)
+        update = PolicyUpdate(
             trainer,
             objective,
             lm,
@@ -309,7 +309,7 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
             seed=0,
         )
         if groups:
-            learner.learn(groups, 0)
+            update.run(groups, 0)
         assert all(value.isfinite().all() for value in lm.model.state_dict().values()), "it learned what is no number"
 
     asked = Decoding(temperature=1.0, max_new_tokens=8, stop_token_ids=(1, 2, 3))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from dirl_cli.commands.sft import cross_entropy
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.models.load import DiffusionLM
@@ -14,6 +13,7 @@ from dirl_cli.models.peft import LoraFinetune, trainable_parameters
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
+from dirl_cli.sft.validation import cross_entropy
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW
 from dirl_cli.training.parallel import start_accelerator

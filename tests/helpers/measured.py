@@ -12,8 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from dirl_cli.commands.rl import frozen
-from dirl_cli.commands.sft import cross_entropy
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.diffusion.states import Trace
 from dirl_cli.models.load import DiffusionLM, diffusion_lm, pick_attention
@@ -22,11 +20,12 @@ from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.plan.budget import Budget, Machine
 from dirl_cli.plan.forecast import rl_budget, sft_budget, worst_case_trajectory
 from dirl_cli.rl.objective import Objective
-from dirl_cli.rl.update import Learner
+from dirl_cli.rl.update import PolicyUpdate, reference_model
 from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.storage import Record
 from dirl_cli.sft.batches import Noise
+from dirl_cli.sft.validation import cross_entropy
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW, Optim
 from dirl_cli.training.parallel import start_accelerator
@@ -175,15 +174,27 @@ class Trial:
         objective = dipo(self.beta)
         decoding = Decoding(temperature=1.0, top_p=self.top_p, max_new_tokens=self.tokens)
         trainer = self.trainer(lm, decoding)
-        reference = frozen(self.peft.reference(lm), decoding) if self.beta else None
-        learner = Learner(
-            trainer, objective, lm, reference, True, 0.0, 1, 1, True, self.row_tokens, self.micro_rows, self.tokens, 0
+        reference = reference_model(self.peft.reference(lm), decoding) if self.beta else None
+        update = PolicyUpdate(
+            trainer,
+            objective,
+            lm,
+            reference=reference,
+            old_from_sampler=True,
+            correction_cap=0.0,
+            mini_batches=1,
+            epochs=1,
+            train_tail=True,
+            row_tokens=self.row_tokens,
+            micro_rows=self.micro_rows,
+            longest=self.tokens,
+            seed=0,
         )
         answer = worst_case_trajectory(self.prompt, self.tokens, decoding.denoising_steps, lm.block_size)
         answer = replace(answer, logprobs=[-1.0] * len(answer.token_ids))
         for step in range(2):
             group = [Record(PROBLEM, i, "", answer, advantage=i - 1.5) for i in range(4)]
-            learner.learn([group, group], step)
+            update.run([group, group], step)
         return rl_budget(
             lm, self.optim, objective, decoding, self.machine, self.settings, self.prompt, None, True, self.peft
         )

@@ -21,8 +21,8 @@ from dirl_cli.diffusion.masking import Count, example
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.advantages import normalised
 from dirl_cli.rl.objective import Objective
-from dirl_cli.rl.rollouts import with_advantages
-from dirl_cli.rl.update import Learner
+from dirl_cli.rl.rollouts import add_advantages
+from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.storage import Record
 from dirl_cli.sft.batches import Noise
@@ -71,7 +71,7 @@ def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[s
     """Groups of 1 to 4 answers, sampled from a model that stays as it is, in two mini-batches a step."""
     still = small_lm(seed=1)
     still.model.to(trainer.accelerator.device)
-    learner = Learner(
+    update = PolicyUpdate(
         trainer,
         build(OmegaConf.merge(DIPO, {"beta": 0.1}), Objective),
         lm,
@@ -97,7 +97,7 @@ def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[s
             ]
             for i, group in enumerate(answers)
         ]
-        found.append(learner.learn(with_advantages(groups, normalised), step))
+        found.append(update.run(add_advantages(groups, normalised), step))
     return found
 
 

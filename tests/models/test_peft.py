@@ -22,7 +22,6 @@ from dirl_cli import Decoding
 from dirl_cli.cli import schema
 from dirl_cli.cli.build import build
 from dirl_cli.commands import rl, sft
-from dirl_cli.commands.sft import cross_entropy
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
@@ -33,6 +32,7 @@ from dirl_cli.models.tiny import Tiny
 from dirl_cli.plan.memory import Memory, architecture
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
+from dirl_cli.sft.validation import cross_entropy
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.trainer import Trainer

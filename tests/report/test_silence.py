@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from dirl_cli import console as console_module
 from dirl_cli.cli import launch
 from dirl_cli.console import PlainConsole, working
-from dirl_cli.evaluation import held_out as exams
-from dirl_cli.evaluation import report
-from dirl_cli.evaluation.held_out import Exam
+from dirl_cli.errors import Interrupted
+from dirl_cli.evaluation import held_out, report
+from dirl_cli.evaluation.held_out import HeldOutEval
 from dirl_cli.report.progress import StepProgress
-from dirl_cli.training.session import StopSignal
+from dirl_cli.training.stop_signal import StopSignal
 from dirl_cli.types import Decoding, Problem
 from tests.helpers.small import small_lm
 
@@ -90,16 +90,17 @@ def test_a_wish_to_stop_ends_an_evaluation_between_its_problems(monkeypatch, cap
         def stream(self, *args):
             return iter(())
 
-    monkeypatch.setattr(exams, "graded", graded)
+    monkeypatch.setattr(held_out, "graded", graded)
     lm, accelerator = small_lm(), Accelerator(cpu=True)
     monkeypatch.setattr(type(lm), "require_tokenizer", lambda self: None)
-    monkeypatch.setattr(exams, "answer_text", lambda tokenizer, ids: "")
+    monkeypatch.setattr(held_out, "answer_text", lambda tokenizer, ids: "")
     problems = [Problem(str(i), "1+1?", "2") for i in range(5)]
     with StopSignal(accelerator) as stop:
         asked = (problems, [[1]] * 5, lm, Decoding(), accelerator, StepProgress(5, 1, (), quiet=True), stop.apart)
-        assert Exam(*asked).take(Sampler(), None) == {}
+        with pytest.raises(Interrupted):
+            HeldOutEval(*asked).run(Sampler(), None)
         assert stop.received == signal.SIGTERM
     assert len(answered) == 2
     with StopSignal(accelerator) as stop:
         answered[:] = [None] * 3
-        assert Exam(*asked[:-1], stop.apart).take(Sampler(), None) == {"greedy_accuracy": 1.0}
+        assert HeldOutEval(*asked[:-1], stop.apart).run(Sampler(), None) == {"greedy_accuracy": 1.0}

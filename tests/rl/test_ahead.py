@@ -12,7 +12,7 @@ import pytest
 
 from dirl_cli.cli.launch import check_values
 from dirl_cli.errors import DirlError
-from dirl_cli.rl.rollouts import State, sampling_ahead
+from dirl_cli.rl.rollouts import RolloutState, prefetch_rollout
 from dirl_cli.rollout.storage import read_rollout
 from tests.commands import test_rl
 from tests.commands.test_rl import ARITHMETIC, SMALL, config, lines, run, updates, weights
@@ -31,42 +31,39 @@ def test_answers_are_sampled_while_the_body_runs():
         return answer(answers)
 
     ours.scorer.score = slow
-    state = State()
-    with sampling_ahead(ours, state):
+    with prefetch_rollout(ours, 1):
         assert began.wait(20)
         learned.set()
-    assert len(state.ahead) == 2
+    assert len(ours.state.ahead) == 2
 
 
 def test_a_step_takes_what_was_sampled_ahead_and_then_samples_on():
     ahead, turn_by_turn = source(each(MIXED)), source(each(MIXED))
-    state, other = State(), State()
-    with sampling_ahead(ahead, state):
-        state.step += 1
-    other.step = 1
+    with prefetch_rollout(ahead, 1):
+        pass
     asked = len(ahead.sampler.asked)
-    assert ahead.take(state)[0] == turn_by_turn.take(other)[0]
+    assert ahead.collect(1)[0] == turn_by_turn.collect(1)[0]
     assert len(ahead.sampler.asked) == asked, "nothing was sampled again"
-    assert not state.ahead
-    assert ids(ahead.take(state)[0]) == ids(turn_by_turn.take(other)[0])
+    assert not ahead.state.ahead
+    assert ids(ahead.collect(2)[0]) == ids(turn_by_turn.collect(2)[0])
 
 
 def test_a_checkpoint_keeps_what_was_sampled_ahead():
-    ours, state = source(each(MIXED)), State()
-    with sampling_ahead(ours, state):
+    ours = source(each(MIXED))
+    with prefetch_rollout(ours, 1):
         pass
-    restored = State.from_json(json.loads(json.dumps(state.to_json())))
-    assert restored == state
+    restored = RolloutState.from_json(json.loads(json.dumps(ours.state.to_json())))
+    assert restored == ours.state
     assert len(restored.ahead) == 2
 
 
 def test_nothing_is_sampled_ahead_where_the_surplus_will_do():
     ours = source(each(MIXED))
-    state = State(surplus=[[], []])
-    with sampling_ahead(ours, state):
+    ours.state = RolloutState(surplus=[[], []])
+    with prefetch_rollout(ours, 1):
         pass
     assert not ours.sampler.asked
-    assert not state.ahead
+    assert not ours.state.ahead
 
 
 def test_an_update_that_fails_ends_the_sampling():
@@ -80,12 +77,11 @@ def test_an_update_that_fails_ends_the_sampling():
             yield scored
 
     ours.scorer.score = slow
-    state = State()
-    with pytest.raises(DirlError, match="the loss"), sampling_ahead(ours, state):
+    with pytest.raises(DirlError, match="the loss"), prefetch_rollout(ours, 1):
         assert running.wait(20)
         failed.set()
         raise DirlError("the loss is nan")
-    assert not state.ahead
+    assert not ours.state.ahead
 
 
 def test_a_sampler_that_fails_ends_the_step():
@@ -95,7 +91,7 @@ def test_a_sampler_that_fails_ends_the_step():
         raise DirlError("the reward brevity failed")
 
     ours.scorer.score = broken
-    with pytest.raises(DirlError, match="brevity"), sampling_ahead(ours, State()):
+    with pytest.raises(DirlError, match="brevity"), prefetch_rollout(ours, 1):
         pass
 
 

@@ -9,11 +9,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dirl_cli.commands.rl import answer_table, measured, records
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.scoring import Rewards, Scored, Scorer
 from dirl_cli.rl.advantages import mean_only, normalised
-from dirl_cli.rl.rollouts import Sampled, State, continues, drawing, replayed, rescored, with_advantages
+from dirl_cli.rl.rollout_metrics import answer_table, records, rollout_metrics
+from dirl_cli.rl.rollouts import (
+    Rescorer,
+    RolloutReplay,
+    RolloutSampler,
+    RolloutState,
+    add_advantages,
+    continues,
+    problem_order,
+    rollouts_of,
+)
 from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
 from dirl_cli.types import Decoding, Problem, Trajectory
 from tests.helpers.small import small_lm
@@ -46,20 +55,20 @@ class FakeScorer:
             yield key, None if reward is None else Scored(reward, {"accuracy": reward}, reward == 1)
 
 
-def source(rewards: dict[str, list[float | None]], **options) -> Sampled:
+def source(rewards: dict[str, list[float | None]], **options) -> RolloutSampler:
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(str, ids)))
     lm = SimpleNamespace(require_tokenizer=lambda: tokenizer, block_size=2)
     defaults = {"problems": 2, "group_size": 2, "filter": "accuracy", "max_rounds": 3, "seed": 0}
-    defaults["order"] = drawing([len(POOL)], [1.0], 0)
+    defaults["order"] = problem_order([len(POOL)], [1.0], 0)
     decoding, prompts = Decoding(max_new_tokens=4), [[i] for i in range(len(POOL))]
-    scorer = FakeScorer(rewards)
-    return Sampled(POOL, prompts, lm, FakeSampler(), scorer, decoding, Accelerator(cpu=True), **defaults | options)
+    doubles = FakeSampler(), FakeScorer(rewards)
+    return RolloutSampler(POOL, prompts, lm, *doubles, decoding, Accelerator(cpu=True), **defaults | options)
 
 
 def order(epoch: int = 0) -> list[str]:
     """The ids of the problems as seed 0 draws them."""
     places = range(epoch * len(POOL), (epoch + 1) * len(POOL))
-    return [POOL[drawing([len(POOL)], [1.0], 0)[place]].id for place in places]
+    return [POOL[problem_order([len(POOL)], [1.0], 0)[place]].id for place in places]
 
 
 def each(rewards: list[float | None]) -> dict[str, list[float | None]]:
@@ -81,41 +90,41 @@ def test_every_epoch_draws_every_problem_once_in_another_order():
 
 def test_problems_are_drawn_until_enough_groups_have_right_and_wrong_answers():
     first, second, third, fourth, *_ = order()
-    state = State()
-    groups, sampled = source({**each(MIXED), first: SAME, third: [1.0, 1.0]}).take(state)
+    ours = source({**each(MIXED), first: SAME, third: [1.0, 1.0]})
+    groups, sampled = ours.collect(0)
     assert ids(groups) == [second, fourth]
     assert ids(sampled) == [first, second, third, fourth]
     assert [group[0].kept for group in sampled] == [False, True, False, True]
-    assert state == State(step=0, drawn=4, surplus=[])
+    assert ours.state == RolloutState(drawn=4, surplus=[])
 
 
 def test_draws_end_at_the_cap():
-    state = State()
-    groups, sampled = source(each(SAME), max_rounds=2).take(state)
-    assert (groups, len(sampled), state.drawn) == ([], 4, 4)
+    ours = source(each(SAME), max_rounds=2)
+    groups, sampled = ours.collect(0)
+    assert (groups, len(sampled), ours.state.drawn) == ([], 4, 4)
 
 
 def test_the_surplus_is_for_the_next_step_also_after_a_checkpoint():
     first, second, third, fourth, *_ = order()
-    ours, state = source({**each(MIXED), first: SAME}), State()
-    groups, _ = ours.take(state)
+    ours = source({**each(MIXED), first: SAME})
+    groups, _ = ours.collect(0)
     assert ids(groups) == [second, third]
-    assert ids(state.surplus) == [fourth]
-    state.step = 1
-    restored = State.from_json(json.loads(json.dumps(state.to_json())))
-    assert restored == state
-    groups, sampled = ours.take(restored)
+    assert ids(ours.state.surplus) == [fourth]
+    restored = RolloutState.from_json(json.loads(json.dumps(ours.state.to_json())))
+    assert restored == ours.state
+    ours.state = restored
+    groups, sampled = ours.collect(1)
     assert ids(groups) == [fourth, order()[4]]
     assert ids(sampled) == order()[4:]
-    assert ids(restored.surplus) == [order()[5]]
+    assert ids(ours.state.surplus) == [order()[5]]
 
 
 def test_nothing_is_sampled_while_the_surplus_suffices():
-    ours, state = source(each(MIXED)), State()
-    state.surplus = [group for _ in range(2) for group in ours.take(State())[0]]
-    groups, sampled = ours.take(state)
-    assert (len(groups), sampled, len(state.surplus), state.drawn) == (2, [], 2, 0)
-    assert measured(sampled, groups, 2)["groups"] == 2
+    ours = source(each(MIXED))
+    ours.state = RolloutState(surplus=[*ours.collect(0)[0], *ours.collect(0)[0]])
+    groups, sampled = ours.collect(0)
+    assert (len(groups), sampled, len(ours.state.surplus), ours.state.drawn) == (2, [], 2, 0)
+    assert rollout_metrics(sampled, groups, 2)["groups"] == 2
 
 
 @pytest.mark.parametrize(
@@ -131,12 +140,12 @@ def test_nothing_is_sampled_while_the_surplus_suffices():
     ],
 )
 def test_which_groups_each_filter_keeps(rule, rewards, kept):
-    groups, _ = source(each(rewards), filter=rule, max_rounds=1).take(State())
+    groups, _ = source(each(rewards), filter=rule, max_rounds=1).collect(0)
     assert bool(groups) is kept
 
 
 def test_answers_come_in_order_whatever_finishes_first():
-    groups, _ = source(each([1.0, 0.0, 0.0]), group_size=3).take(State())
+    groups, _ = source(each([1.0, 0.0, 0.0]), group_size=3).collect(0)
     assert [[record.sample for record in group] for group in groups] == [[0, 1, 2]] * 2
     assert [record.completion for record in groups[0]] == ["0", "1", "2"]
     assert [record.reward for record in groups[0]] == [1.0, 0.0, 0.0]
@@ -144,32 +153,32 @@ def test_answers_come_in_order_whatever_finishes_first():
 
 def test_a_problem_drawn_twice_in_a_step_is_asked_with_two_seeds():
     ours = source(each(MIXED), problems=12, max_rounds=1)
-    ours.take(State())
+    ours.collect(0)
     assert len(ours.sampler.asked) == len(set(ours.sampler.asked)) == 12
     again = source(each(MIXED), problems=12, max_rounds=1)
-    again.take(State())
+    again.collect(0)
     assert again.sampler.asked == ours.sampler.asked
 
 
 def test_answers_left_out_are_counted_and_the_rest_is_learned_from():
     rewards = {**each([1.0, None, 0.0]), order()[0]: [None, None, None]}
-    groups, sampled = source(rewards, group_size=3, max_rounds=1).take(State())
+    groups, sampled = source(rewards, group_size=3, max_rounds=1).collect(0)
     assert [[record.sample for record in group] for group in groups] == [[0, 2]]
-    metrics = measured(sampled, groups, 3)
+    metrics = rollout_metrics(sampled, groups, 3)
     assert (metrics["excluded"], metrics["kept"], metrics["reward"], metrics["kept_reward"]) == (4, 0.5, 0.5, 0.5)
     assert answer_table(sampled, 1).row_count == 2
 
 
 def test_a_rollout_of_which_nothing_is_left_is_no_error():
-    groups, sampled = source(each([None, None]), max_rounds=1).take(State())
-    assert measured(sampled, groups, 2) == {"groups": 0, "excluded": 4}
+    groups, sampled = source(each([None, None]), max_rounds=1).collect(0)
+    assert rollout_metrics(sampled, groups, 2) == {"groups": 0, "excluded": 4}
     assert answer_table(sampled, 1).row_count == 0
 
 
 def test_metrics_tell_what_was_sampled_and_what_was_kept():
     first, *_ = order()
-    groups, sampled = source({**each(MIXED), first: SAME}, max_rounds=1).take(State())
-    metrics = measured(sampled, groups, 2)
+    groups, sampled = source({**each(MIXED), first: SAME}, max_rounds=1).collect(0)
+    metrics = rollout_metrics(sampled, groups, 2)
     assert metrics["reward"] == metrics["accuracy"] == metrics["reward/accuracy"] == 0.25
     assert metrics["kept_reward"] == metrics["kept_accuracy"] == metrics["kept"] == 0.5
     assert (metrics["length"], metrics["tokens_per_forward"], metrics["tokens_per_denoising_forward"]) == (1, 1, 2)
@@ -178,11 +187,11 @@ def test_metrics_tell_what_was_sampled_and_what_was_kept():
 
 def test_only_what_a_step_learned_from_is_replayed(tmp_path):
     first, second, third, fourth, *_ = order()
-    groups, sampled = source({**each(MIXED), first: SAME}).take(State())
-    groups = with_advantages(groups, mean_only)
+    groups, sampled = source({**each(MIXED), first: SAME}).collect(0)
+    groups = add_advantages(groups, mean_only)
     write_rollout(rollout_path(tmp_path / "rollouts", 1), records(groups, sampled))
-    replay = replayed(tmp_path, 1, small_lm(block_size=3), rescores=False)
-    learned, on_record = replay.take(State())
+    replay = RolloutReplay(rollouts_of(tmp_path, 1), small_lm(block_size=3))
+    learned, on_record = replay.collect(0)
     assert learned == groups == on_record[:2]
     assert [group[0].problem.id for group in on_record] == [second, third, first, fourth]
     written = [json.loads(line) for line in (tmp_path / "rollouts/step-000001.jsonl").read_text().splitlines()]
@@ -204,11 +213,11 @@ def test_a_problem_that_comes_twice_in_a_row_is_two_groups_when_replayed():
 def test_a_replay_longer_than_the_run_is_told_before_it_starts(tmp_path):
     for step in (1, 2):
         write_rollout(rollout_path(tmp_path, step), [])
-    assert replayed(tmp_path, 2, small_lm(), rescores=False).take(State(step=1)) == ([], [])
+    assert RolloutReplay(rollouts_of(tmp_path, 2), small_lm()).collect(1) == ([], [])
     with pytest.raises(DirlError, match="holds no rollout of step 3: replay fewer with steps=2"):
-        replayed(tmp_path, 5, small_lm(), rescores=False)
+        rollouts_of(tmp_path, 5)
     with pytest.raises(DirlError, match=r"holds no step-….jsonl"):
-        replayed(tmp_path / "elsewhere", 1, small_lm(), rescores=False)
+        rollouts_of(tmp_path / "elsewhere", 1)
 
 
 @pytest.mark.parametrize(
@@ -220,24 +229,26 @@ def test_a_replay_longer_than_the_run_is_told_before_it_starts(tmp_path):
 )
 def test_what_is_replayed_as_it_is_was_rewarded_by_one_rule(tmp_path, changed, sentence):
     answer = Trajectory([1, 2], [3, 9], [1, 1], [-0.5, -0.25], "stop", 1, 2, 3, (9,))
-    first = Record(POOL[0], 0, "3", answer, reward=1.0, parts={"accuracy": 1.0})
+    first = Record(POOL[0], 0, "0", answer, reward=1.0, parts={"accuracy": 1.0})
     write_rollout(rollout_path(tmp_path, 1), [first, replace(first, sample=1, **changed)])
     with pytest.raises(DirlError, match=rf"step-000001.jsonl {sentence}"):
-        replayed(tmp_path, 1, small_lm(), rescores=False).take(State())
-    ((one, other),) = replayed(tmp_path, 1, small_lm(), rescores=True).take(State())[1]
-    assert (one.sample, other.sample) == (0, 1)
+        RolloutReplay(rollouts_of(tmp_path, 1), small_lm()).collect(0)
+    rescorer = Rescorer(FakeScorer(each(MIXED)), "none", longest=8, block_size=4)
+    write_rollout(rollout_path(tmp_path, 1), [first, replace(first, sample=1, completion="1", **changed)])
+    ((one, other),) = RolloutReplay(rollouts_of(tmp_path, 1), small_lm(), rescorer).collect(0)[1]
+    assert (one.sample, other.sample, other.reward) == (0, 1, 0.0)
 
 
 def test_what_the_model_cannot_have_answered_is_not_replayed(tmp_path):
     answer = Trajectory([1, 2], [3, 49], [1, 1], [-0.5, -0.25], "stop", 1, 2, 3, (9,))
     write_rollout(rollout_path(tmp_path, 1), [Record(POOL[0], 0, "3", answer, reward=1.0)])
     with pytest.raises(DirlError, match=r"step-000001.jsonl line 1: token_ids holds 49"):
-        replayed(tmp_path, 1, small_lm(), rescores=True).take(State())
+        RolloutReplay(rollouts_of(tmp_path, 1), small_lm()).collect(0)
 
 
 def test_advantages_are_taken_within_groups():
-    groups, _ = source(each([1.0, 0.0, 0.0, 0.0]), group_size=4).take(State())
-    found = [record.advantage for record in with_advantages(groups, normalised)[0]]
+    groups, _ = source(each([1.0, 0.0, 0.0, 0.0]), group_size=4).collect(0)
+    found = [record.advantage for record in add_advantages(groups, normalised)[0]]
     assert torch.allclose(torch.tensor(found), torch.tensor([3.0, -1.0, -1.0, -1.0]) / 3**0.5)
 
 
@@ -246,6 +257,6 @@ def test_a_replay_may_be_rewarded_anew():
     problem = Problem("a", "1+1?", "2")
     right, wrong = (Record(problem, k, rf"\boxed{{{n}}}", trajectory) for k, n in enumerate((2, 3)))
     with Scorer(Rewards({"binary": 1.0}, workers=1, timeout=30.0)) as scorer:
-        [[first, second]] = rescored([[right, wrong]], scorer, longest=8, block_size=4)
+        [[first, second]] = Rescorer(scorer, "accuracy", longest=8, block_size=4).reward([[right, wrong]])
     assert (first.reward, first.correct, second.reward, second.correct) == (1.0, True, -1.0, False)
     assert first.trajectory is trajectory

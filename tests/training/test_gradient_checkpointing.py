@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from dirl_cli import Decoding
 from dirl_cli.cli import schema
 from dirl_cli.commands import sft
-from dirl_cli.commands.sft import cross_entropy
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.files import conf_dir
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
+from dirl_cli.sft.validation import cross_entropy
 from dirl_cli.training.logprobs import TokenScorer
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.trainer import Trainer

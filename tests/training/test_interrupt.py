@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from dirl_cli.errors import Interrupted
-from dirl_cli.training.session import StopSignal
+from dirl_cli.training.stop_signal import StopSignal
 
 
 class Alone:

@@ -1,6 +1,6 @@
 """The order in which examples come up: endless, seeded, mixed by weight, and the same wherever it is entered."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -68,3 +68,9 @@ def generator(*numbers: int) -> Generator:
     """A generator whose draws depend on all the numbers and their order."""
     digest = blake2b(repr(numbers).encode(), digest_size=7).digest()
     return Generator().manual_seed(int.from_bytes(digest))
+
+
+def epochs(order: Order, names: Sequence[str], place: int) -> dict[str, float]:
+    """How often each source has been gone through before a place, as metrics."""
+    parts = [f"epoch/{name}" for name in names] if len(names) > 1 else ["epoch"]
+    return dict(zip(parts, order.epochs(place), strict=True))

@@ -1,5 +1,6 @@
 """What a model is asked while it learns: problems, answered greedily."""
 
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from dirl_cli.types import Decoding, Problem
 
 
 @dataclass(frozen=True)
-class Exam:
+class HeldOutEval:
     """Problems with their prompts, answered as `decoding` says, but greedily. Every process answers its share."""
 
     problems: Sequence[Problem]
@@ -31,18 +32,19 @@ class Exam:
     progress: StepProgress
     stoppable: Callable[[], AbstractContextManager[None]] = nullcontext  # surrounds what may be given up by raising
 
-    def take(self, sampler: Sampler, grader: Grader) -> dict[str, float]:
-        """`greedy_accuracy`: the share of the problems that are answered right.
+    def run(self, sampler: Sampler, grader: Grader) -> dict[str, float]:
+        """`greedy_accuracy`: the share of the problems that are answered right; nothing without problems.
 
-        Nothing without problems, and nothing where a process was asked to stop before all were answered.
+        Raises Interrupted, in every process, where one was asked to stop before all were answered.
         """
         if not self.problems:
             return {}
+
         tokenizer = self.lm.require_tokenizer()
         shares = balanced([len(prompt) for prompt in self.prompts], self.accelerator.num_processes)
         share = shares[self.accelerator.process_index]
         own, prompts = [self.problems[i] for i in share], [self.prompts[i] for i in share]
-        answered, right = 0, 0
+        answered = right = 0
         showing = self.progress.working("answering held-out problems", len(own))
         with showing as done, suppress(Interrupted), self.stoppable(), self.accelerator.autocast():
             answers = sampler.stream(prompts, 1, replace(self.decoding, temperature=0.0))
@@ -50,8 +52,25 @@ class Exam:
                 right += int(answer.correct)
                 answered += 1
                 done(answered)
+
         counts = torch.tensor([float(answered), float(right)], device=self.accelerator.device)
         answered_everywhere, right_everywhere = self.accelerator.reduce(counts).tolist()
         if answered_everywhere < len(self.problems):
-            return {}
+            raise Interrupted(signal.SIGTERM)  # or Ctrl-C: the run's StopSignal knows
         return {"greedy_accuracy": right_everywhere / len(self.problems)}
+
+
+@dataclass(frozen=True)
+class SamplerEvaluation:
+    """Held-out problems, answered by the sampler of a run."""
+
+    held_out: HeldOutEval
+    sampler: Sampler
+    grader: Grader
+
+    def before_training(self) -> dict[str, float]:
+        return self.measure()
+
+    def measure(self) -> dict[str, float]:
+        """See `HeldOutEval.run`."""
+        return self.held_out.run(self.sampler, self.grader)

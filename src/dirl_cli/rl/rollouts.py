@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from threading import Event
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dirl_cli.data.chat import answer_text
-from dirl_cli.data.order import Order
+from dirl_cli.data.order import Order, epochs
 from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.distributed import balanced
 from dirl_cli.errors import DirlError
@@ -35,37 +35,67 @@ Drawn = tuple[int, Record]  # an answer and its problem's place in the endless o
 
 
 @dataclass
-class State:
-    """What a run knows besides its parameters.
+class RolloutState:
+    """How far into the endless order of problems a run is, which its checkpoints keep.
 
-    step: those done. drawn: problems so far. surplus: groups left over for the next step. ahead: the answers to the
-    next step's first problems, where they are sampled while this one learns.
+    drawn: problems drawn so far. surplus: groups left over for the next step. ahead: the answers to the next step's
+    first problems, where they are sampled while the policy is updated.
     """
 
-    step: int = 0
     drawn: int = 0
     surplus: list[Answers] = field(default_factory=list)
     ahead: list[Answers] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        kept = {"surplus": self.surplus, "ahead": self.ahead}
-        groups = {name: [[to_json(record) for record in group] for group in some] for name, some in kept.items()}
-        return {"rl_step": self.step, "drawn": self.drawn, **groups}
+        return {"drawn": self.drawn, "surplus": groups_to_json(self.surplus), "ahead": groups_to_json(self.ahead)}
 
     @staticmethod
-    def from_json(saved: dict[str, Any]) -> "State":
-        surplus, ahead = (
-            [[from_json(record) for record in group] for group in saved[name]] for name in ("surplus", "ahead")
-        )
-        return State(saved["rl_step"], saved["drawn"], surplus, ahead)
+    def from_json(saved: dict[str, Any]) -> "RolloutState":
+        return RolloutState(saved["drawn"], groups_from_json(saved["surplus"]), groups_from_json(saved["ahead"]))
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """Draws problems in their order and samples, scores and filters groups of answers until enough are kept.
+def groups_to_json(groups: Sequence[Answers]) -> list[list[dict[str, Any]]]:
+    return [[to_json(record) for record in group] for group in groups]
 
-    pool, prompts: the problems and their prompts. problems: a step's. filter: see `has_signal`.
-    max_rounds: draws in which to find them. seed: of the answers.
+
+def groups_from_json(groups: list[list[dict[str, Any]]]) -> list[Answers]:
+    return [[from_json(record) for record in group] for group in groups]
+
+
+class RolloutSource(Protocol):
+    """Where a step's groups come from."""
+
+    state: RolloutState
+
+    @property
+    def answers_per_problem(self) -> int:
+        """How many there should be; 0 where that is not known."""
+        ...
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the answers or their rewards are on no disk yet."""
+        ...
+
+    def collect(self, step: int) -> tuple[list[Answers], list[Answers]]:
+        """The groups that step `step` (from 0) learns from, and all that were sampled for it; moves `state` on.
+
+        Where it is interrupted, `state` is what it was.
+        """
+        ...
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source of problems has been gone through, as metrics."""
+        ...
+
+
+@dataclass
+class RolloutSampler:
+    """Draws problems in their order and samples, rewards and filters groups of answers until enough are kept.
+
+    pool, prompts: the problems and their prompts. sources: the names of what they come from. problems: a step's.
+    filter: see `has_signal`. max_rounds: draws in which to find them. seed: of the answers. prefetches: whether the
+    next step's answers are sampled while the policy is updated.
     """
 
     pool: Sequence[Problem]
@@ -81,42 +111,48 @@ class Sampled:
     max_rounds: int
     order: Order
     seed: int
+    sources: Sequence[str] = ("",)
+    prefetches: bool = False
+    state: RolloutState = field(default_factory=RolloutState)
     lengths: dict[int, float] = field(default_factory=dict)  # by problem: the mean of its last answers, in tokens
+    is_new = True
 
-    def take(self, state: State) -> tuple[list[Answers], list[Answers]]:
-        """The groups to learn from, of earlier steps first, and all that were sampled; moves `state` on."""
-        kept, sampled = list(state.surplus), []
+    @property
+    def answers_per_problem(self) -> int:
+        return self.group_size
+
+    def collect(self, step: int) -> tuple[list[Answers], list[Answers]]:
+        """See `RolloutSource.collect`; groups left over from earlier steps come first."""
+        drawn, prefetched = self.state.drawn, self.state.ahead
+        kept, sampled = list(self.state.surplus), []
         for turn in range(self.max_rounds):
             if len(kept) >= self.problems:
                 break
-            groups, state.ahead = state.ahead or self.sample(state, turn), []
-            state.drawn += self.problems
+            places = range(drawn, drawn + self.problems)
+            drawn = places.stop
+            groups = prefetched or self.gather(list(self.own(places, [step, turn])), places)
+            prefetched = []
+
             for group in groups:
-                keep = teaches(group, self.filter)
+                keep = group_has_signal(group, self.filter)
                 group = [replace(record, kept=keep) for record in group]
                 sampled.append(group)
                 if keep:
                     kept.append(group)
-        state.surplus = kept[self.problems :]
+        self.state = RolloutState(drawn, kept[self.problems :], prefetched)
         return kept[: self.problems], sampled
 
-    def sample(self, state: State, turn: int) -> list[Answers]:
-        """Answers to the next problems, each process sampling its share of them, which all take about as long."""
-        places = self.places(state)
-        return self.gathered(list(self.own(places, [state.step, turn])), places)
-
-    def places(self, state: State) -> range:
-        """Where in the endless order the next problems stand."""
-        return range(state.drawn, state.drawn + self.problems)
+    def epochs(self) -> dict[str, float]:
+        return epochs(self.order, self.sources, self.state.drawn)
 
     def own(self, places: range, moment: list[int]) -> Iterator[Drawn]:
-        """The answers of this process's share."""
+        """The answers to this process's share of the problems; all shares take about as long."""
         shares = balanced([self.cost(self.order[place]) for place in places], self.accelerator.num_processes)
         share = [places[i] for i in shares[self.accelerator.process_index]]
         with self.accelerator.autocast():
             yield from self.answers(share, moment)
 
-    def gathered(self, own: list[Drawn], places: range) -> list[Answers]:
+    def gather(self, own: list[Drawn], places: range) -> list[Answers]:
         """Every process's answers, by problem."""
         everyone = gather_object(own) if self.accelerator.num_processes > 1 else own
         found: dict[int, Answers] = {place: [] for place in places}
@@ -156,28 +192,69 @@ class Sampled:
                 yield places[key[0]], rewarded(record, scored)
 
 
-@dataclass(frozen=True)
-class Replayed:
+@dataclass
+class RolloutReplay:
     """The groups of an earlier run, step by step: those it learned from, and all that a step has on record.
 
-    lm: what is to learn from them. rescores: whether they are rewarded anew.
+    lm: what is to learn from them. rescorer: rewards them anew; None leaves their rewards as they are.
     """
 
     files: dict[int, Path]
     lm: DiffusionLM
-    rescores: bool = False
+    rescorer: "Rescorer | None" = None
+    state: RolloutState = field(default_factory=RolloutState)
+    answers_per_problem = 0
 
-    def take(self, state: State) -> tuple[list[Answers], list[Answers]]:
-        """As `Sampled.take`. Raises DirlError, with file and line, for an answer that nothing can be learned from."""
+    @property
+    def is_new(self) -> bool:
+        return self.rescorer is not None
+
+    def collect(self, step: int) -> tuple[list[Answers], list[Answers]]:
+        """See `RolloutSource.collect`.
+
+        Raises DirlError, with file and line, for an answer that nothing can be learned from.
+        """
         groups: list[Answers] = []
-        for place, record in read_lines(self.files[state.step + 1]):
+        for place, record in read_lines(self.files[step + 1]):
             require_learnable(place, record.trajectory, self.lm)
-            if not self.rescores:
+            if not self.rescorer:
                 require_rewarded(place, record, groups[0][0] if groups else record)
             if not groups or not continues(groups[-1][-1], record):
                 groups.append([])
             groups[-1].append(record)
+        if self.rescorer:
+            groups = self.rescorer.reward(groups)
+            return [group for group in groups if group_has_signal(group, self.rescorer.filter)], groups
         return [group for group in groups if group[0].kept], groups
+
+    def epochs(self) -> dict[str, float]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Rescorer:
+    """Rewards answers anew. filter: see `has_signal`. longest: tokens allowed in an answer."""
+
+    scorer: Scorer
+    filter: str
+    longest: int
+    block_size: int
+
+    def reward(self, groups: Sequence[Answers]) -> list[Answers]:
+        """The groups with their new rewards, without answers that have none and groups that have no answer."""
+        rewarded_groups: list[dict[int, Record]] = [{} for _ in groups]
+        for (i, k), scored in self.scorer.score(self._answers(groups)):
+            if scored is not None:
+                rewarded_groups[i][k] = rewarded(groups[i][k], scored)
+        return [[group[k] for k in sorted(group)] for group in rewarded_groups if group]
+
+    def _answers(self, groups: Sequence[Answers]) -> Iterator[tuple[tuple[int, int], Answer]]:
+        for i, group in enumerate(groups):
+            for k, record in enumerate(group):
+                yield (
+                    (i, k),
+                    Answer.of(record.problem, record.trajectory, record.completion, self.longest, self.block_size),
+                )
 
 
 def require_rewarded(place: str, record: Record, first: Record) -> None:
@@ -189,22 +266,22 @@ def require_rewarded(place: str, record: Record, first: Record) -> None:
         raise DirlError(f"{place} has other rewards than the first line ({names}): reward it anew with rl.rescore=true")
 
 
-def replayed(directory: Path, steps: int, lm: DiffusionLM, rescores: bool) -> Replayed:
-    """The rollouts of the run in `directory`. Raises DirlError if there is none for one of the steps."""
+def rollouts_of(directory: Path, steps: int) -> dict[int, Path]:
+    """The files of a run's rollouts by step. Raises DirlError if there is none for one of the steps."""
     files = rollout_files(directory)
     missing = [step for step in range(1, steps + 1) if step not in files]
     if missing:
         raise DirlError(f"{directory} holds no rollout of step {missing[0]}: replay fewer with steps={missing[0] - 1}")
-    return Replayed(files, lm, rescores)
+    return files
 
 
-def teaches(group: Answers, rule: str) -> bool:
-    """Whether a group holds a signal; see `has_signal`."""
+def group_has_signal(group: Answers, rule: str) -> bool:
+    """Whether a group is worth learning from; see `has_signal`."""
     rewards = [record.reward or 0.0 for record in group]
     return len(group) > 0 and has_signal(rewards, [record.correct for record in group], rule)
 
 
-def holds_signal(groups: Sequence[Answers]) -> bool:
+def any_advantage(groups: Sequence[Answers]) -> bool:
     """Whether any answer is worth more or less than the others to its problem."""
     return any(record.advantage for group in groups for record in group)
 
@@ -223,20 +300,6 @@ def why_without_signal(groups: Sequence[Answers]) -> str:
     return "the answers to each problem are all right or all wrong: raise rl.group_size or decoding.temperature"
 
 
-def rescored(groups: Sequence[Answers], scorer: Scorer, longest: int, block_size: int) -> list[Answers]:
-    """The groups with their answers rewarded anew, without those that have no reward. longest: tokens allowed."""
-    found: list[dict[int, Record]] = [{} for _ in groups]
-    answers = (
-        ((i, k), Answer.of(record.problem, record.trajectory, record.completion, longest, block_size))
-        for i, group in enumerate(groups)
-        for k, record in enumerate(group)
-    )
-    for (i, k), scored in scorer.score(answers):
-        if scored is not None:
-            found[i][k] = rewarded(groups[i][k], scored)
-    return [[record for _, record in sorted(group.items())] for group in found if group]
-
-
 def rewarded(record: Record, scored: Scored) -> Record:
     return replace(record, reward=scored.total, parts=scored.parts, correct=scored.correct)
 
@@ -246,16 +309,18 @@ def continues(last: Record, record: Record) -> bool:
     return record.problem == last.problem and record.sample > last.sample and record.kept == last.kept
 
 
-def with_advantages(groups: Sequence[Answers], advantage: Advantage) -> list[Answers]:
-    """The groups with what each answer is worth beside the others."""
-    worth = [advantage(torch.tensor([record.reward for record in group])).tolist() for group in groups]
-    return [
-        [replace(record, advantage=value, kept=True) for record, value in zip(group, values, strict=True)]
-        for group, values in zip(groups, worth, strict=True)
-    ]
+def add_advantages(groups: Sequence[Answers], advantage: Advantage) -> list[Answers]:
+    """The groups with each answer's advantage over the others to its problem."""
+    finished = []
+    for group in groups:
+        values = advantage(torch.tensor([record.reward for record in group])).tolist()
+        finished.append(
+            [replace(record, advantage=value, kept=True) for record, value in zip(group, values, strict=True)]
+        )
+    return finished
 
 
-def drawing(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Order:
+def problem_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Order:
     """The order in which the problems of some sources are drawn."""
 
     def seeded(*numbers: int) -> torch.Generator:
@@ -264,8 +329,17 @@ def drawing(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Order:
     return Order(tuple(sizes), tuple(weights), seeded)
 
 
+def sampler_during_update(
+    rollouts: RolloutSource, sampler: Sampler, step: int, is_last: bool
+) -> AbstractContextManager[None]:
+    """What the sampler does while the policy is updated at step `step` (from 0): it rests, or samples ahead."""
+    if isinstance(rollouts, RolloutSampler) and rollouts.prefetches and not is_last:
+        return prefetch_rollout(rollouts, step + 1)
+    return offloaded(sampler)
+
+
 @contextmanager
-def resting(sampler: Sampler) -> Iterator[None]:
+def offloaded(sampler: Sampler) -> Iterator[None]:
     """The sampler gives its memory to the trainer meanwhile."""
     sampler.sleep()
     yield
@@ -273,16 +347,19 @@ def resting(sampler: Sampler) -> Iterator[None]:
 
 
 @contextmanager
-def sampling_ahead(source: Sampled, state: State) -> Iterator[None]:
-    """The first round of the step after `state`'s is sampled meanwhile, in a thread, and kept in `state`.
+def prefetch_rollout(rollouts: RolloutSampler, step: int) -> Iterator[None]:
+    """The first round of step `step` is sampled meanwhile, in a thread, and kept in the rollouts' state.
 
     The sampler must hold weights of its own, which nobody touches inside. Nothing is sampled where what is left over
     from earlier rounds will do.
     """
-    if len(state.surplus) >= source.problems:
+    state = rollouts.state
+    if len(state.surplus) >= rollouts.problems:
         yield
         return
-    device, places, moment = source.accelerator.device, source.places(state), [state.step + 1, 0]
+
+    places = range(state.drawn, state.drawn + rollouts.problems)
+    device = rollouts.accelerator.device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream:
         stream.wait_stream(torch.cuda.current_stream(device))  # on which the weights were pushed
@@ -291,7 +368,7 @@ def sampling_ahead(source: Sampled, state: State) -> Iterator[None]:
     def sample() -> list[Drawn]:
         answers = []
         with torch.cuda.stream(stream) if stream else nullcontext():
-            for drawn in source.own(places, moment):
+            for drawn in rollouts.own(places, [step, 0]):
                 answers.append(drawn)
                 if stopped.is_set():
                     break
@@ -304,4 +381,4 @@ def sampling_ahead(source: Sampled, state: State) -> Iterator[None]:
         except BaseException:
             stopped.set()  # the answer that is being written is the last
             raise
-        state.ahead = source.gathered(under_way.result(), places)
+        state.ahead = rollouts.gather(under_way.result(), places)

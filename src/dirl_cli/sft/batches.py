@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dirl_cli.data.order import Order, generator
+from dirl_cli.data.order import Order, epochs, generator
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Example, Masking, example, noised_rows
 
@@ -58,13 +58,17 @@ class Padded:
 
 @dataclass(frozen=True)
 class NoisedBatches:
-    """Batch by step: the next `batch_size` demonstrations in their order, freshly masked. noise: that of a step."""
+    """Batch by step: the next `batch_size` demonstrations in their order, freshly masked.
+
+    noise: that of a step. sources: the names of what the demonstrations come from.
+    """
 
     examples: Examples
     order: Order
     batch_size: int
     noise: Callable[[int], Noise]
     seed: int
+    sources: Sequence[str] = ("",)
 
     def __getitem__(self, step: int) -> tuple[Rows, int]:
         return self.noise(step).rows(list(self.demonstrations(step)), self.seed, step)
@@ -72,6 +76,10 @@ class NoisedBatches:
     def demonstrations(self, step: int) -> Iterator[Example]:
         """Those of batch `step`, each made when it is asked for."""
         return (self.examples[i] for i in self.chosen(step))
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often each source has been gone through after so many steps, as metrics."""
+        return epochs(self.order, self.sources, steps * self.batch_size)
 
     def chosen(self, step: int) -> list[int]:
         """Which examples make batch `step`, in which one epoch may end and the next begin."""

@@ -3,10 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Band, Example
+from dirl_cli.evaluation.held_out import HeldOutEval
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.peft import Peft
+from dirl_cli.report.progress import StepProgress
+from dirl_cli.reward.grading import Grader
+from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
-from dirl_cli.training.trainer import Loss, Trainer
+from dirl_cli.training.parallel import whole
+from dirl_cli.training.trainer import Loss, Sums, Trainer
 
 
 def metric(rate: float) -> str:
@@ -24,12 +34,50 @@ class Validation:
 
     def measure(self, trainer: Trainer, loss: Loss, micro_rows: int | None) -> dict[str, float]:
         """`validation_loss`, and at each rate the share of hidden tokens that are the likeliest there."""
-        found = trainer.measure(trainer.cut(self.rows, micro_rows), loss, self.answer_tokens)
-        accuracy = {
-            metric(rate): trainer.measure(trainer.cut(rows, micro_rows), loss, len(rows.targets))["likeliest"]
-            for rate, rows in self.by_rate.items()
-        }
-        return {"validation_loss": found["loss"], **accuracy}
+        sums = trainer.measure(trainer.cut(self.rows, micro_rows), loss, self.answer_tokens)
+        metrics = {"validation_loss": sums["loss"]}
+        for rate, rows in self.by_rate.items():
+            sums = trainer.measure(trainer.cut(rows, micro_rows), loss, len(rows.targets))
+            metrics[metric(rate)] = sums["likeliest"]
+        return metrics
+
+
+@dataclass(frozen=True)
+class SftEvaluation:
+    """What is measured while a model is fine-tuned.
+
+    validation: None without held-out demonstrations. dtype: of the weights that answer. micro_rows: rows in a forward.
+    """
+
+    validation: Validation | None
+    held_out: HeldOutEval
+    trainer: Trainer
+    lm: DiffusionLM
+    peft: Peft
+    grader: Grader
+    dtype: torch.dtype
+    micro_rows: int | None
+    progress: StepProgress
+
+    def before_training(self) -> dict[str, float]:
+        """How well hidden tokens of held-out demonstrations are filled in. Raises Interrupted where it was stopped."""
+        if not self.validation:
+            return {}
+        with self.progress.working("measuring held-out demonstrations"):
+            return self.validation.measure(self.trainer, cross_entropy, self.micro_rows)
+
+    def measure(self) -> dict[str, float]:
+        """That, and how many of the held-out problems are answered right. Raises Interrupted where it was stopped."""
+        metrics = self.before_training()
+        if self.held_out.problems:
+            sampler = NativeSampler(whole(self.peft.merged(self.lm), self.dtype))
+            metrics |= self.held_out.run(sampler, self.grader)
+        return metrics
+
+
+def cross_entropy(rows: Rows, logprobs: Tensor, entropy: Tensor) -> Sums:
+    """The masked tokens' cross-entropy, weighted as the masking schedule asks. logprobs: (N,) of the scored tokens."""
+    return {"loss": -(rows.weight * logprobs).sum()}
 
 
 def hold_out(examples: Sequence[Example], noise: Noise, rates: Sequence[float], seed: int) -> Validation:

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.data.chat import encode_questions, turn_end
 from dirl_cli.data.columns import told
-from dirl_cli.data.order import Order
 from dirl_cli.data.rows import Row
 from dirl_cli.data.tokens import Tokens, tokens_file, write_tokens
 from dirl_cli.errors import DirlError
@@ -124,9 +123,3 @@ def says_something(row: dict) -> bool:
     said = [message for message in row.get("messages", ()) if message["role"] == "assistant"]
     answers = [message["content"] for message in said] or [row.get("response", "")]
     return any(map(str.strip, answers)) or any(message.get("tool_calls") for message in said)
-
-
-def epochs(order: Order, names: Sequence[str], place: int) -> dict[str, float]:
-    """How often each source has been gone through before a place, as metrics."""
-    parts = [f"epoch/{name}" for name in names] if len(names) > 1 else ["epoch"]
-    return dict(zip(parts, order.epochs(place), strict=True))

@@ -1,127 +1,212 @@
-"""What a training run leaves: the model with its card, on the disk and where it is asked for on the Hub."""
+"""What fine-tuning and reinforcement do around their steps: show, evaluate, log, save, go on, and stop when asked."""
 
-import os
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
-from accelerate import Accelerator
+from torch import nn
 
-from dirl_cli.errors import STOP_CODES, Interrupted, Stopped
-from dirl_cli.models.load import DiffusionLM
-from dirl_cli.models.model_card import adapter_card, model_card
-from dirl_cli.models.peft import Peft
-from dirl_cli.models.save import push
-from dirl_cli.report.metrics_log import curves
+from dirl_cli.errors import Interrupted
+from dirl_cli.report.metrics_log import MetricsLog, NoLog
 from dirl_cli.report.plot import Panel
-from dirl_cli.report.progress import StepProgress
-from dirl_cli.text import shell_word
-from dirl_cli.training.checkpoint import save_model
-from dirl_cli.types import Decoding
+from dirl_cli.report.progress import StepProgress, due
+from dirl_cli.training.checkpoint import Checkpoints, load, require_same_run
+from dirl_cli.training.prepare import require_same_data
+from dirl_cli.training.stop_signal import StopSignal
+from dirl_cli.training.trainer import Trainer
 
-HEARD = "asked to stop: what is finished is saved first; another Ctrl-C ends it at once\n"
+Metrics = dict[str, float]
 
 
-class StopSignal:
-    """Remembers that the run was asked to stop. A second Ctrl-C ends it at once."""
+class Evaluation(Protocol):
+    """What a run measures of its model. Both raise Interrupted where they were stopped before they had all."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.received = 0  # the signal, by this process
-        self.agreed = 0  # by any, when all last looked; another one may come while they do
-        self.raises = False
+    def before_training(self) -> Metrics: ...
 
-    def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self.receive) for number in STOP_CODES}
+    def measure(self) -> Metrics: ...
+
+
+@dataclass
+class Session:
+    """A training run from its first step to its last, however often it is stopped in between.
+
+    command: `sft` or `rl`. steps: of the whole run. picture: where its curves are drawn. noted: the metrics of an
+    evaluation that get a line of their own. state: what the command itself remembers, to be kept in checkpoints.
+    """
+
+    command: str
+    name: str
+    steps: int
+    seed: int
+    save_every: int
+    eval_every: int
+    trainer: Trainer
+    model: nn.Module
+    checkpoints: Checkpoints
+    progress: StepProgress
+    stop: StopSignal
+    panels: Sequence[Panel]
+    picture: Path
+    noted: Sequence[str]
+    fingerprints: Mapping[str, str]  # base_fingerprint: of the weights it began with; data_fingerprint: of its rows
+    state: Callable[[], Mapping[str, Any]] = dict
+    log: MetricsLog | NoLog = field(default_factory=NoLog)
+    step: int = 0  # steps that are finished
+    saved_at: int = 0
+    saved_in: Path | None = None
+    evaluation: Evaluation | None = None
+    unevaluated: Metrics | None = None  # of the last step, where its evaluation was given up to stop at once
+
+    # Beginning and going on
+
+    def resume(self, resume: str, needs_base: bool, data: str) -> dict[str, Any] | None:
+        """Go on from the run's last good checkpoint, or from the one `resume` names; returns what that remembers.
+
+        needs_base: whether the weights that the run began with are used besides those in the checkpoint. data: its
+        name, for the sentence. Raises DirlError for a checkpoint of another command, other weights or other rows.
+        """
+        path = self.checkpoints.begin(resume, self.progress.say)
+        if path is None:
+            return None
+
+        require_same_run(path, self.command, self.fingerprints["base_fingerprint"] if needs_base else None)
+        remembered = load(path, self.model, self.trainer.optimizers)
+        rows = self.fingerprints["data_fingerprint"]
+        if path.parent == self.checkpoints.directory:  # another run's checkpoint may have seen other data
+            require_same_data(data, remembered.get("data_fingerprint", rows), rows)
+
+        self.step = self.saved_at = remembered["step"]
+        self.saved_in = path
+        self.unevaluated = remembered.get("unevaluated")
+        self.trainer.steps_taken = remembered.get("updates", self.step)
+        self.trainer.skipped = remembered["skipped"]
+        self.trainer.updates_applied = remembered.get("updates_applied", self.trainer.steps_taken)
+        self.progress.say(f"going on after step {self.step}, from {path}")
+        return remembered
+
+    @property
+    def logged(self) -> int:
+        """The last step whose line of metrics stays in the log; -1 for none, not even that of step 0."""
+        if self.unevaluated is not None:
+            return self.step - 1
+        return self.step or -1
+
+    def __enter__(self) -> Self:
+        self._open = ExitStack()
+        self._open.enter_context(self.checkpoints)
+        self._open.enter_context(self.stop)
+        self._open.enter_context(self.progress.after(self.step))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+        if error is None:
+            self.log.close()
+            self.progress.sum_up(self.trainer.times.total)
 
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        first, self.received = not self.received, number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if first and self.accelerator.is_main_process:
-            os.write(2, HEARD.encode())  # since a print may be under way
-        if self.raises:
-            self.raises = False
-            raise Interrupted(number)
+    # Steps
+
+    def remaining_steps(self, evaluation: Evaluation | None) -> Iterator[int]:
+        """The steps that are left, from 0. Every one has to end in `end_of_step`.
+
+        evaluation: measures the model before the first step, every `eval_every` steps and at the end.
+        """
+        self.evaluation = evaluation
+        if self.step == 0 and evaluation:
+            self._evaluate_before_the_first_step(evaluation)
+        if self.unevaluated is not None:
+            self._finish_step(self.unevaluated)
+        while self.step < self.steps:
+            torch.manual_seed(self.seed + self.step)  # for models with dropout
+            yield self.step
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Inside, a wish to stop raises Interrupted. Only for what waits for no other process and changes nothing."""
-        if self.received:
-            raise Interrupted(self.received)
-        self.raises = True
+    def showing(self, phase: str = "") -> Iterator[None]:
+        """Show that a phase of the step goes on.
+
+        Where it is interrupted, what it did so far is given up and the run stops after the step before.
+        """
+        title = f"step {self.step + 1}/{self.steps}"
         try:
-            yield
-        finally:
-            self.raises = False
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """As `apart` in a run of one process; where there are several, which wait for each other, it waits too."""
-        if self.accelerator.num_processes > 1:
-            yield
-        else:
-            with self.apart():
+            with self.progress.working(f"{title} · {phase}" if phase else title):
                 yield
+        except Interrupted:
+            if self.step > self.saved_at:
+                self.save({})
+            self._stop()
 
-    def __bool__(self) -> bool:
-        """Whether any process was asked; every process gets the same answer."""
-        asked = torch.tensor([self.received], device=self.accelerator.device)
-        self.agreed = int(self.accelerator.gather(asked).max())
-        return self.agreed > 0
+    def end_of_step(self, metrics: Metrics) -> None:
+        """Report, evaluate and save where that is due, and stop where it was asked for."""
+        self.step += 1
+        self.progress.update(self.step, metrics)
+        if metrics.get("skipped"):
+            self.progress.note(self.step, metrics, "loss", "grad_norm", "skipped")
+        self._finish_step(metrics)
 
-    def end(self, step: int, steps: int, saved: Path | None) -> Stopped:
-        """What ends the run after a step of all, which is saved in a directory; step 0 has nothing to save."""
-        where = f"after step {step} of {steps}, saved in {saved}" if step else "before the end of the first step"
-        number = signal.Signals(self.agreed or self.received)
-        return Stopped(f"stopped {where}: the same command goes on", STOP_CODES[number])
+    def save(self, metrics: Metrics, **more: Any) -> None:
+        """Save the last whole step, of which these are the metrics."""
+        trainer = self.trainer
+        remembered = {
+            "command": self.command,
+            **self.fingerprints,
+            "updates": trainer.steps_taken,
+            "skipped": trainer.skipped,
+            "updates_applied": trainer.updates_applied,
+            **self.state(),
+            **more,
+        }
+        with trainer.times("saving"):
+            self.saved_in = self.checkpoints.save(self.step, self.model, trainer.optimizers, metrics, **remembered)
+            self.draw()
+        self.saved_at = self.step
 
+    def draw(self) -> None:
+        """Draw the curves so far."""
+        self.log.draw(self.panels, self.name, self.picture)
 
-def keep(
-    lm: DiffusionLM,
-    peft: Peft,
-    run: Path,
-    summary: str,
-    settings: Mapping[str, Any],
-    recipe: Sequence[str],
-    panels: Sequence[Panel],
-    decoding: Decoding,
-    accelerator: Accelerator,
-    progress: StepProgress,
-) -> None:
-    """Save `run`/model, its card made of the settings named in `recipe` and of what `panels` show; then push it.
+    def _evaluate_before_the_first_step(self, evaluation: Evaluation) -> None:
+        try:
+            with self.trainer.times("evaluation"):
+                metrics = evaluation.before_training()
+        except Interrupted:
+            self._stop()
+        if self.stop:
+            self._stop()
+        if metrics:
+            self.log.write(0, metrics | self.trainer.times.take())
+            self.progress.note(0, metrics, *self.noted)
 
-    What `peft` trained beside the weights is saved in `run`/adapter, too.
-    """
-    repository, saved, base = settings["push_to_hub"], run / "model", settings["model"].get("path")
-    chosen = {name: settings[name] for name in recipe}
-    if accelerator.is_main_process:
-        merged_first = settings["model"].get("adapter")
-        told = f"{summary} It stands beside {base} with {merged_first} merged into it." if merged_first else summary
-        beside = settings["model"] if base and not merged_first else None
-        readme = adapter_card(settings["name"], told, beside, chosen)
-        peft.save(lm, run / "adapter", base if beside else None, readme)
-    card = model_card(
-        settings["name"],
-        repository,
-        summary,
-        base,
-        chosen,
-        curves(run / "metrics.jsonl", panels),
-        asdict(decoding) | {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
-        lm.model.config,
-    )
-    where = "cpu" if accelerator.is_main_process else "meta"  # one process saves
-    save_model(peft.merged(lm, where), settings["dtype"], saved, card, accelerator)
-    progress.say(f"the model is in {saved}: run `dirl eval {shell_word('model', saved)}`")
-    if repository and accelerator.is_main_process:
-        progress.say(f"and at {push(saved, repository)}")
+    def _finish_step(self, metrics: Metrics) -> None:
+        is_last = self.step == self.steps
+        evaluates = self.evaluation is not None and (is_last or due(self.step, self.eval_every))
+        if self.evaluation and evaluates:
+            try:
+                with self.trainer.times("evaluation"):
+                    metrics = metrics | self.evaluation.measure()
+            except Interrupted:  # to be made up for when the run goes on, which then writes the step's line
+                self.save({}, unevaluated=metrics)
+                self._stop()
+            self.progress.note(self.step, metrics, *self.noted)
+        self.unevaluated = None
+        self.log.write(self.step, metrics | self.trainer.times.take())
+
+        # While updates are skipped no checkpoint is written that would push out one from before the bad steps.
+        is_due = due(self.step, self.save_every) and not self.trainer.skipped
+        must_stop = bool(self.stop) and not is_last
+        if is_last or must_stop or is_due or self.checkpoints.is_best(metrics):
+            self.save(metrics)
+        elif evaluates:
+            self.draw()
+        if must_stop:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self.checkpoints.wait()
+        bool(self.stop)  # so that every process knows of the signal that any has received
+        raise self.stop.end(self.step, self.steps, self.saved_in)

@@ -1,0 +1,134 @@
+"""What `dirl sft` and `dirl rl` do alike around their training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+
+from dirl_cli.cli.build import build, choice
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.peft import ModelSource, Peft
+from dirl_cli.models.shapes import outline, shapes
+from dirl_cli.plan.budget import Budget, Machine
+from dirl_cli.report.metrics_log import open_log
+from dirl_cli.report.plot import Panel
+from dirl_cli.report.progress import StepProgress
+from dirl_cli.text import shell_word
+from dirl_cli.training.checkpoint import Checkpoints
+from dirl_cli.training.export import export_model
+from dirl_cli.training.parallel import start_accelerator
+from dirl_cli.training.session import Session
+from dirl_cli.training.stop_signal import StopSignal
+from dirl_cli.training.trainer import Trainer
+from dirl_cli.types import Decoding
+
+
+def start_processes(cfg: DictConfig, shown: Sequence[str]) -> tuple[Accelerator, StepProgress]:
+    """This process among those of the run, and its display of steps, quiet in all but one."""
+    if cfg.dry_run:
+        accelerator = start_accelerator("cpu", cfg.dtype)
+    else:
+        accelerator = start_accelerator(cfg.device, cfg.dtype, cfg.launch)
+    return accelerator, StepProgress(cfg.steps, cfg.log_every, shown, quiet=not accelerator.is_main_process)
+
+
+def is_finished(cfg: DictConfig, out: Path, progress: StepProgress) -> bool:
+    """Whether the run has left its model before, which is then said."""
+    saved = out / "model"
+    if cfg.dry_run or not saved.exists():
+        return False
+    progress.say(
+        f"{out} is finished: run `dirl eval {shell_word('model', saved)}`, or give another name= to train again"
+    )
+    return True
+
+
+def shapes_of(cfg: DictConfig, model: ModelSource) -> DiffusionLM:
+    """The model without its weights, which come once they are known to fit."""
+    lm: DiffusionLM = (outline if cfg.dry_run else shapes)(model, cfg.attention)
+    return lm
+
+
+def planner(
+    cfg: DictConfig, budget: Callable[..., Budget], keys: Sequence[str], peft: Peft, *parts: object
+) -> Callable[..., Budget]:
+    """Makes the memory budget of the run on this machine. keys: the settings it may propose to change."""
+    machine = Machine(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
+    settings = {key: OmegaConf.select(cfg, key) for key in keys}
+    adapter = partial(choice, "peft") if find_spec("peft") else None
+    return partial(budget, *parts, machine, settings, peft=peft, adapter=adapter)
+
+
+def show_budget(budget: Budget, cfg: DictConfig, progress: StepProgress) -> None:
+    budget.show(OmegaConf.to_container(cfg), progress.console)
+
+
+def load_model(
+    cfg: DictConfig, model: ModelSource, peft: Peft, accelerator: Accelerator, progress: StepProgress
+) -> DiffusionLM:
+    """The model as it is trained, on this process's device."""
+    with progress.working("loading the model"):
+        lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
+    if cfg.gradient_checkpointing:
+        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return lm
+
+
+def open_session(
+    cfg: DictConfig,
+    out: Path,
+    command: str,
+    trainer: Trainer,
+    lm: DiffusionLM,
+    progress: StepProgress,
+    stop: StopSignal,
+    panels: Sequence[Panel],
+    noted: Sequence[str],
+    fingerprints: Mapping[str, str],
+) -> Session:
+    """The run in `out`, not gone on with yet. noted: metrics of an evaluation that get a line of their own."""
+    checkpoints = Checkpoints(
+        out / "checkpoints",
+        trainer.accelerator,
+        keep=cfg.keep_checkpoints,
+        best=cfg.keep_best,
+        in_background=cfg.async_checkpoints,
+    )
+    return Session(
+        command=command,
+        name=cfg.name,
+        steps=cfg.steps,
+        seed=cfg.seed,
+        save_every=cfg.save_every,
+        eval_every=cfg.eval_every,
+        trainer=trainer,
+        model=lm.model,
+        checkpoints=checkpoints,
+        progress=progress,
+        stop=stop,
+        panels=panels,
+        picture=out / ("loss.png" if command == "sft" else "rl.png"),
+        noted=noted,
+        fingerprints=fingerprints,
+    )
+
+
+def open_run_log(cfg: DictConfig, out: Path, run: Session) -> None:
+    """Open the run's metrics where it goes on, in the process that writes them."""
+    if run.trainer.accelerator.is_main_process:
+        run.log = open_log(out, run.logged, build(cfg.logger), OmegaConf.to_container(cfg))
+
+
+def leave_model(
+    cfg: DictConfig, out: Path, run: Session, lm: DiffusionLM, peft: Peft, decoding: Decoding, recipe: Sequence[str]
+) -> None:
+    """Write the run's model and its card. recipe: the settings that are on the card."""
+    how = "fine-tuned" if run.command == "sft" else "reinforced"
+    given = "" if run.command == "sft" else f" algo={cfg.algo.name}"
+    summary = f"{cfg.model.name}, {how} on {cfg.data.name} with `dirl {run.command}{given}`."
+    settings: Any = OmegaConf.to_container(cfg)
+    export_model(lm, peft, out, summary, settings, recipe, run.panels, decoding, run.trainer.accelerator, run.progress)

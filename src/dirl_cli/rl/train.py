@@ -1,0 +1,39 @@
+"""Reinforcement learning, from top to bottom: sample groups of answers, reward them, and update the policy."""
+
+from dirl_cli.rl.advantages import ADVANTAGES
+from dirl_cli.rl.reporting import RolloutReport
+from dirl_cli.rl.rollout_metrics import rollout_metrics
+from dirl_cli.rl.rollouts import RolloutSource, add_advantages, sampler_during_update
+from dirl_cli.rl.update import PolicyUpdate
+from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.training.session import Evaluation, Session
+
+
+def train(
+    run: Session,
+    rollouts: RolloutSource,
+    update: PolicyUpdate,
+    sampler: Sampler,
+    report: RolloutReport,
+    evaluation: Evaluation | None,
+    learns: bool = True,
+) -> None:
+    """Take the steps that are left of a run. learns: False samples and writes rollouts, and updates nothing."""
+    for step in run.remaining_steps(evaluation):
+        # Rollout: G answers to each of P problems, rewarded. Groups without a signal make way for other problems.
+        with run.trainer.times("rollout"), run.showing("rollout"), run.stop.alone():
+            groups, sampled = rollouts.collect(step)
+        groups = add_advantages(groups, ADVANTAGES[update.objective.advantage])
+        metrics = rollout_metrics(sampled, groups, rollouts.answers_per_problem) | rollouts.epochs()
+
+        # Update: optimizer steps on the groups, each token in the state in which it was revealed. Meanwhile the
+        # sampler is offloaded, or samples the next step's answers.
+        if groups and learns:
+            is_last = step + 1 == run.steps
+            with sampler_during_update(rollouts, sampler, step, is_last), run.showing("update"):
+                metrics |= update.run(groups, step)
+            update.publish(sampler)
+
+        # Report, evaluate and save where it is due; stop where it was asked for.
+        report.step(step + 1, groups, sampled)
+        run.end_of_step(metrics)

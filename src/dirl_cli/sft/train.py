@@ -1,0 +1,41 @@
+"""Fine-tuning, from top to bottom: hide answer tokens of demonstrations, and learn to fill them in."""
+
+import time
+
+from dirl_cli.sft.annealing import Annealing
+from dirl_cli.sft.batches import NoisedBatches
+from dirl_cli.sft.validation import SftEvaluation, cross_entropy
+from dirl_cli.training.session import Session
+from dirl_cli.training.trainer import Trainer
+
+
+def train(
+    run: Session,
+    trainer: Trainer,
+    batches: NoisedBatches,
+    annealing: Annealing,
+    evaluation: SftEvaluation | None,
+    micro_rows: int | None,
+) -> None:
+    """Take the steps that are left of a run. micro_rows: rows in a forward; None for all of a step."""
+    for step in run.remaining_steps(evaluation):
+        began = time.perf_counter()
+
+        # The step's demonstrations, freshly masked and packed into rows (1, T). Annealing may add them once more as a
+        # causal model learns them.
+        with trainer.times("rows"):
+            masked_rows, answer_tokens = batches[step]
+            causal_rows = annealing.causal_rows(batches.demonstrations(step), batches.noise(step))
+            micro_batches = []
+            for rows in (masked_rows, *causal_rows):
+                micro_batches += trainer.cut(rows, micro_rows)
+
+        # One optimizer step on the sum over all hidden tokens, divided by the answer tokens of the whole batch.
+        with run.showing():
+            metrics = trainer.step(micro_batches, cross_entropy, answer_tokens)
+
+        # Report, evaluate and save where it is due; stop where it was asked for.
+        tokens = sum(rows.num_tokens for rows in micro_batches)
+        metrics["tokens_per_s"] = tokens / (time.perf_counter() - began)
+        metrics |= batches.epochs(step + 1)
+        run.end_of_step(metrics)
