@@ -14,7 +14,8 @@ from dirl_cli.rollout.engines import Lmdeploy
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding
-from tests.reference.parity import parting, slow_answer
+from tests.helpers.divergence import first_divergence
+from tests.reference.sampling import greedy_answer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,11 +43,11 @@ def engines(request):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_greedy_answers_are_the_slow_loops_but_where_bf16_tips_a_decision(engines, name):
     lm, decoding = engines[0], STRATEGIES[name]
-    slow = [slow_answer(lm, prompt, decoding) for prompt in PROMPTS]
+    slow = [greedy_answer(lm, prompt, decoding) for prompt in PROMPTS]
     for engine in engines[1:]:
         answers = [one for [one] in engine.sample(PROMPTS, 1, decoding)]
         for right, one in zip(slow, answers, strict=True):
-            found = parting(lm, right, one, decoding)
+            found = first_divergence(lm, right, one, decoding)
             same = found.after if found else len(right.token_ids)
             print(f"{type(engine).__name__}, {name}: {same} of {len(right.token_ids)} tokens alike; {found}")
             assert found is None or found.margin < BF16, found
@@ -111,8 +112,8 @@ def test_sleep_gives_memory_back_and_new_weights_wake_with_it(engines):
     after = [one for [one] in theirs.sample(PROMPTS, 1, decoding)]
     assert {one.weights_version for one in after} == {5}
     assert [one.token_ids for one in after] != before
-    for right, one in zip([slow_answer(lm, prompt, decoding) for prompt in PROMPTS], after, strict=True):
-        found = parting(lm, right, one, decoding)
+    for right, one in zip([greedy_answer(lm, prompt, decoding) for prompt in PROMPTS], after, strict=True):
+        found = first_divergence(lm, right, one, decoding)
         assert found is None or found.margin < BF16, found
 
 
@@ -124,7 +125,7 @@ def test_a_push_without_a_sleep_is_seen_by_captured_graphs(engines):
         lm.model.lm_head.weight.copy_(lm.model.lm_head.weight.roll(1, 0))
     theirs.update_weights(lm.model.named_parameters(), version=6)
     for prompt, [one] in zip(PROMPTS, theirs.sample(PROMPTS, 1, decoding), strict=True):
-        found = parting(lm, slow_answer(lm, prompt, decoding), one, decoding)
+        found = first_divergence(lm, greedy_answer(lm, prompt, decoding), one, decoding)
         assert found is None or found.margin < BF16, found
 
 
@@ -157,7 +158,7 @@ def test_a_mixture_of_experts_answers_with_pushed_weights():
                 parameter.mul_(1.5)
         theirs.update_weights(lm.model.named_parameters(), version)
         for prompt, [one] in zip(PROMPTS, theirs.sample(PROMPTS, 1, decoding), strict=True):
-            found = parting(lm, slow_answer(lm, prompt, decoding), one, decoding)
+            found = first_divergence(lm, greedy_answer(lm, prompt, decoding), one, decoding)
             print(found)
             assert found is None or found.margin < 3 * BF16, found  # a rounded router may choose another expert
     theirs.sleep()

@@ -1,4 +1,4 @@
-"""Every answer of a model that has few, with its exact probability.
+"""The specification, as code, of the policy: every answer of a model that has few, with its exact probability.
 
 The sampler's own functions are walked: each candidate in turn is drawn with its probability, the strategy picks what
 is revealed, and so on to the end of the answer. Candidates that are not revealed are forgotten.

@@ -1,4 +1,7 @@
-"""The published sampler's loop, one sequence at a time: S forwards to fill a block, one more to cache it."""
+"""The specification, as code, of the published sampler: S forwards to fill a block, one more to cache it.
+
+One sequence at a time on plain transformers; also what `benchmarks` measure the engines against.
+"""
 
 import torch
 from torch import Tensor

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.helpers.small import MASK, VOCABULARY, random_lm, small_lm
-from tests.reference.parity import last_block
+from tests.reference.sampling import last_block_logits
 
 pytest.importorskip("lmdeploy", reason="needs lmdeploy 0.18.0 (pip install --no-deps): `make install` brings it")
 
@@ -136,7 +136,7 @@ class Loop:
         found = []
         for sequence in running:
             ids = sequence.history_cache[: sequence.num_history_ids + sequence.num_token_ids]
-            found.append(last_block(self.lm, ids.tolist()))
+            found.append(last_block_logits(self.lm, ids.tolist()))
         return torch.cat(found).float()
 
     def without_finished(self, running):

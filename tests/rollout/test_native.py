@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dirl_cli.diffusion.layout import Coordinates
-from dirl_cli.diffusion.sampling import request_key, uniform
 from dirl_cli.errors import DirlError
-from dirl_cli.models.attention import dense_mask
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding
 from tests.helpers.small import MASK, VOCABULARY, small_lm
+from tests.reference.sampling import sequential_answer
 
 STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], []]
@@ -26,28 +24,6 @@ def decoding(strategy: str, **options) -> Decoding:
     return Decoding(**defaults | options)
 
 
-def slow_sample(lm, prompt: list[int], options: Decoding) -> tuple[list[int], list[int]]:
-    """One sequence, one token at a time, no cache: sequential strategy with one token a step."""
-    sequence, key = list(prompt), torch.tensor(request_key(options.seed, prompt, 0))
-    end = -(-(len(prompt) + options.max_new_tokens) // lm.block_size) * lm.block_size
-    steps = []
-    for position in range(len(prompt), end):
-        block_end = (position // lm.block_size + 1) * lm.block_size
-        state = torch.tensor([sequence + [MASK] * (block_end - len(sequence))])
-        place = torch.arange(state.shape[1])[None]
-        zeros = torch.zeros_like(place)
-        with torch.no_grad():
-            mask = dense_mask(Coordinates(zeros, zeros, place // lm.block_size, zeros))
-            logits = lm.model(input_ids=state, position_ids=place, attention_mask=mask).logits[0, position].double()
-        logits[MASK] = -torch.inf
-        step = position - max(position // lm.block_size * lm.block_size, len(prompt)) + 1
-        u = uniform(key, torch.tensor(position), torch.tensor(step))
-        probabilities = (logits / options.temperature).softmax(-1)
-        sequence.append(int((probabilities.cumsum(-1) <= u).sum()))
-        steps.append(step)
-    return sequence[len(prompt) :], steps
-
-
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("block_size", [1, 4])
 @pytest.mark.parametrize("by_blocks", [False, True])
@@ -55,7 +31,7 @@ def test_it_equals_a_loop_without_cache_or_batch(prompt, block_size, by_blocks):
     lm = small_lm(block_size)
     options = decoding("sequential", denoising_steps=block_size)
     [[trajectory]] = NativeSampler(lm, by_blocks=by_blocks).sample([prompt], 1, options)
-    assert (trajectory.token_ids, trajectory.reveal_step) == slow_sample(lm, prompt, options)
+    assert (trajectory.token_ids, trajectory.reveal_step) == sequential_answer(lm, prompt, options)
 
 
 def test_left_to_the_model_a_block_takes_a_forward_for_each_of_its_tokens():

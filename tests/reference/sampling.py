@@ -1,0 +1,92 @@
+"""The specification, as code, of sampling: one sequence, the whole of it through the model for every step.
+
+No cache, no batch, no stop tokens. The engines must write the same answers, faster. B is the block size, V the
+vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from dirl_cli.diffusion.layout import Coordinates
+from dirl_cli.diffusion.sampling import candidates, request_key, temper, uniform
+from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal, spread
+from dirl_cli.models.attention import dense_mask
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.low_precision import inference_model
+from dirl_cli.types import Decoding, Trajectory
+
+
+@torch.inference_mode()
+def last_block_logits(lm: DiffusionLM, token_ids: list[int]) -> Tensor:
+    """Logits of the last block of whole blocks, all of them gone through the model at once: (B, V)."""
+    position = torch.arange(len(token_ids), device=lm.device)[None]
+    zeros = torch.zeros_like(position)
+    mask = dense_mask(Coordinates(zeros, zeros, position // lm.block_size, zeros))
+    model = inference_model(lm.model, "sdpa")
+    output = model(torch.tensor([token_ids], device=lm.device), position_ids=position, attention_mask=mask)
+    return output.logits[0, -lm.block_size :]
+
+
+def greedy_answer(lm: DiffusionLM, prompt_ids: list[int], decoding: Decoding) -> Trajectory:
+    """The most likely tokens, revealed in the order of the decoding strategy."""
+    size, start = lm.block_size, len(prompt_ids)
+    unsampled = torch.tensor(lm.unsampled_ids, device=lm.device)
+    sequence = list(prompt_ids)
+    reveal_step: list[int] = []
+    logprobs: list[float] = []
+    forwards = 0
+
+    while len(sequence) < start + decoding.max_new_tokens:
+        # The first block may begin with the end of the prompt.
+        block_start = len(sequence) // size * size
+        block_begins_with = sequence[block_start:]
+        masks = [lm.mask_token_id] * (size - len(block_begins_with))
+        block = torch.tensor([*block_begins_with, *masks], device=lm.device)
+        masked = block == lm.mask_token_id
+        steps = torch.zeros(size, dtype=torch.long)
+        block_logprobs = torch.zeros(size, device=lm.device)
+
+        step = 0
+        while masked.any():
+            step += 1
+            forwards += 1
+            logits = last_block_logits(lm, sequence[:block_start] + block.tolist())[masked]
+            full = temper(logits, 0.0, unsampled).log_softmax(-1)
+            drawn = candidates(full, full, full.argmax(-1), decoding.confidence)
+            owed = quota(torch.tensor([step], device=lm.device), size, decoding.denoising_steps)
+            state = State(masked[None], drawn, owed, decoding.threshold, torch.tensor([block_start], device=lm.device))
+            revealed = reveal(find_strategy(decoding.strategy), state)[0]
+
+            block = torch.where(revealed, spread(drawn.tokens, masked), block)
+            block_logprobs = torch.where(revealed, spread(drawn.logprobs, masked), block_logprobs)
+            steps[revealed.cpu()] = step
+            masked = masked & ~revealed
+
+        sequence += block.tolist()[len(block_begins_with) :]
+        reveal_step += steps.tolist()[len(block_begins_with) :]
+        logprobs += block_logprobs.tolist()[len(block_begins_with) :]
+
+    return Trajectory(prompt_ids, sequence[start:], reveal_step, logprobs, "length", forwards, forwards)
+
+
+def sequential_answer(lm: DiffusionLM, prompt_ids: list[int], decoding: Decoding) -> tuple[list[int], list[int]]:
+    """Tokens drawn one by one, from left to right, with the sampler's own random numbers, and their reveal steps."""
+    start, size = len(prompt_ids), lm.block_size
+    end = -(-(start + decoding.max_new_tokens) // size) * size
+    key = torch.tensor(request_key(decoding.seed, prompt_ids, 0))
+    sequence = list(prompt_ids)
+    reveal_step = []
+
+    for position in range(start, end):
+        block_start = position // size * size
+        masks = [lm.mask_token_id] * (block_start + size - position)
+        logits = last_block_logits(lm, sequence + masks)[position - block_start].double()
+        logits[list(lm.unsampled_ids)] = -torch.inf
+
+        step = position - max(block_start, start) + 1
+        u = uniform(key, torch.tensor(position), torch.tensor(step))
+        probabilities = (logits / decoding.temperature).softmax(-1)
+        sequence.append(int((probabilities.cumsum(-1) <= u).sum()))
+        reveal_step.append(step)
+
+    return sequence[start:], reveal_step
