@@ -1,4 +1,7 @@
-"""The attention rule as what transformers takes: a dense mask for SDPA, a BlockMask for FlexAttention."""
+"""The attention rule as what transformers takes: a dense mask for SDPA, a BlockMask for FlexAttention.
+
+Shapes: R rows of L tokens, T = L / 128 tiles of queries and as many of keys, D values of a hidden state.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -18,7 +21,7 @@ PAIRS = 2**24  # of tokens that are looked at together while a block mask is mad
 
 
 def dense_mask(coordinates: Coordinates) -> Tensor:
-    """(R, 1, L, L) bool, true where a query may look. coordinates: (R, L)."""
+    """The rule as a mask, true where a query may look: (R, 1, L, L) bool. coordinates: (R, L)."""
     queries = Coordinates(*(c[:, :, None] for c in coordinates))
     keys = Coordinates(*(c[:, None, :] for c in coordinates))
     return attends(queries, keys)[:, None]
@@ -33,55 +36,77 @@ def block_mask(coordinates: Coordinates) -> "BlockMask":
     from torch.nn.attention.flex_attention import BlockMask
 
     padding = (0, -coordinates.group.shape[1] % TILE)
-    group, *others = (c.int() for c in coordinates)
-    padded = Coordinates(pad(group, padding, value=PADDING), *(pad(c, padding) for c in others))
+    group, *rest_of_token = (c.int() for c in coordinates)
+    padded = Coordinates(pad(group, padding, value=PADDING), *(pad(c, padding) for c in rest_of_token))
 
     def rule(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return attends(Coordinates(*(c[row, q] for c in padded)), Coordinates(*(c[row, k] for c in padded)))
+        query = Coordinates(*(c[row, q] for c in padded))
+        key = Coordinates(*(c[row, k] for c in padded))
+        return attends(query, key)
 
     seen = seen_in_tiles(padded)
-    mixed, whole = (seen > 0) & (seen < TILE**2), seen == TILE**2
-    return BlockMask.from_kv_blocks(*tile_order(mixed), *tile_order(whole), BLOCK_SIZE=TILE, mask_mod=rule)
+    full = seen == TILE**2
+    mixed = (seen > 0) & ~full
+    return BlockMask.from_kv_blocks(*tile_order(mixed), *tile_order(full), BLOCK_SIZE=TILE, mask_mod=rule)
 
 
 def seen_in_tiles(coordinates: Coordinates) -> Tensor:
-    """How many keys the queries of each tile see: (R, L / 128, L / 128). coordinates: (R, L)."""
+    """Count the pairs of a query and a key that it sees in each pair of tiles: (R, T, T). coordinates: (R, L)."""
     rows, length = coordinates.group.shape
     keys = Coordinates(*(c[:, None, :] for c in coordinates))
+    # so many tiles of queries at a time that no more than PAIRS are held
+    queries_at_once = max(PAIRS // (rows * length * TILE), 1) * TILE
+
     counts = []
-    for parts in zip(*(c.split(max(PAIRS // (rows * length * TILE), 1) * TILE, 1) for c in coordinates), strict=True):
-        seen = attends(Coordinates(*(c[:, :, None] for c in parts)), keys)  # (R, some of L, L)
-        counts.append(seen.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE)).sum((2, 4)))
+    for chunk in zip(*(c.split(queries_at_once, 1) for c in coordinates), strict=True):
+        queries = Coordinates(*(c[:, :, None] for c in chunk))
+        seen = attends(queries, keys)  # (R, some of L, L)
+        tiles = seen.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE))  # (R, some of T, 128, T, 128)
+        counts.append(tiles.sum((2, 4)))
     return torch.cat(counts, 1)
 
 
 def tile_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of `tiles` (R, T, T) each tile of queries takes, and all tiles, those in front: a BlockMask's way."""
+    """Tiles as a BlockMask has them: how many each tile of queries takes, and all of them, those that it takes first.
+
+    tiles: (R, T, T) bool, which tiles of keys each tile of queries takes. Returns (R, 1, T) and (R, 1, T, T).
+    """
     tiles = tiles[:, None].int()
-    return tiles.sum(-1, dtype=torch.int32), tiles.argsort(dim=-1, descending=True, stable=True).int()
+    counts = tiles.sum(-1, dtype=torch.int32)
+    return counts, tiles.argsort(dim=-1, descending=True, stable=True).int()
 
 
 def attention_mask(rows: Rows, implementation: str, dtype: torch.dtype) -> "Tensor | BlockMask":
-    """What the model's attention implementation takes as its mask. dtype: that of the queries."""
+    """The mask in the form that the model's attention implementation takes. dtype: of the queries.
+
+    A BlockMask is made once for each device, and shared by rows with the same coordinates.
+    """
     if implementation == "flex_attention":
         device = rows.token_ids.device
         if device not in rows.block_masks:
             rows.block_masks[device] = block_mask(rows.coordinates)
         return rows.block_masks[device]
+
     seen = dense_mask(rows.coordinates)
     # SDPA would turn bools into these numbers once per layer, and backpropagation keep them all
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
-    """The decoder's last hidden states under the attention rule: (R, L, D)."""
+    """The decoder's last hidden states under the attention rule: (R, L, D).
+
+    Raises DirlError for a gradient through FlexAttention on a CPU.
+    """
     implementation = model.config._attn_implementation
-    uses_flex, length = implementation == "flex_attention", rows.token_ids.shape[1]
-    if uses_flex and torch.is_grad_enabled() and rows.token_ids.device.type == "cpu":
-        raise DirlError("attention=flex cannot learn on a CPU: leave it at auto")
+    length = rows.token_ids.shape[1]
     device = rows.token_ids.device.type
+    padding = (0, 0)
+    if implementation == "flex_attention":
+        if torch.is_grad_enabled() and device == "cpu":
+            raise DirlError("attention=flex cannot learn on a CPU: leave it at auto")
+        padding = (0, -length % TILE)
+
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    padding = (0, -length % TILE if uses_flex else 0)
     output = model.get_decoder()(
         input_ids=pad(rows.token_ids, padding),
         position_ids=pad(rows.position, padding),

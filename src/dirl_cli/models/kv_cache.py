@@ -1,4 +1,7 @@
-"""Keys and values of a batch whose sequences come and go, in the form transformers' decoders ask for."""
+"""Keys and values of a batch whose sequences come and go, in the form transformers' decoders ask for.
+
+Shapes: a forward of T tokens, of any slots; D values of a head (head_dim).
+"""
 
 from collections.abc import Callable
 
@@ -21,7 +24,10 @@ def slot_attention(
     attend: Attend,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """What transformers' decoders call; key and value are what `KVCache.update` returned."""
+    """Attention as transformers' decoders call it; the caller of the model gives `attend`, which computes it.
+
+    query: (1, heads, T, D). key, value: what `KVCache.update` returned, (slots, length, key heads, D).
+    """
     return attend(query[0].transpose(0, 1).to(key.dtype), key, value, scaling)[None], None
 
 
@@ -29,38 +35,39 @@ AttentionInterface.register(SLOTS, slot_attention)
 
 
 class KVCache:
-    """Per layer (slots, length, heads, head_dim): a token's keys and values live at its slot and position.
+    """The KV cache: a token's keys and values live at its slot and position, per layer (slots, length, key heads, D).
 
     What a slot held before needs no clearing: nobody looks at a position that was not rewritten.
     """
 
     def __init__(self, slots: int, length: int) -> None:
-        self.slots, self.length = slots, length
+        self.slots = slots
+        self.length = length
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def at(self, places: Tensor) -> "KVCache":
-        """Aim the next forward: its tokens stand at `places` (T,), each slot * length + position."""
-        self.places = places
+    def at(self, index: Tensor) -> "KVCache":
+        """Aim the next forward: its tokens go to `index` (T,), each slot * length + position."""
+        self.index = index
         return self
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Store (1, heads, T, head_dim) and return the layer's keys and values, whole."""
+        """Store a layer's new keys and values, (1, key heads, T, D), and return all that it has."""
         if layer == len(self.keys):  # in the dtype of the values: under autocast a norm leaves the keys wider
             shape = (self.slots, self.length, *values.shape[1::2])
             self.keys.append(values.new_zeros(shape))
             self.values.append(values.new_zeros(shape))
-        for kept, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            kept.flatten(0, 1).index_copy_(0, self.places, new[0].transpose(0, 1).to(kept.dtype))
+        for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            cached.flatten(0, 1).index_copy_(0, self.index, new[0].transpose(0, 1).to(cached.dtype))
         return self.keys[layer], self.values[layer]
 
     def get_seq_length(self, *args: object) -> int:
-        """What some decoders ask before they look at the positions that they are given."""
+        """Zero: some decoders ask, before they look at the positions that they are given."""
         return 0
 
-    def share(self, source: int, slot: int, length: int) -> None:
-        """Give `slot` what `source` holds at its first `length` positions."""
-        for kept in (*self.keys, *self.values):
-            kept[slot, :length] = kept[source, :length]
+    def copy_prefix(self, source: int, slot: int, length: int) -> None:
+        """Copy what slot `source` holds at its first `length` positions to another slot."""
+        for cached in (*self.keys, *self.values):
+            cached[slot, :length] = cached[source, :length]

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,14 +63,18 @@ class DiffusionLM:
         return is_shifted(self.model)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer. Raises DirlError for a model without one."""
         if self.tokenizer is None:
             raise DirlError(f"{self.model.name_or_path} has no tokenizer: copy its tokenizer files beside config.json")
         return self.tokenizer
 
-    def decoding(self, asked: Decoding) -> Decoding:
-        """The decoding that is asked for, with what it leaves to the model."""
-        steps, stops = asked.denoising_steps or self.block_size, asked.stop_token_ids or self.stop_token_ids
-        return replace(asked, denoising_steps=steps, stop_token_ids=stops)
+    def decoding(self, options: Decoding) -> Decoding:
+        """The same options with the model's own block size and stop tokens where they leave them open."""
+        return replace(
+            options,
+            denoising_steps=options.denoising_steps or self.block_size,
+            stop_token_ids=options.stop_token_ids or self.stop_token_ids,
+        )
 
     def save(self, directory: Path, card: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Make a directory in the published layout, whole or not at all, with `card` as its README.md."""
@@ -94,22 +99,25 @@ class PretrainedModel:
     def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
         """Load the model for `device`, in evaluation mode.
 
-        dtype: float32, bfloat16, or auto for bfloat16 on a GPU. attention: sdpa, flex, or auto for the device's best.
-        device: as torch's; on `meta` the model has shapes but no weights.
+        dtype: float32, bfloat16, or auto for bfloat16 on a GPU. device: cpu, cuda, or auto for a GPU where there is
+        one; on `meta` the model has shapes but no weights. attention: sdpa, flex, or auto for flex on a GPU.
         Raises DirlError where the directory, a tensor, the tokenizer or the adapter is missing or damaged.
         """
         device = pick_device(device)
         attention = pick_attention(attention, device)
         if self.made_by and not Path(self.path).is_dir():
             raise DirlError(f"{self.path} is not there: run `{self.made_by}` first")
+
         stored = ModelDirectory(self.path)
         directory = stored.directory()
         config = stored.config(directory, attention)
         if device == "meta":
             return self.outline(config, stored.tokenizer(directory))
+
         block_size, mask_id = self.block_and_mask(config)
         model = stored.model(directory, config, pick_dtype(dtype, device))
-        model = merge_adapter(model, self.adapter) if self.adapter else model
+        if self.adapter:
+            model = merge_adapter(model, self.adapter)
         torch.nn.Module.to(model, device).eval()
         require_finite(model)
         return diffusion_lm(model, stored.tokenizer(directory), block_size, mask_id)
@@ -121,7 +129,10 @@ class PretrainedModel:
         return diffusion_lm(model.eval(), tokenizer, block_size, mask_id)
 
     def block_and_mask(self, config: PreTrainedConfig) -> tuple[int, int]:
-        """Block size and id of the mask token: as asked, as stored, or as published ones are."""
+        """Block size and id of the mask token: as asked, as stored, or as published ones are.
+
+        Raises DirlError for a mask token that is not the model's, or outside of its vocabulary.
+        """
         block_size = first_set(self.block_size, getattr(config, "block_size", None), DEFAULT_BLOCK_SIZE)
         stored_mask = getattr(config, "mask_token_id", None)
         mask_id = first_set(self.mask_token_id, stored_mask, DEFAULT_MASK_TOKEN_ID)
@@ -140,22 +151,29 @@ class PretrainedModel:
 def diffusion_lm(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, block_size: int, mask_token_id: int
 ) -> DiffusionLM:
-    """Gather what the method needs to know about a loaded model, and note it in the configuration that is saved."""
+    """Gather what the method needs to know about a loaded model, and note it in the configuration that is saved.
+
+    Raises DirlError for a block size below 1, stop tokens that are no numbers, or a token without an embedding.
+    """
     if block_size < 1:
         raise DirlError(f"block_size is {block_size}: it must be at least 1")
     learn_padding(model)
-    model.config.block_size, model.config.mask_token_id = block_size, mask_token_id
-    eos = [model.generation_config.eos_token_id, model.config.eos_token_id]
-    ends = [i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
-    if not all(type(i) is int for i in ends):
-        raise DirlError(f"{model.name_or_path} ends answers with {ends} (eos_token_id): give numbers of tokens")
-    stops = set(ends)
-    vocabulary: dict[str, int] = tokenizer.get_vocab() if tokenizer else {}
-    require_rows(model, vocabulary)
+    model.config.block_size = block_size
+    model.config.mask_token_id = mask_token_id
+
+    # A chat model's turn ends an answer too, whatever its configuration says.
+    stops = end_tokens(model)
+    vocabulary: dict[str, int] = {}
+    pad = model.config.pad_token_id
     if tokenizer:
+        vocabulary = tokenizer.get_vocab()
+        pad = tokenizer.pad_token_id
         stops |= {tokenizer.eos_token_id, vocabulary.get("<|im_end|>")} - {None}
-    pad = tokenizer.pad_token_id if tokenizer else model.config.pad_token_id
-    pad = min(stops, default=0) if pad is None else pad
+    require_rows(model, vocabulary)
+    if pad is None:
+        pad = min(stops, default=0)
+
+    # Never sampled: mask tokens under any name, and rows of the embedding that stand for no token.
     ids = range(model.config.vocab_size)
     text = set(vocabulary.values() or ids) - {mask_token_id, *map(vocabulary.get, MASK_NAMES)}
     vars(model.generation_config).update(
@@ -163,7 +181,7 @@ def diffusion_lm(
         pad_token_id=pad,
         block_size=block_size,
         mask_token_id=mask_token_id,
-        _from_model_config=None,  # what it knows beyond the model's configuration is kept
+        _from_model_config=None,  # else saving would drop what it holds beyond the model's configuration
     )
     return DiffusionLM(
         model=model,
@@ -174,6 +192,19 @@ def diffusion_lm(
         stop_token_ids=tuple(sorted(stops)),
         unsampled_ids=tuple(i for i in ids if i not in text),
     )
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """The ids that a model's configurations end an answer with. Raises DirlError where they are no numbers."""
+    ends: list[Any] = []
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id):
+        if isinstance(ids, list):
+            ends += ids
+        elif ids is not None:
+            ends.append(ids)
+    if not all(type(i) is int for i in ends):
+        raise DirlError(f"{model.name_or_path} ends answers with {ends} (eos_token_id): give numbers of tokens")
+    return set(ends)
 
 
 def learn_padding(model: PreTrainedModel) -> None:
@@ -188,7 +219,7 @@ def learn_padding(model: PreTrainedModel) -> None:
 
 
 def require_rows(model: PreTrainedModel, vocabulary: Mapping[str, int]) -> None:
-    """Raises DirlError for a token that has no row in the embedding, which whoever meets it would look up in vain."""
+    """Raises DirlError for a token of the tokenizer that has no row in the embedding. vocabulary: ids by token."""
     word = max(vocabulary, key=vocabulary.__getitem__, default=None)
     if word is not None and vocabulary[word] >= model.config.vocab_size:
         raise DirlError(
@@ -198,9 +229,10 @@ def require_rows(model: PreTrainedModel, vocabulary: Mapping[str, int]) -> None:
 
 
 def require_finite(model: PreTrainedModel) -> None:
-    """Raises DirlError for a weight that holds what is no number, since all that such a model says is noise."""
+    """Raises DirlError for a weight that holds nan or inf, since all that such a model says is noise."""
     for name, weight in model.named_parameters():
-        if not weight.detach().sum(dtype=torch.float32).isfinite():  # which one that is not finite makes so
+        # A sum is finite only if each of its terms is, and it takes no mask of the weight's size.
+        if not weight.detach().sum(dtype=torch.float32).isfinite():
             raise DirlError(f"{model.name_or_path} holds nan or inf in {name}: download, copy or train it again")
 
 
@@ -210,20 +242,22 @@ def is_shifted(model: PreTrainedModel) -> bool:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A fingerprint of the weights from some of the values of each, as quick for a large model as for a small one."""
-    found = hashlib.sha256()
+    """A fingerprint of the weights from some 64 values of each, as quick for a large model as for a small one."""
+    digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         values = tensor.flatten()
-        found.update(name.encode() + values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
-    return found.hexdigest()
+        some = values[:: max(1, len(values) // 64)]
+        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def first_set(*values: int | None) -> int:
-    """The first of some values that is there."""
+    """The first of some values that is not None."""
     return next(value for value in values if value is not None)
 
 
 def pick_device(device: str) -> str:
+    """The device that a setting names, auto for a GPU where there is one. Raises DirlError for what is not here."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -236,19 +270,23 @@ def pick_device(device: str) -> str:
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """The dtype that a setting names, auto for bfloat16 on a GPU. Raises DirlError for a name that is none."""
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    found = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
-    if found is None:
+    by_name = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in by_name:
         raise DirlError(f"dtype={dtype}: {DTYPES.hint(dtype)}")
-    return found
+    return by_name[dtype]
 
 
 def pick_attention(attention: str, device: str) -> str:
-    """FlexAttention has no backward on a CPU; there and in tests a dense mask serves."""
+    """The transformers name of the attention that a setting names. Raises DirlError for a name that is none.
+
+    auto: FlexAttention on a GPU; on a CPU it has no backward, and there a dense mask serves.
+    """
     if attention == "auto":
         attention = "flex" if device.startswith("cuda") else "sdpa"
-    found = {"flex": "flex_attention", "sdpa": "sdpa"}.get(attention)
-    if found is None:
+    by_name = {"flex": "flex_attention", "sdpa": "sdpa"}
+    if attention not in by_name:
         raise DirlError(f"attention={attention}: {ATTENTIONS.hint(attention)}")
-    return found
+    return by_name[attention]

@@ -10,19 +10,23 @@ from transformers import PreTrainedModel
 def inference_model(model: PreTrainedModel, attention: str | None = None) -> PreTrainedModel:
     """A second model of the same tensors, in evaluation mode, whose modules and configuration are its own.
 
-    What it is switched to the first does not notice, though that may be learning in another thread meanwhile.
+    The first model does not notice what it is switched to, though it may be learning in another thread meanwhile.
     attention: the name of another attention implementation.
     """
+    # What deepcopy finds in its memo, by id, it takes for copied already, and so shares.
     scales = [vars(module).get("quant_state") for module in model.modules()]  # of weights packed into 4 bits
-    tensors = {id(one): one for one in (*model.parameters(), *model.buffers(), *scales)}
-    second = copy.deepcopy(model, tensors)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *scales)}
+    second = copy.deepcopy(model, shared)
     if attention is not None:
         second.config._attn_implementation = attention
     return second.eval()
 
 
 def cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """`model` as autocast would run it, its linear layers' weights cast once; everything else is the same storage."""
+    """A second model as autocast would run it, its linear layers' weights cast once to `dtype`.
+
+    All other tensors share their storage with the first. `recast` follows changes of the first.
+    """
     with torch.inference_mode(False), torch.no_grad():  # `recast` writes to them outside too
         cast = {
             id(layer.weight): nn.Parameter(layer.weight.to(dtype), requires_grad=False)
@@ -30,15 +34,16 @@ def cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTraine
             if isinstance(layer, nn.Linear) and layer.weight.dtype.itemsize > dtype.itemsize
         }
     embedding = model.get_input_embeddings()  # whose weight may be the head's too
-    shared = {id(one): one for one in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, {**shared, **cast, id(embedding): embedding})
-    return twin.eval()
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    second = copy.deepcopy(model, {**shared, **cast, id(embedding): embedding})
+    return second.eval()
 
 
 @torch.no_grad()
-def recast(twin: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Cast the weights of `model` anew, in place."""
-    own, other = (one.named_parameters(remove_duplicate=False) for one in (twin, model))
-    for (_, cast), (_, weight) in zip(own, other, strict=True):
+def recast(second: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Copy the weights of `model` into those that `second` had cast of them, in place."""
+    casts = second.named_parameters(remove_duplicate=False)
+    weights = model.named_parameters(remove_duplicate=False)
+    for (_, cast), (_, weight) in zip(casts, weights, strict=True):
         if cast is not weight:
             cast.copy_(weight)

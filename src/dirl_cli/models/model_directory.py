@@ -1,4 +1,4 @@
-"""What is on the disk of a model: configuration, weights, tokenizer. What may be wrong with them is a sentence."""
+"""A model's configuration, weights and tokenizer on the disk; what may be wrong with them is told in a sentence."""
 
 import json
 from dataclasses import dataclass
@@ -29,17 +29,20 @@ UNBUILDABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeErr
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """A model directory, or a Hub repository that was downloaded before."""
+    """A model directory, or a Hub repository that was downloaded before. path: of the one, or the other's name.
+
+    Methods raise DirlError for what is missing, damaged or does not fit the rest.
+    """
 
     path: str
 
     def directory(self) -> Path:
         """Where it is. Raises DirlError where that is nowhere, or where it holds what is never loaded."""
-        directory = self._found()
+        directory = self._locate()
         check_safe_checkpoint(directory)
         return directory
 
-    def _found(self) -> Path:
+    def _locate(self) -> Path:
         path = Path(self.path)
         if path.is_dir():
             return path
@@ -50,6 +53,7 @@ class ModelDirectory:
         return hub.local(self.path, "model")
 
     def config(self, directory: Path, attention: str) -> PreTrainedConfig:
+        """Read the configuration. attention: the implementation that its model is to use, by transformers' name."""
         if not (directory / "config.json").exists():
             raise DirlError(
                 f"{self.path} holds no config.json, so it is no saved model: give one as `dirl sft` leaves it"
@@ -59,12 +63,14 @@ class ModelDirectory:
         try:
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             # Whatever it names instead: it may name a repository of the Hub, whose code transformers would run.
-            config._attn_implementation, config._experts_implementation = attention, None
+            config._attn_implementation = attention
+            config._experts_implementation = None
         except (OSError, ValueError, TypeError, StrictDataclassError) as error:
             raise self._unloadable(error) from error
         return config
 
     def shapes(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        """Make the model on `meta`: shapes without weights."""
         try:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -72,6 +78,7 @@ class ModelDirectory:
             raise self._unbuildable(error) from error
 
     def model(self, directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        """Load the weights onto the CPU, as `dtype`."""
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()  # its report of what is missing says in a page what follows below
         try:
@@ -91,25 +98,32 @@ class ModelDirectory:
             raise self._unloadable(error) from error
         except UNBUILDABLE as error:
             raise self._unbuildable(error) from error
-        model, found = loaded
-        for key, stored, wanted in sorted(found["mismatched_keys"])[:1]:
-            raise DirlError(
-                f"{self.path} holds {key} with shape {tuple(stored)}, and its config.json asks for {tuple(wanted)}:"
-                " download or copy it again"
-            )
-        if wrong := sorted(found["missing_keys"]):
-            raise DirlError(
-                f"{self.path} lacks {counted(len(wrong), 'tensor')} of the model, such as {wrong[0]}:"
-                " download or copy it again"
-            )
-        if strange := sorted(found["unexpected_keys"]):
-            raise DirlError(
-                f"{self.path} holds {counted(len(strange), 'tensor')} that its config.json does not know,"
-                f" such as {strange[0]}: download or copy config.json again"
-            )
+        model, loading_info = loaded
+        self._require_complete(loading_info)
         return cast(PreTrainedModel, model)
 
+    def _require_complete(self, loading_info: dict[str, Any]) -> None:
+        """Raises DirlError where files and configuration differ. loading_info: what transformers reports of it."""
+        mismatched = sorted(loading_info["mismatched_keys"])
+        if mismatched:
+            name, shape, expected_shape = mismatched[0]
+            raise DirlError(
+                f"{self.path} holds {name} with shape {tuple(shape)}, and its config.json asks for"
+                f" {tuple(expected_shape)}: download or copy it again"
+            )
+        if missing := sorted(loading_info["missing_keys"]):
+            raise DirlError(
+                f"{self.path} lacks {counted(len(missing), 'tensor')} of the model, such as {missing[0]}:"
+                " download or copy it again"
+            )
+        if unexpected := sorted(loading_info["unexpected_keys"]):
+            raise DirlError(
+                f"{self.path} holds {counted(len(unexpected), 'tensor')} that its config.json does not know,"
+                f" such as {unexpected[0]}: download or copy config.json again"
+            )
+
     def tokenizer(self, directory: Path) -> PreTrainedTokenizerBase | None:
+        """Read the tokenizer; None where there is no file of one."""
         if not list(directory.glob("*token*")):
             return None
         try:
@@ -130,7 +144,7 @@ class ModelDirectory:
 
 
 def one_line(error: Exception) -> str:
-    """What transformers complains of, in fewer words."""
+    """The first line of what transformers complains of, in our words where its own do not help."""
     if "custom code" in str(error):
         return "it needs code of its own, which is never run"
     if "conversion of the weights" in str(error):

@@ -23,51 +23,52 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import Linear as LoraLinear
 
-PACKED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in 4 bits: a byte for 64 of them, 4 for 256 such bytes
+# Bytes of a weight in 4 bits, with its part of the scales: a byte for 64 weights, and 4 bytes for 256 such scales.
+PACKED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 class ModelSource(Protocol):
-    """A model's settings."""
+    """The settings of a model, by which it is loaded."""
 
     def load(self, dtype: str, device: str, attention: str) -> DiffusionLM: ...
 
 
 class Peft(Protocol):
-    """What of a model is trained, and how the rest is kept."""
+    """What of a model is trained, and how the rest is kept: full fine-tuning, LoRA or QLoRA."""
 
     def require(self, launch: str) -> None:
-        """Raises DirlError where a package is missing, or where `launch` does not go with it."""
+        """Raises DirlError where a package is missing, or where `launch` cannot be used with it."""
         ...
 
     def load(self, model: ModelSource, dtype: str, device: str, attention: str) -> DiffusionLM:
-        """The model as it is trained. dtype: of the forward."""
+        """Load the model in the form in which it is trained. dtype: of the forward."""
         ...
 
     def adapt(self, model: PreTrainedModel) -> None:
-        """Add what is trained beside the weights; only parameters that are trained require gradients from now on."""
+        """Add an adapter in place, if one is trained; only what is trained requires gradients from now on."""
         ...
 
     def base_dtype(self, dtype: str, device: str) -> torch.dtype:
-        """Of the weights as they are kept. dtype: of the forward."""
+        """The dtype in which the base model's weights are kept. dtype: of the forward."""
         ...
 
     def weight_bytes(self, model: PreTrainedModel) -> int:
-        """What the parameters take as they are kept, of an adapted model."""
+        """Bytes of an adapted model's parameters as they are kept."""
         ...
 
     def merged(self, lm: DiffusionLM, device: str | None = None) -> DiffusionLM:
-        """A model whose weights hold what was learned so far; for a sampler, which takes news from `pushed`.
+        """A model without an adapter, its weights those that were learned so far; a sampler follows with `pushed`.
 
-        device: of the weights that are made for it; by default that of the others.
+        device: of the weights that are merged; None for where the adapted ones are. All others are shared.
         """
         ...
 
     def merged_bytes(self, model: PreTrainedModel) -> int:
-        """What `merged` takes besides, of an adapted model."""
+        """Bytes of the weights that `merged` makes of an adapted model."""
         ...
 
     def pushed(self, lm: DiffusionLM) -> Iterator[tuple[str, Tensor]]:
-        """The weights of `merged` as they are now, made one at a time."""
+        """Yield (name, weight) of the model that `merged` makes, as they are now, one at a time."""
         ...
 
     def reference(self, lm: DiffusionLM) -> DiffusionLM:
@@ -75,13 +76,13 @@ class Peft(Protocol):
         ...
 
     def save(self, lm: DiffusionLM, directory: Path, base: str | None, card: str) -> None:
-        """Write what was trained beside the weights, if anything was. base: the model it belongs to."""
+        """Save the adapter, if one was trained, as PEFT does. base: the model it belongs to. card: its README.md."""
         ...
 
 
 @dataclass(frozen=True)
 class FullFinetune:
-    """All parameters are trained, and so are kept in float32."""
+    """Full fine-tuning: all parameters are trained, and so are kept in float32."""
 
     def require(self, launch: str) -> None:
         pass
@@ -116,9 +117,10 @@ class FullFinetune:
 
 @dataclass(frozen=True)
 class LoraFinetune:
-    """Two factors of `rank` beside each target, their product times alpha ÷ rank added (https://arxiv.org/abs/2106.09685).
+    """LoRA: a target's weight W acts as W + B A alpha ÷ rank, and only A and B are trained.
 
-    The factors are in float32; the weights stay as they are, in the dtype of the forward.
+    A (rank, in) and B (out, rank) are in float32 (https://arxiv.org/abs/2106.09685); W (out, in) stays as it is, in the
+    dtype of the forward.
     targets: names of linear layers. dropout: of what goes into the factors. four_bit: pack the linear layers' weights
     (nf4, doubly quantised: https://arxiv.org/abs/2305.14314). seed: of the factors' start.
     """
@@ -131,29 +133,37 @@ class LoraFinetune:
     seed: Seed
 
     def require(self, launch: str) -> None:
-        for package, extra in (("peft", "peft"), ("bitsandbytes", "qlora"))[: 1 + self.four_bit]:
+        packages = {"peft": "peft"}  # and the extras of this package that install them
+        if self.four_bit:
+            packages["bitsandbytes"] = "qlora"
+        for package, extra in packages.items():
             if find_spec(package) is None:
                 raise DirlError(f"this choice of peft needs the package {package}: {pip_install(extra)}")
         if launch in SHARING:
             raise DirlError(f"launch={launch} shares out what is trained, which peft leaves small: give launch=auto")
 
     def load(self, model: ModelSource, dtype: str, device: str, attention: str) -> DiffusionLM:
-        kept = str(self.base_dtype(dtype, device)).removeprefix("torch.")
-        lm = model.load(kept, "cpu" if self.four_bit else device, attention)
+        base_dtype = str(self.base_dtype(dtype, device)).removeprefix("torch.")
         if self.four_bit:
+            # On the way to the device layers are packed one by one, so that it never holds all of the model unpacked.
+            lm = model.load(base_dtype, "cpu", attention)
             lm.model.config._attn_implementation = pick_attention(attention, device)
             pack_into_4_bits(lm.model)
-            nn.Module.to(lm.model, device)  # which packs layer by layer, so that the device never holds all
+            nn.Module.to(lm.model, device)
+        else:
+            lm = model.load(base_dtype, device, attention)
         self.adapt(lm.model)
         return lm
 
     def adapt(self, model: PreTrainedModel) -> None:
         from peft import inject_adapter_in_model
 
-        known = {name.rpartition(".")[2] for name in linear_layers(model)}
+        names = {name.rpartition(".")[2] for name in linear_layers(model)}
         for target in self.targets:
-            if target not in known:
-                raise DirlError(f"peft.targets={target}: {did_you_mean(target, sorted(known))}")
+            if target not in names:
+                raise DirlError(f"peft.targets={target}: {did_you_mean(target, sorted(names))}")
+
+        # The factors' start depends on nothing but their seed, and what is drawn afterwards not on them.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             inject_adapter_in_model(self._config(), model)
@@ -165,45 +175,62 @@ class LoraFinetune:
         return pick_dtype(dtype, device)
 
     def weight_bytes(self, model: PreTrainedModel) -> int:
-        packed = {id(layer.weight) for _, layer in frozen_linears(model)} if self.four_bit else set()
-        return int(sum(p.numel() * PACKED_BYTES if id(p) in packed else p.nbytes for p in model.parameters()))
+        packed: set[int] = set()
+        if self.four_bit:
+            packed = {id(layer.weight) for _, layer in frozen_linears(model)}
+        total = 0.0
+        for parameter in model.parameters():
+            if id(parameter) in packed:
+                total += parameter.numel() * PACKED_BYTES
+            else:
+                total += parameter.nbytes
+        return int(total)
 
     def merged_bytes(self, model: PreTrainedModel) -> int:
-        own = lora_layers(model)
-        return sum(layer.weight.nbytes for name, layer in frozen_linears(model) if self.four_bit or name in own)
+        adapted = lora_layers(model)
+        return sum(layer.weight.nbytes for name, layer in frozen_linears(model) if self.four_bit or name in adapted)
 
     def merged(self, lm: DiffusionLM, device: str | None = None) -> DiffusionLM:
-        twin = without_adapter(lm.model)
+        merged = without_adapter(lm.model)
         for name, weight in effective_weights(lm.model):
-            own = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            own.weight = nn.Parameter(weight.to(device or weight.device), requires_grad=False)
-            own.bias = cast(nn.Linear, twin.get_submodule(name)).bias
-            twin.set_submodule(name, own)
-        return replace(lm, model=twin)
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight.to(device or weight.device), requires_grad=False)
+            linear.bias = cast(nn.Linear, merged.get_submodule(name)).bias
+            merged.set_submodule(name, linear)
+        return replace(lm, model=merged)
 
     def pushed(self, lm: DiffusionLM) -> Iterator[tuple[str, Tensor]]:
-        names = set()
+        # First what `merged` made anew, then what it shares, under the names of a model without an adapter.
+        merged_names = set()
         for name, weight in effective_weights(lm.model):
-            names.add(f"{name}.weight")
+            merged_names.add(f"{name}.weight")
             yield f"{name}.weight", weight
         for name, parameter in lm.model.named_parameters():
-            plain = name.replace(".base_layer.", ".")
-            if not parameter.requires_grad and plain not in names:
-                yield plain, parameter
+            name = name.replace(".base_layer.", ".")
+            if not parameter.requires_grad and name not in merged_names:
+                yield name, parameter
 
     def reference(self, lm: DiffusionLM) -> DiffusionLM:
-        return replace(lm, model=without_adapter(lm.model))  # no copy: the weights beside the factors never change
+        # No copy: the weights beside the factors never change.
+        return replace(lm, model=without_adapter(lm.model))
 
     def save(self, lm: DiffusionLM, directory: Path, base: str | None, card: str) -> None:
         config = self._config()
-        config.base_model_name_or_path, config.inference_mode = base, True
+        config.base_model_name_or_path = base
+        config.inference_mode = True
         config.target_modules = sorted(self.targets)  # PEFT makes a set of them, whose order differs from run to run
-        factors = {name.replace(".default.", "."): factor for name, factor in trainable_parameters(lm.model).items()}
+
+        tensors = {}
+        for name, factor in trainable_parameters(lm.model).items():
+            name_in_file = name.replace(".default.", ".")  # `default` is the adapter's name in the model
+            tensors[f"base_model.model.{name_in_file}"] = factor.detach().cpu()
+
         with whole_directory(directory) as partial:
             config.save_pretrained(str(partial))
-            tensors = {f"base_model.model.{name}": factor.detach().cpu() for name, factor in factors.items()}
-            save_file(tensors, file := partial / "adapter_model.safetensors", metadata={"format": "pt"})
-            file.chmod((partial / "adapter_config.json").stat().st_mode)  # which safetensors makes its owner's only
+            weights = partial / "adapter_model.safetensors"
+            save_file(tensors, weights, metadata={"format": "pt"})
+            # safetensors makes its files readable for their owner only
+            weights.chmod((partial / "adapter_config.json").stat().st_mode)
             (partial / "README.md").write_text(card, encoding="utf-8")
 
     def _config(self) -> "LoraConfig":
@@ -219,12 +246,15 @@ class LoraFinetune:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers of a model that has no adapter, the output head left out."""
+    """The linear layers of a model by name, but for the output head."""
     head = model.get_output_embeddings()
-    return {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    }
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -235,51 +265,54 @@ def pack_into_4_bits(model: PreTrainedModel) -> None:
     nf4 = {"compress_statistics": True, "quant_type": "nf4"}
     for name, layer in linear_layers(model).items():
         weight = layer.weight.data
+        # `Linear4bit` takes (in, out), and a weight is (out, in).
         packed = Linear4bit(*reversed(weight.shape), bias=False, compute_dtype=weight.dtype, device="meta", **nf4)
-        packed.weight, packed.bias = Params4bit(weight, requires_grad=False, module=packed, **nf4), layer.bias
+        packed.weight = Params4bit(weight, requires_grad=False, module=packed, **nf4)
+        packed.bias = layer.bias
         packed.support_avx512bf16_for_cpu = False  # with which it would round its weights once more, in place
         model.set_submodule(name, packed)
     vars(model)["is_loaded_in_4bit"] = True  # PEFT asks
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that an adapter stands beside; all tensors are shared."""
-    twin = inference_model(model)
-    for name, layer in lora_layers(twin).items():
-        twin.set_submodule(name, layer.get_base_layer())
-    vars(twin).pop("peft_config", None)  # by which PEFT would know an adapter that is not there
-    return twin
+    """A second model of the same tensors that leaves the adapter out."""
+    base = inference_model(model)
+    for name, layer in lora_layers(base).items():
+        base.set_submodule(name, layer.get_base_layer())
+    vars(base).pop("peft_config", None)  # by which PEFT would know an adapter that is not there
+    return base
 
 
 @torch.no_grad()
 def effective_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Each linear layer whose weight is not there as it acts, being adapted or packed, with that weight."""
+    """Yield (name, effective weight) of every linear layer with LoRA factors or 4-bit storage."""
     factors = lora_layers(model)
     for name, layer in frozen_linears(model):
-        weight = dequantised(layer)
+        weight = dequantised(layer)  # (out, in)
         if name in factors:
             with torch.autocast(weight.device.type, enabled=False):  # the factors' product is not to be rounded
-                acting = (weight + factors[name].get_delta_weight("default")).to(weight.dtype)
-            yield name, acting
+                effective = (weight + factors[name].get_delta_weight("default")).to(weight.dtype)
+            yield name, effective
         elif weight is not layer.weight:
             yield name, weight
 
 
 def frozen_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers whose weights are frozen, by their names without an adapter."""
+    """Yield (name without an adapter, layer) of the linear layers whose weights are frozen."""
     for name, layer in linear_layers(model).items():
         if not layer.weight.requires_grad:
             yield name.removesuffix(".base_layer"), layer
 
 
 def lora_layers(model: nn.Module) -> "dict[str, LoraLinear]":
+    """The layers with LoRA factors, by name."""
     from peft.tuners.lora import LoraLayer
 
     return {name: cast("LoraLinear", layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
 
 
 def dequantised(layer: nn.Linear) -> Tensor:
-    """A layer's weight as it acts: itself, or what its 4 bits stand for."""
+    """Dequantise a layer's weight: (out, in). One that is not packed is returned itself."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return layer.weight

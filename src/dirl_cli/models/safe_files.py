@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dirl_cli.errors import DirlError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 FOREIGN = {"quantization_config": "is quantised", "transformers_weights": "keeps its weights under another name"}
 
@@ -15,27 +17,36 @@ FOREIGN = {"quantization_config": "is quantised", "transformers_weights": "keeps
 def check_safe_checkpoint(directory: Path) -> None:
     """Raises DirlError for a model directory that is more than JSON and safetensors which stay inside it."""
     config = read_object(directory / "config.json")
-    for key in filter(config.get, FOREIGN):
-        raise DirlError(f"{directory} {FOREIGN[key]} ({key} in config.json): give the checkpoint as it was published")
+    for key, complaint in FOREIGN.items():
+        if config.get(key):
+            raise DirlError(f"{directory} {complaint} ({key} in config.json): give the checkpoint as it was published")
     if (directory / "adapter_config.json").exists():
         raise DirlError(f"{directory} holds an adapter too: move adapter_config.json away, or give model.adapter=DIR")
+
+    # Pickles beside safetensors are left alone, since transformers is told to take safetensors.
     if not (directory / WEIGHTS).exists() and not (directory / INDEX).exists():
-        for pickle in (file for pattern in PICKLES for file in directory.glob(pattern)):
+        pickles = list(chain.from_iterable(directory.glob(pattern) for pattern in PICKLES))
+        if pickles:
             raise DirlError(
-                f"{directory} holds its weights in {pickle.name}, a pickle, which may hold code and is never loaded:"
-                " save it elsewhere as safetensors"
+                f"{directory} holds its weights in {pickles[0].name}, a pickle, which may hold code and is never"
+                " loaded: save it elsewhere as safetensors"
             )
+
     for file, name in referenced_files(directory):
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in (".safetensors", ".json"):
             raise DirlError(f"{directory / file} names {name!r}, which is no safetensors or JSON file beside it")
 
 
 def referenced_files(directory: Path) -> Iterator[tuple[str, Any]]:
-    """The files that others in a model directory send transformers to, with those others."""
+    """Pairs of a file in a model directory and a name in it, of a file that transformers would load because of it."""
     shards = read_object(directory / INDEX).get("weight_map")
-    yield from ((INDEX, name) for name in (shards.values() if isinstance(shards, dict) else ()))
+    if isinstance(shards, dict):
+        for name in shards.values():
+            yield INDEX, name
     versions = read_object(directory / "tokenizer_config.json").get("fast_tokenizer_files")
-    yield from (("tokenizer_config.json", name) for name in (versions if isinstance(versions, list) else ()))
+    if isinstance(versions, list):
+        for name in versions:
+            yield "tokenizer_config.json", name
 
 
 def read_object(file: Path) -> dict[str, Any]:

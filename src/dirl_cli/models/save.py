@@ -32,7 +32,11 @@ def save_published(
     state_dict: dict[str, Tensor] | None = None,
     max_shard_size: str = SHARD,
 ) -> None:
-    """Make a directory of a model, whole or not at all. state_dict: the weights, where they are not the model's own."""
+    """Save a model in the published layout, whole or not at all.
+
+    card: of its README.md. state_dict: the weights, where they are not the model's own. max_shard_size: of a weight
+    file, such as 5GB.
+    """
     transformers_logging.disable_progress_bar()
     with whole_directory(directory) as partial:
         model.save_pretrained(partial, state_dict=state_dict, max_shard_size=max_shard_size)
@@ -40,7 +44,8 @@ def save_published(
         if tokenizer:
             tokenizer.save_pretrained(partial)
             name_as_published(partial / "tokenizer_config.json")
-        for shard in partial.glob("*.safetensors"):  # which safetensors makes readable for their owner only
+        # safetensors makes its files readable for their owner only
+        for shard in partial.glob("*.safetensors"):
             shard.chmod((partial / "config.json").stat().st_mode)
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
@@ -49,15 +54,19 @@ def save_published(
 def published_weights(
     model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """A model's tensors as its files hold them, one after the other: each expert of a mixture by itself."""
+    """Yield a model's tensors as its files hold them, one after the other: each expert of a mixture by itself."""
     for name, tensor in named_tensors:
         yield from revert_weight_conversion(model, {name: tensor.detach()}).items()
 
 
 def name_as_published(file: Path) -> None:
-    """Give a configuration the names that published ones and engines use for what transformers 5 renamed."""
-    config = {key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key not in LOCAL}
-    config |= {published: config.pop(new) for new, published in RENAMED.items() if new in config}
+    """Rewrite a configuration with the names that published ones and engines use for what transformers 5 renamed."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for key in LOCAL:
+        config.pop(key, None)
+    for name, published_name in RENAMED.items():
+        if name in config:
+            config[published_name] = config.pop(name)
     if rope := config.get("rope_parameters"):
         config["rope_theta"] = rope["rope_theta"]
     file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -79,12 +88,13 @@ def require_pushable(repository: str | None) -> None:
 def push(directory: Path, repository: str) -> str:
     """Upload a saved model, into a private repository if it is not there yet; returns the address.
 
-    Raises DirlError that says how to push it later.
+    Raises DirlError, which says how to push it later.
     """
     try:
         address = create_repo(repository, private=True, exist_ok=True)
-        weights = ["*.safetensors", "*.safetensors.index.json"]  # of another number of shards
-        upload_folder(repo_id=repository, folder_path=directory, delete_patterns=weights)
+        # An earlier model may have had another number of shards, of which none may stay.
+        stale = ["*.safetensors", "*.safetensors.index.json"]
+        upload_folder(repo_id=repository, folder_path=directory, delete_patterns=stale)
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[-1]
         raise DirlError(

@@ -29,13 +29,13 @@ class SDARForCausalLM(Qwen3ForCausalLM):
 
 
 class SDARMoeConfig(Qwen3MoeConfig):
-    """Qwen3-MoE's configuration, likewise."""
+    """Qwen3-MoE's configuration; `block_size` and `mask_token_id` ride along as in `SDARConfig`."""
 
     model_type = "sdar_moe"
 
 
 class SDARMoeForCausalLM(Qwen3MoeForCausalLM):
-    """SDAR-30B-A3B."""
+    """Qwen3-MoE that predicts the token at its own position, such as SDAR-30B-A3B."""
 
     config_class = SDARMoeConfig
 

@@ -20,10 +20,10 @@ COMMON = {
     "eos_token_id": 151643,
     "pad_token_id": None,
 }
-ONE = {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144}
-FOUR = {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728}
-EIGHT = {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288}
-THIRTY = {
+SDAR_1_7B = {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144}
+SDAR_4B = {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728}
+SDAR_8B = {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288}
+SDAR_30B = {
     "hidden_size": 2048,
     "num_hidden_layers": 48,
     "num_attention_heads": 32,
@@ -33,42 +33,45 @@ THIRTY = {
     "num_experts_per_tok": 8,
 }
 PUBLISHED = {
-    "JetLM/SDAR-1.7B-Chat": ONE,
-    "JetLM/SDAR-4B-Chat": FOUR,
-    "JetLM/SDAR-8B-Chat": EIGHT,
-    "JetLM/SDAR-30B-A3B-Chat": THIRTY,
-    "Gen-Verse/TraDo-4B-Instruct": FOUR,
-    "Gen-Verse/TraDo-8B-Instruct": EIGHT,
-    "Gen-Verse/TraDo-8B-Thinking": EIGHT,
-    "OpenMOSS-Team/DiRL-8B-Instruct": EIGHT,
+    "JetLM/SDAR-1.7B-Chat": SDAR_1_7B,
+    "JetLM/SDAR-4B-Chat": SDAR_4B,
+    "JetLM/SDAR-8B-Chat": SDAR_8B,
+    "JetLM/SDAR-30B-A3B-Chat": SDAR_30B,
+    "Gen-Verse/TraDo-4B-Instruct": SDAR_4B,
+    "Gen-Verse/TraDo-8B-Instruct": SDAR_8B,
+    "Gen-Verse/TraDo-8B-Thinking": SDAR_8B,
+    "OpenMOSS-Team/DiRL-8B-Instruct": SDAR_8B,
 }
 
 
 def shapes(model: ModelSource, attention: str) -> DiffusionLM:
-    """A model without its weights, for what is to be done with them later; all of it has to be on this machine."""
+    """Load a model without its weights; all of it has to be on this machine. attention: as `load` takes it."""
     return model.load("float32", "meta", attention)
 
 
 def outline(model: ModelSource, attention: str) -> DiffusionLM:
-    """A model without its weights, from as little of it as there is on this machine.
+    """Load a model without its weights, from as little of it as there is on this machine.
 
-    Of a model of the Hub that is not here, or only in part, its config.json is enough, and of those in PUBLISHED not
-    even that; then it has no tokenizer. Raises DirlError as `load` does where there is neither.
+    Of a model of the Hub that is not here, or only in part, its config.json is enough; of those in PUBLISHED nothing
+    is needed, and then it has no tokenizer. Raises DirlError as `load` does where there is neither.
     """
     try:
         return shapes(model, attention)
     except NotHere:
         if not isinstance(model, PretrainedModel):
             raise
+
         stored = ModelDirectory(model.path)
         directory = hub.with_config(model.path)
         if directory is not None:
             check_safe_checkpoint(directory)
             tokenizer = stored.tokenizer(directory)
             return model.outline(stored.config(directory, pick_attention(attention, "meta")), tokenizer)
+
         if model.path not in PUBLISHED:
             raise
         shape: Any = COMMON | PUBLISHED[model.path]
-        config = SDARMoeConfig(**shape) if "num_experts" in shape else SDARConfig(**shape)
+        kind = SDARMoeConfig if "num_experts" in shape else SDARConfig
+        config = kind(**shape)
         config._attn_implementation = pick_attention(attention, "meta")
         return model.outline(config, None)

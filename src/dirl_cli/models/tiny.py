@@ -35,7 +35,7 @@ class Tiny:
             )
 
     def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
-        """A new random model, the same for the same seed."""
+        """Make a random model, the same for the same seed. The parameters are those of `PretrainedModel.load`."""
         from dirl_cli.data.arithmetic import Arithmetic
 
         device = pick_device(device)
@@ -51,11 +51,14 @@ class Tiny:
             max_position_embeddings=self.max_position_embeddings,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             tie_word_embeddings=True,
-            pad_token_id=None,  # else its row would begin at zero, where the first norm has a slope of a thousand
+            # else the pad token's row would begin at zero, where the first norm has a slope of a thousand
+            pad_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
         )
         config._attn_implementation = pick_attention(attention, device)
+
+        # The caller's random numbers stay where they are, so that a run does not depend on how its model was made.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = SDARForCausalLM(config)
@@ -78,7 +81,7 @@ CHATML = (
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most 373 tokens that reads any text; ids 0 to 3 are pad, turn start, turn end and mask."""
+    """Train a tokenizer of at most 373 tokens that reads any text; ids 0 to 3: pad, turn start, turn end and mask."""
     pad, start, end, mask = SPECIAL
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -88,6 +91,8 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+
+    # All 256 bytes are in the alphabet, so that no text is unknown.
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=list(SPECIAL),
@@ -96,6 +101,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     roles = ROLES * 1000  # one token each, although the texts do not hold them
     tokenizer.train_from_iterator(chain(texts, roles), trainer)
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=pad,

@@ -156,7 +156,7 @@ class Scheduler:
         self.prompt_in[slot] = self.prompt_in[source]
         self.cached[slot] = max(length, 0)
         if slot != source:
-            self.forward.cache.share(source, slot, int(self.cached[slot]))
+            self.forward.cache.copy_prefix(source, slot, int(self.cached[slot]))
 
     def _end_blocks(self, slots: Integers, tokens: Integers) -> Iterator[Finished]:
         """Begin the next block of each of `slots`, whose blocks are full, or end there. tokens: (N, B)."""
