@@ -39,7 +39,7 @@ from dirl_cli.training.checkpoint import (
     states,
 )
 from dirl_cli.training.optim import AdamW, Muon
-from dirl_cli.training.shards import Part, read_parts, write_parts
+from dirl_cli.training.shards import Shard, read_shards, write_shards
 from tests.helpers.paths import ROOT
 from tests.helpers.small import small_lm
 
@@ -378,10 +378,10 @@ def test_a_tensor_is_read_in_whatever_parts_it_was_written(tmp_path, cuts):
     files = []
     for i, (low, high) in enumerate(pairwise(cuts)):
         files.append(tmp_path / f"{i}.safetensors")
-        parts = {"whole": Part(whole[low:high], (low, 0), (6, 2)), f"scalar{i}": Part(torch.tensor(i), (), ())}
-        write_parts(files[-1], parts)
+        parts = {"whole": Shard(whole[low:high], (low, 0), (6, 2)), f"scalar{i}": Shard(torch.tensor(i), (), ())}
+        write_shards(files[-1], parts)
     found, scalar = torch.zeros(6, 2), torch.tensor(-1)
-    read_parts(files, {"whole": found, "scalar0": scalar})
+    read_shards(files, {"whole": found, "scalar0": scalar})
     assert torch.equal(found, whole) and scalar == 0
 
 

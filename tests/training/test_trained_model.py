@@ -21,7 +21,7 @@ from dirl_cli.commands import sft
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.load import DiffusionLM, PretrainedModel
-from dirl_cli.training.shards import Part, write_parts
+from dirl_cli.training.shards import Shard, write_shards
 from tests.helpers.small import paid_by_the_letter
 
 DATA = ("data.train=40", "data.held_out=4", "data.test=4", "batch_size=8", "eval_problems=0", "device=cpu")
@@ -94,10 +94,10 @@ def test_a_checkpoint_in_shards_is_a_model_too(run, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     for i, half in enumerate((slice(0, 10), slice(10, None)), start=1):
         parts = {
-            name: Part(tensor[half], (half.start, *[0] * (tensor.ndim - 1)), tuple(tensor.shape))
+            name: Shard(tensor[half], (half.start, *[0] * (tensor.ndim - 1)), tuple(tensor.shape))
             for name, tensor in tensors.items()
         }
-        write_parts(checkpoint / f"model-0000{i}-of-00002.safetensors", parts)
+        write_shards(checkpoint / f"model-0000{i}-of-00002.safetensors", parts)
     assert_same(load(checkpoint), load(run))
 
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.files import partial_of, remove, sync, whole_directory, writing
 from dirl_cli.models.load import DiffusionLM, pick_dtype
-from dirl_cli.training.shards import Part, read_parts, stored_shapes, write_parts
+from dirl_cli.training.shards import Shard, read_shards, stored_shapes, write_shards
 from dirl_cli.types import STATE
 
 MODEL, OPTIMIZER = "model", "optimizer"  # .safetensors, or -00001-of-00002.safetensors where they are sharded
@@ -35,7 +35,7 @@ SUMS = "SHA256SUMS"  # written last; `sha256sum --check` reads it too
 FORMER = {"beside": "base_fingerprint", "began_as": "base_fingerprint"}  # what keys of a state.json were once called
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 Optimizers = Sequence[torch.optim.Optimizer]
-Files = dict[str, dict[str, Part]]
+Files = dict[str, dict[str, Shard]]
 
 
 class Checkpoints:
@@ -129,7 +129,7 @@ class Checkpoints:
         """What this process writes: its parts of sharded tensors, and the main process all that are whole."""
         is_main = self.accelerator.is_main_process
         place = f"{self.accelerator.process_index + 1:05d}-of-{self.accelerator.num_processes:05d}"
-        own = {name: Part.of(one) for name, one in tensors.items() if is_main or isinstance(one, DTensor)}
+        own = {name: Shard.of(one) for name, one in tensors.items() if is_main or isinstance(one, DTensor)}
         if any(isinstance(one, DTensor) for one in tensors.values()):
             return {f"{kind}-{place}.safetensors": own}
         return {f"{kind}.safetensors": own} if is_main else {}
@@ -155,7 +155,7 @@ class Checkpoints:
         try:
             for name, parts in files.items():
                 with writing(directory / name):
-                    write_parts(directory / name, parts)
+                    write_shards(directory / name, parts)
                     sync(directory / name)
                     sums[name] = sha256(directory / name)
         except DirlError as failure:
@@ -242,10 +242,10 @@ def load(path: Path, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]
     theirs, ours = (" and ".join(names) for names in (state["optimizers"], kinds(optimizers)))
     if theirs != ours:
         raise DirlError(f"{path} was written by {theirs}, not {ours}: give the optim= of its run")
-    read_parts(files_of(path, MODEL), learned(model))
+    read_shards(files_of(path, MODEL), learned(model))
     files = files_of(path, OPTIMIZER)
     blank = blank_states(stored_shapes(files), learned(model))
-    read_parts(files, {f"{name}.{key}": value for name, state in blank.items() for key, value in state.items()})
+    read_shards(files, {f"{name}.{key}": value for name, state in blank.items() for key, value in state.items()})
     names = {parameter: name for name, parameter in learned(model).items()}
     for optimizer in optimizers:
         # rates and betas are the configuration's, states the checkpoint's

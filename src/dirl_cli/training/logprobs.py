@@ -1,4 +1,15 @@
-"""Log-probabilities of the scored tokens of packed rows, without ever holding all logits."""
+"""Log-probabilities of the scored tokens of packed rows, without ever holding all logits.
+
+Shapes: N scored tokens of a micro-batch, C of them in a chunk, D the width of a hidden state, V the vocabulary.
+
+    hidden            (N, D)  states at the positions that predict the scored tokens
+    weight            (V, D)  of the language-model head; logits = hidden · weightᵀ, of which only (C, V) exist at once
+    targets           (N,)    ids of the scored tokens
+    logprobs          (N,)    in nats, fp32
+    entropies         (N,)    of the softmax, in nats, fp32
+    is_likeliest      (N,)    whether the target is the token that greedy decoding takes
+    normalisers       (N,)    log Σ exp(logits): kept for the backward, so that it needs no second softmax
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,24 +27,25 @@ from dirl_cli.models.attention import hidden_states
 from dirl_cli.models.load import DiffusionLM, is_shifted
 from dirl_cli.types import Decoding, Trajectory
 
-Scores = tuple[Tensor, Tensor, Tensor]  # (N,) each: log-prob, entropy, and whether it is the likeliest token
+Scores = tuple[Tensor, Tensor, Tensor]  # logprobs, entropies and is_likeliest, (N,) each
 
-TOKENS = 2048  # at once: enough to keep a GPU busy …
-LOGITS = 2**28  # … unless the vocabulary is large, since logits are there twice, in fp32: 2 GiB
+CHUNK_TOKENS = 2048  # enough to keep a GPU busy …
+CHUNK_LOGITS = 2**28  # … unless the vocabulary is large, since logits are there twice, in fp32: 2 GiB
 
 
 def tokens_at_once(vocabulary: int) -> int:
-    """How many tokens go through a head of so many rows at once."""
-    return min(max(LOGITS // vocabulary, 1), TOKENS)
+    """The default chunk: how many tokens go through the language-model head at once, for a vocabulary of this size."""
+    return min(max(CHUNK_LOGITS // vocabulary, 1), CHUNK_TOKENS)
 
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, unsampled_ids: Tensor, chunk: int
 ) -> Scores:
-    """Log-probs of `targets` under softmax(hidden · weightᵀ / temperature); the rest has no gradient.
+    """Scores of `targets` under softmax(hidden · weightᵀ / temperature); only the log-probs have a gradient.
 
-    hidden: (N, D). weight: (V, D). targets: (N,). temperature: 0 counts as 1. unsampled_ids: left out of the softmax.
-    Scores are in fp32; matrix products are taken in autocast's dtype, and `chunk` tokens at a time.
+    hidden: (N, D). weight: (V, D). targets: (N,). temperature: 0 counts as 1.
+    unsampled_ids: (U,), left out of the softmax. chunk: tokens whose logits exist at once.
+    Scores are in fp32; matrix products are taken in autocast's dtype.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -51,68 +63,87 @@ class LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, unsampled_ids: Tensor, chunk: int
     ) -> Scores:
-        ctx.temperature, ctx.chunk = temperature, chunk
-        rounded = weight.to(hidden.dtype)
-        parts = [
-            score(logits_of(part, rounded, temperature, unsampled_ids), ids, unsampled_ids)
-            for part, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        ]
-        logprobs, entropies, likeliest, normalisers = (torch.cat(each) for each in zip(*parts, strict=True))
+        ctx.temperature = temperature
+        ctx.chunk = chunk
+        cast_weight = weight.to(hidden.dtype)
+
+        chunks = []
+        for chunk_hidden, chunk_targets in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = tempered_logits(chunk_hidden, cast_weight, temperature, unsampled_ids)
+            chunks.append(score_targets(logits, chunk_targets, unsampled_ids))
+            del logits  # before there are the next chunk's
+        logprobs, entropies, is_likeliest, normalisers = (torch.cat(column) for column in zip(*chunks, strict=True))
+
         ctx.save_for_backward(hidden, weight, targets, unsampled_ids, normalisers)
-        ctx.mark_non_differentiable(entropies, likeliest)
-        return logprobs, entropies, likeliest
+        ctx.mark_non_differentiable(entropies, is_likeliest)
+        return logprobs, entropies, is_likeliest
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, unsampled_ids, normalisers = ctx.saved_tensors
-        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        rounded = weight.to(hidden.dtype)
-        for first in range(0, len(hidden), ctx.chunk):
-            part = slice(first, first + ctx.chunk)
-            slope = logit_gradient(
-                logits_of(hidden[part], rounded, ctx.temperature, unsampled_ids),
-                targets[part],
-                normalisers[part],
-                gradient[part] / ctx.temperature,
+        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        cast_weight = weight.to(hidden.dtype)
+
+        for start in range(0, len(hidden), ctx.chunk):
+            chunk = slice(start, start + ctx.chunk)
+            of_logits = logit_gradient(
+                tempered_logits(hidden[chunk], cast_weight, ctx.temperature, unsampled_ids),
+                targets[chunk],
+                normalisers[chunk],
+                gradient[chunk] / ctx.temperature,
             ).to(hidden.dtype)
-            if of_hidden is not None:
-                torch.mm(slope, rounded, out=of_hidden[part])
-            if of_weight is not None:
-                add_product(of_weight, slope.T, hidden[part])
-            del slope  # before there are the next chunk's logits
-        return of_hidden, of_weight, None, None, None, None
+            if hidden_gradient is not None:
+                torch.mm(of_logits, cast_weight, out=hidden_gradient[chunk])
+            if weight_gradient is not None:
+                add_product(weight_gradient, of_logits.T, hidden[chunk])
+            del of_logits  # before there are the next chunk's logits
+        return hidden_gradient, weight_gradient, None, None, None, None
 
 
-def logits_of(hidden: Tensor, weight: Tensor, temperature: float, unsampled_ids: Tensor) -> Tensor:
-    """Tempered logits in fp32 without the ids that are never sampled: (N, V), all in one place."""
+def tempered_logits(hidden: Tensor, weight: Tensor, temperature: float, unsampled_ids: Tensor) -> Tensor:
+    """Logits ÷ temperature in fp32, -inf for the ids that are never sampled: (C, V) from (C, D) and (V, D).
+
+    Everything after the product works in place: a chunk's logits are the largest tensor there is.
+    """
     logits = (hidden @ weight.T).float()
     if temperature != 1:
         logits.div_(temperature)
     return logits.index_fill_(1, unsampled_ids, -torch.inf)
 
 
-def score(logits: Tensor, targets: Tensor, unsampled_ids: Tensor) -> tuple[Tensor, ...]:
-    """Scores of the targets and the softmax's log-normalisers, each (N,); overwrites `logits`."""
-    peak, likeliest = logits.max(1, keepdim=True)
-    of_target = logits.sub_(peak).gather(1, targets[:, None]).squeeze(1)
-    weights = logits.exp()
+def score_targets(logits: Tensor, targets: Tensor, unsampled_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, entropies, whether likeliest and log-normalisers, each (C,), of logits (C, V), which it overwrites.
+
+    With z = logits - max and Z = Σ exp(z): log-prob = z[target] - log Z, entropy = log Z - Σ exp(z) z / Z.
+    """
+    peak, argmax = logits.max(1, keepdim=True)  # (C, 1)
+    target_logit = logits.sub_(peak).gather(1, targets[:, None]).squeeze(1)
+    weights = logits.exp()  # (C, V)
     mass = weights.sum(1)
-    moment = weights.mul_(logits).index_fill_(1, unsampled_ids, 0).sum(1)  # 0 × -inf counts as 0
     log_mass = mass.log()
-    return of_target - log_mass, log_mass - moment / mass, likeliest.squeeze(1) == targets, peak.squeeze(1) + log_mass
+    weighted_logits = weights.mul_(logits).index_fill_(1, unsampled_ids, 0).sum(1)  # 0 × -inf counts as 0
+
+    logprobs = target_logit - log_mass
+    entropies = log_mass - weighted_logits / mass
+    is_likeliest = argmax.squeeze(1) == targets
+    return logprobs, entropies, is_likeliest, peak.squeeze(1) + log_mass
 
 
-def logit_gradient(logits: Tensor, targets: Tensor, normalisers: Tensor, of_logprobs: Tensor) -> Tensor:
-    """The gradient of hidden · weightᵀ, given that of the log-probs ÷ temperature, in the logits' place."""
-    upstream = of_logprobs[:, None]
+def logit_gradient(logits: Tensor, targets: Tensor, normalisers: Tensor, logprob_gradient: Tensor) -> Tensor:
+    """Gradient of the loss with respect to hidden · weightᵀ, (C, V), in the memory of `logits`.
+
+    logits: (C, V), tempered. targets, normalisers: (C,). logprob_gradient: (C,), that of the log-probs ÷ temperature.
+    The log-prob of target t has the gradient 1[v = t] - softmax(logits)[v].
+    """
+    upstream = logprob_gradient[:, None]
     probabilities = logits.sub_(normalisers[:, None]).exp_()
     return probabilities.mul_(-upstream).scatter_add_(1, targets[:, None], upstream)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left · right, without a copy where the dtypes are one."""
+    """total (V, D) += left (V, C) · right (C, D), without a copy where the dtypes are one."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -120,7 +151,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class TokenScorer(nn.Module):
-    """Scores tokens in the states in which `Rows` shows them.
+    """A language model whose forward takes `Rows` and gives the log-probs of their scored tokens.
 
     unsampled_ids: left out of the softmax; empty for fine-tuning, as published checkpoints were trained.
     decoding: its temperature, top-k and top-p shape the softmax as they did when the tokens were drawn.
@@ -147,32 +178,39 @@ class TokenScorer(nn.Module):
         """Log-probability and entropy in nats, in fp32, of the N scored tokens, and whether each is the likeliest."""
         predicted_at = rows.before if is_shifted(self.model) else rows.where
         hidden = hidden_states(self.model, rows).flatten(0, 1)[predicted_at]  # (N, D)
-        head, options = self.model.get_output_embeddings(), self.decoding
+        head = self.model.get_output_embeddings()
+        options = self.decoding
         if is_plain(head) and not options.truncates:
             return linear_logprobs(hidden, head.weight, rows.targets, options.temperature, self.unsampled, self.chunk)
-        parts = [
-            checkpoint(self._score, *part, use_reentrant=False) if torch.is_grad_enabled() else self._score(*part)
-            for part in zip(hidden.split(self.chunk), rows.targets.split(self.chunk), strict=True)
-        ]
-        logprobs, entropies, likeliest = (torch.cat(each) for each in zip(*parts, strict=True))
-        return logprobs, entropies, likeliest
+
+        # Another head, such as one with an adapter, is called as it is; checkpointing keeps its logits from adding up.
+        chunks = []
+        for hidden_and_targets in zip(hidden.split(self.chunk), rows.targets.split(self.chunk), strict=True):
+            if torch.is_grad_enabled():
+                chunks.append(checkpoint(self._score, *hidden_and_targets, use_reentrant=False))
+            else:
+                chunks.append(self._score(*hidden_and_targets))
+        logprobs, entropies, is_likeliest = (torch.cat(column) for column in zip(*chunks, strict=True))
+        return logprobs, entropies, is_likeliest
 
     def _score(self, hidden: Tensor, targets: Tensor) -> Scores:
+        """Scores (C,) from hidden states (C, D) and targets (C,) through the head as a module."""
         options = self.decoding
         logits = temper(self.model.get_output_embeddings()(hidden), options.temperature, self.unsampled)
         if options.temperature:  # greedy decoding truncates nothing
-            # a token drawn from other weights may lie outside today's top-k or top-p, and still needs a finite score
-            kept = truncate(logits, options.top_k, options.top_p)
-            logits = kept.scatter(-1, targets[:, None], logits.gather(-1, targets[:, None]))
-        logprobs = logits.log_softmax(-1)
-        of_target = logprobs.gather(-1, targets[:, None]).squeeze(-1)
-        return of_target, entropy(logprobs.detach()), logprobs.argmax(-1) == targets
+            # A token drawn from other weights may lie outside today's top-k or top-p, and still needs a finite score.
+            truncated = truncate(logits, options.top_k, options.top_p)
+            logits = truncated.scatter(-1, targets[:, None], logits.gather(-1, targets[:, None]))
+
+        logprobs = logits.log_softmax(-1)  # (C, V)
+        target_logprobs = logprobs.gather(-1, targets[:, None]).squeeze(-1)
+        return target_logprobs, entropy(logprobs.detach()), logprobs.argmax(-1) == targets
 
 
 def is_plain(head: nn.Module) -> bool:
     """Whether calling a head is the product with its weight and nothing else: no adapter, no hook, no bias."""
-    hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
-    return type(head) is nn.Linear and [name for name, _ in head.named_parameters()] == ["weight"] and not hooked
+    is_hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
+    return type(head) is nn.Linear and [name for name, _ in head.named_parameters()] == ["weight"] and not is_hooked
 
 
 @torch.no_grad()
@@ -183,16 +221,23 @@ def trajectory_logprobs(
     row_tokens: int = 4096,
     rows_each: int = 1,
 ) -> list[list[float]]:
-    """Each answer token's log-probability in the state in which it was revealed, one list a trajectory.
+    """Each answer token's log-probability in the state in which it was revealed, one list a trajectory, in nats.
 
     decoding: how the tokens were drawn (default: temperature 1, nothing truncated; 0 counts as 1).
+    row_tokens: length of a packed row. rows_each: rows of a forward; neither changes a number beyond rounding.
     """
-    scorer = TokenScorer(lm.model, lm.unsampled_ids, decoding).to(lm.device)
-    strips = [trajectory_strip(one, lm.block_size, lm.mask_token_id) for one in trajectories]
-    found = [[0.0] * len(one.token_ids) for one in trajectories]
-    for rows in pack(strips, row_tokens, lm.block_size, lm.pad_token_id).split(rows_each) if strips else []:
-        logprobs, *_ = scorer(rows.to(lm.device))
-        places = zip(rows.scored(rows.group).tolist(), rows.scored(rows.position).tolist(), strict=True)
-        for (which, position), logprob in zip(places, logprobs.tolist(), strict=True):
-            found[which][position - len(trajectories[which].prompt_ids)] = logprob
-    return found
+    model = TokenScorer(lm.model, lm.unsampled_ids, decoding).to(lm.device)
+    logprobs_of: list[list[float]] = [[0.0] * len(trajectory.token_ids) for trajectory in trajectories]
+    if not trajectories:
+        return logprobs_of
+
+    strips = [trajectory_strip(trajectory, lm.block_size, lm.mask_token_id) for trajectory in trajectories]
+    for rows in pack(strips, row_tokens, lm.block_size, lm.pad_token_id).split(rows_each):
+        logprobs, *_ = model(rows.to(lm.device))
+        # Packing mixes trajectories: a scored token tells by group and position whose it is, and which.
+        groups = rows.scored(rows.group).tolist()
+        positions = rows.scored(rows.position).tolist()
+        for group, position, logprob in zip(groups, positions, logprobs.tolist(), strict=True):
+            prompt_length = len(trajectories[group].prompt_ids)
+            logprobs_of[group][position - prompt_length] = logprob
+    return logprobs_of

@@ -1,4 +1,9 @@
-"""Tensors in safetensors files, of which every process writes and reads the part that it holds."""
+"""Tensors in safetensors files, of which every process writes and reads the shard that it holds.
+
+A shard is a box of the full tensor: it begins at `begin` and is as large as its values. A file says of each tensor of
+which it holds a shard only where that begins and which shape the full tensor has, so that any number of processes can
+read what any other number wrote.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,82 +20,99 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dirl_cli.errors import DirlError
 
-PARTS = "parts"  # in a file's metadata: where a tensor begins that it holds a part of, and the whole's shape
+SHARDS = "parts"  # the key in a file's metadata, under a name that earlier versions wrote
 
 
 @dataclass(frozen=True)
-class Part:
-    """What this process holds of a tensor. begin: where in the whole it lies. shape: the whole's."""
+class Shard:
+    """What this process holds of a tensor. begin: its first index in each dimension. shape: the full tensor's."""
 
     values: Tensor
     begin: tuple[int, ...]
     shape: tuple[int, ...]
 
     @staticmethod
-    def of(tensor: Tensor) -> "Part":
+    def of(tensor: Tensor) -> "Shard":
+        """This process's shard of a distributed tensor, or all of any other."""
         tensor = tensor.detach()
+        shape = tuple(tensor.shape)
         if not isinstance(tensor, DTensor):
-            return Part(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
+            return Shard(tensor, (0,) * tensor.ndim, shape)
         _, begin = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        return Part(tensor.to_local(), tuple(begin), tuple(tensor.shape))
+        return Shard(tensor.to_local(), tuple(begin), shape)
 
-    def copy(self) -> "Part":
-        """One that training does not change, in the CPU's memory."""
+    def copy(self) -> "Shard":
+        """A copy in the CPU's memory, which training does not change."""
         return replace(self, values=self.values.to("cpu", copy=True))
 
     @property
     def ranges(self) -> list[range]:
-        return ranges(self.begin, self.values.shape)
+        """The indices it covers, dimension by dimension."""
+        return index_ranges(self.begin, self.values.shape)
 
 
-def ranges(begin: Iterable[int], sizes: Iterable[int]) -> list[range]:
-    return [range(at, at + size) for at, size in zip(begin, sizes, strict=True)]
+def index_ranges(begin: Iterable[int], sizes: Iterable[int]) -> list[range]:
+    return [range(first, first + size) for first, size in zip(begin, sizes, strict=True)]
 
 
-def write_parts(file: Path, parts: Mapping[str, Part]) -> None:
-    where = {name: [part.begin, part.shape] for name, part in parts.items() if part.values.shape != part.shape}
-    tensors = {name: part.values.contiguous() for name, part in parts.items()}
-    save_file(tensors, file, {PARTS: json.dumps(where)})
+def write_shards(file: Path, shards: Mapping[str, Shard]) -> None:
+    """Write a safetensors file of shards by name."""
+    begin_and_shape = {}
+    for name, shard in shards.items():
+        if shard.values.shape != shard.shape:
+            begin_and_shape[name] = [shard.begin, shard.shape]
+    tensors = {name: shard.values.contiguous() for name, shard in shards.items()}
+    save_file(tensors, file, {SHARDS: json.dumps(begin_and_shape)})
 
 
 def stored_shapes(files: Iterable[Path]) -> dict[str, torch.Size]:
-    """The whole shape of every tensor in some files."""
-    found: dict[str, torch.Size] = {}
+    """The full shape of every tensor in some files."""
+    shapes: dict[str, torch.Size] = {}
     for file in files:
         with safe_open(file, "pt") as content:
-            where = json.loads(content.metadata()[PARTS])
+            begin_and_shape = json.loads(content.metadata()[SHARDS])
             for name in content.keys():  # noqa: SIM118  # it is no dictionary
-                found[name] = torch.Size(where[name][1] if name in where else content.get_slice(name).get_shape())
-    return found
+                if name in begin_and_shape:
+                    _, shape = begin_and_shape[name]
+                else:
+                    shape = content.get_slice(name).get_shape()
+                shapes[name] = torch.Size(shape)
+    return shapes
 
 
-def read_parts(files: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
+def read_shards(files: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
     """Copy into each tensor, or into what this process holds of it, what the files hold under its name.
 
-    Raises DirlError where one is not there or has another shape.
+    Raises DirlError where one is missing or has another shape.
     """
     shapes = stored_shapes(files)
     for name, tensor in tensors.items():
         if shapes.get(name) != tensor.shape:
-            found = f"with shape {tuple(shapes[name])}, not {tuple(tensor.shape)}" if name in shapes else "not at all"
-            raise DirlError(f"{files[0].parent} holds {name} {found}: it is a checkpoint of another model")
-    parts = {name: Part.of(tensor) for name, tensor in tensors.items()}
+            problem = "not at all"
+            if name in shapes:
+                problem = f"with shape {tuple(shapes[name])}, not {tuple(tensor.shape)}"
+            raise DirlError(f"{files[0].parent} holds {name} {problem}: it is a checkpoint of another model")
+
+    # Each process looks into every file: another number of processes may have cut the tensors elsewhere.
+    targets = {name: Shard.of(tensor) for name, tensor in tensors.items()}
     for file in files:
         with safe_open(file, "pt") as content:
-            where = json.loads(content.metadata()[PARTS])
-            for name in parts.keys() & set(content.keys()):
-                source, own = content.get_slice(name), parts[name]
+            begin_and_shape = json.loads(content.metadata()[SHARDS])
+            for name in targets.keys() & set(content.keys()):
+                source = content.get_slice(name)
                 sizes = source.get_shape()
-                there = ranges(where[name][0] if name in where else [0] * len(sizes), sizes)
-                copy_common(source, there, own)
+                begin = begin_and_shape[name][0] if name in begin_and_shape else [0] * len(sizes)
+                copy_overlap(source, index_ranges(begin, sizes), targets[name])
 
 
-def copy_common(source: Any, there: Sequence[range], own: Part) -> None:
-    """Copy what a stored slice, which lies at `there`, has in common with `own`."""
-    common = [range(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(there, own.ranges, strict=True)]
-    if all(common):
-        to, of = (
-            tuple(slice(c.start - a.start, c.stop - a.start) for c, a in zip(common, at, strict=True))
-            for at in (own.ranges, there)
-        )
-        own.values[to].copy_(source[of])
+def copy_overlap(source: Any, source_ranges: Sequence[range], target: Shard) -> None:
+    """Copy what a stored slice and a shard have in common; source_ranges: the indices that the slice covers."""
+    read, write = [], []
+    for stored, held in zip(source_ranges, target.ranges, strict=True):
+        first = max(stored.start, held.start)
+        last = min(stored.stop, held.stop)
+        if first >= last:
+            return
+        read.append(slice(first - stored.start, last - stored.start))
+        write.append(slice(first - held.start, last - held.start))
+    target.values[tuple(write)].copy_(source[tuple(read)])

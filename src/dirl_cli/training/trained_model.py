@@ -11,7 +11,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merge_adapter
 from dirl_cli.models.load import DiffusionLM, pick_device, pick_dtype
 from dirl_cli.training.checkpoint import MODEL, files_of, learned
-from dirl_cli.training.shards import read_parts
+from dirl_cli.training.shards import read_shards
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrainedModel:
         device = pick_device(device)
         lm: DiffusionLM = self.peft.load(self.base, dtype, device, attention)
         try:
-            read_parts(files_of(Path(self.path), MODEL), learned(lm.model))
+            read_shards(files_of(Path(self.path), MODEL), learned(lm.model))
         except (SafetensorError, OSError) as error:
             raise DirlError(f"{self.path} cannot be read ({error}): give another checkpoint of the run") from error
 
