@@ -24,7 +24,7 @@ from dirl_cli.diffusion.states import Tokens
 from dirl_cli.models.load import DiffusionLM, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.rl.batch import Group, objective_rows
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.types import Trajectory
 from tests.reference.expanded import dipo_sum, expand, expanded_logprobs
 
@@ -100,7 +100,7 @@ def packed(lm: DiffusionLM, case: Case, row_tokens: int = ROW_TOKENS) -> int:
     """Accumulate the gradient a row at a time; returns token-forwards."""
     tokens, random = Tokens(BLOCK, MASK), torch.Generator()
     rows, lengths = objective_rows([case.group], DIPO, tokens, 0, row_tokens, True, random)
-    scorer = TokenScorer(lm.model, lm.unsampled_ids).to(lm.device)
+    scorer = LogprobModel(lm.model, lm.unsampled_ids).to(lm.device)
     for part in rows.to(lm.device).split(1):
         loss = DIPO.loss(part, *scorer(part)[:2])["loss"]
         (loss / DIPO.norm(lengths, case.buffer)).backward()

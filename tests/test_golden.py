@@ -9,7 +9,7 @@ import torch
 from dirl_cli import Decoding, Trajectory, load_sampler, score
 from dirl_cli.diffusion.layout import Coordinates, lay_out, pack
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 
 CHECKPOINTS = ["sdar-tiny-b4", "sdar-tiny-b8-tied"]
 
@@ -57,7 +57,7 @@ def test_fine_tuning_losses(golden):
         token_ids, masked = torch.tensor(case["input_ids"]), torch.tensor([case["masked"]], dtype=torch.bool)
         strip = lay_out(token_ids, masked, masked, masked / case["p_mask"], lm.block_size, lm.mask_token_id)
         rows = pack([strip], 128, lm.block_size, lm.pad_token_id)
-        logprobs, *_ = TokenScorer(lm.model)(rows)
+        logprobs, *_ = LogprobModel(lm.model)(rows)
         loss = -(rows.weight * logprobs).sum() / (len(token_ids) - case["prompt_length"])
         assert loss.item() == pytest.approx(case["loss"], rel=1e-4)
 

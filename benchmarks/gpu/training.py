@@ -34,7 +34,7 @@ from dirl_cli.data.order import generator
 from dirl_cli.diffusion.masking import Example, example
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.sft.batches import Noise
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from tests.reference.expanded import doubled_mask
 
 REPEATS = 5 if DEVICE == "cuda" else 1
@@ -78,7 +78,7 @@ def fine_tuning(lm: DiffusionLM, checkpointing: str) -> None:
     rows = rows.to(lm.device)
 
     def packed() -> float:
-        logprobs, *_ = TokenScorer(lm.model).to(lm.device)(rows)
+        logprobs, *_ = LogprobModel(lm.model).to(lm.device)(rows)
         loss = -(rows.weight * logprobs).sum() / answers
         loss.backward()
         return loss.item()

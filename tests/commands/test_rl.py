@@ -28,7 +28,7 @@ from dirl_cli.models.tiny import Tiny
 from dirl_cli.rl.rollouts import why_without_signal
 from dirl_cli.rollout.storage import Record, read_rollout
 from dirl_cli.training.checkpoint import sha256
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.types import Problem, Trajectory
 from tests.helpers.small import paid_by_the_letter, published_vocabulary
 
@@ -291,14 +291,14 @@ def test_the_trainers_own_log_probs_give_the_same_update_as_the_samplers(model, 
 
 def test_the_forwards_of_old_and_reference_log_probs_have_a_phase_of_their_own(finished, model, tmp_path, monkeypatch):
     assert not any("seconds/logprobs" in line for line in lines(finished))  # whose old ones are the sampler's
-    forward = TokenScorer.forward
+    forward = LogprobModel.forward
 
     def slow(scorer, rows):
         if not torch.is_grad_enabled():
             time.sleep(0.2)
         return forward(scorer, rows)
 
-    monkeypatch.setattr(TokenScorer, "forward", slow)
+    monkeypatch.setattr(LogprobModel, "forward", slow)
     run(config(model, "steps=1", "rl.old=trainer", "rl.epochs=2", "algo.beta=0.1", "eval_problems=0"), tmp_path)
     [line] = lines(tmp_path)
     assert line["seconds/logprobs"] >= 0.4 and line["seconds/rows"] < 0.2

@@ -30,7 +30,7 @@ from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.sft.batches import Noise, NoisedBatches
 from dirl_cli.sft.validation import SftEvaluation, cross_entropy, hold_out, metric
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.trainer import Trainer
 from tests.helpers.small import published_vocabulary
 
@@ -155,7 +155,7 @@ def test_hidden_tokens_are_guessed_right_as_often_as_the_metric_says():
     examples = [example([guess, 9] * (n // 2), trained[n], lm.block_size, guess) for n in trained]
     noise = Noise(PerBlock(), lm.block_size, lm.mask_token_id, lm.pad_token_id, 64)
     optimizers = [torch.optim.SGD(lm.model.parameters())]
-    trainer = Trainer(Accelerator(cpu=True), TokenScorer(lm.model), optimizers, lambda _: 1.0, 1.0)
+    trainer = Trainer(Accelerator(cpu=True), LogprobModel(lm.model), optimizers, lambda _: 1.0, 1.0)
     found = hold_out(examples, noise, [1.0], seed=0).measure(trainer, cross_entropy, None)
     right = []
     for one in examples:  # blocks one after another, each hidden altogether behind those that are not

@@ -18,7 +18,7 @@ import torch
 from dirl_cli.cli.run_dir import open_run
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.grading import Grader
-from dirl_cli.training.checkpoint import complete, damage
+from dirl_cli.training.checkpoint import complete_checkpoints, damage
 from tests.faults.faulty_reward import due
 from tests.faults.trials import SFT, TRACEBACK, Child, config, finished, result, save_random_model
 
@@ -67,7 +67,7 @@ def test_killed_at_random_moments(name, in_background, undisturbed, tmp_path, te
             if child.kill():
                 break
             seconds = child.seconds  # the machine has become faster
-        early += not complete(out / "checkpoints")
+        early += not complete_checkpoints(out / "checkpoints")
         saving += half_written(out)
         survived += finished(name, cfg, out) == expected
         shutil.rmtree(out)
@@ -99,7 +99,7 @@ def test_a_full_disk(in_background, undisturbed, tmp_path, tell):
             child = Child("sft", cfg, path / "run", before=int)
             code = child.end()
             told = f"code {code}: {child.told}"
-            whole = not any(map(damage, complete(path / "run/checkpoints")))
+            whole = not any(map(damage, complete_checkpoints(path / "run/checkpoints")))
             in_a_sentence = code == 1 and "make room" in child.told.splitlines()[-1]
             subprocess.run(["mount", "-o", "remount,size=100m", path], check=True)
             found = finished("sft", cfg, path / "run")
@@ -130,12 +130,12 @@ def flipped(file: Path) -> None:
 def test_a_damaged_checkpoint(name, harm, undisturbed, tmp_path, tell):
     word, through, _ = undisturbed[name]
     expected, survived = result(through), 0
-    files = [file.name for file in complete(through / "checkpoints")[-1].iterdir()]
+    files = [file.name for file in complete_checkpoints(through / "checkpoints")[-1].iterdir()]
     for file in files:
         out = tmp_path / file
         shutil.copytree(through, out)
         shutil.rmtree(out / "model")
-        harm(complete(out / "checkpoints")[-1] / file)
+        harm(complete_checkpoints(out / "checkpoints")[-1] / file)
         child = Child(name, config(name, word), out)
         survived += child.end() == 0 and "is damaged" in child.told and result(out) == expected
     what = "missing" if harm is Path.unlink else harm.__name__
@@ -155,7 +155,7 @@ def test_asked_to_stop(name, number, expected_code, undisturbed, tmp_path, tell)
         child.send(number)
         code = child.end()
         slowest = max(slowest, time.perf_counter() - asked)
-        said = "stopped after step" in child.told and len(complete(out / "checkpoints")) == 1
+        said = "stopped after step" in child.told and len(complete_checkpoints(out / "checkpoints")) == 1
         survived += code == expected_code and said and slowest < 30 and finished(name, cfg, out) == expected
     asks = f"{number.name} in {name}: it saves and exits {expected_code} (after {slowest:.1f} s at most)"
     tell(asks, 3, survived)
@@ -250,7 +250,7 @@ def test_a_sampler_that_raises_in_mid_rollout(undisturbed, flags, tmp_path, tell
         child = Child("rl", cfg, out).wait_for(f"step {step}/")
         (flags / "sampler").touch()
         failed = child.end() == TRACEBACK and "RuntimeError: a fault in mid-rollout" in child.told
-        kept = step <= int(complete(out / "checkpoints")[-1].name[5:])
+        kept = step <= int(complete_checkpoints(out / "checkpoints")[-1].name[5:])
         survived += failed and kept and finished("rl", cfg, out) == through
     assert not due("sampler")
     tell("the sampler raises in mid-rollout", 2, survived)

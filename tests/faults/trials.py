@@ -19,7 +19,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.report.metrics_log import MetricsLog
-from dirl_cli.training.checkpoint import SUMS, complete
+from dirl_cli.training.checkpoint import SUMS, complete_checkpoints
 
 DATA = (
     "data.train=40",
@@ -129,7 +129,7 @@ def result(out: Path) -> dict[str, object]:
     """What must not depend on any fault: model, checksums of the last checkpoint, rollouts, metrics but for times."""
     timed = ("time", "seconds/", "tokens_per_s")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    sums = complete(out / "checkpoints")[-1] / SUMS
+    sums = complete_checkpoints(out / "checkpoints")[-1] / SUMS
     files = [*out.glob("model/*.safetensors"), out / "model/config.json", sums, *out.glob("rollouts/*")]
     found: dict[str, object] = {str(file.relative_to(out)): file.read_bytes() for file in files}
     found["metrics"] = [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]

@@ -262,7 +262,7 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
     from dirl_cli.rl.update import PolicyUpdate
     from dirl_cli.rollout.native import NativeSampler
     from dirl_cli.rollout.storage import Record, rollout_path, to_json
-    from dirl_cli.training.logprobs import TokenScorer
+    from dirl_cli.training.logprobs import LogprobModel
     from dirl_cli.training.parallel import start_accelerator
     from dirl_cli.training.trainer import Trainer
     from dirl_cli.types import Decoding, Problem
@@ -283,7 +283,7 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
     objectives = [build(OmegaConf.load(file), Objective) for file in sorted((conf_dir() / "algo").glob("*.yaml"))]
     optimizer = torch.optim.SGD(lm.model.parameters(), lr=1e-3)
     accelerator = start_accelerator("cpu", "float32")
-    trainer = Trainer(accelerator, TokenScorer(lm.model, lm.unsampled_ids), [optimizer], lambda step: 1.0, 1.0)
+    trainer = Trainer(accelerator, LogprobModel(lm.model, lm.unsampled_ids), [optimizer], lambda step: 1.0, 1.0)
 
     def run(data: bytes, here: Path) -> None:
         rollout_path(here, 1).write_bytes(data)
@@ -297,7 +297,7 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
             trainer,
             objective,
             lm,
-            reference=TokenScorer(lm.model, lm.unsampled_ids) if objective.beta else None,
+            reference=LogprobModel(lm.model, lm.unsampled_ids) if objective.beta else None,
             old_from_sampler=objective.is_exact,
             correction_cap=0.0,
             mini_batches=1,

@@ -11,7 +11,7 @@ from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.models.attention import block_mask, dense_mask, hidden_states
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.logprobs import TokenScorer, trajectory_logprobs
+from dirl_cli.training.logprobs import LogprobModel, trajectory_logprobs
 from dirl_cli.types import Decoding
 
 pytestmark = [
@@ -48,7 +48,7 @@ def test_flex_attention_learns_what_sdpa_learns():
     rows = packed(sdpa, answers(sdpa)).to("cuda")
     gradients = []
     for lm in (flex, sdpa):
-        logprobs, *_ = TokenScorer(lm.model, lm.unsampled_ids).to("cuda")(rows)
+        logprobs, *_ = LogprobModel(lm.model, lm.unsampled_ids).to("cuda")(rows)
         logprobs.sum().backward()
         gradients.append({name: p.grad for name, p in lm.model.named_parameters() if p.grad is not None})
     for name, ours in gradients[0].items():

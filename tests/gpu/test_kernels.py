@@ -10,7 +10,7 @@ from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.sampling import draw, draw_at_once, invert, temper
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.models.attention import block_mask, dense_mask
-from dirl_cli.training.logprobs import TokenScorer, linear_logprobs
+from dirl_cli.training.logprobs import LogprobModel, linear_logprobs
 from tests.helpers.answers import ANSWERS, BLOCK
 from tests.helpers.small import MASK, PAD, random_lm, small_lm
 
@@ -128,7 +128,7 @@ def test_flex_attention_learns_what_sdpa_learns_whatever_the_length(kind):
     for packed in (rows(2, 100), rows(4, 300), rows(8, 1000)):
         gradients = []
         for lm in (flex, sdpa):
-            scorer = TokenScorer(lm.model, lm.unsampled_ids).to("cuda")
+            scorer = LogprobModel(lm.model, lm.unsampled_ids).to("cuda")
             scorer.zero_grad()
             scorer(replace(packed, block_masks={}))[0].sum().backward()
             gradients.append(torch.cat([p.grad.flatten() for p in scorer.parameters()]))
@@ -137,7 +137,7 @@ def test_flex_attention_learns_what_sdpa_learns_whatever_the_length(kind):
 
 def test_few_graphs_are_compiled_for_many_lengths():
     lm = small_lm(attention="flex_attention", head_dim=16)
-    scorer = TokenScorer(lm.model, lm.unsampled_ids).to("cuda")
+    scorer = LogprobModel(lm.model, lm.unsampled_ids).to("cuda")
     torch._dynamo.reset()
     counters.clear()
     for row_tokens in (100, 200, 400, 600, 800, 1000, 1500):

@@ -14,7 +14,7 @@ from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
 from dirl_cli.sft.validation import cross_entropy
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.trainer import Trainer
@@ -55,7 +55,7 @@ def test_it_learns_in_bf16_with_flex_attention(kind, checkpointing):
     assert lm.model.config._attn_implementation == "flex_attention"
     optimizers = AdamW(1e-2, (0.9, 0.95), 1e-8, 0.0).build(lm.model)
     accelerator = start_accelerator("cuda", "bfloat16")
-    trainer = Trainer(accelerator, TokenScorer(lm.model), optimizers, lambda step: 1.0, 1.0)
+    trainer = Trainer(accelerator, LogprobModel(lm.model), optimizers, lambda step: 1.0, 1.0)
     losses = [trainer.step([rows(lm)], cross_entropy, 128)["loss"] for _ in range(10)]
     assert losses[-1] < 0.8 * losses[0]
     assert all(factor.dtype == torch.float32 for factor in trainable_parameters(lm.model).values())

@@ -11,7 +11,7 @@ from dirl_cli.diffusion.states import Tokens, trajectory_strip
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.batch import Group, objective_rows
 from dirl_cli.rl.objective import Objective
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.types import Trajectory
 from tests.helpers.small import MASK, PAD
 
@@ -73,7 +73,7 @@ def packed(
         groups, objective, TOKENS, PAD, row_tokens, train_tail, torch.Generator().manual_seed(7)
     )
     norm = objective.norm(lengths, LONGEST)
-    scorer = TokenScorer(lm.model, lm.unsampled_ids)
+    scorer = LogprobModel(lm.model, lm.unsampled_ids)
     lm.model.zero_grad()
     sums: dict[str, float] = {}
     for part in rows.split(rows_each):
@@ -117,7 +117,7 @@ def slopes(lm: DiffusionLM, token: int) -> tuple[float, float]:
     direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)) * weight.std()
 
     def logprob() -> Tensor:
-        return TokenScorer(lm.model, lm.unsampled_ids)(rows)[0].sum()
+        return LogprobModel(lm.model, lm.unsampled_ids)(rows)[0].sum()
 
     with torch.no_grad():
         weight[token] = weight[8]  # a padding row begins at zero, where a norm is too steep for finite differences

@@ -26,7 +26,7 @@ from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.storage import Record
 from dirl_cli.sft.batches import Noise
 from dirl_cli.sft.validation import cross_entropy
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, Optim
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.trainer import Trainer
@@ -152,7 +152,7 @@ class Trial:
     def trainer(self, lm: DiffusionLM, decoding: Decoding | None = None) -> Trainer:
         if self.checkpointing:
             lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-        scorer = TokenScorer(lm.model, lm.unsampled_ids if decoding else (), decoding)
+        scorer = LogprobModel(lm.model, lm.unsampled_ids if decoding else (), decoding)
         accelerator = start_accelerator(self.device, self.dtype)
         return Trainer(accelerator, scorer, self.optim.build(lm.model), lambda step: 1.0, 1.0)
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.states import trajectory_strip
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from tests.helpers.answers import ANSWERS, BLOCK
 from tests.helpers.small import MASK, PAD, random_lm
 
@@ -29,17 +29,17 @@ def backpropagate(scorer: nn.Module, micro_batches: list[Rows]) -> None:
         scorer(rows)[0].sum().backward()
 
 
-def data_parallel(scorer: TokenScorer) -> nn.Module:
+def data_parallel(scorer: LogprobModel) -> nn.Module:
     return DistributedDataParallel(scorer)
 
 
-def sharded(scorer: TokenScorer) -> nn.Module:
+def sharded(scorer: LogprobModel) -> nn.Module:
     for layer in scorer.model.model.layers:
         fully_shard(layer)
     return fully_shard(scorer)
 
 
-def sharded_head(scorer: TokenScorer) -> nn.Module:
+def sharded_head(scorer: LogprobModel) -> nn.Module:
     fully_shard(scorer.model.lm_head)
     return sharded(scorer)
 
@@ -48,7 +48,7 @@ if __name__ == "__main__":
     kind, wrapper, file = sys.argv[1:]
     dist.init_process_group("gloo")
     lm = random_lm(kind)
-    scorer = TokenScorer(lm.model, lm.unsampled_ids, chunk=7)
+    scorer = LogprobModel(lm.model, lm.unsampled_ids, chunk=7)
     wrapped = {f.__name__: f for f in (data_parallel, sharded, sharded_head)}[wrapper](scorer)
     backpropagate(wrapped, shared_rows()[dist.get_rank() :: 2])
     whole = [p.grad if wrapper == "data_parallel" else p.grad.full_tensor() for p in scorer.parameters()]

@@ -26,9 +26,9 @@ from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.storage import Record
 from dirl_cli.sft.batches import Noise
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, Muon
-from dirl_cli.training.parallel import gathered, start_accelerator, whole
+from dirl_cli.training.parallel import start_accelerator, unsharded, unsharded_model
 from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.types import SHARING, Decoding, Problem
 from tests.helpers.paths import ROOT
@@ -75,7 +75,7 @@ def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[s
         trainer,
         build(OmegaConf.merge(DIPO, {"beta": 0.1}), Objective),
         lm,
-        reference=TokenScorer(still.model.requires_grad_(False)).to(still.device),
+        reference=LogprobModel(still.model.requires_grad_(False)).to(still.device),
         old_from_sampler=False,
         correction_cap=2.0,
         mini_batches=2,
@@ -117,15 +117,15 @@ def take(
     if checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizers = OPTIMIZERS[optimizer].build(lm.model)
-    trainer = Trainer(accelerator, TokenScorer(lm.model), optimizers, lambda step: 1.0, clip_norm=0.5)
+    trainer = Trainer(accelerator, LogprobModel(lm.model), optimizers, lambda step: 1.0, clip_norm=0.5)
     found = {"sft": sft, "rl": rl}[task](lm, trainer, micro_rows)
     assert all(isinstance(one, DTensor) == (launch in SHARING) for one in lm.model.parameters())
-    copied = {name: tensor.detach().cpu().clone() for name, tensor in gathered(lm.model.named_parameters())}
-    sampler_lm = whole(lm)
+    copied = {name: tensor.detach().cpu().clone() for name, tensor in unsharded(lm.model.named_parameters())}
+    sampler_lm = unsharded_model(lm)
     assert (sampler_lm.model.config is lm.model.config) == (sampler_lm is lm), "a copy is switched by itself"
     sampled_from = dict(sampler_lm.model.named_parameters())
     assert all(torch.equal(sampled_from[name].cpu(), copied[name]) for name in copied)
-    narrow = dict(whole(lm, torch.bfloat16).model.named_parameters())
+    narrow = dict(unsharded_model(lm, torch.bfloat16).model.named_parameters())
     assert all(torch.equal(narrow[name].cpu(), copied[name].to(narrow[name].dtype)) for name in copied)
     assert (narrow["lm_head.weight"].dtype == torch.bfloat16) == (launch in SHARING)
     return found, copied

@@ -25,7 +25,7 @@ from dirl_cli.models.from_causal import FromCausal, package_file
 from dirl_cli.models.load import PretrainedModel
 from dirl_cli.models.peft import LoraFinetune, trainable_parameters
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.logprobs import TokenScorer, trajectory_logprobs
+from dirl_cli.training.logprobs import LogprobModel, trajectory_logprobs
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers.answers import slopes
 
@@ -246,7 +246,7 @@ def test_a_token_is_predicted_where_the_one_before_it_stands(causal):
     assert before.tolist() == (rows.scored(rows.position) - 1).tolist()
     views = rows.view.flatten()[rows.before].tolist()
     assert views == [0, 1, 1, 1, 0, 1, 1, 1]
-    assert torch.isfinite(TokenScorer(lm.model)(rows)[0]).all()
+    assert torch.isfinite(LogprobModel(lm.model)(rows)[0]).all()
 
 
 def test_a_diffusion_model_is_not_converted_again(causal, tmp_path):

@@ -33,7 +33,7 @@ from dirl_cli.plan.memory import Memory, architecture
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
 from dirl_cli.sft.validation import cross_entropy
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.trainer import Trainer
 from tests.helpers.measured import ADAMW, Size, Trial, measured
@@ -89,7 +89,7 @@ def rows(n: int = 2) -> Rows:
 
 def loss_of(model: nn.Module) -> Tensor:
     part = rows()
-    return cross_entropy(part, *TokenScorer(model)(part)[:2])["loss"]
+    return cross_entropy(part, *LogprobModel(model)(part)[:2])["loss"]
 
 
 # What is trained
@@ -141,7 +141,7 @@ def test_steps_move_the_factors_and_not_a_bit_of_the_weights(four_bit, optim):
     frozen = {name: p.detach().clone() for name, p in lm.model.named_parameters() if not p.requires_grad}
     start = loss_of(lm.model).item()
     optimizers = optim.build(lm.model)
-    trainer = Trainer(Accelerator(cpu=True), TokenScorer(lm.model), optimizers, lambda step: 1.0, 1.0)
+    trainer = Trainer(Accelerator(cpu=True), LogprobModel(lm.model), optimizers, lambda step: 1.0, 1.0)
     own = peft(four_bit)
     sampler = NativeSampler(own.merged(lm))
     for step in range(4):
@@ -172,7 +172,7 @@ def several_steps(accelerator: Accelerator) -> tuple[list[float], dict[str, Tens
     """Losses of three steps on three micro-batches, which two processes cannot share evenly, and the factors."""
     lm = adapted()
     optimizers = AdamW(1e-2, (0.9, 0.95), 1e-8, 0.0).build(lm.model)
-    trainer = Trainer(accelerator, TokenScorer(lm.model), optimizers, lambda step: 1.0, 1.0)
+    trainer = Trainer(accelerator, LogprobModel(lm.model), optimizers, lambda step: 1.0, 1.0)
     losses = [trainer.step(rows(3).split(1), cross_entropy, 10)["loss"] for _ in range(3)]
     return losses, {name: factor.detach() for name, factor in trainable_parameters(lm.model).items()}
 

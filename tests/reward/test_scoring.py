@@ -7,11 +7,12 @@ from random import Random
 
 import pytest
 from omegaconf import OmegaConf
+from pytest import approx
 
 from dirl_cli.cli.build import build
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.rewards import Answer
-from dirl_cli.reward.scoring import Rewards, Scored, Scorer
+from dirl_cli.reward.scoring import RewardComputer, RewardResult, Rewards
 from dirl_cli.types import Problem
 from tests.helpers.paths import ROOT
 
@@ -74,9 +75,9 @@ ANSWERS = {
 }
 
 
-def scores(rewards: Rewards, answers=ANSWERS) -> dict[tuple[str, int], Scored | None]:
-    with Scorer(rewards) as scorer:
-        found = list(scorer.score(answers.items()))
+def scores(rewards: Rewards, answers=ANSWERS) -> dict[tuple[str, int], RewardResult | None]:
+    with RewardComputer(rewards) as reward_computer:
+        found = list(reward_computer.compute(answers.items()))
     assert len(found) == len(answers)
     return dict(found)
 
@@ -84,10 +85,10 @@ def scores(rewards: Rewards, answers=ANSWERS) -> dict[tuple[str, int], Scored | 
 def test_the_total_is_the_weighted_sum_and_the_parts_are_not_weighted():
     found = scores(Rewards({"accuracy": 1.0, "speed": 0.2, "boxed": 0.0}))
     assert found == {
-        ("a", 0): Scored(pytest.approx(1.15), {"accuracy": 1.0, "speed": pytest.approx(0.75), "boxed": 0.1}, True),
-        ("a", 1): Scored(pytest.approx(-0.05), {"accuracy": 0.0, "speed": pytest.approx(-0.25), "boxed": 0.1}, False),
-        ("b", 0): Scored(pytest.approx(1.15), {"accuracy": 1.0, "speed": pytest.approx(0.75), "boxed": 0.1}, True),
-        ("b", 1): Scored(pytest.approx(-0.05), {"accuracy": 0.0, "speed": pytest.approx(-0.25), "boxed": 0.1}, False),
+        ("a", 0): RewardResult(approx(1.15), {"accuracy": 1.0, "speed": approx(0.75), "boxed": 0.1}, True),
+        ("a", 1): RewardResult(approx(-0.05), {"accuracy": 0.0, "speed": approx(-0.25), "boxed": 0.1}, False),
+        ("b", 0): RewardResult(approx(1.15), {"accuracy": 1.0, "speed": approx(0.75), "boxed": 0.1}, True),
+        ("b", 1): RewardResult(approx(-0.05), {"accuracy": 0.0, "speed": approx(-0.25), "boxed": 0.1}, False),
     }
 
 
@@ -97,7 +98,7 @@ def test_options_reach_their_reward(own):
         options={"soft_overlong": {"cache": 95}, f"{own}:words": {"times": 2.0}},
     )
     one = scores(rewards, {("a", 0): ANSWERS["a", 0]})["a", 0]
-    assert one.parts == {"soft_overlong": pytest.approx(-5 / 95), f"{own}:words": 6.0}
+    assert one.parts == {"soft_overlong": approx(-5 / 95), f"{own}:words": 6.0}
 
 
 def test_a_users_rewards_see_the_verdict_by_file_and_by_import_path(own, monkeypatch):
@@ -124,14 +125,16 @@ def test_answers_are_scored_while_others_are_sampled():
             yield key, one
             seen.append(key)
 
-    with Scorer(Rewards({"accuracy": 1.0})) as scorer:
-        next(iter(scorer.score(sampled())))
+    with RewardComputer(Rewards({"accuracy": 1.0})) as reward_computer:
+        next(iter(reward_computer.compute(sampled())))
     assert len(seen) < len(ANSWERS)
 
 
-def test_a_scorer_serves_one_step_after_another():
-    with Scorer(Rewards({"accuracy": 1.0})) as scorer:
-        assert [dict(scorer.score(ANSWERS.items())) for _ in range(2)] == [scores(Rewards({"accuracy": 1.0}))] * 2
+def test_a_reward_computer_serves_one_step_after_another():
+    with RewardComputer(Rewards({"accuracy": 1.0})) as reward_computer:
+        assert [dict(reward_computer.compute(ANSWERS.items())) for _ in range(2)] == [
+            scores(Rewards({"accuracy": 1.0}))
+        ] * 2
 
 
 @pytest.mark.parametrize(
@@ -163,9 +166,9 @@ def test_a_reward_that_hangs_costs_its_timeout(own):
 
 def test_failing_answers_are_counted_and_left_out_where_the_user_says_so(own):
     rewards = Rewards({"accuracy": 1.0, f"{own}:hangs_on_b": 1.0}, on_error="exclude", timeout=1.0)
-    with Scorer(rewards) as scorer:
-        found = dict(scorer.score(ANSWERS.items()))
-        assert scorer.excluded == {f"{own}:hangs_on_b": 2}
+    with RewardComputer(rewards) as reward_computer:
+        found = dict(reward_computer.compute(ANSWERS.items()))
+        assert reward_computer.excluded == {f"{own}:hangs_on_b": 2}
     assert {key: one and one.total for key, one in found.items()} == {
         ("a", 0): 2,
         ("a", 1): 1,

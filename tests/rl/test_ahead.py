@@ -23,14 +23,14 @@ model = test_rl.model  # a fixture
 
 def test_answers_are_sampled_while_the_body_runs():
     ours, began, learned = source(each(MIXED)), Event(), Event()
-    answer = ours.scorer.score
+    answer = ours.reward_computer.compute
 
     def slow(answers):
         began.set()
         assert learned.wait(20), "the body did not run meanwhile"
         return answer(answers)
 
-    ours.scorer.score = slow
+    ours.reward_computer.compute = slow
     with prefetch_rollout(ours, 1):
         assert began.wait(20)
         learned.set()
@@ -68,7 +68,7 @@ def test_nothing_is_sampled_ahead_where_the_surplus_will_do():
 
 def test_an_update_that_fails_ends_the_sampling():
     ours = source(each(SAME), problems=6)
-    answer, running, failed = ours.scorer.score, Event(), Event()
+    answer, running, failed = ours.reward_computer.compute, Event(), Event()
 
     def slow(answers):
         for scored in answer(answers):
@@ -76,7 +76,7 @@ def test_an_update_that_fails_ends_the_sampling():
             assert failed.wait(20)
             yield scored
 
-    ours.scorer.score = slow
+    ours.reward_computer.compute = slow
     with pytest.raises(DirlError, match="the loss"), prefetch_rollout(ours, 1):
         assert running.wait(20)
         failed.set()
@@ -90,7 +90,7 @@ def test_a_sampler_that_fails_ends_the_step():
     def broken(answers):
         raise DirlError("the reward brevity failed")
 
-    ours.scorer.score = broken
+    ours.reward_computer.compute = broken
     with pytest.raises(DirlError, match="brevity"), prefetch_rollout(ours, 1):
         pass
 

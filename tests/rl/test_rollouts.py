@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from dirl_cli.errors import DirlError
-from dirl_cli.reward.scoring import Rewards, Scored, Scorer
+from dirl_cli.reward.scoring import RewardComputer, RewardResult, Rewards
 from dirl_cli.rl.advantages import mean_only, normalised
 from dirl_cli.rl.rollout_metrics import answer_table, records, rollout_metrics
 from dirl_cli.rl.rollouts import (
@@ -49,10 +49,10 @@ class FakeScorer:
 
     rewards: dict[str, list[float | None]]
 
-    def score(self, answers):
+    def compute(self, answers):
         for key, answer in answers:
             reward = self.rewards[answer.problem.id][int(answer.completion)]
-            yield key, None if reward is None else Scored(reward, {"accuracy": reward}, reward == 1)
+            yield key, None if reward is None else RewardResult(reward, {"accuracy": reward}, reward == 1)
 
 
 def source(rewards: dict[str, list[float | None]], **options) -> RolloutSampler:
@@ -256,7 +256,7 @@ def test_a_replay_may_be_rewarded_anew():
     trajectory = Trajectory([1], [9], [1], [0.0], "stop", denoise_forwards=1)
     problem = Problem("a", "1+1?", "2")
     right, wrong = (Record(problem, k, rf"\boxed{{{n}}}", trajectory) for k, n in enumerate((2, 3)))
-    with Scorer(Rewards({"binary": 1.0}, workers=1, timeout=30.0)) as scorer:
-        [[first, second]] = Rescorer(scorer, "accuracy", longest=8, block_size=4).reward([[right, wrong]])
+    with RewardComputer(Rewards({"binary": 1.0}, workers=1, timeout=30.0)) as reward_computer:
+        [[first, second]] = Rescorer(reward_computer, "accuracy", longest=8, block_size=4).reward([[right, wrong]])
     assert (first.reward, first.correct, second.reward, second.correct) == (1.0, True, -1.0, False)
     assert first.trajectory is trajectory

@@ -24,7 +24,7 @@ from dirl_cli.rl.advantages import ADVANTAGES
 from dirl_cli.rl.batch import Group, objective_rows, trained_length
 from dirl_cli.rl.objective import LEVELS, Objective
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers.paths import ROOT
 from tests.reference.enumerated import answers, toy
@@ -136,7 +136,7 @@ def enumerated(lm_size: tuple[int, int], prompt: tuple[int, ...], decoding: Deco
     exact = algorithm("dipo")
     assert exact.views == Trace()
     rows, _ = objective_rows(everything, exact, tokens, 0, 4096, train_tail, torch.Generator())
-    logprobs, *_ = TokenScorer(lm.model, lm.unsampled_ids)(rows)
+    logprobs, *_ = LogprobModel(lm.model, lm.unsampled_ids)(rows)
     return Enumerated(lm, trajectories, probability, rows, logprobs)
 
 

@@ -10,7 +10,7 @@ from dirl_cli.diffusion.masking import Count, PerBlock, PerSample, example
 from dirl_cli.errors import DirlError
 from dirl_cli.sft.annealing import Annealing, Thinned, thinned
 from dirl_cli.sft.batches import Noise
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from tests.helpers.small import small_lm
 
 FINAL = Noise(Count(), 4, 49, 0, 64)
@@ -97,7 +97,7 @@ def test_the_causal_rows_score_each_answer_token_from_the_one_before_it_alone():
     assert rows.targets.tolist() == [4, 5, 6, 7, 8]
     assert rows.weight.tolist() == pytest.approx([0.1] * 5)
     lm = small_lm()
-    logprobs, *_ = TokenScorer(lm.model)(rows)
+    logprobs, *_ = LogprobModel(lm.model)(rows)
     logits = lm.model(torch.arange(1, 9)[None]).logits[0]
     expected = logits.log_softmax(-1)[torch.arange(2, 7), torch.arange(4, 9)]
     assert logprobs.tolist() == pytest.approx(expected.tolist(), abs=1e-5)

@@ -28,15 +28,15 @@ from dirl_cli.files import whole_directory
 from dirl_cli.training.checkpoint import (
     STATE,
     SUMS,
-    Checkpoints,
+    RunCheckpoints,
     damage,
-    find,
-    learned,
-    load,
+    find_checkpoint,
+    load_checkpoint,
+    optimizer_states,
     require_measured,
     require_same_run,
     save_model,
-    states,
+    trained_parameters,
 )
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.shards import Shard, read_shards, write_shards
@@ -67,8 +67,8 @@ def train(run: Run, steps: int) -> None:
             optimizer.zero_grad()
 
 
-def checkpoints(directory: Path, keep: int = 2, **options) -> Checkpoints:
-    return Checkpoints(directory / "checkpoints", Accelerator(cpu=True), keep, **options)
+def checkpoints(directory: Path, keep: int = 2, **options) -> RunCheckpoints:
+    return RunCheckpoints(directory / "checkpoints", Accelerator(cpu=True), keep, **options)
 
 
 def saved(directory: Path, steps: int = 1) -> tuple[Path, Run]:
@@ -97,7 +97,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_never_stopped(tmp_
     train(through, 2)  # while it may be written
     kept.wait()
     resumed = start(seed=1)
-    assert load(path, *resumed)["step"] == 2
+    assert load_checkpoint(path, *resumed)["step"] == 2
     train(resumed, 2)
     assert same(through[0], resumed[0])
 
@@ -113,7 +113,7 @@ def test_saving_changes_nothing_in_the_run_that_saves(tmp_path):
 
 def test_a_checkpoint_from_before_the_first_update_begins_the_same_run(tmp_path):
     through, resumed = start(), start(seed=1)
-    load(checkpoints(tmp_path).save(0, *through, {}), *resumed)
+    load_checkpoint(checkpoints(tmp_path).save(0, *through, {}), *resumed)
     for run in (through, resumed):
         train(run, 2)
     assert same(through[0], resumed[0])
@@ -136,7 +136,7 @@ def test_what_does_not_learn_is_not_written_and_stays_as_it_is(tmp_path):
     assert "model.embed_tokens.weight" not in load_file(path / MODEL)
     with torch.no_grad():
         model.model.embed_tokens.weight.fill_(7)
-    load(path, *run)
+    load_checkpoint(path, *run)
     assert model.model.embed_tokens.weight.unique().tolist() == [7]
 
 
@@ -257,14 +257,14 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(tmp_path):
 def test_a_checkpoint_of_another_model_or_of_other_optimizers_is_refused(tmp_path):
     path, (model, optimizers) = saved(tmp_path)
     with pytest.raises(DirlError, match="was written by Muon and AdamW, not AdamW: give the optim= of its run"):
-        load(path, *start(optim=ADAMW))
+        load_checkpoint(path, *start(optim=ADAMW))
     wider = nn.ModuleDict({name.replace(".", "-"): nn.Linear(2, 2) for name, _ in model.named_parameters()})
     with pytest.raises(DirlError, match=r"holds .* not at all: it is a checkpoint of another model"):
-        load(path, wider, optimizers)
+        load_checkpoint(path, wider, optimizers)
     other = small_lm(scale=1.0).model
     other.resize_token_embeddings(60)
     with pytest.raises(DirlError, match=r"weight with shape \(50, 32\), not \(60, 32\): it is a checkpoint of another"):
-        load(path, other, MUON.build(other))
+        load_checkpoint(path, other, MUON.build(other))
 
 
 def noted(directory: Path, **state) -> Path:
@@ -296,10 +296,10 @@ def test_checkpoints_from_before_commands_were_noted_are_told_apart_too(tmp_path
 
 def test_resume_takes_a_checkpoint_or_the_directory_of_a_run(tmp_path):
     path, _ = saved(tmp_path, steps=7)
-    assert find(str(path)) == find(str(tmp_path)) == path
-    assert find("auto") is None and find("never") is None
+    assert find_checkpoint(str(path)) == find_checkpoint(str(tmp_path)) == path
+    assert find_checkpoint("auto") is None and find_checkpoint("never") is None
     with pytest.raises(DirlError, match="holds no checkpoint"):
-        find(str(tmp_path / "elsewhere"))
+        find_checkpoint(str(tmp_path / "elsewhere"))
 
 
 def test_a_checkpoint_is_tensors_json_and_checksums_that_other_tools_read(tmp_path):
@@ -321,7 +321,7 @@ def test_a_full_disk_is_told_in_a_sentence_and_costs_no_earlier_checkpoint(tmp_p
     ):
         kept.save(2, *run, {})
     assert list(kept.directory.iterdir()) == [first]
-    assert load(first, *start(seed=1))["step"] == 1
+    assert load_checkpoint(first, *start(seed=1))["step"] == 1
 
 
 def test_the_thread_that_writes_a_checkpoint_ends_with_it(tmp_path):
@@ -345,7 +345,7 @@ def test_what_fails_in_the_background_is_told_at_the_next_save_or_at_the_end(tmp
         with pytest.raises(DirlError, match=r"step-000002.* cannot be written"):
             kept.save(3, *run, {})
         kept.save(2, *run, {})
-        while not kept._written.done():
+        while not kept._pending_write.done():
             time.sleep(0.01)
     with pytest.raises(ZeroDivisionError), kept:  # what ended the run is not hidden by what its checkpoint came to
         kept.save(4, *run, {})
@@ -397,7 +397,7 @@ def spread(run: Run) -> Run:
 
 def digest(run: Run) -> str:
     """A fingerprint of parameters and optimizer states, gathered where they are sharded."""
-    tensors = sorted({**learned(run[0]), **states(*run)}.items())
+    tensors = sorted({**trained_parameters(run[0]), **optimizer_states(*run)}.items())
     whole = [one.full_tensor() if isinstance(one, DTensor) else one for _, one in tensors]
     return hashlib.sha256(b"".join(one.detach().numpy().tobytes() for one in whole)).hexdigest()
 
@@ -435,10 +435,10 @@ def test_shards_are_read_by_one_process_and_what_one_wrote_by_several(tmp_path):
     assert path.name == "step-000003" and not told
     names = [f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "optimizer") for rank in (1, 2)]
     assert sorted(file.name for file in path.iterdir()) == [SUMS, *names, STATE]
-    in_all = sum(parameter.nbytes for parameter in learned(run[0]).values())
+    in_all = sum(parameter.nbytes for parameter in trained_parameters(run[0]).values())
     assert all((path / name).stat().st_size < 0.6 * in_all for name in names[:2])
     again = start(seed=1, optim=ADAMW)
-    load(path, *again)
+    load_checkpoint(path, *again)
     assert digest(again) == sharded["trained"]
     assert sharded["full"] == other["full"] and "cannot be written" in sharded["full"]
     assert sharded["damaged"] == other["damaged"] == "step-000003"
@@ -447,9 +447,9 @@ def test_shards_are_read_by_one_process_and_what_one_wrote_by_several(tmp_path):
 def reshard(directory: Path) -> dict:
     """Go on in shards from what one process wrote, save, fill the other process's disk, find a damaged shard."""
     accelerator = Accelerator(cpu=True)
-    kept = Checkpoints(directory / "checkpoints", accelerator, 2, in_background=True)
+    kept = RunCheckpoints(directory / "checkpoints", accelerator, 2, in_background=True)
     run = spread(start(seed=2, optim=ADAMW))
-    load(kept.begin("auto", print), *run)
+    load_checkpoint(kept.begin("auto", print), *run)
     loaded = digest(run)
     train(run, 1)
     with kept:

@@ -22,7 +22,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
 from dirl_cli.sft.validation import cross_entropy
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.trainer import Trainer
 from tests.helpers.small import MASK, PAD, small_lm
@@ -56,8 +56,8 @@ def test_loss_and_gradient_are_the_same_and_every_layer_is_computed_twice(autoca
     for layer in lm.model.model.layers:
         layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss, gradient = gradients(TokenScorer(lm.model), [rows()])
-        expected_loss, expected = gradients(TokenScorer(model(checkpointing=False).model), [rows()])
+        loss, gradient = gradients(LogprobModel(lm.model), [rows()])
+        expected_loss, expected = gradients(LogprobModel(model(checkpointing=False).model), [rows()])
     assert len(calls) == 2 * len(lm.model.model.layers)
     assert loss == expected_loss
     for one, other in zip(gradient, expected, strict=True):
@@ -66,10 +66,10 @@ def test_loss_and_gradient_are_the_same_and_every_layer_is_computed_twice(autoca
 
 def test_it_goes_with_data_parallelism_that_accumulates():
     micro_batches = rows(4).split(1)
-    expected_loss, expected = gradients(TokenScorer(model(checkpointing=False).model), micro_batches)
+    expected_loss, expected = gradients(LogprobModel(model(checkpointing=False).model), micro_batches)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        parallel = DistributedDataParallel(TokenScorer(model(checkpointing=True).model), gradient_as_bucket_view=True)
+        parallel = DistributedDataParallel(LogprobModel(model(checkpointing=True).model), gradient_as_bucket_view=True)
         parallel.train()
         with parallel.no_sync():
             first, _ = gradients(parallel, micro_batches[:-1])
@@ -90,7 +90,7 @@ def test_the_sampler_between_steps_keeps_its_cache(caplog):
     for checkpointing in (False, True):
         lm = model(checkpointing)
         optimizer = torch.optim.SGD(lm.model.parameters(), lr=0.01)
-        one = Trainer(Accelerator(cpu=True), TokenScorer(lm.model), [optimizer], lambda step: 1.0, 1.0)
+        one = Trainer(Accelerator(cpu=True), LogprobModel(lm.model), [optimizer], lambda step: 1.0, 1.0)
         for _ in range(2):
             one.step([rows()], cross_entropy, 10)
             answers += NativeSampler(lm).sample([[5, 6, 7], [8] * 9], 2, Decoding(temperature=1.0, max_new_tokens=12))

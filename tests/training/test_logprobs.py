@@ -10,7 +10,7 @@ from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.errors import DirlError
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.training.logprobs import TokenScorer, is_plain, linear_logprobs, tokens_at_once, trajectory_logprobs
+from dirl_cli.training.logprobs import LogprobModel, is_plain, linear_logprobs, tokens_at_once, trajectory_logprobs
 from dirl_cli.types import Decoding
 from tests.helpers.answers import ANSWERS, BLOCK
 from tests.helpers.measured import Live
@@ -25,7 +25,7 @@ def rows(row_tokens: int = 64) -> Rows:
     return pack([trajectory_strip(one, BLOCK, MASK) for one in TRAJECTORIES], row_tokens, BLOCK, PAD)
 
 
-def gradient(scorer: TokenScorer, packed: Rows) -> torch.Tensor:
+def gradient(scorer: LogprobModel, packed: Rows) -> torch.Tensor:
     scorer.zero_grad()
     logprobs, entropy, _ = scorer(packed)
     (logprobs + 0.1 * entropy).sum().backward()
@@ -35,7 +35,7 @@ def gradient(scorer: TokenScorer, packed: Rows) -> torch.Tensor:
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunks_change_neither_log_probs_nor_gradients(chunk):
     lm, packed = small_lm(), rows()
-    whole, chunked = (TokenScorer(lm.model, lm.unsampled_ids, chunk=size) for size in (10_000, chunk))
+    whole, chunked = (LogprobModel(lm.model, lm.unsampled_ids, chunk=size) for size in (10_000, chunk))
     for found, expected in zip(chunked(packed), whole(packed), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     expected = gradient(whole, packed).clone()
@@ -124,7 +124,7 @@ def test_a_head_that_is_called_as_a_module_gives_the_same_log_probs_and_gradient
         if hooked:
             lm.model.lm_head.register_forward_hook(lambda *_: None)
         assert is_plain(lm.model.lm_head) != hooked
-        scorer = TokenScorer(lm.model, lm.unsampled_ids, chunk=7)
+        scorer = LogprobModel(lm.model, lm.unsampled_ids, chunk=7)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             scores = scorer(packed)
         scores[0].sum().backward()
@@ -146,9 +146,9 @@ def test_of_tokens_that_are_equally_likely_one_is_the_likeliest():
 
 def test_what_is_hooked_to_a_head_is_heard():
     lm, packed = small_lm(), rows()
-    cooler = TokenScorer(lm.model, lm.unsampled_ids, Decoding(temperature=0.5))(packed)[0]
+    cooler = LogprobModel(lm.model, lm.unsampled_ids, Decoding(temperature=0.5))(packed)[0]
     lm.model.lm_head.register_forward_hook(lambda head, inputs, logits: 2 * logits)
-    torch.testing.assert_close(TokenScorer(lm.model, lm.unsampled_ids)(packed)[0], cooler, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(LogprobModel(lm.model, lm.unsampled_ids)(packed)[0], cooler, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_processes_that_share_a_scorer_have_the_gradients_of_one(kind, wrapper, 
     script = [*torchrun, "-m", "tests.helpers.shared_scorer"]
     subprocess.run([*script, kind, wrapper, tmp_path / "gradients"], cwd=ROOT, check=True)
     lm = random_lm(kind)
-    scorer = TokenScorer(lm.model, lm.unsampled_ids)
+    scorer = LogprobModel(lm.model, lm.unsampled_ids)
     backpropagate(scorer, shared_rows())
     for ours, parameter in zip(torch.load(tmp_path / "gradients"), scorer.parameters(), strict=True):
         assert (ours - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
@@ -188,7 +188,7 @@ def test_log_probs_and_entropy_are_those_of_the_full_logits(decoding):
         logprobs = logits.log_softmax(-1)
         expected = logprobs.gather(1, packed.targets[:, None]).squeeze(1)
         expected_entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)
-        found, entropy, likeliest = TokenScorer(lm.model, lm.unsampled_ids, decoding)(packed)
+        found, entropy, likeliest = LogprobModel(lm.model, lm.unsampled_ids, decoding)(packed)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-4, rtol=0)
     assert torch.equal(likeliest, logprobs.argmax(1) == packed.targets)
@@ -198,7 +198,7 @@ def test_the_mask_token_is_in_no_softmax_that_scores_tokens_except_where_it_is_a
     lm, packed = small_lm(), rows()
     with torch.no_grad():
         lm.model.get_output_embeddings().weight[MASK] = 30 * lm.model.get_output_embeddings().weight[:MASK].abs().max()
-        without, with_mask = TokenScorer(lm.model, (MASK,))(packed)[0], TokenScorer(lm.model)(packed)[0]
+        without, with_mask = LogprobModel(lm.model, (MASK,))(packed)[0], LogprobModel(lm.model)(packed)[0]
     assert (without >= with_mask).all() and (without > with_mask + 1).any()
 
 
@@ -214,7 +214,7 @@ def test_packing_changes_no_score(row_tokens):
 def test_flex_attention_scores_as_sdpa_does():
     dense, flex = small_lm(), small_lm(attention="flex_attention")
     with torch.no_grad():
-        expected, found = (TokenScorer(lm.model, lm.unsampled_ids)(rows()) for lm in (dense, flex))
+        expected, found = (LogprobModel(lm.model, lm.unsampled_ids)(rows()) for lm in (dense, flex))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -222,7 +222,7 @@ def test_flex_attention_scores_as_sdpa_does():
 def test_flex_attention_cannot_learn_on_a_cpu_and_says_so():
     lm = small_lm(attention="flex_attention")
     with pytest.raises(DirlError, match="attention=flex cannot learn on a CPU: leave it at auto"):
-        TokenScorer(lm.model)(rows())
+        LogprobModel(lm.model)(rows())
 
 
 def test_a_temperature_of_zero_is_scored_as_one():

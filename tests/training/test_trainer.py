@@ -61,7 +61,7 @@ def trainer(clip_norm: float = 1e9, lr: float = 0.1, accelerator: Accelerator | 
 
 
 def table(one: Trainer) -> Tensor:
-    return one.accelerator.unwrap_model(one.scorer).table.weight.detach()
+    return one.accelerator.unwrap_model(one.model).table.weight.detach()
 
 
 def test_a_step_is_plain_gradient_descent_on_the_sum_over_the_normalizer():
@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_parameter_changes():
     one = trainer()
     before = table(one).clone()
     with pytest.raises(DirlError, match=r"the loss is nan .* at step 1, number 1 in a row"):
-        one.step([rows_of(2)], lambda *_: {"loss": one.scorer.table.weight.sum() * float("nan")}, 1)
+        one.step([rows_of(2)], lambda *_: {"loss": one.model.table.weight.sum() * float("nan")}, 1)
     assert torch.equal(table(one), before)
 
 

@@ -36,7 +36,7 @@ from dirl_cli.models.save import require_pushable
 from dirl_cli.plan.forecast import PROMPT, RL, rl_budget
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
-from dirl_cli.reward.scoring import Rewards, Scorer
+from dirl_cli.reward.scoring import RewardComputer, Rewards
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.reporting import RolloutReport
 from dirl_cli.rl.rollouts import (
@@ -55,9 +55,9 @@ from dirl_cli.rollout.engines import Native
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.text import shell_word
 from dirl_cli.training.checkpoint import require_measured
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import warmup_remark
-from dirl_cli.training.parallel import whole
+from dirl_cli.training.parallel import unsharded_model
 from dirl_cli.training.prepare import Questions, Reader, fingerprint_of
 from dirl_cli.training.stop_signal import StopSignal
 from dirl_cli.training.trainer import Trainer
@@ -178,8 +178,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     sampler = start_sampler(cfg, parts, inference_lm)
     update.publish(sampler)
 
-    with Scorer(parts.rewards) as scorer:
-        rollouts = rollout_source(cfg, parts, pools, lm, sampler, scorer, accelerator)
+    with RewardComputer(parts.rewards) as reward_computer:
+        rollouts = rollout_source(cfg, parts, pools, lm, sampler, reward_computer, accelerator)
         if remembered:
             rollouts.state = RolloutState.from_json(remembered)
         session.state = lambda: rollouts.state.to_json()
@@ -189,7 +189,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         held_out = HeldOutEval(questions.problems, questions.prompts, lm, decoding, accelerator, progress, stop.apart)
         evaluation = None
         if questions.problems and not cfg.rl.rollout_only:
-            evaluation = SamplerEvaluation(held_out, sampler, scorer.grader)
+            evaluation = SamplerEvaluation(held_out, sampler, reward_computer.grader)
         with session:
             train(session, rollouts, update, sampler, report, evaluation, learns=not cfg.rl.rollout_only)
 
@@ -272,7 +272,7 @@ def policy_update(
         reference = reference_model(parts.peft.reference(lm), decoding)
     trainer = Trainer(
         accelerator,
-        TokenScorer(lm.model, lm.unsampled_ids, decoding),
+        LogprobModel(lm.model, lm.unsampled_ids, decoding),
         parts.optim.build(lm.model),
         partial(parts.schedule, steps=updates),
         cfg.clip_norm,
@@ -299,7 +299,7 @@ def policy_update(
 
 def start_sampler(cfg: DictConfig, parts: Parts, lm: DiffusionLM) -> Sampler:
     """The engine with weights to sample from; a copy of them where they would change while it samples."""
-    sampler_lm = whole(lm, pick_dtype(cfg.dtype, lm.device.type))
+    sampler_lm = unsharded_model(lm, pick_dtype(cfg.dtype, lm.device.type))
     if cfg.rl.async_rollout and sampler_lm is lm and isinstance(parts.engine, Native):
         sampler_lm = FullFinetune().reference(lm)
     sampler: Sampler = parts.engine.start(sampler_lm, own_weights=sampler_lm is not lm)
@@ -312,13 +312,13 @@ def rollout_source(
     pools: Pools,
     lm: DiffusionLM,
     sampler: Sampler,
-    scorer: Scorer,
+    reward_computer: RewardComputer,
     accelerator: Accelerator,
 ) -> RolloutSource:
     """Where groups of answers come from: the sampler, or an earlier run's rollouts."""
     decoding = lm.decoding(parts.decoding)
     if cfg.rl.replay:
-        rescorer = Rescorer(scorer, cfg.rl.filter, decoding.max_new_tokens, lm.block_size)
+        rescorer = Rescorer(reward_computer, cfg.rl.filter, decoding.max_new_tokens, lm.block_size)
         files = rollouts_of(Path(cfg.rl.replay), cfg.steps)
         return RolloutReplay(files, lm, rescorer if cfg.rl.rescore else None)
     return RolloutSampler(
@@ -326,7 +326,7 @@ def rollout_source(
         [prompt for pool in pools.training for prompt in pool.prompts],
         lm,
         sampler,
-        scorer,
+        reward_computer,
         decoding,
         accelerator,
         problems=cfg.rl.problems,

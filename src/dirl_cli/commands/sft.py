@@ -41,7 +41,7 @@ from dirl_cli.sft.batches import Noise, NoisedBatches, Padded
 from dirl_cli.sft.train import train
 from dirl_cli.sft.validation import SftEvaluation, hold_out, metric
 from dirl_cli.training.checkpoint import require_measured
-from dirl_cli.training.logprobs import TokenScorer
+from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, warmup_remark
 from dirl_cli.training.prepare import Questions, Reader, fingerprint_of
 from dirl_cli.training.session import Session
@@ -240,7 +240,7 @@ def start(
     )
     trainer = Trainer(
         accelerator,
-        TokenScorer(lm.model),
+        LogprobModel(lm.model),
         parts.optim.build(lm.model),
         partial(parts.schedule, steps=cfg.steps),
         cfg.clip_norm,

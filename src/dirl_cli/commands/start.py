@@ -18,7 +18,7 @@ from dirl_cli.report.metrics_log import open_log
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.text import shell_word
-from dirl_cli.training.checkpoint import Checkpoints
+from dirl_cli.training.checkpoint import RunCheckpoints
 from dirl_cli.training.export import export_model
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.session import Session
@@ -91,7 +91,7 @@ def open_session(
     fingerprints: Mapping[str, str],
 ) -> Session:
     """The run in `out`, not gone on with yet. noted: metrics of an evaluation that get a line of their own."""
-    checkpoints = Checkpoints(
+    checkpoints = RunCheckpoints(
         out / "checkpoints",
         trainer.accelerator,
         keep=cfg.keep_checkpoints,

@@ -48,7 +48,7 @@ class Rewards:
 
 
 @dataclass(frozen=True)
-class Scored:
+class RewardResult:
     """An answer's reward, its parts before weighting in the order of the weights, and whether it was right."""
 
     total: float
@@ -64,7 +64,7 @@ class Waiting:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
 
-class Scorer:
+class RewardComputer:
     """Scores answers by `rewards`; use as a context.
 
     Built-in rewards are computed on the spot: they are arithmetic. Verification and a user's own rewards run in
@@ -87,7 +87,7 @@ class Scorer:
         self.grader.__exit__(kind, error, trace)
         self._pool.close()
 
-    def score(self, answers: Iterable[tuple[Key, Answer]]) -> Iterator[tuple[Key, Scored | None]]:
+    def compute(self, answers: Iterable[tuple[Key, Answer]]) -> Iterator[tuple[Key, RewardResult | None]]:
         """The score under each answer's key, as it is reached; None for an answer that is left out.
 
         To be iterated to its end. Keys, such as (problem id, sample), must differ. Raises DirlError for a reward
@@ -106,7 +106,7 @@ class Scorer:
 
     def _graded(
         self, waiting: dict[Key, Waiting], verdicts: Iterator[tuple[Hashable, bool]]
-    ) -> Iterator[tuple[Key, Scored | None]]:
+    ) -> Iterator[tuple[Key, RewardResult | None]]:
         for verdict_key, verified in verdicts:
             key = cast(Key, verdict_key)
             one = waiting[key] = Waiting(replace(waiting[key].answer, verified=verified))
@@ -121,14 +121,14 @@ class Scorer:
 
     def _computed(
         self, waiting: dict[Key, Waiting], outcomes: Iterator[tuple[Hashable, Outcome]]
-    ) -> Iterator[tuple[Key, Scored | None]]:
+    ) -> Iterator[tuple[Key, RewardResult | None]]:
         for outcome_key, outcome in outcomes:
             key, name = cast(tuple[Key, str], outcome_key)
             waiting[key].outcomes[name] = outcome
             if len(waiting[key].outcomes) == len(self.rewards.weights):
                 yield key, self._scored(waiting.pop(key))
 
-    def _scored(self, one: Waiting) -> Scored | None:
+    def _scored(self, one: Waiting) -> RewardResult | None:
         parts: dict[str, float] = {}
         for name in self.rewards.weights:  # whatever came first, so that sums are the same to the last bit
             outcome = one.outcomes[name]
@@ -144,4 +144,4 @@ class Scorer:
                     " correct it, or leave such answers out with reward.on_error=exclude"
                 )
         total = sum(weight * parts[name] for name, weight in self.rewards.weights.items())
-        return Scored(total, parts, one.answer.correct)
+        return RewardResult(total, parts, one.answer.correct)

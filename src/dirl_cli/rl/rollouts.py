@@ -20,7 +20,7 @@ from dirl_cli.distributed import balanced
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.reward.rewards import Answer
-from dirl_cli.reward.scoring import Scored, Scorer
+from dirl_cli.reward.scoring import RewardComputer, RewardResult
 from dirl_cli.rl.advantages import Advantage, has_signal
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.rollout.storage import Record, from_json, read_lines, require_learnable, rollout_files, to_json
@@ -102,7 +102,7 @@ class RolloutSampler:
     prompts: Sequence[list[int]]
     lm: DiffusionLM
     sampler: Sampler
-    scorer: Scorer
+    reward_computer: RewardComputer
     decoding: Decoding
     accelerator: Accelerator
     problems: int
@@ -186,7 +186,7 @@ class RolloutSampler:
                 longest, block_size = self.decoding.max_new_tokens, self.lm.block_size
                 yield (i, sample), Answer.of(asked[i], trajectory, text, longest, block_size)
 
-        for key, scored in self.scorer.score(finished()):
+        for key, scored in self.reward_computer.compute(finished()):
             record = waiting.pop(key)
             if scored is not None:
                 yield places[key[0]], rewarded(record, scored)
@@ -235,7 +235,7 @@ class RolloutReplay:
 class Rescorer:
     """Rewards answers anew. filter: see `has_signal`. longest: tokens allowed in an answer."""
 
-    scorer: Scorer
+    reward_computer: RewardComputer
     filter: str
     longest: int
     block_size: int
@@ -243,7 +243,7 @@ class Rescorer:
     def reward(self, groups: Sequence[Answers]) -> list[Answers]:
         """The groups with their new rewards, without answers that have none and groups that have no answer."""
         rewarded_groups: list[dict[int, Record]] = [{} for _ in groups]
-        for (i, k), scored in self.scorer.score(self._answers(groups)):
+        for (i, k), scored in self.reward_computer.compute(self._answers(groups)):
             if scored is not None:
                 rewarded_groups[i][k] = rewarded(groups[i][k], scored)
         return [[group[k] for k in sorted(group)] for group in rewarded_groups if group]
@@ -300,7 +300,7 @@ def why_without_signal(groups: Sequence[Answers]) -> str:
     return "the answers to each problem are all right or all wrong: raise rl.group_size or decoding.temperature"
 
 
-def rewarded(record: Record, scored: Scored) -> Record:
+def rewarded(record: Record, scored: RewardResult) -> Record:
     return replace(record, reward=scored.total, parts=scored.parts, correct=scored.correct)
 
 

@@ -16,8 +16,8 @@ from dirl_cli.rl.batch import Group, objective_rows
 from dirl_cli.rl.objective import Objective, k3, ratio_of
 from dirl_cli.rl.rollouts import Answers
 from dirl_cli.rollout.sampler import Sampler
-from dirl_cli.training.logprobs import TokenScorer
-from dirl_cli.training.parallel import gathered, release
+from dirl_cli.training.logprobs import LogprobModel
+from dirl_cli.training.parallel import reshard, unsharded
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding
 
@@ -92,7 +92,7 @@ class PolicyUpdate:
 
     def publish(self, sampler: Sampler) -> None:
         """Give the sampler the policy's weights as they are now. Every process has to call."""
-        sampler.update_weights(gathered(self.peft.pushed(self.lm)), self.trainer.steps_taken)
+        sampler.update_weights(unsharded(self.peft.pushed(self.lm)), self.trainer.steps_taken)
 
     def make_minibatch(self, groups: Sequence[Answers], step: int, part: int) -> MiniBatch:
         """Rows in the objective's views with all that it asks of each token."""
@@ -113,7 +113,7 @@ class PolicyUpdate:
         if self.old_from_sampler:
             micro_batches = [with_extras(rows, old=rows.notes["behaviour"]) for rows in micro_batches]
         elif self.mini_batches * self.epochs > 1 or self.correction_cap:
-            micro_batches = self.add_logprobs(micro_batches, self.trainer.scorer, "old")
+            micro_batches = self.add_logprobs(micro_batches, self.trainer.model, "old")
         if self.correction_cap and not self.old_from_sampler:
             micro_batches = [self.add_importance_weights(rows) for rows in micro_batches]
 
@@ -139,7 +139,7 @@ class PolicyUpdate:
                 logprobs = {
                     id(rows): model(rows.to(accelerator.device))[0] for rows, _ in self.trainer.share(micro_batches)
                 }
-            release(model)
+            reshard(model)
             return [
                 with_extras(rows, **{name: logprobs[id(rows)].to(rows.where.device)}) if id(rows) in logprobs else rows
                 for rows in micro_batches
@@ -148,7 +148,7 @@ class PolicyUpdate:
 
 def reference_model(lm: DiffusionLM, decoding: Decoding) -> nn.Module:
     """What gives the log-probs of a frozen model to stay near, its tokens drawn as `decoding` says."""
-    return TokenScorer(lm.model, lm.unsampled_ids, decoding).to(lm.device)
+    return LogprobModel(lm.model, lm.unsampled_ids, decoding).to(lm.device)
 
 
 def with_extras(rows: Rows, **extras: Tensor) -> Rows:

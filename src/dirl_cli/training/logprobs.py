@@ -150,7 +150,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-class TokenScorer(nn.Module):
+class LogprobModel(nn.Module):
     """A language model whose forward takes `Rows` and gives the log-probs of their scored tokens.
 
     unsampled_ids: left out of the softmax; empty for fine-tuning, as published checkpoints were trained.
@@ -226,7 +226,7 @@ def trajectory_logprobs(
     decoding: how the tokens were drawn (default: temperature 1, nothing truncated; 0 counts as 1).
     row_tokens: length of a packed row. rows_each: rows of a forward; neither changes a number beyond rounding.
     """
-    model = TokenScorer(lm.model, lm.unsampled_ids, decoding).to(lm.device)
+    model = LogprobModel(lm.model, lm.unsampled_ids, decoding).to(lm.device)
     logprobs_of: list[list[float]] = [[0.0] * len(trajectory.token_ids) for trajectory in trajectories]
     if not trajectories:
         return logprobs_of

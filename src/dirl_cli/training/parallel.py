@@ -67,20 +67,20 @@ def fsdp2(keeps_gathered: bool) -> FullyShardedDataParallelPlugin:
     )
 
 
-def release(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Let go of what a forward without a backward may have gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def gathered(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def unsharded(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The named tensors, each made whole in turn where processes share it. Every process has to ask for all of them."""
     for name, tensor in named:
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(lm: DiffusionLM, dtype: torch.dtype = torch.float32) -> DiffusionLM:
+def unsharded_model(lm: DiffusionLM, dtype: torch.dtype = torch.float32) -> DiffusionLM:
     """The model as one to sample from: itself, or where processes share its parameters a copy of all of them.
 
     dtype: of the copy's linear layers, which autocast casts to it in any case.
@@ -100,5 +100,5 @@ def whole(lm: DiffusionLM, dtype: torch.dtype = torch.float32) -> DiffusionLM:
     for module in model.modules():
         for name, one in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             setattr(module, name, made[one])
-    model.load_state_dict(dict(gathered(lm.model.named_parameters())), strict=False)  # tied ones are there once
+    model.load_state_dict(dict(unsharded(lm.model.named_parameters())), strict=False)  # tied ones are there once
     return replace(lm, model=model)

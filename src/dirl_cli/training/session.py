@@ -14,7 +14,7 @@ from dirl_cli.errors import Interrupted
 from dirl_cli.report.metrics_log import MetricsLog, NoLog
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress, due
-from dirl_cli.training.checkpoint import Checkpoints, load, require_same_run
+from dirl_cli.training.checkpoint import RunCheckpoints, load_checkpoint, require_same_run
 from dirl_cli.training.prepare import require_same_data
 from dirl_cli.training.stop_signal import StopSignal
 from dirl_cli.training.trainer import Trainer
@@ -46,7 +46,7 @@ class Session:
     eval_every: int
     trainer: Trainer
     model: nn.Module
-    checkpoints: Checkpoints
+    checkpoints: RunCheckpoints
     progress: StepProgress
     stop: StopSignal
     panels: Sequence[Panel]
@@ -74,7 +74,7 @@ class Session:
             return None
 
         require_same_run(path, self.command, self.fingerprints["base_fingerprint"] if needs_base else None)
-        remembered = load(path, self.model, self.trainer.optimizers)
+        remembered = load_checkpoint(path, self.model, self.trainer.optimizers)
         rows = self.fingerprints["data_fingerprint"]
         if path.parent == self.checkpoints.directory:  # another run's checkpoint may have seen other data
             require_same_data(data, remembered.get("data_fingerprint", rows), rows)

@@ -10,7 +10,7 @@ from torch import nn
 from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merge_adapter
 from dirl_cli.models.load import DiffusionLM, pick_device, pick_dtype
-from dirl_cli.training.checkpoint import MODEL, files_of, learned
+from dirl_cli.training.checkpoint import MODEL, checkpoint_files, trained_parameters
 from dirl_cli.training.shards import read_shards
 
 
@@ -36,7 +36,7 @@ class TrainedModel:
         device = pick_device(device)
         lm: DiffusionLM = self.peft.load(self.base, dtype, device, attention)
         try:
-            read_shards(files_of(Path(self.path), MODEL), learned(lm.model))
+            read_shards(checkpoint_files(Path(self.path), MODEL), trained_parameters(lm.model))
         except (SafetensorError, OSError) as error:
             raise DirlError(f"{self.path} cannot be read ({error}): give another checkpoint of the run") from error
 

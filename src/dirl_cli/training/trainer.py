@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError
-from dirl_cli.training.parallel import release
+from dirl_cli.training.parallel import reshard
 
 
 class PhaseTimes:
@@ -57,7 +57,7 @@ class Trainer:
     def __init__(
         self,
         accelerator: Accelerator,
-        scorer: nn.Module,
+        model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         schedule: Callable[[int], float],
         clip_norm: float,
@@ -66,7 +66,7 @@ class Trainer:
         stoppable: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.accelerator = accelerator
-        self.scorer, *prepared = accelerator.prepare(scorer, *optimizers)
+        self.model, *prepared = accelerator.prepare(model, *optimizers)
         self.optimizers: list[torch.optim.Optimizer] = [one.optimizer for one in prepared]
         self.schedule = schedule
         self.clip_norm = clip_norm
@@ -88,7 +88,7 @@ class Trainer:
         Raises DirlError where more than `max_skipped` in a row would be.
         """
         rates = self.set_learning_rates()
-        self.scorer.train()
+        self.model.train()
         share = self.share(micro_batches)
         totals: list[Sums] = []
         with self.times("backpropagation"), self.stoppable():
@@ -96,14 +96,14 @@ class Trainer:
                 is_last = i + 1 == len(share)
                 # a shard of every gradient takes less than whole ones that wait for the last micro-batch
                 waits = not (is_last or self.accelerator.is_fsdp2)
-                with self.accelerator.no_sync(self.scorer) if waits else nullcontext():
+                with self.accelerator.no_sync(self.model) if waits else nullcontext():
                     sums = self.sums(rows, loss, counts / normalizer)
                     # data parallelism takes the mean over processes; the sum is meant
                     self.accelerator.backward(sums["loss"] * self.accelerator.num_processes)
                 totals.append({name: value.detach() for name, value in sums.items()})
             metrics = self.reduce(totals)
         with self.times("optimizer"):
-            norm = float(self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.clip_norm))
+            norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
             skip = not (math.isfinite(metrics["loss"]) and norm < self.skip_norm)  # the same in every process
             self.skipped = self.skipped + 1 if skip else 0
             if self.skipped > self.max_skipped:
@@ -131,10 +131,10 @@ class Trainer:
     @torch.no_grad()
     def measure(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
         """What `step` would return as its sums, and `likeliest`, those that greedy decoding takes; learns nothing."""
-        self.scorer.eval()
+        self.model.eval()
         with self.stoppable():
             totals = [self.sums(rows, loss, counts / normalizer) for rows, counts in self.share(micro_batches)]
-        release(self.scorer)
+        reshard(self.model)
         return self.reduce(totals)
 
     def cut(self, rows: Rows, micro_rows: int | None) -> list[Rows]:
@@ -151,9 +151,9 @@ class Trainer:
     def sums(self, rows: Rows, loss: Loss, scale: float) -> Sums:
         rows = rows.to(self.accelerator.device)
         with self.accelerator.autocast():
-            logprobs, entropy, likeliest = self.scorer(rows)
+            logprobs, entropy, likeliest = self.model(rows)
         found = loss(rows, logprobs, entropy)
-        if not self.scorer.training:
+        if not self.model.training:
             found["likeliest"] = likeliest.sum()
         return {name: value * scale for name, value in found.items()}
 
