@@ -476,7 +476,19 @@ def test_a_parquet_file_whose_text_is_none_is_told(tmp_path):
         read_rows(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize("content", ["a: [", "a: 1\na: 2", "- 1", "defaults: {a: b}", "a: \x00", "1: " + "9" * 5000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a: [",
+        "a: 1\na: 2",
+        "- 1",
+        "# @package a b: c: d\na: 1",
+        "defaults: {a: b}",
+        "defaults: [null]",
+        "a: \x00",
+        "1: " + "9" * 5000,
+    ],
+)
 def test_a_config_of_the_user_that_is_none_is_named(here, content):
     (here / "mine/masking").mkdir(parents=True)
     (here / "mine/masking/odd.yaml").write_text(content)

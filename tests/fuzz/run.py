@@ -623,8 +623,8 @@ TARGETS = {
 }
 
 
-def feed(name: str, seed: int, first: int, until: float, here: str, state: Any, kinds: Any) -> None:
-    """One process of a target: inputs number `first` and on, until a time.
+def feed(name: str, seed: int, first: int, seconds: float, here: str, state: Any, kinds: Any) -> None:
+    """One process of a target: inputs number `first` and on, for so many seconds after it has its corpus.
 
     state: the number of the input and when it began, by the clock of the process and by that on the wall; then how many
     were refused so far.
@@ -636,7 +636,7 @@ def feed(name: str, seed: int, first: int, until: float, here: str, state: Any, 
     corpus = list(given)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # as long as the process lives
     seen: set[str] = set()
-    number = first
+    number, until = first, time.time() + seconds
     while time.time() < until:
         dice = random.Random(f"{seed} {name} {number}")
         data = mutated(given if dice.random() < 0.5 else corpus, dice)  # most of what is kept was refused
@@ -705,8 +705,8 @@ def main() -> None:
         tally, began = tallies[name], time.time()
         with TemporaryDirectory() as here:
             state, kinds = context.Array("d", [tally.inputs, 0.0, 0.0, tally.refused]), context.Queue()
-            until = min(began + share, end)
-            process = context.Process(target=feed, args=(name, asked.seed, tally.inputs, until, here, state, kinds))
+            seconds = min(share, end - began)
+            process = context.Process(target=feed, args=(name, asked.seed, tally.inputs, seconds, here, state, kinds))
             process.start()
             while process.is_alive():
                 process.join(1)

@@ -282,6 +282,9 @@ DAMAGES = {
     ).unlink(),
     "holds no config.json, so it is no saved model: give one": lambda d: (d / "config.json").unlink(),
     "config.json is damaged .Expecting property": lambda d: (d / "config.json").write_text("{"),
+    "is not a model that can be loaded .module 'torch' has no attribute 'float3r'": lambda d: edit_config(
+        d, dtype="float3r", torch_dtype="float3r"
+    ),
     "config.json is damaged .it is no JSON object": lambda d: (d / "config.json").write_text("[]"),
     "is not a model that can be loaded .Validation error": lambda d: edit_config(d, hidden_size="a"),
     r"holds .* with shape \(50, 32\), and its config.json asks for \(50, 64\)": lambda d: edit_config(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
@@ -49,6 +50,10 @@ def require_yaml(file: Path) -> None:
         given = OmegaConf.load(file)
         if not isinstance(given, DictConfig) or not isinstance(given.get("defaults", ListConfig([])), ListConfig):
             raise ValueError("it is a mapping, and its defaults a list")
+        for entry in given.get("defaults", ()):
+            if not isinstance(entry, str | DictConfig):
+                raise ValueError(f"an entry of its defaults is {entry}, and neither a name nor a mapping")
+        FileConfigSource("user", f"file://{file.parent.resolve()}").load_config(file.name)  # which reads its header too
     except (YAMLError, ValueError, OmegaConfBaseException, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise DirlError(f"{file} is not a config that can be read ({reason}): correct it") from error

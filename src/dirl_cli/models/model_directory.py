@@ -65,7 +65,7 @@ class ModelDirectory:
             # Whatever it names instead: it may name a repository of the Hub, whose code transformers would run.
             config._attn_implementation = attention
             config._experts_implementation = None
-        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
             raise self._unloadable(error) from error
         return config
 
