@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from dirl_cli.cli.build import build
-from dirl_cli.diffusion.states import Tokens
+from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.rl.batch import Group, objective_rows
@@ -98,7 +98,7 @@ def case(lengths: list[int], patterns: list[list[int]]) -> Case:
 
 def packed(lm: DiffusionLM, case: Case, row_tokens: int = ROW_TOKENS) -> int:
     """Accumulate the gradient a row at a time; returns token-forwards."""
-    tokens, random = Tokens(BLOCK, MASK), torch.Generator()
+    tokens, random = BlockSpec(BLOCK, MASK), torch.Generator()
     rows, lengths = objective_rows([case.group], DIPO, tokens, 0, row_tokens, True, random)
     scorer = LogprobModel(lm.model, lm.unsampled_ids).to(lm.device)
     for part in rows.to(lm.device).split(1):

@@ -90,7 +90,7 @@ def test_packing_loses_no_token_and_mixes_no_two_samples(drawn, block_size, row_
         own = flat["group"] == i
         for name in ("token_ids", "position", "view"):
             assert flat[name][own].tolist() == getattr(strip, name).tolist()
-        scores = flat["group"][rows.where] == i
+        scores = flat["group"][rows.target_index] == i
         assert rows.targets[scores].tolist() == strip.targets.tolist()
         assert rows.weight[scores].tolist() == strip.weight.tolist()
     assert (flat["group"] == PADDING).sum() == flat["group"].numel() - sum(map(len, strips))

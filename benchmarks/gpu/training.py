@@ -94,7 +94,7 @@ def fine_tuning(lm: DiffusionLM, checkpointing: str) -> None:
     ours, theirs = packed(), doubled()
     assert abs(ours - theirs) < (1e-5 if EXACT else 2e-2) * theirs, f"losses: {ours} and {theirs}"
     slow = report(lm, "fine-tuning, doubled", checkpointing, 2 * sum(LENGTHS), sum(LENGTHS), doubled)
-    report(lm, "fine-tuning, packed", checkpointing, rows.num_tokens, len(rows.where), packed, slow)
+    report(lm, "fine-tuning, packed", checkpointing, rows.num_tokens, len(rows.target_index), packed, slow)
 
 
 def doubled_loss(lm: DiffusionLM, one: Example, random: torch.Generator) -> torch.Tensor:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dirl_cli.diffusion.sampling import draw, draw_at_once, entropy, temper
+from dirl_cli.diffusion.sampling import draw_candidates, draw_fused, entropy, temper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -32,7 +32,7 @@ def assert_same(logits, uniform, temperature, unsampled, chunk):
     """The kernels' answers are those of torch's own operations."""
     unsampled = unsampled.to(DEVICE)
     tokens, logprobs, likeliest, entropies = draw_rows(logits, uniform, temperature, unsampled, chunk)
-    expected = draw(
+    expected = draw_candidates(
         logits.cpu(), None if uniform is None else uniform.cpu(), temperature, 0, 1.0, "max", unsampled.cpu()
     )
     assert tokens.tolist() == expected.tokens.tolist()
@@ -101,8 +101,8 @@ def test_no_rows_draw_nothing():
 def test_candidates_are_the_same_and_their_distribution_waits_to_be_asked_for(confidence):
     logits, uniform = case(6, 300)
     unsampled = torch.tensor([7, 299], device=DEVICE)
-    found = draw_at_once(logits, uniform, 0.8, confidence, unsampled)
-    expected = draw(logits.cpu(), uniform.cpu(), 0.8, 0, 1.0, confidence, unsampled.cpu())
+    found = draw_fused(logits, uniform, 0.8, confidence, unsampled)
+    expected = draw_candidates(logits.cpu(), uniform.cpu(), 0.8, 0, 1.0, confidence, unsampled.cpu())
     assert found.tokens.tolist() == expected.tokens.tolist()
     for name in ("logprobs", "confidence", "entropy"):
         torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), atol=5e-6, rtol=1e-5)

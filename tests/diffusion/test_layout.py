@@ -83,7 +83,7 @@ def test_a_block_mask_names_the_tiles_that_torch_finds(pairs, monkeypatch):
 def test_a_block_mask_is_made_once_for_rows_and_their_copies():
     rows = packed_rows()
     mask = attention_mask(rows, "flex_attention", torch.float32)
-    noted = replace(rows, notes={"old": rows.weight})
+    noted = replace(rows, extras={"old_logprobs": rows.weight})
     for same in (rows, noted, rows.to("cpu")):
         assert attention_mask(same, "flex_attention", torch.float32) is mask
     [part] = rows.split(len(rows.token_ids))
@@ -112,7 +112,7 @@ def test_only_blocks_that_teach_or_are_read_cost_a_forward():
     strip = lay_out(torch.arange(10, 22), masked, masked, torch.ones(1, 12), 4, MASK)
     assert strip.token_ids.tolist() == [10, 11, 12, 13, 14, MASK, MASK, 17]  # clean block 0, noised block 1
     assert strip.view.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert strip.where.tolist() == [5, 6]
+    assert strip.target_index.tolist() == [5, 6]
     assert strip.targets.tolist() == [15, 16]
 
 
@@ -145,25 +145,25 @@ def test_packing_changes_nothing():
     scored = []
     for rows in (apart, together):
         with torch.no_grad():
-            hidden = hidden_states(small.model, rows).flatten(0, 1)[rows.where]
-        order = sorted(range(len(rows.where)), key=lambda i: key(rows, i))
+            hidden = hidden_states(small.model, rows).flatten(0, 1)[rows.target_index]
+        order = sorted(range(len(rows.target_index)), key=lambda i: key(rows, i))
         scored.append(hidden[order])
     torch.testing.assert_close(scored[0], scored[1], atol=2e-5, rtol=0)
 
 
 def key(rows, i: int) -> tuple[int, int, int]:
-    return tuple(int(rows.scored(c)[i]) for c in (rows.group, rows.view, rows.position))
+    return tuple(int(rows.at_targets(c)[i]) for c in (rows.group, rows.view, rows.position))
 
 
 def test_splitting_rows_keeps_every_scored_token():
     rows = packed_rows(row_tokens=1)
     parts = rows.split(2)
     assert [len(part.token_ids) for part in parts] == [2, 1]
-    assert sorted(key(part, i) for part in parts for i in range(len(part.where))) == sorted(
-        key(rows, i) for i in range(len(rows.where))
+    assert sorted(key(part, i) for part in parts for i in range(len(part.target_index))) == sorted(
+        key(rows, i) for i in range(len(rows.target_index))
     )
     for part in parts:
-        assert (part.token_ids.flatten()[part.where] == MASK).all()
+        assert (part.token_ids.flatten()[part.target_index] == MASK).all()
         assert part.token_ids.shape[1] == int((part.group != PADDING).sum(1).max())
 
 

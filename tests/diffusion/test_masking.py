@@ -6,8 +6,8 @@ import torch
 from dirl_cli.diffusion.masking import (
     Band,
     Complementary,
-    Cosine,
-    Count,
+    CosineRate,
+    CountPerBlock,
     PerBlock,
     PerSample,
     Stratified,
@@ -16,7 +16,7 @@ from dirl_cli.diffusion.masking import (
 )
 
 BLOCK = torch.tensor([2, 2, 3, 3, 3, 3, 4, 4, 4, 4])  # an answer that begins inside block 2
-SCHEDULES = [PerBlock(), PerSample(), Band(0.3, 0.8), Cosine(), Stratified(), Complementary(), Count()]
+SCHEDULES = [PerBlock(), PerSample(), Band(0.3, 0.8), CosineRate(), Stratified(), Complementary(), CountPerBlock()]
 EXACT = [PerBlock(), PerSample(), Band(0.3, 0.8), Stratified(), Complementary()]
 
 
@@ -65,13 +65,13 @@ def test_complementary_views_hide_every_token_once():
 
 
 def test_count_hides_between_one_and_all_of_a_block_evenly():
-    hidden = torch.stack([masked[0, 2:6].sum() for masked, _ in draws(Count(), 4000)])
+    hidden = torch.stack([masked[0, 2:6].sum() for masked, _ in draws(CountPerBlock(), 4000)])
     assert torch.bincount(hidden, minlength=5)[1:] / 4000 == pytest.approx(torch.full((4,), 0.25), abs=0.03)
-    assert all(masked[0, :2].any() and masked[0, 6:].any() for masked, _ in draws(Count(), 50))
+    assert all(masked[0, :2].any() and masked[0, 6:].any() for masked, _ in draws(CountPerBlock(), 50))
 
 
 def test_cosine_favours_heavily_masked_states():
-    rates = torch.stack([1 / weight[0, 0] for _, weight in draws(Cosine(), 2000)])
+    rates = torch.stack([1 / weight[0, 0] for _, weight in draws(CosineRate(), 2000)])
     assert rates.mean() == pytest.approx(2 / torch.pi, abs=0.03)
 
 

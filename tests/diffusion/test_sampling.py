@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dirl_cli.diffusion.sampling import draw, invert, request_key, temper, truncate, uniform
+from dirl_cli.diffusion.sampling import draw_candidates, invert, request_key, temper, truncate, uniform
 
 NONE = torch.tensor([], dtype=torch.long)
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
@@ -30,7 +30,7 @@ def test_top_p_keeps_the_fewest_that_reach_it():
 
 
 def test_confidence_is_taken_before_truncation_and_the_log_prob_after():
-    drawn = draw(LOGITS, torch.tensor([0.0]), 1.0, 1, 1.0, "sampled", NONE)
+    drawn = draw_candidates(LOGITS, torch.tensor([0.0]), 1.0, 1, 1.0, "sampled", NONE)
     assert drawn.tokens.tolist() == [0]
     assert drawn.confidence.item() == pytest.approx(0.6439, abs=1e-4)
     assert drawn.logprobs.item() == 0
@@ -39,15 +39,15 @@ def test_confidence_is_taken_before_truncation_and_the_log_prob_after():
 def test_the_three_confidences_of_a_known_distribution():
     u = torch.tensor([0.999])
     for name in ("sampled", "max", "entropy"):
-        assert draw(torch.zeros(1, 4), u, 1.0, 0, 1.0, name, NONE).confidence.item() == pytest.approx(0.25)
-    unlikely, likeliest = (draw(LOGITS, u, 1.0, 0, 1.0, name, NONE) for name in ("sampled", "max"))
+        assert draw_candidates(torch.zeros(1, 4), u, 1.0, 0, 1.0, name, NONE).confidence.item() == pytest.approx(0.25)
+    unlikely, likeliest = (draw_candidates(LOGITS, u, 1.0, 0, 1.0, name, NONE) for name in ("sampled", "max"))
     assert unlikely.tokens.item() == likeliest.tokens.item() == 3
     assert unlikely.confidence.item() == pytest.approx(0.0321, abs=1e-4)
     assert likeliest.confidence.item() == pytest.approx(0.6439, abs=1e-4)
 
 
 def test_greedy_takes_the_largest_and_reports_the_models_own_log_prob():
-    drawn = draw(LOGITS, torch.tensor([0.99]), 0.0, 1, 0.1, "sampled", NONE)
+    drawn = draw_candidates(LOGITS, torch.tensor([0.99]), 0.0, 1, 0.1, "sampled", NONE)
     assert drawn.tokens.item() == 0
     assert drawn.logprobs.item() == pytest.approx(torch.log_softmax(LOGITS, -1)[0, 0].item())
 

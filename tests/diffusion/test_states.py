@@ -7,11 +7,11 @@ from torch import Generator
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.diffusion.states import (
     AnswerMasked,
+    BlockSpec,
     ComplementaryMasks,
     LeftToRight,
     MergedTrace,
     RandomMasks,
-    Tokens,
     Trace,
 )
 from dirl_cli.errors import DirlError
@@ -19,7 +19,7 @@ from dirl_cli.rl.batch import trained_length
 from dirl_cli.types import Trajectory
 from tests.helpers.small import MASK
 
-TOKENS = Tokens(block_size=4, mask_id=MASK)
+TOKENS = BlockSpec(block_size=4, mask_id=MASK)
 M = MASK
 
 
@@ -37,7 +37,7 @@ def shown(strip: Strip) -> list[list[int]]:
 
 def scored(strip: Strip) -> list[tuple[int, int]]:
     """(token, in which laid-out block) for each scored one."""
-    return list(zip(strip.targets.tolist(), (strip.where // 4).tolist(), strict=True))
+    return list(zip(strip.targets.tolist(), (strip.target_index // 4).tolist(), strict=True))
 
 
 def generator(seed: int = 0) -> Generator:
@@ -91,7 +91,7 @@ def test_a_prompt_is_masked_at_its_rate_and_never_scored():
     one = trajectory([10] * 4000, [20] * 4, [1] * 4)
     strip = AnswerMasked(prompt_rate=0.15)(one, TOKENS, generator())
     assert 0.13 < (strip.token_ids[:4000] == M).float().mean() < 0.17
-    assert strip.where.tolist() == [4000, 4001, 4002, 4003]
+    assert strip.target_index.tolist() == [4000, 4001, 4002, 4003]
 
 
 def test_random_masks_score_what_they_hide_at_a_rate_within_the_bounds():
@@ -99,10 +99,10 @@ def test_random_masks_score_what_they_hide_at_a_rate_within_the_bounds():
     rates = set()
     for seed in range(8):
         strip = RandomMasks(low=0.3, high=0.6, draws=1)(one, TOKENS, generator(seed))
-        assert (strip.token_ids[strip.where] == M).all()
-        assert (strip.token_ids == M).sum() == len(strip.where)
-        assert 0.26 < len(strip.where) / 4000 < 0.64
-        rates.add(len(strip.where))
+        assert (strip.token_ids[strip.target_index] == M).all()
+        assert (strip.token_ids == M).sum() == len(strip.target_index)
+        assert 0.26 < len(strip.target_index) / 4000 < 0.64
+        rates.add(len(strip.target_index))
     assert len(rates) == 8
 
 
@@ -125,7 +125,8 @@ def test_a_mask_and_its_complement_score_each_token_once_weighted_by_their_rates
     first, second = strip.weight.unique().tolist()
     assert 1 / (2 * first) + 1 / (2 * second) == pytest.approx(1)  # ρ and 1 - ρ
     assert (
-        (strip.weight == first) == (strip.view[strip.where] == strip.view[strip.where][strip.weight == first][0])
+        (strip.weight == first)
+        == (strip.view[strip.target_index] == strip.view[strip.target_index][strip.weight == first][0])
     ).all()
 
 
@@ -137,8 +138,8 @@ def test_every_answer_token_is_scored_once_wherever_the_prompt_ends(views, promp
     one = trajectory([10] * prompt, list(range(20, 20 + answer)), [1 + k % 2 for k in range(answer)])
     strip = views(one, TOKENS, generator())
     assert sorted(strip.targets.tolist()) == one.token_ids
-    assert (strip.position[strip.where] >= prompt).all()
-    assert (strip.token_ids[strip.where] == M).all()
+    assert (strip.position[strip.target_index] >= prompt).all()
+    assert (strip.token_ids[strip.target_index] == M).all()
 
 
 def test_a_cut_block_is_refused():

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from dirl_cli.diffusion.layout import Rows, pack
-from dirl_cli.diffusion.sampling import draw, draw_at_once, invert, temper
+from dirl_cli.diffusion.sampling import draw_candidates, draw_fused, invert, temper
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.models.attention import block_mask, dense_mask
 from dirl_cli.training.logprobs import LogprobModel, linear_logprobs
@@ -33,10 +33,10 @@ def published_logits(n: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_compiled_kernels_draw_what_torch_draws_on_either_device(dtype, temperature):
     logits, uniform, unsampled = published_logits(64, dtype)
-    found = draw(logits, uniform, temperature, 0, 1.0, "max", unsampled)
+    found = draw_candidates(logits, uniform, temperature, 0, 1.0, "max", unsampled)
     assert found.known_entropy is not None  # the kernels were taken
     on_gpu = invert(temper(logits, temperature, unsampled).softmax(-1), uniform)
-    on_cpu = draw(logits.cpu(), uniform.cpu(), temperature, 0, 1.0, "max", unsampled.cpu())
+    on_cpu = draw_candidates(logits.cpu(), uniform.cpu(), temperature, 0, 1.0, "max", unsampled.cpu())
     for expected in (on_gpu.cpu(), on_cpu.tokens):
         assert (found.tokens.cpu() == expected).sum() >= 63, "rounding may tip one of 64 tokens, not two"
     same = found.tokens.cpu() == on_cpu.tokens
@@ -49,24 +49,24 @@ def test_compiled_kernels_take_the_largest_logit_the_left_one_on_a_tie():
     logits, _, unsampled = published_logits(64)
     logits[:, [5000, 150_000]] = 50.0
     logits[:, 151_700] = 90.0  # which is never sampled
-    assert draw(logits, None, 0.0, 0, 1.0, "sampled", unsampled).tokens.tolist() == [5000] * 64
+    assert draw_candidates(logits, None, 0.0, 0, 1.0, "sampled", unsampled).tokens.tolist() == [5000] * 64
 
 
 def test_drawing_takes_no_memory_of_the_logits_size():
     logits, uniform, unsampled = published_logits(256)
-    draw_at_once(logits, uniform, 1.0, "max", unsampled)
+    draw_fused(logits, uniform, 1.0, "max", unsampled)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    draw_at_once(logits, uniform, 1.0, "max", unsampled)
+    draw_fused(logits, uniform, 1.0, "max", unsampled)
     assert torch.cuda.max_memory_allocated() - before < 0.02 * logits.nbytes
 
 
 def test_drawing_can_be_captured_in_a_graph():
     logits, uniform, unsampled = published_logits(16)
-    expected = draw_at_once(logits, uniform, 1.0, "entropy", unsampled)
+    expected = draw_fused(logits, uniform, 1.0, "entropy", unsampled)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = draw_at_once(logits, uniform, 1.0, "entropy", unsampled)
+        found = draw_fused(logits, uniform, 1.0, "entropy", unsampled)
     graph.replay()
     for name in ("tokens", "logprobs", "confidence", "entropy"):
         assert torch.equal(getattr(found, name), getattr(expected, name))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dirl_cli.diffusion.layout import PADDING, PER_TOKEN, Rows, pack
-from dirl_cli.diffusion.states import Tokens, trajectory_strip
+from dirl_cli.diffusion.states import BlockSpec, trajectory_strip
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.batch import Group, objective_rows
 from dirl_cli.rl.objective import Objective
@@ -16,7 +16,7 @@ from dirl_cli.types import Trajectory
 from tests.helpers.small import MASK, PAD
 
 BLOCK, STOP, LONGEST = 4, 1, 16
-TOKENS = Tokens(BLOCK, MASK)
+TOKENS = BlockSpec(BLOCK, MASK)
 
 
 def answer(prompt: list[int], length: int, seed: int, steps: int = 4, stop_at: int | None = None) -> Trajectory:
@@ -78,12 +78,12 @@ def packed(
     sums: dict[str, float] = {}
     for part in rows.split(rows_each):
         logprobs, entropy, _ = scorer(widened(part, padding))
-        place = part.scored(part.position) - prompt_lengths(groups)[part.notes["sample"]]
-        for name, shift in (("old", old), ("reference", reference)):
+        place = part.at_targets(part.position) - prompt_lengths(groups)[part.extras["sample"]]
+        for name, shift in (("old_logprobs", old), ("ref_logprobs", reference)):
             if shift is not None:
-                part.notes[name] = logprobs.detach() + shift[part.notes["sample"], place]
+                part.extras[name] = logprobs.detach() + shift[part.extras["sample"], place]
         if correction is not None:
-            part.notes["correction"] = correction[part.notes["sample"]]
+            part.extras["importance_weight"] = correction[part.extras["sample"]]
         for name, value in objective.loss(part, logprobs, entropy).items():
             sums[name] = sums.get(name, 0) + value.item() / norm
             if name == "loss":
@@ -98,8 +98,8 @@ def widened(rows: Rows, columns: int) -> Rows:
     fill = {"token_ids": PAD, "group": PADDING}
     width = rows.token_ids.shape[1]
     wide = {n: torch.nn.functional.pad(getattr(rows, n), (0, columns), value=fill.get(n, 0)) for n in PER_TOKEN}
-    where = rows.where // width * (width + columns) + rows.where % width
-    return replace(rows, **wide, where=where, block_masks={})
+    where = rows.target_index // width * (width + columns) + rows.target_index % width
+    return replace(rows, **wide, target_index=where, block_masks={})
 
 
 def prompt_lengths(groups: Sequence[Group]) -> Tensor:

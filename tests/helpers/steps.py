@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dirl_cli.cli.build import build
-from dirl_cli.diffusion.masking import Count, example
+from dirl_cli.diffusion.masking import CountPerBlock, example
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.advantages import normalised
 from dirl_cli.rl.objective import Objective
@@ -53,7 +53,7 @@ def cross_entropy(rows, logprobs: Tensor, entropy: Tensor) -> Sums:
 
 def sft(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
     """Demonstrations of 9 to 50 tokens."""
-    noise = Noise(Count(), lm.block_size, MASK, PAD, row_tokens=64)
+    noise = Noise(CountPerBlock(), lm.block_size, MASK, PAD, row_tokens=64)
     found = []
     for step in range(STEPS):
         prompts = [(numbers(step + i, 5 + i), 4 + 40 * i // 6) for i in range(6)]

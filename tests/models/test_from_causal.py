@@ -242,9 +242,9 @@ def test_a_token_is_predicted_where_the_one_before_it_stands(causal):
     """Both readings by hand: the hidden states of the packed rows, one place to the left."""
     lm, answer = converted(causal), trajectory()
     rows = pack([trajectory_strip(answer, 4, lm.mask_token_id)], 64, 4, 0)
-    before = rows.position.flatten()[rows.before]
-    assert before.tolist() == (rows.scored(rows.position) - 1).tolist()
-    views = rows.view.flatten()[rows.before].tolist()
+    before = rows.position.flatten()[rows.shifted_index]
+    assert before.tolist() == (rows.at_targets(rows.position) - 1).tolist()
+    views = rows.view.flatten()[rows.shifted_index].tolist()
     assert views == [0, 1, 1, 1, 0, 1, 1, 1]
     assert torch.isfinite(LogprobModel(lm.model)(rows)[0]).all()
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from dirl_cli.diffusion.states import Tokens
+from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Trajectory
 
 # A state: its tokens, and the weight of each answer token that is scored in it, by its index in the answer.
 State = tuple[list[int], dict[int, float]]
-States = Callable[[Trajectory, Tokens, Generator], Iterator[State]]
+States = Callable[[Trajectory, BlockSpec, Generator], Iterator[State]]
 RewardedGroup = tuple[Sequence[Trajectory], Sequence[float]]
 
 
@@ -41,7 +41,7 @@ def masked_state(answer: Trajectory, positions: range, masked: set[int], mask_id
     return state
 
 
-def as_sampled(answer: Trajectory, tokens: Tokens, generator: Generator, merged: int = 1) -> Iterator[State]:
+def as_sampled(answer: Trajectory, tokens: BlockSpec, generator: Generator, merged: int = 1) -> Iterator[State]:
     """Each block as it was before each of its denoising steps; `merged` steps in a row count as one."""
     start = len(answer.prompt_ids)
     for positions in answer_blocks(answer, tokens.block_size):
@@ -52,11 +52,11 @@ def as_sampled(answer: Trajectory, tokens: Tokens, generator: Generator, merged:
             yield masked_state(answer, positions, masked, tokens.mask_id), scored
 
 
-def two_steps_as_one(answer: Trajectory, tokens: Tokens, generator: Generator) -> Iterator[State]:
+def two_steps_as_one(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
     return as_sampled(answer, tokens, generator, merged=2)
 
 
-def left_to_right(answer: Trajectory, tokens: Tokens, generator: Generator) -> Iterator[State]:
+def left_to_right(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
     """Each token with all that follow it in its block masked."""
     start = len(answer.prompt_ids)
     for positions in answer_blocks(answer, tokens.block_size):
@@ -65,7 +65,7 @@ def left_to_right(answer: Trajectory, tokens: Tokens, generator: Generator) -> I
             yield masked_state(answer, positions, masked, tokens.mask_id), {position - start: 1.0}
 
 
-def whole_answer(answer: Trajectory, tokens: Tokens, generator: Generator) -> Iterator[State]:
+def whole_answer(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
     """The answer masked as a whole, and 15 % of its prompt."""
     start, length = len(answer.prompt_ids), len(answer.prompt_ids) + len(answer.token_ids)
     lost = torch.rand(length, generator=generator) < 0.15
@@ -74,7 +74,7 @@ def whole_answer(answer: Trajectory, tokens: Tokens, generator: Generator) -> It
     yield state, dict.fromkeys(range(len(answer.token_ids)), 1.0)
 
 
-def one_random_mask(answer: Trajectory, tokens: Tokens, generator: Generator) -> Iterator[State]:
+def one_random_mask(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
     """Answer tokens masked at a rate between 10 and 90 %; all of them where chance took none."""
     rate = 0.1 + 0.8 * torch.rand(1, 1, generator=generator)
     drawn = (torch.rand(1, len(answer.token_ids), generator=generator) < rate)[0]
@@ -82,7 +82,7 @@ def one_random_mask(answer: Trajectory, tokens: Tokens, generator: Generator) ->
     yield from under_mask(answer, tokens, masked, 1.0)
 
 
-def mask_and_complement(answer: Trajectory, tokens: Tokens, generator: Generator) -> Iterator[State]:
+def mask_and_complement(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
     """Answer tokens masked at a rate between 20 and 80 %, then all the others; weights are 1 / (2 · rate)."""
     rate = (0.2 + 0.6 * torch.rand(1, generator=generator)).item()
     drawn = torch.rand(len(answer.token_ids), generator=generator) < rate
@@ -92,7 +92,7 @@ def mask_and_complement(answer: Trajectory, tokens: Tokens, generator: Generator
     yield from under_mask(answer, tokens, complement, 1 / (2 * (1 - rate)))
 
 
-def under_mask(answer: Trajectory, tokens: Tokens, masked: set[int], weight: float) -> Iterator[State]:
+def under_mask(answer: Trajectory, tokens: BlockSpec, masked: set[int], weight: float) -> Iterator[State]:
     """Each block in which answer tokens of `masked` are; blocks before it are shown clean."""
     start = len(answer.prompt_ids)
     for positions in answer_blocks(answer, tokens.block_size):
@@ -192,7 +192,7 @@ def algorithm_loss(
     train_tail: whether tokens behind the stop token, which fill its block, count.
     longest: tokens that an answer may have at most.
     """
-    formula, tokens = FORMULAS[name], Tokens(lm.block_size, lm.mask_token_id)
+    formula, tokens = FORMULAS[name], BlockSpec(lm.block_size, lm.mask_token_id)
     sample, token_count = 0, 0
     sum_of_sums, sum_of_means = torch.zeros(()), torch.zeros(())
 
@@ -243,7 +243,7 @@ def policy_gradient_loss(
 
     normalizer: token, sequence or constant. longest: tokens that an answer may have at most.
     """
-    tokens = Tokens(lm.block_size, lm.mask_token_id)
+    tokens = BlockSpec(lm.block_size, lm.mask_token_id)
     total, token_count = torch.zeros(()), 0
     for answer, advantage in zip(answers, advantages, strict=True):
         answer_logprob = torch.zeros(())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dirl_cli.diffusion.layout import Coordinates
-from dirl_cli.diffusion.sampling import candidates, request_key, temper, uniform
+from dirl_cli.diffusion.sampling import make_candidates, request_key, temper, uniform
 from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal, spread
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.models.load import DiffusionLM
@@ -52,7 +52,7 @@ def greedy_answer(lm: DiffusionLM, prompt_ids: list[int], decoding: Decoding) ->
             forwards += 1
             logits = last_block_logits(lm, sequence[:block_start] + block.tolist())[masked]
             full = temper(logits, 0.0, unsampled).log_softmax(-1)
-            drawn = candidates(full, full, full.argmax(-1), decoding.confidence)
+            drawn = make_candidates(full, full, full.argmax(-1), decoding.confidence)
             owed = quota(torch.tensor([step], device=lm.device), size, decoding.denoising_steps)
             state = State(masked[None], drawn, owed, decoding.threshold, torch.tensor([block_start], device=lm.device))
             revealed = reveal(find_strategy(decoding.strategy), state)[0]

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dirl_cli.cli.build import build
-from dirl_cli.diffusion.layout import SHARED, common_blocks, join, pack
+from dirl_cli.diffusion.layout import SHARED, common_blocks, join_strips, pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.rl.advantages import normalised
 from dirl_cli.rl.batch import Group, fitting, joined_length, objective_rows
@@ -62,7 +62,7 @@ def test_a_group_too_long_for_a_row_repeats_its_prompt_in_each():
     assert [len(run) for run in fitting(strips, 16, BLOCK)] == [2, 2, 1]  # 8 for the prompt and 4 an answer
     assert [len(run) for run in fitting(strips, 28, BLOCK)] == [5]
     assert [len(run) for run in fitting(strips, 1, BLOCK)] == [1] * 5
-    assert joined_length(strips, BLOCK) == len(join(strips, BLOCK)) == 28
+    assert joined_length(strips, BLOCK) == len(join_strips(strips, BLOCK)) == 28
 
 
 def test_answers_that_begin_alike_share_that_too():
@@ -103,14 +103,14 @@ def test_every_scored_token_knows_its_answer_and_what_the_sampler_thought_of_it(
     rows = rows_of(GROUPS, row_tokens=50)
     every = [one for some in ANSWERS for one in some]
     worth = [a for group in GROUPS for a in group.advantages]
-    place = rows.scored(rows.position)
+    place = rows.at_targets(rows.position)
     seen = set()
-    for i, sample in enumerate(rows.notes["sample"].tolist()):
+    for i, sample in enumerate(rows.extras["sample"].tolist()):
         one, k = every[sample], int(place[i]) - len(every[sample].prompt_ids)
         assert rows.targets[i] == one.token_ids[k]
-        assert rows.notes["behaviour"][i] == pytest.approx(one.logprobs[k])
-        assert rows.notes["advantage"][i] == pytest.approx(worth[sample])
-        assert rows.notes["length"][i] == len(one.token_ids)
+        assert rows.extras["sampler_logprobs"][i] == pytest.approx(one.logprobs[k])
+        assert rows.extras["advantage"][i] == pytest.approx(worth[sample])
+        assert rows.extras["length"][i] == len(one.token_ids)
         seen.add((sample, k))
     assert len(seen) == len(place) == sum(len(one.token_ids) for one in every)
 
@@ -119,9 +119,9 @@ def test_what_follows_the_stop_token_is_context_and_not_loss():
     one = answer(EIGHT, 8, seed=0, stop_at=5)
     rows, lengths = objective_rows([Group([one], [1.0])], algorithm("dipo"), TOKENS, PAD, 100, False, torch.Generator())
     assert lengths == [6]
-    place = rows.scored(rows.position) - 8
+    place = rows.at_targets(rows.position) - 8
     assert torch.equal(rows.weight, (place < 6).float())
-    assert (rows.notes["length"] == 6).all()
+    assert (rows.extras["length"] == 6).all()
 
 
 def test_rows_of_one_token_budget_hold_strips_of_several_groups():

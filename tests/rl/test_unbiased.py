@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dirl_cli.cli.build import build
 from dirl_cli.diffusion.layout import Rows
-from dirl_cli.diffusion.states import Tokens, Trace
+from dirl_cli.diffusion.states import BlockSpec, Trace
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.advantages import ADVANTAGES
 from dirl_cli.rl.batch import Group, objective_rows, trained_length
@@ -78,8 +78,10 @@ class Enumerated:
 
     def estimated(self, objective: Objective, worth: Sequence[float]) -> Tensor:
         """The gradient of the objective's loss where the policy is the one that sampled, for these advantages."""
-        advantage = torch.tensor(worth)[self.rows.notes["sample"]]
-        rows = replace(self.rows, notes={**self.rows.notes, "advantage": advantage, "old": self.logprobs.detach()})
+        advantage = torch.tensor(worth)[self.rows.extras["sample"]]
+        rows = replace(
+            self.rows, extras={**self.rows.extras, "advantage": advantage, "old_logprobs": self.logprobs.detach()}
+        )
         return self.gradient(objective.loss(rows, self.logprobs, torch.zeros_like(self.logprobs))["loss"])
 
     def with_baseline(self, objective: Objective, reward: Reward, baseline: float) -> Tensor:
@@ -132,7 +134,7 @@ def enumerated(lm_size: tuple[int, int], prompt: tuple[int, ...], decoding: Deco
         for way in ways
     ]
     everything = [Group(trajectories, [0.0] * len(trajectories))]
-    tokens = Tokens(lm.block_size, lm.mask_token_id)
+    tokens = BlockSpec(lm.block_size, lm.mask_token_id)
     exact = algorithm("dipo")
     assert exact.views == Trace()
     rows, _ = objective_rows(everything, exact, tokens, 0, 4096, train_tail, torch.Generator())

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from dirl_cli.data.order import generator
-from dirl_cli.diffusion.masking import Count, PerBlock, PerSample, example
+from dirl_cli.diffusion.masking import CountPerBlock, PerBlock, PerSample, example
 from dirl_cli.errors import DirlError
 from dirl_cli.sft.annealing import Annealing, Thinned, thinned
 from dirl_cli.sft.batches import Noise
 from dirl_cli.training.logprobs import LogprobModel
 from tests.helpers.small import small_lm
 
-FINAL = Noise(Count(), 4, 49, 0, 64)
+FINAL = Noise(CountPerBlock(), 4, 49, 0, 64)
 BY_AND_BY = Annealing((1, 2), share=0.5, masked=0.5, causal_weight=0.1)
 EIGHT = example(range(1, 9), [False] * 3 + [True] * 5, 4, 0)
 
@@ -86,7 +86,7 @@ def test_short_answers_count_once_under_a_schedule_too(many, share):
 
 
 def test_a_thinned_view_always_hides_something():
-    thinned = Thinned(Count(), 0.01)
+    thinned = Thinned(CountPerBlock(), 0.01)
     assert all(thinned(torch.tensor([3]), generator(i))[0].any() for i in range(50))
 
 

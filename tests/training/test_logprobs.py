@@ -174,7 +174,7 @@ def test_log_probs_and_entropy_are_those_of_the_full_logits(decoding):
     with torch.no_grad():
         mask = dense_mask(packed.coordinates)
         logits = lm.model(packed.token_ids, position_ids=packed.position, attention_mask=mask).logits
-        logits = logits.flatten(0, 1)[packed.where].double()
+        logits = logits.flatten(0, 1)[packed.target_index].double()
         logits[:, MASK] = -torch.inf
         logits /= decoding.temperature
         own = logits.gather(1, packed.targets[:, None])

@@ -26,7 +26,7 @@ class Bigram(nn.Module):
         self.table = nn.Embedding(VOCABULARY, VOCABULARY)
 
     def forward(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs = self.table(rows.scored(rows.token_ids)).log_softmax(-1)
+        logprobs = self.table(rows.at_targets(rows.token_ids)).log_softmax(-1)
         of_target = logprobs.gather(-1, rows.targets[:, None]).squeeze(-1)
         return of_target, -(logprobs.exp() * logprobs).sum(-1), of_target == logprobs.amax(-1)
 
@@ -42,8 +42,8 @@ def rows_of(n: int) -> Rows:
         sequence=torch.zeros(n, 4, dtype=torch.long),
         position=torch.arange(4).expand(n, 4),
         view=torch.zeros(n, 4, dtype=torch.long),
-        where=where,
-        before=where - 1,
+        target_index=where,
+        shifted_index=where - 1,
         targets=torch.randint(VOCABULARY, (2 * n,), generator=generator),
         weight=torch.rand(2 * n, generator=generator),
         block_size=4,
@@ -148,7 +148,7 @@ def test_measuring_gives_the_same_sums_and_learns_nothing():
     measured = one.measure(rows_of(5).split(2), weighted, 7)
     assert torch.equal(table(one), before)
     stepped = one.step(rows_of(5).split(2), weighted, 7)
-    guesses = before[rows_of(5).scored(rows_of(5).token_ids)].argmax(-1)
+    guesses = before[rows_of(5).at_targets(rows_of(5).token_ids)].argmax(-1)
     assert measured.pop("likeliest") == pytest.approx(int((guesses == rows_of(5).targets).sum()) / 7)
     assert measured == pytest.approx({name: stepped[name] for name in measured}, rel=1e-6)
 

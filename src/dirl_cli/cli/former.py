@@ -11,6 +11,8 @@ MODULES = {
     "dirl_cli.training.schedule": "dirl_cli.training.optim",
 }
 CLASSES = {  # in the modules of today
+    "dirl_cli.diffusion.masking.Cosine": "dirl_cli.diffusion.masking.CosineRate",
+    "dirl_cli.diffusion.masking.Count": "dirl_cli.diffusion.masking.CountPerBlock",
     "dirl_cli.models.load.Checkpoint": "dirl_cli.models.load.PretrainedModel",
     "dirl_cli.models.peft.Lora": "dirl_cli.models.peft.LoraFinetune",
     "dirl_cli.models.peft.Whole": "dirl_cli.models.peft.FullFinetune",

@@ -2,6 +2,8 @@
 
 Every token of a packed row has coordinates: the `group` and `sequence` it belongs to, its `position` in that
 sequence, and its `view`: 0 for the clean copy, 1, 2, … for noised copies of a block.
+
+Shapes: a strip has n tokens, m of them scored; a batch has R rows of L tokens, N of them scored; B is the block size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,16 +38,17 @@ def attends(q: Coordinates, k: Coordinates) -> Tensor:
 class Strip:
     """Tokens that see each other and so stay in one row; n tokens, of which m are scored.
 
-    token_ids, sequence, position, view: (n,). where: (m,) indices of scored tokens; before: (m,) of the tokens that
-    stand before those; targets, weight: (m,).
+    token_ids, sequence, position, view: (n,).
+    target_index: (m,) where the scored tokens stand. shifted_index: (m,) where what stands before each of them does.
+    targets: (m,) the ids that belong there. weight: (m,) of each in the loss.
     """
 
     token_ids: Tensor
     sequence: Tensor
     position: Tensor
     view: Tensor
-    where: Tensor
-    before: Tensor
+    target_index: Tensor
+    shifted_index: Tensor
     targets: Tensor
     weight: Tensor
 
@@ -58,9 +61,11 @@ class Rows:
     """A packed batch: R rows of L tokens with their coordinates, N of them scored.
 
     token_ids, group, sequence, position, view: (R, L), `group` being the strip's index in the packed list.
-    where: (N,) indices of the scored tokens into the flattened rows, ascending. before: (N,) of what stands before
-    each: in its own view inside its block, in the clean copy at its block's start. targets: (N,) what they should be.
-    weight: (N,) of each in the loss. notes: more about each, (N,) under a name, such as its advantage.
+    target_index: (N,) where the scored tokens stand in the flattened rows, ascending: the logits there predict them.
+    shifted_index: (N,) where what stands before each does, whose logits predict it under a logit shift: in its own
+        view inside its block, in the clean copy at its block's start.
+    targets: (N,) the ids that belong there. weight: (N,) of each in the loss.
+    extras: more about each scored token, (N,) under a name, such as `advantage` or `old_logprobs`.
     block_masks: made of the coordinates once for each device, and shared by copies that have the same coordinates.
     """
 
@@ -69,12 +74,12 @@ class Rows:
     sequence: Tensor
     position: Tensor
     view: Tensor
-    where: Tensor
-    before: Tensor
+    target_index: Tensor
+    shifted_index: Tensor
     targets: Tensor
     weight: Tensor
     block_size: int
-    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
     block_masks: dict[torch.device, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -83,44 +88,48 @@ class Rows:
 
     @property
     def num_tokens(self) -> int:
-        """Token-forwards without padding."""
+        """Tokens that are computed, all views counted, without padding."""
         return int((self.group != PADDING).sum())
 
-    def scored(self, coordinate: Tensor) -> Tensor:
+    def at_targets(self, coordinate: Tensor) -> Tensor:
         """`coordinate`, of shape (R, L), at the scored tokens: (N,)."""
-        return coordinate.flatten()[self.where]
+        return coordinate.flatten()[self.target_index]
 
     def to(self, device: torch.device | str) -> "Rows":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved, notes={name: note.to(device) for name, note in self.notes.items()})
+        """The same rows on another device; masks are made there anew."""
+        tensors: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                tensors[f.name] = value.to(device)
+        return replace(self, **tensors, extras={name: extra.to(device) for name, extra in self.extras.items()})
 
     def split(self, rows_each: int) -> list["Rows"]:
-        """The same rows, at most `rows_each` at a time, each part as wide as its longest row."""
+        """The same rows as micro-batches of at most `rows_each`, each as wide as its longest row."""
         width = self.token_ids.shape[1]
-        row = self.where // width
-        parts = []
+        target_row = self.target_index // width
+        micro_batches = []
         for first in range(0, len(self.token_ids), rows_each):
             last = min(first + rows_each, len(self.token_ids))
             used = int((self.group[first:last] != PADDING).sum(1).max())
-            inside = (row >= first) & (row < last)
-            where, before = (
-                (row[inside] - first) * used + index[inside] % width for index in (self.where, self.before)
-            )
             columns: dict[str, Any] = {name: getattr(self, name)[first:last, :used] for name in PER_TOKEN}
-            parts.append(
+
+            # Indices into the flattened rows change with the rows' number and width.
+            inside = (target_row >= first) & (target_row < last)  # (N,) bool
+            flat_start = (target_row[inside] - first) * used
+            micro_batches.append(
                 replace(
                     self,
                     **columns,
-                    where=where,
-                    before=before,
+                    target_index=flat_start + self.target_index[inside] % width,
+                    shifted_index=flat_start + self.shifted_index[inside] % width,
                     targets=self.targets[inside],
                     weight=self.weight[inside],
-                    notes={name: note[inside] for name, note in self.notes.items()},
+                    extras={name: extra[inside] for name, extra in self.extras.items()},
                     block_masks={},
                 )
             )
-        return parts
+        return micro_batches
 
 
 PER_TOKEN = ("token_ids", "group", "sequence", "position", "view")
@@ -132,67 +141,86 @@ def lay_out(token_ids: Tensor, masked: Tensor, scored: Tensor, weight: Tensor, b
     A view is a noised state of the whole sequence. A block is laid out in the views in which it holds a scored
     token, and clean where a later block will read it; nothing else costs a forward.
 
-    token_ids: (L,), whole blocks. masked: (V, L) bool, what each view hides. scored: (V, L) bool, a part of
+    token_ids: (L,), whole blocks. masked: (V, L) bool, what each of V views hides. scored: (V, L) bool, a part of
     `masked`. weight: (V, L).
     """
-    blocks = scored.view(len(scored), -1, block_size).any(-1)  # (V, L / block_size)
-    laid_out = blocks.nonzero()
-    clean = int(laid_out[:, 1].max()) * block_size if len(laid_out) else 0
-    view, position = blocks.repeat_interleave(block_size, 1).nonzero(as_tuple=True)
+    is_laid_out = scored.view(len(scored), -1, block_size).any(-1)  # (V, L / B), by view and block
+    laid_out = is_laid_out.nonzero()
+    clean = 0  # tokens of the clean copy: all before the last block that is laid out
+    if len(laid_out):
+        clean = int(laid_out[:, 1].max()) * block_size
+    view, position = is_laid_out.repeat_interleave(block_size, 1).nonzero(as_tuple=True)  # of the noised tokens
     states = torch.where(masked, mask_id, token_ids)  # (V, L)
+    ids = torch.cat([token_ids[:clean], states[view, position]])  # (n,)
+
     is_scored = scored[view, position]
-    view_scored, position_scored = view[is_scored], position[is_scored]
-    ids = torch.cat([token_ids[:clean], states[view, position]])
-    where = clean + is_scored.nonzero().squeeze(1)
-    begins_block = position_scored % block_size == 0
+    target_view = view[is_scored]
+    target_position = position[is_scored]
+    target_index = clean + is_scored.nonzero().squeeze(1)  # (m,)
+
+    # What stands before a block's first token is in the clean copy, where index and position are the same. Nothing
+    # stands before the very first token.
+    begins_block = target_position % block_size == 0
+    shifted_index = torch.where(begins_block, target_position - 1, target_index - 1).clamp(min=0)
     return Strip(
         token_ids=ids,
         sequence=torch.full_like(ids, SHARED),
         position=torch.cat([torch.arange(clean), position]),
         view=torch.cat([torch.zeros(clean, dtype=torch.long), view + 1]),
-        where=where,
-        before=torch.where(begins_block, position_scored - 1, where - 1).clamp(min=0),  # nothing is before the first
-        targets=token_ids[position_scored],
-        weight=weight[view_scored, position_scored],
+        target_index=target_index,
+        shifted_index=shifted_index,
+        targets=token_ids[target_position],
+        weight=weight[target_view, target_position],
     )
 
 
-def join(strips: Sequence[Strip], block_size: int) -> Strip:
+def join_strips(strips: Sequence[Strip], block_size: int) -> Strip:
     """Several sequences of a group as one strip in which the clean blocks that all begin with stand once.
 
     Sequences are numbered from 1 in the order given; what they have in common is `SHARED`.
     """
     common = common_blocks(strips, block_size)
-    own = [len(strip) - common for strip in strips]
-    moved = [sum(own[:i]) for i in range(len(own))]
+    first = strips[0]
+    token_ids = [first.token_ids[:common]]
+    sequence = [first.sequence[:common]]
+    position = [first.position[:common]]
+    view = [first.view[:common]]
+    target_index = []
+    shifted_index = []
+    shift = 0  # how far a strip's own tokens move: by those of the strips before it
+    for number, strip in enumerate(strips, start=SHARED + 1):
+        own = len(strip) - common
+        token_ids.append(strip.token_ids[common:])
+        sequence.append(torch.full((own,), number))
+        position.append(strip.position[common:])
+        view.append(strip.view[common:])
+        target_index.append(strip.target_index + shift)
+        is_common = strip.shifted_index < common
+        shifted_index.append(torch.where(is_common, strip.shifted_index, strip.shifted_index + shift))
+        shift += own
     return Strip(
-        token_ids=torch.cat([strips[0].token_ids[:common], *(strip.token_ids[common:] for strip in strips)]),
-        sequence=torch.cat(
-            [strips[0].sequence[:common], *(torch.full((n,), i) for i, n in enumerate(own, start=SHARED + 1))]
-        ),
-        position=torch.cat([strips[0].position[:common], *(strip.position[common:] for strip in strips)]),
-        view=torch.cat([strips[0].view[:common], *(strip.view[common:] for strip in strips)]),
-        where=torch.cat([strip.where + n for strip, n in zip(strips, moved, strict=True)]),
-        before=torch.cat(
-            [
-                torch.where(strip.before < common, strip.before, strip.before + n)
-                for strip, n in zip(strips, moved, strict=True)
-            ]
-        ),
+        token_ids=torch.cat(token_ids),
+        sequence=torch.cat(sequence),
+        position=torch.cat(position),
+        view=torch.cat(view),
+        target_index=torch.cat(target_index),
+        shifted_index=torch.cat(shifted_index),
         targets=torch.cat([strip.targets for strip in strips]),
         weight=torch.cat([strip.weight for strip in strips]),
     )
 
 
 def common_blocks(strips: Sequence[Strip], block_size: int) -> int:
-    """How many tokens all strips begin with that are clean, unscored and whole blocks."""
-    first = strips[0]
-    n = min(int((strip.view == 0).sum()) for strip in strips)
-    n = min([n, *(int(strip.where.min()) for strip in strips if len(strip.where))])
-    same = torch.ones(n, dtype=torch.bool)
+    """The number of tokens that all strips begin with and that are clean, unscored and whole blocks."""
+    longest = min(int((strip.view == 0).sum()) for strip in strips)
+    for strip in strips:
+        if len(strip.target_index):
+            longest = min(longest, int(strip.target_index.min()))
+    first = strips[0].token_ids[:longest]
+    is_same = torch.ones(longest, dtype=torch.bool)
     for strip in strips[1:]:
-        same &= strip.token_ids[:n] == first.token_ids[:n]
-    return int(same.cumprod(0).sum()) // block_size * block_size
+        is_same &= strip.token_ids[:longest] == first
+    return int(is_same.cumprod(0).sum()) // block_size * block_size
 
 
 def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int) -> Rows:
@@ -202,22 +230,26 @@ def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int)
     columns: dict[str, Any] = {name: torch.zeros(len(bins), width, dtype=torch.long) for name in PER_TOKEN}
     columns["token_ids"].fill_(pad_id)
     columns["group"].fill_(PADDING)
-    where, before, order = [], [], []
+
+    target_index = []
+    shifted_index = []
+    order = []  # of the strips, row by row
     for r, row in enumerate(bins):
         start = 0
         for i in row:
-            span = slice(start, start + len(strips[i]))
+            strip = strips[i]
+            span = slice(start, start + len(strip))
             for name in ("token_ids", "sequence", "position", "view"):
-                columns[name][r, span] = getattr(strips[i], name)
+                columns[name][r, span] = getattr(strip, name)
             columns["group"][r, span] = i
-            where.append(strips[i].where + r * width + start)
-            before.append(strips[i].before + r * width + start)
+            target_index.append(strip.target_index + r * width + start)
+            shifted_index.append(strip.shifted_index + r * width + start)
             order.append(i)
             start = span.stop
     return Rows(
         **columns,
-        where=torch.cat(where),
-        before=torch.cat(before),
+        target_index=torch.cat(target_index),
+        shifted_index=torch.cat(shifted_index),
         targets=torch.cat([strips[i].targets for i in order]),
         weight=torch.cat([strips[i].weight for i in order]),
         block_size=block_size,
@@ -227,13 +259,14 @@ def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int)
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Bins of indices whose lengths add up to at most `capacity`, filled longest first."""
     bins: list[list[int]] = []
-    free: list[int] = []
+    free: list[int] = []  # what each bin still has room for
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = next((b for b, room in enumerate(free) if room >= lengths[i]), None)
-        if fitting is None:
+        for b in range(len(bins)):
+            if free[b] >= lengths[i]:
+                bins[b].append(i)
+                free[b] -= lengths[i]
+                break
+        else:
             bins.append([i])
             free.append(capacity - lengths[i])
-        else:
-            bins[fitting].append(i)
-            free[fitting] -= lengths[i]
     return bins

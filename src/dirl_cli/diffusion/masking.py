@@ -54,7 +54,7 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class CosineRate:
     """Each block's rate is cos(πt/2), t uniform: heavily masked states are seen most (MaskGIT, arXiv 2202.04200)."""
 
     def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class Complementary:
 
 
 @dataclass(frozen=True)
-class Count:
+class CountPerBlock:
     """Each block hides k of its n answer tokens, k uniform over 1..n, each token of weight 1."""
 
     def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -161,8 +161,8 @@ def causal_strip(demonstration: Example, weight: float) -> Strip:
         sequence=torch.full_like(position, SHARED),
         position=position,
         view=torch.zeros_like(position),
-        where=answer - 1,
-        before=answer - 1,
+        target_index=answer - 1,
+        shifted_index=answer - 1,
         targets=demonstration.token_ids[answer],
         weight=torch.full(answer.shape, weight),
     )

@@ -58,7 +58,7 @@ class Candidates:
         return entropy(self.distribution) if self.known_entropy is None else self.known_entropy
 
 
-def draw(
+def draw_candidates(
     logits: Tensor,
     uniform: Tensor | None,
     temperature: float,
@@ -77,18 +77,18 @@ def draw(
     """
     is_greedy = uniform is None or temperature == 0
     if logits.is_cuda and (is_greedy or (top_k == 0 and top_p == 1)):
-        return draw_at_once(logits, None if is_greedy else uniform, temperature, confidence, unsampled_ids)
+        return draw_fused(logits, None if is_greedy else uniform, temperature, confidence, unsampled_ids)
     full = temper(logits, temperature, unsampled_ids).log_softmax(-1)
     if uniform is None or temperature == 0:
-        return candidates(full, full, full.argmax(-1), confidence)
+        return make_candidates(full, full, full.argmax(-1), confidence)
     kept = truncated(full, top_k, top_p)
-    return candidates(full, kept, invert(kept.exp(), uniform), confidence)
+    return make_candidates(full, kept, invert(kept.exp(), uniform), confidence)
 
 
-def draw_at_once(
+def draw_fused(
     logits: Tensor, uniform: Tensor | None, temperature: float, confidence: str, unsampled_ids: Tensor
 ) -> Candidates:
-    """`draw` without truncation, in one pass over the logits; uniform: None takes the likeliest token."""
+    """`draw_candidates` without truncation, in one pass over the logits; uniform: None takes the likeliest token."""
     from dirl_cli.diffusion.kernels import draw_rows  # Triton, which torch brings along for CUDA
 
     tokens, logprobs, likeliest, entropies = draw_rows(logits, uniform, temperature, unsampled_ids)
@@ -102,7 +102,7 @@ def truncated(full: Tensor, top_k: int, top_p: float) -> Tensor:
     return truncate(full, top_k, top_p).log_softmax(-1) if top_k or top_p < 1 else full
 
 
-def candidates(full: Tensor, kept: Tensor, tokens: Tensor, confidence: str) -> Candidates:
+def make_candidates(full: Tensor, kept: Tensor, tokens: Tensor, confidence: str) -> Candidates:
     """What was drawn. full, kept: (N, V) log-probabilities before and after truncation; tokens: (N,)."""
     drawn = tokens[:, None]
     if confidence == "sampled":

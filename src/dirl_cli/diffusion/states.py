@@ -18,7 +18,7 @@ from dirl_cli.types import Trajectory
 
 
 @dataclass(frozen=True)
-class Tokens:
+class BlockSpec:
     """What views need to know of the model."""
 
     block_size: int
@@ -28,14 +28,14 @@ class Tokens:
 class Views(Protocol):
     """From a trajectory to the states that score it. What is random in them comes from the generator."""
 
-    def __call__(self, trajectory: Trajectory, tokens: Tokens, generator: Generator) -> Strip: ...
+    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip: ...
 
 
 @dataclass(frozen=True)
 class Trace:
     """Each token in the very state that revealed it: one view per denoising step of each block (DiRL, eq. 6–8)."""
 
-    def __call__(self, trajectory: Trajectory, tokens: Tokens, generator: Generator) -> Strip:
+    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
         return trajectory_strip(trajectory, tokens.block_size, tokens.mask_id)
 
 
@@ -45,7 +45,7 @@ class MergedTrace:
 
     steps: Count
 
-    def __call__(self, trajectory: Trajectory, tokens: Tokens, generator: Generator) -> Strip:
+    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
         merged = [(step + self.steps - 1) // self.steps for step in trajectory.reveal_step]
         return Trace()(replace(trajectory, reveal_step=merged), tokens, generator)
 
@@ -54,7 +54,7 @@ class MergedTrace:
 class LeftToRight:
     """Each token given all before it, the rest of its block masked, however it was sampled (arXiv 2601.15165)."""
 
-    def __call__(self, trajectory: Trajectory, tokens: Tokens, generator: Generator) -> Strip:
+    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
         start = len(trajectory.prompt_ids)
         places = range(start, start + len(trajectory.token_ids))
         first = [max(place // tokens.block_size * tokens.block_size, start) for place in places]
@@ -71,7 +71,7 @@ class AnswerMasked:
 
     prompt_rate: Share
 
-    def __call__(self, trajectory: Trajectory, tokens: Tokens, generator: Generator) -> Strip:
+    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
         start = len(trajectory.prompt_ids)
         token_ids = torch.tensor([*trajectory.prompt_ids, *trajectory.token_ids])
         place = torch.arange(len(token_ids))
@@ -81,8 +81,8 @@ class AnswerMasked:
             sequence=torch.full_like(place, SHARED),
             position=place,
             view=torch.zeros_like(place),
-            where=place[start:],
-            before=place[start:] - 1,
+            target_index=place[start:],
+            shifted_index=place[start:] - 1,
             targets=token_ids[start:],
             weight=torch.ones(len(token_ids) - start),
         )
@@ -99,7 +99,7 @@ class RandomMasks:
     high: Share
     draws: Count
 
-    def __call__(self, trajectory: Trajectory, tokens: Tokens, generator: Generator) -> Strip:
+    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
         rates = self.low + (self.high - self.low) * torch.rand(self.draws, 1, generator=generator)
         masked = torch.rand(self.draws, len(trajectory.token_ids), generator=generator) < rates
         masked[0] |= ~masked.any()  # an answer without a scored token would not be trained at all
@@ -113,14 +113,14 @@ class ComplementaryMasks:
     low: InnerShare
     high: InnerShare
 
-    def __call__(self, trajectory: Trajectory, tokens: Tokens, generator: Generator) -> Strip:
+    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
         rate = self.low + (self.high - self.low) * torch.rand(1, generator=generator)
         masked = torch.rand(len(trajectory.token_ids), generator=generator) < rate
         weight = 0.5 / torch.stack([rate, 1 - rate]).expand(2, len(masked))
         return masked_strip(trajectory, tokens, torch.stack([masked, ~masked]), weight)
 
 
-def masked_strip(trajectory: Trajectory, tokens: Tokens, masked: Tensor, weight: Tensor) -> Strip:
+def masked_strip(trajectory: Trajectory, tokens: BlockSpec, masked: Tensor, weight: Tensor) -> Strip:
     """The trajectory with these answer tokens masked and scored. masked, weight: (V, answer)."""
     prompt = torch.zeros(len(masked), len(trajectory.prompt_ids))
     everywhere = torch.cat([prompt.bool(), masked], 1)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dirl_cli.data.order import generator
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.diffusion.masking import Masking, example, noised_strip
-from dirl_cli.diffusion.states import Tokens
+from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.plan.budget import Budget, Machine, Settings, halvings
@@ -208,7 +208,7 @@ class RlForecast:
         lm = self.lm
         answer = with_answer(self.longest_prompt, lm, settings) - self.longest_prompt
         longest = worst_case_trajectory(self.longest_prompt, answer, self.decoding.denoising_steps, lm.block_size)
-        strip = self.objective.views(longest, Tokens(lm.block_size, lm.mask_token_id), generator(0))
+        strip = self.objective.views(longest, BlockSpec(lm.block_size, lm.mask_token_id), generator(0))
         answers = settings["rl.problems"] * settings["rl.group_size"] / settings["rl.mini_batches"]
         return micro_batch_of(strip, answers, settings, self.machine)
 

@@ -173,7 +173,7 @@ def largest_micro_batch(
     width = max(len(strip), min(row_tokens, tokens))
     rows_of_process = math.ceil(math.ceil(tokens / width) / processes)
     rows = min(micro_rows or rows_of_process, rows_of_process)
-    scored = math.ceil(rows * width * len(strip.where) / len(strip))
+    scored = math.ceil(rows * width * len(strip.target_index) / len(strip))
     return MicroBatch(rows, width, scored, tokens)
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from dirl_cli.diffusion.layout import Rows, Strip, common_blocks, join, pack
-from dirl_cli.diffusion.states import Tokens
+from dirl_cli.diffusion.layout import Rows, Strip, common_blocks, join_strips, pack
+from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.rl.objective import Objective
 from dirl_cli.types import Trajectory
 
@@ -23,7 +23,7 @@ class Group:
 def objective_rows(
     groups: Sequence[Group],
     objective: Objective,
-    tokens: Tokens,
+    spec: BlockSpec,
     pad_id: int,
     row_tokens: int,
     train_tail: bool,
@@ -33,30 +33,30 @@ def objective_rows(
 
     What the answers of a group begin with in common is laid out once, as long as they fit into a row together.
     train_tail: whether the tokens after the stop token, which fill up its block, are trained too.
-    Notes of each scored token: sample, length, advantage, behaviour (the sampler's log-prob) and the version of the
-    weights that it was sampled from.
+    Extras of each scored token: sample, length, advantage, sampler_logprobs and the version of the weights that it was
+    sampled from.
     """
     strips, sizes = [], []
     for group in groups:
-        parts = [objective.views(one, tokens, generator) for one in group.trajectories]
-        for some in fitting(parts, row_tokens, tokens.block_size):
-            strips.append(join(some, tokens.block_size))
+        parts = [objective.views(one, spec, generator) for one in group.trajectories]
+        for some in fitting(parts, row_tokens, spec.block_size):
+            strips.append(join_strips(some, spec.block_size))
             sizes.append(len(some))
-    rows = pack(strips, row_tokens, tokens.block_size, pad_id)
+    rows = pack(strips, row_tokens, spec.block_size, pad_id)
     trajectories = [one for group in groups for one in group.trajectories]
     lengths = [len(one.token_ids) if train_tail else trained_length(one) for one in trajectories]
     first = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))])
-    sample = first[rows.scored(rows.group)] + rows.scored(rows.sequence) - 1
-    place = rows.scored(rows.position) - torch.tensor([len(one.prompt_ids) for one in trajectories])[sample]
+    sample = first[rows.at_targets(rows.group)] + rows.at_targets(rows.sequence) - 1
+    place = rows.at_targets(rows.position) - torch.tensor([len(one.prompt_ids) for one in trajectories])[sample]
     length = torch.tensor(lengths)[sample]
-    notes = {
+    extras = {
         "sample": sample,
         "length": length.float(),
         "advantage": torch.tensor([a for group in groups for a in group.advantages])[sample],
         "version": torch.tensor([one.weights_version for one in trajectories])[sample],
-        "behaviour": padded([one.logprobs for one in trajectories])[sample, place],
+        "sampler_logprobs": padded([one.logprobs for one in trajectories])[sample, place],
     }
-    return replace(rows, weight=rows.weight * (place < length), notes=notes), lengths
+    return replace(rows, weight=rows.weight * (place < length), extras=extras), lengths
 
 
 def fitting(strips: Sequence[Strip], row_tokens: int, block_size: int) -> list[list[Strip]]:

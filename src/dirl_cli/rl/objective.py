@@ -62,23 +62,22 @@ class Objective:
     def loss(self, rows: Rows, logprobs: Tensor, entropy: Tensor) -> dict[str, Tensor]:
         """Sums over the scored tokens (N,) of `rows`: the loss, and what is worth watching.
 
-        rows.notes: `sample` (which answer a token belongs to), `length` (its answer's tokens), `advantage`, `old`
-        (recorded log-probs; without them these are taken for it, and the ratio is 1), `reference` (log-probs) where
-        beta is not 0, and `correction` (truncated importance weights) where the sampler's probabilities were not
-        the trainer's.
+        rows.extras: `sample` (which answer a token belongs to), `length` (its answer's tokens), `advantage`,
+        `old_logprobs` (without them these are taken for it, and the ratio is 1), `ref_logprobs` where beta is not 0,
+        and `importance_weight` (truncated) where the sampler's probabilities were not the trainer's.
         """
-        notes = rows.notes
+        extras = rows.extras
         weight = self.weight(rows)
-        ratio = ratio_of(at_level(self.level, logprobs - notes.get("old", logprobs.detach()), rows))
-        advantage = notes["advantage"]
+        ratio = ratio_of(at_level(self.level, logprobs - extras.get("old_logprobs", logprobs.detach()), rows))
+        advantage = extras["advantage"]
         free = ratio * advantage
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage
         loss = -torch.minimum(free, clipped)
-        if "correction" in notes:
-            loss = loss * notes["correction"]
+        if "importance_weight" in extras:
+            loss = loss * extras["importance_weight"]
         watched = {"entropy": entropy, "ratio": ratio, "clipped": (free > clipped).float()}
         if self.beta:
-            kl = KL[self.kl](at_level(self.level, notes["reference"] - logprobs, rows))
+            kl = KL[self.kl](at_level(self.level, extras["ref_logprobs"] - logprobs, rows))
             loss = loss + self.beta * kl
             watched["kl"] = kl
         watched = {name: (weight * value).detach().sum() for name, value in watched.items()}
@@ -92,9 +91,9 @@ class Objective:
         elif self.level == "step":  # a step has one term, shared out evenly among its tokens; so has an answer
             weight = rows.weight / summed(scored, step_index(rows)).clamp(min=1)
         else:
-            sample = rows.notes["sample"]
-            weight = scored * rows.notes["length"] / summed(scored, sample).clamp(min=1)
-        return weight / rows.notes["length"] if self.normalizer == "sequence" else weight
+            sample = rows.extras["sample"]
+            weight = scored * rows.extras["length"] / summed(scored, sample).clamp(min=1)
+        return weight / rows.extras["length"] if self.normalizer == "sequence" else weight
 
     def norm(self, lengths: Sequence[int], longest: int) -> float:
         """The normaliser of a global batch of answers with these numbers of tokens, at most `longest` allowed."""
@@ -108,12 +107,12 @@ def at_level(level: str, difference: Tensor, rows: Rows) -> Tensor:
         return difference
     if level == "step":
         return summed(difference * (rows.weight > 0), step_index(rows))
-    return summed(rows.weight * difference, rows.notes["sample"]) / rows.notes["length"]
+    return summed(rows.weight * difference, rows.extras["sample"]) / rows.extras["length"]
 
 
 def step_index(rows: Rows) -> Tensor:
     """A number for each scored token (N,), the same for those revealed together."""
-    coordinates = (rows.notes["sample"], rows.scored(rows.coordinates.block), rows.scored(rows.view))
+    coordinates = (rows.extras["sample"], rows.at_targets(rows.coordinates.block), rows.at_targets(rows.view))
     return torch.stack(coordinates).unique(dim=1, return_inverse=True)[1]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dirl_cli.data.order import generator
 from dirl_cli.diffusion.layout import Rows
-from dirl_cli.diffusion.states import Tokens
+from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.rl.batch import Group, objective_rows
@@ -101,7 +101,7 @@ class PolicyUpdate:
             rows, lengths = objective_rows(
                 annotated,
                 self.objective,
-                Tokens(self.lm.block_size, self.lm.mask_token_id),
+                BlockSpec(self.lm.block_size, self.lm.mask_token_id),
                 self.lm.pad_token_id,
                 self.row_tokens,
                 self.train_tail,
@@ -111,22 +111,25 @@ class PolicyUpdate:
 
         # The ratio's denominator: what the sampler recorded, or what the trainer says before its first step.
         if self.old_from_sampler:
-            micro_batches = [with_extras(rows, old=rows.notes["behaviour"]) for rows in micro_batches]
+            micro_batches = [with_extras(rows, old_logprobs=rows.extras["sampler_logprobs"]) for rows in micro_batches]
         elif self.mini_batches * self.epochs > 1 or self.correction_cap:
-            micro_batches = self.add_logprobs(micro_batches, self.trainer.model, "old")
+            micro_batches = self.add_logprobs(micro_batches, self.trainer.model, "old_logprobs")
         if self.correction_cap and not self.old_from_sampler:
             micro_batches = [self.add_importance_weights(rows) for rows in micro_batches]
 
         if self.reference is not None:
-            micro_batches = self.add_logprobs(micro_batches, self.reference, "reference")
+            micro_batches = self.add_logprobs(micro_batches, self.reference, "ref_logprobs")
         return MiniBatch(micro_batches, self.objective.norm(lengths, self.longest))
 
     def add_importance_weights(self, rows: Rows) -> Rows:
         """The rows with the weights that make up for a sampler that was not the trainer; see `corrections`."""
-        if "old" not in rows.notes:  # another process's share
+        if "old_logprobs" not in rows.extras:  # another process's share
             return rows
         return with_extras(
-            rows, correction=corrections(rows.notes["old"], rows.notes["behaviour"], self.correction_cap)
+            rows,
+            importance_weight=corrections(
+                rows.extras["old_logprobs"], rows.extras["sampler_logprobs"], self.correction_cap
+            ),
         )
 
     @torch.no_grad()
@@ -141,7 +144,9 @@ class PolicyUpdate:
                 }
             reshard(model)
             return [
-                with_extras(rows, **{name: logprobs[id(rows)].to(rows.where.device)}) if id(rows) in logprobs else rows
+                with_extras(rows, **{name: logprobs[id(rows)].to(rows.target_index.device)})
+                if id(rows) in logprobs
+                else rows
                 for rows in micro_batches
             ]
 
@@ -152,7 +157,7 @@ def reference_model(lm: DiffusionLM, decoding: Decoding) -> nn.Module:
 
 
 def with_extras(rows: Rows, **extras: Tensor) -> Rows:
-    return replace(rows, notes={**rows.notes, **extras})
+    return replace(rows, extras={**rows.extras, **extras})
 
 
 @dataclass
@@ -168,8 +173,8 @@ class Mismatch:
 
     def loss(self, rows: Rows, logprobs: Tensor, entropy: Tensor) -> dict[str, Tensor]:
         """The objective's sums, and of the tokens compared: their number, |difference| and KL(sampler ‖ trainer)."""
-        fresh = ((rows.notes["version"] == self.version) & (rows.weight > 0)).float()
-        difference = fresh * (logprobs.detach() - rows.notes["behaviour"])
+        fresh = ((rows.extras["version"] == self.version) & (rows.weight > 0)).float()
+        difference = fresh * (logprobs.detach() - rows.extras["sampler_logprobs"])
         self.largest = torch.maximum(self.largest.to(difference.device), difference.abs().max())
         return {
             **self.objective.loss(rows, logprobs, entropy),
@@ -179,6 +184,6 @@ class Mismatch:
         }
 
 
-def corrections(old: Tensor, behaviour: Tensor, cap: float) -> Tensor:
+def corrections(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
     """Truncated importance weights min(π_old / π_sampler, cap) (N,) for what an engine sampled a little differently."""
-    return ratio_of(old - behaviour).clamp(max=cap)
+    return ratio_of(old_logprobs - sampler_logprobs).clamp(max=cap)

@@ -6,7 +6,7 @@ Shapes: S slots, N blocks of B tokens in a forward, D hidden size.
 import torch
 from torch import Tensor
 
-from dirl_cli.diffusion.sampling import draw, uniform
+from dirl_cli.diffusion.sampling import draw_candidates, uniform
 from dirl_cli.diffusion.unmasking import BUILT_IN, State, find_strategy, quota, reveal, spread
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Decoding
@@ -74,7 +74,7 @@ class Unmasker:
         noise = None
         if options.temperature:
             noise = uniform(key[:, None], position, step[:, None]).flatten()[masked_index]
-        drawn = draw(
+        drawn = draw_candidates(
             self.head(hidden[masked_index]),
             noise,
             options.temperature,

@@ -176,7 +176,7 @@ class LogprobModel(nn.Module):
 
     def forward(self, rows: Rows) -> Scores:
         """Log-probability and entropy in nats, in fp32, of the N scored tokens, and whether each is the likeliest."""
-        predicted_at = rows.before if is_shifted(self.model) else rows.where
+        predicted_at = rows.shifted_index if is_shifted(self.model) else rows.target_index
         hidden = hidden_states(self.model, rows).flatten(0, 1)[predicted_at]  # (N, D)
         head = self.model.get_output_embeddings()
         options = self.decoding
@@ -235,8 +235,8 @@ def trajectory_logprobs(
     for rows in pack(strips, row_tokens, lm.block_size, lm.pad_token_id).split(rows_each):
         logprobs, *_ = model(rows.to(lm.device))
         # Packing mixes trajectories: a scored token tells by group and position whose it is, and which.
-        groups = rows.scored(rows.group).tolist()
-        positions = rows.scored(rows.position).tolist()
+        groups = rows.at_targets(rows.group).tolist()
+        positions = rows.at_targets(rows.position).tolist()
         for group, position, logprob in zip(groups, positions, logprobs.tolist(), strict=True):
             prompt_length = len(trajectories[group].prompt_ids)
             logprobs_of[group][position - prompt_length] = logprob
