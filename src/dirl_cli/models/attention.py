@@ -54,7 +54,7 @@ def seen_in_tiles(coordinates: Coordinates) -> Tensor:
     """Count the pairs of a query and a key that it sees in each pair of tiles: (R, T, T). coordinates: (R, L)."""
     rows, length = coordinates.group.shape
     keys = Coordinates(*(c[:, None, :] for c in coordinates))
-    # so many tiles of queries at a time that no more than PAIRS are held
+    # So many tiles of queries at a time that no more than PAIRS are held.
     queries_at_once = max(PAIRS // (rows * length * TILE), 1) * TILE
 
     counts = []
@@ -104,7 +104,7 @@ def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
     if implementation == "flex_attention":
         if torch.is_grad_enabled() and device == "cpu":
             raise DirlError("attention=flex cannot learn on a CPU: leave it at auto")
-        padding = (0, -length % TILE)
+        padding = (0, -length % TILE)  # as `block_mask` pads coordinates
 
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     output = model.get_decoder()(

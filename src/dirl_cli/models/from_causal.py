@@ -35,7 +35,7 @@ from dirl_cli.ranges import Count
 
 KINDS = "Llama, Mistral, Mixtral, Qwen, SmolLM, Gemma, Phi, OLMo, GPT-2, GPT-NeoX or OPT"  # among others
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-MULTIPLE = 64  # rows that an embedding grows to, for the sake of GPUs
+MULTIPLE = 64  # of which an embedding that grows has as many rows, for the sake of GPUs
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class FromCausal:
         if tokenizer is None:
             raise DirlError(f"{self.path} has no tokenizer: copy its tokenizer files beside config.json")
 
+        # Where the embedding has no row to spare for the mask token, the vocabulary grows.
         mask_id = with_mask_token(tokenizer)
         rows = max(config.vocab_size, math.ceil(len(tokenizer) / MULTIPLE) * MULTIPLE)
         if device == "meta":

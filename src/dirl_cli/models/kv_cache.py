@@ -55,7 +55,9 @@ class KVCache:
         self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, (1, key heads, T, D), and return all that it has."""
-        if layer == len(self.keys):  # in the dtype of the values: under autocast a norm leaves the keys wider
+        # A layer's tensors are made when it first runs, since its heads and dtype are known only then; the dtype is
+        # that of the values, because under autocast a norm leaves the keys wider.
+        if layer == len(self.keys):
             shape = (self.slots, self.length, *values.shape[1::2])
             self.keys.append(values.new_zeros(shape))
             self.values.append(values.new_zeros(shape))

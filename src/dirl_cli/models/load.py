@@ -114,6 +114,7 @@ class PretrainedModel:
         if device == "meta":
             return self.outline(config, stored.tokenizer(directory))
 
+        # Before the weights, so that what is wrong with it is told in a moment.
         block_size, mask_id = self.block_and_mask(config)
         model = stored.model(directory, config, pick_dtype(dtype, device))
         if self.adapter:
@@ -161,7 +162,7 @@ def diffusion_lm(
     model.config.block_size = block_size
     model.config.mask_token_id = mask_token_id
 
-    # A chat model's turn ends an answer too, whatever its configuration says.
+    # The end of a turn ends an answer too, also where a chat model's configurations do not say so.
     stops = end_tokens(model)
     vocabulary: dict[str, int] = {}
     pad = model.config.pad_token_id
@@ -173,7 +174,7 @@ def diffusion_lm(
     if pad is None:
         pad = min(stops, default=0)
 
-    # Never sampled: mask tokens under any name, and rows of the embedding that stand for no token.
+    # What may be sampled: not mask tokens, under any name, nor rows of the embedding that stand for no token.
     ids = range(model.config.vocab_size)
     text = set(vocabulary.values() or ids) - {mask_token_id, *map(vocabulary.get, MASK_NAMES)}
     vars(model.generation_config).update(
@@ -246,8 +247,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         values = tensor.flatten()
-        some = values[:: max(1, len(values) // 64)]
-        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+        sample = values[:: max(1, len(values) // 64)]
+        digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

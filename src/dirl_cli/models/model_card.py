@@ -52,6 +52,7 @@ def model_card(
     in a sentence. base: the path or Hub name of the model it began as. recipe, decoding: settings by name.
     metrics: the values of each in the course of training. config: the model's.
     """
+    # The data sets are names of the Hub alone: a card says nothing of files on its author's disk.
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",

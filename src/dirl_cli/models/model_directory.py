@@ -79,8 +79,10 @@ class ModelDirectory:
 
     def model(self, directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """Load the weights onto the CPU, as `dtype`."""
+        # What is missing, left over or of another shape is told by `_require_complete` in a sentence, and by
+        # transformers in a page.
         transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()  # its report of what is missing says in a page what follows below
+        transformers_logging.set_verbosity_error()
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -90,7 +92,7 @@ class ModelDirectory:
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below
+                ignore_mismatched_sizes=True,
             )
         except (SafetensorError, json.JSONDecodeError) as error:
             raise DirlError(f"{self.path} holds a damaged weight file ({error}): download or copy it again") from error

@@ -32,6 +32,7 @@ def check_safe_checkpoint(directory: Path) -> None:
                 " loaded: save it elsewhere as safetensors"
             )
 
+    # A name with a directory in it would be loaded from outside, and one of another kind may be a pickle.
     for file, name in referenced_files(directory):
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in (".safetensors", ".json"):
             raise DirlError(f"{directory / file} names {name!r}, which is no safetensors or JSON file beside it")

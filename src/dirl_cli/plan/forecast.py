@@ -64,31 +64,22 @@ def sft_budget(
     """
     memories = MemoryByPeft(lm, optim, peft, adapter, machine)
     forecast = SftForecast(lm, masking, decoding, machine, lengths, prompts, memories)
-    memory = memories.of({})
     batch = forecast.batch(settings)
+    # Keys first whose change costs least: evaluation and long demonstrations go last.
     knobs = {
         **sharding_knobs(settings, machine, peft),
         **update_knobs(settings, batch),
         "eval_problems": halvings(settings["eval_problems"], 1),
         "max_tokens": halvings(settings["max_tokens"], LEAST),
     }
-    duration = Duration(
-        settings["steps"],
-        batch.step,
-        batch.width,
-        settings["steps"] * update_operations(memory.model, batch),
-        is_bound=False,
-        knobs="steps, batch_size or row_tokens",
-        preset="tiny_sft" if memory.model.parameters < SMALL else None,
-    )
     return Budget(
         forecast.phases,
         settings,
         knobs,
         machine,
-        facts=f"{memory}\nabout {batch}",
+        facts=f"{memories.of({})}\nabout {batch}",
         alternatives=alternatives(settings, machine, peft) if adapter else [],
-        duration=duration,
+        duration=forecast.duration(settings),
     )
 
 
@@ -115,6 +106,7 @@ class SftForecast:
         return micro_batch_of(strip, strips, settings, self.machine)
 
     def phases(self, settings: Settings) -> dict[str, Bytes]:
+        """What loading, updates and evaluations hold."""
         memory = self.memories.of(settings)
         phases = loading_phase(memory)
         phases["update"] = update_phase(memory, self.batch(settings), settings)
@@ -129,6 +121,20 @@ class SftForecast:
         greedy = replace(self.decoding, temperature=0.0)
         longest = max(len(prompt) for prompt in prompts)
         return rollout_phase(replace(memory, samples=True), slots, longest, self.lm, greedy, settings)
+
+    def duration(self, settings: Settings) -> Duration:
+        """What the updates compute; evaluations are left out."""
+        model = self.memories.of({}).model
+        batch = self.batch(settings)
+        return Duration(
+            settings["steps"],
+            batch.step,
+            batch.width,
+            settings["steps"] * update_operations(model, batch),
+            is_bound=False,
+            knobs="steps, batch_size or row_tokens",
+            preset="tiny_sft" if model.parameters < SMALL else None,
+        )
 
 
 def rl_budget(
@@ -153,8 +159,8 @@ def rl_budget(
     """
     memories = MemoryByPeft(lm, optim, peft, adapter, machine, reference=objective.beta > 0, samples=engine is not None)
     forecast = RlForecast(lm, objective, decoding, machine, longest_prompt, engine, learns, memories)
-    memory = memories.of({})
     batch = forecast.batch(settings)
+    # Keys first whose change costs least: what makes answers shorter changes the result, and goes last.
     knobs = {
         **sharding_knobs(settings, machine, peft),
         "rollout.max_batch": halvings(settings["rollout.max_batch"], 1),
@@ -162,31 +168,14 @@ def rl_budget(
         **update_knobs(settings, batch),
         "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
     }
-
-    sampled_tokens = settings["rl.problems"] * settings["rl.group_size"] * settings["decoding.max_new_tokens"]
-    operations = 0.0
-    if learns:
-        passes = settings["rl.mini_batches"] * settings["rl.epochs"]
-        operations += passes * update_operations(memory.model, batch)
-    if engine:
-        operations += sampling_operations(memory.model, sampled_tokens, decoding.denoising_steps or lm.block_size)
-    duration = Duration(
-        settings["steps"],
-        sampled_tokens,
-        batch.width,
-        settings["steps"] * operations,
-        is_bound=True,
-        knobs="steps, rl.problems, rl.group_size or decoding.max_new_tokens",
-        preset="tiny_rl" if memory.model.parameters < SMALL else None,
-    )
     return Budget(
         forecast.phases,
         settings,
         knobs,
         machine,
-        facts=f"{memory}\nat most {batch}",
+        facts=f"{memories.of({})}\nat most {batch}",
         alternatives=alternatives(settings, machine, peft) if adapter else [],
-        duration=duration,
+        duration=forecast.duration(settings),
     )
 
 
@@ -213,6 +202,7 @@ class RlForecast:
         return micro_batch_of(strip, answers, settings, self.machine)
 
     def phases(self, settings: Settings) -> dict[str, Bytes]:
+        """What loading, rollouts and updates hold, the latter two at once where they are asynchronous."""
         memory = self.memories.of(settings)
         # While a model is updated its sampler keeps a copy of its own: LMDeploy where it is gathered from shards, the
         # native engine where it samples meanwhile.
@@ -238,6 +228,28 @@ class RlForecast:
             share = settings["rollout.cache_share"]
             return memory.lmdeploy(self.machine.free_bytes(), share, slots * self.lm.block_size, self.decoding)
         return rollout_phase(memory, slots, self.longest_prompt, self.lm, self.decoding, settings)
+
+    def duration(self, settings: Settings) -> Duration:
+        """What rollouts and updates compute."""
+        model = self.memories.of({}).model
+        batch = self.batch(settings)
+        sampled_tokens = settings["rl.problems"] * settings["rl.group_size"] * settings["decoding.max_new_tokens"]
+        operations = 0.0
+        if self.learns:
+            passes = settings["rl.mini_batches"] * settings["rl.epochs"]
+            operations += passes * update_operations(model, batch)
+        if self.engine:
+            steps = self.decoding.denoising_steps or self.lm.block_size
+            operations += sampling_operations(model, sampled_tokens, steps)
+        return Duration(
+            settings["steps"],
+            sampled_tokens,
+            batch.width,
+            settings["steps"] * operations,
+            is_bound=True,
+            knobs="steps, rl.problems, rl.group_size or decoding.max_new_tokens",
+            preset="tiny_rl" if model.parameters < SMALL else None,
+        )
 
 
 @dataclass(frozen=True)

@@ -95,11 +95,13 @@ def architecture(
 
     dtype: of the weights as they are kept.
     """
+    # Shapes alone: a model of any size takes no memory here.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         parameters = sum(parameter.numel() for parameter in model.parameters())
         peft.adapt(model)
 
+    # An optimizer is built and stepped, so that whatever states it has are counted.
     with FakeTensorMode():
         use_fake_parameters(model)
         state_bytes = optimizer_bytes(model, optim)
@@ -226,7 +228,7 @@ class Memory:
         if not model.is_full_finetune:
             parameters += f"; {model.trained:,} trained beside them"
 
-        kind = "bf16" if self.bf16 else "fp32"
+        kind = "bf16" if self.bf16 else "fp32"  # of the forward
         if self.bf16 and model.is_full_finetune:
             kind += " with weights in fp32"
         attention = "a dense attention mask" if self.dense else "FlexAttention"
@@ -381,6 +383,7 @@ class Memory:
         if not self.parallelism.gathers:
             return 0
         two_layers = 2 * self.model.layer_parameters // self.model.layers
+        # FSDP2 gathers the next layer while it computes one, and both layers' gradients are whole until reduced.
         at_once = self.model.vocabulary_parameters + two_layers
         parameters = self.model.parameters if self.parallelism.keeps_gathered else at_once
         return 4 * at_once + 4 * parameters
