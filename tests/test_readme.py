@@ -122,6 +122,13 @@ def test_links_lead_somewhere(path):
         assert not anchor or anchor in anchors(destination.read_text()), target
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_files_that_a_page_names_exist(path):
+    """But for placeholders, which have capitals: conf/NAME.yaml."""
+    names = re.findall(r"`((?:benchmarks|conf|docs|scripts|src|tests)/[a-z0-9_/.]+)`", path.read_text())
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
 def names_in(file: Path) -> set[str]:
     """What a module defines, takes, sets or asks for by name, and its strings."""
     names = set()
