@@ -34,7 +34,7 @@ def published_logits(n: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch
 def test_compiled_kernels_draw_what_torch_draws_on_either_device(dtype, temperature):
     logits, uniform, unsampled = published_logits(64, dtype)
     found = draw_candidates(logits, uniform, temperature, 0, 1.0, "max", unsampled)
-    assert found.known_entropy is not None  # the kernels were taken
+    assert found.computed_entropy is not None  # the kernels were taken
     on_gpu = invert(temper(logits, temperature, unsampled).softmax(-1), uniform)
     on_cpu = draw_candidates(logits.cpu(), uniform.cpu(), temperature, 0, 1.0, "max", unsampled.cpu())
     for expected in (on_gpu.cpu(), on_cpu.tokens):

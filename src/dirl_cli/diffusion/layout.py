@@ -226,7 +226,9 @@ def common_blocks(strips: Sequence[Strip], block_size: int) -> int:
 def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int) -> Rows:
     """Lay strips into rows of at most `row_tokens` tokens (more only where one strip has them), first fit by length."""
     bins = first_fit([len(strip) for strip in strips], row_tokens)
-    width = max(sum(len(strips[i]) for i in row) for row in bins)
+    width = 0
+    for row in bins:
+        width = max(width, sum(len(strips[i]) for i in row))
     columns: dict[str, Any] = {name: torch.zeros(len(bins), width, dtype=torch.long) for name in PER_TOKEN}
     columns["token_ids"].fill_(pad_id)
     columns["group"].fill_(PADDING)

@@ -3,6 +3,8 @@
 A schedule is called with `block`, the block number of each of the n answer tokens of one demonstration, and a
 generator; it returns `masked` (V, n) bool and `weight` (V, n), one row per noised view. Where a rate p hides a
 token, its weight is 1/p, so that each answer token counts once in expectation (SDAR, arXiv 2510.06303).
+
+Shapes: n answer tokens of a demonstration of L tokens, hidden in V views.
 """
 
 import math
@@ -20,7 +22,7 @@ LOWEST_RATE = 1e-3  # keeps 1/p finite
 
 
 class Masking(Protocol):
-    """A masking schedule."""
+    """A masking schedule; see the head of this file for what goes in and comes out."""
 
     def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]: ...
 
@@ -79,7 +81,7 @@ class Complementary:
     def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         t = torch.rand(count(block), generator=generator)
         p = (LOWEST_RATE + (1 - 2 * LOWEST_RATE) * t)[index(block)]
-        hidden = torch.rand(len(p), generator=generator) < p
+        hidden = torch.rand(len(p), generator=generator) < p  # (n,)
         return torch.stack([hidden, ~hidden]), 0.5 / torch.stack([p, 1 - p])
 
 
@@ -90,8 +92,10 @@ class CountPerBlock:
     def __call__(self, block: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         sizes = torch.bincount(index(block))  # (blocks,)
         hidden_per_block = (torch.rand(len(sizes), generator=generator) * sizes).long() + 1
-        lottery = torch.rand(len(block), generator=generator)
-        rank = torch.argsort(torch.argsort(index(block) + lottery))  # a random order inside each block, blocks in turn
+
+        # The fraction orders a block's tokens at random, the integer keeps the blocks in turn.
+        fraction = torch.rand(len(block), generator=generator)
+        rank = torch.argsort(torch.argsort(index(block) + fraction))  # (n,)
         rank_in_block = rank - (torch.cumsum(sizes, 0) - sizes)[index(block)]
         masked = rank_in_block < hidden_per_block[index(block)]
         return masked[None], torch.ones(1, len(block))
@@ -103,10 +107,12 @@ def index(block: Tensor) -> Tensor:
 
 
 def count(block: Tensor) -> int:
+    """The number of blocks that hold answer tokens."""
     return int(block[-1] - block[0]) + 1
 
 
 def rate(t: Tensor) -> Tensor:
+    """A masking rate from `LOWEST_RATE` to 1 for t in [0, 1]."""
     return (1 - LOWEST_RATE) * t + LOWEST_RATE
 
 
@@ -134,34 +140,35 @@ class Example:
 def example(token_ids: Sequence[int], trained: Sequence[bool], block_size: int, pad_id: int) -> Example:
     """Pad a demonstration to whole blocks; the padding is trained, since the sampler fills whole blocks too."""
     padding = -len(token_ids) % block_size
-    return Example(
-        torch.tensor([*token_ids, *[pad_id] * padding]), torch.tensor([*trained, *[True] * padding], dtype=torch.bool)
-    )
+    ids = [*token_ids, *[pad_id] * padding]
+    is_trained = [*trained, *[True] * padding]
+    return Example(torch.tensor(ids), torch.tensor(is_trained, dtype=torch.bool))
 
 
 def noised_strip(
     demonstration: Example, masking: Masking, block_size: int, mask_id: int, generator: Generator
 ) -> Strip:
     """A demonstration with freshly hidden answer tokens."""
-    answer = demonstration.trained.nonzero().squeeze(1)
-    hidden, weights = masking(answer // block_size, generator)
-    masked = torch.zeros(len(hidden), len(demonstration.token_ids), dtype=torch.bool)
+    answer = demonstration.trained.nonzero().squeeze(1)  # (n,) positions
+    answer_masked, answer_weight = masking(answer // block_size, generator)  # (V, n)
+    masked = torch.zeros(len(answer_masked), len(demonstration.token_ids), dtype=torch.bool)  # (V, L)
+    masked[:, answer] = answer_masked
     weight = torch.zeros(masked.shape)
-    masked[:, answer], weight[:, answer] = hidden, weights
+    weight[:, answer] = answer_weight
     return lay_out(demonstration.token_ids, masked, masked, weight, block_size, mask_id)
 
 
 def causal_strip(demonstration: Example, weight: float) -> Strip:
     """A demonstration as a causal model learns it, in rows whose blocks are single tokens: each predicts the next."""
     answer = demonstration.trained.nonzero().squeeze(1)
-    answer = answer[answer > 0]
+    answer = answer[answer > 0]  # nothing predicts the very first token
     position = torch.arange(len(demonstration.token_ids))
     return Strip(
         token_ids=demonstration.token_ids,
         sequence=torch.full_like(position, SHARED),
         position=position,
         view=torch.zeros_like(position),
-        target_index=answer - 1,
+        target_index=answer - 1,  # the token before it predicts it, whatever kind of model
         shifted_index=answer - 1,
         targets=demonstration.token_ids[answer],
         weight=torch.full(answer.shape, weight),
@@ -178,6 +185,6 @@ def noised_rows(
     generator: Generator,
 ) -> tuple[Rows, int]:
     """Packed rows of freshly masked demonstrations, and how many answer tokens these have (the loss's normaliser)."""
-    strips = [noised_strip(one, masking, block_size, mask_id, generator) for one in demonstrations]
-    answer_tokens = sum(int(one.trained.sum()) for one in demonstrations)
+    strips = [noised_strip(example, masking, block_size, mask_id, generator) for example in demonstrations]
+    answer_tokens = sum(int(example.trained.sum()) for example in demonstrations)
     return pack(strips, row_tokens, block_size, pad_id), answer_tokens

@@ -1,4 +1,7 @@
-"""From logits to distributions, candidates and confidences."""
+"""From logits to distributions, candidates and confidences.
+
+Shapes: N masked positions, V vocabulary.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -16,7 +19,10 @@ def temper(logits: Tensor, temperature: float, unsampled_ids: Tensor) -> Tensor:
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Keep the `top_k` largest logits (0: all), then the fewest of those whose probabilities reach `top_p`. (N, V)."""
+    """Keep the `top_k` largest logits (0: all), then the fewest of those whose probabilities reach `top_p`.
+
+    logits: (N, V). Returns (N, V), -inf where left out.
+    """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -24,7 +30,8 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered, ids = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
         beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the first is always kept
-        logits = logits.masked_fill(torch.empty_like(beyond).scatter_(-1, ids, beyond), -torch.inf)
+        is_left_out = torch.empty_like(beyond).scatter_(-1, ids, beyond)  # from the sorted order back to that of ids
+        logits = logits.masked_fill(is_left_out, -torch.inf)
     return logits
 
 
@@ -35,27 +42,30 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Candidates:
-    """A token drawn for each of N positions. tokens, logprobs (as drawn), confidence: (N,).
+    """A token drawn for each of N positions.
 
-    log_distribution: gives all log-probs before truncation, (N, V), to the few strategies that ask for them.
-    known_entropy: of that distribution in nats, (N,), where drawing told it.
+    tokens, logprobs (of the distribution they were drawn from), confidence (in (0, 1]): (N,).
+    log_distribution: computes all log-probs before truncation, (N, V), for the few strategies that ask for them.
+    computed_entropy: of that distribution in nats, (N,), where drawing computed it anyway.
     """
 
     tokens: Tensor
     logprobs: Tensor
     confidence: Tensor
     log_distribution: Callable[[], Tensor]
-    known_entropy: Tensor | None = None
+    computed_entropy: Tensor | None = None
 
     @cached_property
     def distribution(self) -> Tensor:
-        """Computed when it is first asked for, since it is (N, V)."""
+        """All log-probs before truncation, (N, V): computed when first asked for, since they are large."""
         return self.log_distribution()
 
     @cached_property
     def entropy(self) -> Tensor:
-        """Of the distribution before truncation, in nats: (N,)."""
-        return entropy(self.distribution) if self.known_entropy is None else self.known_entropy
+        """Entropy of the distribution before truncation, in nats: (N,)."""
+        if self.computed_entropy is not None:
+            return self.computed_entropy
+        return entropy(self.distribution)
 
 
 def draw_candidates(
@@ -78,11 +88,11 @@ def draw_candidates(
     is_greedy = uniform is None or temperature == 0
     if logits.is_cuda and (is_greedy or (top_k == 0 and top_p == 1)):
         return draw_fused(logits, None if is_greedy else uniform, temperature, confidence, unsampled_ids)
-    full = temper(logits, temperature, unsampled_ids).log_softmax(-1)
+    logprobs = temper(logits, temperature, unsampled_ids).log_softmax(-1)
     if uniform is None or temperature == 0:
-        return make_candidates(full, full, full.argmax(-1), confidence)
-    kept = truncated(full, top_k, top_p)
-    return make_candidates(full, kept, invert(kept.exp(), uniform), confidence)
+        return make_candidates(logprobs, logprobs, logprobs.argmax(-1), confidence)
+    truncated_logprobs = truncated(logprobs, top_k, top_p)
+    return make_candidates(logprobs, truncated_logprobs, invert(truncated_logprobs.exp(), uniform), confidence)
 
 
 def draw_fused(
@@ -92,30 +102,38 @@ def draw_fused(
     from dirl_cli.diffusion.kernels import draw_rows  # Triton, which torch brings along for CUDA
 
     tokens, logprobs, likeliest, entropies = draw_rows(logits, uniform, temperature, unsampled_ids)
-    certainty = {"sampled": logprobs, "max": likeliest, "entropy": -entropies}[confidence].exp()
-    full = lambda: temper(logits, temperature, unsampled_ids).log_softmax(-1)  # noqa: E731
-    return Candidates(tokens, logprobs, certainty, full, entropies)
+    log_confidence = {"sampled": logprobs, "max": likeliest, "entropy": -entropies}[confidence]
+
+    def log_distribution() -> Tensor:
+        return temper(logits, temperature, unsampled_ids).log_softmax(-1)
+
+    return Candidates(tokens, logprobs, log_confidence.exp(), log_distribution, entropies)
 
 
-def truncated(full: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The log-probabilities of what top-k and top-p leave over. (N, V)."""
-    return truncate(full, top_k, top_p).log_softmax(-1) if top_k or top_p < 1 else full
+def truncated(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Log-probs (N, V) cut by top-k and top-p and normalised again; as they are where these are off."""
+    if top_k or top_p < 1:
+        return truncate(logprobs, top_k, top_p).log_softmax(-1)
+    return logprobs
 
 
-def make_candidates(full: Tensor, kept: Tensor, tokens: Tensor, confidence: str) -> Candidates:
-    """What was drawn. full, kept: (N, V) log-probabilities before and after truncation; tokens: (N,)."""
-    drawn = tokens[:, None]
+def make_candidates(logprobs: Tensor, truncated_logprobs: Tensor, tokens: Tensor, confidence: str) -> Candidates:
+    """Candidates of drawn tokens (N,), with their confidence.
+
+    logprobs, truncated_logprobs: (N, V), before and after truncation. confidence: see `draw_candidates`.
+    """
+    ids = tokens[:, None]
     if confidence == "sampled":
-        certainty = full.gather(-1, drawn).squeeze(-1).exp()
+        certainty = logprobs.gather(-1, ids).squeeze(-1).exp()
     elif confidence == "max":
-        certainty = full.amax(-1).exp()
+        certainty = logprobs.amax(-1).exp()
     else:
-        certainty = (-entropy(full)).exp()
-    return Candidates(tokens, kept.gather(-1, drawn).squeeze(-1), certainty, lambda: full)
+        certainty = (-entropy(logprobs)).exp()
+    return Candidates(tokens, truncated_logprobs.gather(-1, ids).squeeze(-1), certainty, lambda: logprobs)
 
 
 def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The token at `uniform` of the cumulative distribution. probabilities: (N, V); uniform: (N,)."""
+    """The token (N,) at which the cumulative distribution passes `uniform`. probabilities: (N, V); uniform: (N,)."""
     cumulative = probabilities.to(torch.float64, copy=True).cumsum_(-1)
     total = cumulative[:, -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))  # a product that rounds up would find no token
@@ -139,6 +157,7 @@ def uniform(key: Tensor, position: Tensor, step: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64; its constants are written as the int64 of the same bits."""
     x = (x ^ _shift(x, 30)) * -4658895280553007687
     x = (x ^ _shift(x, 27)) * -7723592293110705685
     return x ^ _shift(x, 31)

@@ -1,8 +1,10 @@
-"""In which states the tokens of a trajectory are scored: what an RL objective takes for their probability.
+"""The states in which the tokens of a trajectory are scored: what an RL objective takes for their probability.
 
 Views map a trajectory to a strip whose scored tokens are answer tokens (see diffusion/layout.py). Only `Trace`
 scores each token in the state that the sampler was in; the others trade exactness for forwards, or follow a paper
 written for models without a trace.
+
+Shapes: V views of L tokens, prompt and answer; A answer tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -19,24 +21,24 @@ from dirl_cli.types import Trajectory
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What views need to know of the model."""
+    """What views need to know of the model: tokens per block, and the id of the mask token."""
 
     block_size: int
     mask_id: int
 
 
 class Views(Protocol):
-    """From a trajectory to the states that score it. What is random in them comes from the generator."""
+    """Lays a trajectory out in the states that score it; whatever is random in them comes from `generator`."""
 
-    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip: ...
+    def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip: ...
 
 
 @dataclass(frozen=True)
 class Trace:
     """Each token in the very state that revealed it: one view per denoising step of each block (DiRL, eq. 6–8)."""
 
-    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
-        return trajectory_strip(trajectory, tokens.block_size, tokens.mask_id)
+    def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
+        return trajectory_strip(trajectory, spec.block_size, spec.mask_id)
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,22 @@ class MergedTrace:
 
     steps: Count
 
-    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
+    def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         merged = [(step + self.steps - 1) // self.steps for step in trajectory.reveal_step]
-        return Trace()(replace(trajectory, reveal_step=merged), tokens, generator)
+        return Trace()(replace(trajectory, reveal_step=merged), spec, generator)
 
 
 @dataclass(frozen=True)
 class LeftToRight:
     """Each token given all before it, the rest of its block masked, however it was sampled (arXiv 2601.15165)."""
 
-    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
+    def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         start = len(trajectory.prompt_ids)
-        places = range(start, start + len(trajectory.token_ids))
-        first = [max(place // tokens.block_size * tokens.block_size, start) for place in places]
-        one_by_one = [place - begin + 1 for place, begin in zip(places, first, strict=True)]
-        return Trace()(replace(trajectory, reveal_step=one_by_one), tokens, generator)
+        reveal_step = []
+        for position in range(start, start + len(trajectory.token_ids)):
+            first = max(position // spec.block_size * spec.block_size, start)  # of the block's answer tokens
+            reveal_step.append(position - first + 1)
+        return Trace()(replace(trajectory, reveal_step=reveal_step), spec, generator)
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,18 @@ class AnswerMasked:
 
     prompt_rate: Share
 
-    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
+    def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         start = len(trajectory.prompt_ids)
         token_ids = torch.tensor([*trajectory.prompt_ids, *trajectory.token_ids])
-        place = torch.arange(len(token_ids))
-        masked = (torch.rand(len(token_ids), generator=generator) < self.prompt_rate) | (place >= start)
+        position = torch.arange(len(token_ids))
+        masked = (torch.rand(len(token_ids), generator=generator) < self.prompt_rate) | (position >= start)  # (L,)
         return Strip(
-            token_ids=torch.where(masked, tokens.mask_id, token_ids),
-            sequence=torch.full_like(place, SHARED),
-            position=place,
-            view=torch.zeros_like(place),
-            target_index=place[start:],
-            shifted_index=place[start:] - 1,
+            token_ids=torch.where(masked, spec.mask_id, token_ids),
+            sequence=torch.full_like(position, SHARED),
+            position=position,
+            view=torch.zeros_like(position),
+            target_index=position[start:],
+            shifted_index=position[start:] - 1,
             targets=token_ids[start:],
             weight=torch.ones(len(token_ids) - start),
         )
@@ -99,11 +102,11 @@ class RandomMasks:
     high: Share
     draws: Count
 
-    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
-        rates = self.low + (self.high - self.low) * torch.rand(self.draws, 1, generator=generator)
+    def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
+        rates = self.low + (self.high - self.low) * torch.rand(self.draws, 1, generator=generator)  # (V, 1)
         masked = torch.rand(self.draws, len(trajectory.token_ids), generator=generator) < rates
         masked[0] |= ~masked.any()  # an answer without a scored token would not be trained at all
-        return masked_strip(trajectory, tokens, masked, torch.full(masked.shape, 1 / self.draws))
+        return masked_strip(trajectory, spec, masked, torch.full(masked.shape, 1 / self.draws))
 
 
 @dataclass(frozen=True)
@@ -113,20 +116,20 @@ class ComplementaryMasks:
     low: InnerShare
     high: InnerShare
 
-    def __call__(self, trajectory: Trajectory, tokens: BlockSpec, generator: Generator) -> Strip:
+    def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         rate = self.low + (self.high - self.low) * torch.rand(1, generator=generator)
         masked = torch.rand(len(trajectory.token_ids), generator=generator) < rate
         weight = 0.5 / torch.stack([rate, 1 - rate]).expand(2, len(masked))
-        return masked_strip(trajectory, tokens, torch.stack([masked, ~masked]), weight)
+        return masked_strip(trajectory, spec, torch.stack([masked, ~masked]), weight)
 
 
-def masked_strip(trajectory: Trajectory, tokens: BlockSpec, masked: Tensor, weight: Tensor) -> Strip:
-    """The trajectory with these answer tokens masked and scored. masked, weight: (V, answer)."""
-    prompt = torch.zeros(len(masked), len(trajectory.prompt_ids))
-    everywhere = torch.cat([prompt.bool(), masked], 1)
+def masked_strip(trajectory: Trajectory, spec: BlockSpec, masked: Tensor, weight: Tensor) -> Strip:
+    """The trajectory in V views, each with these answer tokens masked and scored. masked, weight: (V, A)."""
+    prompt = torch.zeros(len(masked), len(trajectory.prompt_ids))  # nothing of it is masked
+    masked = torch.cat([prompt.bool(), masked], 1)  # (V, L)
+    weight = torch.cat([prompt, weight], 1)
     token_ids = torch.tensor([*trajectory.prompt_ids, *trajectory.token_ids])
-    weights = torch.cat([prompt, weight], 1)
-    return lay_out(token_ids, everywhere, everywhere, weights, tokens.block_size, tokens.mask_id)
+    return lay_out(token_ids, masked, masked, weight, spec.block_size, spec.mask_id)
 
 
 def trajectory_strip(trajectory: Trajectory, block_size: int, mask_id: int) -> Strip:
@@ -145,7 +148,9 @@ def trajectory_strip(trajectory: Trajectory, block_size: int, mask_id: int) -> S
         raise DirlError(
             f"a trajectory of {len(token_ids)} tokens is not whole blocks of {block_size}: keep its last block whole"
         )
-    reveal_step = torch.tensor([*[0] * len(trajectory.prompt_ids), *trajectory.reveal_step])
-    step = torch.arange(1, int(reveal_step.max()) + 1)[:, None]
-    scored = reveal_step == step  # (steps, L)
-    return lay_out(token_ids, reveal_step >= step, scored, torch.ones(scored.shape), block_size, mask_id)
+    prompt_steps = [0] * len(trajectory.prompt_ids)  # before the first
+    reveal_step = torch.tensor([*prompt_steps, *trajectory.reveal_step])  # (L,)
+    step = torch.arange(1, int(reveal_step.max()) + 1)[:, None]  # (V, 1), a view a step
+    scored = reveal_step == step  # (V, L)
+    masked = reveal_step >= step
+    return lay_out(token_ids, masked, scored, torch.ones(scored.shape), block_size, mask_id)

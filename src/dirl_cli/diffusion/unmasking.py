@@ -2,6 +2,8 @@
 
 A strategy maps a `State` to (N, B) bool. Whatever it returns, the sampler reveals masked positions only and at
 least one of them, the most confident, in every forward.
+
+Shapes: N blocks of B tokens, M of them masked.
 """
 
 from collections.abc import Callable
@@ -18,9 +20,9 @@ from dirl_cli.errors import DirlError, did_you_mean
 
 @dataclass(frozen=True)
 class State:
-    """N blocks in the midst of denoising.
+    """What a strategy decides on: N blocks that are being denoised.
 
-    masked: (N, B) bool, still to be revealed. candidates: of the M masked positions, row by row.
+    masked: (N, B) bool, still to be revealed. candidates: a token for each of the M masked positions, row by row.
     confidence, entropy: (N, B), of the candidates, zero where revealed.
     quota: (N,) how many tokens this step owes so that the block is full after its last step.
     threshold: see `Decoding`.
@@ -64,33 +66,33 @@ def low_confidence_dynamic(state: State) -> Tensor:
 
 def entropy_bounded(state: State) -> Tensor:
     """In order of entropy, as many positions as keep the summed entropy within the bound (arXiv 2505.24857)."""
-    place = rank(-state.entropy, state.masked)
-    summed = state.entropy.masked_fill(~state.masked, 0).gather(-1, place.argsort(-1)).cumsum(-1)
-    within_bound = (summed <= state.threshold).gather(-1, place)
-    return state.masked & (within_bound | (place == 0))
+    rank_by_entropy = rank(-state.entropy, state.masked)
+    in_order = state.entropy.masked_fill(~state.masked, 0).gather(-1, rank_by_entropy.argsort(-1))
+    within_bound = (in_order.cumsum(-1) <= state.threshold).gather(-1, rank_by_entropy)
+    return state.masked & (within_bound | (rank_by_entropy == 0))
 
 
-def rank(score: Tensor, among: Tensor) -> Tensor:
-    """Each position's place by descending score among those of `among`, the left one first on a tie. (N, B)."""
-    order = score.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+def rank(score: Tensor, masked: Tensor) -> Tensor:
+    """Each masked position's rank from 0 by descending score, the left one first on a tie. All (N, B)."""
+    order = score.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return order.argsort(-1)
 
 
 def reveal(strategy: Strategy, state: State) -> Tensor:
     """What the strategy reveals, held to its contract: masked positions only, at least one in each block with any."""
-    chosen = strategy(state) & state.masked
+    revealed = strategy(state) & state.masked
     if strategy in BUILT_IN.values():  # which keep it
-        return chosen
-    stuck = state.masked.any(-1) & ~chosen.any(-1)
-    if stuck.is_cuda or stuck.any():  # to ask would be to wait for the GPU
-        best = state.masked & (rank(state.confidence, state.masked) == 0)
-        chosen = torch.where(stuck[:, None], best, chosen)
-    return chosen
+        return revealed
+    is_stuck = state.masked.any(-1) & ~revealed.any(-1)  # (N,)
+    if is_stuck.is_cuda or is_stuck.any():  # to ask would be to wait for the GPU
+        most_confident = state.masked & (rank(state.confidence, state.masked) == 0)
+        revealed = torch.where(is_stuck[:, None], most_confident, revealed)
+    return revealed
 
 
-def spread(values: Tensor, places: Tensor) -> Tensor:
-    """`values` (M,) at the M true places of `places`, zero elsewhere."""
-    return torch.zeros(places.shape, dtype=values.dtype, device=values.device).masked_scatter(places, values)
+def spread(values: Tensor, masked: Tensor) -> Tensor:
+    """`values` (M,) at the M masked positions, zero elsewhere: (N, B)."""
+    return torch.zeros(masked.shape, dtype=values.dtype, device=values.device).masked_scatter(masked, values)
 
 
 def quota(step: Tensor, block_size: int, steps: int | None) -> Tensor:
