@@ -2,6 +2,8 @@
 
 A program holds the queries of a block with all query heads that share a key head, and reads each key and value once.
 Where blocks are few, several programs share the keys of a block and their results are combined (flash-decoding).
+
+Shapes: N blocks of B tokens, H query heads, K key heads, E head size; T = N * B.
 """
 
 import torch
@@ -15,14 +17,18 @@ TILE = 64  # keys of a step
 
 
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """See `forward_gpu.block_attention`, which this is for a GPU."""
+    """Compute what `forward_gpu.block_attention` does, on a GPU. Parameters and result are the same."""
     tokens, heads, size = query.shape
-    block, key_heads = tokens // len(slots), keys.shape[2]
-    queries = heads // key_heads * block
+    key_heads = keys.shape[2]
+    block = tokens // len(slots)
+    queries = heads // key_heads * block  # of a block, that share a key head
     rows = min(max(triton.next_power_of_2(queries), 16), MOST_ROWS)
+
+    # A power of 2 of programs for the keys of each block, so many that the GPU is busy.
     programs = len(slots) * key_heads * triton.cdiv(queries, rows)
     splits = 1 << max(PROGRAMS // programs, 1).bit_length() - 1
-    parts = query.new_empty((splits, tokens, heads, size), dtype=torch.float32 if splits > 1 else query.dtype)
+    partial_dtype = torch.float32 if splits > 1 else query.dtype
+    partials = query.new_empty((splits, tokens, heads, size), dtype=partial_dtype)
     weights = query.new_empty((splits, tokens, heads), dtype=torch.float32)
     _attend[len(slots), key_heads * triton.cdiv(queries, rows), splits](
         query,
@@ -30,7 +36,7 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
         values,
         slots,
         ends,
-        parts,
+        partials,
         weights,
         scale,
         query.stride(0),
@@ -50,12 +56,12 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
         num_stages=3 if keys.dtype.itemsize == 2 else 2,
     )
     if splits == 1:
-        return parts[0]
-    found = torch.empty_like(parts[0], dtype=query.dtype)
+        return partials[0]
+    attended = torch.empty_like(partials[0], dtype=query.dtype)
     _combine[tokens * heads,](
-        parts, weights, found, tokens * heads, size=size, width=triton.next_power_of_2(size), splits=splits
+        partials, weights, attended, tokens * heads, size=size, width=triton.next_power_of_2(size), splits=splits
     )
-    return found
+    return attended
 
 
 @triton.jit
@@ -65,7 +71,7 @@ def _attend(  # type: ignore[no-untyped-def]
     values,
     slots,
     ends,
-    parts,
+    partials,
     weights,
     scale,
     query_token,
@@ -83,19 +89,28 @@ def _attend(  # type: ignore[no-untyped-def]
     tile: tl.constexpr,
     splits: tl.constexpr,
 ):
-    """A share of the keys for some queries: their attention (splits, T, heads, size) and the log of its weight."""
+    """Attention of queries on a split of the keys: (splits, T, H, E), and the log of its weight: (splits, T, H)."""
+    # The grid: blocks, key heads by tiles of their queries, splits of the keys.
     tiles: tl.constexpr = (shared * block + rows - 1) // rows
-    item, split = tl.program_id(0), tl.program_id(2)
-    head, part = tl.program_id(1) // tiles, tl.program_id(1) % tiles
-    slot, end = tl.load(slots + item), tl.load(ends + item)
-    share = tl.cdiv(tl.cdiv(end, tile), splits) * tile
-    first, last = split * share, tl.minimum(split * share + share, end)
+    item = tl.program_id(0)
+    head = tl.program_id(1) // tiles
+    query_tile = tl.program_id(1) % tiles
+    split = tl.program_id(2)
+    slot = tl.load(slots + item)
+    end = tl.load(ends + item)
+    split_length = tl.cdiv(tl.cdiv(end, tile), splits) * tile
+    first = split * split_length
+    last = tl.minimum(first + split_length, end)
 
-    row, column = part * rows + tl.arange(0, rows), tl.arange(0, width)
-    token, query_at = item * block + row % block, head * shared + row // block
+    # A row is a query: the tokens of the block with one query head, then those with the next.
+    row = query_tile * rows + tl.arange(0, rows)
+    column = tl.arange(0, width)
+    token = item * block + row % block
+    query_at = head * shared + row // block
     is_query = (row < shared * block)[:, None] & (column < size)[None, :]
     q = tl.load(query + (token * query_token + query_at * query_head)[:, None] + column[None, :], is_query, 0.0)
 
+    # Online softmax: sums relative to the largest score so far, shrunk whenever there is a larger one.
     largest = tl.full([rows], -float("inf"), tl.float32)
     total = tl.zeros([rows], tl.float32)
     summed = tl.zeros([rows, width], tl.float32)
@@ -107,28 +122,31 @@ def _attend(  # type: ignore[no-untyped-def]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where((position < last)[None, :], scores, -float("inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
-        shrink, p = tl.exp(largest - larger), tl.exp(scores - larger[:, None])
+        shrink = tl.exp(largest - larger)
+        p = tl.exp(scores - larger[:, None])
         v = tl.load(values + cached, is_key, 0.0)
         summed = summed * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * shrink + tl.sum(p, 1)
         largest = larger
 
-    total = tl.maximum(total, 1e-37)  # of no keys
+    total = tl.maximum(total, 1e-37)  # a split may have no keys
     at = (split * tokens + token) * heads + query_at
-    tl.store(parts + at[:, None] * size + column[None, :], summed / total[:, None], is_query)
+    tl.store(partials + at[:, None] * size + column[None, :], summed / total[:, None], is_query)
     if splits > 1:
         tl.store(weights + at, largest + tl.log(total), row < shared * block)
 
 
 @triton.jit
 def _combine(  # type: ignore[no-untyped-def]
-    parts, weights, found, count, size: tl.constexpr, width: tl.constexpr, splits: tl.constexpr
+    partials, weights, attended, count, size: tl.constexpr, width: tl.constexpr, splits: tl.constexpr
 ):
-    """The shares of one query and head, each by its weight."""
-    at, split, column = tl.program_id(0), tl.arange(0, splits), tl.arange(0, width)
+    """The mean of the splits' results for one query and head, each by its weight."""
+    at = tl.program_id(0)
+    split = tl.arange(0, splits)
+    column = tl.arange(0, width)
     weight = tl.load(weights + split * count + at)
     weight = tl.exp(weight - tl.max(weight, 0))
-    places = (split * count + at)[:, None] * size + column[None, :]
-    part = tl.load(parts + places, (column < size)[None, :], 0.0)
-    mean = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(found + at * size + column, mean, column < size)
+    index = (split * count + at)[:, None] * size + column[None, :]
+    partial = tl.load(partials + index, (column < size)[None, :], 0.0)
+    mean = tl.sum(partial * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(attended + at * size + column, mean, column < size)

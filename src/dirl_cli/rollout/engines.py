@@ -20,7 +20,7 @@ LMDEPLOY_MODELS = ("sdar", "sdar_moe")
 
 
 class Engine(Protocol):
-    """What can be started on a model. max_batch: sequences at once."""
+    """The settings of an engine, which can be started on a model. max_batch: sequences at once."""
 
     @property
     def max_batch(self) -> int: ...
@@ -30,13 +30,13 @@ class Engine(Protocol):
         ...
 
     def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
-        """A sampler with the weights of `lm`. own_weights: nobody else uses these."""
+        """Start a sampler with the weights of `lm`. own_weights: nobody else uses these."""
         ...
 
 
 @dataclass(frozen=True)
 class Native:
-    """This toolkit's own, on any device. max_batch: sequences at once."""
+    """This toolkit's own engine, on any device; see `NativeSampler`."""
 
     max_batch: Count
 
@@ -49,7 +49,7 @@ class Native:
 
 @dataclass(frozen=True)
 class Lmdeploy:
-    """LMDeploy's PyTorch engine, in this process and on its GPU; see `start_engine`."""
+    """LMDeploy's PyTorch engine, in this process and on its GPU; see `start_engine` for cache_share."""
 
     max_batch: Count
     cache_share: SomeShare
@@ -57,19 +57,22 @@ class Lmdeploy:
     def require(self) -> None:
         """Raises DirlError where the package or a CUDA device is missing."""
         try:
-            found = version("lmdeploy")
+            installed = version("lmdeploy")
         except PackageNotFoundError as error:
             raise DirlError(
                 f"rollout=lmdeploy wants LMDeploy: {pip_install('lmdeploy')} in an environment with torch 2.12 or"
                 " older, or leave rollout at native"
             ) from error
-        if not found.startswith(f"{LMDEPLOY}."):
-            raise DirlError(f"rollout=lmdeploy wants LMDeploy {LMDEPLOY}, not {found}: {pip_install('lmdeploy')}")
+        if not installed.startswith(f"{LMDEPLOY}."):
+            raise DirlError(f"rollout=lmdeploy wants LMDeploy {LMDEPLOY}, not {installed}: {pip_install('lmdeploy')}")
         if not torch.cuda.is_available():
             raise DirlError("rollout=lmdeploy wants a CUDA device and there is none: leave rollout at native")
 
     def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
-        """The engine, which copies the weights of `lm`. Raises DirlError likewise, or for a model it cannot take."""
+        """Start the engine, which copies the weights of `lm`.
+
+        Raises DirlError like `require`, or for a model or device that LMDeploy cannot take.
+        """
         self.require()
         if lm.model.config.model_type not in LMDEPLOY_MODELS or lm.logit_shift:
             raise DirlError(
@@ -86,12 +89,17 @@ class Lmdeploy:
 
 
 def on_disk(lm: DiffusionLM) -> str:
-    """The directory of a checkpoint that is like `lm` but for its weights."""
-    source, config = lm.model.name_or_path, lm.model.config
+    """The directory of a checkpoint with the architecture of `lm`, whatever its weights; saved now if there is none."""
+    source = lm.model.name_or_path
+    config = lm.model.config
     if source:
-        known = source if Path(source).is_dir() else str(hub.local(source, "model"))
-        if type(config).from_pretrained(known).tie_word_embeddings == config.tie_word_embeddings:
-            return known  # else an adapter was merged into one of the two
-    directory = Path(mkdtemp()) / "model"
-    lm.save(directory)
-    return str(directory)
+        directory = source
+        if not Path(source).is_dir():
+            directory = str(hub.local(source, "model"))
+
+        # Merging an adapter may have untied the embeddings of `lm`.
+        if type(config).from_pretrained(directory).tie_word_embeddings == config.tie_word_embeddings:
+            return directory
+    saved = Path(mkdtemp()) / "model"
+    lm.save(saved)
+    return str(saved)

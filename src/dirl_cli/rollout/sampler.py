@@ -9,7 +9,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Decoding, Trajectory
 
 Watch = Callable[[int, int, list[int]], None]
-"""Called after each forward with prompt index, sample index and the answer so far, the mask token where hidden."""
+"""Called after each forward with prompt index, sample index and the tokens so far, the mask token where hidden."""
 
 
 class Sampler(Protocol):
@@ -38,7 +38,7 @@ class Sampler(Protocol):
         ...
 
     def sample(self, prompts: Sequence[list[int]], n: int, decoding: Decoding) -> list[list[Trajectory]]:
-        """The same, gathered: `n` trajectories for each prompt, in order."""
+        """Sample likewise and wait for all: `n` trajectories for each prompt, in order."""
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -49,7 +49,9 @@ class Sampler(Protocol):
         """Give the device's memory back until `wake`."""
         ...
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Take it again after `sleep`; with `own_weights`, `update_weights` has to follow."""
+        ...
 
 
 def collect_samples(stream: Iterable[tuple[int, int, Trajectory]], prompts: int, n: int) -> list[list[Trajectory]]:
