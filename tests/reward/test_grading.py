@@ -239,7 +239,7 @@ def test_running_out_of_memory_or_stack_is_giving_up(error: type[Exception], mon
         return True
 
     monkeypatch.setattr(grading, "verified", swollen)
-    monkeypatch.setattr(grading, "prepare_worker", lambda: None)
+    monkeypatch.setattr(grading, "prepare_grading_worker", lambda: None)
     ours, theirs = multiprocessing.Pipe()
     thread = threading.Thread(target=serve, args=(theirs, 60.0))
     thread.start()

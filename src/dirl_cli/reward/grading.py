@@ -59,12 +59,17 @@ class Grader:
         self._open += 1
         answer = final_answer(completion)
         gold = reference(gold)
-        plain = False if answer is None else plainly_equal(gold, answer)
-        if plain is None and answer is not None and len(answer) <= LONGEST_ANSWER:
+        if answer is None:
+            self._results.put((key, False))
+            return
+
+        # Most answers are plain numbers, which take no process; None stands for those that need math-verify.
+        verdict = plainly_equal(gold, answer)
+        if verdict is None and len(answer) <= LONGEST_ANSWER:
             future = self._threads.submit(self._compare, gold, answer)
             future.add_done_callback(lambda done: self._results.put((key, done)))
         else:
-            self._results.put((key, bool(plain)))
+            self._results.put((key, bool(verdict)))
 
     def finished(self) -> Iterator[tuple[Hashable, bool]]:
         """The verdicts there are, without waiting for more."""
@@ -84,6 +89,7 @@ class Grader:
         yield from self.rest()
 
     def _compare(self, gold: str, answer: str) -> Verdict:
+        """Compare in the first idle process, in one of the threads that wait for them."""
         worker = self._idle.get()
         try:
             return worker.compare(gold, answer)
@@ -91,14 +97,15 @@ class Grader:
             self._idle.put(worker)
 
     def _next(self) -> tuple[Hashable, bool]:
+        """Wait for the next verdict."""
         key, verdict = self._results.get()
         self._open -= 1
         if isinstance(verdict, bool):
             return key, verdict
-        found = verdict.result()
-        if found is None:
+        compared = verdict.result()
+        if compared is None:
             self.gave_up += 1
-        return key, bool(found)
+        return key, bool(compared)
 
 
 class Worker:
@@ -138,8 +145,9 @@ class Worker:
         self._process.kill()
         self._process.join()
         self._pipe.close()
-        code, self._process = self._process.exitcode, None
-        return code
+        exit_code = self._process.exitcode
+        self._process = None
+        return exit_code
 
     def _start(self, attempts: int = ATTEMPTS) -> None:
         # A fork of this process would inherit its threads and its GPU; this server holds math-verify and nothing else.
@@ -162,7 +170,7 @@ class Worker:
 
 def serve(pipe: Connection, seconds: float) -> None:
     """Answer each (gold, answer) with a verdict, in a process that ends when one takes longer or the parent is gone."""
-    prepare_worker()
+    prepare_grading_worker()
     with suppress(EOFError, ConnectionError):
         pipe.send(None)
         while True:
@@ -176,7 +184,7 @@ def serve(pipe: Connection, seconds: float) -> None:
             pipe.send(verdict)
 
 
-def prepare_worker() -> None:
+def prepare_grading_worker() -> None:
     """Bound the worker's memory, and let its time limit hold also inside C code."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -188,5 +196,5 @@ def prepare_worker() -> None:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -29,7 +29,7 @@ class RewardPool:
         self._open = 0
         self._results: queue.SimpleQueue[tuple[Hashable, Outcome]] = queue.SimpleQueue()
         context = multiprocessing.get_context("forkserver")  # as in grading.py, but without its bound on memory
-        self._pool = ProcessPool(workers, context=context, initializer=prepare_worker, initargs=[names])
+        self._pool = ProcessPool(workers, context=context, initializer=prepare_reward_worker, initargs=[names])
 
     def close(self) -> None:
         self._pool.stop()
@@ -70,7 +70,7 @@ class RewardPool:
         return outcome
 
 
-def prepare_worker(names: Sequence[str]) -> None:
+def prepare_reward_worker(names: Sequence[str]) -> None:
     """Import the rewards and let time limits be ours alone, which also hold inside C code."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for name in names:

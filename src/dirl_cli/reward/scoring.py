@@ -1,4 +1,4 @@
-"""From answers to rewards, while more are being sampled: graded, scored by every reward, summed by weight."""
+"""From answers to rewards, while more are being sampled: graded, given to every reward, summed by weight."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
@@ -37,9 +37,11 @@ class Rewards:
     def __post_init__(self) -> None:
         if not self.weights:
             raise DirlError("reward.weights is empty: name at least one reward")
-        for name in [name for name, weight in self.weights.items() if not isinstance(weight, int | float)]:
-            # a dotted name on the command line is read as a path into the config
-            raise DirlError(f"reward.weights.{name} is no number: give a dotted name in braces, as {{{name}.…: 1}}")
+        for name, weight in self.weights.items():
+            if not isinstance(
+                weight, int | float
+            ):  # a dotted name on the command line is read as a path into the config
+                raise DirlError(f"reward.weights.{name} is no number: give a dotted name in braces, as {{{name}.…: 1}}")
         for name in self.options:
             if name not in self.weights:
                 raise DirlError(f"reward.options.{name} has no weight: {did_you_mean(name, self.weights)}")
@@ -49,7 +51,7 @@ class Rewards:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """An answer's reward, its parts before weighting in the order of the weights, and whether it was right."""
+    """An answer's reward, its parts before weighting in the order of the weights, and whether it is correct."""
 
     total: float
     parts: dict[str, float]
@@ -57,18 +59,19 @@ class RewardResult:
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """An answer on its way, and the rewards that are known of it."""
+class Pending:
+    """An answer on its way, and the outcomes of its rewards so far, by name."""
 
     answer: Answer
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
 
 class RewardComputer:
-    """Scores answers by `rewards`; use as a context.
+    """Computes the rewards of answers; use as a context.
 
-    Built-in rewards are computed on the spot: they are arithmetic. Verification and a user's own rewards run in
-    worker processes. excluded: answers left out so far, by the reward that failed.
+    An answer is graded first, then every reward is computed of it, then their weighted sum. Built-in rewards are
+    computed on the spot: they are arithmetic. Grading and a user's own rewards run in worker processes.
+    excluded: answers left out so far, by the reward that failed.
     """
 
     def __init__(self, rewards: Rewards) -> None:
@@ -88,50 +91,54 @@ class RewardComputer:
         self._pool.close()
 
     def compute(self, answers: Iterable[tuple[Key, Answer]]) -> Iterator[tuple[Key, RewardResult | None]]:
-        """The score under each answer's key, as it is reached; None for an answer that is left out.
+        """The result under each answer's key, as it is reached; None for an answer that is left out.
 
         To be iterated to its end. Keys, such as (problem id, sample), must differ. Raises DirlError for a reward
         that fails unless such answers are excluded, and ValueError for a key that comes twice.
         """
-        waiting: dict[Key, Waiting] = {}
+        pending: dict[Key, Pending] = {}
         for key, answer in answers:
-            if key in waiting:
+            if key in pending:
                 raise ValueError(f"two answers under the key {key}")
-            waiting[key] = Waiting(answer)
+            pending[key] = Pending(answer)
             self.grader.submit(key, answer.problem.answer, answer.completion)
-            yield from self._graded(waiting, self.grader.finished())
-            yield from self._computed(waiting, self._pool.finished())
-        yield from self._graded(waiting, self.grader.rest())
-        yield from self._computed(waiting, self._pool.rest())
+            yield from self._after_grading(pending, self.grader.finished())
+            yield from self._after_rewards(pending, self._pool.finished())
+        yield from self._after_grading(pending, self.grader.rest())
+        yield from self._after_rewards(pending, self._pool.rest())
 
-    def _graded(
-        self, waiting: dict[Key, Waiting], verdicts: Iterator[tuple[Hashable, bool]]
+    def _after_grading(
+        self, pending: dict[Key, Pending], verdicts: Iterator[tuple[Hashable, bool]]
     ) -> Iterator[tuple[Key, RewardResult | None]]:
+        """Begin to compute the rewards of graded answers; yields results where no worker has a part in them."""
         for verdict_key, verified in verdicts:
             key = cast(Key, verdict_key)
-            one = waiting[key] = Waiting(replace(waiting[key].answer, verified=verified))
+            graded = Pending(replace(pending[key].answer, verified=verified))
+            pending[key] = graded
             for name in self.rewards.weights:
                 options = self.rewards.options.get(name, {})
                 if name in BUILT_IN:
-                    one.outcomes[name] = attempt(name, one.answer, options)
+                    graded.outcomes[name] = attempt(name, graded.answer, options)
                 else:
-                    self._pool.submit((key, name), name, one.answer, options)
+                    self._pool.submit((key, name), name, graded.answer, options)
             if not self._own:
-                yield key, self._scored(waiting.pop(key))
+                yield key, self._result(pending.pop(key))
 
-    def _computed(
-        self, waiting: dict[Key, Waiting], outcomes: Iterator[tuple[Hashable, Outcome]]
+    def _after_rewards(
+        self, pending: dict[Key, Pending], outcomes: Iterator[tuple[Hashable, Outcome]]
     ) -> Iterator[tuple[Key, RewardResult | None]]:
+        """Note what the workers computed; yields the results of answers of which nothing is missing any more."""
         for outcome_key, outcome in outcomes:
             key, name = cast(tuple[Key, str], outcome_key)
-            waiting[key].outcomes[name] = outcome
-            if len(waiting[key].outcomes) == len(self.rewards.weights):
-                yield key, self._scored(waiting.pop(key))
+            pending[key].outcomes[name] = outcome
+            if len(pending[key].outcomes) == len(self.rewards.weights):
+                yield key, self._result(pending.pop(key))
 
-    def _scored(self, one: Waiting) -> RewardResult | None:
+    def _result(self, computed: Pending) -> RewardResult | None:
+        """The weighted sum, or None where a reward failed and such answers are excluded."""
         parts: dict[str, float] = {}
         for name in self.rewards.weights:  # whatever came first, so that sums are the same to the last bit
-            outcome = one.outcomes[name]
+            outcome = computed.outcomes[name]
             if isinstance(outcome, float) and isfinite(outcome):
                 parts[name] = outcome
             elif self.rewards.on_error == "exclude":
@@ -140,8 +147,8 @@ class RewardComputer:
             else:
                 reason = outcome if isinstance(outcome, str) else f"it gave {outcome}"
                 raise DirlError(
-                    f"the reward {name} failed on problem {one.answer.problem.id}: {reason};"
+                    f"the reward {name} failed on problem {computed.answer.problem.id}: {reason};"
                     " correct it, or leave such answers out with reward.on_error=exclude"
                 )
         total = sum(weight * parts[name] for name, weight in self.rewards.weights.items())
-        return RewardResult(total, parts, one.answer.correct)
+        return RewardResult(total, parts, computed.answer.correct)

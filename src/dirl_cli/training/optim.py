@@ -51,20 +51,21 @@ class Muon:
 
     def build(self, model: PreTrainedModel) -> list[torch.optim.Optimizer]:
         matrices = layer_matrices(model)
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+        by_muon = {id(p) for p in matrices}
+        by_adamw = [p for p in model.parameters() if p.requires_grad and id(p) not in by_muon]
         muon = torch.optim.Muon(matrices, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        if not rest:  # as with LoRA, whose factors are all matrices of layers
+        if not by_adamw:  # as with LoRA, whose factors are all matrices of layers
             return [muon]
-        return [muon, adamw(rest, self.adamw_lr, self.betas, self.eps, self.weight_decay)]
+        return [muon, adamw(by_adamw, self.adamw_lr, self.betas, self.eps, self.weight_decay)]
 
 
 def adamw(
     parameters: Sequence[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    decayed = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """AdamW with weight decay on matrices only; a group without parameters is left out."""
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True
     )
@@ -78,7 +79,7 @@ def layer_matrices(model: PreTrainedModel) -> list[Tensor]:
 
 
 class Schedule(Protocol):
-    """A learning-rate schedule."""
+    """A learning-rate schedule: the factor on every rate at `step` (from 0) of `steps`, from 0 to 1."""
 
     def __call__(self, step: int, steps: int) -> float: ...
 
@@ -114,12 +115,12 @@ class Cosine:
 
     def __call__(self, step: int, steps: int) -> float:
         warmup = warmup_steps(self.warmup, steps)
-        fallen = (1 - math.cos(math.pi * progress(step, warmup, steps))) / 2
-        return rise(step, warmup) * (1 - (1 - self.floor) * fallen)
+        decay = (1 - math.cos(math.pi * progress(step, warmup, steps))) / 2
+        return rise(step, warmup) * (1 - (1 - self.floor) * decay)
 
 
 def warmup_remark(schedule: Schedule, steps: int) -> str | None:
-    """What there is to say of a warm-up that is longer than the run."""
+    """A warning about a warm-up that is longer than the run, else None."""
     if not isinstance(schedule, Constant | Linear | Cosine) or warmup_steps(schedule.warmup, steps) <= steps:
         return None
     reached = steps / warmup_steps(schedule.warmup, steps)
@@ -127,12 +128,12 @@ def warmup_remark(schedule: Schedule, steps: int) -> str | None:
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """A number below 1 is a fraction of the run, any other a number of steps."""
+    """How many steps the warm-up takes: a number below 1 is a fraction of the run, any other a number of steps."""
     return round(warmup * steps) if warmup < 1 else int(warmup)
 
 
 def rise(step: int, warmup: int) -> float:
-    """A line that reaches 1 with the last warm-up step; the first step already learns."""
+    """The warm-up's factor: a line that reaches 1 with its last step; the first step already learns."""
     return min(1.0, (step + 1) / max(warmup, 1))
 
 

@@ -27,7 +27,7 @@ PRECISION = {torch.float32: "no", torch.bfloat16: "bf16"}
 
 
 def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelerator:
-    """This process's place among those of the run.
+    """The accelerator of this process, which joins those of the run.
 
     device: auto, cpu or cuda. dtype: of the forward. launch: fsdp2 and zero2 share the model; with auto every process
     holds it.
@@ -36,25 +36,26 @@ def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelera
         raise DirlError(f"device={device}: {DEVICES.hint(device)}")
     device = pick_device(device)
     AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
-    in_place = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
-    sharded = launch in SHARING
-    uncached = AutocastKwargs(cache_enabled=not sharded)  # a cached cast would outlive the layer that was gathered
-    plugin = fsdp2(keeps_gathered=launch == "zero2") if sharded else None
+    is_sharded = launch in SHARING
+    plugin = fsdp2(keeps_gathered=launch == "zero2") if is_sharded else None
+    single_copy = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
+    uncached = AutocastKwargs(cache_enabled=not is_sharded)  # a cached cast would outlive the layer that was gathered
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=PRECISION[pick_dtype(dtype, device)],
         fsdp_plugin=plugin,
-        kwargs_handlers=[in_place, uncached],
+        kwargs_handlers=[single_copy, uncached],
     )
-    if sharded and accelerator.num_processes == 1:
+    if is_sharded and accelerator.num_processes == 1:
         raise DirlError(f"launch={launch} shares a model among processes: give gpus=2 or more, or launch=single")
-    if sharded and device == "cpu":  # where Accelerate ignores its plugin, though torch shards over gloo too
-        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    if is_sharded and device == "cpu":  # where Accelerate ignores its plugin, though torch shards over gloo too
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
     return accelerator
 
 
 def fsdp2(keeps_gathered: bool) -> FullyShardedDataParallelPlugin:
-    """Layer by layer. Parameters travel in float32 and are autocast as elsewhere, so that the numbers are the same.
+    """FSDP2 layer by layer. Parameters travel in float32 and are autocast as elsewhere: the numbers are the same.
 
     keeps_gathered: what a forward has gathered stays for its backward: ZeRO's second stage, where it is its third else.
     """
@@ -68,37 +69,43 @@ def fsdp2(keeps_gathered: bool) -> FullyShardedDataParallelPlugin:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what a forward without a backward may have gathered."""
+    """Reshard FSDP modules after a forward without a backward, which leaves full parameters behind."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def unsharded(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors, each made whole in turn where processes share it. Every process has to ask for all of them."""
+    """The named tensors, one by one as full tensors. Every process has to iterate over all: gathering is collective."""
     for name, tensor in named:
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unsharded_model(lm: DiffusionLM, dtype: torch.dtype = torch.float32) -> DiffusionLM:
-    """The model as one to sample from: itself, or where processes share its parameters a copy of all of them.
+    """A model to sample from: the same one, or where its parameters are sharded a copy with all of them.
 
     dtype: of the copy's linear layers, which autocast casts to it in any case.
     """
     if not any(isinstance(parameter, DTensor) for parameter in lm.model.parameters()):
         return lm
+
+    # The copy's modules, without memory for the parameters yet.
     config = copy.deepcopy(lm.model.config)  # of which a model changes the dtype, and a sampler the attention
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     linear = {layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
     linear.discard(model.get_input_embeddings().weight)  # which may be the head's too
-    made: dict[Tensor, Tensor] = {
-        one: nn.Parameter(torch.empty(one.shape, dtype=dtype if one in linear else None, device=lm.device), False)
-        for one in model.parameters()
-    }
-    made |= dict(zip(model.buffers(), lm.model.buffers(), strict=True))
+
+    # A tensor that two modules share, such as a tied embedding, gets one replacement, so that it stays shared.
+    replacements: dict[Tensor, Tensor] = {}
+    for parameter in model.parameters():
+        values = torch.empty(parameter.shape, dtype=dtype if parameter in linear else None, device=lm.device)
+        replacements[parameter] = nn.Parameter(values, requires_grad=False)
+    for buffer, trained_buffer in zip(model.buffers(), lm.model.buffers(), strict=True):
+        replacements[buffer] = trained_buffer
     for module in model.modules():
-        for name, one in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            setattr(module, name, made[one])
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            setattr(module, name, replacements[tensor])
+
     model.load_state_dict(dict(unsharded(lm.model.named_parameters())), strict=False)  # tied ones are there once
     return replace(lm, model=model)

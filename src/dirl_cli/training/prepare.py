@@ -17,17 +17,19 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.types import Instruction, Problem
 
-MANY = 0.1  # a share that is told apart where it is left out
+LARGE_SHARE = 0.1  # of the rows: a warning says so where more are left out
 
 
 @dataclass(frozen=True)
 class Questions:
+    """Problems and their prompts as token ids, in the same order."""
+
     problems: list[Problem]
     prompts: list[list[int]]
 
     @property
     def digest(self) -> str:
-        """What changes with any of the prompts and answers, and their order."""
+        """A SHA-256 that changes with any of the prompts and answers, and their order."""
         answers = [problem.answer for problem in self.problems]
         return hashlib.sha256(json.dumps([self.prompts, answers]).encode()).hexdigest()
 
@@ -51,20 +53,22 @@ class Reader:
         if not rows:
             return Tokens.of([])
         tokenizer = self.lm.require_tokenizer()
-        self._warn_of_an_end_that_is_passed(tokenizer)
-        answered = [row for row in rows if says_something(row.fields)]
+        self._warn_of_unknown_turn_end(tokenizer)
+        answered = [row for row in rows if has_answer(row.fields)]
         file = tokens_file(tokenizer, answered, self.instruction)
-        before = ", tokenised before" if file.exists() else ""
+        remark = ", tokenised before" if file.exists() else ""
         with self.accelerator.main_process_first(), self.progress.working(f"tokenising {len(answered):,} {kind}"):
             if not file.exists():
                 write_tokens(file, tokenizer, answered, self.instruction)
         tokens = Tokens.read(file)
+
+        # What does not fit is left out rather than cut: half an answer would be learned as a whole one.
         longest = min(self.max_tokens, self.lm.max_length)
         fitting = tokens.at_most(longest)
         limit = f"max_tokens={longest}" if longest == self.max_tokens else f"the model's {longest} positions"
         left_out = {"answer nothing": len(rows) - len(answered), f"are longer than {limit}": len(tokens) - len(fitting)}
-        found = f"{len(fitting):,} {kind}, {fitting.lengths.sum():,} tokens{before}"
-        self._say(found, len(rows), left_out, int(max(tokens.lengths, default=0)), told(rows))
+        summary = f"{len(fitting):,} {kind}, {fitting.lengths.sum():,} tokens{remark}"
+        self._say(summary, len(rows), left_out, int(max(tokens.lengths, default=0)), told(rows))
         return fitting
 
     def problems(self, kind: str, problems: Sequence[Problem], remarks: Sequence[str] = ()) -> Questions:
@@ -72,9 +76,12 @@ class Reader:
         answered = [problem for problem in problems if problem.answer.strip()]
         with self.progress.working(f"tokenising {len(answered):,} {kind}"):
             prompts = encode_questions(self.lm.require_tokenizer(), answered, self.instruction)
-        room = self.lm.longest_prompt
-        longest = min(self.max_prompt_tokens or room, room)
-        limit = f"rl.max_prompt_tokens={longest}" if longest < room else f"the {room} tokens there is room for"
+
+        capacity = self.lm.longest_prompt
+        longest = min(self.max_prompt_tokens or capacity, capacity)
+        limit = f"rl.max_prompt_tokens={longest}"
+        if longest == capacity:
+            limit = f"the {capacity} tokens there is room for"
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
         left_out = {
             "have no answer": len(problems) - len(answered),
@@ -84,7 +91,8 @@ class Reader:
             self._say(f"{len(fitting):,} {kind}", len(problems), left_out, max(map(len, prompts), default=0), remarks)
         return Questions([answered[i] for i in fitting], [prompts[i] for i in fitting])
 
-    def _warn_of_an_end_that_is_passed(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _warn_of_unknown_turn_end(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Warn where sampling would not stop at the token that answers are learned to end in."""
         end = turn_end(tokenizer)
         if end not in self.lm.stop_token_ids:
             self.progress.warn(
@@ -92,21 +100,24 @@ class Reader:
                 f" not stop: add {end} to eos_token_id in the model's generation_config.json"
             )
 
-    def _say(self, found: str, count: int, left_out: Mapping[str, int], longest: int, remarks: Sequence[str]) -> None:
-        """Say what was found of `count` rows and what was left out of them, loudly where that is much."""
+    def _say(self, summary: str, count: int, left_out: Mapping[str, int], longest: int, remarks: Sequence[str]) -> None:
+        """Print a summary of `count` rows and how many were left out of them; a warning where those are many.
+
+        left_out: how many, by the reason, in words. longest: tokens of the longest row, 0 where that is not known.
+        """
         reasons = [f"{n:,} left out that {why}" for why, n in left_out.items() if n]
-        gone = sum(left_out.values()) / count
-        self.progress.say("; ".join([found, *reasons]))
-        if gone > MANY:
+        share = sum(left_out.values()) / count
+        self.progress.say("; ".join([summary, *reasons]))
+        if share > LARGE_SHARE:
             tokens = f"; the longest has {longest:,} tokens" if longest else ""
-            self.progress.warn(f"warning: {gone:.0%} of {count:,} rows are not learned from{tokens}")
+            self.progress.warn(f"warning: {share:.0%} of {count:,} rows are not learned from{tokens}")
         for remark in remarks:
             self.progress.say(f"  {remark}")
 
 
-def fingerprint_of(parts: Sequence[Tokens | Questions]) -> str:
-    """What changes with anything that a run learns from."""
-    return hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+def fingerprint_of(sources: Sequence[Tokens | Questions]) -> str:
+    """A SHA-256 that changes with anything that a run learns from."""
+    return hashlib.sha256("".join(source.digest for source in sources).encode()).hexdigest()
 
 
 def require_same_data(name: str, began_with: str, now: str) -> None:
@@ -118,8 +129,8 @@ def require_same_data(name: str, began_with: str, now: str) -> None:
         )
 
 
-def says_something(row: dict) -> bool:
+def has_answer(row: dict) -> bool:
     """Whether there is an answer in a demonstration."""
-    said = [message for message in row.get("messages", ()) if message["role"] == "assistant"]
-    answers = [message["content"] for message in said] or [row.get("response", "")]
-    return any(map(str.strip, answers)) or any(message.get("tool_calls") for message in said)
+    messages = [message for message in row.get("messages", ()) if message["role"] == "assistant"]
+    texts = [message["content"] for message in messages] or [row.get("response", "")]
+    return any(map(str.strip, texts)) or any(message.get("tool_calls") for message in messages)

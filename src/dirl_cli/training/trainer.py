@@ -36,22 +36,26 @@ class PhaseTimes:
             self._new[phase] += seconds
 
     def take(self) -> dict[str, float]:
-        """As metrics, such as `seconds/optimizer`."""
-        new, self._new = self._new, defaultdict(float)
-        return {f"seconds/{phase}": seconds for phase, seconds in new.items()}
+        """The seconds since the last call, as metrics such as `seconds/optimizer`."""
+        metrics = {f"seconds/{phase}": seconds for phase, seconds in self._new.items()}
+        self._new = defaultdict(float)
+        return metrics
 
 
 Sums = dict[str, Tensor]
 Loss = Callable[[Rows, Tensor, Tensor], Sums]
-"""From rows and their scored tokens' log-probs (N,) and entropies (N,) to `loss` and any metrics, each summed."""
+"""From rows and their N scored tokens' log-probs (N,) and entropies (N,) to `loss` and any metrics, each a sum."""
 
 
 class Trainer:
     """Takes optimizer steps on packed rows.
 
     The parameters stay in float32 and bf16 is autocast around the forward (the accelerator's `mixed_precision`),
-    so that small updates are not rounded away, whether whole or in shards. `schedule` gives
-    the factor on every learning rate at a step, `stoppable` surrounds what may be given up by raising.
+    so that small updates are not rounded away, sharded or not.
+
+    model: gives a micro-batch's scores, such as LogprobModel. schedule: the factor on every learning rate at a step.
+    clip_norm: the gradient is scaled down to this norm. max_skipped, skip_norm: see `step`. stoppable: surrounds what
+    may be given up by raising.
     """
 
     def __init__(
@@ -67,12 +71,17 @@ class Trainer:
     ) -> None:
         self.accelerator = accelerator
         self.model, *prepared = accelerator.prepare(model, *optimizers)
-        self.optimizers: list[torch.optim.Optimizer] = [one.optimizer for one in prepared]
+        self.optimizers: list[torch.optim.Optimizer] = [wrapped.optimizer for wrapped in prepared]
         self.schedule = schedule
         self.clip_norm = clip_norm
-        self.full_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.rate_names = ["lr", *(f"{type(other).__name__.lower()}_lr" for other in optimizers[1:])]
-        self.max_skipped, self.skip_norm = max_skipped, skip_norm
+        self.full_rates: list[list[float]] = []  # of each optimizer's parameter groups
+        for optimizer in self.optimizers:
+            self.full_rates.append([group["lr"] for group in optimizer.param_groups])
+        self.rate_names = ["lr"]
+        for optimizer in optimizers[1:]:
+            self.rate_names.append(f"{type(optimizer).__name__.lower()}_lr")
+        self.max_skipped = max_skipped
+        self.skip_norm = skip_norm
         self.stoppable = stoppable
         self.skipped = 0  # updates in a row
         self.steps_taken = 0
@@ -94,34 +103,41 @@ class Trainer:
         with self.times("backpropagation"), self.stoppable():
             for i, (rows, counts) in enumerate(share):
                 is_last = i + 1 == len(share)
-                # a shard of every gradient takes less than whole ones that wait for the last micro-batch
+                # Reducing once, after the last micro-batch, saves traffic. Not with FSDP2: gradients that are reduced
+                # to shards each time take less memory than full ones that wait.
                 waits = not (is_last or self.accelerator.is_fsdp2)
                 with self.accelerator.no_sync(self.model) if waits else nullcontext():
                     sums = self.sums(rows, loss, counts / normalizer)
-                    # data parallelism takes the mean over processes; the sum is meant
+                    # Data parallelism takes the mean over processes; the sum is meant.
                     self.accelerator.backward(sums["loss"] * self.accelerator.num_processes)
                 totals.append({name: value.detach() for name, value in sums.items()})
             metrics = self.reduce(totals)
+
         with self.times("optimizer"):
             norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
             skip = not (math.isfinite(metrics["loss"]) and norm < self.skip_norm)  # the same in every process
             self.skipped = self.skipped + 1 if skip else 0
             if self.skipped > self.max_skipped:
-                remedy = "lower optim.lr in a run with another out= that resumes from a checkpoint of this one"
-                if math.isfinite(metrics["loss"]) and math.isfinite(norm):
-                    remedy = f"raise skip_norm={self.skip_norm:g}, which the gradient is longer than"
-                raise DirlError(
-                    f"the loss is {metrics['loss']:.3g} and its gradient {norm:.3g} at step {self.steps_taken + 1},"
-                    f" number {self.skipped} in a row to be skipped: {remedy}, or raise max_skipped"
-                )
+                raise self.too_many_skipped(metrics["loss"], norm)
             for optimizer in self.optimizers:
                 if not skip:
                     optimizer.step()
                 optimizer.zero_grad()
+
         if not skip and norm > 0 and any(rates.values()):
             self.updates_applied += 1
         self.steps_taken += 1
         return {**metrics, "grad_norm": norm, **rates, "skipped": float(skip)}
+
+    def too_many_skipped(self, loss: float, norm: float) -> DirlError:
+        """What ends a run whose updates are skipped more often in a row than `max_skipped` allows."""
+        remedy = "lower optim.lr in a run with another out= that resumes from a checkpoint of this one"
+        if math.isfinite(loss) and math.isfinite(norm):
+            remedy = f"raise skip_norm={self.skip_norm:g}, which the gradient is longer than"
+        return DirlError(
+            f"the loss is {loss:.3g} and its gradient {norm:.3g} at step {self.steps_taken + 1},"
+            f" number {self.skipped} in a row to be skipped: {remedy}, or raise max_skipped"
+        )
 
     def require_update(self, remedy: str) -> None:
         """Raises DirlError that ends in `remedy` where the model is still what it began as."""
@@ -139,29 +155,41 @@ class Trainer:
 
     def cut(self, rows: Rows, micro_rows: int | None) -> list[Rows]:
         """Micro-batches of at most `micro_rows` rows, one for every process at least where the rows allow it."""
-        each = -(-len(rows.token_ids) // self.accelerator.num_processes)
-        return rows.split(min(micro_rows or each, each))
+        rows_per_process = -(-len(rows.token_ids) // self.accelerator.num_processes)  # rounded up
+        return rows.split(min(micro_rows or rows_per_process, rows_per_process))
 
     def share(self, micro_batches: Sequence[Rows]) -> list[tuple[Rows, float]]:
-        """This process's micro-batches, as many as every other's; those that only keep step count 0, the others 1."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        own = [(rows, 1.0) for rows in micro_batches[rank::world]]
-        return own + [(micro_batches[0], 0.0)] * (-(-len(micro_batches) // world) - len(own))
+        """This process's micro-batches with their weights, as many as every other process has.
+
+        Processes wait for each other in every backward, so that one with less to do repeats the first micro-batch with
+        weight 0; the others weigh 1.
+        """
+        processes = self.accelerator.num_processes
+        own = [(rows, 1.0) for rows in micro_batches[self.accelerator.process_index :: processes]]
+        most = -(-len(micro_batches) // processes)  # rounded up
+        while len(own) < most:
+            own.append((micro_batches[0], 0.0))
+        return own
 
     def sums(self, rows: Rows, loss: Loss, scale: float) -> Sums:
+        """The loss and its metrics of a micro-batch, times `scale`; `likeliest` besides where nothing is learned."""
         rows = rows.to(self.accelerator.device)
         with self.accelerator.autocast():
-            logprobs, entropy, likeliest = self.model(rows)
-        found = loss(rows, logprobs, entropy)
+            logprobs, entropy, is_likeliest = self.model(rows)  # (N,) each
+        sums = loss(rows, logprobs, entropy)
         if not self.model.training:
-            found["likeliest"] = likeliest.sum()
-        return {name: value * scale for name, value in found.items()}
+            sums["likeliest"] = is_likeliest.sum()
+        return {name: value * scale for name, value in sums.items()}
 
     def reduce(self, totals: Sequence[Sums]) -> dict[str, float]:
         """Each sum over all micro-batches of all processes."""
-        stacked = torch.stack([torch.stack([sums[name].float() for name in totals[0]]) for sums in totals]).sum(0)
-        reduced = self.accelerator.reduce(stacked, "sum")
-        return dict(zip(totals[0], reduced.tolist(), strict=True))
+        names = list(totals[0])
+        rows = []
+        for sums in totals:
+            rows.append(torch.stack([sums[name].float() for name in names]))
+        own = torch.stack(rows).sum(0)  # (metrics,), one tensor so that processes meet once
+        reduced = self.accelerator.reduce(own, "sum")
+        return dict(zip(names, reduced.tolist(), strict=True))
 
     def set_learning_rates(self) -> dict[str, float]:
         """Set what the schedule asks at this step; returns each optimizer's rate by the name of its metric.
