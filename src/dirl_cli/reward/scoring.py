@@ -38,9 +38,8 @@ class Rewards:
         if not self.weights:
             raise DirlError("reward.weights is empty: name at least one reward")
         for name, weight in self.weights.items():
-            if not isinstance(
-                weight, int | float
-            ):  # a dotted name on the command line is read as a path into the config
+            # A dotted name on the command line is read as a path into the config, so that its weight is a mapping.
+            if not isinstance(weight, int | float):
                 raise DirlError(f"reward.weights.{name} is no number: give a dotted name in braces, as {{{name}.…: 1}}")
         for name in self.options:
             if name not in self.weights:
