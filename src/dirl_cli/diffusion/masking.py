@@ -123,9 +123,12 @@ def hide(p: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     the published code's 1/p would count a token up to 1.4 times.
     """
     masked = torch.rand(len(p), generator=generator) < p
+
+    # Nothing hidden teaches nothing: then one token is, each equally likely.
     if not masked.any():
         masked[torch.randint(len(p), (1,), generator=generator)] = True
-    none_hidden = (1 - p).prod()
+
+    none_hidden = (1 - p).prod()  # the probability of that
     return masked[None], (1 / (p + none_hidden / len(p)))[None]
 
 

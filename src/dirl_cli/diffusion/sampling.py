@@ -86,8 +86,11 @@ def draw_candidates(
     same but for rounding; the largest of logits with Gumbel noise would take V numbers of one generator on both.
     """
     is_greedy = uniform is None or temperature == 0
+
+    # The kernel reads the logits once; truncation has to sort them.
     if logits.is_cuda and (is_greedy or (top_k == 0 and top_p == 1)):
         return draw_fused(logits, None if is_greedy else uniform, temperature, confidence, unsampled_ids)
+
     logprobs = temper(logits, temperature, unsampled_ids).log_softmax(-1)
     if uniform is None or temperature == 0:
         return make_candidates(logprobs, logprobs, logprobs.argmax(-1), confidence)
@@ -134,6 +137,7 @@ def make_candidates(logprobs: Tensor, truncated_logprobs: Tensor, tokens: Tensor
 
 def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The token (N,) at which the cumulative distribution passes `uniform`. probabilities: (N, V); uniform: (N,)."""
+    # In fp64: rounding in a long fp32 sum would decide which token is passed.
     cumulative = probabilities.to(torch.float64, copy=True).cumsum_(-1)
     total = cumulative[:, -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))  # a product that rounds up would find no token

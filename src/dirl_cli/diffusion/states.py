@@ -148,6 +148,8 @@ def trajectory_strip(trajectory: Trajectory, block_size: int, mask_id: int) -> S
         raise DirlError(
             f"a trajectory of {len(token_ids)} tokens is not whole blocks of {block_size}: keep its last block whole"
         )
+
+    # What step s revealed was hidden up to then, and so was all that came later.
     prompt_steps = [0] * len(trajectory.prompt_ids)  # before the first
     reveal_step = torch.tensor([*prompt_steps, *trajectory.reveal_step])  # (L,)
     step = torch.arange(1, int(reveal_step.max()) + 1)[:, None]  # (V, 1), a view a step

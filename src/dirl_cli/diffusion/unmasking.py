@@ -59,6 +59,7 @@ def low_confidence_static(state: State) -> Tensor:
 
 def low_confidence_dynamic(state: State) -> Tensor:
     """Every position above the threshold if those are at least `quota`, else the `quota` most confident."""
+    # Too few above the threshold would leave the block unfinished after its last step.
     confident = state.masked & (state.confidence > state.threshold)
     enough = confident.sum(-1, keepdim=True) >= state.quota[:, None]
     return torch.where(enough, confident, low_confidence_static(state))
@@ -66,6 +67,7 @@ def low_confidence_dynamic(state: State) -> Tensor:
 
 def entropy_bounded(state: State) -> Tensor:
     """In order of entropy, as many positions as keep the summed entropy within the bound (arXiv 2505.24857)."""
+    # Entropies in order of rank, summed up, and back at their positions; the first is revealed whatever it is.
     rank_by_entropy = rank(-state.entropy, state.masked)
     in_order = state.entropy.masked_fill(~state.masked, 0).gather(-1, rank_by_entropy.argsort(-1))
     within_bound = (in_order.cumsum(-1) <= state.threshold).gather(-1, rank_by_entropy)

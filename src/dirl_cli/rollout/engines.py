@@ -80,6 +80,8 @@ class Lmdeploy:
             )
         if lm.device.type != "cuda":
             raise DirlError(f"rollout=lmdeploy wants device=cuda, not {lm.device}: leave rollout at native")
+
+        # Imported here, since LMDeploy is an optional package.
         from dirl_cli.rollout.lmdeploy import LmdeploySampler, start_engine
 
         torch.cuda.set_device(lm.device)  # the engine is built on, and wakes up on, the current one
@@ -100,6 +102,8 @@ def on_disk(lm: DiffusionLM) -> str:
         # Merging an adapter may have untied the embeddings of `lm`.
         if type(config).from_pretrained(directory).tie_word_embeddings == config.tie_word_embeddings:
             return directory
+
+    # LMDeploy builds its model from a directory; the weights in it are replaced by those of `lm` at once.
     saved = Path(mkdtemp()) / "model"
     lm.save(saved)
     return str(saved)

@@ -116,6 +116,8 @@ class EagerForward:
     def _forward(self, slots: Integers, start: Integers, cached: Integers) -> Tensor:
         """Hidden states that predict the current block of each slot: (N * B, D). All (N,), fewest tokens first."""
         size = len(self.offsets)
+
+        # Slots stand one after another in the row, each with its tokens from `cached` to the end of its block.
         width = start + size - cached
         end = width.cumsum()  # in the packed row
         position = np.arange(end[-1]) + (cached + width - end).repeat(width)  # (T,)
@@ -131,6 +133,8 @@ class EagerForward:
             return torch.cat(attended)
 
         hidden = decode(self.model, self.cache, self.sequences.tokens.take(row[1]), row[0], row[1], attend)
+
+        # Where more than the current blocks was computed, these are the last tokens of each slot.
         blocks = hidden
         if len(hidden) > len(slots) * size:
             blocks = hidden[self._upload((end[:, None] - size + self.offsets).ravel())]

@@ -123,6 +123,7 @@ class LmdeploySampler:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy the tensors into the engine's own, on the device and cast to its dtype. No stream may be open."""
+        # Weights that `sleep` moved to the CPU are brought back before they are written to.
         if self.asleep and not self._has_weights():
             self.engine.wakeup(["weights"])
         model = self.agent.patched_model.get_model()

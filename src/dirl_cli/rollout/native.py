@@ -66,12 +66,15 @@ class NativeSampler:
                 f"a prompt has {longest} tokens and the model has room for {self.lm.longest_prompt}: shorten it"
             )
 
+        # The slots are as long as the longest answer may become, and no more of them than there are answers.
         end = min(longest + decoding.max_new_tokens, self.lm.longest_prompt + 1)
         length = -(-end // block_size) * block_size  # whole blocks
         slots = min(self.max_batch, len(queue))
         forward: Forward = (
             self._graph_forward(slots, length) if self.by_blocks else EagerForward(self.lm, slots, length)
         )
+
+        # Continuous batching: a slot that falls free takes the next request before the next forward.
         scheduler = Scheduler(forward, decoding, slots)
         while queue or scheduler.running:
             while queue and scheduler.free:
@@ -83,6 +86,9 @@ class NativeSampler:
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy into the model what does not already share its storage; every later trajectory carries `version`."""
         own = self.lm.model.state_dict(keep_vars=True)
+
+        # Where the model is also the one that is trained, its tensors are these and there is nothing to copy. Copying
+        # is in place: graphs read the addresses that they were captured with.
         with torch.no_grad():
             for name, tensor in named_tensors:
                 if own[name].data_ptr() != tensor.data_ptr():
@@ -95,6 +101,8 @@ class NativeSampler:
         """Free own weights, and what the next stream makes anew: KV cache, graphs and low-precision weights."""
         self.idle_forward = None
         self.low_precision_model = None
+
+        # Emptying the storage keeps the parameter objects, and so the names and shapes that `wake` allocates again.
         if self.own_weights:
             for parameter in self.lm.model.parameters():
                 parameter.untyped_storage().resize_(0)

@@ -132,6 +132,8 @@ class Scheduler:
         self.blocks[STEP, slots] += 1
         self.forwards[slots] += 1
         count = int(self.hidden[slots].sum())
+
+        # The forward caches all before the current block, whose own keys and values are final only when it is full.
         tokens = self.forward.step(self.blocks[:, slots], self.cached[slots], count, self.unmask)
         self.cached[slots] = self.blocks[START, slots]
         self.hidden[slots] = (tokens < 0).sum(1)
@@ -170,6 +172,7 @@ class Scheduler:
         stopped = (is_stop & in_answer).any(1)
         is_over = stopped | (end >= self.last_position) | (end - prompt_length >= self.decoding.max_new_tokens)
 
+        # Those that end are moved on too, so that START is where their answer ends.
         self.blocks[START, slots] = end
         self.blocks[STEP, slots] = 0
         self.hidden[slots] = self.block_size

@@ -91,6 +91,7 @@ def require_learnable(location: str, answer: Trajectory, lm: DiffusionLM) -> Non
             " set model.block_size as it was"
         )
 
+    # Any of these would be an index error, or a state that the sampler never was in, only when a model computes on it.
     largest_step = max(answer.reveal_step)
     largest_token = max(answer.prompt_ids + answer.token_ids)
     never_sampled = set(answer.token_ids) & set(lm.unsampled_ids)
