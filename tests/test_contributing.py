@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from dirl_cli.models.tiny import Tiny
+from tests.helpers.pages import code_blocks
 from tests.helpers.paths import ROOT
 from tests.helpers.small import paid_by_the_letter
-from tests.test_readme import code_blocks
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 COMMAND_LINE = "from dirl_cli.cli.app import app; app()"

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
 from dirl_cli.models.tiny import Tiny
-from tests.test_readme import PAGES, README, code_blocks, commands, files
+from tests.helpers.pages import PAGES, README, code_blocks, commands, files
 
 TRIED_ELSEWHERE = ("CONTRIBUTING", "quickstart", "smollm2", "multi_gpu")  # in tests of their own
 COMMANDS = ("download", "eval", "generate", "merge", "rl", "sft")

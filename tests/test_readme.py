@@ -2,9 +2,7 @@
 
 import ast
 import re
-import shlex
 from pathlib import Path
-from textwrap import dedent
 from types import SimpleNamespace
 
 import pytest
@@ -14,31 +12,10 @@ from dirl_cli.diffusion.sampling import Candidates
 from dirl_cli.diffusion.unmasking import State, find_strategy, reveal
 from dirl_cli.reward.rewards import find_reward
 from dirl_cli.types import Problem
+from tests.helpers.pages import PAGES, README, files, page
 from tests.helpers.paths import ROOT
 
 HOUSE = ROOT / "src" / "dirl_cli"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = PAGES[0].read_text()
-
-
-def page(name: str) -> str:
-    return (ROOT / "docs" / f"{name}.md").read_text()
-
-
-def code_blocks(language: str, text: str) -> list[str]:
-    """The fenced blocks of a page in one language, without what indents them."""
-    return [dedent(block) for block in re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.S | re.M)]
-
-
-def commands(text: str) -> list[list[str]]:
-    """The words of each `dirl` command in a page's blocks for the shell."""
-    lines = "".join(code_blocks("bash", text)).replace("\\\n", "").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("dirl ")]
-
-
-def files(text: str) -> dict[str, str]:
-    """The files that a page tells to write: blocks after a line that names one and ends in a colon."""
-    return dict(re.findall(r"`([\w/]+\.(?:py|yaml))`[^`\n]*:\n\n```\w+\n(.*?)```", text, re.S))
 
 
 def test_the_masking_schedule_of_the_page_hides_its_share(monkeypatch, tmp_path):

@@ -10,45 +10,15 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from typer.testing import CliRunner
 
 from dirl_cli.cli import config_tree, overrides
-from dirl_cli.cli.app import app
 from dirl_cli.cli.build import build
 from dirl_cli.cli.complete import complete_override, rejoin
 from dirl_cli.cli.schema import SCHEMAS, slug
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.types import Decoding, Instruction
-
-
-@pytest.fixture
-def jobs(here, monkeypatch):
-    """What a stand-in for every command was handed, as dicts; a config with seed=13 makes it fail."""
-    handed = []
-
-    def run(cfg, out):
-        handed.append(OmegaConf.to_container(cfg, resolve=True))
-        if cfg.get("seed") == 13:
-            raise DirlError("13 brings bad luck: take another seed")
-
-    for name in ("sft", "rl", "eval", "generate", "download"):
-        monkeypatch.setitem(sys.modules, f"dirl_cli.commands.{name}", SimpleNamespace(run=run))
-    return handed
-
-
-def dirl(*words, full_error="0"):
-    """Run the command line in this process."""
-    return CliRunner().invoke(app, list(words), env={"HYDRA_FULL_ERROR": full_error})
-
-
-def refusal(*words):
-    """The one sentence with which a command line is refused."""
-    result = dirl(*words)
-    assert result.exit_code == 1
-    assert result.stdout in ("", f"dirl {words[0]} → {Path('runs', words[0], 'tiny-arithmetic')}\n")  # what began
-    (sentence,) = result.stderr.splitlines()
-    return sentence
+from tests.helpers.command_line import dirl, refusal
 
 
 def compose_job(command, *words):

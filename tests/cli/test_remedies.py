@@ -11,7 +11,7 @@ from dirl_cli.cli.schema import SCHEMAS
 from dirl_cli.commands.generate import UNTRAINED
 from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.text import counted, shell_word
-from tests.cli.test_cli import dirl, jobs, refusal  # noqa: F401  # jobs is a fixture
+from tests.helpers.command_line import dirl, refusal
 from tests.helpers.paths import ROOT
 
 
@@ -33,7 +33,7 @@ from tests.helpers.paths import ROOT
         (["sft", "data=[a.jsonl,b/c d.jsonl]"], "a mixture: (.+)", "data.sources.1.path", "b/c d.jsonl"),
     ],
 )
-def test_the_words_that_are_advised_work(jobs, words, advice, key, value):  # noqa: F811
+def test_the_words_that_are_advised_work(jobs, words, advice, key, value):
     command, *given = words
     advised = re.search(advice, refusal(*words))
     others = [word for word in given[:-1] if advice == "as in (.+)"]
@@ -48,7 +48,7 @@ def test_the_words_that_are_advised_work(jobs, words, advice, key, value):  # no
     ("words", "count"),
     [(["eval", "bench=math500,gsm8k"], 2), (["sft", "model=tiny,tiny_sft"], 2), (["sft", "seed=1,2,3"], 3)],
 )
-def test_several_values_are_run_with_m_and_no_list_is_advised_where_there_is_none(jobs, words, count):  # noqa: F811
+def test_several_values_are_run_with_m_and_no_list_is_advised_where_there_is_none(jobs, words, count):
     assert refusal(*words).endswith("add -m to run each of them")
     assert dirl(words[0], "-m", *words[1:]).exit_code == 0
     assert len(jobs) == count
@@ -58,7 +58,7 @@ def test_several_values_are_run_with_m_and_no_list_is_advised_where_there_is_non
     ("command", "key", "value"),
     [("eval", "batch_size", 4), ("sft", "learning_rate", 0.1), ("sft", "dataset", "gsm.json"), ("eval", "n", 3)],
 )
-def test_a_key_of_another_toolkit_is_told_as_ours(jobs, command, key, value):  # noqa: F811
+def test_a_key_of_another_toolkit_is_told_as_ours(jobs, command, key, value):
     advised = re.search(r"did you mean (.+)\?$", refusal(command, f"{key}={value}"))
     assert advised and dirl(command, f"{advised[1]}={value}").exit_code == 0
 
@@ -85,7 +85,7 @@ def name_of(requirement):
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_slurm"])
-def test_a_launcher_that_is_not_installed_names_its_package(jobs, launcher, monkeypatch):  # noqa: F811
+def test_a_launcher_that_is_not_installed_names_its_package(jobs, launcher, monkeypatch):
     if dirl("sft", f"hydra/launcher={launcher}").exit_code == 0:
         pytest.skip("it is installed")
     assert f"hydra-{launcher.partition('_')[0]}-launcher" in refusal("sft", f"hydra/launcher={launcher}")
@@ -100,13 +100,13 @@ def test_a_path_that_does_not_exist_is_told_as_a_path(here):
         hub.local("me/nope", "model")
 
 
-def test_a_path_in_a_sentence_can_be_pasted(jobs):  # noqa: F811
+def test_a_path_in_a_sentence_can_be_pasted(jobs):
     odd = "runs/sft/my run, v=1 'a' $b/model"
     assert dirl("eval", *shlex.split(shell_word("model", odd))).exit_code == 0
     assert jobs[-1]["model"]["path"] == odd
 
 
-def test_the_model_that_an_untrained_one_is_told_of_is_what_sft_leaves(jobs):  # noqa: F811
+def test_the_model_that_an_untrained_one_is_told_of_is_what_sft_leaves(jobs):
     command, remedy = re.findall("`(.+?)`", UNTRAINED)
     assert dirl(*command.split()[1:]).exit_code == 0
     assert remedy == f"model={jobs[-1]['out']}/model"

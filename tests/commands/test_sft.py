@@ -16,12 +16,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dirl_cli.cli import schema
 from dirl_cli.commands.sft import run
 from dirl_cli.data.order import Order, generator
 from dirl_cli.diffusion.masking import PerBlock, example
@@ -32,31 +31,8 @@ from dirl_cli.sft.batches import Noise, NoisedBatches
 from dirl_cli.sft.validation import SftEvaluation, cross_entropy, hold_out, metric
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.trainer import Trainer
+from tests.helpers.sft_runs import config
 from tests.helpers.small import published_vocabulary
-
-SMALL = (
-    "+model.hidden_size=32",
-    "+model.num_hidden_layers=1",
-    "+model.intermediate_size=32",
-    "data.train=40",
-    "data.held_out=4",
-    "data.test=4",
-    "steps=6",
-    "batch_size=8",
-    "save_every=2",
-    "log_every=1",
-    "eval_problems=2",
-    "decoding.max_new_tokens=4",
-    "device=cpu",
-)
-
-
-def config(*words: str) -> DictConfig:
-    schema.register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("sft", [*SMALL, *words])
-    OmegaConf.resolve(cfg)
-    return cfg
 
 
 def lines(out: Path) -> list[dict[str, float]]:

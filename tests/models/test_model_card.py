@@ -11,7 +11,7 @@ from dirl_cli.commands.sft import run
 from dirl_cli.errors import DirlError
 from dirl_cli.models.model_card import adapter_card, format_setting, model_card, repositories
 from dirl_cli.models.sdar import SDARConfig
-from tests.commands.test_sft import config
+from tests.helpers.sft_runs import config
 
 RECIPE = {
     "data": {"_target_": "dirl_cli.data.files.File", "path": "lab/problems", "columns": None},

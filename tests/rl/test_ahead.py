@@ -14,11 +14,13 @@ from dirl_cli.cli.launch import check_values
 from dirl_cli.errors import DirlError
 from dirl_cli.rl.rollouts import RolloutState, prefetch_rollout
 from dirl_cli.rollout.storage import read_rollout
-from tests.commands import test_rl
-from tests.commands.test_rl import ARITHMETIC, SMALL, config, lines, run, updates, weights
-from tests.rl.test_rollouts import MIXED, SAME, each, ids, source
+from tests.helpers.fake_rollouts import MIXED, SAME, each, ids, source
+from tests.helpers.rl_runs import ARITHMETIC, SMALL, config, lines, run, save_sharp_model, updates, weights
 
-model = test_rl.model  # a fixture
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_sharp_model(tmp_path_factory.mktemp("random") / "model")
 
 
 def test_answers_are_sampled_while_the_body_runs():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dirl_cli.rollout.storage import read_rollout
-from tests.commands.test_rl import ARITHMETIC, SMALL, model  # noqa: F401  # a fixture
+from tests.helpers.rl_runs import ARITHMETIC, SMALL, save_sharp_model
 from tests.helpers.steps import among, differences, take
 
 
@@ -23,6 +23,11 @@ def assert_same(alone, processes, tolerance=1e-5):
         for found in processes:
             apart = differences(expected, found[task])
             assert max(apart.values()) < tolerance, f"{task}: {apart}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_sharp_model(tmp_path_factory.mktemp("random") / "model")
 
 
 @pytest.mark.timeout(300)
@@ -60,7 +65,7 @@ def test_muon_works_on_whole_matrices_though_they_are_shared(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("filter", ["none", "accuracy"])
-def test_a_rollout_with_a_problem_for_one_of_two_processes_ends_as_it_does_for_one(model, tmp_path, filter):  # noqa: F811
+def test_a_rollout_with_a_problem_for_one_of_two_processes_ends_as_it_does_for_one(model, tmp_path, filter):
     """With none a mini-batch is one row, which one process has; by accuracy no group is kept in any."""
     words = [
         *SMALL,

@@ -1,0 +1,66 @@
+"""Rollouts whose sampler and rewards are written by hand: what is drawn, kept and asked can be counted."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+from accelerate import Accelerator
+
+from dirl_cli.reward.scoring import RewardResult
+from dirl_cli.rl.rollouts import RolloutSampler, problem_order
+from dirl_cli.types import Decoding, Problem, Trajectory
+
+POOL = [Problem(str(i), f"what is {i}?", str(i)) for i in range(6)]
+
+
+@dataclass
+class FakeSampler:
+    """Answers are the number of the prompt and of the sample, the last ones first; notes every request."""
+
+    asked: list[tuple[int, int]] = field(default_factory=list)  # prompt, seed
+
+    def stream(self, prompts, n, decoding, seeds) -> Iterator[tuple[int, int, Trajectory]]:
+        self.asked += [(prompt[0], seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        for i in reversed(range(len(prompts))):
+            for sample in reversed(range(n)):
+                yield i, sample, Trajectory(prompts[i], [sample, 9], [1, 1], [-0.5, -0.25], "stop", 1, 2, 3, (9,))
+
+
+@dataclass
+class FakeScorer:
+    """Gives the sample's number among the problem's rewards; None leaves the answer out."""
+
+    rewards: dict[str, list[float | None]]
+
+    def compute(self, answers):
+        for key, answer in answers:
+            reward = self.rewards[answer.problem.id][int(answer.completion)]
+            yield key, None if reward is None else RewardResult(reward, {"accuracy": reward}, reward == 1)
+
+
+def source(rewards: dict[str, list[float | None]], **options) -> RolloutSampler:
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(str, ids)))
+    lm = SimpleNamespace(require_tokenizer=lambda: tokenizer, block_size=2)
+    defaults = {"problems": 2, "group_size": 2, "filter": "accuracy", "max_rounds": 3, "seed": 0}
+    defaults["order"] = problem_order([len(POOL)], [1.0], 0)
+    decoding, prompts = Decoding(max_new_tokens=4), [[i] for i in range(len(POOL))]
+    doubles = FakeSampler(), FakeScorer(rewards)
+    return RolloutSampler(POOL, prompts, lm, *doubles, decoding, Accelerator(cpu=True), **defaults | options)
+
+
+def order(epoch: int = 0) -> list[str]:
+    """The ids of the problems as seed 0 draws them."""
+    places = range(epoch * len(POOL), (epoch + 1) * len(POOL))
+    return [POOL[problem_order([len(POOL)], [1.0], 0)[place]].id for place in places]
+
+
+def each(rewards: list[float | None]) -> dict[str, list[float | None]]:
+    """The same rewards for the answers to every problem."""
+    return {problem.id: rewards for problem in POOL}
+
+
+def ids(groups) -> list[str]:
+    return [group[0].problem.id for group in groups]
+
+
+MIXED, SAME = [1.0, 0.0], [0.0, 0.0]
