@@ -21,7 +21,7 @@ from dirl_cli.commands import sft
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.load import PretrainedModel
-from dirl_cli.rl.rollouts import why_without_signal
+from dirl_cli.rl.reporting import why_without_signal
 from dirl_cli.rollout.storage import Record, read_rollout
 from dirl_cli.training.checkpoint import sha256
 from dirl_cli.training.logprobs import LogprobModel

@@ -12,7 +12,8 @@ import pytest
 
 from dirl_cli.cli.launch import check_values
 from dirl_cli.errors import DirlError
-from dirl_cli.rl.rollouts import RolloutState, prefetch_rollout
+from dirl_cli.rl.during_update import prefetch_rollout
+from dirl_cli.rl.rollouts import RolloutState
 from dirl_cli.rollout.storage import read_rollout
 from tests.helpers.fake_rollouts import MIXED, SAME, each, ids, source
 from tests.helpers.rl_runs import ARITHMETIC, SMALL, config, lines, run, save_sharp_model, updates, weights

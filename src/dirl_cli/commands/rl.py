@@ -3,9 +3,10 @@
 The training is rl/train.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,8 @@ from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.scoring import RewardComputer, Rewards
 from dirl_cli.rl.objective import Objective
-from dirl_cli.rl.reporting import RolloutReport
+from dirl_cli.rl.reporting import REMEDIES, RolloutReport
 from dirl_cli.rl.rollouts import (
-    REMEDIES,
     Rescorer,
     RolloutReplay,
     RolloutSampler,
@@ -125,7 +125,8 @@ class Pools:
     @property
     def longest_prompt(self) -> int:
         """In tokens; 0 where a replay brings its own."""
-        return max((len(prompt) for pool in self.training for prompt in pool.prompts), default=0)
+        prompts = chain.from_iterable(pool.prompts for pool in self.training)
+        return max(map(len, prompts), default=0)
 
 
 def run(cfg: DictConfig, out: Path) -> None:
@@ -247,19 +248,34 @@ def read_problems(
 ) -> Pools:
     """The problems with their prompts. Raises DirlError where nothing of a source is left to learn from."""
     reader = Reader(lm, parts.instruction, accelerator, progress, max_prompt_tokens=cfg.rl.max_prompt_tokens)
-    sources, weights = ([], []) if cfg.rl.replay else sources_of(parts.data)
-    names = [source.name for source in sources]
-    pools = [reader.problems(f"training problems of {s.name}", s.training_problems(), s.remarks()) for s in sources]
-    for name, pool in zip(names, pools, strict=True):
-        if not pool.problems:
-            raise DirlError(f"nothing of {name} is left to learn from: raise rl.max_prompt_tokens, or give other data")
+    sources, weights = sources_of(parts.data)
+    if cfg.rl.replay:  # which brings problems of its own
+        sources, weights = [], []
+
+    pools: dict[str, Questions] = {}
+    for source in sources:
+        title = f"training problems of {source.name}"
+        pools[source.name] = reader.problems(title, source.training_problems(), source.remarks())
+        if not pools[source.name].problems:
+            raise DirlError(
+                f"nothing of {source.name} is left to learn from: raise rl.max_prompt_tokens, or give other data"
+            )
+
     if cfg.dry_run:
-        prompts = [Tokens.of([(prompt, [False] * len(prompt)) for prompt in pool.prompts]) for pool in pools]
-        answers = {name: [one.answer for one in pool.problems] for name, pool in zip(names, pools, strict=True)}
-        show(dict(zip(names, prompts, strict=True)), lm.require_tokenizer(), progress.console, answers)
-        return Pools(names, list(weights), pools, Questions([], []))
-    held_out = reader.problems("held-out problems", parts.data.problems()[: cfg.eval_problems])
-    return Pools(names, list(weights), pools, held_out)
+        preview(pools, lm, progress)
+        held_out = Questions([], [])
+    else:
+        held_out = reader.problems("held-out problems", parts.data.problems()[: cfg.eval_problems])
+    return Pools(list(pools), list(weights), list(pools.values()), held_out)
+
+
+def preview(pools: Mapping[str, Questions], lm: DiffusionLM, progress: StepProgress) -> None:
+    """Show the first prompts of each source as the model sees them, and their reference answers."""
+    prompts, answers = {}, {}
+    for name, pool in pools.items():
+        prompts[name] = Tokens.of([(prompt, [False] * len(prompt)) for prompt in pool.prompts])
+        answers[name] = [problem.answer for problem in pool.problems]
+    show(prompts, lm.require_tokenizer(), progress.console, answers)
 
 
 def policy_update(
@@ -322,8 +338,8 @@ def rollout_source(
         files = rollouts_of(Path(cfg.rl.replay), cfg.steps)
         return RolloutReplay(files, lm, rescorer if cfg.rl.rescore else None)
     return RolloutSampler(
-        [problem for pool in pools.training for problem in pool.problems],
-        [prompt for pool in pools.training for prompt in pool.prompts],
+        list(chain.from_iterable(pool.problems for pool in pools.training)),
+        list(chain.from_iterable(pool.prompts for pool in pools.training)),
         lm,
         sampler,
         reward_computer,

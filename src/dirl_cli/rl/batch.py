@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 import torch
 from torch import Generator, Tensor
@@ -36,27 +37,36 @@ def objective_rows(
     Extras of each scored token: sample, length, advantage, sampler_logprobs and the version of the weights that it was
     sampled from.
     """
-    strips, sizes = [], []
+    strips: list[Strip] = []
+    sizes = []  # answers in each strip
     for group in groups:
-        parts = [objective.views(one, spec, generator) for one in group.trajectories]
-        for some in fitting(parts, row_tokens, spec.block_size):
-            strips.append(join_strips(some, spec.block_size))
-            sizes.append(len(some))
+        answers = [objective.views(trajectory, spec, generator) for trajectory in group.trajectories]
+        for joined in fitting(answers, row_tokens, spec.block_size):
+            strips.append(join_strips(joined, spec.block_size))
+            sizes.append(len(joined))
     rows = pack(strips, row_tokens, spec.block_size, pad_id)
-    trajectories = [one for group in groups for one in group.trajectories]
-    lengths = [len(one.token_ids) if train_tail else trained_length(one) for one in trajectories]
-    first = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))])
-    sample = first[rows.at_targets(rows.group)] + rows.at_targets(rows.sequence) - 1
-    place = rows.at_targets(rows.position) - torch.tensor([len(one.prompt_ids) for one in trajectories])[sample]
+
+    trajectories = list(chain.from_iterable(group.trajectories for group in groups))
+    advantages = list(chain.from_iterable(group.advantages for group in groups))
+    if train_tail:
+        lengths = [len(trajectory.token_ids) for trajectory in trajectories]
+    else:
+        lengths = [trained_length(trajectory) for trajectory in trajectories]
+
+    # Which answer each scored token belongs to, and which of its answer's tokens it is: (N,) each.
+    first_of_strip = torch.tensor([0, *accumulate(sizes)])
+    sample = first_of_strip[rows.at_targets(rows.group)] + rows.at_targets(rows.sequence) - 1
+    prompt_lengths = torch.tensor([len(trajectory.prompt_ids) for trajectory in trajectories])
+    index = rows.at_targets(rows.position) - prompt_lengths[sample]
     length = torch.tensor(lengths)[sample]
     extras = {
         "sample": sample,
         "length": length.float(),
-        "advantage": torch.tensor([a for group in groups for a in group.advantages])[sample],
-        "version": torch.tensor([one.weights_version for one in trajectories])[sample],
-        "sampler_logprobs": padded([one.logprobs for one in trajectories])[sample, place],
+        "advantage": torch.tensor(advantages)[sample],
+        "version": torch.tensor([trajectory.weights_version for trajectory in trajectories])[sample],
+        "sampler_logprobs": padded([trajectory.logprobs for trajectory in trajectories])[sample, index],
     }
-    return replace(rows, weight=rows.weight * (place < length), extras=extras), lengths
+    return replace(rows, weight=rows.weight * (index < length), extras=extras), lengths
 
 
 def fitting(strips: Sequence[Strip], row_tokens: int, block_size: int) -> list[list[Strip]]:

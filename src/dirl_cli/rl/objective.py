@@ -50,9 +50,11 @@ class Objective:
     kl: str
 
     def __post_init__(self) -> None:
-        for name, known in (("advantage", ADVANTAGES), ("level", LEVELS), ("normalizer", NORMALIZERS), ("kl", KL)):
-            if getattr(self, name) not in known:
-                raise DirlError(f"algo.{name}={getattr(self, name)}: {did_you_mean(getattr(self, name), known)}")
+        choices = {"advantage": ADVANTAGES, "level": LEVELS, "normalizer": NORMALIZERS, "kl": KL}
+        for name, names in choices.items():
+            value = getattr(self, name)
+            if value not in names:
+                raise DirlError(f"algo.{name}={value}: {did_you_mean(value, names)}")
 
     @property
     def is_exact(self) -> bool:
@@ -68,6 +70,8 @@ class Objective:
         """
         extras = rows.extras
         weight = self.weight(rows)
+
+        # The clipped surrogate: of the two the lower, so that nothing is gained beyond the clip.
         ratio = ratio_of(at_level(self.level, logprobs - extras.get("old_logprobs", logprobs.detach()), rows))
         advantage = extras["advantage"]
         free = ratio * advantage
@@ -75,11 +79,13 @@ class Objective:
         loss = -torch.minimum(free, clipped)
         if "importance_weight" in extras:
             loss = loss * extras["importance_weight"]
+
         watched = {"entropy": entropy, "ratio": ratio, "clipped": (free > clipped).float()}
         if self.beta:
             kl = KL[self.kl](at_level(self.level, extras["ref_logprobs"] - logprobs, rows))
             loss = loss + self.beta * kl
             watched["kl"] = kl
+
         watched = {name: (weight * value).detach().sum() for name, value in watched.items()}
         return {"loss": (weight * loss).sum(), "weight": weight.sum(), **watched}
 

@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from dirl_cli.report.progress import StepProgress, due
 from dirl_cli.rl.rollout_metrics import answer_table, records
-from dirl_cli.rl.rollouts import Answers, any_advantage, why_without_signal
+from dirl_cli.rl.rollouts import Answers
 from dirl_cli.rollout.storage import rollout_path, write_rollout
 
+REMEDIES = (
+    "give easier problems or a model that is right at times, more decoding.max_new_tokens,"
+    " or reference answers in the form that is asked for (dry_run=true shows them)"
+)
 PATIENCE = 5  # steps in a row without a signal after which it is said why
 
 
@@ -35,3 +40,26 @@ class RolloutReport:
             self.progress.say(f"nothing is learned: {why_without_signal(sampled)}")
         if due(step, self.show_every):
             self.progress.console.print(answer_table(groups or sampled, step))
+
+
+def any_advantage(groups: Sequence[Answers]) -> bool:
+    """Whether any answer is worth more or less than the others to its problem."""
+    return any(record.advantage for record in chain.from_iterable(groups))
+
+
+def why_without_signal(groups: Sequence[Answers]) -> str:
+    """Why there is nothing to learn from these groups, and what to change."""
+    answers = list(chain.from_iterable(groups))
+    if not answers:
+        return "no answer has a reward: correct what reward.weights names"
+    if any(rewards_differ(group) for group in groups):
+        return "no group has right and wrong answers, but rewards differ in some: rl.filter=reward keeps those"
+    if all(record.correct for record in answers):
+        return "all answers are right: give harder problems"
+    if not any(record.correct for record in answers):
+        return f"all answers are wrong; {REMEDIES}"
+    return "the answers to each problem are all right or all wrong: raise rl.group_size or decoding.temperature"
+
+
+def rewards_differ(group: Answers) -> bool:
+    return len({record.reward for record in group}) > 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from statistics import fmean
 
 from rich.table import Table
@@ -17,39 +18,45 @@ def rollout_metrics(sampled: Sequence[Answers], groups: Sequence[Answers], group
     kept: the share of sampled groups with a signal. excluded: how many of `group_size` answers to each problem have
     no reward; 0 where it is not known how many there should be.
     """
-    answers = [record for group in sampled for record in group]
+    answers = list(chain.from_iterable(sampled))
     metrics: dict[str, float] = {"groups": len(groups)}
-    if (excluded := len(sampled) * group_size - len(answers)) > 0:
+    excluded = len(sampled) * group_size - len(answers)
+    if excluded > 0:
         metrics["excluded"] = excluded
     if not answers:
         return metrics
 
     trajectories = [record.trajectory for record in answers]
-    tokens = sum(len(one.token_ids) for one in trajectories)
+    tokens = sum(len(trajectory.token_ids) for trajectory in trajectories)
     metrics |= {
         "reward": fmean(record.reward or 0.0 for record in answers),
         "accuracy": fmean(record.correct for record in answers),
-        "length": fmean(len(one.completion_ids) for one in trajectories),
-        "truncated": fmean(one.stop_reason == "length" for one in trajectories),
-        "tokens_per_forward": tokens / sum(one.forwards for one in trajectories),
-        "tokens_per_denoising_forward": tokens / sum(one.denoise_forwards for one in trajectories),
-        "kept": fmean(any(record.kept for record in group) for group in sampled),
+        "length": fmean(len(trajectory.completion_ids) for trajectory in trajectories),
+        "truncated": fmean(trajectory.stop_reason == "length" for trajectory in trajectories),
+        "tokens_per_forward": tokens / sum(trajectory.forwards for trajectory in trajectories),
+        "tokens_per_denoising_forward": tokens / sum(trajectory.denoise_forwards for trajectory in trajectories),
+        "kept": fmean(was_kept(group) for group in sampled),
     }
-    for part in answers[0].parts:
-        metrics[f"reward/{part}"] = fmean(record.parts[part] for record in answers)
+    for name in answers[0].parts:
+        metrics[f"reward/{name}"] = fmean(record.parts[name] for record in answers)
 
-    kept = [record for group in groups for record in group]
-    if kept:
-        metrics["kept_reward"] = fmean(record.reward or 0.0 for record in kept)
-        metrics["kept_accuracy"] = fmean(record.correct for record in kept)
+    learned_from = list(chain.from_iterable(groups))
+    if learned_from:
+        metrics["kept_reward"] = fmean(record.reward or 0.0 for record in learned_from)
+        metrics["kept_accuracy"] = fmean(record.correct for record in learned_from)
     return metrics
+
+
+def was_kept(group: Answers) -> bool:
+    return any(record.kept for record in group)
 
 
 def records(groups: Sequence[Answers], sampled: Sequence[Answers]) -> list[Record]:
     """What a step learned from, then what it sampled besides, be it for a later step."""
-    used = {id(record.trajectory) for group in groups for record in group}
-    unused = [replace(one, kept=False) for group in sampled for one in group if id(one.trajectory) not in used]
-    return [record for group in groups for record in group] + unused
+    learned_from = list(chain.from_iterable(groups))
+    used = {id(record.trajectory) for record in learned_from}
+    unused = [record for record in chain.from_iterable(sampled) if id(record.trajectory) not in used]
+    return learned_from + [replace(record, kept=False) for record in unused]
 
 
 def answer_table(groups: Sequence[Answers], step: int, rows: int = 3) -> Table:

@@ -1,12 +1,9 @@
 """Where groups of scored answers come from: sampled with dynamic sampling, or read back from an earlier run."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from threading import Event
 from typing import Any, Protocol
 
 import torch
@@ -26,12 +23,8 @@ from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.rollout.storage import Record, from_json, read_lines, require_learnable, rollout_files, to_json
 from dirl_cli.types import Decoding, Problem
 
-REMEDIES = (
-    "give easier problems or a model that is right at times, more decoding.max_new_tokens,"
-    " or reference answers in the form that is asked for (dry_run=true shows them)"
-)
-Answers = list[Record]  # those to one problem
-Drawn = tuple[int, Record]  # an answer and its problem's place in the endless order
+Answers = list[Record]  # the group of one problem: the answers to it, with what they earned
+Indexed = tuple[int, Record]  # an answer, and where in the endless order its problem stands
 
 
 @dataclass
@@ -55,11 +48,11 @@ class RolloutState:
 
 
 def groups_to_json(groups: Sequence[Answers]) -> list[list[dict[str, Any]]]:
-    return [[to_json(record) for record in group] for group in groups]
+    return [list(map(to_json, group)) for group in groups]
 
 
 def groups_from_json(groups: list[list[dict[str, Any]]]) -> list[Answers]:
-    return [[from_json(record) for record in group] for group in groups]
+    return [list(map(from_json, group)) for group in groups]
 
 
 class RolloutSource(Protocol):
@@ -123,73 +116,84 @@ class RolloutSampler:
 
     def collect(self, step: int) -> tuple[list[Answers], list[Answers]]:
         """See `RolloutSource.collect`; groups left over from earlier steps come first."""
-        drawn, prefetched = self.state.drawn, self.state.ahead
-        kept, sampled = list(self.state.surplus), []
-        for turn in range(self.max_rounds):
-            if len(kept) >= self.problems:
+        drawn = self.state.drawn
+        prefetched = self.state.ahead
+        selected, sampled = list(self.state.surplus), []
+
+        # Dynamic sampling (DAPO): groups without a signal make way for other problems, up to max_rounds times.
+        for round_number in range(self.max_rounds):
+            if len(selected) >= self.problems:
                 break
-            places = range(drawn, drawn + self.problems)
-            drawn = places.stop
-            groups = prefetched or self.gather(list(self.own(places, [step, turn])), places)
+            indices = range(drawn, drawn + self.problems)
+            drawn = indices.stop
+            groups = prefetched or self.sample(indices, step, round_number)
             prefetched = []
 
             for group in groups:
-                keep = group_has_signal(group, self.filter)
-                group = [replace(record, kept=keep) for record in group]
+                has_signal = group_has_signal(group, self.filter)
+                group = [replace(record, kept=has_signal) for record in group]
                 sampled.append(group)
-                if keep:
-                    kept.append(group)
-        self.state = RolloutState(drawn, kept[self.problems :], prefetched)
-        return kept[: self.problems], sampled
+                if has_signal:
+                    selected.append(group)
+
+        # Set at the end alone: a rollout that is interrupted has not happened.
+        self.state = RolloutState(drawn, selected[self.problems :], prefetched)
+        return selected[: self.problems], sampled
 
     def epochs(self) -> dict[str, float]:
         return epochs(self.order, self.sources, self.state.drawn)
 
-    def own(self, places: range, moment: list[int]) -> Iterator[Drawn]:
-        """The answers to this process's share of the problems; all shares take about as long."""
-        shares = balanced([self.cost(self.order[place]) for place in places], self.accelerator.num_processes)
-        share = [places[i] for i in shares[self.accelerator.process_index]]
-        with self.accelerator.autocast():
-            yield from self.answers(share, moment)
+    def sample(self, indices: range, step: int, round_number: int) -> list[Answers]:
+        """The answers to some problems of the endless order, of which every process samples its share."""
+        return self.gather(list(self.sample_share(indices, step, round_number)), indices)
 
-    def gather(self, own: list[Drawn], places: range) -> list[Answers]:
-        """Every process's answers, by problem."""
-        everyone = gather_object(own) if self.accelerator.num_processes > 1 else own
-        found: dict[int, Answers] = {place: [] for place in places}
-        for place, record in everyone:
-            found[place].append(record)
-        for place, group in found.items():
+    def sample_share(self, indices: range, step: int, round_number: int) -> Iterator[Indexed]:
+        """The answers to this process's share of the problems; all shares take about as long."""
+        costs = [self.cost(self.order[index]) for index in indices]
+        shares = balanced(costs, self.accelerator.num_processes)
+        own_indices = [indices[i] for i in shares[self.accelerator.process_index]]
+        with self.accelerator.autocast():
+            yield from self.answers(own_indices, step, round_number)
+
+    def gather(self, own_answers: list[Indexed], indices: range) -> list[Answers]:
+        """Every process's answers as groups, in the order of their problems and samples."""
+        answers = own_answers
+        if self.accelerator.num_processes > 1:
+            answers = gather_object(own_answers)
+        groups: dict[int, Answers] = {index: [] for index in indices}
+        for index, record in answers:
+            groups[index].append(record)
+
+        for index, group in groups.items():
             if group:
-                self.lengths[self.order[place]] = fmean(len(record.trajectory.token_ids) for record in group)
-        return [sorted(group, key=lambda record: record.sample) for group in found.values()]
+                self.lengths[self.order[index]] = fmean(len(record.trajectory.token_ids) for record in group)
+        return [sorted(group, key=lambda record: record.sample) for group in groups.values()]
 
     def cost(self, problem: int) -> float:
         """Tokens of a prompt and an answer to it, as long as its last or, until it has one, as all problems'."""
         usual = fmean(self.lengths.values()) if self.lengths else 0.0
         return len(self.prompts[problem]) + self.lengths.get(problem, usual)
 
-    def answers(self, places: Sequence[int], moment: list[int]) -> Iterator[Drawn]:
-        """(place, record) of each scored answer to the problems at these places of the endless order.
-
-        moment: step and turn, which with the place make the seed, since a problem may come up again.
-        """
-        seeds = [request_key(self.seed, [*moment, place], 0) for place in places]
+    def answers(self, indices: Sequence[int], step: int, round_number: int) -> Iterator[Indexed]:
+        """Each rewarded answer to the problems at these indices of the endless order, as it is ready."""
+        # With the index, step and round make the seed, since a problem may come up again.
+        seeds = [request_key(self.seed, [step, round_number, index], 0) for index in indices]
+        problems = [self.pool[self.order[index]] for index in indices]
+        prompts = [self.prompts[self.order[index]] for index in indices]
         tokenizer = self.lm.require_tokenizer()
-        drawn = [self.order[place] for place in places]
-        asked, prompts = [self.pool[i] for i in drawn], [self.prompts[i] for i in drawn]
-        waiting: dict[tuple[int, int], Record] = {}
+        waiting: dict[tuple[int, int], Record] = {}  # for their rewards
 
         def finished() -> Iterator[tuple[tuple[int, int], Answer]]:
             for i, sample, trajectory in self.sampler.stream(prompts, self.group_size, self.decoding, seeds=seeds):
                 text = answer_text(tokenizer, trajectory.completion_ids)
-                waiting[i, sample] = Record(asked[i], sample, text, trajectory)
+                waiting[i, sample] = Record(problems[i], sample, text, trajectory)
                 longest, block_size = self.decoding.max_new_tokens, self.lm.block_size
-                yield (i, sample), Answer.of(asked[i], trajectory, text, longest, block_size)
+                yield (i, sample), Answer.of(problems[i], trajectory, text, longest, block_size)
 
-        for key, scored in self.reward_computer.compute(finished()):
+        for key, result in self.reward_computer.compute(finished()):
             record = waiting.pop(key)
-            if scored is not None:
-                yield places[key[0]], rewarded(record, scored)
+            if result is not None:
+                yield indices[key[0]], with_reward(record, result)
 
 
 @dataclass
@@ -215,13 +219,14 @@ class RolloutReplay:
         Raises DirlError, with file and line, for an answer that nothing can be learned from.
         """
         groups: list[Answers] = []
-        for place, record in read_lines(self.files[step + 1]):
-            require_learnable(place, record.trajectory, self.lm)
+        for line, record in read_lines(self.files[step + 1]):
+            require_learnable(line, record.trajectory, self.lm)
             if not self.rescorer:
-                require_rewarded(place, record, groups[0][0] if groups else record)
+                require_rewarded(line, record, groups[0][0] if groups else record)
             if not groups or not continues(groups[-1][-1], record):
                 groups.append([])
             groups[-1].append(record)
+
         if self.rescorer:
             groups = self.rescorer.reward(groups)
             return [group for group in groups if group_has_signal(group, self.rescorer.filter)], groups
@@ -242,28 +247,35 @@ class Rescorer:
 
     def reward(self, groups: Sequence[Answers]) -> list[Answers]:
         """The groups with their new rewards, without answers that have none and groups that have no answer."""
-        rewarded_groups: list[dict[int, Record]] = [{} for _ in groups]
-        for (i, k), scored in self.reward_computer.compute(self._answers(groups)):
-            if scored is not None:
-                rewarded_groups[i][k] = rewarded(groups[i][k], scored)
-        return [[group[k] for k in sorted(group)] for group in rewarded_groups if group]
+        results = dict(self.reward_computer.compute(self._answers(groups)))
+        rewarded_groups = []
+        for i, group in enumerate(groups):
+            rewarded = []
+            for k, record in enumerate(group):
+                result = results.get((i, k))
+                if result is not None:
+                    rewarded.append(with_reward(record, result))
+            if rewarded:
+                rewarded_groups.append(rewarded)
+        return rewarded_groups
 
     def _answers(self, groups: Sequence[Answers]) -> Iterator[tuple[tuple[int, int], Answer]]:
         for i, group in enumerate(groups):
             for k, record in enumerate(group):
-                yield (
-                    (i, k),
-                    Answer.of(record.problem, record.trajectory, record.completion, self.longest, self.block_size),
-                )
+                problem, trajectory, text = record.problem, record.trajectory, record.completion
+                yield (i, k), Answer.of(problem, trajectory, text, self.longest, self.block_size)
 
 
-def require_rewarded(place: str, record: Record, first: Record) -> None:
-    """Raises DirlError for an answer without a reward, or with others than the `first` of its step."""
+def require_rewarded(line: str, record: Record, first: Record) -> None:
+    """Raises DirlError for an answer without a reward, or with others than the `first` of its step.
+
+    line: the file and the number of the line that holds the record.
+    """
     if record.reward is None:
-        raise DirlError(f"{place} has no reward: reward it anew with rl.rescore=true")
+        raise DirlError(f"{line} has no reward: reward it anew with rl.rescore=true")
     if record.parts.keys() != first.parts.keys():
-        names = " and ".join(" + ".join(one.parts) or "none" for one in (record, first))
-        raise DirlError(f"{place} has other rewards than the first line ({names}): reward it anew with rl.rescore=true")
+        names = f"{' + '.join(record.parts) or 'none'} and {' + '.join(first.parts) or 'none'}"
+        raise DirlError(f"{line} has other rewards than the first line ({names}): reward it anew with rl.rescore=true")
 
 
 def rollouts_of(directory: Path, steps: int) -> dict[int, Path]:
@@ -281,27 +293,8 @@ def group_has_signal(group: Answers, rule: str) -> bool:
     return len(group) > 0 and has_signal(rewards, [record.correct for record in group], rule)
 
 
-def any_advantage(groups: Sequence[Answers]) -> bool:
-    """Whether any answer is worth more or less than the others to its problem."""
-    return any(record.advantage for group in groups for record in group)
-
-
-def why_without_signal(groups: Sequence[Answers]) -> str:
-    """Why there is nothing to learn from these groups, and what to change."""
-    answers = [record for group in groups for record in group]
-    if not answers:
-        return "no answer has a reward: correct what reward.weights names"
-    if any(len({record.reward for record in group}) > 1 for group in groups):
-        return "no group has right and wrong answers, but rewards differ in some: rl.filter=reward keeps those"
-    if all(record.correct for record in answers):
-        return "all answers are right: give harder problems"
-    if not any(record.correct for record in answers):
-        return f"all answers are wrong; {REMEDIES}"
-    return "the answers to each problem are all right or all wrong: raise rl.group_size or decoding.temperature"
-
-
-def rewarded(record: Record, scored: RewardResult) -> Record:
-    return replace(record, reward=scored.total, parts=scored.parts, correct=scored.correct)
+def with_reward(record: Record, result: RewardResult) -> Record:
+    return replace(record, reward=result.total, parts=result.parts, correct=result.correct)
 
 
 def continues(last: Record, record: Record) -> bool:
@@ -311,13 +304,12 @@ def continues(last: Record, record: Record) -> bool:
 
 def add_advantages(groups: Sequence[Answers], advantage: Advantage) -> list[Answers]:
     """The groups with each answer's advantage over the others to its problem."""
-    finished = []
+    with_advantages = []
     for group in groups:
         values = advantage(torch.tensor([record.reward for record in group])).tolist()
-        finished.append(
-            [replace(record, advantage=value, kept=True) for record, value in zip(group, values, strict=True)]
-        )
-    return finished
+        pairs = zip(group, values, strict=True)
+        with_advantages.append([replace(record, advantage=value, kept=True) for record, value in pairs])
+    return with_advantages
 
 
 def problem_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Order:
@@ -327,58 +319,3 @@ def problem_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> 
         return torch.Generator().manual_seed(request_key(seed, list(numbers), 0))
 
     return Order(tuple(sizes), tuple(weights), seeded)
-
-
-def sampler_during_update(
-    rollouts: RolloutSource, sampler: Sampler, step: int, is_last: bool
-) -> AbstractContextManager[None]:
-    """What the sampler does while the policy is updated at step `step` (from 0): it rests, or samples ahead."""
-    if isinstance(rollouts, RolloutSampler) and rollouts.prefetches and not is_last:
-        return prefetch_rollout(rollouts, step + 1)
-    return offloaded(sampler)
-
-
-@contextmanager
-def offloaded(sampler: Sampler) -> Iterator[None]:
-    """The sampler gives its memory to the trainer meanwhile."""
-    sampler.sleep()
-    yield
-    sampler.wake()
-
-
-@contextmanager
-def prefetch_rollout(rollouts: RolloutSampler, step: int) -> Iterator[None]:
-    """The first round of step `step` is sampled meanwhile, in a thread, and kept in the rollouts' state.
-
-    The sampler must hold weights of its own, which nobody touches inside. Nothing is sampled where what is left over
-    from earlier rounds will do.
-    """
-    state = rollouts.state
-    if len(state.surplus) >= rollouts.problems:
-        yield
-        return
-
-    places = range(state.drawn, state.drawn + rollouts.problems)
-    device = rollouts.accelerator.device
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    if stream:
-        stream.wait_stream(torch.cuda.current_stream(device))  # on which the weights were pushed
-    stopped = Event()
-
-    def sample() -> list[Drawn]:
-        answers = []
-        with torch.cuda.stream(stream) if stream else nullcontext():
-            for drawn in rollouts.own(places, [step, 0]):
-                answers.append(drawn)
-                if stopped.is_set():
-                    break
-        return answers
-
-    with ThreadPoolExecutor(1) as thread:
-        under_way = thread.submit(sample)
-        try:
-            yield
-        except BaseException:
-            stopped.set()  # the answer that is being written is the last
-            raise
-        state.ahead = rollouts.gather(under_way.result(), places)

@@ -1,9 +1,10 @@
 """Reinforcement learning, from top to bottom: sample groups of answers, reward them, and update the policy."""
 
 from dirl_cli.rl.advantages import ADVANTAGES
+from dirl_cli.rl.during_update import sampler_during_update
 from dirl_cli.rl.reporting import RolloutReport
 from dirl_cli.rl.rollout_metrics import rollout_metrics
-from dirl_cli.rl.rollouts import RolloutSource, add_advantages, sampler_during_update
+from dirl_cli.rl.rollouts import RolloutSource, add_advantages
 from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.session import Evaluation, Session

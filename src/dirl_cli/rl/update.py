@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from statistics import fmean
 
 import torch
@@ -21,8 +22,6 @@ from dirl_cli.training.parallel import reshard, unsharded
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding
 
-COMPARED = ("compared", "mismatch_mean", "mismatch_kl")  # sums that only a first optimizer step has
-
 
 @dataclass(frozen=True)
 class MiniBatch:
@@ -30,6 +29,10 @@ class MiniBatch:
 
     micro_batches: list[Rows]
     norm: float
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(rows.num_tokens for rows in self.micro_batches)
 
 
 @dataclass(frozen=True)
@@ -62,41 +65,45 @@ class PolicyUpdate:
         staleness: optimizer steps since the answers were sampled.
         """
         version = self.trainer.steps_taken
-        n = min(self.mini_batches, len(groups))
-        parts = [groups[i * len(groups) // n : (i + 1) * len(groups) // n] for i in range(n)]
-        batches = [self.make_minibatch(part, step, i) for i, part in enumerate(parts)]
+        batches = []
+        for i, mini_batch in enumerate(split_evenly(groups, self.mini_batches)):
+            batches.append(self.make_minibatch(mini_batch, step, i))
 
         # Only at the first optimizer step is the policy still the sampler's, so only there can the two be compared.
         mismatch = Mismatch(self.objective, version)
-        taken: list[dict[str, float]] = []
+        sums: list[dict[str, float]] = []  # of each optimizer step
         for _ in range(self.epochs):
             for batch in batches:
-                compares = not taken and self.objective.is_exact
+                compares = not sums and self.objective.is_exact
                 loss = mismatch.loss if compares else self.objective.loss
-                taken.append(self.trainer.step(batch.micro_batches, loss, batch.norm))
+                sums.append(self.trainer.step(batch.micro_batches, loss, batch.norm))
 
-        compared, *differences = (taken[0].pop(name, 0.0) for name in COMPARED)
-        for sums in taken:
-            weight = sums.pop("weight")
-            for name in ("entropy", "ratio", "clipped", "kl"):
-                if name in sums:
-                    sums[name] /= weight
-        metrics = {name: fmean([sums[name] for sums in taken]) for name in taken[0]}
-        metrics["skipped"] = sum(sums["skipped"] for sums in taken)
-        if compared:
-            metrics |= {name: value / compared for name, value in zip(COMPARED[1:], differences, strict=True)}
-            metrics["mismatch_max"] = float(self.trainer.accelerator.gather(mismatch.largest[None]).max())
-        metrics["staleness"] = version - fmean(one.trajectory.weights_version for group in groups for one in group)
-        metrics["token_forwards"] = sum(rows.num_tokens for batch in batches for rows in batch.micro_batches)
+        metrics = self.mismatch_metrics(sums[0], mismatch)
+        metrics |= mean_metrics(sums)
+        versions = [record.trajectory.weights_version for record in chain.from_iterable(groups)]
+        metrics["staleness"] = version - fmean(versions)
+        metrics["token_forwards"] = sum(batch.num_tokens for batch in batches)
         return metrics
+
+    def mismatch_metrics(self, sums: dict[str, float], mismatch: "Mismatch") -> dict[str, float]:
+        """How far the sampler was from the trainer at the first optimizer step, whose sums lose what they had of it."""
+        compared = sums.pop("compared", 0.0)  # tokens
+        mean, kl = sums.pop("mismatch_mean", 0.0), sums.pop("mismatch_kl", 0.0)
+        if not compared:
+            return {}
+        largest = self.trainer.accelerator.gather(mismatch.largest[None]).max()
+        return {"mismatch_mean": mean / compared, "mismatch_kl": kl / compared, "mismatch_max": float(largest)}
 
     def publish(self, sampler: Sampler) -> None:
         """Give the sampler the policy's weights as they are now. Every process has to call."""
         sampler.update_weights(unsharded(self.peft.pushed(self.lm)), self.trainer.steps_taken)
 
-    def make_minibatch(self, groups: Sequence[Answers], step: int, part: int) -> MiniBatch:
+    def make_minibatch(self, groups: Sequence[Answers], step: int, number: int) -> MiniBatch:
         """Rows in the objective's views with all that it asks of each token."""
-        annotated = [Group([r.trajectory for r in group], [r.advantage or 0.0 for r in group]) for group in groups]
+        annotated = []
+        for group in groups:
+            advantages = [record.advantage or 0.0 for record in group]
+            annotated.append(Group([record.trajectory for record in group], advantages))
         with self.trainer.times("rows"):
             rows, lengths = objective_rows(
                 annotated,
@@ -105,7 +112,7 @@ class PolicyUpdate:
                 self.lm.pad_token_id,
                 self.row_tokens,
                 self.train_tail,
-                generator(self.seed, step, part),
+                generator(self.seed, step, number),
             )
             micro_batches = self.trainer.cut(rows, self.micro_rows)
 
@@ -138,17 +145,37 @@ class PolicyUpdate:
         accelerator = self.trainer.accelerator
         model.eval()
         with self.trainer.times("logprobs"):
+            logprobs = {}
             with accelerator.autocast():
-                logprobs = {
-                    id(rows): model(rows.to(accelerator.device))[0] for rows, _ in self.trainer.share(micro_batches)
-                }
+                for rows, _ in self.trainer.share(micro_batches):
+                    logprobs[id(rows)] = model(rows.to(accelerator.device))[0]
             reshard(model)
-            return [
-                with_extras(rows, **{name: logprobs[id(rows)].to(rows.target_index.device)})
-                if id(rows) in logprobs
-                else rows
-                for rows in micro_batches
-            ]
+
+            annotated = []
+            for rows in micro_batches:
+                if id(rows) in logprobs:
+                    rows = with_extras(rows, **{name: logprobs[id(rows)].to(rows.target_index.device)})
+                annotated.append(rows)
+        return annotated
+
+
+def split_evenly(groups: Sequence[Answers], mini_batches: int) -> list[Sequence[Answers]]:
+    """The groups in order, in as many mini-batches, or as many as there are groups; sizes differ by one at most."""
+    count = min(mini_batches, len(groups))
+    edges = [i * len(groups) // count for i in range(count + 1)]
+    return [groups[start:end] for start, end in pairwise(edges)]
+
+
+def mean_metrics(sums: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over optimizer steps; what is a sum over tokens is divided by their weight first."""
+    steps = []
+    for step in sums:
+        weight = step["weight"]
+        weighted = {name: step[name] / weight for name in ("entropy", "ratio", "clipped", "kl") if name in step}
+        steps.append({name: value for name, value in step.items() if name != "weight"} | weighted)
+    metrics = {name: fmean([step[name] for step in steps]) for name in steps[0]}
+    metrics["skipped"] = sum(step["skipped"] for step in steps)
+    return metrics
 
 
 def reference_model(lm: DiffusionLM, decoding: Decoding) -> nn.Module:
