@@ -26,7 +26,9 @@ def solved(row: Row) -> dict[str, str]:
     if "prompt" in fields:
         found = TURN.search(fields["prompt"])
         if not found:
-            raise DirlError(f"{row.place}: the prompt asks for no box as GSM8K's do: give rows of question and answer")
+            raise DirlError(
+                f"{row.location}: the prompt asks for no box as GSM8K's do: give rows of question and answer"
+            )
         return {"question": found[1], "response": fields["response"].split("<|im_end|>")[0]}
     working, answer = CALCULATED.sub("", fields["answer"]).split("####")
     return {"question": fields["question"], "response": f"{working}The answer is $\\boxed{{{answer.strip()}}}$."}

@@ -9,7 +9,7 @@ from dirl_cli.evaluation.report import accuracy, number, percent
 from dirl_cli.evaluation.result_card import Evaluation, read_evaluation
 from dirl_cli.files import writing
 from dirl_cli.report.metrics_log import read_metrics
-from dirl_cli.report.plot import Panel, draw
+from dirl_cli.report.plot import Panel, draw_panel
 from dirl_cli.sft.validation import metric
 
 STAGES = {  # and its evaluations on both tasks
@@ -76,11 +76,11 @@ def picture(root: Path) -> None:
     losses = {"loss": "training", "validation_loss": "validation"}
     for row, (name, run) in zip(axes, TUNED.items(), strict=True):
         history = read_metrics(root / run / "metrics.jsonl")
-        draw(row[0], Panel(f"Loss, {name}", losses, log=True), history)
-        draw(row[1], Panel(f"Denoising accuracy, {name}", RATES, percent=True), history)
+        draw_panel(row[0], Panel(f"Loss, {name}", losses, log=True), history)
+        draw_panel(row[1], Panel(f"Denoising accuracy, {name}", RATES, percent=True), history)
     rewarded = {"accuracy": "rollouts", "greedy_accuracy": "greedy, held out"}
     for row, (name, run) in zip(axes, {"word problems": "words-rl", "GSM8K": "gsm8k-rl"}.items(), strict=True):
-        draw(row[2], Panel(f"DiPO on {name}", rewarded, percent=True), read_metrics(root / run / "metrics.jsonl"))
+        draw_panel(row[2], Panel(f"DiPO on {name}", rewarded, percent=True), read_metrics(root / run / "metrics.jsonl"))
     with writing(root / "curves.png"):
         figure.savefig(root / "curves.png", dpi=120)
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from dirl_cli.cli.build import build
 from dirl_cli.cli.overrides import rewrite
 from dirl_cli.cli.schema import slug
-from dirl_cli.data.columns import demonstration, problem, renamed
+from dirl_cli.data.columns import demonstration, problem, rename_columns
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.diffusion.layout import PADDING, lay_out, pack
 from dirl_cli.errors import DirlError
@@ -25,7 +25,7 @@ from dirl_cli.reward.boxed import last_boxed
 from dirl_cli.reward.equality import plainly_equal
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.storage import Record, from_json, read_rollout, to_json, write_rollout
-from dirl_cli.text import masked, printable
+from dirl_cli.text import escape_controls, redact
 from dirl_cli.types import Decoding, Problem, Trajectory
 
 settings.register_profile(
@@ -62,7 +62,7 @@ def refused(read: Any) -> bool:
     try:
         read()
     except DirlError as error:
-        assert str(error) == printable(str(error))
+        assert str(error) == escape_controls(str(error))
         return True
     return False
 
@@ -156,7 +156,7 @@ def test_any_json_is_read_or_refused_with_its_place(place, content, kind):
     rows: list[Row] = []
     if not refused(lambda: rows.extend(read_rows(path))):
         assert [row.fields for row in rows] == json.loads(json.dumps([row for row in content if isinstance(row, dict)]))
-    for row in renamed(rows, {"question": "prompt", "content": "id"}):
+    for row in rename_columns(rows, {"question": "prompt", "content": "id"}):
         refused(lambda row=row: demonstration(row))
         refused(lambda row=row: problem(row, "0"))
 
@@ -208,13 +208,13 @@ def test_a_slug_is_the_name_of_one_file(text):
 
 @given(some.text())
 def test_what_is_printed_moves_no_cursor_and_says_the_same(text):
-    assert not any((ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 for c in printable(text))
-    assert len(printable(text)) == len(text) and printable(printable(text)) == printable(text)
+    assert not any((ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 for c in escape_controls(text))
+    assert len(escape_controls(text)) == len(text) and escape_controls(escape_controls(text)) == escape_controls(text)
 
 
 @given(some.text(), some.text(alphabet=string.ascii_letters + string.digits, min_size=20))
 def test_a_token_is_left_out_wherever_it_stands(text, token):
-    assert f"hf_{token}" not in masked(f"{text} hf_{token} {text}")
+    assert f"hf_{token}" not in redact(f"{text} hf_{token} {text}")
 
 
 # Grading

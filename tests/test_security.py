@@ -34,7 +34,7 @@ from dirl_cli.models.load import PretrainedModel, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.models.tiny import train_tokenizer
 from dirl_cli.reward.equality import verified
-from dirl_cli.text import is_secret, masked, printable
+from dirl_cli.text import escape_controls, is_secret, redact
 from tests.helpers.paths import ROOT
 from tests.helpers.small import SIZES, small_lm
 
@@ -276,7 +276,7 @@ def test_what_the_hub_calls_a_file_by_leads_nowhere_else(monkeypatch, what, name
     info = SimpleNamespace(sha=named if what == "commit" else "c" * 40, siblings=siblings)
     monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: info)
     with pytest.raises(DirlError, match=r"the Hub names a file or commit of lab/model by .*, which is no hash"):
-        hub.survey("lab/model", "model", None)
+        hub.inspect_repository("lab/model", "model", None)
 
 
 # Grading
@@ -336,8 +336,8 @@ def secrets(monkeypatch) -> None:
 
 def test_secrets_are_left_out_of_any_text(secrets):
     text = f"at https://me:{PASSWORD}@hub.lab/x with {TOKEN}, a-token-of-no-known-form and {'0123456789' * 4}"
-    assert masked(text) == "at https://***@hub.lab/x with ***, *** and ***"
-    assert masked("key=value, 1@2, a://b, hf_short") == "key=value, 1@2, a://b, hf_short"
+    assert redact(text) == "at https://***@hub.lab/x with ***, *** and ***"
+    assert redact("key=value, 1@2, a://b, hf_short") == "key=value, 1@2, a://b, hf_short"
     assert str(DirlError(f"https://me:{PASSWORD}@hub.lab cannot be reached")) == "https://***@hub.lab cannot be reached"
 
 
@@ -404,7 +404,7 @@ HOSTILE_TEXT = "\x1b]0;title\x07\x1b[2J\x9b31m\r[red]red[/] [/] :smile:"
 
 
 def test_text_moves_no_cursor_and_is_no_markup():
-    assert printable("a\x1b[2J\x07\x7f\x9b\r\n\t") == "a␛[2J␇␡�␍\n\t"
+    assert escape_controls("a\x1b[2J\x07\x7f\x9b\r\n\t") == "a␛[2J␇␡�␍\n\t"
     screen = io.StringIO()
     console = PlainConsole(file=screen, width=200)
     console.print(HOSTILE_TEXT)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from os import PathLike
 
-from dirl_cli.cli.build import choice, made
+from dirl_cli.cli.build import build_choice, build_settings
 from dirl_cli.cli.run_dir import PATH_MODEL, model_of_run
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.engines import Engine
@@ -30,7 +30,7 @@ def load_sampler(
     """
     given = {"max_batch": max_batch, "cache_share": cache_share}
     chosen = {key: value for key, value in given.items() if value is not None}
-    engine: Engine = choice("rollout", rollout, **chosen) if isinstance(rollout, str) else rollout
+    engine: Engine = build_choice("rollout", rollout, **chosen) if isinstance(rollout, str) else rollout
     engine.require()
     return engine.start(load(path, dtype, device))
 
@@ -53,5 +53,5 @@ def score(
 def load(path: str | PathLike[str], dtype: str, device: str) -> DiffusionLM:
     """The model that `model=PATH` is on the command line."""
     given = {"_target_": PATH_MODEL, "name": str(path), "path": str(path)}
-    lm: DiffusionLM = made("model", model_of_run(given)).load(dtype, device)
+    lm: DiffusionLM = build_settings("model", model_of_run(given)).load(dtype, device)
     return lm

@@ -10,7 +10,7 @@ from typing import IO, Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from dirl_cli.text import printable
+from dirl_cli.text import escape_controls
 
 SPIN, PATIENCE = 1.0, 10.0  # seconds without a sign of life, in a terminal and elsewhere
 
@@ -23,10 +23,10 @@ class PlainConsole(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=printable(segment.text))
+            yield segment if segment.control else segment._replace(text=escape_controls(segment.text))
 
 
-def take_any_text(*streams: IO[str]) -> None:
+def replace_unencodable(*streams: IO[str]) -> None:
     """Let a stream that cannot show a character show `?`, instead of ending the run."""
     for stream in streams:
         if isinstance(stream, TextIOWrapper):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 
-def balanced(costs: Sequence[float], processes: int) -> list[list[int]]:
+def split_by_cost(costs: Sequence[float], processes: int) -> list[list[int]]:
     """For each process the places of its share, in order: the costliest first, each to who has least to do so far."""
     shares: list[list[int]] = [[] for _ in range(processes)]
     load = [(0.0, process) for process in range(processes)]

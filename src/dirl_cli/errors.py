@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from dirl_cli.text import masked, printable
+from dirl_cli.text import escape_controls, redact
 
 STOP_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
@@ -17,10 +17,10 @@ class DirlError(Exception):
     exit_code = 1
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(printable(masked(sentence)))
+        super().__init__(escape_controls(redact(sentence)))
 
 
-class NotHere(DirlError):  # noqa: N818
+class NotDownloaded(DirlError):  # noqa: N818
     """Something of the Hub that was not downloaded."""
 
 

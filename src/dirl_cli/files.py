@@ -29,7 +29,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
     """Write a file, and its directory where it is not there: whoever looks finds all of the old or all of the new."""
-    partial = partial_of(path)
+    partial = partial_path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
@@ -44,9 +44,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """A directory to fill that takes the place of `path` only once it is filled and on the disk."""
-    partial = partial_of(path)
+    partial = partial_path(path)
     with writing(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -62,7 +62,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def partial_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """What a file or directory is called until it is whole."""
     return path.with_name(f".{path.name}.partial")
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError, L
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects, hf_raise_for_status, http_stream_backoff
 
-from dirl_cli.errors import DirlError, NotHere
+from dirl_cli.errors import DirlError, NotDownloaded
 from dirl_cli.files import conf_dir
 
 Kind = Literal["model", "dataset"]
@@ -48,11 +48,11 @@ class File:
 
     @property
     def is_here(self) -> bool:
-        return any(length(place) == self.size for place in self.places)
+        return any(file_size(place) == self.size for place in self.places)
 
     @property
     def bytes_here(self) -> int:
-        gathered = min(length(self.partial), self.size)  # first, since a whole file moves from there to its place
+        gathered = min(file_size(self.partial), self.size)  # first, since a whole file moves from there to its place
         return self.size if self.is_here else gathered
 
 
@@ -67,7 +67,7 @@ class Repository:
     files: tuple[File, ...]
 
 
-def length(path: Path) -> int:
+def file_size(path: Path) -> int:
     """The bytes of a file; none where there is no file."""
     try:
         return path.stat().st_size
@@ -75,7 +75,7 @@ def length(path: Path) -> int:
         return 0
 
 
-def local(repo_id: str, kind: Kind) -> Path:
+def local_snapshot(repo_id: str, kind: Kind) -> Path:
     """The directory of the Hub's cache with all that is wanted of a repository; nothing is fetched.
 
     Raises DirlError that names the `dirl download …` to run where some of it is missing.
@@ -88,11 +88,11 @@ def local(repo_id: str, kind: Kind) -> Path:
         raise DirlError(f"{repo_id} is neither here nor a name on the Hub (OWNER/NAME): check the path") from error
     except LocalEntryNotFoundError as error:
         missing = "only in part" if isinstance(error, IncompleteSnapshotError) else "not"
-        command = f"dirl download {words(repo_id, kind)}"
-        raise NotHere(f"{repo_id} is {missing} on this machine: run `{command}` first") from error
+        command = f"dirl download {download_argument(repo_id, kind)}"
+        raise NotDownloaded(f"{repo_id} is {missing} on this machine: run `{command}` first") from error
 
 
-def with_config(repo_id: str) -> Path | None:
+def cached_config_directory(repo_id: str) -> Path | None:
     """The directory of the Hub's cache with a model's config.json, whatever else is missing; None where that is."""
     file = try_to_load_from_cache(repo_id, "config.json")
     return Path(file).parent if isinstance(file, str) else None
@@ -112,7 +112,7 @@ def snapshot(repo_id: str, kind: Kind, to: Path | None, here: bool = False) -> P
     )
 
 
-def configured() -> dict[str, str]:
+def configured_repositories() -> dict[str, str]:
     """The repositories that our configs name, by the words that choose them, such as bench=math500."""
     files = {
         f"{file.parent.name}={file.stem}": file.read_text(encoding="utf-8")
@@ -122,18 +122,18 @@ def configured() -> dict[str, str]:
     return {choice: path[1] for choice, path in found.items() if path}
 
 
-def words(repo_id: str, kind: Kind) -> str:
+def download_argument(repo_id: str, kind: Kind) -> str:
     """What `dirl download` is given for a repository: the choice that names it, otherwise its id."""
-    choices = [choice for choice, known in configured().items() if known == repo_id]
+    choices = [choice for choice, known in configured_repositories().items() if known == repo_id]
     return next(iter(choices), repo_id if kind == "model" else f"datasets/{repo_id}")
 
 
-def survey(repo_id: str, kind: Kind, to: Path | None) -> Repository:
+def inspect_repository(repo_id: str, kind: Kind, to: Path | None) -> Repository:
     """Ask the Hub what is wanted of a repository, and see what of it is here."""
     ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
     info = ask(repo_id, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
     cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind)
-    shelf, blobs = cache / "snapshots" / digest(info.sha, repo_id), cache / "blobs"
+    shelf, blobs = cache / "snapshots" / checked_hash(info.sha, repo_id), cache / "blobs"
     found = []
     for each in filter_repo_objects(
         info.siblings or (),
@@ -141,7 +141,7 @@ def survey(repo_id: str, kind: Kind, to: Path | None) -> Repository:
         ignore_patterns=UNWANTED[kind],
         key=lambda each: each.rfilename,
     ):
-        name, sha256 = each.rfilename, digest(each.lfs.sha256, repo_id) if each.lfs else None
+        name, sha256 = each.rfilename, checked_hash(each.lfs.sha256, repo_id) if each.lfs else None
         place = to / name if to else blobs / sha256 if sha256 else shelf / name
         partial = (to / ".cache/huggingface/download" if to else blobs) / f"{sha256}.incomplete"
         url = hf_hub_url(repo_id, name, repo_type=kind, revision=info.sha)
@@ -149,7 +149,7 @@ def survey(repo_id: str, kind: Kind, to: Path | None) -> Repository:
     return Repository(repo_id, kind, to, to or shelf, tuple(found))
 
 
-def digest(answered: str | None, repo_id: str) -> str:
+def checked_hash(answered: str | None, repo_id: str) -> str:
     """What the Hub calls a commit or the sha256 of a file, which becomes the name of a file here."""
     if answered is None or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", answered):
         raise DirlError(
@@ -163,11 +163,12 @@ def fetch(file: File) -> None:
 
     huggingface_hub goes on only as long as its process lives, and begins anew after that.
     """
-    if not (gather(file) or gather(file)):  # the second begins anew, should the first have gone on from damaged bytes
+    # The second try begins anew, should the first have gone on from damaged bytes.
+    if not (download_and_verify(file) or download_and_verify(file)):
         raise DirlError(f"{file.name} comes damaged (not of the sha256 that the Hub names): try again later")
 
 
-def gather(file: File) -> bool:
+def download_and_verify(file: File) -> bool:
     """Fill the partial file and move it into place; throw it away where it is not what the Hub says it is."""
     file.partial.parent.mkdir(parents=True, exist_ok=True)
     with file.partial.open("a+b", buffering=0) as partial:

@@ -102,7 +102,7 @@ def require(value: object, hint: Any, key: str = "") -> None:
 
     value: as OmegaConf converted it, in plain containers. hint: its type, with annotations. key: its full name.
     """
-    for name, leaf, leaf_type in limited(value, hint, key):
+    for name, leaf, leaf_type in constrained_values(value, hint, key):
         is_container = isinstance(leaf, list)  # which OmegaConf takes for a number in a mapping
         if is_container or not limit_of(leaf_type).holds(leaf):
             raise DirlError(refusal(name, leaf, leaf_type))
@@ -113,7 +113,7 @@ def require_fields(built: Any, group: str) -> None:
     require(vars(built), type(built), group)
 
 
-def limited(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+def constrained_values(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     """Key, value and type of all in `value` whose type says more than OmegaConf's conversion checks."""
     inner = without_none(hint)
     if value is None or inner is Any:
@@ -125,15 +125,15 @@ def limited(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     elif is_dataclass(inner):
         types = types_of(inner)
         for name in [name for name in types if name in value]:
-            yield from limited(value[name], types[name], f"{key}.{name}".lstrip("."))
+            yield from constrained_values(value[name], types[name], f"{key}.{name}".lstrip("."))
     elif get_origin(inner) is dict:
         for name, one in value.items():
-            yield from limited(one, get_args(inner)[1], f"{key}.{name}")
+            yield from constrained_values(one, get_args(inner)[1], f"{key}.{name}")
     elif get_origin(inner) in (list, tuple):
-        if size(inner) not in (None, len(value)):
+        if required_length(inner) not in (None, len(value)):
             raise DirlError(refusal(key, value, inner))
         for i, one in enumerate(value):
-            yield from limited(one, get_args(inner)[0], f"{key}[{i}]")
+            yield from constrained_values(one, get_args(inner)[0], f"{key}[{i}]")
 
 
 def require_shape(value: Any, hint: Any, key: str) -> None:
@@ -157,24 +157,24 @@ def refusal(key: str, value: object, hint: Any) -> str:
     limit = limit_of(hint)
     if isinstance(limit, OneOf) and isinstance(value, str):
         return f"{key}={value}: {limit.hint(value)}"
-    return f"{key}={spell(value)}: give {describe(hint)}"
+    return f"{key}={format_value(value)}: give {describe_type(hint)}"
 
 
-def describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """What a setting of this type may be, such as: a whole number of at least 1, or null."""
     inner = without_none(hint)
     limit = limit_of(inner)
     if inner is not hint:
-        return f"{describe(inner)}, or null"
+        return f"{describe_type(inner)}, or null"
     if isinstance(limit, Range):
         return limit.describe("whole number" if get_args(inner)[0] is int else "number")
     if isinstance(limit, OneOf):
         return f"one of {', '.join(limit.words)}"
     if get_origin(inner) in (list, tuple):
-        count = f" of {size(inner)}" if size(inner) else ""
-        return f"a list{count}, each item {describe(get_args(inner)[0])}"
+        count = f" of {required_length(inner)}" if required_length(inner) else ""
+        return f"a list{count}, each item {describe_type(get_args(inner)[0])}"
     if get_origin(inner) is dict:
-        return f"a mapping, each value {describe(get_args(inner)[1])}"
+        return f"a mapping, each value {describe_type(get_args(inner)[1])}"
     if is_dataclass(inner):
         return f"a mapping such as {{{fields(inner)[0].name}: …}}"
     return {bool: "true or false", str: "text"}.get(inner, "another value")
@@ -213,13 +213,13 @@ def limit_of(hint: Any) -> Any:
     return get_args(inner)[1] if get_origin(inner) is Annotated else None
 
 
-def size(hint: Any) -> int | None:
+def required_length(hint: Any) -> int | None:
     """How many items a list must have; None if any number will do."""
     items = get_args(hint)
     return len(items) if get_origin(hint) is tuple and items[-1] is not ... else None
 
 
-def spell(value: object) -> str:
+def format_value(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -15,12 +15,12 @@ SECRET = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)|\b(?:hf_|sk-|gh[pousr]_)[A-Za-z0-
 HIDDEN = "***"
 
 
-def printable(text: str) -> str:
+def escape_controls(text: str) -> str:
     """The text without what a terminal would obey."""
     return text.translate(CONTROLS)
 
 
-def masked(text: str) -> str:
+def redact(text: str) -> str:
     """The text without tokens, passwords in addresses and the values of environment variables such as HF_TOKEN."""
     for value in known_secrets():
         text = text.replace(value, HIDDEN)
@@ -36,7 +36,7 @@ def known_secrets() -> list[str]:
 def is_secret(key: str, value: object) -> bool:
     """Whether a setting is one that nobody may read."""
     text = str(value)
-    return value not in (None, "") and (SECRET_KEY.search(key) is not None or masked(text) != text)
+    return value not in (None, "") and (SECRET_KEY.search(key) is not None or redact(text) != text)
 
 
 def literal(value: Any) -> Any:

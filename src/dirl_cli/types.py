@@ -9,8 +9,10 @@ from dirl_cli.ranges import Count, Natural, NotNegative, OneOf, Seed, SomeShare,
 StopReason = Literal["stop", "length"]
 Confidence = Literal["sampled", "max", "entropy"]
 STATE = "state.json"  # in every checkpoint of a training run
-WHOLE = ("auto", "single", "ddp", "cpu_gloo")  # ways to launch in which every process holds the whole model
-SHARING = ("fsdp2", "zero2")  # and those in which processes share it
+
+# Ways to launch a run: in the first every process holds the whole model, in the others the processes share it.
+UNSHARDED_LAUNCHES = ("auto", "single", "ddp", "cpu_gloo")
+SHARDED_LAUNCHES = ("fsdp2", "zero2")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from tests.helpers.command_line import dirl, refusal
 def compose_job(command, *words):
     config_tree.prepare(None)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose(command, overrides.leave_preset(words, config_tree.preset(command)))
+        return compose(command, overrides.drop_preset(words, config_tree.preset(command)))
 
 
 def test_help_imports_neither_hydra_nor_torch():

@@ -95,9 +95,9 @@ def test_a_path_that_does_not_exist_is_told_as_a_path(here):
     (here / "mine").mkdir()
     for path in ("runs/nope", "mine/nope"):
         with pytest.raises(DirlError, match=f"^{path} does not exist: check the path$"):
-            hub.local(path, "model")
+            hub.local_snapshot(path, "model")
     with pytest.raises(DirlError, match="run `dirl download me/nope` first"):
-        hub.local("me/nope", "model")
+        hub.local_snapshot("me/nope", "model")
 
 
 def test_a_path_in_a_sentence_can_be_pasted(jobs):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dirl_cli.cli.build import find
+from dirl_cli.cli.build import find_class
 from dirl_cli.cli.former import MODULES
 from dirl_cli.cli.run_dir import environment, git_state, open_run
 from dirl_cli.errors import DirlError
@@ -58,7 +58,7 @@ def test_a_run_goes_on_although_its_classes_have_moved(tmp_path):
 
 def test_a_class_is_found_where_an_earlier_version_had_it():
     for module, name in [("algo.views", "Trace"), ("models.causal", "FromCausal"), ("training.schedule", "Cosine")]:
-        assert find(f"dirl_cli.{module}.{name}", "group").__name__ == name
+        assert find_class(f"dirl_cli.{module}.{name}", "group").__name__ == name
     for module in MODULES.values():
         import_module(module)
 
@@ -76,7 +76,7 @@ def test_a_class_is_found_where_an_earlier_version_had_it():
     ],
 )
 def test_a_class_is_found_under_the_name_that_an_earlier_version_gave_it(tmp_path, earlier, today):
-    found = find(f"dirl_cli.{earlier}", "group")
+    found = find_class(f"dirl_cli.{earlier}", "group")
     assert found.__name__ == today
     start(tmp_path / "run", part={"_target_": f"dirl_cli.{earlier}"})
     start(tmp_path / "run", part={"_target_": f"{found.__module__}.{today}"})

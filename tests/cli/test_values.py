@@ -22,10 +22,10 @@ from dirl_cli.cli.build import build
 from dirl_cli.cli.explain import explain
 from dirl_cli.cli.launch import check_values
 from dirl_cli.cli.schema import SCHEMAS
-from dirl_cli.console import take_any_text
+from dirl_cli.console import replace_unencodable
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.ranges import OneOf, Range, describe, limit_of, require, type_at, types_of, without_none
+from dirl_cli.ranges import OneOf, Range, describe_type, limit_of, require, type_at, types_of, without_none
 
 MANDATORY = {
     "data.sources": [{"path": "a.jsonl"}],
@@ -179,12 +179,12 @@ def test_the_walk_finds_a_number_without_a_range():
 
 def test_a_type_tells_what_a_setting_may_be():
     one = Annotated[float, Range(above=0, infinite=True, remark="inf switches it off")]
-    assert describe(one) == "a number above 0; inf switches it off"
-    assert describe(Annotated[int, Range(at_least=1)] | None) == "a whole number of at least 1, or null"
-    assert describe(Annotated[float, Range()]) == "a finite number"
-    assert describe(tuple[float, float] | None).startswith("a list of 2, each item")
-    assert describe(Annotated[str, OneOf("a", "b")]) == "one of a, b"
-    assert (describe(bool), describe(str)) == ("true or false", "text")
+    assert describe_type(one) == "a number above 0; inf switches it off"
+    assert describe_type(Annotated[int, Range(at_least=1)] | None) == "a whole number of at least 1, or null"
+    assert describe_type(Annotated[float, Range()]) == "a finite number"
+    assert describe_type(tuple[float, float] | None).startswith("a list of 2, each item")
+    assert describe_type(Annotated[str, OneOf("a", "b")]) == "one of a, b"
+    assert (describe_type(bool), describe_type(str)) == ("true or false", "text")
 
 
 def test_a_range_holds_its_numbers():
@@ -311,7 +311,7 @@ def test_a_directory_that_is_no_config_tree_says_so(here):
 
 def test_a_terminal_without_our_letters_gets_question_marks():
     shown = TextIOWrapper(BytesIO(), encoding="ascii")
-    take_any_text(shown, StringIO())
+    replace_unencodable(shown, StringIO())
     print("step 1 · π", file=shown, flush=True)
     assert shown.buffer.getvalue() == b"step 1 ? ?\n"
 

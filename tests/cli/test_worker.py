@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dirl_cli.cli.launch import start_processes
+from dirl_cli.cli.launch import start_workers
 from dirl_cli.errors import DirlError
 
 # Python imports this at every start; it puts a stand-in in the place of `dirl sft`.
@@ -90,7 +90,7 @@ def test_more_processes_than_the_machine_has_gpus_are_refused_before_one_starts(
     monkeypatch.setattr("subprocess.Popen", None)
     cfg = OmegaConf.create({"gpus": 64, "nodes": 1, "device": "auto"})
     with pytest.raises(DirlError, match=r"^gpus=64: this machine has 2 GPUs: give no more, or device=cpu$"):
-        start_processes("sft", cfg, tmp_path, [])
+        start_workers("sft", cfg, tmp_path, [])
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from dirl_cli.cli.app import app
 from dirl_cli.commands.download import room_for
 from dirl_cli.data.files import ProblemFile
 from dirl_cli.errors import DirlError
-from dirl_cli.hub import local
+from dirl_cli.hub import local_snapshot
 from tests.helpers.hub import COMMIT, Hub, sha256
 
 WEIGHTS = random.Random(0).randbytes(1_000_000)
@@ -329,13 +329,13 @@ def test_what_is_not_here_is_told_with_the_words_that_fetch_it(fetched, monkeypa
         ("lab/data", "dataset", "datasets/lab/data"),
     ]:
         with pytest.raises(DirlError, match=f"{repo_id} is not on this machine: run `dirl download {words}` first"):
-            local(repo_id, kind)
+            local_snapshot(repo_id, kind)
     fetched("bench=math500")
-    found = local("Auraithm/MATH500", "dataset")
+    found = local_snapshot("Auraithm/MATH500", "dataset")
     assert (found / "MATH500.json").read_bytes() == b"[]"
     (found / "MATH500.json").unlink()
     with pytest.raises(DirlError, match="Auraithm/MATH500 is only in part on this machine: run"):
-        local("Auraithm/MATH500", "dataset")
+        local_snapshot("Auraithm/MATH500", "dataset")
 
 
 def test_what_was_downloaded_is_read_from_the_cache(fetched, monkeypatch, tmp_path):

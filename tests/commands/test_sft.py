@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dirl_cli.commands.sft import run
-from dirl_cli.data.order import Order, generator
+from dirl_cli.data.order import MixtureOrder, generator
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.files import conf_dir
@@ -306,7 +306,7 @@ def test_real_demonstrations_with_the_real_tokenizer_train_save_and_go_on(shared
 def batches(batch_size: int, seed: int = 0) -> NoisedBatches:
     """Five demonstrations, each of its own token."""
     demonstrations = [example([i] * 8, [False] * 4 + [True] * 4, 4, 0) for i in range(1, 6)]
-    order = Order((5,), (1.0,), partial(generator, seed))
+    order = MixtureOrder((5,), (1.0,), partial(generator, seed))
     return NoisedBatches(demonstrations, order, batch_size, lambda step: Noise(PerBlock(), 4, 9, 0, 16), seed)
 
 

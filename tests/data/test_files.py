@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from pyarrow import parquet
 
 from dirl_cli.cli.build import build
-from dirl_cli.data.columns import told
+from dirl_cli.data.columns import summarize_notes
 from dirl_cli.data.files import Mix, ProblemFile, TrainingFile, sources_of
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.errors import DirlError
@@ -191,7 +191,7 @@ def test_a_malformed_file_of_a_directory_is_told_in_one_sentence(tmp_path):
 def test_a_data_set_of_the_hub_is_read_from_where_it_was_downloaded(tmp_path, monkeypatch):
     save(tmp_path / "rows.json", PROBLEMS)
     asked = []
-    monkeypatch.setattr("dirl_cli.hub.local", lambda *words: asked.append(words) or tmp_path)
+    monkeypatch.setattr("dirl_cli.hub.local_snapshot", lambda *words: asked.append(words) or tmp_path)
     assert [one.id for one in ProblemFile("d", "Some-One/sums_1.5").problems()] == ["sums_1-0", "sums_1-1"]
     assert asked == [("Some-One/sums_1.5", "dataset")]
     with pytest.raises(DirlError, match=r"no/such.jsonl does not exist"):
@@ -216,13 +216,13 @@ def test_a_column_that_gives_way_to_another_of_its_name_is_told(tmp_path):
     for data in (ProblemFile("a", path, columns=COLUMNS), TrainingFile(path, columns=COLUMNS)):
         assert data.remarks() == [f"2 rows: {said} (first {path} item 2)"]
     learning = TrainingFile(path, columns={"question": "problem", "response": "answer"})
-    assert told(learning.demonstrations()) == [f"2 rows: {said} (first {path} item 2)"]
+    assert summarize_notes(learning.demonstrations()) == [f"2 rows: {said} (first {path} item 2)"]
 
 
 def test_columns_that_change_places_lose_nothing(tmp_path):
     columns = {"question": "response", "response": "question"}
     row = learned(tmp_path, {"question": "4", "response": "2+2?"}, columns=columns)
-    assert row == (row.place, {"question": "2+2?", "response": "4"}, (), {})
+    assert row == (row.location, {"question": "2+2?", "response": "4"}, (), {})
 
 
 def test_a_part_of_a_turn_that_gives_way_to_another_of_its_name_is_told(tmp_path):
@@ -326,10 +326,12 @@ def test_what_nothing_is_made_of_is_told_with_a_count_and_an_example(tmp_path):
     rows = [{"messages": SAID, "id": i, "tools": [] if i else [{"name": "add"}], "score": 0.5} for i in range(2000)]
     data = TrainingFile(save(tmp_path / "a.jsonl", rows, lines=True))
     counts = "tools (1 row), score (2,000 rows)"
-    assert told(data.demonstrations()) == [f'not read: {counts}; {data.path} line 1 has tools: [{{"name": "add"}}]']
+    assert summarize_notes(data.demonstrations()) == [
+        f'not read: {counts}; {data.path} line 1 has tools: [{{"name": "add"}}]'
+    ]
     both = [{**row, "messages": [{**SAID[0], "role": "USER"}, SAID[1]]} for row in rows[1:3]]
     data = TrainingFile(save(tmp_path / "b.jsonl", both, lines=True))
-    assert told(data.demonstrations())[0] == f"2 rows: role USER is read as user (first {data.path} line 1)"
+    assert summarize_notes(data.demonstrations())[0] == f"2 rows: role USER is read as user (first {data.path} line 1)"
 
 
 def test_alpacas_input_is_used_also_where_its_columns_are_mapped(tmp_path):
@@ -426,7 +428,7 @@ def test_a_table_of_text_is_read(tmp_path):
         (),
         {},
     )
-    assert second.place.endswith("a.csv line 5")
+    assert second.location.endswith("a.csv line 5")
     assert [(one.id, one.answer) for one in problems(str(tmp_path / "a.csv"))] == [("1", "1001"), ("a-1", "")]
     (tmp_path / "a.tsv").write_text("question\tground_truth_answer\n2,5 + 1\t3,5\n")
     assert [one.question for one in problems(str(tmp_path / "a.tsv"))] == ["2,5 + 1"]
@@ -458,7 +460,7 @@ def test_objects_may_be_spread_over_lines(tmp_path):
     (tmp_path / "a.json").write_text(text)
     assert [row.fields for row in read_rows(tmp_path / "a.json")] == PROBLEMS[:1]
     (tmp_path / "a.json").write_text(f"{text}\n\n{json.dumps(PROBLEMS[1], indent=2)}\n")
-    assert [row.place for row in read_rows(tmp_path / "a.json")] == [f"{tmp_path}/a.json line {n}" for n in (1, 6)]
+    assert [row.location for row in read_rows(tmp_path / "a.json")] == [f"{tmp_path}/a.json line {n}" for n in (1, 6)]
     (tmp_path / "a.json").write_text(f"{text[:-1]}")
     with pytest.raises(DirlError, match="line 1 is not valid JSON"):
         read_rows(tmp_path / "a.json")

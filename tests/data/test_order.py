@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dirl_cli.data.order import LONGEST_ROUND, Order, generator
+from dirl_cli.data.order import LONGEST_ROUND, MixtureOrder, generator
 from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.rl.rollouts import problem_order
 
 
 def order(sizes, weights, seed=0):
-    return Order(tuple(sizes), tuple(weights), partial(generator, seed))
+    return MixtureOrder(tuple(sizes), tuple(weights), partial(generator, seed))
 
 
 def source_of(example, sizes):
@@ -40,7 +40,7 @@ def test_before_any_place_every_example_of_a_source_came_as_often_or_once_less(m
     ours = order(sizes, weights, seed)
     seen = Counter(ours[i] for i in range(place))
     first = 0
-    for size, drawn, epochs in zip(sizes, ours.drawn(place), ours.epochs(place), strict=True):
+    for size, drawn, epochs in zip(sizes, ours.counts_before(place), ours.epochs(place), strict=True):
         times = [seen[example] for example in range(first, first + size)]
         assert sum(times) == drawn and max(times) - min(times) <= 1 and epochs == drawn / size
         first += size
@@ -69,7 +69,7 @@ def test_weights_are_proportions(weights):
     ],
 )
 def test_a_round_is_as_short_as_its_shares_allow(weights, length, shares):
-    assert order([5] * len(weights), weights).drawn(length) == shares
+    assert order([5] * len(weights), weights).counts_before(length) == shares
 
 
 def test_sources_of_the_same_size_are_shuffled_each_in_its_own_way():

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.data import tokens as module
 from dirl_cli.data.chat import encode_demonstrations
-from dirl_cli.data.preview import lengths, marked, show
+from dirl_cli.data.preview import length_table, mark_trained, show_examples
 from dirl_cli.data.rows import Row
-from dirl_cli.data.tokens import Tokens, tokens_file, write_tokens
+from dirl_cli.data.tokens import TokenTable, tokens_file, write_tokens
 from dirl_cli.errors import DirlError
 from dirl_cli.models.tiny import train_tokenizer
 from dirl_cli.types import Instruction
@@ -28,9 +28,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def tokens(tokenizer, tmp_path) -> Tokens:
+def tokens(tokenizer, tmp_path) -> TokenTable:
     write_tokens(tmp_path / "t.arrow", tokenizer, ROWS, PLAIN)
-    return Tokens.read(tmp_path / "t.arrow")
+    return TokenTable.read(tmp_path / "t.arrow")
 
 
 def test_what_is_read_is_what_was_encoded(tokens, tokenizer):
@@ -50,7 +50,7 @@ def test_those_that_are_too_long_are_left_out_of_all(tokens):
 @given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=5), max_size=5))
 def test_tokens_in_memory_are_like_those_on_the_disk(rows):
     encoded = [([i for i, _ in row], [flag for _, flag in row]) for row in rows]
-    tokens = Tokens.of(encoded)
+    tokens = TokenTable.of(encoded)
     assert [tokens[i] for i in range(len(tokens))] == encoded
     assert tokens.lengths.tolist() == [len(row) for row in rows]
 
@@ -58,7 +58,7 @@ def test_tokens_in_memory_are_like_those_on_the_disk(rows):
 def test_rows_are_written_a_thousand_at_a_time(tokenizer, tmp_path):
     rows = [Row(f"row {i}", {"prompt": "a", "response": "b" * (i % 7)}) for i in range(2345)]
     write_tokens(tmp_path / "t.arrow", tokenizer, rows, PLAIN)
-    tokens = Tokens.read(tmp_path / "t.arrow")
+    tokens = TokenTable.read(tmp_path / "t.arrow")
     assert len(tokens.table["token_ids"].chunks) == 3
     assert [[tokens[i]] for i in (999, 1000, 2344)] == [
         encode_demonstrations(tokenizer, [rows[i]], PLAIN) for i in (999, 1000, 2344)
@@ -111,19 +111,21 @@ def test_a_file_that_is_not_finished_is_not_there(tokenizer, tmp_path):
 
 
 def test_what_is_trained_is_green_and_between_brackets(tokens, tokenizer):
-    text = marked(tokenizer, tokens[0])
+    text = mark_trained(tokenizer, tokens[0])
     assert text.plain == "a b ⟦c<|im_end|>⟧"
     assert [(text.plain[span.start : span.end], span.style) for span in text.spans] == [("⟦c<|im_end|>⟧", "bold green")]
 
 
 def test_the_table_counts_and_measures(tokenizer):
-    table = lengths({"a/long/path.jsonl": Tokens.of([([1] * n, [False] * (n - 1) + [True]) for n in range(1, 101)])})
+    table = length_table(
+        {"a/long/path.jsonl": TokenTable.of([([1] * n, [False] * (n - 1) + [True]) for n in range(1, 101)])}
+    )
     cells = [next(iter(column.cells)) for column in table.columns]
     assert cells == ["a/long/path.jsonl", "100", "5,050", "100", "1", "51", "95", "100"]
 
 
 def test_a_dry_run_shows_two_examples_of_each_source(tokens, tokenizer):
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    show({"one": tokens, "two": Tokens(tokens.table, np.array([4]))}, tokenizer, console)
+    show_examples({"one": tokens, "two": TokenTable(tokens.table, np.array([4]))}, tokenizer, console)
     shown = console.export_text()
     assert shown.count("⟦") == 3 and "two, example 1: " in shown and "⟦ccccc<|im_end|>⟧" in shown

@@ -172,7 +172,7 @@ def with_odd_bytes(data: bytes, random: random.Random, corpus: list[bytes]) -> b
 
 def rows(home: Path) -> tuple[list[bytes], Target]:
     """Data files, as demonstrations, as problems and as predictions of a benchmark."""
-    from dirl_cli.data.columns import demonstration, problem, renamed
+    from dirl_cli.data.columns import demonstration, problem, rename_columns
     from dirl_cli.data.rows import read_rows
     from dirl_cli.errors import DirlError
     from dirl_cli.evaluation.predictions import read_predictions
@@ -181,12 +181,12 @@ def rows(home: Path) -> tuple[list[bytes], Target]:
     def run(data: bytes, here: Path) -> None:
         file = here / ("a.json", "a.jsonl", "a.jsonl.gz", "a.gz", "a.csv")[len(data) % 5]
         file.write_bytes(gzip.compress(data, 1) if file.suffix == ".gz" else data)
-        found = renamed(read_rows(file), {"question": "problem", "content": "value", "role": "from"})
+        found = rename_columns(read_rows(file), {"question": "problem", "content": "value", "role": "from"})
         for read in (demonstration, lambda row: problem(row, "0")):
             for row in found:
                 with suppress(DirlError):
                     read(row)
-        read_predictions(((row.place, row.fields) for row in found), [Problem("0", "1+1", "2")])
+        read_predictions(((row.location, row.fields) for row in found), [Problem("0", "1+1", "2")])
 
     lines = [
         {"prompt": "<|im_start|>user\nWhat?", "response": "4<|im_end|>"},

@@ -30,7 +30,7 @@ from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.parallel import start_accelerator, unsharded, unsharded_model
 from dirl_cli.training.trainer import Sums, Trainer
-from dirl_cli.types import SHARING, Decoding, Problem
+from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Problem
 from tests.helpers.paths import ROOT
 from tests.helpers.small import MASK, PAD, small_lm
 
@@ -119,7 +119,7 @@ def take(
     optimizers = OPTIMIZERS[optimizer].build(lm.model)
     trainer = Trainer(accelerator, LogprobModel(lm.model), optimizers, lambda step: 1.0, clip_norm=0.5)
     found = {"sft": sft, "rl": rl}[task](lm, trainer, micro_rows)
-    assert all(isinstance(one, DTensor) == (launch in SHARING) for one in lm.model.parameters())
+    assert all(isinstance(one, DTensor) == (launch in SHARDED_LAUNCHES) for one in lm.model.parameters())
     copied = {name: tensor.detach().cpu().clone() for name, tensor in unsharded(lm.model.named_parameters())}
     sampler_lm = unsharded_model(lm)
     assert (sampler_lm.model.config is lm.model.config) == (sampler_lm is lm), "a copy is switched by itself"
@@ -127,7 +127,7 @@ def take(
     assert all(torch.equal(sampled_from[name].cpu(), copied[name]) for name in copied)
     narrow = dict(unsharded_model(lm, torch.bfloat16).model.named_parameters())
     assert all(torch.equal(narrow[name].cpu(), copied[name].to(narrow[name].dtype)) for name in copied)
-    assert (narrow["lm_head.weight"].dtype == torch.bfloat16) == (launch in SHARING)
+    assert (narrow["lm_head.weight"].dtype == torch.bfloat16) == (launch in SHARDED_LAUNCHES)
     return found, copied
 
 

@@ -18,11 +18,11 @@ from transformers import AutoConfig
 
 from dirl_cli.cli import schema
 from dirl_cli.cli.config_tree import preset
-from dirl_cli.cli.overrides import leave_preset
+from dirl_cli.cli.overrides import drop_preset
 from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.files import conf_dir
-from dirl_cli.hub import configured
+from dirl_cli.hub import configured_repositories
 from dirl_cli.models.load import PretrainedModel
 from dirl_cli.models.sdar import SDARMoeConfig
 from dirl_cli.models.shapes import PUBLISHED, outline
@@ -417,7 +417,7 @@ def config(name: str, *words: str) -> DictConfig:
     schema.register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         data = [] if any(word.startswith("data=") for word in words) else ["data=arithmetic", "data.train=20"]
-        cfg = compose(name, leave_preset(["device=cuda", "memory_gb=80", *data, *words], preset(name)))
+        cfg = compose(name, drop_preset(["device=cuda", "memory_gb=80", *data, *words], preset(name)))
     OmegaConf.resolve(cfg)
     return cfg
 
@@ -540,7 +540,7 @@ def test_published_shapes_have_the_published_number_of_parameters(path, paramete
 
 
 def test_every_model_of_the_hub_that_conf_names_has_a_published_shape():
-    named = {path for choice, path in configured().items() if choice.startswith("model=")}
+    named = {path for choice, path in configured_repositories().items() if choice.startswith("model=")}
     assert named - {"models/SmolLM2-135M-Instruct"} == set(PUBLISHED)  # which is made out of a package
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from dirl_cli.errors import DirlError
 from dirl_cli.report.metrics_log import FileOnly, MetricsLog, NoLog, TensorBoard, Wandb, read_metrics
 from dirl_cli.report.plot import Panel, plot, smooth
-from dirl_cli.report.progress import StepProgress, clock, describe, due, shares
+from dirl_cli.report.progress import StepProgress, due, format_duration, format_metrics, format_shares
 from dirl_cli.training.trainer import PhaseTimes
 
 NOWHERE = FileOnly().open(None, {}, 0)
@@ -117,7 +117,7 @@ def test_a_quiet_progress_shows_nothing(capsys):
     progress = StepProgress(steps=1, every=1, shown=["loss"], quiet=True)
     with progress.after(0):
         progress.update(1, {"loss": 0.5})
-        progress.say("hello")
+        progress.print_line("hello")
     assert capsys.readouterr().out == ""
 
 
@@ -141,9 +141,9 @@ def test_what_is_due():
 
 
 def test_durations_and_shares_in_words():
-    assert clock(65) == "1:05" and clock(7265) == "2:01:05"
-    assert describe({"accuracy": 0.5}, "loss", "accuracy") == "accuracy 50%"
-    assert shares({"optimizer": 1.0, "rows": 3.0}) == "rows 75% · optimizer 25%"
+    assert format_duration(65) == "1:05" and format_duration(7265) == "2:01:05"
+    assert format_metrics({"accuracy": 0.5}, "loss", "accuracy") == "accuracy 50%"
+    assert format_shares({"optimizer": 1.0, "rows": 3.0}) == "rows 75% · optimizer 25%"
 
 
 def test_phases_add_up_and_are_taken_once():

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dirl_cli.errors import DirlError
-from dirl_cli.files import whole_directory
+from dirl_cli.files import atomic_directory
 from dirl_cli.training.checkpoint import (
     STATE,
     SUMS,
@@ -186,7 +186,7 @@ def test_the_best_by_what_is_not_measured_is_refused():
 def test_what_a_crash_left_half_written_is_not_a_checkpoint_and_is_removed(tmp_path):
     whole, _ = saved(tmp_path)
     kept = checkpoints(tmp_path)
-    with pytest.raises(KeyboardInterrupt), whole_directory(kept.directory / "step-000010") as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_directory(kept.directory / "step-000010") as partial:
         (partial / MODEL).write_bytes(b"half")
         assert kept.begin("auto", print) == whole
         raise KeyboardInterrupt

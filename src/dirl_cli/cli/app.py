@@ -90,7 +90,7 @@ def add(name: str, summary: str, example: str) -> None:
         info: Info = None,
         config_dir: ConfigDir = None,
     ) -> None:
-        start(name, overrides or [], multirun, cfg, info, config_dir)
+        run_command(name, overrides or [], multirun, cfg, info, config_dir)
 
 
 def hints(name: str, example: str) -> str:
@@ -98,7 +98,7 @@ def hints(name: str, example: str) -> str:
     return f"Such as: dirl {name} {example}\n\nEvery key: dirl {name} --cfg job{codes}"
 
 
-def start(
+def run_command(
     name: str, words: list[str], multirun: bool, cfg: View | None, info: Topic | None, config_dir: Path | None
 ) -> None:
     """Launch a command and tell what the user can fix in one sentence."""
@@ -140,9 +140,9 @@ def download(
     info: Info = None,
     config_dir: ConfigDir = None,
 ) -> None:
-    from dirl_cli.cli.overrides import gather, quote
+    from dirl_cli.cli.overrides import collect_bare_words, quote
 
     if to and multirun:
         raise typer.BadParameter("--to and --multirun exclude each other")
-    words = gather(overrides or [], "ids") + ([f"to={quote(str(to))}"] if to else [])
-    start("download", words, multirun, cfg, info, config_dir)
+    words = collect_bare_words(overrides or [], "ids") + ([f"to={quote(str(to))}"] if to else [])
+    run_command("download", words, multirun, cfg, info, config_dir)

@@ -31,7 +31,7 @@ def build(cfg: DictConfig, kind: type | None = None) -> Any:
     group = str(cfg._get_full_key(None)) or "config"
     if kind is None and "_target_" not in cfg:
         raise DirlError(f"{group} has no _target_, so there is nothing to make of it: choose {group}=… anew")
-    kind = kind or find(str(cfg._target_), group)
+    kind = kind or find_class(str(cfg._target_), group)
     given = cast(dict[str, Any], literal(OmegaConf.to_container(cfg, resolve=True)))
     given.pop("_target_", None)
     nested = [key for key, value in given.items() if isinstance(value, dict) and "_target_" in value]
@@ -52,7 +52,7 @@ def build(cfg: DictConfig, kind: type | None = None) -> Any:
     return with_tuples(built)
 
 
-def choice(group: str, name: str, **given: Any) -> Any:
+def build_choice(group: str, name: str, **given: Any) -> Any:
     """What conf/`group`/`name`.yaml describes, with the values `given` in place of its own."""
     files = {file.stem: file for file in sorted((conf_dir() / group).glob("*.yaml"))}
     if name not in files:
@@ -61,7 +61,7 @@ def choice(group: str, name: str, **given: Any) -> Any:
     return build(cast(DictConfig, cfg)[group])
 
 
-def made(group: str, settings: dict[str, Any]) -> Any:
+def build_settings(group: str, settings: dict[str, Any]) -> Any:
     """What plain settings describe. group: what they are called in a sentence."""
     return build(OmegaConf.create({group: literal(settings)})[group])
 
@@ -73,7 +73,7 @@ def value_at(given: Any, key: str) -> Any:
     return given
 
 
-def find(target: str, group: str) -> type:
+def find_class(target: str, group: str) -> type:
     """The class that an import path names."""
     module_name, _, name = todays_target(target).rpartition(".")
     try:

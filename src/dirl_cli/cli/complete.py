@@ -17,7 +17,7 @@ def complete_override(command: str, words: Sequence[str], incomplete: str, confi
     config_tree.prepare(config_dir)
     *words, word = rejoin([*words, incomplete])
     try:
-        found = [candidate for candidate in candidates(command, words) if candidate.startswith(word)]
+        found = [candidate for candidate in all_completions(command, words) if candidate.startswith(word)]
     except (DirlError, HydraException, OmegaConfBaseException):  # an earlier word does not compose (yet)
         found = []
     typed = word.removesuffix(incomplete)  # what the shell keeps of the word itself
@@ -32,16 +32,16 @@ def rejoin(words: Sequence[str]) -> list[str]:
     return [*words, word]
 
 
-def candidates(command: str, words: Sequence[str]) -> list[str]:
+def all_completions(command: str, words: Sequence[str]) -> list[str]:
     """Whole `key=value` words: every choice of every group, every key at its value, every model trained here."""
     words = overrides.rewrite(words, config_tree.choices, sweep=False)
-    groups, values = config_tree.survey(command, overrides.leave_preset(words, config_tree.preset(command)))
+    groups, values = config_tree.survey(command, overrides.drop_preset(words, config_tree.preset(command)))
     chosen = [f"{group}={name}" for group, names in groups.items() for name in names]
     trained = [f"model={path}" for path in sorted(Path("runs").glob("*/*/model"))] if "model" in groups else []
-    return [*chosen, *trained, *(f"{key}={spell(value)}" for key, value in values.items())]
+    return [*chosen, *trained, *(f"{key}={format_completion(value)}" for key, value in values.items())]
 
 
-def spell(value: object) -> str:
+def format_completion(value: object) -> str:
     """A value as it is typed on the command line; nothing for one that is computed from others or still missing."""
     if isinstance(value, str) and (value == "???" or "${" in value):
         return ""

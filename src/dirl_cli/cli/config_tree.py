@@ -81,10 +81,10 @@ def preset(command: str) -> str | None:
 def choices(group: str) -> list[str]:
     """What a config group offers, in the user's tree and in ours; nothing if there is no such group."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return options(group)
+        return group_options(group)
 
 
-def options(group: str) -> list[str]:
+def group_options(group: str) -> list[str]:
     return GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
 
 
@@ -96,13 +96,13 @@ def with_bases(file: Path) -> DictConfig:
     return merged
 
 
-def each(group: str) -> list[str]:
+def members_of_all(group: str) -> list[str]:
     """The choices that `all` of a group stands for, nothing if it has no such choice."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return list(compose(f"{group}/all")[group].each) if "all" in options(group) else []
+        return list(compose(f"{group}/all")[group].each) if "all" in group_options(group) else []
 
 
-def has(command: str, words: Sequence[str], key: str) -> bool:
+def has_key(command: str, words: Sequence[str], key: str) -> bool:
     """Whether a command's config has a key, the choices in `words` made."""
     try:
         return key in survey(command, words)[1]
@@ -110,10 +110,10 @@ def has(command: str, words: Sequence[str], key: str) -> bool:
         return False
 
 
-def holds_list(command: str, words: Sequence[str], key: str) -> bool:
+def is_list(command: str, words: Sequence[str], key: str) -> bool:
     """Whether a key of a command's config takes a list, the choices in `words` made."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose(command, [word for word in words if options(word.partition("=")[0]) and "," not in word])
+        cfg = compose(command, [word for word in words if group_options(word.partition("=")[0]) and "," not in word])
         *parents, last = key.split(".")
         parent = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
         return isinstance(parent, DictConfig) and isinstance(parent._get_node(last), ListConfig)
@@ -125,10 +125,10 @@ def survey(command: str, words: Sequence[str]) -> tuple[dict[str, list[str]], di
     words: overrides, of which only the choices of groups count.
     """
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        chosen = [word for word in words if options(word.removeprefix("~").partition("=")[0])]
+        chosen = [word for word in words if group_options(word.removeprefix("~").partition("=")[0])]
         cfg = compose(command, chosen, return_hydra_config=True)
         groups = [str(group) for group in cfg.hydra.runtime.choices if not str(group).startswith("hydra/")]
-        offered = {group: options(group) for group in groups}
+        offered = {group: group_options(group) for group in groups}
     values = dict(leaves(OmegaConf.to_container(cfg)))
     mine = [key for key in values if not key.startswith("hydra.") and not key.endswith("_target_")]
     return offered, {key: values[key] for key in mine}

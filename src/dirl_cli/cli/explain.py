@@ -9,7 +9,7 @@ from hydra.errors import ConfigCompositionException, HydraException, OverridePar
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from dirl_cli.cli import config_tree, schema
-from dirl_cli.ranges import describe, type_at
+from dirl_cli.ranges import describe_type, type_at
 from dirl_cli.text import literal, shell_word
 
 COMPLAINTS = (HydraException, OmegaConfBaseException)
@@ -38,18 +38,18 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return f"{error.override}: an override has the form KEY=VALUE"
-        return f"{error.override}: {quoting(*error.override.partition('=')[::2])}"
+        return f"{error.override}: {quoting_hint(*error.override.partition('=')[::2])}"
     if found := re.search(r"In '(\w+)/(.+?)': Could not override '(.+?)'", text):
         return f"{found[1]}={found[2]} is for another command: dirl {command} has no {found[3]}"
     if found := re.search(r"Could not (?:override|delete from config\.) '(.+?)'", text):
-        return f"{found[1]}: no such key; {hint(command, found[1], keys(command, words))}"
-    if sentence := mistyped(error, command):
+        return f"{found[1]}: no such key; {hint(command, found[1], known_keys(command, words))}"
+    if sentence := explain_type_error(error, command):
         return sentence
     if found := re.match(r"Error merging override (.+)", text):
         return f"{found[1]}: {first_line(cause)}"
     if found := re.search(r"Ambiguous value for argument '(.+?)'", text):
         key, _, values = found[1].partition("=")
-        as_list = f", or write {key}=[{values}] for a list" if config_tree.holds_list(command, words, key) else ""
+        as_list = f", or write {key}=[{values}] for a list" if config_tree.is_list(command, words, key) else ""
         return f"{found[1]}: add -m to run each of them{as_list}"
     if found := re.search(r"An item is already at '(.+?)'", text):
         return f"+{found[1]}: the key is there already; write {found[1]}=… without the +"
@@ -61,21 +61,21 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
     return "; ".join(line for line in lines if line)
 
 
-def mistyped(error: Exception, command: str) -> str:
+def explain_type_error(error: Exception, command: str) -> str:
     """The sentence for a value of another type than a command's setting has; nothing for any other error."""
     cause = error.__cause__
     if not isinstance(cause, ValidationError):
         return ""
     setting = type_at(schema.SCHEMAS[command], str(cause.full_key))
     override = re.match(r"Error merging override (.+)", str(error))
-    return f"{override[1] if override else cause.full_key}: give {describe(setting)}" if setting else ""
+    return f"{override[1] if override else cause.full_key}: give {describe_type(setting)}" if setting else ""
 
 
 def first_line(text: str) -> str:
     return text.partition("\n")[0]
 
 
-def keys(command: str, words: Sequence[str]) -> list[str]:
+def known_keys(command: str, words: Sequence[str]) -> list[str]:
     """The groups and keys of the config that the choices in `words` give, or of the command's own defaults."""
     try:
         groups, values = config_tree.survey(command, words)
@@ -92,16 +92,16 @@ def hint(command: str, key: str, known: Sequence[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"`dirl {command} --cfg job` prints every key"
 
 
-def quoting(key: str, value: str) -> str:
+def quoting_hint(key: str, value: str) -> str:
     """How a value is written that Hydra cannot read."""
     if value[:1] in ("[", "{"):
         return "write a list as [a, b] and a mapping as {key: value}, and put texts in it in quotes"
     return f"quote the value, as in {shell_word(key, QuotedString(literal(value), Quote.double).with_quotes())}"
 
 
-def options(command: str, words: Sequence[str]) -> str:
+def explain_options(command: str, words: Sequence[str]) -> str:
     """One sentence for `--steps 10`: how options are written here."""
-    known, given, meant = keys(command, []), list(words), []
+    known, given, meant = known_keys(command, []), list(words), []
     while given:
         word = given.pop(0)
         if not word.startswith("-"):

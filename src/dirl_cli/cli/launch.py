@@ -27,12 +27,12 @@ from dirl_cli.cli import config_tree, explain, overrides, schema
 from dirl_cli.cli.build import build
 from dirl_cli.cli.run_dir import PATH_MODEL, model_of_run, open_run
 from dirl_cli.cli.worker import FAILURE, require_gpus
-from dirl_cli.console import take_any_text
+from dirl_cli.console import replace_unencodable
 from dirl_cli.errors import DirlError, DoesNotFit, Interrupted, Stopped, stop_code
 from dirl_cli.files import conf_dir
-from dirl_cli.ranges import require, spell, types_of
-from dirl_cli.text import counted, is_secret, literal, masked
-from dirl_cli.types import SHARING
+from dirl_cli.ranges import format_value, require, types_of
+from dirl_cli.text import counted, is_secret, literal, redact
+from dirl_cli.types import SHARDED_LAUNCHES
 
 SAVING = "3600"  # seconds that processes are given to end the step and save, once they are asked to stop
 ASKED = ("prompt", "messages", "instruction")  # keys whose text is a model's to read
@@ -46,7 +46,7 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
     flags: Hydra's own, such as --multirun. config_dir: the user's config tree, which wins over ours.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow a busy machine 6-fold
-    take_any_text(sys.stdout, sys.stderr)
+    replace_unencodable(sys.stdout, sys.stderr)
     if unread := [
         word for word in words if re.search("[\ud800-\udfff]", word)
     ]:  # Python's place for a byte it cannot read
@@ -65,16 +65,16 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
     """Let Hydra compose the config and run the command on it."""
     refuse_secrets(word.partition("=")[::2] for word in words)
     if any(word.startswith("-") for word in words):
-        raise DirlError(explain.options(name, words))
+        raise DirlError(explain.explain_options(name, words))
     may_sweep = flags in ([], ["--multirun"]) and name != "download"
-    spelled = overrides.spell_out(words, config_tree.each) if may_sweep else list(words)
+    spelled = overrides.expand_all(words, config_tree.members_of_all) if may_sweep else list(words)
     short = dict(zip(spelled, words, strict=True))
     if spelled != list(words):
         flags, words = ["--multirun"], spelled
     sweep = "--multirun" in flags
     words = overrides.rewrite(words, config_tree.choices, sweep)
-    words = overrides.leave_preset(words, config_tree.preset(name))
-    words = overrides.choose_files(words, lambda key: config_tree.has(name, words, key))
+    words = overrides.drop_preset(words, config_tree.preset(name))
+    words = overrides.choose_files(words, lambda key: config_tree.has_key(name, words, key))
     fixed = [] if not sweep else overrides.fixed_keys(words)
     title = schema.slug(",".join(short.get(word, word) for word in words if word.partition("=")[0] not in fixed))
     ledger = Path("runs", name, f".sweep-{os.getpid()}").absolute()  # a file, since jobs may be other processes
@@ -86,7 +86,7 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
 
     def task(cfg: DictConfig) -> None:
         try:
-            start(name, cfg, fixed, ledger)
+            run_job(name, cfg, fixed, ledger)
         except DirlError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 print(f"dirl {name}: {error}", file=sys.stderr)
@@ -123,7 +123,7 @@ def begin_sweep(ledger: Path) -> None:
         ) from error
 
 
-def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> None:
+def run_job(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> None:
     """Run a command on a composed config.
 
     fixed: the keys that do not tell a sweep's jobs apart. ledger: where a job of a sweep notes that it is done.
@@ -143,11 +143,11 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
     out = Path(cfg.out) if "out" in cfg else None
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         job = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in fixed]
-        out = out and out / schema.slug(",".join(word for word in job if not is_told(unresolved, word)))
+        out = out and out / schema.slug(",".join(word for word in job if not name_tells(unresolved, word)))
         print(f"dirl {name} {' '.join(job)}", *(["→", out] if out else []), flush=True)
     if line := preset_line(name, cfg):
         print(line, flush=True)
-    if out and says_where(cfg):
+    if out and announces_directory(cfg):
         print(f"dirl {name} → {out}", flush=True)  # before what takes seconds to import
     if out:
         cfg.out = literal(str(out))
@@ -162,7 +162,7 @@ def start(name: str, cfg: DictConfig, fixed: Sequence[str], ledger: Path) -> Non
                     f"{out} is prepared: start it with torchrun --nproc_per_node N -m dirl_cli.cli.worker {name} {out}"
                 )
             elif out and writes and cfg.gpus * cfg.nodes > 1:
-                start_processes(name, cfg, out, [lock.fileno()] if lock else [])
+                start_workers(name, cfg, out, [lock.fileno()] if lock else [])
             else:
                 with heeding_sigterm():
                     import_module(f"dirl_cli.commands.{name}").run(cfg, out)
@@ -193,7 +193,7 @@ def heeding_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def says_where(cfg: DictConfig) -> bool:
+def announces_directory(cfg: DictConfig) -> bool:
     """Whether this command writes, is no job of a sweep, which is announced, and is the first of its processes."""
     is_job = HydraConfig.get().mode == RunMode.MULTIRUN
     return not is_job and not any(cfg.get(key) for key in READ_ONLY) and os.environ.get("RANK", "0") == "0"
@@ -233,7 +233,7 @@ def check_values(name: str, cfg: DictConfig) -> None:
         elif types[group] is Any and isinstance(cfg[group], DictConfig):
             build(cfg[group])
         elif (conf_dir() / group).is_dir():  # as a config of the user's own may say
-            raise DirlError(f"{group}={spell(cfg[group])}: give a mapping as those in {conf_dir() / group}")
+            raise DirlError(f"{group}={format_value(cfg[group])}: give a mapping as those in {conf_dir() / group}")
     if "name" in settings and leaves_runs(cfg.name):
         raise DirlError(f"name={cfg.name} is no name of a directory in runs: for one elsewhere give out=DIR")
 
@@ -249,7 +249,7 @@ def refuse_secrets(settings: Iterable[tuple[str, Any]]) -> None:
         raise DirlError(f"{found[0]} holds a secret, and configurations are saved: set an environment variable instead")
 
 
-def is_told(unresolved: Any, word: str) -> bool:
+def name_tells(unresolved: Any, word: str) -> bool:
     """Whether the run's name tells the choice of an override, as tiny-arithmetic does for bench=arithmetic."""
     group, _, choice = word.partition("=")
     name, out = unresolved.get("name", ""), unresolved.get("out", "")
@@ -269,9 +269,9 @@ def check_launch(name: str, cfg: DictConfig) -> None:
     processes = cfg.gpus * cfg.nodes
     if cfg.launch == "single" and processes > 1:
         raise DirlError("launch=single is one process: leave gpus and nodes at 1, or launch at auto")
-    if cfg.launch in SHARING and name == "eval":
+    if cfg.launch in SHARDED_LAUNCHES and name == "eval":
         raise DirlError(f"launch={cfg.launch} shares a model that is trained: leave launch at auto for dirl eval")
-    if cfg.launch in SHARING and processes == 1:
+    if cfg.launch in SHARDED_LAUNCHES and processes == 1:
         raise DirlError(f"launch={cfg.launch} shares a model among processes: give gpus=2 or more, or launch=single")
     is_placed = cfg.node_rank is not None and cfg.node_rank < cfg.nodes and cfg.main_address is not None
     if cfg.nodes > 1 and not is_placed:
@@ -281,7 +281,7 @@ def check_launch(name: str, cfg: DictConfig) -> None:
         cfg.device = "cpu"
 
 
-def start_processes(name: str, cfg: DictConfig, out: Path, locks: Sequence[int]) -> None:
+def start_workers(name: str, cfg: DictConfig, out: Path, locks: Sequence[int]) -> None:
     """Run a command in one process per GPU (or CPU share); each reads the config saved in `out`.
 
     locks: file descriptors that keep `out` theirs even if this process is killed.
@@ -364,4 +364,4 @@ def report_bug(kind: type[BaseException], error: BaseException, trace: Traceback
         if frame.tb_frame.f_code.co_filename == __file__:
             start = frame
         frame = frame.tb_next
-    print(masked("".join(traceback.format_exception(kind, error, start))), end="", file=sys.stderr)
+    print(redact("".join(traceback.format_exception(kind, error, start))), end="", file=sys.stderr)

@@ -37,13 +37,13 @@ def rewrite(words: Sequence[str], choices: Callable[[str], list[str]], sweep: bo
     return [new for word in words for new in rewrite_word(word, choices, sweep)]
 
 
-def spell_out(words: Sequence[str], each: Callable[[str], list[str]]) -> list[str]:
+def expand_all(words: Sequence[str], each: Callable[[str], list[str]]) -> list[str]:
     """Spell `bench=all` as the choices that it stands for: `each` of a group."""
     members = {word: each(word.removesuffix("=all")) for word in words if word.endswith("=all")}
     return [f"{word[:-3]}{','.join(members[word])}" if members.get(word) else word for word in words]
 
 
-def gather(words: Sequence[str], key: str) -> list[str]:
+def collect_bare_words(words: Sequence[str], key: str) -> list[str]:
     """Spell the words that are no overrides as one list, the value of `key`."""
     bare = [word for word in words if "=" not in word and not word.startswith("~")]
     others = [word for word in words if word not in bare]
@@ -59,7 +59,7 @@ def choose_files(words: Sequence[str], has: Callable[[str], bool]) -> list[str]:
     return [*(f"{group}={PATH_CHOICE[group]}" for group in lost), *words]
 
 
-def leave_preset(words: Sequence[str], preset: str | None) -> list[str]:
+def drop_preset(words: Sequence[str], preset: str | None) -> list[str]:
     """Put `~experiment` beside a chosen model: a preset tells how its own model is trained, and no other.
 
     preset: the experiment that the command runs by default, if any.
@@ -85,7 +85,7 @@ def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) ->
     if name.rpartition(".")[2] == "columns" and value[0] == "{":
         return [f"+{name}={value}"]  # beside those that a benchmark of ours has, if any
     if name.rpartition(".")[2] in PATHS:
-        return [f"{key}={spell_paths(value, sweep)}"]
+        return [f"{key}={quote_paths(value, sweep)}"]
     return rewrite_choice(word, choices, sweep) if re.fullmatch(r"[\w/]+", key) else [word]
 
 
@@ -126,7 +126,7 @@ def is_call(value: str) -> bool:
     return re.fullmatch(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", value) is not None
 
 
-def spell_paths(value: str, sweep: bool) -> str:
+def quote_paths(value: str, sweep: bool) -> str:
     """A path in Hydra's quotes; each of several, in a list as in `compare=[A,B]` or where -m goes through them."""
     in_list = re.fullmatch(r"\[(.*)\]", value)
     if in_list and not exists(value):

@@ -18,7 +18,7 @@ from dirl_cli.cli.config_tree import leaves
 from dirl_cli.cli.former import todays_target
 from dirl_cli.errors import DirlError
 from dirl_cli.files import installed, write_json, write_text
-from dirl_cli.text import masked
+from dirl_cli.text import redact
 from dirl_cli.types import STATE
 
 # Keys that may change between two starts of a run, because its result does not depend on them.
@@ -72,7 +72,7 @@ def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
         write_text(out / "config.yaml", config)
         write_json(out / "environment.json", environment())
         with ExitStack() as failed:
-            failed.callback(clear, out)
+            failed.callback(remove_if_empty, out)
             yield lock
             failed.pop_all()
 
@@ -112,7 +112,7 @@ def finished_model(run: Path) -> Path:
     raise DirlError(f"{run} holds a run that has left no model: {hint} let it go on to its end with its own command")
 
 
-def clear(out: Path) -> None:
+def remove_if_empty(out: Path) -> None:
     """Remove a directory whose run has come to nothing."""
     if {path.name for path in out.iterdir()} <= BEGINNINGS:
         shutil.rmtree(out)
@@ -151,10 +151,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What is not the same in two configurations and matters: `key: old → new`."""
     keys = [key for key in {**old, **new} if not {key, key.partition(".")[0]} & FREE]
     pairs = [(key, old.get(key, "absent"), new.get(key, "absent")) for key in keys]
-    return [f"{key}: {spell(before)} → {spell(after)}" for key, before, after in pairs if before != after]
+    return [
+        f"{key}: {format_setting(before)} → {format_setting(after)}" for key, before, after in pairs if before != after
+    ]
 
 
-def spell(value: object) -> str:
+def format_setting(value: object) -> str:
     return "null" if value is None else str(value)
 
 
@@ -170,7 +172,7 @@ def flatten(config: str) -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """What this start of the run runs on."""
     return {
-        "command": masked(shlex.join(sys.orig_argv)),
+        "command": redact(shlex.join(sys.orig_argv)),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed(name) for name in PACKAGES},

@@ -26,9 +26,9 @@ from dirl_cli.ranges import (
     Seed,
     SomeShare,
 )
-from dirl_cli.types import SHARING, WHOLE, Decoding, Instruction
+from dirl_cli.types import SHARDED_LAUNCHES, UNSHARDED_LAUNCHES, Decoding, Instruction
 
-LAUNCHES = (*WHOLE, *SHARING)
+LAUNCHES = (*UNSHARDED_LAUNCHES, *SHARDED_LAUNCHES)
 Limit = Annotated[float, Range(above=0, infinite=True, remark="inf switches it off")]  # of a gradient's length
 LONGEST_NAME = 200  # bytes of a file name made of a path or an override; the disk allows 255, suffix included
 

@@ -18,16 +18,16 @@ from types import TracebackType
 from omegaconf import DictConfig, OmegaConf
 
 from dirl_cli.cli.run_dir import locked
-from dirl_cli.console import take_any_text
+from dirl_cli.console import replace_unencodable
 from dirl_cli.errors import DirlError, Stopped
-from dirl_cli.text import counted, masked
+from dirl_cli.text import counted, redact
 
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in Linux's prctl.h
 FAILURE = "failure.txt"  # in the run directory: the sentence of the process that failed first
 PATIENCE = 5  # seconds that the other processes are given when one has failed
 
 
-def start(name: str, out: str, *options: str) -> None:
+def launch_workers(name: str, out: str, *options: str) -> None:
     """Run a command as Accelerate's `options` say; exit 1 when one of its processes fails."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
@@ -61,9 +61,9 @@ def require_gpus(count: int) -> None:
         raise DirlError(f"gpus={count}: this machine has {counted(there, 'GPU')}: give no more, or device=cpu")
 
 
-def join(name: str, out: str) -> None:
+def run_under_launcher(name: str, out: str) -> None:
     """One of the processes of a launcher that is not ours, for a run directory that nobody holds yet."""
-    cfg = saved(out)
+    cfg = saved_config(out)
     cfg.gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cfg.nodes = int(os.environ.get("WORLD_SIZE", 1)) // cfg.gpus
     try:
@@ -77,7 +77,7 @@ def join(name: str, out: str) -> None:
         os._exit(error.exit_code)  # without the farewells that would wait for the other processes
 
 
-def saved(out: str) -> DictConfig:
+def saved_config(out: str) -> DictConfig:
     """The config of a run directory."""
     try:
         cfg = OmegaConf.load(Path(out, "config.yaml"))
@@ -88,17 +88,17 @@ def saved(out: str) -> DictConfig:
     return cfg
 
 
-def run(name: str, out: str) -> None:
+def run_worker(name: str, out: str) -> None:
     """One of the processes."""
     failure = Path(out, FAILURE)
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not failure.exists():  # otherwise this process only lost its connection to the one that failed
-            print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+            print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
     sys.excepthook = report
     try:
-        import_module(f"dirl_cli.commands.{name}").run(saved(out), Path(out))
+        import_module(f"dirl_cli.commands.{name}").run(saved_config(out), Path(out))
     except DirlError as error:
         if not failure.exists():
             failure.write_text(json.dumps([str(error), error.exit_code]))
@@ -107,10 +107,10 @@ def run(name: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    take_any_text(sys.stdout, sys.stderr)
+    replace_unencodable(sys.stdout, sys.stderr)
     if sys.argv[1] == "start":
-        start(*sys.argv[2:])
+        launch_workers(*sys.argv[2:])
     elif sys.argv[1] == "run":
-        run(*sys.argv[2:])
+        run_worker(*sys.argv[2:])
     else:
-        join(*sys.argv[1:])
+        run_under_launcher(*sys.argv[1:])

@@ -39,9 +39,9 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     hub_logging.set_verbosity_error()  # its retries show as a pause, and the last failure is told
     console = PlainConsole(file=sys.stdout, soft_wrap=True)
     to = Path(cfg.to) if cfg.to else None
-    asked = list(dict.fromkeys(named(cfg)))  # each once
+    asked = list(dict.fromkeys(requested_repositories(cfg)))  # each once
     if packaged := cfg.model is not None and cfg.model.get("package"):
-        unpacked(cfg, console)
+        convert_packaged_model(cfg, console)
     if not asked:
         if packaged:
             return
@@ -50,25 +50,27 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     for kind, repo_id in asked:
         if not to and Path(repo_id).exists():
             raise DirlError(f"{repo_id} is here, and commands read it: there is nothing to download")
-        with told(repo_id, kind):
-            repository = usable(hub.survey(repo_id, kind, to / repo_id if to and len(asked) > 1 else to))
-        console.print(summary(repository))
+        with explain_hub_errors(repo_id, kind):
+            repository = require_loadable(
+                hub.inspect_repository(repo_id, kind, to / repo_id if to and len(asked) > 1 else to)
+            )
+        console.print(format_repository(repository))
         if cfg.dry_run:
-            console.print(*map(line, repository.files), sep="\n")
+            console.print(*map(format_file, repository.files), sep="\n")
         repositories.append(repository)
         missing += sum(file.size - file.bytes_here for file in repository.files)
     console.print(room_for(missing, to or Path(constants.HF_HUB_CACHE)))
     if cfg.dry_run:
         return
     for repository in repositories:
-        with told(repository.id, repository.kind):
-            bring([file for file in repository.files if file.sha256 and not file.is_here], console)
+        with explain_hub_errors(repository.id, repository.kind):
+            fetch_all([file for file in repository.files if file.sha256 and not file.is_here], console)
             hub.snapshot(repository.id, repository.kind, repository.to)
         console.print(f"{repository.id} is in {repository.directory}")
     console.print(*(f"Next: {command}" for command in next_commands(repositories)), sep="\n")
 
 
-def unpacked(cfg: DictConfig, console: PlainConsole) -> None:
+def convert_packaged_model(cfg: DictConfig, console: PlainConsole) -> None:
     """Make the model that an installed package brings, where it is not there yet."""
     from dirl_cli.models.from_causal import convert_gguf
 
@@ -83,9 +85,9 @@ def unpacked(cfg: DictConfig, console: PlainConsole) -> None:
     console.print(f"Next: dirl generate {as_it_is} prompt='What is the capital of France?'")
 
 
-def named(cfg: DictConfig) -> Iterator[tuple[hub.Kind, str]]:
+def requested_repositories(cfg: DictConfig) -> Iterator[tuple[hub.Kind, str]]:
     """The kind and the id of each repository that is asked for."""
-    choices = hub.configured()
+    choices = hub.configured_repositories()
     for group in filter(cfg.get, KINDS):
         choice = cfg[group]
         if choice.get("package"):
@@ -104,7 +106,7 @@ def named(cfg: DictConfig) -> Iterator[tuple[hub.Kind, str]]:
         yield "dataset" if repo_id.startswith("datasets/") else "model", repo_id.removeprefix("datasets/")
 
 
-def usable(repository: Repository) -> Repository:
+def require_loadable(repository: Repository) -> Repository:
     """The repository, if it holds what can be loaded."""
     suffixes = {Path(file.name).suffix for file in repository.files}
     if repository.kind == "model" and ".safetensors" not in suffixes:
@@ -117,14 +119,14 @@ def usable(repository: Repository) -> Repository:
     return repository
 
 
-def summary(repository: Repository) -> str:
+def format_repository(repository: Repository) -> str:
     """Such as: OWNER/NAME: 12 files, 16.4 GB, 3.2 GB of it here."""
     total, here = sum(file.size for file in repository.files), sum(file.bytes_here for file in repository.files)
     state = "all here" if here == total else f"{decimal(here)} of it here" if here else "none of it here"
     return f"{repository.id}: {len(repository.files)} files, {decimal(total)}, {state}"
 
 
-def line(file: File) -> str:
+def format_file(file: File) -> str:
     state = "  (here)" if file.is_here else f"  ({decimal(file.bytes_here)} of it here)" if file.bytes_here else ""
     return f"  {decimal(file.size):>9}  {file.name}{state}"
 
@@ -141,7 +143,7 @@ def room_for(missing: int, place: Path) -> str:
     return f"{decimal(missing)} to fetch, {decimal(free)} free in {there}" if missing else "Nothing to fetch"
 
 
-def bring(files: Sequence[File], console: PlainConsole) -> None:
+def fetch_all(files: Sequence[File], console: PlainConsole) -> None:
     """Fetch files side by side; a live bar in a terminal, ten plain lines elsewhere tell how far they are."""
     files = list({file.partial: file for file in files}.values())  # of twins one
     if not files:
@@ -170,7 +172,7 @@ def next_commands(repositories: Sequence[Repository]) -> Iterator[str]:
     """What to type next, with what was downloaded in its place."""
     words: dict[str, list[str]] = {}
     for repository in repositories:
-        choice, to = hub.words(repository.id, repository.kind), repository.to
+        choice, to = hub.download_argument(repository.id, repository.kind), repository.to
         if "=" not in choice:
             choice, to = f"{'model' if repository.kind == 'model' else 'data'}={to or repository.id}", None
         group = choice.partition("=")[0]
@@ -188,7 +190,7 @@ def next_commands(repositories: Sequence[Repository]) -> Iterator[str]:
 
 
 @contextmanager
-def told(repo_id: str, kind: hub.Kind) -> Iterator[None]:
+def explain_hub_errors(repo_id: str, kind: hub.Kind) -> Iterator[None]:
     """Tell what may go wrong on the way from the Hub to the disk in one sentence with its remedy."""
     try:
         yield

@@ -41,15 +41,15 @@ def run(cfg: DictConfig, out: Path) -> None:
         show_comparison(cfg.compare)
     elif cfg.predictions:
         if is_first():  # the grader has processes of its own
-            grade(cfg, out, *chosen_problems(cfg))
+            grade_predictions(cfg, out, *chosen_problems(cfg))
     else:
-        ask(cfg, out, *chosen_problems(cfg))
+        evaluate_model(cfg, out, *chosen_problems(cfg))
 
 
-def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:
+def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:
     """Evaluate cfg.model on cfg.bench: answers go to `out`/answers.jsonl as they come, the rest to eval_card.json."""
     from dirl_cli.data.chat import answer_text, encode_problems
-    from dirl_cli.distributed import Processes, balanced
+    from dirl_cli.distributed import Processes, split_by_cost
     from dirl_cli.evaluation.questions import sample
     from dirl_cli.models.load import DiffusionLM, fingerprint
 
@@ -66,18 +66,18 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequen
     prompts = encode_problems(tokenizer, problems, instruction, lm.longest_prompt)
 
     probe = encode_problems(tokenizer, [PROBE], instruction, lm.longest_prompt)
-    source = {"weights": fingerprint(lm.model), "prompts": digest(probe), "problems": digests(problems)}
+    source = {"weights": fingerprint(lm.model), "prompts": hash_values(probe), "problems": digests(problems)}
     if processes.is_first:
         require_same(out / SOURCE, source)
         drop_torn_line(out / ANSWERS)
     processes.wait()
-    known = asked_for(read_answers(out / ANSWERS), problems, cfg.samples)
+    known = requested_answers(read_answers(out / ANSWERS), problems, cfg.samples)
     processes.wait()  # nobody appends before all have read
     runs = list(missing([problem.id for problem in problems], cfg.samples, {(a.problem, a.sample) for a in known}))
     if known and runs:
         console.print(f"continue after {len(known)} answers in {out / ANSWERS}", soft_wrap=True)
     costs = [len(prompts[run.place]) * (run.end - run.first) for run in runs]
-    runs = [runs[i] for i in balanced(costs, processes.count)[processes.rank]]
+    runs = [runs[i] for i in split_by_cost(costs, processes.count)[processes.rank]]
     total = len(known) + sum(run.end - run.first for run in runs)
     try:
         with Grader(cfg.grade_workers, cfg.grade_timeout) as grader, AnswerLog(out / ANSWERS) as log:
@@ -85,35 +85,35 @@ def ask(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequen
             answers = graded(sampled, problems, partial(answer_text, tokenizer), grader)
             for answer in tracked(answers, known, total, console, processes.count):
                 log.append(answer)
-            say_what_gave_up(grader)
+            print_ungraded(grader)
     except KeyboardInterrupt as asked:
-        finished = len(asked_for(read_answers(out / ANSWERS), problems, cfg.samples))
+        finished = len(requested_answers(read_answers(out / ANSWERS), problems, cfg.samples))
         left = f"{finished} of {len(problems) * cfg.samples} answers are in {out / ANSWERS}"
         raise Stopped(f"stopped: {left}, and the same command goes on", stop_code(asked)) from None
 
     processes.wait()
     if processes.is_first:
         facts = {
-            "model": {**plain(cfg.model), "block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
+            "model": {**to_dict(cfg.model), "block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
             "samples": cfg.samples,
             "decoding": {**asdict(decoding), "block_size": lm.block_size},
             "instruction": asdict(instruction),
             "dtype": cfg.dtype,
             "device": str(lm.device),
-            "sampled_from": {**source, "problems": digest(source["problems"])},
+            "sampled_from": {**source, "problems": hash_values(source["problems"])},
             "versions": {package: version(package) for package in ("torch", "transformers")},
         }
-        all_answers = asked_for(read_answers(out / ANSWERS), problems, cfg.samples)
+        all_answers = requested_answers(read_answers(out / ANSWERS), problems, cfg.samples)
         metrics = conclude(cfg, out, cfg.model.name, all_answers, problems, facts)
         console.print(
             f"{metrics.tokens_per_second or 0:,.0f} tokens/s · {out / CARD} · {out / ANSWERS}", soft_wrap=True
         )
 
 
-def grade(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:
+def grade_predictions(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:
     """Grade the answers in cfg.predictions: verdicts go to `out`/graded.jsonl in the file's order."""
     place = {problem.id: i for i, problem in enumerate(problems)}
-    answers = read_predictions(((row.place, row.fields) for row in read_rows(cfg.predictions)), problems)
+    answers = read_predictions(((row.location, row.fields) for row in read_rows(cfg.predictions)), problems)
     problems = gradable(cfg.bench.name, problems, remarks)
     known = {problem.id for problem in problems}
     answers = [answer for answer in answers if answer.problem in known]
@@ -123,7 +123,7 @@ def grade(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequ
     with Grader(cfg.grade_workers, cfg.grade_timeout) as grader:
         reached = tracked(regraded(answers, problems, grader), [], len(answers), console)
         verdicts = {(answer.problem, answer.sample): answer for answer in reached}
-        say_what_gave_up(grader)
+        print_ungraded(grader)
     seconds = time.perf_counter() - began
     answers = [verdicts[answer.problem, answer.sample] for answer in answers]
     lines = ({"index": place[answer.problem], "correct": answer.correct} for answer in answers)
@@ -147,7 +147,7 @@ def conclude(
 ) -> Metrics:
     """Write the card and draw the table of these answers by `name`; facts: what else the card says of them."""
     overall, subsets = measure(answers), measure_subsets(answers, problems)
-    bench = {key: value for key, value in plain(cfg.bench).items() if key != "published"}
+    bench = {key: value for key, value in to_dict(cfg.bench).items() if key != "published"}
     card = {
         **facts,
         "bench": {**bench, "limit": cfg.limit, "ids": cfg.ids and list(cfg.ids)},
@@ -156,7 +156,7 @@ def conclude(
         "metrics": asdict(overall),
         "subsets": {name: asdict(part) for name, part in subsets.items()},
     }
-    published = plain(cfg.bench).get("published", {}).get(name, {})
+    published = to_dict(cfg.bench).get("published", {}).get(name, {})
     if theirs := published.get(facts.get("decoding", {}).get("strategy")):
         card["published"] = report.beside(theirs, overall, compare.settings(card))
     write_json(out / CARD, card)
@@ -231,7 +231,7 @@ def gradable(name: str, problems: Sequence[Problem], remarks: Sequence[str]) -> 
     return found
 
 
-def asked_for(answers: Sequence[GradedAnswer], problems: Sequence[Problem], samples: int) -> list[GradedAnswer]:
+def requested_answers(answers: Sequence[GradedAnswer], problems: Sequence[Problem], samples: int) -> list[GradedAnswer]:
     """Those of the answers that are asked for now; an earlier start may have asked for more."""
     ids = {problem.id for problem in problems}
     return [answer for answer in answers if answer.problem in ids and answer.sample < samples]
@@ -242,20 +242,20 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def say_what_gave_up(grader: Grader) -> None:
+def print_ungraded(grader: Grader) -> None:
     if grader.gave_up:
         console.print(f"{grader.gave_up} answers took too long or too much to compare and count as wrong")
 
 
 def digests(problems: Sequence[Problem]) -> dict[str, str]:
     """What tells a problem from another one of the same id."""
-    return {one.id: digest(one.question, one.answer, *filter(None, [one.system]))[:16] for one in problems}
+    return {one.id: hash_values(one.question, one.answer, *filter(None, [one.system]))[:16] for one in problems}
 
 
-def digest(*values: object) -> str:
+def hash_values(*values: object) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
+def to_dict(cfg: DictConfig) -> dict[str, Any]:
     container: Any = OmegaConf.to_container(cfg, resolve=True)
     return {str(key): value for key, value in container.items()}

@@ -18,10 +18,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.cli.build import build
-from dirl_cli.commands.eval import digest, plain
+from dirl_cli.commands.eval import hash_values, to_dict
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.data.chat import answer_text, encode_messages, encode_prompt, encode_question
-from dirl_cli.data.columns import text
+from dirl_cli.data.columns import text_field
 from dirl_cli.data.conversation import read_turns
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.errors import DirlError, Stopped, stop_code
@@ -41,7 +41,7 @@ UNTRAINED = (
 
 
 @dataclass(frozen=True)
-class Request:
+class Prompt:
     """What is asked for: prompt tokens, and what its line of the input said besides."""
 
     prompt_ids: list[int]
@@ -54,7 +54,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     console = PlainConsole(soft_wrap=True)
     engine = build(cfg.rollout)
     engine.require()
-    rows = asked_rows(cfg)
+    rows = requested_rows(cfg)
     if not cfg.input:
         console.print(spell_request(rows[0].fields), style="dim")
     model = build(cfg.model)
@@ -62,18 +62,18 @@ def run(cfg: DictConfig, out: Path) -> None:
         console.print(UNTRAINED)
     with working(console, "loading the model"):
         lm: DiffusionLM = model.load(cfg.dtype, cfg.device, cfg.attention)
-    asked = requests(cfg, lm, rows)
+    asked = encode_rows(cfg, lm, rows)
     decoding = lm.decoding(build(cfg.decoding, Decoding))
     sampler = engine.start(lm)
     screen = Screen(console, lm, cfg.pace) if cfg.watch else None
     file, total = out / "completions.jsonl", len(asked) * cfg.samples
     source = {
-        "model": plain(cfg.model),
+        "model": to_dict(cfg.model),
         "decoding": asdict(decoding),
         "samples": cfg.samples,
-        "digest": digest(fingerprint(lm.model), [(one.prompt_ids, one.seed) for one in asked]),
+        "digest": hash_values(fingerprint(lm.model), [(one.prompt_ids, one.seed) for one in asked]),
     }
-    done = known(file, source) if cfg.input else set()
+    done = finished_completions(file, source) if cfg.input else set()
     if done:
         console.print(f"{len(done)} of {total} completions are in {file}")
     else:
@@ -102,7 +102,7 @@ def run(cfg: DictConfig, out: Path) -> None:
                     finished += 1
                     if screen:
                         screen.finish(line["index"], line["sample"])
-                    console.print(summary(line), style="dim")
+                    console.print(format_summary(line), style="dim")
                     console.print(line["text"])
     except KeyboardInterrupt as asked_to:
         goes_on = ", and the same command goes on" if cfg.input else ""
@@ -112,7 +112,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     console.print(f"{total} completions in {file}", style="dim")
 
 
-def asked_rows(cfg: DictConfig) -> list[Row]:
+def requested_rows(cfg: DictConfig) -> list[Row]:
     """What the input file, the command line or standard input asks for."""
     given = [name for name in ("prompt", "messages", "input") if cfg[name] is not None]
     if len(given) > 1 or (not given and sys.stdin.isatty()):
@@ -181,18 +181,18 @@ def spell_request(fields: dict[str, Any]) -> str:
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def requests(cfg: DictConfig, lm: DiffusionLM, rows: list[Row]) -> list[Request]:
+def encode_rows(cfg: DictConfig, lm: DiffusionLM, rows: list[Row]) -> list[Prompt]:
     """The rows as tokens."""
     instruction, asked = build(cfg.instruction, Instruction), []
     for row in rows:
         seed = row.fields.get("seed", cfg.decoding.seed)
         if type(seed) is not int:
-            raise DirlError(f"{row.place}: seed must be a whole number, not {seed}")
+            raise DirlError(f"{row.location}: seed must be a whole number, not {seed}")
         prompt_ids = encode_row(lm, row, instruction)
         if len(prompt_ids) > lm.longest_prompt:
             room = f"{len(prompt_ids)} tokens and the model has room for {lm.longest_prompt}"
-            raise DirlError(f"the prompt of {row.place} has {room}: shorten it or leave it out")
-        asked.append(Request(prompt_ids, seed, row.fields))
+            raise DirlError(f"the prompt of {row.location} has {room}: shorten it or leave it out")
+        asked.append(Prompt(prompt_ids, seed, row.fields))
     return asked
 
 
@@ -203,36 +203,36 @@ def encode_row(lm: DiffusionLM, row: Row, instruction: Instruction) -> list[int]
         ids = fields["prompt_ids"]
         vocabulary = lm.model.config.vocab_size
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
-            raise DirlError(f"{row.place}: prompt_ids must be a list of token ids below {vocabulary}")
+            raise DirlError(f"{row.location}: prompt_ids must be a list of token ids below {vocabulary}")
         return ids
     tokenizer = lm.require_tokenizer()
     if "prompt" in fields:
-        return encode_prompt(tokenizer, text(row, "prompt", ""))
+        return encode_prompt(tokenizer, text_field(row, "prompt", ""))
     if "messages" in fields:
         return encode_messages(tokenizer, messages_of(row))
     if "question" in fields:
-        return encode_question(tokenizer, text(row, "question", ""), instruction)
-    raise DirlError(f"{row.place} has no prompt: give question, prompt, messages or prompt_ids")
+        return encode_question(tokenizer, text_field(row, "question", ""), instruction)
+    raise DirlError(f"{row.location} has no prompt: give question, prompt, messages or prompt_ids")
 
 
 def messages_of(row: Row) -> list[dict[str, str]]:
-    messages, _ = read_turns(row.place, row.fields["messages"])
+    messages, _ = read_turns(row.location, row.fields["messages"])
     if not messages:
-        raise DirlError(f"{row.place}: messages must be a list of objects with role and content, at least one")
+        raise DirlError(f"{row.location}: messages must be a list of objects with role and content, at least one")
     return messages
 
 
-def known(file: Path, source: dict[str, Any]) -> set[tuple[int, int]]:
+def finished_completions(file: Path, source: dict[str, Any]) -> set[tuple[int, int]]:
     """The (index, sample) of the completions that an earlier start wrote, if it sampled from the same."""
     note = file.with_name(SOURCE)
-    if not (file.exists() and note.exists() and note.read_text() == spell(source)):
+    if not (file.exists() and note.exists() and note.read_text() == source_text(source)):
         return set()
     drop_torn_line(file)
     with file.open() as lines:
         return {(line["index"], line["sample"]) for line in map(json.loads, lines)}
 
 
-def spell(source: dict[str, Any]) -> str:
+def source_text(source: dict[str, Any]) -> str:
     return json.dumps(source, indent=2) + "\n"
 
 
@@ -244,14 +244,14 @@ def begin(file: Path, source: dict[str, Any]) -> Path | None:
         if file.exists() and file.stat().st_size:
             asides = (file.with_name(f"{file.stem}~{n}{file.suffix}") for n in count(1))
             aside = file.rename(next(aside for aside in asides if not aside.exists()))
-        file.with_name(SOURCE).write_text(spell(source))
+        file.with_name(SOURCE).write_text(source_text(source))
     return aside
 
 
 def write(
     file: Path,
     answers: Iterator[tuple[int, int, Trajectory]],
-    asked: list[Request],
+    asked: list[Prompt],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Iterator[dict[str, Any]]:
     """Append each answer as a JSON line as soon as it is finished."""
@@ -275,7 +275,7 @@ def write(
             yield line
 
 
-def summary(line: dict[str, Any]) -> str:
+def format_summary(line: dict[str, Any]) -> str:
     tokens, forwards = len(line["token_ids"]), line["forwards"]
     return f"{tokens} tokens in {forwards} forwards ({tokens / forwards:.2f} each), ended by {line['stop_reason']}"
 

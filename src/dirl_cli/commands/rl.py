@@ -26,8 +26,8 @@ from dirl_cli.commands.start import (
     start_processes,
 )
 from dirl_cli.data.files import sources_of
-from dirl_cli.data.preview import show
-from dirl_cli.data.tokens import Tokens
+from dirl_cli.data.preview import show_examples
+from dirl_cli.data.tokens import TokenTable
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.held_out import HeldOutEval, SamplerEvaluation
 from dirl_cli.evaluation.sweep_table import Column, show_sweep
@@ -148,7 +148,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     plan = planner(cfg, rl_budget, RL, parts.peft, lm, parts.optim, parts.objective, decoding)
     if cfg.dry_run and lm.tokenizer is None:
         longest = cfg.rl.max_prompt_tokens or PROMPT
-        progress.say(
+        progress.print_line(
             f"no tokenizer of {cfg.model.name} is here, so nothing is known of the data: prompts are taken to be"
             f" {longest:,} tokens"
         )
@@ -163,7 +163,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         progress.warn(warning)
     updates = cfg.steps * cfg.rl.mini_batches * cfg.rl.epochs
     if not cfg.rl.rollout_only and (remark := warmup_remark(parts.schedule, updates)):
-        progress.say(remark)
+        progress.print_line(remark)
     parts.engine.require()
 
     lm = load_model(cfg, parts.model, parts.peft, accelerator, progress)
@@ -195,7 +195,9 @@ def run(cfg: DictConfig, out: Path) -> None:
             train(session, rollouts, update, sampler, report, evaluation, learns=not cfg.rl.rollout_only)
 
     if cfg.rl.rollout_only:
-        progress.say(f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`")
+        progress.print_line(
+            f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`"
+        )
         return
     update.trainer.require_update(f"no group held a signal; {REMEDIES}")
     leave_model(cfg, out, session, lm, parts.peft, decoding, RECIPE)
@@ -273,9 +275,9 @@ def preview(pools: Mapping[str, Questions], lm: DiffusionLM, progress: StepProgr
     """Show the first prompts of each source as the model sees them, and their reference answers."""
     prompts, answers = {}, {}
     for name, pool in pools.items():
-        prompts[name] = Tokens.of([(prompt, [False] * len(prompt)) for prompt in pool.prompts])
+        prompts[name] = TokenTable.of([(prompt, [False] * len(prompt)) for prompt in pool.prompts])
         answers[name] = [problem.answer for problem in pool.problems]
-    show(prompts, lm.require_tokenizer(), progress.console, answers)
+    show_examples(prompts, lm.require_tokenizer(), progress.console, answers)
 
 
 def policy_update(

@@ -23,9 +23,9 @@ from dirl_cli.commands.start import (
     start_processes,
 )
 from dirl_cli.data.files import sources_of
-from dirl_cli.data.order import Order, epochs, generator
-from dirl_cli.data.preview import show
-from dirl_cli.data.tokens import Tokens
+from dirl_cli.data.order import MixtureOrder, epochs, generator
+from dirl_cli.data.preview import show_examples
+from dirl_cli.data.tokens import TokenTable
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.held_out import HeldOutEval
 from dirl_cli.evaluation.sweep_table import Column, show_sweep
@@ -86,13 +86,15 @@ class Demonstrations:
 
     names: list[str]
     weights: list[float]
-    training: list[Tokens]
-    held_out: list[Tokens]
+    training: list[TokenTable]
+    held_out: list[TokenTable]
     problems: Questions
 
-    def order(self, seed: int) -> Order:
+    def order(self, seed: int) -> MixtureOrder:
         """The endless order in which the training demonstrations come."""
-        return Order(tuple(len(tokens) for tokens in self.training), tuple(self.weights), partial(generator, seed))
+        return MixtureOrder(
+            tuple(len(tokens) for tokens in self.training), tuple(self.weights), partial(generator, seed)
+        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     decoding = lm.decoding(parts.decoding)
     plan = planner(cfg, sft_budget, SFT, parts.peft, lm, parts.optim, parts.masking, decoding)
     if cfg.dry_run and lm.tokenizer is None:
-        progress.say(
+        progress.print_line(
             f"no tokenizer of {cfg.model.name} is here, so nothing is known of the data: demonstrations are taken to be"
             f" as long as max_tokens={cfg.max_tokens:,}, and prompts to be {PROMPT:,} tokens"
         )
@@ -183,10 +185,10 @@ def read_demonstrations(
         if not len(tokens):
             raise DirlError(f"nothing of {name} is left to learn from: raise max_tokens, or give other data")
     if cfg.dry_run:
-        show(dict(zip(names, training, strict=True)), lm.require_tokenizer(), progress.console)
-        order = Order(tuple(map(len, training)), tuple(weights), partial(generator, cfg.seed))
+        show_examples(dict(zip(names, training, strict=True)), lm.require_tokenizer(), progress.console)
+        order = MixtureOrder(tuple(map(len, training)), tuple(weights), partial(generator, cfg.seed))
         reached = epochs(order, names, cfg.steps * cfg.batch_size)
-        progress.say(f"after {cfg.steps} steps: {' · '.join(f'{name} {n:.2f}' for name, n in reached.items())}")
+        progress.print_line(f"after {cfg.steps} steps: {' · '.join(f'{name} {n:.2f}' for name, n in reached.items())}")
     problems = reader.problems("held-out problems", source.problems()[: cfg.eval_problems])
     return Demonstrations(names, list(weights), training, held_out, problems)
 
@@ -210,7 +212,7 @@ def warn(cfg: DictConfig, parts: Parts, warnings: Iterable[str], progress: StepP
             f"optim.lr={parts.optim.lr} is for a published checkpoint, and this model begins at random: give 1e-3"
         )
     if remark := warmup_remark(parts.schedule, cfg.steps):
-        progress.say(remark)
+        progress.print_line(remark)
 
 
 def start(

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
-from dirl_cli.cli.build import build, choice
+from dirl_cli.cli.build import build, build_choice
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import ModelSource, Peft
 from dirl_cli.models.shapes import outline, shapes
@@ -41,7 +41,7 @@ def is_finished(cfg: DictConfig, out: Path, progress: StepProgress) -> bool:
     saved = out / "model"
     if cfg.dry_run or not saved.exists():
         return False
-    progress.say(
+    progress.print_line(
         f"{out} is finished: run `dirl eval {shell_word('model', saved)}`, or give another name= to train again"
     )
     return True
@@ -59,7 +59,7 @@ def planner(
     """Makes the memory budget of the run on this machine. keys: the settings it may propose to change."""
     machine = Machine(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
     settings = {key: OmegaConf.select(cfg, key) for key in keys}
-    adapter = partial(choice, "peft") if find_spec("peft") else None
+    adapter = partial(build_choice, "peft") if find_spec("peft") else None
     return partial(budget, *parts, machine, settings, peft=peft, adapter=adapter)
 
 

@@ -34,7 +34,7 @@ class Item(NamedTuple):
 
     def solution(self, worked: bool) -> str:
         """The demonstrated answer: one equation per line and the box, or the box alone."""
-        return f"{working(self.chain) if worked else ''}\\boxed{{{self.answer}}}"
+        return f"{equations(self.chain) if worked else ''}\\boxed{{{self.answer}}}"
 
 
 class Splits(NamedTuple):
@@ -110,15 +110,15 @@ def draw_splits(train: int, held_out: int, test: int, seed: int) -> Splits:
     """The three splits, test first, without a question that occurs twice."""
     known: set[str] = set()
     sizes = {"test": test, "validation": held_out, "train": train}
-    return Splits(**{name: draw(Random(f"{seed}/{name}"), size, known) for name, size in sizes.items()})
+    return Splits(**{name: draw_items(Random(f"{seed}/{name}"), size, known) for name, size in sizes.items()})
 
 
-def draw(rng: Random, size: int, known: set[str]) -> list[Item]:
+def draw_items(rng: Random, size: int, known: set[str]) -> list[Item]:
     """`size` problems whose questions are not in `known`, to which they are added."""
     items: list[Item] = []
     while len(items) < size:
         chain = draw_chain(rng)
-        question = tell(rng, chain)
+        question = write_question(rng, chain)
         if question not in known:
             known.add(question)
             items.append(Item(question, chain))
@@ -136,7 +136,7 @@ def draw_chain(rng: Random) -> Chain:
     return tuple(chain)
 
 
-def tell(rng: Random, chain: Chain) -> str:
+def write_question(rng: Random, chain: Chain) -> str:
     """The chain as a story, such as: Tom has 7 pens. Tom buys 5. Tom sells 3. How many pens?"""
     name, things = pick(rng, NAMES), pick(rng, OBJECTS)
     first, *changes = chain
@@ -144,7 +144,7 @@ def tell(rng: Random, chain: Chain) -> str:
     return f"{name} has {first} {things}.{events} How many {things}?"
 
 
-def working(chain: Chain) -> str:
+def equations(chain: Chain) -> str:
     """Each change as an equation on its own line, such as 7+5=12."""
     total, *changes = chain
     lines = ""

@@ -15,7 +15,9 @@ from dirl_cli.types import Instruction, Problem
 Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are trained
 Piece = tuple[str, bool]  # a stretch of text, and whether it is trained
 
-PLACE = "\ue000{}\ue001"  # private-use characters that hold the place of what the assistant says in the n-th message
+PLACEHOLDER = (
+    "\ue000{}\ue001"  # private-use characters that hold the place of what the assistant says in the n-th message
+)
 THOUGHTS_ADDED = re.compile("<think>\\s*(</think>\\s*)?(?=\ue000|\\Z)")
 
 
@@ -32,7 +34,7 @@ def encode_demonstrations(
     """
     pieces = [pieces_of_row(tokenizer, row, instruction) for row in rows]
     tokens = iter(tokenize(tokenizer, [text for row in pieces for text, _ in row]))
-    return [join(tokenizer, [(next(tokens), trained) for _, trained in row]) for row in pieces]
+    return [join_pieces(tokenizer, [(next(tokens), trained) for _, trained in row]) for row in pieces]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -42,7 +44,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     return [ids for batch in batches for ids in tokenizer(batch, **options)["input_ids"]]
 
 
-def join(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[tuple[list[int], bool]]) -> Encoded:
+def join_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[tuple[list[int], bool]]) -> Encoded:
     token_ids = [token for ids, _ in pieces for token in ids]
     trained = [flag for ids, flag in pieces for _ in ids]
     stop = turn_end(tokenizer)
@@ -62,7 +64,7 @@ def pieces_of_row(tokenizer: PreTrainedTokenizerBase, row: Row, instruction: Ins
     try:
         return list(pieces_of(tokenizer, row.fields, instruction))
     except DirlError as error:
-        raise DirlError(f"{row.place}: {error}") from error
+        raise DirlError(f"{row.location}: {error}") from error
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, row: dict, instruction: Instruction) -> Iterable[Piece]:
@@ -81,16 +83,16 @@ def pieces_of_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict])
     The turn is what the template still writes when the conversation ends there; of that, nothing but the way to the
     token that ends the turn is trained.
     """
-    require_heard(tokenizer, messages)
-    whole = frame(tokenizer, messages)
+    require_rendered_turns(tokenizer, messages)
+    whole = render_frame(tokenizer, messages)
     end = str(tokenizer.convert_ids_to_tokens(turn_end(tokenizer)))
     done = 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        place = PLACE.format(i)
+        place = PLACEHOLDER.format(i)
         prompt, _, rest = whole.partition(place)
-        if place in rest or (i and prompt != frame(tokenizer, messages[:i], add_generation_prompt=True)):
+        if place in rest or (i and prompt != render_frame(tokenizer, messages[:i], add_generation_prompt=True)):
             raise DirlError(
                 "the tokenizer's chat template renders a conversation differently as it grows, so its assistant turns"
                 " cannot be found: give the data as prompt and response instead"
@@ -98,13 +100,13 @@ def pieces_of_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict])
         yield whole[done : len(prompt)], False
 
         said = len(prompt) + len(place)
-        until = whole if i == len(messages) - 1 else frame(tokenizer, messages[: i + 1])
+        until = whole if i == len(messages) - 1 else render_frame(tokenizer, messages[: i + 1])
         turn, _, _ = until.partition(place)[2].partition(end)
         ending = turn + end if rest.startswith(turn + end) else ""
         if not ending and message.get("tool_calls"):
             raise DirlError("the chat template ends no turn that calls a tool: give the data as prompt and response")
         done = said + len(ending)
-        yield words(message) + ending, True
+        yield assistant_text(message) + ending, True
     if not done:
         raise DirlError("a demonstration has no assistant message, so there is nothing to learn from: remove it")
 
@@ -149,8 +151,8 @@ def question_text(tokenizer: PreTrainedTokenizerBase, question: str, instruction
     if tokenizer.chat_template is None:
         text = "\n".join(message["content"] for message in messages)
     else:
-        require_heard(tokenizer, messages)
-        text = frame(tokenizer, messages, add_generation_prompt=True)
+        require_rendered_turns(tokenizer, messages)
+        text = render_frame(tokenizer, messages, add_generation_prompt=True)
     return f"{text}<think>" if instruction.think else text
 
 
@@ -161,20 +163,20 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
     """The conversation so far, ready for the assistant's turn."""
-    require_heard(tokenizer, messages)
-    text = frame(tokenizer, messages, add_generation_prompt=True)
+    require_rendered_turns(tokenizer, messages)
+    text = render_frame(tokenizer, messages, add_generation_prompt=True)
     for i, message in enumerate(messages):
-        text = text.replace(PLACE.format(i), words(message))
+        text = text.replace(PLACEHOLDER.format(i), assistant_text(message))
     return tokenize(tokenizer, [text])[0]
 
 
-def words(message: dict) -> str:
+def assistant_text(message: dict) -> str:
     """What an assistant says: the content as written, after the `reasoning_content` where there is one."""
     thought = message.get("reasoning_content")
     return f"<think>\n{thought.strip()}\n</think>\n\n{message['content']}" if thought else message["content"]
 
 
-def frame(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> str:
+def render_frame(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> str:
     """The conversation as the chat template renders it, with places instead of what the assistant says.
 
     Templates drop the thoughts of earlier turns and add empty ones where they find none: a model would be trained and
@@ -183,7 +185,7 @@ def frame(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generati
     unsaid = [dict(message) for message in messages]
     for i, message in enumerate(unsaid):
         if message["role"] == "assistant":
-            message |= {"content": PLACE.format(i), "reasoning_content": None}
+            message |= {"content": PLACEHOLDER.format(i), "reasoning_content": None}
     return THOUGHTS_ADDED.sub("", render(tokenizer, unsaid, add_generation_prompt))
 
 
@@ -200,13 +202,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generat
         ) from error
 
 
-def require_heard(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> None:
+def require_rendered_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> None:
     """Raises DirlError for a turn of which the chat template writes nothing, as of a role that it does not know."""
     marked = [
-        {**message, "content": PLACE.format(i) if message["content"].strip() else "", "reasoning_content": None}
+        {**message, "content": PLACEHOLDER.format(i) if message["content"].strip() else "", "reasoning_content": None}
         for i, message in enumerate(messages)
     ]
-    unheard = first_unheard(tokenizer, json.dumps(marked, default=str))
+    unheard = first_unrendered_turn(tokenizer, json.dumps(marked, default=str))
     if unheard is not None:
         raise DirlError(
             f"the tokenizer's chat template writes nothing of turn {unheard + 1}, whose role is"
@@ -216,7 +218,7 @@ def require_heard(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> N
 
 
 @lru_cache(maxsize=1024)
-def first_unheard(tokenizer: PreTrainedTokenizerBase, marked: str) -> int | None:
+def first_unrendered_turn(tokenizer: PreTrainedTokenizerBase, marked: str) -> int | None:
     """The first turn whose place is not in what the template writes of these messages, which are alike in most rows."""
     messages = json.loads(marked)
     text = render(tokenizer, messages)
@@ -228,8 +230,8 @@ def first_unheard(tokenizer: PreTrainedTokenizerBase, marked: str) -> int | None
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an assistant turn: the first special token that the chat template puts behind its words."""
     if tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACE.format(1)}]
-        _, _, behind = render(tokenizer, turns).partition(PLACE.format(1))
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACEHOLDER.format(1)}]
+        _, _, behind = render(tokenizer, turns).partition(PLACEHOLDER.format(1))
         specials = [token for token in tokenize(tokenizer, [behind])[0] if token in tokenizer.all_special_ids]
         if specials:
             return specials[0]

@@ -39,7 +39,7 @@ def read_turn(place: str, message: dict) -> tuple[dict, list[str]]:
     if content is None and "tool_calls" in given:
         content = ""
     if isinstance(content, list):
-        content = joined(place, content)
+        content = join_text_parts(place, content)
         notes.append("the text parts of a turn are put together")
     if not isinstance(role, str) or not isinstance(content, str):
         raise misshapen(place, message)
@@ -54,7 +54,7 @@ def read_turn(place: str, message: dict) -> tuple[dict, list[str]]:
     return {**given, "role": ours, "content": content}, notes
 
 
-def joined(place: str, parts: list) -> str:
+def join_text_parts(place: str, parts: list) -> str:
     """The text of the parts of a turn. Raises DirlError for any other part."""
     texts = []
     for part in parts:

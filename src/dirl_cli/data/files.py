@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from dirl_cli.data.columns import demonstration, is_problem, problem, question, renamed, told
+from dirl_cli.data.columns import demonstration, is_problem, problem, question, rename_columns, summarize_notes
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import Positive, Seed, ShareOrCount
@@ -60,7 +60,7 @@ class TrainingFile:
 
     def remarks(self) -> list[str]:
         """What of the rows to reinforce on is read otherwise than written, or not at all."""
-        return told(self._questions)
+        return summarize_notes(self._questions)
 
     def problems(self) -> list[Problem]:
         """Those of the rows held out that have a question with its answer."""
@@ -73,7 +73,7 @@ class TrainingFile:
 
     @cached_property
     def _parts(self) -> tuple[list[Row], list[Row]]:
-        rows = renamed(read_rows(self.path, self.split, self.config), self.columns or {}, self.setting)
+        rows = rename_columns(read_rows(self.path, self.split, self.config), self.columns or {}, self.setting)
         size = round(self.held_out * len(rows)) if self.held_out < 1 else int(self.held_out)
         if not 0 <= size < len(rows):
             raise DirlError(f"{self.path} has {len(rows)} rows, so {size} cannot be held out: lower data.held_out")
@@ -136,9 +136,9 @@ class ProblemFile:
 
     def remarks(self) -> list[str]:
         """What of the rows is read otherwise than written, or not at all."""
-        return told(self._questions)
+        return summarize_notes(self._questions)
 
     @cached_property
     def _questions(self) -> list[Row]:
-        rows = renamed(read_rows(self.path, self.split, self.config), self.columns or {}, "bench.columns=")
+        rows = rename_columns(read_rows(self.path, self.split, self.config), self.columns or {}, "bench.columns=")
         return [question(row, "bench.columns=") for row in rows]

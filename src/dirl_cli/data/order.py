@@ -8,54 +8,65 @@ from hashlib import blake2b
 import torch
 from torch import Generator, Tensor
 
-LONGEST_ROUND = 1000  # places, so that shares are kept to a thousandth
+LONGEST_ROUND = 1000  # examples in a round, so that the sources' shares are kept to a thousandth
 
 
 @dataclass(frozen=True)
-class Order:
-    """Which example stands at each place, examples being numbered through all sources.
+class MixtureOrder:
+    """An endless sequence of example numbers: `order[index]` for any index from 0 on, without a state to keep.
 
-    Each round of places holds an exact share of every source, in an order of its own; each source comes in epochs of
-    its own, every example once in each and shuffled anew.
+    The order is made of rounds. Each round holds an exact share of every source, shuffled anew. Each source is gone
+    through in epochs of its own: every example once in each, shuffled anew.
 
-    sizes, weights: of the sources. seeded: a generator whose draws depend on the numbers it is given.
+    sizes, weights: of the sources. An example's number counts through all sources, the second after the first.
+    seeded: a generator whose draws depend on the numbers it is given.
     """
 
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
     seeded: Callable[..., Generator]
 
-    def __getitem__(self, place: int) -> int:
-        turn, i = divmod(place, len(self._round))
-        source = int(self._arranged(turn)[i])
-        epoch, i = divmod(self.drawn(place)[source], self.sizes[source])
+    def __getitem__(self, index: int) -> int:
+        round_number, position = divmod(index, len(self._round))
+        source = int(self._arranged(round_number)[position])
         size = self.sizes[source]
-        numbers = (epoch, size, source) if source else (epoch, size)
-        return sum(self.sizes[:source]) + int(shuffled(self.seeded, size, *numbers)[i])
 
-    def drawn(self, place: int) -> list[int]:
-        """How many examples of each source stand before a place."""
-        turn, i = divmod(place, len(self._round))
-        before = torch.bincount(self._arranged(turn)[:i], minlength=len(self.sizes))
-        whole = torch.bincount(self._round, minlength=len(self.sizes))
-        return (turn * whole + before).tolist()
+        epoch, position = divmod(self.counts_before(index)[source], size)
+        # The first source's seed leaves its number out: the orders of runs on a single source stay what they were.
+        seed = (epoch, size, source) if source else (epoch, size)
+        return sum(self.sizes[:source]) + int(shuffled(self.seeded, size, *seed)[position])
 
-    def epochs(self, place: int) -> list[float]:
-        """How often each source has been gone through before a place."""
-        return [drawn / size for drawn, size in zip(self.drawn(place), self.sizes, strict=True)]
+    def counts_before(self, index: int) -> list[int]:
+        """How many examples of each source stand before an index."""
+        rounds, position = divmod(index, len(self._round))
+        in_round = torch.bincount(self._round, minlength=len(self.sizes))  # (sources,)
+        in_this_round = torch.bincount(self._arranged(rounds)[:position], minlength=len(self.sizes))  # (sources,)
+        return (rounds * in_round + in_this_round).tolist()
+
+    def epochs(self, index: int) -> list[float]:
+        """How often each source has been gone through before an index."""
+        return [count / size for count, size in zip(self.counts_before(index), self.sizes, strict=True)]
 
     @cached_property
     def _round(self) -> Tensor:
-        """The source of each place of a round: the shortest that holds the shares exactly, if there is one."""
-        shares = torch.tensor(self.weights, dtype=torch.double) / sum(self.weights)
-        parts = torch.arange(1, LONGEST_ROUND + 1)[:, None] * shares  # (length, source)
-        exact = ((parts.round() - parts).abs() < 1e-6).all(1) & (parts > 0.5).all(1)
-        best = int(exact.nonzero()[0]) if exact.any() else -1
-        return torch.arange(len(shares)).repeat_interleave(parts[best].round().long().clamp(min=1))
+        """The source of each example of a round, unshuffled: (length,).
 
-    def _arranged(self, turn: int) -> Tensor:
+        The length is the shortest at which every source's share is a whole number of examples, or LONGEST_ROUND with
+        rounded shares where no length up to that will do.
+        """
+        shares = torch.tensor(self.weights, dtype=torch.double) / sum(self.weights)
+        counts = torch.arange(1, LONGEST_ROUND + 1)[:, None] * shares  # (lengths, sources)
+        is_exact = ((counts.round() - counts).abs() < 1e-6).all(1) & (counts > 0.5).all(1)  # (lengths,)
+        row = int(is_exact.nonzero()[0]) if is_exact.any() else -1
+        return torch.arange(len(shares)).repeat_interleave(counts[row].round().long().clamp(min=1))
+
+    def _arranged(self, round_number: int) -> Tensor:
+        """The source of each example of a round, as this round arranges them: (length,)."""
         length = len(self._round)
-        return self._round if length == 1 else self._round[shuffled(self.seeded, length, turn, length, 0, 0)]
+        if length == 1:
+            return self._round
+        # The zeros keep these draws apart from those that shuffle a source, which have two or three numbers.
+        return self._round[shuffled(self.seeded, length, round_number, length, 0, 0)]
 
 
 @lru_cache(maxsize=32)
@@ -70,7 +81,10 @@ def generator(*numbers: int) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest))
 
 
-def epochs(order: Order, names: Sequence[str], place: int) -> dict[str, float]:
-    """How often each source has been gone through before a place, as metrics."""
-    parts = [f"epoch/{name}" for name in names] if len(names) > 1 else ["epoch"]
-    return dict(zip(parts, order.epochs(place), strict=True))
+def epochs(order: MixtureOrder, names: Sequence[str], index: int) -> dict[str, float]:
+    """How often each source has been gone through before an index, as metrics.
+
+    names: of the sources; where there is one, the metric does without.
+    """
+    metrics = [f"epoch/{name}" for name in names] if len(names) > 1 else ["epoch"]
+    return dict(zip(metrics, order.epochs(index), strict=True))

@@ -10,14 +10,14 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.data.chat import Encoded
-from dirl_cli.data.tokens import Tokens
+from dirl_cli.data.tokens import TokenTable
 from dirl_cli.reward.boxed import reference
 
 SHOWN = 2  # examples of each source
 
 
-def show(
-    sources: Mapping[str, Tokens],
+def show_examples(
+    sources: Mapping[str, TokenTable],
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
     answers: Mapping[str, Sequence[str]] | None = None,
@@ -29,13 +29,13 @@ def show(
     for name, tokens in sources.items():
         for i in range(min(SHOWN, len(tokens))):
             console.rule(f"{name}, example {i + 1}: {tokens.lengths[i]:,} tokens", align="left")
-            console.print(marked(tokenizer, tokens[i]))
+            console.print(mark_trained(tokenizer, tokens[i]))
             if answers:
                 console.print(f"reference answer: {reference(answers[name][i])}", markup=False)
-    console.print(lengths(sources))
+    console.print(length_table(sources))
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> Text:
+def mark_trained(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> Text:
     """The text of an example, what is trained of it green and, for logs without colours, in ⟦ ⟧."""
     text = Text()
     for trained, run in groupby(zip(*encoded, strict=True), key=lambda pair: pair[1]):
@@ -44,7 +44,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> Text:
     return text
 
 
-def lengths(sources: Mapping[str, Tokens]) -> Table:
+def length_table(sources: Mapping[str, TokenTable]) -> Table:
     """How many examples and tokens there are, how many are trained of all, and how long the examples are.
 
     Of problems no token is trained before it is sampled, so they have no such column.

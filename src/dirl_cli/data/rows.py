@@ -30,13 +30,13 @@ class Row(NamedTuple):
     notes: what was read otherwise than written. unread: the columns that nothing was made of.
     """
 
-    place: str
+    location: str
     fields: dict[str, Any]
     notes: tuple[str, ...] = ()
     unread: Mapping[str, Any] = {}
 
 
-class Written(float):
+class VerbatimFloat(float):
     """A number of a JSON file that remembers its digits, such as 2.50: an answer is compared as it was written."""
 
     digits: str
@@ -62,9 +62,9 @@ def read_rows(source: str | Path, split: str | None = None, config: str | None =
     if path.is_dir():
         rows = data_set_rows(str(source), path, split, config)
     elif not path.exists() and path.suffix not in FILES and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        from dirl_cli.hub import local
+        from dirl_cli.hub import local_snapshot
 
-        rows = data_set_rows(str(source), local(str(source), "dataset"), split, config)
+        rows = data_set_rows(str(source), local_snapshot(str(source), "dataset"), split, config)
     elif path.suffix == ".parquet" and path.exists():
         rows = parquet_rows(path)
     elif {".csv", ".tsv"} & {suffix.lower() for suffix in path.suffixes[-2:]}:
@@ -106,16 +106,16 @@ def require_inside(directory: Path) -> None:
             raise DirlError(f"{file} has a header that cannot be read ({' '.join(str(error).split())})") from error
         parts = header.get("configs") if isinstance(header, dict) else None
         places = [part.get(key) for part in parts or () if isinstance(part, dict) for key in ("data_files", "data_dir")]
-        if outside := [text for text in texts(places) if OUTSIDE.search(text)]:
+        if outside := [text for text in nested_texts(places) if OUTSIDE.search(text)]:
             raise DirlError(f"{file} sends its reader to {outside[0]}, out of its directory: correct or remove it")
 
 
-def texts(node: Any) -> Iterator[str]:
+def nested_texts(node: Any) -> Iterator[str]:
     """Every text in nested lists and objects."""
     if isinstance(node, str):
         yield node
     for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from texts(inner)
+        yield from nested_texts(inner)
 
 
 def cache_directory() -> Path:
@@ -176,7 +176,7 @@ def json_rows(path: Path) -> list[Row]:
     has_halves = HALVES.search(content)
     for row in rows:
         if not isinstance(row.fields, dict):
-            raise DirlError(f"{row.place} is not a JSON object but {json.dumps(row.fields)[:40]}: correct it")
+            raise DirlError(f"{row.location} is not a JSON object but {json.dumps(row.fields)[:40]}: correct it")
         if has_halves:
             require_text(row)
     return rows
@@ -188,12 +188,12 @@ def require_text(row: Row) -> None:
         json.dumps(row.fields, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
-        raise DirlError(f"{row.place} holds {half}, which is half a character: correct or remove it") from error
+        raise DirlError(f"{row.location} holds {half}, which is half a character: correct or remove it") from error
 
 
 def json_list(path: Path, content: str) -> list[Row]:
     try:
-        items = json.loads(content, parse_float=Written.read)
+        items = json.loads(content, parse_float=VerbatimFloat.read)
     except (ValueError, RecursionError) as error:
         raise malformed(f"{path} line {getattr(error, 'lineno', 1)}", error) from error
     return [Row(f"{path} item {i}", item) for i, item in enumerate(items, start=1)]
@@ -207,7 +207,7 @@ def json_lines(path: Path, content: str) -> list[Row]:
             continue
         place = f"{path} line {number}"
         try:
-            rows.append(Row(place, json.loads(line, parse_float=Written.read)))
+            rows.append(Row(place, json.loads(line, parse_float=VerbatimFloat.read)))
         except (ValueError, RecursionError) as error:
             spread = spread_objects(path, content)
             if spread is None:
@@ -218,7 +218,7 @@ def json_lines(path: Path, content: str) -> list[Row]:
 
 def spread_objects(path: Path, content: str) -> list[Row] | None:
     """The objects of a file that spreads each over several lines; None if it holds anything else."""
-    decoder = json.JSONDecoder(parse_float=Written.read)
+    decoder = json.JSONDecoder(parse_float=VerbatimFloat.read)
     rows, line, at = [], 1, 0
     while found := NOT_BLANK.search(content, at):
         line += content.count("\n", at, found.start())

@@ -23,22 +23,22 @@ SCHEMA = pa.schema({"token_ids": pa.list_(pa.int32()), "trained": pa.list_(pa.bo
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenTable:
     """Those rows of a table of SCHEMA that stand at `places`, each read when it is asked for."""
 
     table: pa.Table
     places: NDArray[np.int64]
 
     @staticmethod
-    def of(encoded: Sequence[chat.Encoded]) -> "Tokens":
+    def of(encoded: Sequence[chat.Encoded]) -> "TokenTable":
         """All of these, in memory."""
-        return Tokens(pa.Table.from_batches([batch(encoded)]), np.arange(len(encoded)))
+        return TokenTable(pa.Table.from_batches([record_batch(encoded)]), np.arange(len(encoded)))
 
     @staticmethod
-    def read(file: Path) -> "Tokens":
+    def read(file: Path) -> "TokenTable":
         """All rows of a file, which stays on the disk."""
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-        return Tokens(table, np.arange(len(table)))
+        return TokenTable(table, np.arange(len(table)))
 
     def __len__(self) -> int:
         return len(self.places)
@@ -48,9 +48,9 @@ class Tokens:
         token_ids, trained = (value.to_numpy(zero_copy_only=False).tolist() for value in values)
         return token_ids, trained
 
-    def at_most(self, longest: int) -> "Tokens":
+    def at_most(self, longest: int) -> "TokenTable":
         """Those that have no more tokens than this."""
-        return Tokens(self.table, self.places[self.lengths <= longest])
+        return TokenTable(self.table, self.places[self.lengths <= longest])
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -74,7 +74,7 @@ class Tokens:
         return found.hexdigest()
 
 
-def batch(encoded: Sequence[chat.Encoded]) -> pa.RecordBatch:
+def record_batch(encoded: Sequence[chat.Encoded]) -> pa.RecordBatch:
     token_ids, trained = [ids for ids, _ in encoded], [flags for _, flags in encoded]
     return pa.record_batch([token_ids, trained, list(map(sum, trained))], schema=SCHEMA)
 
@@ -100,7 +100,7 @@ def write_tokens(file: Path, tokenizer: PreTrainedTokenizerBase, rows: Sequence[
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for first in range(0, len(rows), 1000):
                 encoded = chat.encode_demonstrations(tokenizer, rows[first : first + 1000], instruction)
-                writer.write_batch(batch(encoded))
+                writer.write_batch(record_batch(encoded))
         partial.replace(file)
     except OSError as error:
         hint = "make room, or name another place with HF_DATASETS_CACHE"

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from dirl_cli.data.chat import answer_text
-from dirl_cli.distributed import balanced
+from dirl_cli.distributed import split_by_cost
 from dirl_cli.errors import Interrupted
 from dirl_cli.evaluation.run import graded
 from dirl_cli.models.load import DiffusionLM
@@ -41,7 +41,7 @@ class HeldOutEval:
             return {}
 
         tokenizer = self.lm.require_tokenizer()
-        shares = balanced([len(prompt) for prompt in self.prompts], self.accelerator.num_processes)
+        shares = split_by_cost([len(prompt) for prompt in self.prompts], self.accelerator.num_processes)
         share = shares[self.accelerator.process_index]
         own, prompts = [self.problems[i] for i in share], [self.prompts[i] for i in share]
         answered = right = 0

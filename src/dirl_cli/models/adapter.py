@@ -58,7 +58,7 @@ def adapter_directory(adapter: str) -> Path:
     if Path(adapter).is_dir() or adapter.count("/") != 1:
         directory = Path(adapter)
     else:
-        directory = hub.local(adapter, "model")
+        directory = hub.local_snapshot(adapter, "model")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (directory / name).is_file():
             raise DirlError(f"{adapter} has no {name}: give model.adapter the directory that PEFT saved an adapter in")

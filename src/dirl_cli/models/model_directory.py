@@ -50,7 +50,7 @@ class ModelDirectory:
             raise DirlError(
                 f"{self.path} is not a directory: give model.path that of a saved model, such as `dirl sft` leaves"
             )
-        return hub.local(self.path, "model")
+        return hub.local_snapshot(self.path, "model")
 
     def config(self, directory: Path, attention: str) -> PreTrainedConfig:
         """Read the configuration. attention: the implementation that its model is to use, by transformers' name."""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dirl_cli.errors import DirlError, did_you_mean, pip_install
-from dirl_cli.files import whole_directory
+from dirl_cli.files import atomic_directory
 from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.models.low_precision import inference_model
 from dirl_cli.ranges import Count, Seed, ShareBelowOne
-from dirl_cli.types import SHARING
+from dirl_cli.types import SHARDED_LAUNCHES
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -139,7 +139,7 @@ class LoraFinetune:
         for package, extra in packages.items():
             if find_spec(package) is None:
                 raise DirlError(f"this choice of peft needs the package {package}: {pip_install(extra)}")
-        if launch in SHARING:
+        if launch in SHARDED_LAUNCHES:
             raise DirlError(f"launch={launch} shares out what is trained, which peft leaves small: give launch=auto")
 
     def load(self, model: ModelSource, dtype: str, device: str, attention: str) -> DiffusionLM:
@@ -225,7 +225,7 @@ class LoraFinetune:
             name_in_file = name.replace(".default.", ".")  # `default` is the adapter's name in the model
             tensors[f"base_model.model.{name_in_file}"] = factor.detach().cpu()
 
-        with whole_directory(directory) as partial:
+        with atomic_directory(directory) as partial:
             config.save_pretrained(str(partial))
             weights = partial / "adapter_model.safetensors"
             save_file(tensors, weights, metadata={"format": "pt"})

@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from dirl_cli.errors import DirlError
-from dirl_cli.files import whole_directory
+from dirl_cli.files import atomic_directory
 
 SHARD = "5GB"  # as published checkpoints are cut
 LOCAL = ("auto_map", "is_local", "local_files_only")  # remote code that is not saved; how a tokenizer was read
@@ -38,7 +38,7 @@ def save_published(
     file, such as 5GB.
     """
     transformers_logging.disable_progress_bar()
-    with whole_directory(directory) as partial:
+    with atomic_directory(directory) as partial:
         model.save_pretrained(partial, state_dict=state_dict, max_shard_size=max_shard_size)
         name_as_published(partial / "config.json")
         if tokenizer:

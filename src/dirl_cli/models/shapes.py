@@ -3,7 +3,7 @@
 from typing import Any
 
 from dirl_cli import hub
-from dirl_cli.errors import NotHere
+from dirl_cli.errors import NotDownloaded
 from dirl_cli.models.load import DiffusionLM, PretrainedModel, pick_attention
 from dirl_cli.models.model_directory import ModelDirectory
 from dirl_cli.models.peft import ModelSource
@@ -57,12 +57,12 @@ def outline(model: ModelSource, attention: str) -> DiffusionLM:
     """
     try:
         return shapes(model, attention)
-    except NotHere:
+    except NotDownloaded:
         if not isinstance(model, PretrainedModel):
             raise
 
         stored = ModelDirectory(model.path)
-        directory = hub.with_config(model.path)
+        directory = hub.cached_config_directory(model.path)
         if directory is not None:
             check_safe_checkpoint(directory)
             tokenizer = stored.tokenizer(directory)

@@ -32,7 +32,7 @@ from dirl_cli.rl.objective import Objective
 from dirl_cli.rollout.engines import Engine, Lmdeploy
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.optim import Optim
-from dirl_cli.types import SHARING, Decoding, Trajectory
+from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Trajectory
 
 UPDATE = ("micro_rows", "gradient_checkpointing", "row_tokens", "decoding.max_new_tokens")
 SFT = (*UPDATE, "steps", "launch", "batch_size", "max_tokens", "eval_problems")
@@ -378,6 +378,6 @@ def alternatives(settings: Settings, machine: Machine, peft: Peft) -> list[list[
     if machine.kind == "cuda":
         more_gpus = [{"gpus": count, "launch": "fsdp2"} for count in GPUS if count > machine.gpus]
     adapters: list[Settings] = [{"peft": name} for name in ADAPTERS]
-    if settings["launch"] in SHARING:  # which adapters leave too little for
+    if settings["launch"] in SHARDED_LAUNCHES:  # which adapters leave too little for
         adapters = [{**adapter, "launch": "auto"} for adapter in adapters]
     return [more_gpus, adapters]

@@ -23,7 +23,7 @@ from dirl_cli.rollout.forward_gpu import PREFILL
 from dirl_cli.text import counted
 from dirl_cli.training.logprobs import tokens_at_once
 from dirl_cli.training.optim import Optim
-from dirl_cli.types import SHARING, Decoding
+from dirl_cli.types import SHARDED_LAUNCHES, Decoding
 
 Bytes = dict[str, int]
 """Bytes by part, such as `parameters`."""
@@ -198,7 +198,7 @@ class Parallelism:
 
 def parallelism(launch: str, processes: int) -> Parallelism:
     """What a run's `launch` divides."""
-    if launch in SHARING:
+    if launch in SHARDED_LAUNCHES:
         return Parallelism(processes, processes, processes, gathers=True, keeps_gathered=launch == "zero2")
     return Parallelism(gradients_stay=processes > 1)
 

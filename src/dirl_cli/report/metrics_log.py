@@ -80,7 +80,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def curves(path: Path, panels: Sequence[Panel]) -> dict[str, list[float]]:
+def metric_curves(path: Path, panels: Sequence[Panel]) -> dict[str, list[float]]:
     """The values of each metric of `panels` over a run, as far as its metrics file has them."""
     lines = read_metrics(path)
     names = [name for panel in panels for name in panel.curves]
@@ -117,7 +117,7 @@ class TensorBoard:
     """TensorBoard event files in the run's directory."""
 
     def open(self, out: Path, config: Mapping[str, Any], step: int) -> Tracker:
-        return TensorBoardTracker(needed("torch.utils.tensorboard", "tensorboard"), out / "tensorboard", step)
+        return TensorBoardTracker(import_tracker("torch.utils.tensorboard", "tensorboard"), out / "tensorboard", step)
 
 
 class TensorBoardTracker:
@@ -141,7 +141,7 @@ class Wandb:
     entity: str | None = None
 
     def open(self, out: Path, config: Mapping[str, Any], step: int) -> Tracker:
-        wandb = needed("wandb", "wandb")
+        wandb = import_tracker("wandb", "wandb")
         remembered = out / "wandb_run_id"
         resumed = step > 0 and remembered.exists()
         run = wandb.init(
@@ -169,7 +169,7 @@ class WandbTracker:
         self.run.finish()
 
 
-def needed(module: str, package: str) -> ModuleType:
+def import_tracker(module: str, package: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:

@@ -44,13 +44,13 @@ def plot(history: Sequence[Mapping[str, float]], panels: Sequence[Panel], title:
     places = [grid[0, :], *(grid[1 + i // columns, i % columns] for i in range(len(shown) - 1))]
     for panel, place in zip(shown, places, strict=False):
         axes = figure.add_subplot(place)
-        draw(axes, panel, history)
+        draw_panel(axes, panel, history)
         axes.set_xlim(0, history[-1]["step"])
     with writing(file):
         figure.savefig(file, dpi=120)
 
 
-def draw(axes: "Axes", panel: Panel, history: Sequence[Mapping[str, float]]) -> None:
+def draw_panel(axes: "Axes", panel: Panel, history: Sequence[Mapping[str, float]]) -> None:
     for (name, label), color in zip(panel.curves.items(), cycle(COLORS), strict=False):
         points = [(line["step"], line[name]) for line in history if name in line]
         if not points:
@@ -63,7 +63,7 @@ def draw(axes: "Axes", panel: Panel, history: Sequence[Mapping[str, float]]) -> 
             axes.plot(steps, smooth(values, len(points) // 100), color=color, linewidth=1.8, label=label)
         else:
             axes.plot(steps, values, color=color, linewidth=1.8, label=label)
-    scale(axes, panel)
+    scale_axis(axes, panel)
     style(axes, panel.title, "step", legend=len(panel.curves) > 1)
 
 
@@ -97,7 +97,7 @@ def style(axes: "Axes", title: str, xlabel: str, legend: bool) -> None:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
-def scale(axes: "Axes", panel: Panel) -> None:
+def scale_axis(axes: "Axes", panel: Panel) -> None:
     """Say numbers as one would, and begin at zero where nothing is below."""
     from matplotlib.ticker import LogLocator, NullFormatter
 

@@ -55,27 +55,27 @@ class StepProgress:
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tell how a step went."""
         left = (time.perf_counter() - self.started) / (step - self.done) * (self.steps - step)
-        text = f"step {step}/{self.steps} · {clock(left)} left · {describe(metrics, *self.shown)}"
+        text = f"step {step}/{self.steps} · {format_duration(left)} left · {format_metrics(metrics, *self.shown)}"
         if self.live:
             self.bar.update(self.task, completed=step, description=text)
         elif due(step, self.every) or step == self.steps:
-            self.say(text)
+            self.print_line(text)
 
     def note(self, step: int, metrics: Mapping[str, float], *names: str) -> None:
         """Print a line that stays with those of the named metrics that a step has; none where it has none."""
-        if found := describe(metrics, *names):
-            self.say(f"step {step}/{self.steps} · {found}" if step else f"before · {found}")
+        if found := format_metrics(metrics, *names):
+            self.print_line(f"step {step}/{self.steps} · {found}" if step else f"before · {found}")
 
     def sum_up(self, times: Mapping[str, float]) -> None:
         """Print where the time of the run went."""
         if times:
-            self.say(f"{clock(sum(times.values()))} went into {shares(times)}")
+            self.print_line(f"{format_duration(sum(times.values()))} went into {format_shares(times)}")
 
     def working(self, what: str, total: int = 0) -> AbstractContextManager[Callable[..., None]]:
         """Show that something that may take long goes on; what it yields is told how many of `total` are done."""
         return working(self.console, what, total)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line that stays."""
         self.console.print(text)
 
@@ -89,20 +89,20 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def describe(metrics: Mapping[str, float], *names: str) -> str:
+def format_metrics(metrics: Mapping[str, float], *names: str) -> str:
     """Such as: loss 0.1234 · lr 1.00e-05."""
     known = [(metrics[name], name.partition("/")) for name in names if name in metrics]
     return " · ".join(FORMS[family].format(value, member) for value, (family, _, member) in known)
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Such as 1:05 or 2:01:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def shares(times: Mapping[str, float]) -> str:
+def format_shares(times: Mapping[str, float]) -> str:
     """Where the time went, such as: backpropagation 88% · optimizer 9% · rows 3%."""
     total = sum(times.values()) or 1.0
     ordered = sorted(times.items(), key=lambda item: -item[1])

@@ -37,7 +37,7 @@ class RolloutReport:
             write_rollout(rollout_path(self.directory, step), records(groups, sampled))
         self.without_signal = 0 if any_advantage(groups) else self.without_signal + 1
         if self.without_signal == PATIENCE and self.learns:
-            self.progress.say(f"nothing is learned: {why_without_signal(sampled)}")
+            self.progress.print_line(f"nothing is learned: {why_without_signal(sampled)}")
         if due(step, self.show_every):
             self.progress.console.print(answer_table(groups or sampled, step))
 

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dirl_cli.data.chat import answer_text
-from dirl_cli.data.order import Order, epochs
+from dirl_cli.data.order import MixtureOrder, epochs
 from dirl_cli.diffusion.sampling import request_key
-from dirl_cli.distributed import balanced
+from dirl_cli.distributed import split_by_cost
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.reward.rewards import Answer
@@ -102,7 +102,7 @@ class RolloutSampler:
     group_size: int
     filter: str
     max_rounds: int
-    order: Order
+    order: MixtureOrder
     seed: int
     sources: Sequence[str] = ("",)
     prefetches: bool = False
@@ -150,7 +150,7 @@ class RolloutSampler:
     def sample_share(self, indices: range, step: int, round_number: int) -> Iterator[Indexed]:
         """The answers to this process's share of the problems; all shares take about as long."""
         costs = [self.cost(self.order[index]) for index in indices]
-        shares = balanced(costs, self.accelerator.num_processes)
+        shares = split_by_cost(costs, self.accelerator.num_processes)
         own_indices = [indices[i] for i in shares[self.accelerator.process_index]]
         with self.accelerator.autocast():
             yield from self.answers(own_indices, step, round_number)
@@ -312,10 +312,10 @@ def add_advantages(groups: Sequence[Answers], advantage: Advantage) -> list[Answ
     return with_advantages
 
 
-def problem_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Order:
+def problem_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> MixtureOrder:
     """The order in which the problems of some sources are drawn."""
 
     def seeded(*numbers: int) -> torch.Generator:
         return torch.Generator().manual_seed(request_key(seed, list(numbers), 0))
 
-    return Order(tuple(sizes), tuple(weights), seeded)
+    return MixtureOrder(tuple(sizes), tuple(weights), seeded)

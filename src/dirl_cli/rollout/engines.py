@@ -97,7 +97,7 @@ def on_disk(lm: DiffusionLM) -> str:
     if source:
         directory = source
         if not Path(source).is_dir():
-            directory = str(hub.local(source, "model"))
+            directory = str(hub.local_snapshot(source, "model"))
 
         # Merging an adapter may have untied the embeddings of `lm`.
         if type(config).from_pretrained(directory).tie_word_embeddings == config.tie_word_embeddings:

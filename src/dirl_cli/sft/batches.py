@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dirl_cli.data.order import Order, epochs, generator
+from dirl_cli.data.order import MixtureOrder, epochs, generator
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Example, Masking, example, noised_rows
 
@@ -64,7 +64,7 @@ class NoisedBatches:
     """
 
     examples: Examples
-    order: Order
+    order: MixtureOrder
     batch_size: int
     noise: Callable[[int], Noise]
     seed: int

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from dirl_cli.errors import DirlError, did_you_mean
-from dirl_cli.files import partial_of, remove, sync, whole_directory, writing
+from dirl_cli.files import atomic_directory, partial_path, remove, sync, writing
 from dirl_cli.models.load import DiffusionLM, pick_dtype
 from dirl_cli.training.shards import Shard, read_shards, stored_shapes, write_shards
 from dirl_cli.types import STATE
@@ -172,9 +172,9 @@ class RunCheckpoints:
     def _write(self, path: Path, files: Files, state: Mapping[str, Any]) -> None:
         """Write all processes' files into one directory, which gets its name when the last is on the disk."""
         if not self.accelerator.is_main_process:
-            self._write_files(partial_of(path), files)
+            self._write_files(partial_path(path), files)
             return
-        with whole_directory(path) as partial:
+        with atomic_directory(path) as partial:
             sums = self._write_files(partial, files)
             (partial / STATE).write_text(json.dumps(state) + "\n")
             sums[STATE] = sha256(partial / STATE)

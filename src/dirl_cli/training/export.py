@@ -11,7 +11,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.model_card import adapter_card, model_card
 from dirl_cli.models.peft import Peft
 from dirl_cli.models.save import push
-from dirl_cli.report.metrics_log import curves
+from dirl_cli.report.metrics_log import metric_curves
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.text import shell_word
@@ -49,12 +49,12 @@ def export_model(
         summary,
         base,
         chosen,
-        curves(run / "metrics.jsonl", panels),
+        metric_curves(run / "metrics.jsonl", panels),
         asdict(decoding) | {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
         lm.model.config,
     )
     where = "cpu" if accelerator.is_main_process else "meta"  # one process saves
     save_model(peft.merged(lm, where), settings["dtype"], saved, card, accelerator)
-    progress.say(f"the model is in {saved}: run `dirl eval {shell_word('model', saved)}`")
+    progress.print_line(f"the model is in {saved}: run `dirl eval {shell_word('model', saved)}`")
     if repository and accelerator.is_main_process:
-        progress.say(f"and at {push(saved, repository)}")
+        progress.print_line(f"and at {push(saved, repository)}")

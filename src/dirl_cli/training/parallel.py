@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM, pick_device, pick_dtype
 from dirl_cli.ranges import DEVICES
-from dirl_cli.types import SHARING
+from dirl_cli.types import SHARDED_LAUNCHES
 
 PRECISION = {torch.float32: "no", torch.bfloat16: "bf16"}
 
@@ -36,7 +36,7 @@ def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelera
         raise DirlError(f"device={device}: {DEVICES.hint(device)}")
     device = pick_device(device)
     AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
-    is_sharded = launch in SHARING
+    is_sharded = launch in SHARDED_LAUNCHES
     plugin = fsdp2(keeps_gathered=launch == "zero2") if is_sharded else None
     single_copy = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
     uncached = AutocastKwargs(cache_enabled=not is_sharded)  # a cached cast would outlive the layer that was gathered

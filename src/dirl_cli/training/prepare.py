@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.data.chat import encode_questions, turn_end
-from dirl_cli.data.columns import told
+from dirl_cli.data.columns import summarize_notes
 from dirl_cli.data.rows import Row
-from dirl_cli.data.tokens import Tokens, tokens_file, write_tokens
+from dirl_cli.data.tokens import TokenTable, tokens_file, write_tokens
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.report.progress import StepProgress
@@ -48,10 +48,10 @@ class Reader:
     max_tokens: int = 0
     max_prompt_tokens: int | None = None
 
-    def demonstrations(self, kind: str, rows: Sequence[Row]) -> Tokens:
+    def demonstrations(self, kind: str, rows: Sequence[Row]) -> TokenTable:
         """The rows as tokens, from the disk if an earlier start has met the same rows, template and tokenizer."""
         if not rows:
-            return Tokens.of([])
+            return TokenTable.of([])
         tokenizer = self.lm.require_tokenizer()
         self._warn_of_unknown_turn_end(tokenizer)
         answered = [row for row in rows if has_answer(row.fields)]
@@ -60,7 +60,7 @@ class Reader:
         with self.accelerator.main_process_first(), self.progress.working(f"tokenising {len(answered):,} {kind}"):
             if not file.exists():
                 write_tokens(file, tokenizer, answered, self.instruction)
-        tokens = Tokens.read(file)
+        tokens = TokenTable.read(file)
 
         # What does not fit is left out rather than cut: half an answer would be learned as a whole one.
         longest = min(self.max_tokens, self.lm.max_length)
@@ -68,7 +68,7 @@ class Reader:
         limit = f"max_tokens={longest}" if longest == self.max_tokens else f"the model's {longest} positions"
         left_out = {"answer nothing": len(rows) - len(answered), f"are longer than {limit}": len(tokens) - len(fitting)}
         summary = f"{len(fitting):,} {kind}, {fitting.lengths.sum():,} tokens{remark}"
-        self._say(summary, len(rows), left_out, int(max(tokens.lengths, default=0)), told(rows))
+        self._say(summary, len(rows), left_out, int(max(tokens.lengths, default=0)), summarize_notes(rows))
         return fitting
 
     def problems(self, kind: str, problems: Sequence[Problem], remarks: Sequence[str] = ()) -> Questions:
@@ -107,15 +107,15 @@ class Reader:
         """
         reasons = [f"{n:,} left out that {why}" for why, n in left_out.items() if n]
         share = sum(left_out.values()) / count
-        self.progress.say("; ".join([summary, *reasons]))
+        self.progress.print_line("; ".join([summary, *reasons]))
         if share > LARGE_SHARE:
             tokens = f"; the longest has {longest:,} tokens" if longest else ""
             self.progress.warn(f"warning: {share:.0%} of {count:,} rows are not learned from{tokens}")
         for remark in remarks:
-            self.progress.say(f"  {remark}")
+            self.progress.print_line(f"  {remark}")
 
 
-def fingerprint_of(sources: Sequence[Tokens | Questions]) -> str:
+def fingerprint_of(sources: Sequence[TokenTable | Questions]) -> str:
     """A SHA-256 that changes with anything that a run learns from."""
     return hashlib.sha256("".join(source.digest for source in sources).encode()).hexdigest()
 

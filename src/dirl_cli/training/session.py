@@ -69,7 +69,7 @@ class Session:
         needs_base: whether the weights that the run began with are used besides those in the checkpoint. data: its
         name, for the sentence. Raises DirlError for a checkpoint of another command, other weights or other rows.
         """
-        path = self.checkpoints.begin(resume, self.progress.say)
+        path = self.checkpoints.begin(resume, self.progress.print_line)
         if path is None:
             return None
 
@@ -85,7 +85,7 @@ class Session:
         self.trainer.steps_taken = remembered.get("updates", self.step)
         self.trainer.skipped = remembered["skipped"]
         self.trainer.updates_applied = remembered.get("updates_applied", self.trainer.steps_taken)
-        self.progress.say(f"going on after step {self.step}, from {path}")
+        self.progress.print_line(f"going on after step {self.step}, from {path}")
         return remembered
 
     @property
