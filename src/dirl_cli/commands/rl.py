@@ -59,6 +59,7 @@ from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import warmup_remark
 from dirl_cli.training.parallel import unsharded_model
 from dirl_cli.training.prepare import Questions, Reader, fingerprint_of
+from dirl_cli.training.session import Session
 from dirl_cli.training.stop_signal import StopSignal
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding, Instruction
@@ -98,7 +99,7 @@ RECIPE = (
 
 
 @dataclass(frozen=True)
-class Parts:
+class RlParts:
     """What the config's groups describe."""
 
     model: Any
@@ -138,13 +139,32 @@ def run(cfg: DictConfig, out: Path) -> None:
     # Everything that can be refused is refused before the weights are read.
     require_pushable(cfg.push_to_hub)
     settle_ratio(cfg.rl)
-    parts = build_parts(cfg)
+    parts = build_rl_parts(cfg)
     check(cfg.rl, parts.objective, parts.decoding)
     parts.peft.require(cfg.launch)
-    require_measured(cfg.keep_best, measured_metrics(cfg))
+    require_measured(cfg.keep_best, rl_metrics(cfg))
+    pools = read_and_plan(cfg, parts, accelerator, progress)
+    if pools is None:
+        return
+    parts.engine.require()
+
+    lm = load_model(cfg, parts.model, parts.peft, accelerator, progress)
+    session = reinforce(cfg, out, parts, pools, lm, accelerator, progress)
+    if cfg.rl.rollout_only:
+        progress.print_line(
+            f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`"
+        )
+        return
+    session.trainer.require_update(f"no group held a signal; {REMEDIES}")
+    leave_model(cfg, out, session, lm, parts.peft, lm.decoding(parts.decoding), RECIPE)
+
+
+def read_and_plan(cfg: DictConfig, parts: RlParts, accelerator: Accelerator, progress: StepProgress) -> Pools | None:
+    """The problems, once the run is known to fit; None where it was to be looked at only, which it then was."""
     lm = shapes_of(cfg, parts.model)
-    decoding = lm.decoding(parts.decoding)
     engine = None if cfg.rl.replay else parts.engine
+    learns = not cfg.rl.rollout_only
+    decoding = lm.decoding(parts.decoding)
     plan = planner(cfg, rl_budget, RL, parts.peft, lm, parts.optim, parts.objective, decoding)
     if cfg.dry_run and lm.tokenizer is None:
         longest = cfg.rl.max_prompt_tokens or PROMPT
@@ -152,25 +172,42 @@ def run(cfg: DictConfig, out: Path) -> None:
             f"no tokenizer of {cfg.model.name} is here, so nothing is known of the data: prompts are taken to be"
             f" {longest:,} tokens"
         )
-        show_budget(plan(longest, engine, not cfg.rl.rollout_only), cfg, progress)
-        return
+        show_budget(plan(longest, engine, learns), cfg, progress)
+        return None
+
     pools = read_problems(cfg, parts, lm, accelerator, progress)
-    budget = plan(pools.longest_prompt, engine, not cfg.rl.rollout_only)
+    budget = plan(pools.longest_prompt, engine, learns)
     if cfg.dry_run:
         show_budget(budget, cfg, progress)
-        return
+        return None
     for warning in budget.warnings():
         progress.warn(warning)
-    updates = cfg.steps * cfg.rl.mini_batches * cfg.rl.epochs
-    if not cfg.rl.rollout_only and (remark := warmup_remark(parts.schedule, updates)):
+    remark = warmup_remark(parts.schedule, updates_of(cfg))
+    if remark and learns:
         progress.print_line(remark)
-    parts.engine.require()
+    return pools
 
-    lm = load_model(cfg, parts.model, parts.peft, accelerator, progress)
+
+def updates_of(cfg: DictConfig) -> int:
+    """Optimizer steps in the whole run, as far as every rollout has groups to learn from."""
+    updates: int = cfg.steps * cfg.rl.mini_batches * cfg.rl.epochs
+    return updates
+
+
+def reinforce(
+    cfg: DictConfig,
+    out: Path,
+    parts: RlParts,
+    pools: Pools,
+    lm: DiffusionLM,
+    accelerator: Accelerator,
+    progress: StepProgress,
+) -> Session:
+    """Take the steps that are left of the run, with everything they need around them."""
     fingerprints = {"base_fingerprint": fingerprint(lm.model), "data_fingerprint": fingerprint_of(pools.training)}
     inference_lm = parts.peft.merged(lm)  # before processes share the parameters
     stop = StopSignal(accelerator)
-    update = policy_update(cfg, parts, lm, accelerator, updates)
+    update = policy_update(cfg, parts, lm, accelerator, updates_of(cfg))
     noted = ("greedy_accuracy",)
     session = open_session(cfg, out, "rl", update.trainer, lm, progress, stop, PANELS, noted, fingerprints)
     needs_base = parts.objective.beta > 0 or parts.peft != FullFinetune()
@@ -179,33 +216,28 @@ def run(cfg: DictConfig, out: Path) -> None:
     sampler = start_sampler(cfg, parts, inference_lm)
     update.publish(sampler)
 
+    learns = not cfg.rl.rollout_only
     with RewardComputer(parts.rewards) as reward_computer:
         rollouts = rollout_source(cfg, parts, pools, lm, sampler, reward_computer, accelerator)
         if remembered:
             rollouts.state = RolloutState.from_json(remembered)
         session.state = lambda: rollouts.state.to_json()
         writes = accelerator.is_main_process and rollouts.is_new
-        report = RolloutReport(out / "rollouts" if writes else None, cfg.show_every, not cfg.rl.rollout_only, progress)
-        questions = pools.held_out
+        report = RolloutReport(out / "rollouts" if writes else None, cfg.show_every, learns, progress)
+
+        questions, decoding = pools.held_out, lm.decoding(parts.decoding)
         held_out = HeldOutEval(questions.problems, questions.prompts, lm, decoding, accelerator, progress, stop.apart)
         evaluation = None
-        if questions.problems and not cfg.rl.rollout_only:
+        if questions.problems and learns:
             evaluation = SamplerEvaluation(held_out, sampler, reward_computer.grader)
         with session:
-            train(session, rollouts, update, sampler, report, evaluation, learns=not cfg.rl.rollout_only)
-
-    if cfg.rl.rollout_only:
-        progress.print_line(
-            f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`"
-        )
-        return
-    update.trainer.require_update(f"no group held a signal; {REMEDIES}")
-    leave_model(cfg, out, session, lm, parts.peft, decoding, RECIPE)
+            train(session, rollouts, update, sampler, report, evaluation, learns)
+    return session
 
 
-def build_parts(cfg: DictConfig) -> Parts:
+def build_rl_parts(cfg: DictConfig) -> RlParts:
     """What the config's groups describe."""
-    return Parts(
+    return RlParts(
         model=build(cfg.model),
         peft=build(cfg.peft),
         data=build(cfg.data),
@@ -237,7 +269,7 @@ def check(rl: DictConfig, objective: Objective, decoding: Decoding) -> None:
         raise DirlError("decoding.temperature=0 gives a group equal answers, from which there is nothing to learn")
 
 
-def measured_metrics(cfg: DictConfig) -> list[str]:
+def rl_metrics(cfg: DictConfig) -> list[str]:
     """The metrics that may tell which checkpoint is the best."""
     metrics = ["reward", "accuracy"]
     if cfg.eval_problems:
@@ -246,7 +278,7 @@ def measured_metrics(cfg: DictConfig) -> list[str]:
 
 
 def read_problems(
-    cfg: DictConfig, parts: Parts, lm: DiffusionLM, accelerator: Accelerator, progress: StepProgress
+    cfg: DictConfig, parts: RlParts, lm: DiffusionLM, accelerator: Accelerator, progress: StepProgress
 ) -> Pools:
     """The problems with their prompts. Raises DirlError where nothing of a source is left to learn from."""
     reader = Reader(lm, parts.instruction, accelerator, progress, max_prompt_tokens=cfg.rl.max_prompt_tokens)
@@ -281,7 +313,7 @@ def preview(pools: Mapping[str, Questions], lm: DiffusionLM, progress: StepProgr
 
 
 def policy_update(
-    cfg: DictConfig, parts: Parts, lm: DiffusionLM, accelerator: Accelerator, updates: int
+    cfg: DictConfig, parts: RlParts, lm: DiffusionLM, accelerator: Accelerator, updates: int
 ) -> PolicyUpdate:
     """What updates the model, `updates` times in all, and keeps it near what it began as where that is asked for."""
     decoding = lm.decoding(parts.decoding)
@@ -315,7 +347,7 @@ def policy_update(
     )
 
 
-def start_sampler(cfg: DictConfig, parts: Parts, lm: DiffusionLM) -> Sampler:
+def start_sampler(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> Sampler:
     """The engine with weights to sample from; a copy of them where they would change while it samples."""
     sampler_lm = unsharded_model(lm, pick_dtype(cfg.dtype, lm.device.type))
     if cfg.rl.async_rollout and sampler_lm is lm and isinstance(parts.engine, Native):
@@ -326,7 +358,7 @@ def start_sampler(cfg: DictConfig, parts: Parts, lm: DiffusionLM) -> Sampler:
 
 def rollout_source(
     cfg: DictConfig,
-    parts: Parts,
+    parts: RlParts,
     pools: Pools,
     lm: DiffusionLM,
     sampler: Sampler,

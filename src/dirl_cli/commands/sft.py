@@ -98,7 +98,7 @@ class Demonstrations:
 
 
 @dataclass(frozen=True)
-class Parts:
+class SftParts:
     """What the config's groups describe."""
 
     model: Any
@@ -119,7 +119,7 @@ def run(cfg: DictConfig, out: Path) -> None:
 
     # Everything that can be refused is refused before the weights are read.
     require_pushable(cfg.push_to_hub)
-    source, parts = build(cfg.data), build_parts(cfg)
+    source, parts = build(cfg.data), build_sft_parts(cfg)
     parts.peft.require(cfg.launch)
     lm = shapes_of(cfg, parts.model)
     parts.annealing.check(lm.block_size)
@@ -134,7 +134,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         return
     data = read_demonstrations(cfg, source, parts.instruction, lm, accelerator, progress)
     del source  # and its rows
-    require_measured(cfg.keep_best, measured_metrics(cfg, data))
+    require_measured(cfg.keep_best, sft_metrics(cfg, data))
     budget = plan(np.concatenate([tokens.lengths for tokens in data.training]), data.problems.prompts)
     if cfg.dry_run:
         show_budget(budget, cfg, progress)
@@ -153,9 +153,9 @@ def run(cfg: DictConfig, out: Path) -> None:
     leave_model(cfg, out, session, lm, parts.peft, decoding, RECIPE)
 
 
-def build_parts(cfg: DictConfig) -> Parts:
+def build_sft_parts(cfg: DictConfig) -> SftParts:
     """What the config's groups describe, all but the data."""
-    return Parts(
+    return SftParts(
         model=build(cfg.model),
         peft=build(cfg.peft),
         masking=build(cfg.masking),
@@ -193,7 +193,7 @@ def read_demonstrations(
     return Demonstrations(names, list(weights), training, held_out, problems)
 
 
-def measured_metrics(cfg: DictConfig, data: Demonstrations) -> list[str]:
+def sft_metrics(cfg: DictConfig, data: Demonstrations) -> list[str]:
     """The metrics that may tell which checkpoint is the best."""
     metrics = ["loss"]
     if any(map(len, data.held_out)):
@@ -203,7 +203,7 @@ def measured_metrics(cfg: DictConfig, data: Demonstrations) -> list[str]:
     return metrics
 
 
-def warn(cfg: DictConfig, parts: Parts, warnings: Iterable[str], progress: StepProgress) -> None:
+def warn(cfg: DictConfig, parts: SftParts, warnings: Iterable[str], progress: StepProgress) -> None:
     """Say what is likely not meant."""
     for warning in warnings:
         progress.warn(warning)
@@ -218,7 +218,7 @@ def warn(cfg: DictConfig, parts: Parts, warnings: Iterable[str], progress: StepP
 def start(
     cfg: DictConfig,
     out: Path,
-    parts: Parts,
+    parts: SftParts,
     data: Demonstrations,
     lm: DiffusionLM,
     stop: StopSignal,
