@@ -73,43 +73,63 @@ def verified(gold: str, answer: str) -> bool:
 
 
 def compared(gold: str, answer: str, judge: Judge) -> bool:
-    """As `same`, of texts as they were written; where ', ' separates, other commas may be those of thousands."""
+    """`same`, of texts as they were written; where ', ' separates, other commas may be those of thousands."""
     gold, answer = tidy(gold), tidy(answer)
-    wanted, given = (THOUSANDS.sub("", text) if ", " in text else text for text in (gold, answer))
-    return same(gold, answer, judge) or ((wanted, given) != (gold, answer) and same(wanted, given, judge))
+    if same(gold, answer, judge):
+        return True
+    joined_gold = without_thousands(gold)
+    joined_answer = without_thousands(answer)
+    return (joined_gold, joined_answer) != (gold, answer) and same(joined_gold, joined_answer, judge)
+
+
+def without_thousands(text: str) -> str:
+    """The text without commas inside numbers, where another comma has a space behind it."""
+    return THOUSANDS.sub("", text) if ", " in text else text
 
 
 def same(gold: str, answer: str, judge: Judge) -> bool:
     """Whether two tidy texts say the same: the first rule that can tell decides, or else the judge."""
     if SPACE.sub("", gold) == SPACE.sub("", answer):
         return bool(gold)
-    gold, answer = (TEXT.sub(r"\1", text) if TEXT.fullmatch(text) else text for text in (gold, answer))
+    gold, answer = unwrapped(gold), unwrapped(answer)
+
+    # First the rules for which words count, then those for what is left without units and such.
     verdict = decided(WORDED, gold, answer, judge)
     if verdict is not None:
         return verdict
-    wanted, given = measured(gold), measured(answer)
-    if wanted.differs(given):
+    expected, actual = measured(gold), measured(answer)
+    if expected.differs(actual):
         return False
-    verdict = decided(RULES, wanted.text, given.text, judge)
-    return judge(wanted.text, given.text) if verdict is None else verdict
+    verdict = decided(RULES, expected.text, actual.text, judge)
+    return judge(expected.text, actual.text) if verdict is None else verdict
+
+
+def unwrapped(text: str) -> str:
+    r"""What a \text{…} holds that is all of the text and has a number or a bracket in it."""
+    return TEXT.sub(r"\1", text) if TEXT.fullmatch(text) else text
 
 
 def decided(rules: Sequence[Rule], gold: str, answer: str, judge: Judge) -> bool | None:
     """What the first rule says that can tell."""
-    verdicts = (rule(gold, answer, judge) for rule in rules)
-    return next((verdict for verdict in verdicts if verdict is not None), None)
+    for rule in rules:
+        verdict = rule(gold, answer, judge)
+        if verdict is not None:
+            return verdict
+    return None
 
 
 def as_choice(gold: str, answer: str, judge: Judge) -> bool | None:
     """(A) is (A) 5 and Option A, but not A or B; and a, alone, unless it is e or i, which are numbers."""
-    wanted, given = (UPRIGHT.sub(r"\1", text).strip() for text in (gold, answer))
-    one, other = CHOICE.fullmatch(wanted), CHOICE.fullmatch(given)
-    if one is None or OTHER_CHOICE.search(one[3]):
+    expected_text = UPRIGHT.sub(r"\1", gold).strip()
+    actual_text = UPRIGHT.sub(r"\1", answer).strip()
+    expected = CHOICE.fullmatch(expected_text)
+    actual = CHOICE.fullmatch(actual_text)
+    if expected is None or OTHER_CHOICE.search(expected[3]):
         return None
-    if other is None:
-        small = SMALL_CHOICE.fullmatch(given)
-        return True if small and not one[3] and letter(small).upper() == letter(one) else None
-    return None if OTHER_CHOICE.search(other[3]) else letter(one) == letter(other)
+    if actual is None:
+        small = SMALL_CHOICE.fullmatch(actual_text)
+        return True if small and not expected[3] and letter(small).upper() == letter(expected) else None
+    return None if OTHER_CHOICE.search(actual[3]) else letter(expected) == letter(actual)
 
 
 def letter(choice: re.Match[str]) -> str:
@@ -118,68 +138,89 @@ def letter(choice: re.Match[str]) -> str:
 
 def as_time(gold: str, answer: str, judge: Judge) -> bool | None:
     """4:30 p.m. is 16:30, and 4:30 where only one tells the half of the day."""
-    wanted, given = TIME.fullmatch(gold), TIME.fullmatch(answer)
-    if not (wanted and wanted[3]) and not (given and given[3]):
+    expected, actual = TIME.fullmatch(gold), TIME.fullmatch(answer)
+    if not (expected and expected[3]) and not (actual and actual[3]):
         return None
-    if wanted is None or given is None:
+    if expected is None or actual is None:
         return False if ":" in gold + answer else None
-    minutes, halves = [], []
-    for time in (wanted, given):
-        hour, half = int(time[1]), (time[3] or "").lower()
-        minutes.append(hour % 12 * 60 + int(time[2] or 0))
-        halves.append("p" if time[2] and 12 < hour < 24 else half)
-    return minutes[0] == minutes[1] and (halves[0] == halves[1] or not all(halves))
+    expected_minutes, expected_half = clock(expected)
+    actual_minutes, actual_half = clock(actual)
+    halves_agree = expected_half == actual_half or not expected_half or not actual_half
+    return expected_minutes == actual_minutes and halves_agree
+
+
+def clock(time: re.Match[str]) -> tuple[int, str]:
+    """Minutes since noon or midnight, and which: a, p, or nothing where the time does not tell."""
+    hour, minutes, half = int(time[1]), time[2], (time[3] or "").lower()
+    if minutes and 12 < hour < 24:
+        half = "p"
+    return hour % 12 * 60 + int(minutes or 0), half
 
 
 def as_percent(gold: str, answer: str, judge: Judge) -> bool | None:
     """50% is 0.5, or 50 where the question asks for percent."""
-    wanted, given = gold.removesuffix(r"\%"), answer.removesuffix(r"\%")
-    if (wanted, given) == (gold, answer):
+    expected, actual = gold.removesuffix(r"\%"), answer.removesuffix(r"\%")
+    if (expected, actual) == (gold, answer):
         return None
-    if any(text.endswith(r"\%") for text in (wanted, given)):
+    if expected.endswith(r"\%") or actual.endswith(r"\%"):
         return False
-    shares = [text if text == full else rf"\frac{{{text}}}{{100}}" for text, full in ((wanted, gold), (given, answer))]
-    return same(wanted, given, judge) or same(shares[0], shares[1], judge)
+    return same(expected, actual, judge) or same(as_share(gold), as_share(answer), judge)
+
+
+def as_share(text: str) -> str:
+    """A percentage as a fraction; any other text is itself."""
+    number_of_percent = text.removesuffix(r"\%")
+    return text if number_of_percent == text else rf"\frac{{{number_of_percent}}}{{100}}"
 
 
 def as_numbers(gold: str, answer: str, judge: Judge) -> bool | None:
     """Exactly equal; a decimal may be rounded where none is exact."""
-    wanted, given = number(gold), number(answer)
-    if wanted is None or given is None:
+    expected, actual = number(gold), number(answer)
+    if expected is None or actual is None:
         return False if SPACED.fullmatch(answer) else None
-    ends = has_decimals(wanted), has_decimals(given)
-    if "." in gold + answer and ends[0] != ends[1]:
-        return round_alike(given, wanted) if ends[0] else round_alike(wanted, given)
-    return wanted == given
+    gold_ends, answer_ends = has_decimals(expected), has_decimals(actual)
+    if "." in gold + answer and gold_ends != answer_ends:
+        # One of them has no decimal that equals it: the other is its rounding.
+        return round_alike(actual, expected) if gold_ends else round_alike(expected, actual)
+    return expected == actual
 
 
 def as_endless(gold: str, answer: str, judge: Judge) -> bool | None:
     r"""0.333\ldots is the number of which these are the first digits, and no decimal."""
-    endless, wanted = ENDLESS.fullmatch(answer), number(gold)
-    if endless is None or wanted is None:
+    endless, expected = ENDLESS.fullmatch(answer), number(gold)
+    if endless is None or expected is None:
         return None
-    given = number(endless[1])
-    return given is not None and not has_decimals(wanted) and round_alike(wanted, given)
+    actual = number(endless[1])
+    return actual is not None and not has_decimals(expected) and round_alike(expected, actual)
 
 
 def as_words(gold: str, answer: str, judge: Judge) -> bool | None:
     r"""Words are not products of letters, so that east is not seat; short ones are words where one is in \text."""
-    wanted, given = WORDS.fullmatch(gold), WORDS.fullmatch(answer)
-    if not wanted or not given:
+    expected, actual = WORDS.fullmatch(gold), WORDS.fullmatch(answer)
+    if not expected or not actual:
         return None
-    words = [match[2].replace(" ", "") for match in (wanted, given)]
-    if max(map(len, words)) > 1:  # a letter alone is another one than its capital
-        words = [word.lower() for word in words]
-    return words[0] == words[1] if wanted[1] or given[1] or min(map(len, words)) > 3 else None
+    expected_word = expected[2].replace(" ", "")
+    actual_word = actual[2].replace(" ", "")
+    is_upright = bool(expected[1] or actual[1])
+    if not is_upright and min(len(expected_word), len(actual_word)) <= 3:
+        return None
+    if max(len(expected_word), len(actual_word)) > 1:  # a letter alone is another one than its capital
+        return expected_word.lower() == actual_word.lower()
+    return expected_word == actual_word
 
 
 def as_based(gold: str, answer: str, judge: Judge) -> bool | None:
     """52_8 is 52_8, and 52 where the question asks for base 8; 42 is the same number in a base not asked for."""
-    wanted, given = without_name(gold), without_name(answer)
-    if not BASED.match(wanted) and not BASED.match(given):
+    expected, actual = without_name(gold), without_name(answer)
+    if not BASED.match(expected) and not BASED.match(actual):
         return None
-    wanted, given = (BASED.sub(r"\1_\2", text) if "_" in text else text for text in (wanted, given))
-    return given in (wanted, wanted.partition("_")[0]) or given == f"{wanted}_10"
+    expected, actual = plainly_based(expected), plainly_based(actual)
+    return actual in (expected, expected.partition("_")[0], f"{expected}_10")
+
+
+def plainly_based(text: str) -> str:
+    """A number with its base as 52_8, without brackets and braces."""
+    return BASED.sub(r"\1_\2", text) if "_" in text else text
 
 
 def without_name(text: str) -> str:
@@ -190,122 +231,140 @@ def without_name(text: str) -> str:
 
 def as_residues(gold: str, answer: str, judge: Judge) -> bool | None:
     """10 is 3 modulo 7; where only one tells the modulus, it is what the question tells."""
-    wanted, given = RESIDUE.fullmatch(gold), RESIDUE.fullmatch(answer)
-    one = wanted or given
-    if one is None:
-        return None
-    if wanted and given:
-        values = number(without_name(wanted[1])), number(without_name(given[1]))
-        if wanted[2] != given[2]:
+    expected, actual = RESIDUE.fullmatch(gold), RESIDUE.fullmatch(answer)
+    if expected and actual:
+        expected_value = number(without_name(expected[1]))
+        actual_value = number(without_name(actual[1]))
+        if expected[2] != actual[2]:
             return False
-        if values[0] is not None and values[1] is not None and wanted[2].isdigit() and int(wanted[2]):
-            return (values[0] - values[1]) % int(wanted[2]) == 0
-        return same(wanted[1], given[1], judge)
-    residue = number(without_name(one[1]))
-    if residue is not None and one[2].isdigit() and residue >= int(one[2]):
+        has_modulus = expected[2].isdigit() and int(expected[2]) > 0
+        if expected_value is not None and actual_value is not None and has_modulus:
+            return (expected_value - actual_value) % int(expected[2]) == 0
+        return same(expected[1], actual[1], judge)
+
+    either = expected or actual
+    if either is None:
+        return None
+    residue = number(without_name(either[1]))
+    if residue is not None and either[2].isdigit() and residue >= int(either[2]):
         return None  # the remainder is still to be taken
-    return same(wanted[1] if wanted else gold, given[1] if given else answer, judge) or None
+    return same(expected[1] if expected else gold, actual[1] if actual else answer, judge) or None
 
 
 def as_conditioned(gold: str, answer: str, judge: Judge) -> bool | None:
     """What a formula's letters stand for is the question's to say; where both tell, they must say the same."""
-    (wanted, first), (given, second) = conditioned(gold), conditioned(answer)
-    if not first and not second:
+    expected, gold_conditions = conditioned(gold)
+    actual, answer_conditions = conditioned(answer)
+    if not gold_conditions and not answer_conditions:
         return None
-    return (not first or not second or first == second) and same(wanted, given, judge)
+    if gold_conditions and answer_conditions and gold_conditions != answer_conditions:
+        return False
+    return same(expected, actual, judge)
 
 
 def conditioned(text: str) -> tuple[str, list[str]]:
     r"""A formula and what stands after it of its letters alone, as c \in \mathbb{R} and n \ge 1."""
-    text = FOR.sub(lambda found: ", \\forall " if found[1] or found[2] else ", ", text)
+    text = FOR.sub(lambda match: ", \\forall " if match[1] or match[2] else ", ", text)
     text = re.sub(r" ?\(([a-zA-Z] ?(?:\\in|\\ge|\\ne|>)[^()]*)\)$", r", \1", text)
     formula, *conditions = split(text, ",")
     if re.search(rf"{RELATION}|\\(?:in|ne)(?![a-zA-Z])", formula):
         return text, []  # it is a condition itself
-    found = [CONDITION.fullmatch(condition) for condition in conditions]
-    bound = [(one[1] or one[2]) if one and one[0] != one[1] else None for one in found]
-    if not conditions or not all(letter and re.search(rf"(?<!\\){letter}", formula) for letter in bound):
+    if not conditions:
         return text, []
+    for condition in conditions:
+        match = CONDITION.fullmatch(condition)
+        if match is None or match[0] == match[1]:
+            return text, []
+        if not re.search(rf"(?<!\\){match[1] or match[2]}", formula):
+            return text, []  # it is of a letter that the formula has not
     return formula, [SPACE.sub("", condition) for condition in conditions]
 
 
 def as_cases(gold: str, answer: str, judge: Judge) -> bool | None:
     """Each case with its condition, in any order."""
-    wanted, given = CASES.fullmatch(gold), CASES.fullmatch(answer)
-    if not wanted or not given:
+    expected, actual = CASES.fullmatch(gold), CASES.fullmatch(answer)
+    if not expected or not actual:
         return None
-    return paired(cases(wanted[1]), cases(given[1]), lambda one, other: in_order(one, other, judge))
+    return paired(cases(expected[1]), cases(actual[1]), lambda gold, answer: each_same(gold, answer, judge))
 
 
 def cases(rows: str) -> list[list[str]]:
     """The cells of each row, without commas and ifs."""
-    return [
-        [IF.sub("", IF.sub("", cell.strip())) for cell in row.split("&")] for row in rows.split(r"\\") if row.strip()
-    ]
+    cells_by_row = []
+    for row in rows.split(r"\\"):
+        if row.strip():
+            cells_by_row.append([IF.sub("", IF.sub("", cell.strip())) for cell in row.split("&")])
+    return cells_by_row
 
 
 def paired(golds: Sequence[T], answers: Sequence[T], alike: Callable[[T, T], bool]) -> bool:
-    """Whether each of the golds has its own answer, and no answer is left."""
-    left = list(answers)
-    for one in golds:
-        match = next((i for i, other in enumerate(left) if alike(one, other)), None)
+    """Whether each of the golds has its own answer, and no answer remains."""
+    remaining = list(answers)
+    for gold in golds:
+        match = next((i for i, answer in enumerate(remaining) if alike(gold, answer)), None)
         if match is None:
             return False
-        del left[match]
-    return not left
+        del remaining[match]
+    return not remaining
 
 
 def as_solutions(gold: str, answer: str, judge: Judge) -> bool | None:
     """Values with names, by their names; without names on one side, in the order of the names."""
-    wanted, given = solutions(gold), solutions(answer)
-    if wanted and given:
-        return paired(
-            wanted,
-            given,
-            lambda one, other: one.keys() == other.keys() and all(same(one[name], other[name], judge) for name in one),
-        )
-    if wanted:
-        return same(tuples(wanted), answer, judge) or (
-            len(wanted) == 1 and in_order(ordered(wanted[0]), split(answer, LIST), judge)
-        )
-    if given and bracketed(split(gold, LIST)[0], "("):
-        return same(gold, tuples(given), judge)
+
+    def alike(expected: dict[str, str], actual: dict[str, str]) -> bool:
+        if expected.keys() != actual.keys():
+            return False
+        return all(same(expected[name], actual[name], judge) for name in expected)
+
+    golds, answers = solutions(gold), solutions(answer)
+    if golds and answers:
+        return paired(golds, answers, alike)
+    if golds:
+        if same(tuples(golds), answer, judge):
+            return True
+        return len(golds) == 1 and each_same(ordered(golds[0]), split(answer, LIST), judge)
+    if answers and bracketed(split(gold, LIST)[0], "("):
+        return same(gold, tuples(answers), judge)
     return None
 
 
 def solutions(text: str) -> list[dict[str, str]] | None:
     """The values of each solution by name, as in x=1, y=2 and (x,y)=(1,2),(3,4); None if there are not two names."""
-    found: list[dict[str, str]] = [{}]
+    solved: list[dict[str, str]] = [{}]
     names: list[str] = []
     for part in split(text, LIST):
         *left, right = split(part, EQUALS)
         if left and (tuple_of_names := bracketed(left[0], "(")):
             names = [full(name) for name in split(tuple_of_names[1], LIST)]
         elif left and is_name(left[0]):
+            # A name that comes again begins the next solution.
             name = full(left[0])
-            if name in found[-1]:
-                found.append({})
-            found[-1][name] = right
+            if name in solved[-1]:
+                solved.append({})
+            solved[-1][name] = right
             continue
+
+        # Tuples of values in the order of the names, one by one or in a set.
         rows = bracketed(right, r"\{")
         for row in split(rows[1], LIST) if rows else [right]:
             values = bracketed(row, "(")
             if not names or not values or len(split(values[1], LIST)) != len(names):
                 return None
-            found.append(dict(zip(names, split(values[1], LIST), strict=True)))
-    found = [one for one in found if one]
-    return found if all(len(one) > 1 for one in found) else None
+            solved.append(dict(zip(names, split(values[1], LIST), strict=True)))
+    solved = [solution for solution in solved if solution]
+    return solved if all(len(solution) > 1 for solution in solved) else None
 
 
 def ordered(solution: dict[str, str]) -> list[str]:
     """Its values, by the alphabet where the names follow one another there, as x and y; otherwise as written."""
     names = sorted(solution)
-    follow = all(len(a) == len(b) == 1 and ord(b) == ord(a) + 1 for a, b in pairwise(names))
-    return [solution[name] for name in (names if follow else solution)]
+    neighbours = all(len(a) == len(b) == 1 and ord(b) == ord(a) + 1 for a, b in pairwise(names))
+    return [solution[name] for name in (names if neighbours else solution)]
 
 
 def tuples(solved: list[dict[str, str]]) -> str:
-    return ", ".join(f"({', '.join(ordered(one))})" for one in solved)
+    """Solutions as tuples of their values."""
+    return ", ".join(f"({', '.join(ordered(solution))})" for solution in solved)
 
 
 def as_brackets(gold: str, answer: str, judge: Judge) -> bool | None:
@@ -313,25 +372,34 @@ def as_brackets(gold: str, answer: str, judge: Judge) -> bool | None:
     if AT_INFINITY.search(answer) and not AT_INFINITY.search(gold):
         return False
     gold, answer = POINT.sub("", gold), POINT.sub("", answer)
-    wanted, given = bracketed(gold), bracketed(answer)
-    kinds = [found and found[0] + found[2] for found in (wanted, given)]
-    golds, answers = (split(found[1] if found else text, LIST) for found, text in ((wanted, gold), (given, answer)))
-    if given and not wanted and given[0] == "[" and (len(answers) == 1 or NUMERIC.fullmatch(gold)):
+    gold_kind, golds = kind_and_elements(gold)
+    answer_kind, answers = kind_and_elements(answer)
+    if answer_kind.startswith("[") and not gold_kind and (len(answers) == 1 or NUMERIC.fullmatch(gold)):
         return False  # [5] is a list, an integral part or an interval, and no 5
-    if wanted and given:
-        return (len(golds) != 2 or kinds[0] == kinds[1]) and in_order(golds, answers, judge)
-    if kinds[0] == "()" and len(golds) == len(answers):
-        return in_order(golds, answers, judge)
-    return same(gold, answers[0], judge) if kinds[1] == "()" and len(answers) == 1 else None
+    if gold_kind and answer_kind:
+        return (len(golds) != 2 or gold_kind == answer_kind) and each_same(golds, answers, judge)
+    if gold_kind == "()" and len(golds) == len(answers):
+        return each_same(golds, answers, judge)
+    return same(gold, answers[0], judge) if answer_kind == "()" and len(answers) == 1 else None
+
+
+def kind_and_elements(text: str) -> tuple[str, list[str]]:
+    """The pair of brackets that holds all of a text, nothing without one, and what is listed in it."""
+    brackets = bracketed(text)
+    if brackets is None:
+        return "", split(text, LIST)
+    opening, content, closing = brackets
+    return opening + closing, split(content, LIST)
 
 
 def as_ratio(gold: str, answer: str, judge: Judge) -> bool | None:
     """Term by term if there are three and more; one of two is a quotient."""
     golds, answers = split(without_name(gold), RATIO), split(without_name(answer), RATIO)
-    return in_order(golds, answers, judge) if max(len(golds), len(answers)) > 2 else None
+    return each_same(golds, answers, judge) if max(len(golds), len(answers)) > 2 else None
 
 
-def in_order(golds: Sequence[str], answers: Sequence[str], judge: Judge) -> bool:
+def each_same(golds: Sequence[str], answers: Sequence[str], judge: Judge) -> bool:
+    """Whether two lists say the same, term by term in their order."""
     return len(golds) == len(answers) and all(same(*pair, judge) for pair in zip(golds, answers, strict=True))
 
 
@@ -341,45 +409,54 @@ def as_lists(gold: str, answer: str, judge: Judge) -> bool | None:
         return False
     golds, answers = elements(gold), elements(answer)
     if len(golds) > 1 == len(answers):  # 8,221 are two numbers where two are asked for
-        found = None if bracketed(gold, r"\{") else bracketed(answer, "(")  # (1,2) is no set
-        answers = elements(found[1]) if found else split(answer, LIST)
+        brackets = None if bracketed(gold, r"\{") else bracketed(answer, "(")  # (1,2) is no set
+        answers = elements(brackets[1]) if brackets else split(answer, LIST)
     if [*golds, *answers] == [gold, answer]:
         return None
-    left = list(golds)
-    for one in answers:
-        match = next((other for other in left if same(other, one, judge)), None)
+
+    # An element that repeats another of the answer's is no mistake; one that is in no gold is.
+    remaining = list(golds)
+    for element in answers:
+        match = next((candidate for candidate in remaining if same(candidate, element, judge)), None)
         if match is not None:
-            left.remove(match)
-        elif not any(same(other, one, judge) for other in golds):
+            remaining.remove(match)
+        elif not any(same(candidate, element, judge) for candidate in golds):
             return r"\cup" in gold + answer and judge(gold, answer)
-    return not left or (r"\cup" in gold + answer and judge(gold, answer))
+    return not remaining or (r"\cup" in gold + answer and judge(gold, answer))
 
 
 def elements(text: str) -> list[str]:
     r"""What a list, a set or a union of intervals holds, ± as two; a text that is none of these holds itself."""
-    parts = split(text, LIST) if number(text) is None else [text]  # 1,000 is one
+    listed = split(text, LIST) if number(text) is None else [text]  # 1,000 is one
     *names, value = split(text, EQUALS)
-    if len(parts) == 1 and all(map(is_name, names)) and (found := bracketed(value, r"\{")):
-        return elements(found[1])
-    both = ([part.replace(r"\pm", plus).replace(r"\mp", minus) for plus, minus in ("+-", "-+")] for part in parts)
-    return [one for signed in both for one in dict.fromkeys(signed)]
+    if len(listed) == 1 and all(map(is_name, names)) and (braces := bracketed(value, r"\{")):
+        return elements(braces[1])
+    signed = []
+    for element in listed:
+        upper = element.replace(r"\pm", "+").replace(r"\mp", "-")
+        lower = element.replace(r"\pm", "-").replace(r"\mp", "+")
+        signed += [upper] if upper == lower else [upper, lower]
+    return signed
 
 
 def holds_sets(text: str) -> bool:
     """Whether it is a set of which an element is a set."""
-    if text.count(r"\{") < 2 or (found := bracketed(without_name(text), r"\{")) is None:
+    if text.count(r"\{") < 2:
         return False
-    return any(bracketed(part, r"\{") for part in split(found[1], LIST))
+    braces = bracketed(without_name(text), r"\{")
+    if braces is None:
+        return False
+    return any(bracketed(element, r"\{") for element in split(braces[1], LIST))
 
 
 def as_moduli(gold: str, answer: str, judge: Judge) -> bool | None:
     """|x| < 2 is -2 < x < 2, and |x| > 2 is x < -2 or x > 2, where one says it in inequalities."""
     if "|" not in gold + answer or not (re.search(RELATION, gold) and re.search(RELATION, answer)):
         return None
-    wanted, given = without_modulus(gold), without_modulus(answer)
-    if (wanted, given) == (gold, answer):
+    expected, actual = without_modulus(gold), without_modulus(answer)
+    if (expected, actual) == (gold, answer):
         return None
-    return same(wanted, given, judge)
+    return same(expected, actual, judge)
 
 
 def without_modulus(text: str) -> str:
@@ -399,10 +476,11 @@ def without_modulus(text: str) -> str:
 
 def as_inequalities(gold: str, answer: str, judge: Judge) -> bool | None:
     """3 > x > 1 is 1 < x < 3; what differs in more is for algebra."""
-    (terms, signs), (others, theirs) = ascending(gold), ascending(answer)
-    if not signs or signs != theirs:
+    gold_terms, gold_signs = ascending(gold)
+    answer_terms, answer_signs = ascending(answer)
+    if not gold_signs or gold_signs != answer_signs:
         return None
-    return in_order(terms, others, judge) or None
+    return each_same(gold_terms, answer_terms, judge) or None
 
 
 def ascending(text: str) -> tuple[list[str], list[str]]:
@@ -415,7 +493,7 @@ def ascending(text: str) -> tuple[list[str], list[str]]:
     return terms, signs
 
 
-def as_near(gold: str, answer: str, judge: Judge) -> bool | None:
+def as_approximate(gold: str, answer: str, judge: Judge) -> bool | None:
     r"""x \approx 5 is judged as x = 5 is, by its digits: they are right where they are the gold's."""
     name, sign, value = map(str.strip, answer.partition(r"\approx"))
     if not sign or not is_name(name) or r"\approx" in gold:
@@ -425,22 +503,27 @@ def as_near(gold: str, answer: str, judge: Judge) -> bool | None:
 
 def as_equations(gold: str, answer: str, judge: Judge) -> bool | None:
     """x = 5 is 5, and so is 10/2 = 5; what an equation names must agree, and 5 = 3 is neither."""
-    (*names, value), (*others, given) = split(gold, EQUALS), split(answer, EQUALS)
-    if not names and not others:
+    *gold_names, expected = split(gold, EQUALS)
+    *answer_names, actual = split(answer, EQUALS)
+    if not gold_names and not answer_names:
         return None
-    if not names:
-        numbers = all(same(gold, part, judge) for part in others if NUMERIC.fullmatch(part))
-        unsolved = LINEAR.fullmatch(without_fractions(others[0])) or any(re.search(UNEQUAL, part) for part in others)
-        return numbers and not unsolved and same(gold, given, judge)
-    if not others:
-        return is_name(names[0]) and same(value, answer, judge)
-    if not is_name(names[0]) or spelt(names[0]) != spelt(others[0]) or differ(INDEX, names[0], others[0]):
-        renamed = with_index(given, names[0], others[0])
-        return judge(gold, answer) if renamed is None else same(value, renamed, judge)
-    if differ(ARGUMENT, names[0], others[0]):
-        renamed = with_argument(given, ARGUMENT.findall(others[0]), ARGUMENT.findall(names[0]))
-        return renamed is not None and same(value, renamed, judge)
-    return same(value, given, judge)
+    if not gold_names:
+        numbers = all(same(gold, side, judge) for side in answer_names if NUMERIC.fullmatch(side))
+        is_linear = LINEAR.fullmatch(without_fractions(answer_names[0])) is not None
+        is_unsolved = is_linear or any(re.search(UNEQUAL, side) for side in answer_names)
+        return numbers and not is_unsolved and same(gold, actual, judge)
+    if not answer_names:
+        return is_name(gold_names[0]) and same(expected, answer, judge)
+
+    # Both have names. With another index or argument the answer's formula may still be the gold's, renamed.
+    name, other = gold_names[0], answer_names[0]
+    if not is_name(name) or spelt(name) != spelt(other) or differ(INDEX, name, other):
+        renamed = with_index(actual, name, other)
+        return judge(gold, answer) if renamed is None else same(expected, renamed, judge)
+    if differ(ARGUMENT, name, other):
+        renamed = with_argument(actual, ARGUMENT.findall(other), ARGUMENT.findall(name))
+        return renamed is not None and same(expected, renamed, judge)
+    return same(expected, actual, judge)
 
 
 def without_fractions(text: str) -> str:
@@ -462,10 +545,15 @@ def full(name: str) -> str:
     return spelt(name) + "".join(re.sub(r"\\text|[{}\s]", "", index) for index in INDEX.findall(name))
 
 
-def differ(part: re.Pattern[str], name: str, other: str) -> bool:
-    """Whether two names have different indices or arguments; a name may do without."""
-    one, two = ([re.sub(r"\\text|\\|[{}\s]", "", found) for found in part.findall(text)] for text in (name, other))
-    return bool(one and two and one != two)
+def differ(pattern: re.Pattern[str], name: str, other: str) -> bool:
+    """Whether two names have different indices or arguments; a name may do without. pattern: INDEX or ARGUMENT."""
+    matches, other_matches = plain_matches(pattern, name), plain_matches(pattern, other)
+    return bool(matches and other_matches and matches != other_matches)
+
+
+def plain_matches(pattern: re.Pattern[str], name: str) -> list[str]:
+    """The indices or arguments of a name, without formatting."""
+    return [re.sub(r"\\text|\\|[{}\s]", "", match) for match in pattern.findall(name)]
 
 
 def with_index(formula: str, name: str, other: str) -> str | None:
@@ -508,16 +596,33 @@ def as_rounded(gold: str, answer: str, judge: Judge) -> bool | None:
 
 def rounds(rounded: str, exact: str) -> bool | None:
     """Whether a decimal is what a number rounds to; None where they are no numbers."""
-    near, value = number(rounded), number(exact)
-    if near is None or value is None:
+    decimal, value = number(rounded), number(exact)
+    if decimal is None or value is None:
         return None
-    return round(value, len(rounded.partition(".")[2])) == near
+    places = len(rounded.partition(".")[2])
+    return round(value, places) == decimal
 
 
+# Each rule reads both texts one way; where it has nothing to say it returns None, and the next is asked.
 WORDED: tuple[Rule, ...] = (as_choice, as_time)  # for these the words count that stand beside
 RULES: tuple[Rule, ...] = (
-    *(as_percent, as_numbers, as_words, as_residues, as_based, as_endless, as_conditioned, as_cases, as_solutions),
-    *(as_brackets, as_ratio, as_moduli, as_lists, as_inequalities, as_near, as_equations, as_rounded),
+    as_percent,
+    as_numbers,
+    as_words,
+    as_residues,
+    as_based,
+    as_endless,
+    as_conditioned,
+    as_cases,
+    as_solutions,
+    as_brackets,
+    as_ratio,
+    as_moduli,
+    as_lists,
+    as_inequalities,
+    as_approximate,
+    as_equations,
+    as_rounded,
 )
 
 
