@@ -20,7 +20,7 @@ from dirl_cli.data.columns import demonstration, problem, rename_columns
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.diffusion.layout import PADDING, lay_out, pack
 from dirl_cli.errors import DirlError
-from dirl_cli.evaluation.answers import GradedAnswer, read_answers, typed
+from dirl_cli.evaluation.answers import GradedAnswer, checked, read_answers
 from dirl_cli.reward.boxed import last_boxed
 from dirl_cli.reward.equality import plainly_equal
 from dirl_cli.reward.grading import Grader
@@ -174,7 +174,7 @@ def test_any_line_of_answers_is_read_or_refused(place, key, value):
     path = place / "answers.jsonl"
     path.write_text(json.dumps(good | {key: value}) + "\n")
     if not refused(lambda: read_answers(path)):
-        assert typed(read_answers(path)[0])
+        assert checked(read_answers(path)[0])
 
 
 # Configurations

@@ -25,7 +25,7 @@ from dirl_cli.console import PlainConsole
 from dirl_cli.data.arithmetic import Arithmetic
 from dirl_cli.data.chat import answer_text, encode_problems
 from dirl_cli.errors import DirlError, Stopped
-from dirl_cli.evaluation.answers import AnswerLog, GradedAnswer, Run, drop_torn_line, missing, read_answers
+from dirl_cli.evaluation.answers import AnswerLog, GradedAnswer, SampleRange, drop_torn_line, missing, read_answers
 from dirl_cli.evaluation.metrics import measure
 from dirl_cli.evaluation.questions import sample
 from dirl_cli.evaluation.report import PROTOCOL
@@ -137,7 +137,12 @@ def test_of_several_processes_the_one_whose_answers_are_counted_is_named(capsys:
 
 def test_only_missing_samples_are_asked_for() -> None:
     done = {("a", 0), ("a", 1), ("a", 2), ("b", 1), ("c", 0)}
-    assert list(missing(["a", "b", "c", "d"], 3, done)) == [Run(1, 0, 1), Run(1, 2, 3), Run(2, 1, 3), Run(3, 0, 3)]
+    assert list(missing(["a", "b", "c", "d"], 3, done)) == [
+        SampleRange(1, 0, 1),
+        SampleRange(1, 2, 3),
+        SampleRange(2, 1, 3),
+        SampleRange(3, 0, 3),
+    ]
 
 
 def test_an_interrupted_sampling_asks_for_the_same_samples_as_a_whole_one(tokenizer: PreTrainedTokenizerBase) -> None:

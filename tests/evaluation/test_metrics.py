@@ -9,7 +9,7 @@ from statistics import fmean
 import pytest
 
 from dirl_cli.evaluation.answers import GradedAnswer
-from dirl_cli.evaluation.metrics import interval, majority, measure, measure_subsets, pass_at, standard_error
+from dirl_cli.evaluation.metrics import majority, measure, measure_subsets, pass_at, standard_error, wilson_interval
 from dirl_cli.types import Problem
 
 ANSWER = GradedAnswer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
@@ -40,14 +40,14 @@ def test_the_standard_error_of_zeros_and_ones_is_the_binomial_one() -> None:
 def test_the_interval_is_wilsons_where_each_problem_has_one_answer() -> None:
     """3 of 3: 3 ÷ (3 + z²). 81 of 263: 0.2553 to 0.3662 (Newcombe, Statistics in Medicine 17, 1998, method 3)."""
     z = 1.959964
-    assert interval([1.0] * 3, 3) == pytest.approx((3 / (3 + z**2), 1.0), abs=1e-6)
-    assert interval([0.0] * 100, 100) == pytest.approx((0.0, z**2 / (100 + z**2)), abs=1e-6)
-    assert interval([1.0] * 81 + [0.0] * 182, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval([1.0] * 3, 3) == pytest.approx((3 / (3 + z**2), 1.0), abs=1e-6)
+    assert wilson_interval([0.0] * 100, 100) == pytest.approx((0.0, z**2 / (100 + z**2)), abs=1e-6)
+    assert wilson_interval([1.0] * 81 + [0.0] * 182, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
 
 
 def test_the_interval_of_several_answers_counts_problems_and_what_answers_add_to_them() -> None:
     def width(shares: list[float], k: int) -> float:
-        low, high = interval(shares, k * len(shares))
+        low, high = wilson_interval(shares, k * len(shares))
         return high - low
 
     once = width([1.0] * 10 + [0.0] * 10, 1)
@@ -64,7 +64,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     random = Random(0)
     chances = [0.02 + 0.04 * i / 29 for i in range(30)]
     sets = [[float(random.random() < chance) for chance in chances] for _ in range(200)]
-    held = [low <= 0.04 <= high for low, high in (interval(shares, 30) for shares in sets)]
+    held = [low <= 0.04 <= high for low, high in (wilson_interval(shares, 30) for shares in sets)]
     usual = [abs(fmean(shares) - 0.04) <= 1.96 * (standard_error(shares) or 0) for shares in sets]
     assert fmean(held) >= 0.93 and fmean(usual) < 0.75
 

@@ -76,7 +76,7 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
     runs = list(missing([problem.id for problem in problems], cfg.samples, {(a.problem, a.sample) for a in known}))
     if known and runs:
         console.print(f"continue after {len(known)} answers in {out / ANSWERS}", soft_wrap=True)
-    costs = [len(prompts[run.place]) * (run.end - run.first) for run in runs]
+    costs = [len(prompts[run.problem_index]) * (run.end - run.first) for run in runs]
     runs = [runs[i] for i in split_by_cost(costs, processes.count)[processes.rank]]
     total = len(known) + sum(run.end - run.first for run in runs)
     try:

@@ -55,6 +55,7 @@ class AnswerLog:
         os.close(self._descriptor)
 
     def append(self, answer: GradedAnswer) -> None:
+        """Append a line. Raises DirlError where the disk does not take it."""
         line = (json.dumps(asdict(answer)) + "\n").encode()
         try:
             while line:  # a disk that fills up takes a part, then refuses
@@ -79,15 +80,15 @@ def read_answers(path: Path) -> list[GradedAnswer]:
     answers = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            answer = typed(GradedAnswer(**json.loads(line)))
+            answer = checked(GradedAnswer(**json.loads(line)))
         except (ValueError, TypeError, RecursionError) as error:
             raise DirlError(f"{path} line {number} is not an answer: remove it, and it is sampled again") from error
         answers[answer.problem, answer.sample] = answer
     return list(answers.values())
 
 
-def typed(values: T) -> T:
-    """A dataclass made of what a file said. Raises TypeError for the first value that is not of its field's type."""
+def checked(values: T) -> T:
+    """A dataclass whose values come from a file, unchanged. Raises TypeError for the first of another type."""
     for name, kind in get_type_hints(type(values)).items():
         if not is_a(getattr(values, name), kind):
             raise TypeError(f"{name} is {getattr(values, name)!r}")
@@ -95,32 +96,35 @@ def typed(values: T) -> T:
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    origin, inner = get_origin(kind), get_args(kind)
+    """Whether a value of JSON is of a type: a class, a Literal, a union or a dict of these. A bool is no int."""
+    origin = get_origin(kind)
+    arguments = get_args(kind)
     if origin is Literal:
-        return value in inner
+        return value in arguments
     if origin is UnionType:
-        return any(is_a(value, one) for one in inner)
+        return any(is_a(value, alternative) for alternative in arguments)
     if origin is dict:
-        return isinstance(value, dict) and all(is_a(k, inner[0]) and is_a(v, inner[1]) for k, v in value.items())
+        key_kind, value_kind = arguments
+        return isinstance(value, dict) and all(is_a(k, key_kind) and is_a(v, value_kind) for k, v in value.items())
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-class Run(NamedTuple):
-    """Samples `first` to `end` - 1 of the problem at `place` in its list."""
+class SampleRange(NamedTuple):
+    """Samples `first` to `end` - 1 of the problem at `problem_index` in its list."""
 
-    place: int
+    problem_index: int
     first: int
     end: int
 
 
-def missing(problem_ids: Sequence[str], n: int, done: Collection[tuple[str, int]]) -> Iterator[Run]:
-    """The samples of each problem that are not among the `done` (problem id, sample), in runs without a gap."""
-    for place, problem_id in enumerate(problem_ids):
+def missing(problem_ids: Sequence[str], n: int, done: Collection[tuple[str, int]]) -> Iterator[SampleRange]:
+    """The samples of each problem that are not among the `done` (problem id, sample), in ranges without a gap."""
+    for index, problem_id in enumerate(problem_ids):
         first = None
-        for sample in range(n + 1):
-            wanted = sample < n and (problem_id, sample) not in done
-            if wanted and first is None:
+        for sample in range(n + 1):  # one more than there are, which ends the last range
+            is_missing = sample < n and (problem_id, sample) not in done
+            if is_missing and first is None:
                 first = sample
-            elif not wanted and first is not None:
-                yield Run(place, first, sample)
+            elif not is_missing and first is not None:
+                yield SampleRange(index, first, sample)
                 first = None

@@ -22,7 +22,7 @@ class Metrics:
 
     standard_error: of the accuracy over problems, s/√n with s² = Σ(aᵢ - mean)²/(n - 1) and aᵢ problem i's share of
         right answers; None for a single problem. It is 0 where all are alike, from which no spread can be told.
-    low, high: the accuracy's 95 % interval, which holds there too; cards of earlier versions lack it.
+    low, high: the accuracy's 95 % wilson_interval, which holds there too; cards of earlier versions lack it.
     length: mean tokens before the stop token. truncated: share of answers that never stopped.
     tokens_per_denoising_forward, tokens_per_forward: revealed tokens over forwards, both summed over all answers.
     tokens_per_second: revealed tokens over sampling time (of each process where there are several); None of a
@@ -58,7 +58,7 @@ def measure(answers: Iterable[GradedAnswer]) -> Metrics:
     flat = [answer for group in groups.values() for answer in group]
     right = {problem: sum(answer.correct for answer in group) for problem, group in groups.items()}
     shares = [right[problem] / len(group) for problem, group in groups.items()]
-    low, high = interval(shares, len(flat))
+    low, high = wilson_interval(shares, len(flat))
     tokens, is_sampled = sum(answer.tokens for answer in flat), any(answer.forwards for answer in flat)
 
     def tokens_per(total: float) -> float | None:
@@ -126,7 +126,7 @@ def standard_error(values: Sequence[float]) -> float | None:
     return stdev(values) / sqrt(len(values)) if len(values) > 1 else None
 
 
-def interval(shares: Sequence[float], answers: int) -> tuple[float, float]:
+def wilson_interval(shares: Sequence[float], answers: int) -> tuple[float, float]:
     """Wilson's 95 % interval of an accuracy: of those it could be, those that do not make what was seen a rarity.
 
     It is that of a proportion in so many independent trials as would vary as much as the problems' shares of right

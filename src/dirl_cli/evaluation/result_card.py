@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dirl_cli.errors import DirlError, did_you_mean
-from dirl_cli.evaluation.answers import GradedAnswer, is_a, read_answers, typed
+from dirl_cli.evaluation.answers import GradedAnswer, checked, is_a, read_answers
 from dirl_cli.evaluation.metrics import Metrics
 from dirl_cli.files import write_json
 
-CARD, ANSWERS, SOURCE = "eval_card.json", "answers.jsonl", "sampled_from.json"
+CARD = "eval_card.json"
+ANSWERS = "answers.jsonl"
+SOURCE = "sampled_from.json"
 SECTIONS = ("model", "bench", "instruction", "decoding")
 HOME = Path("runs/eval")
 
@@ -37,21 +39,31 @@ class Evaluation:
 
 
 def read_evaluation(path: str | Path) -> Evaluation:
-    """The evaluation in a directory, that a card belongs to, or of a name in runs/eval."""
-    found = next((place for place in (Path(path).expanduser(), HOME / path) if place.exists()), None)
-    card_file = found / CARD if found and found.is_dir() else found
-    if card_file is None or not card_file.exists():
-        known = [file.parent.relative_to(HOME).as_posix() for file in HOME.glob(f"**/{CARD}")]
-        hint = did_you_mean(str(path), known) if known else "run `dirl eval` first"
+    """The evaluation in a directory, that of a card, or the one of this name in runs/eval.
+
+    Raises DirlError where there is none, and where it is not one of ours.
+    """
+    card_file = Path(path).expanduser()
+    if not card_file.exists():
+        card_file = HOME / path
+    if card_file.is_dir():
+        card_file = card_file / CARD
+    if not card_file.exists():
+        names = [file.parent.relative_to(HOME).as_posix() for file in HOME.glob(f"**/{CARD}")]
+        hint = did_you_mean(str(path), names) if names else "run `dirl eval` first"
         raise DirlError(f"{path} holds no finished evaluation: {hint}")
+
+    # A card comes from a file that anybody may have written: every part is checked before it is used.
     folder = card_file.parent
     try:
         card = json.loads(card_file.read_bytes())
         pass_at = {int(m): share for m, share in card["metrics"]["pass_at"].items()}
-        metrics = typed(Metrics(**{**card["metrics"], "pass_at": pass_at}))
+        metrics = checked(Metrics(**{**card["metrics"], "pass_at": pass_at}))
         if not all(is_a(card.get(group, {}), dict) for group in SECTIONS):
             raise TypeError(f"{' and '.join(SECTIONS)} are objects")
-        problems = json.loads((folder / SOURCE).read_bytes())["problems"] if (folder / SOURCE).exists() else {}
+        problems = {}
+        if (folder / SOURCE).exists():
+            problems = json.loads((folder / SOURCE).read_bytes())["problems"]
         if not is_a(problems, dict[str, str]):
             raise TypeError("problems are digests by id")
         evaluation = Evaluation(str(path), card, metrics, read_answers(folder / ANSWERS), problems)
@@ -70,7 +82,8 @@ def require_same(path: Path, source: dict[str, Any]) -> None:
         before = json.loads(path.read_text())
         common = before["problems"].keys() & source["problems"].keys()
         changed = [name for name in source if name != "problems" and before[name] != source[name]]
-        changed += ["problems"] if any(before["problems"][i] != source["problems"][i] for i in common) else []
+        if any(before["problems"][i] != source["problems"][i] for i in common):
+            changed.append("problems")
         if changed:
             raise DirlError(
                 f"{path.parent} holds answers of other {' and '.join(changed)}, changed since under the same name:"

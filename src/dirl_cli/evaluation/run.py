@@ -25,7 +25,7 @@ def graded(
 
     An answer that ran into the length limit is not correct, whatever it holds, as in training.
     """
-    waiting: dict[object, GradedAnswer] = {}
+    ungraded: dict[object, GradedAnswer] = {}
     before = time.perf_counter()
     for index, sample, trajectory in sampled:
         now = time.perf_counter()
@@ -42,27 +42,34 @@ def graded(
             forwards=trajectory.forwards,
             seconds=now - before,
         )
-        waiting[index, sample] = explained(answer, problem)
+        ungraded[index, sample] = explained(answer, problem)
         grader.submit((index, sample), problem.answer, text)
-        yield from (verdict(waiting.pop(key), correct) for key, correct in grader.finished())
+        for key, is_verified in grader.finished():
+            yield with_verdict(ungraded.pop(key), is_verified)
         before = now
-    yield from (verdict(waiting.pop(key), correct) for key, correct in grader.rest())
+    for key, is_verified in grader.rest():
+        yield with_verdict(ungraded.pop(key), is_verified)
 
 
 def explained(answer: GradedAnswer, problem: Problem) -> GradedAnswer:
-    """The answer with what it takes to see why it is right or wrong."""
-    found = final_answer(answer.text)
-    return replace(answer, question=problem.question, reference=reference(problem.answer), extracted=found)
+    """The answer with its question, its reference and what its box holds."""
+    return replace(
+        answer,
+        question=problem.question,
+        reference=reference(problem.answer),
+        extracted=final_answer(answer.text),
+    )
 
 
-def verdict(answer: GradedAnswer, correct: bool) -> GradedAnswer:
-    return replace(answer, correct=correct and answer.stop_reason == "stop")
+def with_verdict(answer: GradedAnswer, is_verified: bool) -> GradedAnswer:
+    """The answer graded: correct where it is verified and complete."""
+    return replace(answer, correct=is_verified and answer.stop_reason == "stop")
 
 
 def tracked(
-    answers: Iterable[GradedAnswer], known: Iterable[GradedAnswer], total: int, console: Console, processes: int = 1
+    answers: Iterable[GradedAnswer], earlier: Iterable[GradedAnswer], total: int, console: Console, processes: int = 1
 ) -> Iterator[GradedAnswer]:
-    """The answers, with accuracy so far (`known` ones included), tokens/s and time left shown as they pass.
+    """The answers, with accuracy so far (`earlier` ones included), tokens/s and time left shown as they pass.
 
     total: of this one of `processes`, which is told where it is not the only one.
     """
@@ -70,19 +77,24 @@ def tracked(
     columns = [BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}")]
     columns += [TimeRemainingColumn(compact=True), TextColumn("left")]
     live = console.is_terminal and not console.quiet
-    known = list(known)
-    done, right, tokens, started = len(known), sum(answer.correct for answer in known), 0, time.perf_counter()
+    earlier = list(earlier)
+    done = len(earlier)
+    right = sum(answer.correct for answer in earlier)
+    tokens = 0
+    started = time.perf_counter()
     bar = Progress(*columns, console=console, transient=True, disable=not live)
     with bar, nullcontext(lambda done, printed: None) if live else working(console, "answering", total) as count:
         task = bar.add_task("", total=total, completed=done)
         for answer in answers:
-            done, right, tokens = done + 1, right + answer.correct, tokens + answer.tokens
+            done += 1
+            right += answer.correct
+            tokens += answer.tokens
             seconds = time.perf_counter() - started
             speed = f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{done / seconds:,.0f} answers/s"
             text = f"accuracy {100 * right / done:.1f} · {speed}{whose}"
             bar.update(task, completed=done, description=text)
-            a_tenth = not live and 10 * done // total > 10 * (done - 1) // total
-            count(done, printed=a_tenth)
-            if a_tenth:
+            is_tenth = not live and 10 * done // total > 10 * (done - 1) // total
+            count(done, printed=is_tenth)
+            if is_tenth:
                 console.print(f"{done}/{total} answers · {text}", markup=False, highlight=False)
             yield answer
