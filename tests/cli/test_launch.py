@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from dirl_cli.cli import config_tree
-from dirl_cli.cli.launch import accelerate_options, check_launch
+from dirl_cli.cli.processes import accelerate_options, check_launch
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from tests.helpers.paths import ROOT

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dirl_cli.cli.launch import start_workers
+from dirl_cli.cli.processes import start_workers
 from dirl_cli.errors import DirlError
 
 # Python imports this at every start; it puts a stand-in in the place of `dirl sft`.

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 
 from dirl_cli import console as console_module
-from dirl_cli.cli import launch
+from dirl_cli.cli import processes
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.errors import Interrupted
 from dirl_cli.evaluation import held_out, report
@@ -66,13 +66,13 @@ def test_a_table_that_does_not_fit_is_written_row_by_row():
 
 def test_processes_that_start_say_whom_they_wait_for():
     one = OmegaConf.create({"gpus": 64, "nodes": 1})
-    assert launch.starting(one, None) == "starting 64 processes"
-    assert launch.starting(one, 2) == "starting 64 processes, which take turns on 2 CPU cores"
+    assert processes.starting(one, None) == "starting 64 processes"
+    assert processes.starting(one, 2) == "starting 64 processes, which take turns on 2 CPU cores"
     two = OmegaConf.create({"gpus": 1, "nodes": 2, "node_rank": 0, "main_address": "localhost"})
-    assert launch.starting(two, 1) == "starting a process as machine 0; waits for machine 1 at localhost:29500"
+    assert processes.starting(two, 1) == "starting a process as machine 0; waits for machine 1 at localhost:29500"
     four = OmegaConf.create({"gpus": 8, "nodes": 4, "node_rank": 1, "main_address": "a:4000"})
     told = "starting 8 processes as machine 1; waits for machine 0, machine 2 and machine 3 at a:4000"
-    assert launch.starting(four, 8) == told
+    assert processes.starting(four, 8) == told
 
 
 def test_a_wish_to_stop_ends_an_evaluation_between_its_problems(monkeypatch, capfd):
