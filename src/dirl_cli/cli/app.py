@@ -22,7 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ANY_OPTION = {"ignore_unknown_options": True}  # which are told how keys are written
+ANY_OPTION = {"ignore_unknown_options": True}  # so that a sentence says how keys are written
 TRAINING = ("sft", "rl")
 View = StrEnum("View", ["job", "hydra", "all"])
 Topic = StrEnum("Topic", ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"])
@@ -35,8 +35,8 @@ def complete(ctx: typer.Context, incomplete: str) -> list[str]:
     return complete_override(str(ctx.command.name), words, incomplete, ctx.params.get("config_dir"))
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
+def show_version(is_set: bool) -> None:
+    if is_set:
         from dirl_cli.files import installed
 
         typer.echo(f"dirl {installed('dirl') or 'of a checkout'}")
@@ -57,7 +57,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="What differs from conf/.", autocompletion=complete),
 ]
-Wanted = Annotated[
+Requests = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="GROUP=NAME or ID", help="What to fetch: choices in conf/, ids on the Hub.", autocompletion=complete
@@ -94,6 +94,7 @@ def add(name: str, summary: str, example: str) -> None:
 
 
 def hints(name: str, example: str) -> str:
+    """The lines below a command's options in its help."""
     codes = "\n\ndry_run=true looks first. Exit code 3: it does not fit" if name in TRAINING else ""
     return f"Such as: dirl {name} {example}\n\nEvery key: dirl {name} --cfg job{codes}"
 
@@ -101,18 +102,22 @@ def hints(name: str, example: str) -> str:
 def run_command(
     name: str, words: list[str], multirun: bool, cfg: View | None, info: Topic | None, config_dir: Path | None
 ) -> None:
-    """Launch a command and tell what the user can fix in one sentence."""
+    """Launch a command; print what the user can fix in one sentence, and exit with the error's code.
+
+    words: overrides, as they were typed. cfg, info: what to print instead of running.
+    """
     from dirl_cli.cli.launch import launch
 
-    flags = {"--multirun": multirun, "--cfg": cfg, "--info": info}
-    given = [flag for flag, value in flags.items() if value]
-    if len(given) > 1:
-        raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
+    options = {"--multirun": multirun, "--cfg": cfg, "--info": info}
+    flags = [flag for flag, value in options.items() if value]
+    if len(flags) > 1:
+        raise typer.BadParameter(f"{' and '.join(flags)} exclude each other")
     if cfg or info:
-        given.append(str(cfg or info))
+        flags.append(str(cfg or info))
+
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
-        launch(name, given, words, config_dir)
+        launch(name, flags, words, config_dir)
     except DirlError as error:
         if full_error:
             raise
@@ -133,7 +138,7 @@ add("merge", "Make a LoRA adapter part of a model's weights.", "model=sdar8b mod
     epilog=hints("download", "model=sdar8b bench=all, or: dirl download JetLM/SDAR-8B-Chat datasets/Auraithm/MATH500"),
 )
 def download(
-    overrides: Wanted = None,
+    overrides: Requests = None,
     to: To = None,
     multirun: Multirun = False,
     cfg: Cfg = None,
@@ -144,5 +149,7 @@ def download(
 
     if to and multirun:
         raise typer.BadParameter("--to and --multirun exclude each other")
-    words = collect_bare_words(overrides or [], "ids") + ([f"to={quote(str(to))}"] if to else [])
+    words = collect_bare_words(overrides or [], "ids")
+    if to:
+        words.append(f"to={quote(str(to))}")
     run_command("download", words, multirun, cfg, info, config_dir)

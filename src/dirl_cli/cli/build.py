@@ -1,4 +1,4 @@
-"""From a group's config to the object it describes."""
+"""Build the object that a group's config describes, every field converted and checked."""
 
 import re
 from dataclasses import fields, replace
@@ -32,62 +32,72 @@ def build(cfg: DictConfig, kind: type | None = None) -> Any:
     if kind is None and "_target_" not in cfg:
         raise DirlError(f"{group} has no _target_, so there is nothing to make of it: choose {group}=… anew")
     kind = kind or find_class(str(cfg._target_), group)
-    given = cast(dict[str, Any], literal(OmegaConf.to_container(cfg, resolve=True)))
-    given.pop("_target_", None)
-    nested = [key for key, value in given.items() if isinstance(value, dict) and "_target_" in value]
-    given |= {key: build(cfg[key]) for key in nested}
-    require_shape(given, kind, group)
+    settings = cast(dict[str, Any], literal(OmegaConf.to_container(cfg, resolve=True)))
+    settings.pop("_target_", None)
+    for key, value in settings.items():
+        if isinstance(value, dict) and "_target_" in value:
+            settings[key] = build(cfg[key])
+
+    # OmegaConf converts and checks types; the ranges of our own annotations come on top.
+    require_shape(settings, kind, group)
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(kind), given)
+        typed = OmegaConf.merge(OmegaConf.structured(kind), settings)
         require(OmegaConf.to_container(typed, throw_on_missing=True), kind, group)
         built = OmegaConf.to_object(typed)
     except MissingMandatoryValue as error:
         raise DirlError(f"give a value for {group}.{error.full_key}, such as {group}.{error.full_key}=…") from error
     except ConfigKeyError as error:
-        known = [field.name for field in fields(cast(Any, error.object_type))]  # of `kind`, or of what it holds
-        raise DirlError(f"{group}.{error.full_key}: no such key; {did_you_mean(str(error.key), known)}") from error
+        names = [field.name for field in fields(cast(Any, error.object_type))]  # of `kind`, or of what it holds
+        raise DirlError(f"{group}.{error.full_key}: no such key; {did_you_mean(str(error.key), names)}") from error
     except OmegaConfBaseException as error:
-        value, hint = value_at(given, str(error.full_key)), type_at(kind, str(error.full_key))
+        value = value_at(settings, str(error.full_key))
+        hint = type_at(kind, str(error.full_key))
         raise DirlError(refusal(f"{group}.{error.full_key}", value, hint)) from error
     return with_tuples(built)
 
 
-def build_choice(group: str, name: str, **given: Any) -> Any:
-    """What conf/`group`/`name`.yaml describes, with the values `given` in place of its own."""
+def build_choice(group: str, name: str, **settings: Any) -> Any:
+    """The object that conf/`group`/`name`.yaml describes, with `settings` in place of its own values.
+
+    Raises DirlError for a name that the group does not offer.
+    """
     files = {file.stem: file for file in sorted((conf_dir() / group).glob("*.yaml"))}
     if name not in files:
         raise DirlError(f"{group}={name}: {did_you_mean(name, files)}")
-    cfg = OmegaConf.merge({"seed": 0, group: with_bases(files[name])}, {group: given})
+    cfg = OmegaConf.merge({"seed": 0, group: with_bases(files[name])}, {group: settings})
     return build(cast(DictConfig, cfg)[group])
 
 
 def build_settings(group: str, settings: dict[str, Any]) -> Any:
-    """What plain settings describe. group: what they are called in a sentence."""
+    """The object that plain settings describe. group: what they are called in a sentence."""
     return build(OmegaConf.create({group: literal(settings)})[group])
 
 
-def value_at(given: Any, key: str) -> Any:
-    """What stands in nested containers under a full key, such as sources[0].weight."""
-    for part in re.findall(r"[^.\[\]]+", key):
-        given = given[int(part)] if isinstance(given, list | tuple) else given[part]
-    return given
+def value_at(container: Any, key: str) -> Any:
+    """The value in nested containers under a full key, such as sources[0].weight."""
+    value = container
+    for step in re.findall(r"[^.\[\]]+", key):
+        value = value[int(step)] if isinstance(value, list | tuple) else value[step]
+    return value
 
 
 def find_class(target: str, group: str) -> type:
-    """The class that an import path names."""
+    """Import the class that `_target_` of a group names. Raises DirlError where there is none."""
     module_name, _, name = todays_target(target).rpartition(".")
     try:
         module = import_module(module_name)
     except (ImportError, ValueError, TypeError, RecursionError) as error:
         raise DirlError(f"{group}._target_={target}: {error}") from error
     if not hasattr(module, name):
-        known = [known for known in vars(module) if not known.startswith("_")]
-        raise DirlError(f"{group}._target_={target}: {module_name} has no {name}; {did_you_mean(name, known)}")
+        public = [attribute for attribute in vars(module) if not attribute.startswith("_")]
+        raise DirlError(f"{group}._target_={target}: {module_name} has no {name}; {did_you_mean(name, public)}")
     return cast(type, getattr(module, name))
 
 
 def with_tuples(built: Any) -> Any:
-    """OmegaConf gives lists where a dataclass declares tuples."""
+    """The object with tuples where its dataclass declares them: OmegaConf gives lists."""
     types = get_type_hints(type(built))
-    tuples = [field.name for field in fields(built) if get_origin(types[field.name]) is tuple]
-    return replace(built, **{name: tuple(getattr(built, name)) for name in tuples}) if tuples else built
+    names = [field.name for field in fields(built) if get_origin(types[field.name]) is tuple]
+    if not names:
+        return built
+    return replace(built, **{name: tuple(getattr(built, name)) for name in names})

@@ -17,11 +17,11 @@ def complete_override(command: str, words: Sequence[str], incomplete: str, confi
     config_tree.prepare(config_dir)
     *words, word = rejoin([*words, incomplete])
     try:
-        found = [candidate for candidate in all_completions(command, words) if candidate.startswith(word)]
+        completions = all_completions(command, words)
     except (DirlError, HydraException, OmegaConfBaseException):  # an earlier word does not compose (yet)
-        found = []
+        return []
     typed = word.removesuffix(incomplete)  # what the shell keeps of the word itself
-    return [candidate.removeprefix(typed) for candidate in found]
+    return [completion.removeprefix(typed) for completion in completions if completion.startswith(word)]
 
 
 def rejoin(words: Sequence[str]) -> list[str]:
@@ -33,12 +33,16 @@ def rejoin(words: Sequence[str]) -> list[str]:
 
 
 def all_completions(command: str, words: Sequence[str]) -> list[str]:
-    """Whole `key=value` words: every choice of every group, every key at its value, every model trained here."""
+    """Full `key=value` words: every choice of every group, every key at its value, every model trained here."""
     words = overrides.rewrite(words, config_tree.choices, sweep=False)
     groups, values = config_tree.survey(command, overrides.drop_preset(words, config_tree.preset(command)))
-    chosen = [f"{group}={name}" for group, names in groups.items() for name in names]
-    trained = [f"model={path}" for path in sorted(Path("runs").glob("*/*/model"))] if "model" in groups else []
-    return [*chosen, *trained, *(f"{key}={format_completion(value)}" for key, value in values.items())]
+    completions = []
+    for group, names in groups.items():
+        completions += [f"{group}={name}" for name in names]
+    if "model" in groups:
+        completions += [f"model={path}" for path in sorted(Path("runs").glob("*/*/model"))]
+    completions += [f"{key}={format_completion(value)}" for key, value in values.items()]
+    return completions
 
 
 def format_completion(value: object) -> str:

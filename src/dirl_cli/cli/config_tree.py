@@ -24,7 +24,7 @@ from dirl_cli.text import literal
 
 
 def prepare(config_dir: Path | None) -> None:
-    """Make Hydra find the user's tree before ours, and modules in the working directory."""
+    """Make Hydra find the user's tree before ours, and Python the modules in the working directory."""
     if "" not in sys.path:
         sys.path.append("")  # so that a `_target_` may name a module in the working directory
     if config_dir:
@@ -47,10 +47,10 @@ def require_tree(directory: Path) -> None:
 def require_yaml(file: Path) -> None:
     """Raises DirlError that names a file which is not a config."""
     try:
-        given = OmegaConf.load(file)
-        if not isinstance(given, DictConfig) or not isinstance(given.get("defaults", ListConfig([])), ListConfig):
+        config = OmegaConf.load(file)
+        if not isinstance(config, DictConfig) or not isinstance(config.get("defaults", ListConfig([])), ListConfig):
             raise ValueError("it is a mapping, and its defaults a list")
-        for entry in given.get("defaults", ()):
+        for entry in config.get("defaults", ()):
             if not isinstance(entry, str | DictConfig):
                 raise ValueError(f"an entry of its defaults is {entry}, and neither a name nor a mapping")
         FileConfigSource("user", f"file://{file.parent.resolve()}").load_config(file.name)  # which reads its header too
@@ -73,9 +73,12 @@ def preset(command: str) -> str | None:
     """The experiment that a command runs when it is told nothing else, if any."""
     trees = [UserConfigs.directory, conf_dir()] if UserConfigs.directory else [conf_dir()]
     file = next(file for tree in trees if (file := tree / f"{command}.yaml").exists())
-    given: Any = OmegaConf.to_container(OmegaConf.load(file))
-    named = [entry for entry in given.get("defaults", []) if isinstance(entry, dict)]
-    return next((entry["experiment"] for entry in named if "experiment" in entry), None)
+    config: Any = OmegaConf.to_container(OmegaConf.load(file))
+    for entry in config.get("defaults", []):
+        if isinstance(entry, dict) and "experiment" in entry:
+            experiment: str | None = entry["experiment"]
+            return experiment
+    return None
 
 
 def choices(group: str) -> list[str]:
@@ -85,21 +88,24 @@ def choices(group: str) -> list[str]:
 
 
 def group_options(group: str) -> list[str]:
+    """The same, while Hydra is initialised."""
     return GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
 
 
 def with_bases(file: Path) -> DictConfig:
-    """A config by itself, with those beside it that its defaults name; Hydra may be busy with another."""
+    """A config merged over the siblings that its defaults name; without Hydra, which may be busy with another."""
     own: Any = OmegaConf.load(file)
-    bases = [base for base in own.pop("defaults", []) if base != "_self_"]
-    merged: Any = OmegaConf.merge(*(with_bases(file.with_stem(base)) for base in bases), own)
+    bases = [with_bases(file.with_stem(base)) for base in own.pop("defaults", []) if base != "_self_"]
+    merged: Any = OmegaConf.merge(*bases, own)
     return merged
 
 
 def members_of_all(group: str) -> list[str]:
     """The choices that `all` of a group stands for, nothing if it has no such choice."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return list(compose(f"{group}/all")[group].each) if "all" in group_options(group) else []
+        if "all" not in group_options(group):
+            return []
+        return list(compose(f"{group}/all")[group].each)
 
 
 def has_key(command: str, words: Sequence[str], key: str) -> bool:
@@ -113,7 +119,8 @@ def has_key(command: str, words: Sequence[str], key: str) -> bool:
 def is_list(command: str, words: Sequence[str], key: str) -> bool:
     """Whether a key of a command's config takes a list, the choices in `words` made."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose(command, [word for word in words if group_options(word.partition("=")[0]) and "," not in word])
+        choices_made = [word for word in words if group_options(word.partition("=")[0]) and "," not in word]
+        cfg = compose(command, choices_made)
         *parents, last = key.split(".")
         parent = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
         return isinstance(parent, DictConfig) and isinstance(parent._get_node(last), ListConfig)
@@ -125,13 +132,16 @@ def survey(command: str, words: Sequence[str]) -> tuple[dict[str, list[str]], di
     words: overrides, of which only the choices of groups count.
     """
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        chosen = [word for word in words if group_options(word.removeprefix("~").partition("=")[0])]
-        cfg = compose(command, chosen, return_hydra_config=True)
-        groups = [str(group) for group in cfg.hydra.runtime.choices if not str(group).startswith("hydra/")]
-        offered = {group: group_options(group) for group in groups}
-    values = dict(leaves(OmegaConf.to_container(cfg)))
-    mine = [key for key in values if not key.startswith("hydra.") and not key.endswith("_target_")]
-    return offered, {key: values[key] for key in mine}
+        choices_made = [word for word in words if group_options(word.removeprefix("~").partition("=")[0])]
+        cfg = compose(command, choices_made, return_hydra_config=True)
+        names = [str(group) for group in cfg.hydra.runtime.choices]
+        groups = {name: group_options(name) for name in names if not name.startswith("hydra/")}
+
+    values = {}
+    for key, value in leaves(OmegaConf.to_container(cfg)):
+        if not key.startswith("hydra.") and not key.endswith("_target_"):
+            values[key] = value
+    return groups, values
 
 
 def resolve(cfg: DictConfig) -> None:

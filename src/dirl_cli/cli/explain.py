@@ -31,7 +31,10 @@ ELSEWHERE = {  # what other toolkits call our keys
 
 def explain(error: Exception, command: str, words: Sequence[str]) -> str:
     """One sentence for one of COMPLAINTS that was raised while `command` was composed with `words`."""
-    text, cause = str(error), str(error.__cause__ or "")
+    text = str(error)
+    cause = str(error.__cause__ or "")
+
+    # Errors that have a class of their own.
     if isinstance(error, InterpolationResolutionError):
         key = f"{error.full_key}: " if error.full_key else ""
         return f"{key}{first_line(text)}; a text that holds ${{…}} is written \\${{…}}"
@@ -39,36 +42,42 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
         if "=" not in error.override:
             return f"{error.override}: an override has the form KEY=VALUE"
         return f"{error.override}: {quoting_hint(*error.override.partition('=')[::2])}"
-    if found := re.search(r"In '(\w+)/(.+?)': Could not override '(.+?)'", text):
-        return f"{found[1]}={found[2]} is for another command: dirl {command} has no {found[3]}"
-    if found := re.search(r"Could not (?:override|delete from config\.) '(.+?)'", text):
-        return f"{found[1]}: no such key; {hint(command, found[1], known_keys(command, words))}"
+
+    # The rest are told apart by Hydra's words.
+    if match := re.search(r"In '(\w+)/(.+?)': Could not override '(.+?)'", text):
+        return f"{match[1]}={match[2]} is for another command: dirl {command} has no {match[3]}"
+    if match := re.search(r"Could not (?:override|delete from config\.) '(.+?)'", text):
+        return f"{match[1]}: no such key; {hint(command, match[1], known_keys(command, words))}"
     if sentence := explain_type_error(error, command):
         return sentence
-    if found := re.match(r"Error merging override (.+)", text):
-        return f"{found[1]}: {first_line(cause)}"
-    if found := re.search(r"Ambiguous value for argument '(.+?)'", text):
-        key, _, values = found[1].partition("=")
+    if match := re.match(r"Error merging override (.+)", text):
+        return f"{match[1]}: {first_line(cause)}"
+    if match := re.search(r"Ambiguous value for argument '(.+?)'", text):
+        key, _, values = match[1].partition("=")
         as_list = f", or write {key}=[{values}] for a list" if config_tree.is_list(command, words, key) else ""
-        return f"{found[1]}: add -m to run each of them{as_list}"
-    if found := re.search(r"An item is already at '(.+?)'", text):
-        return f"+{found[1]}: the key is there already; write {found[1]}=… without the +"
-    if found := re.search(r"Sweep parameters '(.+?)' requires", text):
-        return f"{found[1]}: add -m to run each of them"
-    if found := re.search(r"You must specify '(.+?)'.*?Available options:\n(.+)", text, re.DOTALL):
-        return f"give a value for {found[1]}: {', '.join(found[2].split())}"
+        return f"{match[1]}: add -m to run each of them{as_list}"
+    if match := re.search(r"An item is already at '(.+?)'", text):
+        return f"+{match[1]}: the key is there already; write {match[1]}=… without the +"
+    if match := re.search(r"Sweep parameters '(.+?)' requires", text):
+        return f"{match[1]}: add -m to run each of them"
+    if match := re.search(r"You must specify '(.+?)'.*?Available options:\n(.+)", text, re.DOTALL):
+        return f"give a value for {match[1]}: {', '.join(match[2].split())}"
+
+    # Hydra's own words, in a line, without the list of directories that it searched.
     lines = [line.strip() for line in f"{text}\n{cause}".split("Config search path:")[0].splitlines()]
     return "; ".join(line for line in lines if line)
 
 
 def explain_type_error(error: Exception, command: str) -> str:
-    """The sentence for a value of another type than a command's setting has; nothing for any other error."""
+    """The sentence for a value of another type than a command's setting has; "" for any other error."""
     cause = error.__cause__
     if not isinstance(cause, ValidationError):
         return ""
     setting = type_at(schema.SCHEMAS[command], str(cause.full_key))
+    if not setting:
+        return ""
     override = re.match(r"Error merging override (.+)", str(error))
-    return f"{override[1] if override else cause.full_key}: give {describe_type(setting)}" if setting else ""
+    return f"{override[1] if override else cause.full_key}: give {describe_type(setting)}"
 
 
 def first_line(text: str) -> str:
@@ -84,12 +93,22 @@ def known_keys(command: str, words: Sequence[str]) -> list[str]:
     return [*groups, *values]
 
 
-def hint(command: str, key: str, known: Sequence[str]) -> str:
-    """The keys that a mistyped or shortened one may have meant."""
-    near = [ELSEWHERE[key]] if ELSEWHERE.get(key) in known else get_close_matches(key, known, n=1)
-    last = {name: name.rpartition(".")[2] for name in known}
-    near = near or [name for name in known if last[name] in get_close_matches(key, list(last.values()), n=1)]
-    return f"did you mean {' or '.join(near)}?" if near else f"`dirl {command} --cfg job` prints every key"
+def hint(command: str, key: str, valid: Sequence[str]) -> str:
+    """The keys that a mistyped or shortened one may have meant, in words to append to an error.
+
+    valid: the full keys to choose from.
+    """
+    if ELSEWHERE.get(key) in valid:
+        matches = [ELSEWHERE[key]]
+    else:
+        matches = get_close_matches(key, valid, n=1)
+    if not matches:  # then by last parts: `lr` means optim.lr
+        last_parts = {name: name.rpartition(".")[2] for name in valid}
+        closest = get_close_matches(key, list(last_parts.values()), n=1)
+        matches = [name for name in valid if last_parts[name] in closest]
+    if not matches:
+        return f"`dirl {command} --cfg job` prints every key"
+    return f"did you mean {' or '.join(matches)}?"
 
 
 def quoting_hint(key: str, value: str) -> str:
@@ -101,19 +120,25 @@ def quoting_hint(key: str, value: str) -> str:
 
 def explain_options(command: str, words: Sequence[str]) -> str:
     """One sentence for `--steps 10`: how options are written here."""
-    known, given, meant = known_keys(command, []), list(words), []
-    while given:
-        word = given.pop(0)
+    valid = known_keys(command, [])
+    remaining = list(words)
+    overrides = []
+    while remaining:
+        word = remaining.pop(0)
         if not word.startswith("-"):
             continue
         option, equals, value = word.partition("=")
         name = option.lstrip("-").replace("-", "_")
-        takes_next = not equals and given and not given[0].startswith("-") and "=" not in given[0]
+
+        # `--steps 10` takes the next word for its value; `--watch` alone means true.
         if not equals:
-            value = given.pop(0) if takes_next else "true"
-        same = [key for key in (name, ELSEWHERE.get(name)) if key in known]
-        same = same or [key for key in known if key.rpartition(".")[2] == name]
-        if not same:
-            return f"{option}: no such key; {hint(command, name, known)}"
-        meant.append(shell_word(same[0], value))
-    return f"options are written without dashes: `dirl {command} {' '.join(meant)}`"
+            has_value = remaining and not remaining[0].startswith("-") and "=" not in remaining[0]
+            value = remaining.pop(0) if has_value else "true"
+
+        keys = [key for key in (name, ELSEWHERE.get(name)) if key in valid]
+        if not keys:
+            keys = [key for key in valid if key.rpartition(".")[2] == name]
+        if not keys:
+            return f"{option}: no such key; {hint(command, name, valid)}"
+        overrides.append(shell_word(keys[0], value))
+    return f"options are written without dashes: `dirl {command} {' '.join(overrides)}`"

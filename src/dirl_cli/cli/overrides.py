@@ -19,8 +19,8 @@ from dirl_cli.text import literal, shell_word
 PATH_CHOICE = {"data": "file", "bench": "file", "model": "path"}  # the choice whose `path` takes any path
 TEXTS = ("prompt", "messages", "instruction.text")  # their whole value, also with -m
 PATHS = ("adapter", "compare", "input", "name", "out", "path", "predictions", "replay", "resume", "to")  # last parts
-MAPPINGS = ("options", "weights")  # whose keys are the user's: one that is given takes the other's place
-MOST_COMMAS = 20  # that are looked for in the name of a path
+MAPPINGS = ("options", "weights")  # whose keys are the user's: a new mapping replaces the old one
+MOST_COMMAS = 20  # in the name of a path; a longer list is taken for separate paths
 LONGEST_KEY = 200  # characters; a file name, as Hydra looks for, may have few more
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
 
@@ -29,87 +29,124 @@ def rewrite(words: Sequence[str], choices: Callable[[str], list[str]], sweep: bo
     """Put texts and paths in Hydra's quotes, spell `data=FILE` as `data=file data.path='FILE'`, check group choices.
 
     choices: what a group offers, nothing for a key that is no group. sweep: whether commas separate values.
+    Raises DirlError for a word that is no override, and for a choice that its group does not offer.
     """
-    if strange := [word for word in words if len(word.partition("=")[0]) > LONGEST_KEY]:
-        raise DirlError(f"{strange[0][:40]}…: no key is that long; an override has the form KEY=VALUE")
-    if nameless := [word for word in words if word.startswith("=")]:
-        raise DirlError(f"{nameless[0]}: an override has the form KEY=VALUE, without spaces")
-    return [new for word in words for new in rewrite_word(word, choices, sweep)]
+    for word in words:
+        if len(word.partition("=")[0]) > LONGEST_KEY:
+            raise DirlError(f"{word[:40]}…: no key is that long; an override has the form KEY=VALUE")
+    for word in words:
+        if word.startswith("="):
+            raise DirlError(f"{word}: an override has the form KEY=VALUE, without spaces")
+    rewritten = []
+    for word in words:
+        rewritten += rewrite_word(word, choices, sweep)
+    return rewritten
 
 
-def expand_all(words: Sequence[str], each: Callable[[str], list[str]]) -> list[str]:
-    """Spell `bench=all` as the choices that it stands for: `each` of a group."""
-    members = {word: each(word.removesuffix("=all")) for word in words if word.endswith("=all")}
-    return [f"{word[:-3]}{','.join(members[word])}" if members.get(word) else word for word in words]
+def expand_all(words: Sequence[str], members: Callable[[str], list[str]]) -> list[str]:
+    """Spell `bench=all` as the choices that it stands for. members: those of a group, nothing if it has no `all`."""
+    expanded = []
+    for word in words:
+        group = word.removesuffix("=all")
+        choices = members(group) if word.endswith("=all") else []
+        expanded.append(f"{group}={','.join(choices)}" if choices else word)
+    return expanded
 
 
 def collect_bare_words(words: Sequence[str], key: str) -> list[str]:
     """Spell the words that are no overrides as one list, the value of `key`."""
     bare = [word for word in words if "=" not in word and not word.startswith("~")]
-    others = [word for word in words if word not in bare]
-    quoted = [QuotedString(word, Quote.single).with_quotes() for word in bare]
-    return [*others, f"{key}=[{','.join(quoted)}]"] if bare else others
+    overrides = [word for word in words if word not in bare]
+    if bare:
+        quoted = [QuotedString(word, Quote.single).with_quotes() for word in bare]
+        overrides.append(f"{key}=[{','.join(quoted)}]")
+    return overrides
 
 
 def choose_files(words: Sequence[str], has: Callable[[str], bool]) -> list[str]:
-    """Put `bench=file` before a `bench.path=FILE` that finds no place in the default choice; `has` knows the keys."""
-    given = {word.partition("=")[0] for word in words}
-    alone = [group for group in PATH_CHOICE if f"{group}.path" in given and group not in given]
-    lost = [group for group in alone if not has(f"{group}.path")]
-    return [*(f"{group}={PATH_CHOICE[group]}" for group in lost), *words]
+    """Put `bench=file` before a `bench.path=FILE` without it, where the default choice has no key `path`.
+
+    has: whether the config has a key.
+    """
+    keys = {word.partition("=")[0] for word in words}
+    choices = []
+    for group, choice in PATH_CHOICE.items():
+        path_key = f"{group}.path"
+        if path_key in keys and group not in keys and not has(path_key):
+            choices.append(f"{group}={choice}")
+    return [*choices, *words]
 
 
 def drop_preset(words: Sequence[str], preset: str | None) -> list[str]:
-    """Put `~experiment` beside a chosen model: a preset tells how its own model is trained, and no other.
+    """Put `~experiment` before the words where they choose a model: a preset says how its own model is trained.
 
     preset: the experiment that the command runs by default, if any.
     """
-    given = {word.partition("=")[0] for word in words}
-    if preset and given & {"model", "model.path"} and not given & {"experiment", "~experiment"}:
+    keys = {word.partition("=")[0] for word in words}
+    if preset and keys & {"model", "model.path"} and not keys & {"experiment", "~experiment"}:
         return ["~experiment", *words]
     return list(words)
 
 
 def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) -> list[str]:
+    """The overrides that a word stands for, as `rewrite` says."""
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
+    last_part = name.rpartition(".")[2]
     if equals and name in TEXTS:
         return [f"{key}={quote(value)}"]
-    if equals and value in ("", "null") and (known := choices(name)):
-        path = ["a path"] if name in PATH_CHOICE else []
-        raise DirlError(f"{word} names nothing: choose one of {', '.join([*known, *path])}")
+
+    # No value, null, or a function of Hydra's: nothing to quote.
+    if equals and value in ("", "null") and choices(name):
+        raise DirlError(f"{word} names nothing: choose one of {', '.join(offered(name, choices))}")
     if not value or value == "null" or is_call(value):
         return [word]
-    if name.rpartition(".")[2] in MAPPINGS and value[0] == "{" and key == name:
+
+    # Mappings: Hydra merges a new one into the old; ours replace it, or stand beside a benchmark's own columns.
+    if last_part in MAPPINGS and value[0] == "{" and key == name:
         return [f"~{key}", f"+{key}={value}"]
-    if name.rpartition(".")[2] == "columns" and value[0] == "{":
-        return [f"+{name}={value}"]  # beside those that a benchmark of ours has, if any
-    if name.rpartition(".")[2] in PATHS:
+    if last_part == "columns" and value[0] == "{":
+        return [f"+{name}={value}"]
+
+    if last_part in PATHS:
         return [f"{key}={quote_paths(value, sweep)}"]
-    return rewrite_choice(word, choices, sweep) if re.fullmatch(r"[\w/]+", key) else [word]
+    if re.fullmatch(r"[\w/]+", key):
+        return rewrite_choice(word, choices, sweep)
+    return [word]
+
+
+def offered(group: str, choices: Callable[[str], list[str]]) -> list[str]:
+    """What to choose from in a group, in words: its choices, and a path where the group takes one."""
+    return [*choices(group), "a path"] if group in PATH_CHOICE else choices(group)
 
 
 def rewrite_choice(word: str, choices: Callable[[str], list[str]], sweep: bool) -> list[str]:
-    """Spell GROUP=PATH as Hydra's choice of the group that takes a path. Raises DirlError for a choice there is not."""
+    """Spell GROUP=PATH as Hydra's choice of the group that takes a path.
+
+    Raises DirlError for a choice that the group does not offer.
+    """
     group, _, value = word.partition("=")
-    known = choices(group)
-    if not known or value[0] in "{$":
+    names = choices(group)
+    if not names or value[0] in "{$":
         return [word]
     if value[0] == "[":
         raise DirlError(f"{word}: {one_at_a_time(group, split_paths(value[1:-1]))}")
-    commas = sweep or all(part in known for part in value.split(","))  # without -m, Hydra says what a comma needs
-    values = split_paths(value) if commas else [value]
-    strange = [value for value in values if value not in known]
-    if not strange:
+
+    # Without -m a comma between names stays: Hydra says what it needs. Any other belongs to a path.
+    has_values = sweep or all(name in names for name in value.split(","))
+    values = split_paths(value) if has_values else [value]
+    paths = [value for value in values if value not in names]
+    if not paths:
         return [word]
+
     if group == "hydra/launcher":
         raise DirlError(f"{word} is in no package that is installed: {pip_install('launchers')}")
-    if group not in PATH_CHOICE or not all(looks_like_path(value) for value in strange):
-        path = ["a path"] if group in PATH_CHOICE else []
-        raise DirlError(f"{group}={strange[0]}: {did_you_mean(strange[0], [*known, *path])}")
-    if len(strange) < len(values):
+    if group not in PATH_CHOICE or not all(looks_like_path(path) for path in paths):
+        raise DirlError(f"{group}={paths[0]}: {did_you_mean(paths[0], offered(group, choices))}")
+    if len(paths) < len(values):
         raise DirlError(f"{word} mixes names and paths: sweep over the names, then over the paths")
-    return [f"{group}={PATH_CHOICE[group]}", f"{group}.path={','.join(quote(unquote(path)) for path in values)}"]
+    quoted = ",".join(quote(unquote(path)) for path in paths)
+    return [f"{group}={PATH_CHOICE[group]}", f"{group}.path={quoted}"]
 
 
 def one_at_a_time(group: str, values: Sequence[str]) -> str:
@@ -127,21 +164,26 @@ def is_call(value: str) -> bool:
 
 
 def quote_paths(value: str, sweep: bool) -> str:
-    """A path in Hydra's quotes; each of several, in a list as in `compare=[A,B]` or where -m goes through them."""
-    in_list = re.fullmatch(r"\[(.*)\]", value)
-    if in_list and not exists(value):
-        return f"[{','.join(quote_path(path) for path in split_paths(in_list[1]))}]"
-    return ",".join(quote_path(path) for path in (split_paths(value) if sweep else [value]))
+    """A path in Hydra's quotes; several each in its own, in a list as in `compare=[A,B]` or where -m sweeps them."""
+    as_list = re.fullmatch(r"\[(.*)\]", value)
+    if as_list and not exists(value):
+        return f"[{','.join(quote_path(path) for path in split_paths(as_list[1]))}]"
+    paths = split_paths(value) if sweep else [value]
+    return ",".join(quote_path(path) for path in paths)
 
 
 def split_paths(text: str) -> list[str]:
     """The paths between commas; a comma in the name of one that exists separates nothing."""
-    parts, paths = text.split(","), []
-    while parts:
-        heads = [",".join(parts[:end]) for end in range(1, min(len(parts), MOST_COMMAS) + 1)]
-        end = max((i for i, head in enumerate(heads, 1) if exists(head)), default=1)
-        paths.append(heads[end - 1])
-        parts = parts[end:]
+    pieces = text.split(",")
+    paths = []
+    while pieces:
+        # The longest beginning that exists is a path; where none does, the first piece is one.
+        length = 1
+        for count in range(1, min(len(pieces), MOST_COMMAS) + 1):
+            if exists(",".join(pieces[:count])):
+                length = count
+        paths.append(",".join(pieces[:length]))
+        pieces = pieces[length:]
     return paths
 
 

@@ -22,30 +22,15 @@ from dirl_cli.text import redact
 from dirl_cli.types import STATE
 
 # Keys that may change between two starts of a run, because its result does not depend on them.
-FREE = frozenset(
-    {
-        "name",
-        "out",
-        "resume",
-        "gpus",
-        "nodes",
-        "node_rank",
-        "main_address",
-        "launch",
-        "prepare",
-        "logger",
-        "log_every",
-        "mask_rates",
-        "save_every",
-        "keep_checkpoints",
-        "push_to_hub",
-    }
-    | {"eval_every", "eval_problems", "show_every", "rollout.max_batch", "grade_workers", "reward.workers"}
-    | {"gradient_checkpointing", "memory_gb", "dry_run", "keep_best", "async_checkpoints", "max_skipped"}
-    | {"model.made_by"}
-    | {"samples", "limit", "ids"}  # which answers an evaluation has, not what they are
-)
-BEGINNINGS = {"config.yaml", "environment.json", "lock", "failure.txt"}  # what a run leaves that failed at once
+START = {"name", "out", "resume", "prepare", "dry_run", "max_skipped"}
+MACHINES = {"gpus", "nodes", "node_rank", "main_address", "launch", "memory_gb"}
+WORK = {"gradient_checkpointing", "rollout.max_batch", "reward.workers", "grade_workers"}  # how it is cut up
+SHOWING = {"logger", "log_every", "show_every", "eval_every", "eval_problems", "mask_rates"}
+SAVING = {"save_every", "keep_checkpoints", "keep_best", "async_checkpoints", "push_to_hub", "model.made_by"}
+ANSWERS = {"samples", "limit", "ids"}  # which answers an evaluation has, not what they are
+FREE = frozenset(START | MACHINES | WORK | SHOWING | SAVING | ANSWERS)
+
+BEGINNINGS = {"config.yaml", "environment.json", "lock", "failure.txt"}  # files of a run that failed at once
 PATH_MODEL = "dirl_cli.models.load.PretrainedModel"  # the model whose path may be a run's, or one of its checkpoints
 PACKAGES = ("dirl", "torch", "transformers", "accelerate")
 
@@ -54,7 +39,7 @@ PACKAGES = ("dirl", "torch", "transformers", "accelerate")
 def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
     """Hold the run directory `out` as long as the lock file that is yielded stays open.
 
-    Writes `config.yaml` and `environment.json` into it.
+    Writes `config.yaml` and `environment.json` into it. A run that fails before it has written more leaves nothing.
 
     resume: `never` moves an existing run to `out`~1, `out`~2, …; anything else continues it.
     Raises DirlError if another process holds it, if it cannot be written, or if the run there has another config.
@@ -64,17 +49,27 @@ def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
     config = OmegaConf.to_yaml(cfg)  # where texts with `${…}` in them are read back as they are
     if resume == "never" and (out / "config.yaml").exists():
         with locked(out):
-            aside = next(aside for n in count(1) if not (aside := out.with_name(f"{out.name}~{n}")).exists())
-            out.rename(aside)
-        print(f"the earlier run is in {aside}", flush=True)
+            earlier = unused_name(out)
+            out.rename(earlier)
+        print(f"the earlier run is in {earlier}", flush=True)
+
     with locked(out) as lock:
         refuse_other(out, config)
         write_text(out / "config.yaml", config)
         write_json(out / "environment.json", environment())
-        with ExitStack() as failed:
-            failed.callback(remove_if_empty, out)
+        with ExitStack() as on_failure:
+            on_failure.callback(remove_if_empty, out)
             yield lock
-            failed.pop_all()
+            on_failure.pop_all()
+
+
+def unused_name(path: Path) -> Path:
+    """The first of `path`~1, `path`~2, … that does not exist."""
+    for n in count(1):
+        candidate = path.with_name(f"{path.name}~{n}")
+        if not candidate.exists():
+            return candidate
+    raise AssertionError  # count never ends
 
 
 def model_of_run(model: dict[str, Any]) -> dict[str, Any]:
@@ -98,29 +93,39 @@ def model_of_run(model: dict[str, Any]) -> dict[str, Any]:
     base = settings["model"]
     if model.get("block_size") is not None:
         base |= {"block_size": model["block_size"]}
-    target = "dirl_cli.training.trained_model.TrainedModel"
-    given = {"name": model["name"], "path": str(path), "adapter": model.get("adapter")}
-    return {"_target_": target, **given, "base": base, "peft": settings["peft"]}
+    return {
+        "_target_": "dirl_cli.training.trained_model.TrainedModel",
+        "name": model["name"],
+        "path": str(path),
+        "adapter": model.get("adapter"),
+        "base": base,
+        "peft": settings["peft"],
+    }
 
 
 def finished_model(run: Path) -> Path:
-    """Where a run left its model."""
+    """The directory of the model that a run ended with. Raises DirlError where it has not ended."""
     if (run / "model").is_dir():
         return run / "model"
     checkpoints = sorted(path.parent for path in run.glob(f"checkpoints/step-*/{STATE}"))
-    hint = f"give its last checkpoint, model={checkpoints[-1]}, or" if checkpoints else "it has no checkpoint yet, so"
+    hint = "it has no checkpoint yet, so"
+    if checkpoints:
+        hint = f"give its last checkpoint, model={checkpoints[-1]}, or"
     raise DirlError(f"{run} holds a run that has left no model: {hint} let it go on to its end with its own command")
 
 
 def remove_if_empty(out: Path) -> None:
-    """Remove a directory whose run has come to nothing."""
+    """Remove a run directory that holds nothing but what a start writes."""
     if {path.name for path in out.iterdir()} <= BEGINNINGS:
         shutil.rmtree(out)
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[IO[str]]:
-    """Keep other processes out of a directory, which is made if it is not there."""
+    """Keep other processes out of a directory, which is made if it is not there. Yields the open lock file.
+
+    Raises DirlError where another process holds it, or where it cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / "lock").open("w")
@@ -135,7 +140,7 @@ def locked(out: Path) -> Iterator[IO[str]]:
 
 
 def refuse_other(out: Path, config: str) -> None:
-    """Refuse a directory whose run has another configuration and has come to something."""
+    """Raises DirlError where the run in `out` has another configuration and is more than begun."""
     if not (out / "config.yaml").exists() or {path.name for path in out.iterdir()} <= BEGINNINGS:
         return
     changed = differences(flatten((out / "config.yaml").read_text(encoding="utf-8")), flatten(config))
@@ -148,12 +153,15 @@ def refuse_other(out: Path, config: str) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What is not the same in two configurations and matters: `key: old → new`."""
-    keys = [key for key in {**old, **new} if not {key, key.partition(".")[0]} & FREE]
-    pairs = [(key, old.get(key, "absent"), new.get(key, "absent")) for key in keys]
-    return [
-        f"{key}: {format_setting(before)} → {format_setting(after)}" for key, before, after in pairs if before != after
-    ]
+    """The differences between two configurations that matter, each as `key: old → new`."""
+    lines = []
+    for key in {**old, **new}:
+        before = old.get(key, "absent")
+        after = new.get(key, "absent")
+        is_free = key in FREE or key.partition(".")[0] in FREE
+        if before != after and not is_free:
+            lines.append(f"{key}: {format_setting(before)} → {format_setting(after)}")
+    return lines
 
 
 def format_setting(value: object) -> str:
@@ -170,7 +178,7 @@ def flatten(config: str) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What this start of the run runs on."""
+    """What this start of the run runs on: the command, versions and the state of the checkout, as JSON can hold it."""
     return {
         "command": redact(shlex.join(sys.orig_argv)),
         "python": platform.python_version(),
@@ -190,4 +198,6 @@ def git_state(checkout: Path) -> dict[str, Any] | None:
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     except FileNotFoundError:  # git is not installed
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout)} if commit.returncode == 0 else None
+    if commit.returncode != 0:
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout)}

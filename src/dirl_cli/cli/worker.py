@@ -1,4 +1,4 @@
-"""A command in several processes: `start` runs Accelerate's launcher, which runs `run` once per process.
+"""A command in several processes: `start` runs Accelerate's launcher, which runs `run` of this file once per process.
 
 No process composes a config of its own: each reads the one that the parent saved in the run directory. A launcher of
 the user's own does the same with `-m dirl_cli.cli.worker COMMAND DIRECTORY`, once `prepare=true` has written that.
@@ -35,8 +35,9 @@ def launch_workers(name: str, out: str, *options: str) -> None:
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGTERM)  # end with the parent, even if it is killed
-    # Those that wait for one that failed, as on a GPU, hear no signal and have nothing to save: torch gives them 30 s.
+    # Processes that wait for a failed one, as on a GPU, hear no signal and have nothing to save: torch gives them 30 s.
     PContext.close.__defaults__ = (None, PATIENCE)
+
     script = ["-m", "dirl_cli.cli.worker", "run", name, out]
     logging.disable(logging.ERROR)  # a failed process tells its own reason
     try:
@@ -53,16 +54,16 @@ def launch_workers(name: str, out: str, *options: str) -> None:
 
 
 def require_gpus(count: int) -> None:
-    """Raises DirlError where this machine has fewer of them, before any process is started."""
+    """Raises DirlError where this machine has fewer than `count` GPUs, before any process is started."""
     import torch
 
-    there = torch.cuda.device_count()
-    if count > there:
-        raise DirlError(f"gpus={count}: this machine has {counted(there, 'GPU')}: give no more, or device=cpu")
+    available = torch.cuda.device_count()
+    if count > available:
+        raise DirlError(f"gpus={count}: this machine has {counted(available, 'GPU')}: give no more, or device=cpu")
 
 
 def run_under_launcher(name: str, out: str) -> None:
-    """One of the processes of a launcher that is not ours, for a run directory that nobody holds yet."""
+    """Run a command as one of the processes of another launcher, such as torchrun; rank 0 holds the run directory."""
     cfg = saved_config(out)
     cfg.gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cfg.nodes = int(os.environ.get("WORLD_SIZE", 1)) // cfg.gpus
@@ -74,7 +75,7 @@ def run_under_launcher(name: str, out: str) -> None:
                 import_module(f"dirl_cli.commands.{name}").run(cfg, Path(out))
     except DirlError as error:
         print(f"dirl {name}: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)  # without the farewells that would wait for the other processes
+        os._exit(error.exit_code)  # skips the atexit handlers: they wait for the other processes
 
 
 def saved_config(out: str) -> DictConfig:
@@ -89,7 +90,7 @@ def saved_config(out: str) -> DictConfig:
 
 
 def run_worker(name: str, out: str) -> None:
-    """One of the processes."""
+    """Run a command as one of the processes that `launch_workers` starts; the first to fail notes its sentence."""
     failure = Path(out, FAILURE)
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -102,7 +103,8 @@ def run_worker(name: str, out: str) -> None:
     except DirlError as error:
         if not failure.exists():
             failure.write_text(json.dumps([str(error), error.exit_code]))
-        # without the farewells that would wait for the other processes; one that was stopped lets them save
+        # Skip the atexit handlers: they wait for the other processes. Exit code 0 of one that was stopped lets those
+        # save, where any other would make the launcher end them.
         os._exit(0 if isinstance(error, Stopped) else 1)
 
 
