@@ -104,7 +104,7 @@ def test_smoothing_takes_as_many_neighbours_on_either_side():
 
 
 def test_outside_a_terminal_progress_is_a_line_every_so_often(capsys):
-    progress = StepProgress(steps=5, every=2, shown=["loss", "grad_norm", "lr", "tokens_per_s"])
+    progress = StepProgress(steps=5, every=2, names=["loss", "grad_norm", "lr", "tokens_per_s"])
     with progress.after(0):
         for step in range(1, 6):
             progress.update(step, {"loss": 0.5, "lr": 1e-5, "tokens_per_s": 12345.6, "grad_norm": 1.0})
@@ -114,7 +114,7 @@ def test_outside_a_terminal_progress_is_a_line_every_so_often(capsys):
 
 
 def test_a_quiet_progress_shows_nothing(capsys):
-    progress = StepProgress(steps=1, every=1, shown=["loss"], quiet=True)
+    progress = StepProgress(steps=1, every=1, names=["loss"], quiet=True)
     with progress.after(0):
         progress.update(1, {"loss": 0.5})
         progress.print_line("hello")
@@ -122,7 +122,7 @@ def test_a_quiet_progress_shows_nothing(capsys):
 
 
 def test_what_was_not_measured_makes_no_line(capsys):
-    progress = StepProgress(steps=2, every=1, shown=[])
+    progress = StepProgress(steps=2, every=1, names=[])
     for step in (0, 2):
         progress.note(step, {"loss": 0.5}, "validation_loss")
         progress.note(step, {"loss": 0.5}, "loss")

@@ -16,7 +16,7 @@ OBJECTS = ("pens", "books", "cards", "coins", "eggs", "apples", "shells", "stamp
 GAINS = ("buys", "finds", "gets", "wins")
 LOSSES = ("sells", "loses", "drops", "eats")
 
-MOST = 1_000_000  # problems, which take twenty seconds; there are a hundred times as many, ever harder to find
+MOST = 1_000_000  # problems, drawn in twenty seconds; a hundred times as many exist, ever harder to find
 
 T = TypeVar("T")
 Chain = tuple[int, ...]  # the first number, then each change with its sign
@@ -34,7 +34,8 @@ class Item(NamedTuple):
 
     def solution(self, worked: bool) -> str:
         """The demonstrated answer: one equation per line and the box, or the box alone."""
-        return f"{equations(self.chain) if worked else ''}\\boxed{{{self.answer}}}"
+        box = f"\\boxed{{{self.answer}}}"
+        return f"{equations(self.chain)}{box}" if worked else box
 
 
 class Splits(NamedTuple):
@@ -72,10 +73,11 @@ class Arithmetic:
         """The problems of `split`; the subset says whether training holds the same numbers and operations."""
         splits = self._splits()
         seen = {item.chain for item in splits.train}
-        return [
-            Problem(f"{self.split}-{i}", item.question, item.answer, "seen" if item.chain in seen else "unseen")
-            for i, item in enumerate(getattr(splits, self.split))
-        ]
+        problems = []
+        for i, item in enumerate(getattr(splits, self.split)):
+            subset = "seen" if item.chain in seen else "unseen"
+            problems.append(Problem(f"{self.split}-{i}", item.question, item.answer, subset))
+        return problems
 
     def training_problems(self) -> list[Problem]:
         """The training problems as questions with answers, to be reinforced on."""
@@ -99,28 +101,31 @@ class Arithmetic:
         rng = Random(f"{self.seed}/{split}/worked")  # its own, so that the questions do not depend on `worked`
         rows = []
         for i, item in enumerate(items):
-            asked = {"role": "user", "content": item.question}
-            said = {"role": "assistant", "content": item.solution(rng.random() < self.worked)}
-            rows.append(Row(f"{split} demonstration {i}", {"messages": [asked, said]}))
+            user = {"role": "user", "content": item.question}
+            assistant = {"role": "assistant", "content": item.solution(rng.random() < self.worked)}
+            rows.append(Row(f"{split} demonstration {i}", {"messages": [user, assistant]}))
         return rows
 
 
 @lru_cache(maxsize=2)
 def draw_splits(train: int, held_out: int, test: int, seed: int) -> Splits:
     """The three splits, test first, without a question that occurs twice."""
-    known: set[str] = set()
-    sizes = {"test": test, "validation": held_out, "train": train}
-    return Splits(**{name: draw_items(Random(f"{seed}/{name}"), size, known) for name, size in sizes.items()})
+    used: set[str] = set()
+    return Splits(
+        test=draw_items(Random(f"{seed}/test"), test, used),
+        validation=draw_items(Random(f"{seed}/validation"), held_out, used),
+        train=draw_items(Random(f"{seed}/train"), train, used),
+    )
 
 
-def draw_items(rng: Random, size: int, known: set[str]) -> list[Item]:
-    """`size` problems whose questions are not in `known`, to which they are added."""
+def draw_items(rng: Random, size: int, used: set[str]) -> list[Item]:
+    """Draw `size` problems whose questions are not in `used`, and add them to it."""
     items: list[Item] = []
     while len(items) < size:
         chain = draw_chain(rng)
         question = write_question(rng, chain)
-        if question not in known:
-            known.add(question)
+        if question not in used:
+            used.add(question)
             items.append(Item(question, chain))
     return items
 
@@ -130,7 +135,10 @@ def draw_chain(rng: Random) -> Chain:
     total = pick(rng, range(1, 10))
     chain = [total]
     for _ in range(pick(rng, (2, 3))):
-        change = pick(rng, range(1, 10)) if total == 1 or rng.random() < 0.5 else -pick(rng, range(1, min(total, 10)))
+        if total == 1 or rng.random() < 0.5:
+            change = pick(rng, range(1, 10))
+        else:
+            change = -pick(rng, range(1, min(total, 10)))
         total += change
         chain.append(change)
     return tuple(chain)
@@ -138,10 +146,14 @@ def draw_chain(rng: Random) -> Chain:
 
 def write_question(rng: Random, chain: Chain) -> str:
     """The chain as a story, such as: Tom has 7 pens. Tom buys 5. Tom sells 3. How many pens?"""
-    name, things = pick(rng, NAMES), pick(rng, OBJECTS)
+    name = pick(rng, NAMES)
+    objects = pick(rng, OBJECTS)
     first, *changes = chain
-    events = "".join(f" {name} {pick(rng, GAINS if change > 0 else LOSSES)} {abs(change)}." for change in changes)
-    return f"{name} has {first} {things}.{events} How many {things}?"
+    events = ""
+    for change in changes:
+        verb = pick(rng, GAINS if change > 0 else LOSSES)
+        events += f" {name} {verb} {abs(change)}."
+    return f"{name} has {first} {objects}.{events} How many {objects}?"
 
 
 def equations(chain: Chain) -> str:
@@ -155,5 +167,5 @@ def equations(chain: Chain) -> str:
 
 
 def pick(rng: Random, options: Sequence[T]) -> T:
-    """One of the options; made of `random()`, the only method that Python promises never to change."""
+    """One of the options; drawn by `random()`, the only method that Python promises never to change."""
     return options[int(rng.random() * len(options))]

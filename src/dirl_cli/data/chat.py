@@ -32,28 +32,44 @@ def encode_demonstrations(
     tokens that sampling sees. The last token ends a turn; it is added where it is missing.
     Raises DirlError that names the row for which the chat template has no place.
     """
-    pieces = [pieces_of_row(tokenizer, row, instruction) for row in rows]
-    tokens = iter(tokenize(tokenizer, [text for row in pieces for text, _ in row]))
-    return [join_pieces(tokenizer, [(next(tokens), trained) for _, trained in row]) for row in pieces]
+    pieces_by_row = [pieces_of_row(tokenizer, row, instruction) for row in rows]
+
+    # One call tokenizes the texts of all rows, since fast tokenizers spread a batch over the cores.
+    texts = [text for pieces in pieces_by_row for text, _ in pieces]
+    token_ids = iter(tokenize(tokenizer, texts))
+
+    encoded = []
+    for pieces in pieces_by_row:
+        tokenized = [(next(token_ids), trained) for _, trained in pieces]
+        encoded.append(join_pieces(tokenizer, tokenized))
+    return encoded
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """The ids of each text and nothing around them, a thousand texts at a time to keep memory small."""
-    batches = (texts[i : i + 1000] for i in range(0, len(texts), 1000))
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    return [ids for batch in batches for ids in tokenizer(batch, **options)["input_ids"]]
+    token_ids: list[list[int]] = []
+    for i in range(0, len(texts), 1000):
+        token_ids += tokenizer(texts[i : i + 1000], **options)["input_ids"]
+    return token_ids
 
 
 def join_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[tuple[list[int], bool]]) -> Encoded:
-    token_ids = [token for ids, _ in pieces for token in ids]
-    trained = [flag for ids, flag in pieces for _ in ids]
+    """An example from its pieces, each token ids and whether they are trained; its turn's end is added if missing."""
+    token_ids: list[int] = []
+    trained: list[bool] = []
+    for ids, is_trained in pieces:
+        token_ids += ids
+        trained += [is_trained] * len(ids)
+
+    # Padding and white space behind the end stay, as a file brings them along, but they do not hide it.
     stop = turn_end(tokenizer)
     content = len(token_ids)
     while content and token_ids[content - 1] == tokenizer.pad_token_id != stop:
-        content -= 1  # padding that a file brings along stays: it is trained anyway
+        content -= 1
     last = content
     while last and token_ids[last - 1] != stop and not str(tokenizer.decode(token_ids[last - 1 : last])).strip():
-        last -= 1  # as does a line break behind the end
+        last -= 1
     if not last or token_ids[last - 1] != stop:
         token_ids.insert(content, stop)
         trained.insert(content, True)
@@ -61,6 +77,7 @@ def join_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[tuple[list[
 
 
 def pieces_of_row(tokenizer: PreTrainedTokenizerBase, row: Row, instruction: Instruction) -> list[Piece]:
+    """The pieces of a row; an error names the row."""
     try:
         return list(pieces_of(tokenizer, row.fields, instruction))
     except DirlError as error:
@@ -72,40 +89,47 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, row: dict, instruction: Instru
         return pieces_of_messages(tokenizer, row["messages"])
     if "prompt" in row:
         return [(row["prompt"], False), (row["response"], True)]
-    response = row["response"].removeprefix("<think>") if instruction.think else row["response"]
-    return [(question_text(tokenizer, row["question"], instruction, row.get("system", "")), False), (response, True)]
+    question = question_text(tokenizer, row["question"], instruction, row.get("system", ""))
+    response = row["response"]
+    if instruction.think:
+        response = response.removeprefix("<think>")  # with which the prompt ends already
+    return [(question, False), (response, True)]
 
 
 def pieces_of_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Iterable[Piece]:
     """The rendered conversation, cut where the assistant begins to say something and where its turn ends.
 
-    What an assistant says is found by its place, which stands behind the generation prompt that sampling would see.
-    The turn is what the template still writes when the conversation ends there; of that, nothing but the way to the
-    token that ends the turn is trained.
+    What an assistant says is found by its placeholder, which stands behind the generation prompt that sampling would
+    see. The turn is what the template still writes when the conversation ends there; of that, nothing but the way to
+    the token that ends the turn is trained.
+    Raises DirlError where the template's assistant turns cannot be told apart, or where there are none.
     """
     require_rendered_turns(tokenizer, messages)
-    whole = render_frame(tokenizer, messages)
+    conversation = render_frame(tokenizer, messages)
     end = str(tokenizer.convert_ids_to_tokens(turn_end(tokenizer)))
-    done = 0
+    done = 0  # characters of the conversation that are in pieces already
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        place = PLACEHOLDER.format(i)
-        prompt, _, rest = whole.partition(place)
-        if place in rest or (i and prompt != render_frame(tokenizer, messages[:i], add_generation_prompt=True)):
+
+        # What stands before must be the very prompt that sampling would end with.
+        placeholder = PLACEHOLDER.format(i)
+        prompt, _, remainder = conversation.partition(placeholder)
+        is_repeated = placeholder in remainder
+        if is_repeated or (i and prompt != render_frame(tokenizer, messages[:i], add_generation_prompt=True)):
             raise DirlError(
                 "the tokenizer's chat template renders a conversation differently as it grows, so its assistant turns"
                 " cannot be found: give the data as prompt and response instead"
             )
-        yield whole[done : len(prompt)], False
+        yield conversation[done : len(prompt)], False
 
-        said = len(prompt) + len(place)
-        until = whole if i == len(messages) - 1 else render_frame(tokenizer, messages[: i + 1])
-        turn, _, _ = until.partition(place)[2].partition(end)
-        ending = turn + end if rest.startswith(turn + end) else ""
+        # The turn's end, as the template writes it were this the last message.
+        so_far = conversation if i == len(messages) - 1 else render_frame(tokenizer, messages[: i + 1])
+        before_end, _, _ = so_far.partition(placeholder)[2].partition(end)
+        ending = before_end + end if remainder.startswith(before_end + end) else ""
         if not ending and message.get("tool_calls"):
             raise DirlError("the chat template ends no turn that calls a tool: give the data as prompt and response")
-        done = said + len(ending)
+        done = len(prompt) + len(placeholder) + len(ending)
         yield assistant_text(message) + ending, True
     if not done:
         raise DirlError("a demonstration has no assistant message, so there is nothing to learn from: remove it")
@@ -177,25 +201,27 @@ def assistant_text(message: dict) -> str:
 
 
 def render_frame(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """The conversation as the chat template renders it, with places instead of what the assistant says.
+    """The conversation as the chat template renders it, with placeholders instead of what the assistant says.
 
     Templates drop the thoughts of earlier turns and add empty ones where they find none: a model would be trained and
-    prompted with what nobody wrote. So the template only sees places, and the thoughts that it adds are left out.
+    prompted with what nobody wrote. So the template only sees placeholders, and the thoughts that it adds are left out.
     """
-    unsaid = [dict(message) for message in messages]
-    for i, message in enumerate(unsaid):
+    framed = [dict(message) for message in messages]
+    for i, message in enumerate(framed):
         if message["role"] == "assistant":
             message |= {"content": PLACEHOLDER.format(i), "reasoning_content": None}
-    return THOUGHTS_ADDED.sub("", render(tokenizer, unsaid, add_generation_prompt))
+    return THOUGHTS_ADDED.sub("", render(tokenizer, framed, add_generation_prompt))
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    """The conversation as the chat template writes it. Raises DirlError where it refuses to, or where there is none."""
     if tokenizer.chat_template is None:
         raise DirlError("the tokenizer has no chat template: give prompt texts instead of messages")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        turns, reason = ", ".join(message["role"] for message in messages), " ".join(str(error).split())
+        turns = ", ".join(message["role"] for message in messages)
+        reason = " ".join(str(error).split())
         raise DirlError(
             f"the tokenizer's chat template refuses a conversation of {turns} ({reason}):"
             " leave such rows out, or give the data as prompt and response"
@@ -204,26 +230,31 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generat
 
 def require_rendered_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> None:
     """Raises DirlError for a turn of which the chat template writes nothing, as of a role that it does not know."""
-    marked = [
-        {**message, "content": PLACEHOLDER.format(i) if message["content"].strip() else "", "reasoning_content": None}
-        for i, message in enumerate(messages)
-    ]
-    unheard = first_unrendered_turn(tokenizer, json.dumps(marked, default=str))
-    if unheard is not None:
+    marked = []
+    for i, message in enumerate(messages):
+        content = PLACEHOLDER.format(i) if message["content"].strip() else ""
+        marked.append({**message, "content": content, "reasoning_content": None})
+    unrendered = first_unrendered_turn(tokenizer, json.dumps(marked, default=str))
+    if unrendered is not None:
         raise DirlError(
-            f"the tokenizer's chat template writes nothing of turn {unheard + 1}, whose role is"
-            f" {messages[unheard]['role']}: give it a role that the template knows, such as user or assistant, or give"
-            " the data as prompt and response"
+            f"the tokenizer's chat template writes nothing of turn {unrendered + 1}, whose role is"
+            f" {messages[unrendered]['role']}: give it a role that the template knows, such as user or assistant, or"
+            " give the data as prompt and response"
         )
 
 
 @lru_cache(maxsize=1024)
 def first_unrendered_turn(tokenizer: PreTrainedTokenizerBase, marked: str) -> int | None:
-    """The first turn whose place is not in what the template writes of these messages, which are alike in most rows."""
+    """The first turn whose placeholder the template does not write; None if it writes all.
+
+    marked: the messages with placeholders, as JSON: most rows have the same, so that the answer is cached.
+    """
     messages = json.loads(marked)
     text = render(tokenizer, messages)
-    unheard = (i for i, message in enumerate(messages) if message["content"] not in text)
-    return next(unheard, None)
+    for i, message in enumerate(messages):
+        if message["content"] not in text:
+            return i
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -231,8 +262,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an assistant turn: the first special token that the chat template puts behind its words."""
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACEHOLDER.format(1)}]
-        _, _, behind = render(tokenizer, turns).partition(PLACEHOLDER.format(1))
-        specials = [token for token in tokenize(tokenizer, [behind])[0] if token in tokenizer.all_special_ids]
-        if specials:
-            return specials[0]
+        _, _, ending = render(tokenizer, turns).partition(PLACEHOLDER.format(1))
+        for token in tokenize(tokenizer, [ending])[0]:
+            if token in tokenizer.all_special_ids:
+                return token
     return tokenizer.eos_token_id

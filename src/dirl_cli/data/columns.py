@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
+from math import isnan
 from typing import Any
 
 from dirl_cli.data.conversation import read_turns
@@ -19,7 +20,7 @@ TURNS = ("messages", "role", "content")
 TEXTS = ("system", "prompt", "response", "question", "ground_truth_answer")
 COLUMNS = (*TURNS, *TEXTS, "id", "subset")
 ANSWERS = ("response", "ground_truth_answer")  # a row without one is left out, and counted
-# What tells where a row comes from or of which kind it is; a nameless column is a table's count of its rows.
+# Columns that say where a row comes from or of which kind it is; a nameless one is a table's count of its rows.
 LABELS = {"", "id", "idx", "index", "uuid", "source", "data_source", "dataset", "url", "split", "subset", "level"}
 EMPTY: tuple[Any, ...] = ("", [], {}, None)  # what says nothing
 LONGEST_EXPONENT = 50  # of a number that is spelled out
@@ -27,44 +28,72 @@ SHOWN = 60  # characters of an example
 
 
 def rename_columns(rows: list[Row], columns: Mapping[str, str], setting: str = "data.columns=") -> list[Row]:
-    """The rows with their columns under our names. setting: how a user gives `columns`, for a sentence."""
-    for ours in columns:
-        if ours not in COLUMNS:
-            raise DirlError(f"{setting}{{{ours}: {columns[ours]}}}: {did_you_mean(ours, COLUMNS)}")
-    found = [rename_row(row, columns) for row in rows]
-    return [append_input(row, "question") for row in found] if columns.get("question") == "instruction" else found
+    """The rows with their columns under our names.
+
+    columns: the file's name of each, by ours. setting: how a user gives `columns`, for a sentence.
+    Raises DirlError for a name that is none of ours.
+    """
+    for new in columns:
+        if new not in COLUMNS:
+            raise DirlError(f"{setting}{{{new}: {columns[new]}}}: {did_you_mean(new, COLUMNS)}")
+    renamed = [rename_row(row, columns) for row in rows]
+    if columns.get("question") == "instruction":  # Alpaca's rows, whose `input` belongs to the question
+        renamed = [append_input(row, "question") for row in renamed]
+    return renamed
 
 
 def rename_row(row: Row, columns: Mapping[str, str]) -> Row:
     """The row, and the turns of its messages, with the columns under our names."""
-    fields, gone = rename_fields(row.fields, columns), displaced(row.fields, columns)
-    if isinstance(turns := fields.get("messages"), list):
-        gone += [name for turn in turns if isinstance(turn, dict) for name in displaced(turn, columns)]
-        fields["messages"] = [rename_fields(turn, columns) if isinstance(turn, dict) else turn for turn in turns]
+    fields = rename_fields(row.fields, columns)
+    overwritten = overwritten_columns(row.fields, columns)
+    turns = fields.get("messages")
+    if isinstance(turns, list):
+        renamed_turns = []
+        for turn in turns:
+            if isinstance(turn, dict):
+                overwritten += overwritten_columns(turn, columns)
+                renamed_turns.append(rename_fields(turn, columns))
+            else:
+                renamed_turns.append(turn)
+        fields["messages"] = renamed_turns
 
-    said = "`{theirs}` is taken for `{ours}`, and its own `{ours}` is not read"
-    notes = [said.format(ours=ours, theirs=columns[ours]) for ours in dict.fromkeys(gone)]
+    notes = [
+        f"`{columns[name]}` is taken for `{name}`, and its own `{name}` is not read"
+        for name in dict.fromkeys(overwritten)
+    ]
     return row._replace(fields=fields, notes=(*row.notes, *notes))
 
 
 def rename_fields(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    named = {name: value for name, value in fields.items() if name not in {*columns, *columns.values()}}
-    return named | {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
+    """The fields with those that `columns` names under our names, the others as they are."""
+    renamed = {name: value for name, value in fields.items() if name not in {*columns, *columns.values()}}
+    for new, old in columns.items():
+        if old in fields:
+            renamed[new] = fields[old]
+    return renamed
 
 
-def displaced(fields: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
-    """Our names under which something is written already that gives way to another column."""
-    own = [ours for ours in columns if ours not in columns.values() and fields.get(ours) not in EMPTY]
-    return [ours for ours in own if columns[ours] in fields]
+def overwritten_columns(fields: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    """Our names under which the fields hold something already, which another column replaces."""
+    names = []
+    for new, old in columns.items():
+        is_read_as_another = new in columns.values()
+        if not is_read_as_another and fields.get(new) not in EMPTY and old in fields:
+            names.append(new)
+    return names
 
 
 def append_input(row: Row, question: str) -> Row:
-    """The row with Alpaca's `input`, where there is one, on the line below its question."""
+    """The row with Alpaca's `input`, where there is one, on the line below its question.
+
+    question: the name of the column that holds it.
+    """
     fields = dict(row.fields)
-    given, asked = fields.get("input"), fields.get(question)
-    if not (isinstance(given, str) and given.strip() and isinstance(asked, str)):
+    extra = fields.get("input")
+    text = fields.get(question)
+    if not (isinstance(extra, str) and extra.strip() and isinstance(text, str)):
         return row
-    fields[question] = f"{asked}\n{fields.pop('input')}"
+    fields[question] = f"{text}\n{fields.pop('input')}"
     return Row(row.location, fields, (*row.notes, "`input` stands on the line below the question"))
 
 
@@ -73,15 +102,18 @@ def demonstration(row: Row, setting: str = "data.columns=") -> Row:
 
     Of these the first that it has. Prompt and response are taken as written; a question is put to the model as
     elsewhere, through the chat template and with the instruction. `system` comes before messages and question.
+    Raises DirlError where the row has none of them, or what is no text.
     """
-    found = recognise_demonstration(row._replace(fields=without_nulls(row.fields)))
-    if "messages" in found.fields:
-        return with_messages(found, setting)
+    row = recognise_demonstration(row._replace(fields=without_nulls(row.fields)))
+    if "messages" in row.fields:
+        return with_messages(row, setting)
+
     expected = "a demonstration has messages, prompt and response, or question and response"
-    asked = "prompt" if "prompt" in found.fields else "question"
-    optional = ["system"] if asked == "question" and "system" in found.fields else []
-    made = {key: text_field(found, key, expected, setting) for key in (asked, "response", *optional)}
-    return Row(row.location, made, found.notes, unread_columns(found, {*made, "ground_truth_answer", "answer"}))
+    keys = ["prompt", "response"] if "prompt" in row.fields else ["question", "response"]
+    if "prompt" not in row.fields and "system" in row.fields:
+        keys.append("system")
+    fields = {key: text_field(row, key, expected, setting) for key in keys}
+    return Row(row.location, fields, row.notes, unread_columns(row, {*fields, "ground_truth_answer", "answer"}))
 
 
 def recognise_demonstration(row: Row) -> Row:
@@ -104,24 +136,31 @@ def recognise_demonstration(row: Row) -> Row:
 
 
 def with_messages(row: Row, setting: str) -> Row:
+    """The demonstration of a row that is a conversation, with its `system` as the first turn if there is none yet."""
     turns, notes = read_turns(row.location, row.fields["messages"])
     if all(turn["role"] != "assistant" for turn in turns):
         raise DirlError(f"{row.location}: messages must be a list of objects, one of them the assistant's")
     read = {"messages"}
     if turns[0]["role"] != "system" and "system" in row.fields:
         turns.insert(0, {"role": "system", "content": text_field(row, "system", "", setting)})
-        read, notes = {"messages", "system"}, [*notes, "`system` is the first turn"]
+        read.add("system")
+        notes.append("`system` is the first turn")
     return Row(row.location, {"messages": turns}, (*row.notes, *notes), unread_columns(row, read))
 
 
 def question(row: Row, setting: str = "data.columns=") -> Row:
-    """What of a row is asked, and what it is graded by: `question`, `ground_truth_answer`, `system`, `id`, `subset`."""
-    found = recognise_problem(row._replace(fields=without_nulls(row.fields)))
+    """What of a row is asked, and what it is graded by: `question`, `ground_truth_answer`, `system`, `id`, `subset`.
+
+    Raises DirlError where the row has no question or no answer to grade by, or what is no text.
+    """
+    row = recognise_problem(row._replace(fields=without_nulls(row.fields)))
     expected = "a problem has question and ground_truth_answer"
-    optional = ["system"] if "system" in found.fields else []
-    made = {key: text_field(found, key, expected, setting) for key in ("question", "ground_truth_answer", *optional)}
-    labels = {key: str(found.fields[key]) for key in ("id", "subset") if key in found.fields}
-    return Row(row.location, made | labels, found.notes, unread_columns(found, {*made, "response", "solution"}))
+    keys = ["question", "ground_truth_answer"]
+    if "system" in row.fields:
+        keys.append("system")
+    fields = {key: text_field(row, key, expected, setting) for key in keys}
+    labels = {key: str(row.fields[key]) for key in ("id", "subset") if key in row.fields}
+    return Row(row.location, fields | labels, row.notes, unread_columns(row, {*fields, "response", "solution"}))
 
 
 def recognise_problem(row: Row) -> Row:
@@ -152,14 +191,16 @@ def is_problem(row: Row) -> bool:
     ).fields.keys()
 
 
-def one_question(place: str, chat: list) -> dict[str, str]:
+def one_question(location: str, chat: list) -> dict[str, str]:
     """The question of a chat that asks one, and the system turn before it if there is one."""
-    turns, _ = read_turns(place, chat)
+    turns, _ = read_turns(location, chat)
     roles = [turn["role"] for turn in turns]
     if roles not in (["user"], ["system", "user"]):
-        raise DirlError(f"{place}: a problem is one question, not a chat of {', '.join(roles)}: leave the row out")
-    asked = {"question": turns[-1]["content"]}
-    return asked if len(turns) == 1 else {**asked, "system": turns[0]["content"]}
+        raise DirlError(f"{location}: a problem is one question, not a chat of {', '.join(roles)}: leave the row out")
+    fields = {"question": turns[-1]["content"]}
+    if len(turns) == 2:
+        fields["system"] = turns[0]["content"]
+    return fields
 
 
 def single(answer: Any) -> Any:
@@ -173,6 +214,7 @@ def single(answer: Any) -> Any:
 
 
 def problem(row: Row, default_id: str, setting: str = "data.columns=") -> Problem:
+    """A row as a problem. default_id: its id where the row has none. Raises DirlError as `question` does."""
     fields = question(row, setting).fields
     return Problem(
         id=fields.get("id", default_id),
@@ -184,11 +226,15 @@ def problem(row: Row, default_id: str, setting: str = "data.columns=") -> Proble
 
 
 def text_field(row: Row, key: str, expected: str, setting: str = "data.columns=") -> str:
-    """The field as text; a number is fine, and an answer that is not there is empty."""
+    """The field as text, a number by its digits; an answer that is null is "".
+
+    expected: what a row should have, for the error. setting: how a user gives `columns`.
+    Raises DirlError where it is missing or neither text nor a number.
+    """
     value = row.fields.get(key)
     if key not in row.fields:
-        theirs = ", ".join(row.fields)
-        hint = f"; map yours ({theirs}) with '{setting}{{{key}: …}}'" if theirs else ""
+        columns = ", ".join(row.fields)
+        hint = f"; map yours ({columns}) with '{setting}{{{key}: …}}'" if columns else ""
         raise DirlError(f"{row.location} has no {key}: {expected}{hint}")
     if value is None and key in ANSWERS:
         return ""
@@ -207,36 +253,45 @@ def format_number(value: str | int | float | Decimal) -> str:
 
 
 def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields without those that hold nothing: tables say null or NaN for what is absent. Answers stay."""
-    found = {name: None if isinstance(value, float) and value != value else value for name, value in fields.items()}
-    return {name: value for name, value in found.items() if value is not None or name in (*ANSWERS, "answer", "output")}
+    """The fields without those that hold nothing: tables say null or NaN for what is absent. Answers stay, as null."""
+    values = {}
+    for name, value in fields.items():
+        is_absent = value is None or (isinstance(value, float) and isnan(value))
+        if not is_absent:
+            values[name] = value
+        elif name in (*ANSWERS, "answer", "output"):
+            values[name] = None
+    return values
 
 
 def with_note(row: Row, fields: dict[str, Any], note: str) -> Row:
+    """The row with other fields, and a note of how they were read."""
     return row._replace(fields=fields, notes=(*row.notes, note))
 
 
 def unread_columns(row: Row, read: set[str]) -> dict[str, Any]:
-    """The columns that say something, and of which nothing is made."""
-    known = read | LABELS
-    return {name: value for name, value in row.fields.items() if name not in known and value not in EMPTY}
+    """The columns that say something and of which nothing is made. read: those that are used."""
+    return {name: value for name, value in row.fields.items() if name not in read | LABELS and value not in EMPTY}
 
 
 def summarize_notes(rows: Iterable[Row]) -> list[str]:
     """A line for each kind of note, with how many rows it is about and the first of them; one for what is not read."""
-    noted_in, unread_in = Counter[str](), Counter[str]()
-    first, example = dict[str, str](), ""
+    note_counts = Counter[str]()
+    first = dict[str, str]()  # where each note stands first
+    unread_counts = Counter[str]()
+    example = ""
     for row in rows:
         for note in row.notes:
-            noted_in[note] += 1
+            note_counts[note] += 1
             first.setdefault(note, row.location)
         for name, value in row.unread.items():
-            unread_in[name] += 1
+            unread_counts[name] += 1
             if not example:
                 shown = json.dumps(value, default=str, ensure_ascii=False)[:SHOWN]
                 example = f"{row.location} has {name}: {shown}"
-    lines = [f"{counted(n, 'row')}: {note} (first {first[note]})" for note, n in noted_in.items()]
-    if unread_in:
-        columns = ", ".join(f"{name} ({counted(n, 'row')})" for name, n in unread_in.items())
+
+    lines = [f"{counted(n, 'row')}: {note} (first {first[note]})" for note, n in note_counts.items()]
+    if unread_counts:
+        columns = ", ".join(f"{name} ({counted(n, 'row')})" for name, n in unread_counts.items())
         lines.append(f"not read: {columns}; {example}")
     return lines

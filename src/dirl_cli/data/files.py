@@ -15,7 +15,7 @@ from dirl_cli.types import Problem
 
 
 class Source(Protocol):
-    """What can be learned from; the embedded problems are one too."""
+    """Anything that can be learned from, the embedded problems among them."""
 
     @property
     def name(self) -> str: ...
@@ -28,7 +28,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class TrainingFile:
-    """Rows to learn from: to fine-tune see `demonstration`, to reinforce see `problem`.
+    """Rows to learn from; `columns.demonstration` and `columns.problem` say what of a row is used.
 
     path: a file, a directory of files, or a data set of the Hub; split, config: which part of the latter two.
     columns: how the file calls the columns, by our names. held_out: rows kept out of training to validate on, chosen
@@ -48,37 +48,43 @@ class TrainingFile:
 
     def demonstrations(self) -> list[Row]:
         """The rows to learn from, in the file's order."""
-        return [demonstration(row, self.setting) for row in self._parts[0]]
+        training, _ = self._splits
+        return [demonstration(row, self.setting) for row in training]
 
     def validation(self) -> list[Row]:
         """The rows held out."""
-        return [demonstration(row, self.setting) for row in self._parts[1]]
+        _, held_out = self._splits
+        return [demonstration(row, self.setting) for row in held_out]
 
     def training_problems(self) -> list[Problem]:
         """The rows to reinforce on, each a question with its answer."""
         return [problem(row, f"{self.name}-{i}") for i, row in enumerate(self._questions)]
 
     def remarks(self) -> list[str]:
-        """What of the rows to reinforce on is read otherwise than written, or not at all."""
+        """Lines on what of the rows to reinforce on is read otherwise than written, or not at all."""
         return summarize_notes(self._questions)
 
     def problems(self) -> list[Problem]:
-        """Those of the rows held out that have a question with its answer."""
-        rows = [row for row in self._parts[1] if is_problem(row)]
+        """The problems among the rows held out."""
+        _, held_out = self._splits
+        rows = [row for row in held_out if is_problem(row)]
         return [problem(row, f"{self.name}-held-out-{i}", self.setting) for i, row in enumerate(rows)]
 
     @cached_property
     def _questions(self) -> list[Row]:
-        return [question(row, self.setting) for row in self._parts[0]]
+        training, _ = self._splits
+        return [question(row, self.setting) for row in training]
 
     @cached_property
-    def _parts(self) -> tuple[list[Row], list[Row]]:
+    def _splits(self) -> tuple[list[Row], list[Row]]:
+        """The rows to train on and those held out, each in the file's order."""
         rows = rename_columns(read_rows(self.path, self.split, self.config), self.columns or {}, self.setting)
         size = round(self.held_out * len(rows)) if self.held_out < 1 else int(self.held_out)
         if not 0 <= size < len(rows):
             raise DirlError(f"{self.path} has {len(rows)} rows, so {size} cannot be held out: lower data.held_out")
-        out = set(Random(self.seed).sample(range(len(rows)), size))
-        return [row for i, row in enumerate(rows) if i not in out], [rows[i] for i in sorted(out)]
+        held_out = set(Random(self.seed).sample(range(len(rows)), size))
+        training_rows = [row for i, row in enumerate(rows) if i not in held_out]
+        return training_rows, [rows[i] for i in sorted(held_out)]
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,12 @@ class Mix:
 
     def problems(self) -> list[Problem]:
         """The problems held out, of each file in turn."""
-        turns = zip_longest(*(source.problems() for source in self.sources))
-        return [problem for problem in chain.from_iterable(turns) if problem]
+        rounds = zip_longest(*(source.problems() for source in self.sources))
+        return [problem for problem in chain.from_iterable(rounds) if problem]
 
 
 def sources_of(data: Any) -> tuple[list[Source], list[float]]:
-    """What is learned from, and how often each is drawn from."""
+    """The sources of a data config and their weights, one where it is no mixture."""
     if isinstance(data, Mix):
         return list(data.sources), [source.weight for source in data.sources]
     return [data], [1.0]
@@ -113,7 +119,8 @@ def sources_of(data: Any) -> tuple[list[Source], list[float]]:
 class ProblemFile:
     """A benchmark: rows of `question` and `ground_truth_answer`, and of `id` and `subset` where there are any.
 
-    path, split, config, columns: as of `TrainingFile`. published: results by model and decoding strategy, to compare.
+    path, split, config, columns: as those of `TrainingFile`. published: results by model and decoding strategy, to
+    compare with.
     """
 
     name: str
@@ -124,18 +131,21 @@ class ProblemFile:
     published: dict[str, Any] = field(default_factory=dict)
 
     def problems(self) -> list[Problem]:
-        """The problems in the file's order, those without a reference answer too."""
+        """The problems in the file's order, those without a reference answer too.
+
+        Raises DirlError where two have the same id.
+        """
         stem = Path(self.path).stem
         problems = [problem(row, f"{stem}-{i}") for i, row in enumerate(self._questions)]
-        known: set[str] = set()
-        for one in problems:
-            if one.id in known:
-                raise DirlError(f"{self.path} holds two problems with the id {one.id}: make the ids differ")
-            known.add(one.id)
+        ids: set[str] = set()
+        for item in problems:
+            if item.id in ids:
+                raise DirlError(f"{self.path} holds two problems with the id {item.id}: make the ids differ")
+            ids.add(item.id)
         return problems
 
     def remarks(self) -> list[str]:
-        """What of the rows is read otherwise than written, or not at all."""
+        """Lines on what of the rows is read otherwise than written, or not at all."""
         return summarize_notes(self._questions)
 
     @cached_property

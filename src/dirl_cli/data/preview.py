@@ -24,7 +24,7 @@ def show_examples(
 ) -> None:
     """Print the first examples of each source as the model gets them, and a table of their lengths.
 
-    answers: of problems, what each source's are graded by.
+    answers: where the examples are problems, the reference answers of each source, in its order.
     """
     for name, tokens in sources.items():
         for i in range(min(SHOWN, len(tokens))):
@@ -36,25 +36,34 @@ def show_examples(
 
 
 def mark_trained(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> Text:
-    """The text of an example, what is trained of it green and, for logs without colours, in ⟦ ⟧."""
+    """The text of an example; trained tokens are green and, for logs without colours, in ⟦ ⟧."""
     text = Text()
-    for trained, run in groupby(zip(*encoded, strict=True), key=lambda pair: pair[1]):
-        words = str(tokenizer.decode([token for token, _ in run]))
-        text.append(f"⟦{words}⟧" if trained else words, style="bold green" if trained else "")
+    for is_trained, pairs in groupby(zip(*encoded, strict=True), key=lambda pair: pair[1]):
+        words = str(tokenizer.decode([token for token, _ in pairs]))
+        if is_trained:
+            text.append(f"⟦{words}⟧", style="bold green")
+        else:
+            text.append(words)
     return text
 
 
 def length_table(sources: Mapping[str, TokenTable]) -> Table:
-    """How many examples and tokens there are, how many are trained of all, and how long the examples are.
+    """How many examples and tokens there are, how many of them are trained, and how long the examples are.
 
-    Of problems no token is trained before it is sampled, so they have no such column.
+    No token of a problem is trained before it is sampled, so a table of problems has no such column.
     """
-    trains = any(tokens.answer_tokens for tokens in sources.values())
+    columns = ["examples", "in all", "shortest", "median", "95 %", "longest"]
+    has_trained = any(tokens.answer_tokens for tokens in sources.values())
+    if has_trained:
+        columns.insert(2, "trained")
     table = Table(Column("tokens", overflow="fold"), box=None, padding=(0, 2, 0, 0))
-    for column in ("examples", "in all", *(["trained"] if trains else []), "shortest", "median", "95 %", "longest"):
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
+
     for name, tokens in sources.items():
-        spread = np.percentile(tokens.lengths, [0, 50, 95, 100], method="nearest")
-        counts = [len(tokens), tokens.lengths.sum(), *([tokens.answer_tokens] if trains else []), *spread]
+        quantiles = np.percentile(tokens.lengths, [0, 50, 95, 100], method="nearest")
+        counts = [len(tokens), tokens.lengths.sum(), *quantiles]
+        if has_trained:
+            counts.insert(2, tokens.answer_tokens)
         table.add_row(name, *(f"{int(count):,}" for count in counts))
     return table

@@ -16,7 +16,7 @@ from huggingface_hub import constants, metadata_load
 
 from dirl_cli.errors import DirlError
 
-HALVES = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # of characters; two of them make one
+SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # half a character as JSON spells it; two make one
 OUTSIDE = re.compile(r"^[/~\\]|(?:^|[/\\])\.\.(?:[/\\]|$)|::?//|::")
 NOT_BLANK = re.compile(r"\S")
 KINDS = ("json", "parquet", "csv", "text", "arrow")  # of data sets, as `datasets` calls them
@@ -46,7 +46,7 @@ class VerbatimFloat(float):
 
     @classmethod
     def read(cls, digits: str) -> float | Self:
-        """The number, a plain one where Python would write it so itself."""
+        """The number that JSON's digits mean; a plain float where Python writes the same digits."""
         value = cls(digits)
         value.digits = digits
         return float(digits) if repr(float(digits)) == digits else value
@@ -93,29 +93,38 @@ def data_set_rows(source: str, directory: Path, split: str | None, config: str |
         raise DirlError(f"{source} cannot be read as a data set ({reason}): correct it, or give one file") from error
     if split not in splits and (split or len(splits) > 1):
         raise DirlError(f"{source} has the splits {' and '.join(splits)}: choose one with bench.split= or data.split=")
-    rows = splits[split or next(iter(splits))]
-    return [Row(f"{source} row {i}", fields) for i, fields in enumerate(rows, start=1)]
+    name = split or next(iter(splits))
+    return [Row(f"{source} row {i}", fields) for i, fields in enumerate(splits[name], start=1)]
 
 
 def require_inside(directory: Path) -> None:
-    """Raises DirlError for a data set whose description sends its reader to other places than its own directory."""
+    """Raises DirlError for a data set whose description names files outside its own directory."""
     for file in filter(Path.exists, (directory / "README.md", directory / ".huggingface.yaml")):
         try:
             header = metadata_load(file) if file.suffix == ".md" else yaml.safe_load(file.read_bytes())
         except (ValueError, yaml.YAMLError, OSError) as error:
             raise DirlError(f"{file} has a header that cannot be read ({' '.join(str(error).split())})") from error
-        parts = header.get("configs") if isinstance(header, dict) else None
-        places = [part.get(key) for part in parts or () if isinstance(part, dict) for key in ("data_files", "data_dir")]
-        if outside := [text for text in nested_texts(places) if OUTSIDE.search(text)]:
-            raise DirlError(f"{file} sends its reader to {outside[0]}, out of its directory: correct or remove it")
+
+        configs = header.get("configs") if isinstance(header, dict) else None
+        paths = []
+        for config in configs or ():
+            if isinstance(config, dict):
+                paths += [config.get("data_files"), config.get("data_dir")]
+        for path in nested_texts(paths):
+            if OUTSIDE.search(path):
+                raise DirlError(f"{file} sends its reader to {path}, out of its directory: correct or remove it")
 
 
 def nested_texts(node: Any) -> Iterator[str]:
     """Every text in nested lists and objects."""
     if isinstance(node, str):
         yield node
-    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from nested_texts(inner)
+    elif isinstance(node, dict):
+        for value in node.values():
+            yield from nested_texts(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from nested_texts(item)
 
 
 def cache_directory() -> Path:
@@ -134,10 +143,12 @@ def parquet_rows(path: Path) -> list[Row]:
 
 
 def content_of(path: Path) -> str:
-    """The text of a file, unpacked where its name ends in .gz."""
+    """The text of a file, decompressed where its name ends in .gz. Raises DirlError where it cannot be read."""
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        return data.decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DirlError(f"{path} does not exist: check the path") from error
     except UnicodeDecodeError as error:
@@ -148,36 +159,49 @@ def content_of(path: Path) -> str:
 
 
 def table_rows(path: Path) -> list[Row]:
-    """The rows of a CSV or TSV file, whose first line names the columns. Cells are text, and empty ones are null."""
+    """The rows of a CSV or TSV file, whose first line names the columns. Cells are text, and empty ones are null.
+
+    Raises DirlError that names the line that is malformed.
+    """
     csv.field_size_limit(LONGEST_CELL)
     separator = "\t" if ".tsv" in path.name.lower() else ","
     lines = csv.reader(io.StringIO(content_of(path), newline=""), delimiter=separator, strict=True)
     rows = []
     try:
         header = next(lines, [])
-        if twice := [name for name in header if header.count(name) > 1]:
-            raise DirlError(f"{path} has two columns called {twice[0]}: rename one")
-        begin = lines.line_num + 1
+        for name in header:
+            if header.count(name) > 1:
+                raise DirlError(f"{path} has two columns called {name}: rename one")
+
+        # A row may go over several lines: it stands where it begins.
+        first_line = lines.line_num + 1
         for cells in lines:
-            place, begin = f"{path} line {begin}", lines.line_num + 1
-            if cells and len(cells) != len(header):
+            location = f"{path} line {first_line}"
+            first_line = lines.line_num + 1
+            if not cells:
+                continue
+            if len(cells) != len(header):
                 quote = "put a cell that holds the separator or a line break between double quotes"
-                raise DirlError(f"{place} has {len(cells)} cells, and the first line names {len(header)}: {quote}")
-            if cells:
-                rows.append(Row(place, {name: cell or None for name, cell in zip(header, cells, strict=True)}))
+                raise DirlError(f"{location} has {len(cells)} cells, and the first line names {len(header)}: {quote}")
+            rows.append(Row(location, {name: cell or None for name, cell in zip(header, cells, strict=True)}))
     except csv.Error as error:
         raise DirlError(f"{path} line {lines.line_num} is not valid CSV ({error}): correct or remove it") from error
     return rows
 
 
 def json_rows(path: Path) -> list[Row]:
+    """The objects of a JSON list, or of a file with one after another. Raises DirlError for what is no object."""
     content = content_of(path)
-    rows = json_list(path, content) if content.lstrip().startswith("[") else json_lines(path, content)
-    has_halves = HALVES.search(content)
+    if content.lstrip().startswith("["):
+        rows = json_list(path, content)
+    else:
+        rows = json_lines(path, content)
+
+    has_surrogates = SURROGATE.search(content)
     for row in rows:
         if not isinstance(row.fields, dict):
             raise DirlError(f"{row.location} is not a JSON object but {json.dumps(row.fields)[:40]}: correct it")
-        if has_halves:
+        if has_surrogates:
             require_text(row)
     return rows
 
@@ -205,13 +229,13 @@ def json_lines(path: Path, content: str) -> list[Row]:
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
-        place = f"{path} line {number}"
+        location = f"{path} line {number}"
         try:
-            rows.append(Row(place, json.loads(line, parse_float=VerbatimFloat.read)))
+            rows.append(Row(location, json.loads(line, parse_float=VerbatimFloat.read)))
         except (ValueError, RecursionError) as error:
             spread = spread_objects(path, content)
             if spread is None:
-                raise malformed(place, error) from error
+                raise malformed(location, error) from error
             return spread
     return rows
 
@@ -219,21 +243,27 @@ def json_lines(path: Path, content: str) -> list[Row]:
 def spread_objects(path: Path, content: str) -> list[Row] | None:
     """The objects of a file that spreads each over several lines; None if it holds anything else."""
     decoder = json.JSONDecoder(parse_float=VerbatimFloat.read)
-    rows, line, at = [], 1, 0
-    while found := NOT_BLANK.search(content, at):
-        line += content.count("\n", at, found.start())
+    rows = []
+    line = 1
+    position = 0
+    while match := NOT_BLANK.search(content, position):
+        start = match.start()
+        line += content.count("\n", position, start)
         try:
-            value, end = decoder.raw_decode(content, found.start())
+            value, end = decoder.raw_decode(content, start)
         except (ValueError, RecursionError):
             return None
         if not isinstance(value, dict):
             return None
         rows.append(Row(f"{path} line {line}", value))
-        line += content.count("\n", found.start(), end)
-        at = end
+        line += content.count("\n", start, end)
+        position = end
     return rows
 
 
-def malformed(place: str, error: ValueError | RecursionError) -> DirlError:
-    reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "it cannot be held"
-    return DirlError(f"{place} is not valid JSON ({reason}): correct or remove it")
+def malformed(location: str, error: ValueError | RecursionError) -> DirlError:
+    """The error for a text that is no JSON, or nested too deep."""
+    reason = "it cannot be held"
+    if isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg}, column {error.colno}"
+    return DirlError(f"{location} is not valid JSON ({reason}): correct or remove it")

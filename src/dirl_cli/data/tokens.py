@@ -1,4 +1,4 @@
-"""Demonstrations as tokens: made once, and kept in a memory-mapped file that is named after all they depend on."""
+"""Demonstrations as tokens: made once, and cached in a memory-mapped file that is named after all they depend on."""
 
 import hashlib
 import json
@@ -24,76 +24,90 @@ SCHEMA = pa.schema({"token_ids": pa.list_(pa.int32()), "trained": pa.list_(pa.bo
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Those rows of a table of SCHEMA that stand at `places`, each read when it is asked for."""
+    """Tokenized examples: the rows of a table of SCHEMA that stand at `indices`, each read when it is asked for.
+
+    indices: (examples,), rows of the table.
+    """
 
     table: pa.Table
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
 
     @staticmethod
     def of(encoded: Sequence[chat.Encoded]) -> "TokenTable":
-        """All of these, in memory."""
+        """A table of examples in memory."""
         return TokenTable(pa.Table.from_batches([record_batch(encoded)]), np.arange(len(encoded)))
 
     @staticmethod
     def read(file: Path) -> "TokenTable":
-        """All rows of a file, which stays on the disk."""
+        """The examples of a file, which stays on the disk (memory-mapped)."""
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         return TokenTable(table, np.arange(len(table)))
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, i: int) -> chat.Encoded:
-        values = (self.table[name][int(self.places[i])].values for name in ("token_ids", "trained"))
-        token_ids, trained = (value.to_numpy(zero_copy_only=False).tolist() for value in values)
-        return token_ids, trained
+        row = int(self.indices[i])
+        token_ids = self.table["token_ids"][row].values.to_numpy(zero_copy_only=False)  # (tokens,)
+        trained = self.table["trained"][row].values.to_numpy(zero_copy_only=False)  # (tokens,)
+        return token_ids.tolist(), trained.tolist()
 
     def at_most(self, longest: int) -> "TokenTable":
-        """Those that have no more tokens than this."""
-        return TokenTable(self.table, self.places[self.lengths <= longest])
+        """The examples of at most `longest` tokens."""
+        return TokenTable(self.table, self.indices[self.lengths <= longest])
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """The number of tokens of each."""
-        offsets = [chunk.offsets.to_numpy() for chunk in self.table["token_ids"].chunks]
-        return np.concatenate([np.diff(each) for each in offsets] or [self.places])[self.places]
+        """The number of tokens of each example: (examples,)."""
+        chunks = self.table["token_ids"].chunks
+        if not chunks:
+            return self.indices  # there are none
+        lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks])  # (rows of the table,)
+        return lengths[self.indices]
 
     @property
     def answer_tokens(self) -> int:
-        """How many of all tokens are trained."""
-        return int(self.table["answer_tokens"].to_numpy()[self.places].sum())
+        """How many of all tokens are trained on."""
+        return int(self.table["answer_tokens"].to_numpy()[self.indices].sum())
 
     @property
     def digest(self) -> str:
-        """What changes with any of these tokens, their order or what is trained of them."""
-        found = hashlib.sha256(self.places.tobytes())
+        """A SHA-256 that changes with any of the tokens, their order or which are trained on."""
+        sha256 = hashlib.sha256(self.indices.tobytes())
         for name in ("token_ids", "trained"):
             for chunk in self.table[name].chunks:
-                found.update(chunk.offsets.to_numpy().tobytes())
-                found.update(chunk.values.to_numpy(zero_copy_only=False).tobytes())
-        return found.hexdigest()
+                sha256.update(chunk.offsets.to_numpy().tobytes())
+                sha256.update(chunk.values.to_numpy(zero_copy_only=False).tobytes())
+        return sha256.hexdigest()
 
 
 def record_batch(encoded: Sequence[chat.Encoded]) -> pa.RecordBatch:
-    token_ids, trained = [ids for ids, _ in encoded], [flags for _, flags in encoded]
-    return pa.record_batch([token_ids, trained, list(map(sum, trained))], schema=SCHEMA)
+    """The examples as rows of SCHEMA."""
+    token_ids = [ids for ids, _ in encoded]
+    trained = [flags for _, flags in encoded]
+    answer_tokens = [sum(flags) for flags in trained]
+    return pa.record_batch([token_ids, trained, answer_tokens], schema=SCHEMA)
 
 
 def tokens_file(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], instruction: Instruction) -> Path:
-    """Where the tokens of these rows are kept, whether or not they are there yet."""
-    found = hashlib.sha256(Path(chat.__file__).read_bytes())
-    found.update(json.dumps([version("transformers"), instruction.messages("?", "!"), instruction.think]).encode())
+    """The path of the rows' tokens in the cache, whether or not they are there yet.
+
+    Its name is a digest of all that they depend on: our code, transformers, the instruction, the tokenizer's files,
+    and the rows themselves.
+    """
+    sha256 = hashlib.sha256(Path(chat.__file__).read_bytes())
+    sha256.update(json.dumps([version("transformers"), instruction.messages("?", "!"), instruction.think]).encode())
     with TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         for file in sorted(path for path in Path(directory).rglob("*") if path.is_file()):
-            found.update(file.read_bytes())
+            sha256.update(file.read_bytes())
     for row in rows:
-        found.update(json.dumps(row.fields, default=str).encode())
-    return cache_directory() / "dirl" / f"{found.hexdigest()[:32]}.arrow"
+        sha256.update(json.dumps(row.fields, default=str).encode())
+    return cache_directory() / "dirl" / f"{sha256.hexdigest()[:32]}.arrow"
 
 
 def write_tokens(file: Path, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], instruction: Instruction) -> None:
-    """Tokenise the rows, a thousand at a time, into a file that is there whole or not at all."""
+    """Tokenise the rows, a thousand at a time, and write them atomically. Raises DirlError for a full disk."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

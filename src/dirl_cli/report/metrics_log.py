@@ -18,7 +18,7 @@ Metrics = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """Where metrics go besides the file."""
+    """A service or file format that gets the metrics too, beside metrics.jsonl."""
 
     def log(self, step: int, metrics: Metrics) -> None: ...
 
@@ -26,9 +26,9 @@ class Tracker(Protocol):
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run that goes on after `step`: later lines are dropped, so that no step is told twice.
+    """`metrics.jsonl` of a run that goes on after `step`: later lines are dropped, so that no step has two.
 
-    `time` of a line is when it was written, in seconds since 1970.
+    Each line holds `step`, the metrics, and in `time` when it was written, in seconds since 1970.
     """
 
     def __init__(self, path: Path, step: int, tracker: Tracker) -> None:
@@ -83,8 +83,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def metric_curves(path: Path, panels: Sequence[Panel]) -> dict[str, list[float]]:
     """The values of each metric of `panels` over a run, as far as its metrics file has them."""
     lines = read_metrics(path)
-    names = [name for panel in panels for name in panel.curves]
-    return {name: [line[name] for line in lines if name in line] for name in names}
+    curves = {}
+    for panel in panels:
+        for name in panel.curves:
+            curves[name] = [line[name] for line in lines if name in line]
+    return curves
 
 
 class Logger(Protocol):
@@ -142,8 +145,8 @@ class Wandb:
 
     def open(self, out: Path, config: Mapping[str, Any], step: int) -> Tracker:
         wandb = import_tracker("wandb", "wandb")
-        remembered = out / "wandb_run_id"
-        resumed = step > 0 and remembered.exists()
+        id_file = out / "wandb_run_id"
+        is_resumed = step > 0 and id_file.exists()
         run = wandb.init(
             project=self.project,
             entity=self.entity,
@@ -151,10 +154,10 @@ class Wandb:
             name=out.name,
             dir=str(out),
             config=dict(config),
-            id=remembered.read_text() if resumed else None,
-            resume="allow" if resumed else None,
+            id=id_file.read_text() if is_resumed else None,
+            resume="allow" if is_resumed else None,
         )
-        remembered.write_text(run.id)
+        id_file.write_text(run.id)
         return WandbTracker(run)
 
 
@@ -170,6 +173,7 @@ class WandbTracker:
 
 
 def import_tracker(module: str, package: str) -> ModuleType:
+    """Import a tracker's module. Raises DirlError where the package is not installed."""
     try:
         return import_module(module)
     except ImportError as error:

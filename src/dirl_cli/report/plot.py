@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 INK, FAINT = "#33373d", "#d9dce1"
 COLORS = ("#2f6db5", "#d9632a", "#3a8f5c", "#8a5fb0", "#a8842c")
-Point = tuple[float, float, float, str]  # x, a share of 1, its standard error, a label
+Point = tuple[float, float, float, str]  # x, y (between 0 and 1), the standard error of y, a label
 SPARSE = 60  # a curve of fewer points is drawn with markers and not smoothed
 
 
@@ -35,15 +36,22 @@ def plot(history: Sequence[Mapping[str, float]], panels: Sequence[Panel], title:
     """Draw the panels that have something to show, the first of them wide."""
     from matplotlib.figure import Figure
 
-    shown = [panel for panel in panels if any(name in line for line in history for name in panel.curves)]
-    rows = -(-(len(shown) - 1) // 4)
-    columns = -(-(len(shown) - 1) // rows) if rows else 1
+    measured = set().union(*history)
+    drawn = [panel for panel in panels if not measured.isdisjoint(panel.curves)]
+
+    # Below the wide panel at most four in a row, as evenly as they go.
+    rows = ceil((len(drawn) - 1) / 4)
+    columns = ceil((len(drawn) - 1) / rows) if rows else 1
     figure = Figure(figsize=(12, 3.9 + 2.5 * rows), layout="constrained", facecolor="white")
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
-    grid = figure.add_gridspec(1 + rows, columns, height_ratios=(3, *[2] * rows))
-    places = [grid[0, :], *(grid[1 + i // columns, i % columns] for i in range(len(shown) - 1))]
-    for panel, place in zip(shown, places, strict=False):
-        axes = figure.add_subplot(place)
+    grid = figure.add_gridspec(1 + rows, columns, height_ratios=[3] + [2] * rows)
+    for i, panel in enumerate(drawn):
+        if i == 0:
+            cell = grid[0, :]
+        else:
+            row, column = divmod(i - 1, columns)
+            cell = grid[1 + row, column]
+        axes = figure.add_subplot(cell)
         draw_panel(axes, panel, history)
         axes.set_xlim(0, history[-1]["step"])
     with writing(file):
@@ -51,6 +59,7 @@ def plot(history: Sequence[Mapping[str, float]], panels: Sequence[Panel], title:
 
 
 def draw_panel(axes: "Axes", panel: Panel, history: Sequence[Mapping[str, float]]) -> None:
+    """Draw a panel's curves by step, as far as the history has them."""
     for (name, label), color in zip(panel.curves.items(), cycle(COLORS), strict=False):
         points = [(line["step"], line[name]) for line in history if name in line]
         if not points:
@@ -85,6 +94,7 @@ def scatter(series: Mapping[str, Sequence[Point]], title: str, xlabel: str, file
 
 
 def style(axes: "Axes", title: str, xlabel: str, legend: bool) -> None:
+    """Set the title, labels, grid and colours that all our figures share."""
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.set_xlabel(xlabel, fontsize=9, color=INK)
     axes.tick_params(which="both", labelsize=9, color=FAINT, labelcolor=INK)
@@ -98,7 +108,7 @@ def style(axes: "Axes", title: str, xlabel: str, legend: bool) -> None:
 
 
 def scale_axis(axes: "Axes", panel: Panel) -> None:
-    """Say numbers as one would, and begin at zero where nothing is below."""
+    """Set the scale of a panel's y axis: from zero where no value is below, ticks as percentages or plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     if panel.log:
@@ -107,12 +117,20 @@ def scale_axis(axes: "Axes", panel: Panel) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif axes.get_ylim()[0] >= 0 or axes.dataLim.y0 >= 0:
         axes.set_ylim(bottom=0, top=1 if panel.percent else None)
-    spell = (lambda value, _: f"{100 * value:.0f} %") if panel.percent else (lambda value, _: f"{value:,.6g}")
-    axes.yaxis.set_major_formatter(spell)
+    if panel.percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    else:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """The mean of each value and its neighbours up to `reach` places away, as many on either side."""
-    sums = [0.0, *accumulate(values)]
-    near = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
-    return [(sums[i + n + 1] - sums[i - n]) / (2 * n + 1) for i, n in enumerate(near)]
+    """The mean of each value and its neighbours up to `reach` away, as many on either side.
+
+    The window shrinks towards both ends, so that the first and last values stay as they are.
+    """
+    sums = [0.0, *accumulate(values)]  # sums[i]: of the first i values
+    means = []
+    for i in range(len(values)):
+        n = min(reach, i, len(values) - 1 - i)
+        means.append((sums[i + n + 1] - sums[i - n]) / (2 * n + 1))
+    return means

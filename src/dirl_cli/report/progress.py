@@ -30,11 +30,13 @@ FORMS = {
 class StepProgress:
     """Shows steps on standard output, outside a terminal every `every` of them; a quiet one shows nothing.
 
-    shown: the metrics told of each step, by name.
+    steps: of the whole run. names: the metrics shown of each step.
     """
 
-    def __init__(self, steps: int, every: int, shown: Sequence[str], quiet: bool = False) -> None:
-        self.steps, self.every, self.shown = steps, every, shown
+    def __init__(self, steps: int, every: int, names: Sequence[str], quiet: bool = False) -> None:
+        self.steps = steps
+        self.every = every
+        self.names = names
         self.console = PlainConsole(file=sys.stdout, quiet=quiet, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
         self.bar = Progress(
@@ -47,27 +49,35 @@ class StepProgress:
     @contextmanager
     def after(self, done: int) -> Iterator[None]:
         """Show the steps that follow those `done`."""
-        self.done, self.started = done, time.perf_counter()
+        self.done = done
+        self.started = time.perf_counter()
         self.task = self.bar.add_task("", total=self.steps, completed=done)
         with self.bar:
             yield
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Tell how a step went."""
-        left = (time.perf_counter() - self.started) / (step - self.done) * (self.steps - step)
-        text = f"step {step}/{self.steps} · {format_duration(left)} left · {format_metrics(metrics, *self.shown)}"
+        """Show a step's metrics and the time that is left, at the pace since this process began."""
+        seconds_per_step = (time.perf_counter() - self.started) / (step - self.done)
+        remaining = format_duration(seconds_per_step * (self.steps - step))
+        text = f"step {step}/{self.steps} · {remaining} left · {format_metrics(metrics, *self.names)}"
         if self.live:
             self.bar.update(self.task, completed=step, description=text)
         elif due(step, self.every) or step == self.steps:
             self.print_line(text)
 
     def note(self, step: int, metrics: Mapping[str, float], *names: str) -> None:
-        """Print a line that stays with those of the named metrics that a step has; none where it has none."""
-        if found := format_metrics(metrics, *names):
-            self.print_line(f"step {step}/{self.steps} · {found}" if step else f"before · {found}")
+        """Print a line that stays, with the named metrics that a step has; nothing where it has none of them.
+
+        step: 0 is before the first.
+        """
+        text = format_metrics(metrics, *names)
+        if text and step:
+            self.print_line(f"step {step}/{self.steps} · {text}")
+        elif text:
+            self.print_line(f"before · {text}")
 
     def sum_up(self, times: Mapping[str, float]) -> None:
-        """Print where the time of the run went."""
+        """Print where the time of the run went. times: seconds by phase."""
         if times:
             self.print_line(f"{format_duration(sum(times.values()))} went into {format_shares(times)}")
 
@@ -91,8 +101,12 @@ def due(step: int, every: int) -> bool:
 
 def format_metrics(metrics: Mapping[str, float], *names: str) -> str:
     """Such as: loss 0.1234 · lr 1.00e-05."""
-    known = [(metrics[name], name.partition("/")) for name in names if name in metrics]
-    return " · ".join(FORMS[family].format(value, member) for value, (family, _, member) in known)
+    texts = []
+    for name in names:
+        if name in metrics:
+            family, _, member = name.partition("/")  # denoising_accuracy/0.5 is a member of a family
+            texts.append(FORMS[family].format(metrics[name], member))
+    return " · ".join(texts)
 
 
 def format_duration(seconds: float) -> str:
