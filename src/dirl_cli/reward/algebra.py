@@ -35,12 +35,13 @@ def math_verified(gold: str, answer: str) -> bool:
     from math_verify import verify
 
     both = gold + answer
-    letters = {found[1] for found in TOKEN.finditer(both)}
+    letters = {match[1] for match in TOKEN.finditer(both)}
     cased = {letter for letter in letters if letter and letter.isupper() and letter.lower() in letters}
     if TO_THE_T.search(both):
         cased.add("T")
-    wanted, given = (parsed(spelt_out(text, frozenset(cased))) for text in (gold, answer))
-    return verify(wanted, given, allow_set_relation_comp=True, timeout_seconds=None)
+    expected = parsed(spelt_out(gold, frozenset(cased)))
+    actual = parsed(spelt_out(answer, frozenset(cased)))
+    return verify(expected, actual, allow_set_relation_comp=True, timeout_seconds=None)
 
 
 def spelt_out(text: str, cased: frozenset[str]) -> str:
@@ -55,42 +56,43 @@ def spelt_out(text: str, cased: frozenset[str]) -> str:
     imaginary = not INDEX.search(text)
     dummies = frozenset(DUMMY.findall(text))
     spelt = ""
-    for found in TOKEN.finditer(text):
-        token = found[0]
+    for match in TOKEN.finditer(text):
+        token = match[0]
         if token == "i" and imaginary:
-            spelt += "(I)" if text[found.end() :].lstrip().startswith("^") else "I"
-        elif found[1]:
-            name = named(found, cased, dummies)
+            spelt += "(I)" if text[match.end() :].lstrip().startswith("^") else "I"
+        elif match[1]:
+            name = distinct_name(match, cased, dummies)
             spelt += f"{{{name}}}" if spelt.endswith("^") else name
         elif token == "'":  # of a number
             spelt += r" \cdot p_{prime}"
         elif token == "!!":
             spelt += "^{w_{twice}}"
         elif token.startswith("_") and re.search(r"[\d)}]$", spelt):  # an index of a number
-            spelt += rf" \cdot q_{{index{plain(token)}}}" + ("{" if token == "_{" else "")
+            spelt += rf" \cdot q_{{index{in_letters(token)}}}" + ("{" if token == "_{" else "")
         else:
             spelt += token
     return spelt
 
 
-def named(found: re.Match[str], cased: frozenset[str], dummies: frozenset[str]) -> str:
+def distinct_name(match: re.Match[str], cased: frozenset[str], dummies: frozenset[str]) -> str:
     """A letter with its primes and index, under a name that math-verify keeps apart from others."""
-    letter, index = found[1], found[3] or found[4] or ""
-    marks = "prime" * len(found[2])
+    letter = match[1]
+    index = match[3] or match[4] or ""
+    marks = "prime" * len(match[2])
     running = [dummy for dummy in index if dummy in dummies]
     if len(running) == 1:  # a term of a sequence is a function of its index
-        return f"{letter}_{{{marks}{plain(index.replace(running[0], 'index'))}}}({running[0]})"
-    marks += plain(index)
+        return f"{letter}_{{{marks}{in_letters(index.replace(running[0], 'index'))}}}({running[0]})"
+    marks += in_letters(index)
     if letter == "I":
         return f"H_{{capital{marks}}}"
     if letter == "i" and index:
         return f"H_{{small{marks}}}"
     if letter in cased and letter.isupper():
         return f"{letter}_{{capital{marks}}}"
-    return f"{letter}_{{{marks}}}" if found[2] else found[0]
+    return f"{letter}_{{{marks}}}" if match[2] else match[0]
 
 
-def plain(index: str) -> str:
+def in_letters(index: str) -> str:
     """An index in letters and digits alone, since signs would be read."""
     return re.sub(r"\W|_", "", index.replace("+", "plus").replace("-", "minus"))
 
@@ -130,7 +132,7 @@ def only_words(evaluate: Any) -> Any:
     return evaluate_word
 
 
-def numbers_equal(theirs: Judge) -> Judge:
+def numbers_equal(original: Judge) -> Judge:
     """Equality of numbers.
 
     math-verify takes (a - b).evalf(chop=True) == 0, which makes whatever is below 1e-15 equal, even as a factor of
@@ -140,49 +142,53 @@ def numbers_equal(theirs: Judge) -> Judge:
 
     def equal(a: Any, b: Any, *precision: int) -> bool:
         if is_matrix(a) or is_matrix(b):
-            return theirs(a, b, *precision)  # calls this one for each element
+            return original(a, b, *precision)  # calls this one for each element
         if a.free_symbols or b.free_symbols:
             return False  # the other comparison is for these
-        written = a.has(Float), b.has(Float)
+        a_has_decimals, b_has_decimals = a.has(Float), b.has(Float)
         a, b = exact(a).doit(), exact(b).doit()
-        one_is_decimal = (written[0] and a.is_Rational) != (written[1] and b.is_Rational)
-        if one_is_decimal:
+
+        # A decimal may be rounded where the other number is one that no decimal equals.
+        if (a_has_decimals and a.is_Rational) != (b_has_decimals and b.is_Rational):
             p, q = as_fraction(a), as_fraction(b)
-            ends = [one.is_Rational and r is not None and has_decimals(r) for one, r in ((a, p), (b, q))]
-            if p is not None and q is not None and not all(ends):
-                return round_alike(q, p) if ends[0] else round_alike(p, q)
+            if p is not None and q is not None:
+                a_ends = a.is_Rational and has_decimals(p)
+                b_ends = b.is_Rational and has_decimals(q)
+                if not (a_ends and b_ends):
+                    return round_alike(q, p) if a_ends else round_alike(p, q)
         verdict = same_value(a, b)
         return bool(a == b) if verdict is None else verdict
 
     return equal
 
 
-def formulas_equal(theirs: Judge) -> Judge:
+def formulas_equal(original: Judge) -> Judge:
     """Equality of formulas: by their values at some points, which is quick and sure, and by algebra elsewhere."""
     from sympy import Derivative, Integral, Limit, Product, Sum
     from sympy.core.function import AppliedUndef
 
     def equal(a: Any, b: Any) -> bool:
         if is_matrix(a) or is_matrix(b):
-            return theirs(a, b)
+            return original(a, b)
         a, b = exact(a), exact(b)
-        if any(one.has(AppliedUndef, Derivative, Integral, Limit, Product, Sum) for one in (a, b)):
-            return bool(a.as_dummy() == b.as_dummy()) or theirs(a, b)
+        without_values = (AppliedUndef, Derivative, Integral, Limit, Product, Sum)
+        if a.has(*without_values) or b.has(*without_values):
+            return bool(a.as_dummy() == b.as_dummy()) or original(a, b)
         verdicts = [equal_at(point, a, b) for point in range(POINTS)]
-        known = [verdict for verdict in verdicts if verdict is not None]
-        return all(known) if len(known) > POINTS // 2 else theirs(a, b)
+        decided = [verdict for verdict in verdicts if verdict is not None]
+        return all(decided) if len(decided) > POINTS // 2 else original(a, b)
 
     return equal
 
 
-def solutions_equal(theirs: Judge) -> Judge:
+def solutions_equal(original: Judge) -> Judge:
     """Equality of equations: math-verify compares their solutions pair by pair, so that two without any are equal."""
     from sympy import Eq, solve
 
     def equal(gold: Any, answer: Any, *precision: int) -> bool:
         if isinstance(gold, Eq) and not solve(gold, gold.free_symbols):
             return False
-        return theirs(gold, answer, *precision)
+        return original(gold, answer, *precision)
 
     return equal
 
@@ -191,11 +197,11 @@ def equal_at(point: int, a: Any, b: Any) -> bool | None:
     """Whether two formulas have the same value where their variables have certain values; None if one has none."""
     from sympy import Rational
 
-    chosen = {}
+    values = {}
     for symbol in a.free_symbols | b.free_symbols:
         chance = Random(f"{symbol.name} {point}")  # the same for the same name
-        chosen[symbol] = Rational(chance.choice((-1, 1)) * chance.randrange(1, 1000), 101)
-    return same_value(a.xreplace(chosen).doit(), b.xreplace(chosen).doit())
+        values[symbol] = Rational(chance.choice((-1, 1)) * chance.randrange(1, 1000), 101)
+    return same_value(a.xreplace(values).doit(), b.xreplace(values).doit())
 
 
 def same_value(a: Any, b: Any) -> bool | None:
@@ -207,33 +213,33 @@ def same_value(a: Any, b: Any) -> bool | None:
 
 
 def exact(expression: Any) -> Any:
-    """With the decimals that were written, not their binary neighbours."""
+    """The expression with the decimals that were written, not their binary neighbours."""
     from sympy import Float, Rational
 
     return expression.xreplace({decimal: Rational(str(decimal)) for decimal in expression.atoms(Float)})
 
 
 def value(expression: Any) -> Any:
-    """To DIGITS digits, where it is a finite number; what gets smaller with more digits is 0."""
+    """A number to DIGITS digits, None where it is not finite; what gets smaller with more digits is 0."""
     from sympy import Integer
 
-    found = expression.evalf(DIGITS, maxn=4 * DIGITS)
-    if not found.is_number or not found.is_finite:
+    evaluated = expression.evalf(DIGITS, maxn=4 * DIGITS)
+    if not evaluated.is_number or not evaluated.is_finite:
         return None
-    if abs(found) < SMALL:
+    if abs(evaluated) < SMALL:
         more = expression.evalf(3 * DIGITS, maxn=9 * DIGITS)
-        return more if abs(more) > abs(found) * SMALL else Integer(0)
-    return found
+        return more if abs(more) > abs(evaluated) * SMALL else Integer(0)
+    return evaluated
 
 
 def as_fraction(expression: Any) -> Fraction | None:
     """The number, or what it is to DIGITS digits; None if it is not real."""
     from sympy import Rational
 
-    found = expression if expression.is_Rational else value(expression)
-    if found is None or not found.is_real:
+    real = expression if expression.is_Rational else value(expression)
+    if real is None or not real.is_real:
         return None
-    ratio = Rational(found)
+    ratio = Rational(real)
     return Fraction(int(ratio.p), int(ratio.q))
 
 

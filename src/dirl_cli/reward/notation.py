@@ -21,26 +21,33 @@ def number(text: str) -> Fraction | None:
     """The exact value of an integer, a decimal, a fraction or a mixed number, also times a power of ten."""
     if repeating := REPEATING.fullmatch(text):
         return repeated(*repeating.groups())
-    found = NUMBER.fullmatch(re.sub(FRACTION, r" \1\2/\3\4 ", text).strip())
-    if found is None or (found[2] and not found[4]):
+    match = NUMBER.fullmatch(re.sub(FRACTION, r" \1\2/\3\4 ", text).strip())
+    if match is None or (match[2] and not match[4]):
         return None
-    top, bottom = (Fraction((part or "1").replace(",", "").replace(" ", "")) for part in found.group(3, 4))
-    value = (int(found[2] or 0) + top / bottom) * Fraction(10) ** int(found[5] or 0) if bottom else None
-    return -value if value and found[1] == "-" else value
+    top, bottom = decimal_value(match[3]), decimal_value(match[4] or "1")
+    if not bottom:
+        return None
+    value = (int(match[2] or 0) + top / bottom) * Fraction(10) ** int(match[5] or 0)
+    return -value if match[1] == "-" else value
 
 
-def repeated(sign: str, whole: str, once: str, period: str) -> Fraction:
+def decimal_value(decimal: str) -> Fraction:
+    """The exact value of digits as they are written, with commas and spaces between them."""
+    return Fraction(decimal.replace(",", "").replace(" ", ""))
+
+
+def repeated(sign: str, integer: str, once: str, period: str) -> Fraction:
     """A decimal with a period, as 0.1666…: 0, 1 and 6."""
     ninths = Fraction(int(period), 10 ** len(period) - 1)
-    value = int(whole or 0) + (int(once or 0) + ninths) / 10 ** len(once)
+    value = int(integer or 0) + (int(once or 0) + ninths) / 10 ** len(once)
     return -value if sign else value
 
 
 def fraction(value: Fraction) -> str:
     """The number as it is written."""
-    sign, size = "-" if value < 0 else "", abs(value)
-    whole = size.denominator == 1
-    return f"{sign}{size}" if whole else rf"{sign}\frac{{{size.numerator}}}{{{size.denominator}}}"
+    sign = "-" if value < 0 else ""
+    size = abs(value)
+    return f"{sign}{size}" if size.denominator == 1 else rf"{sign}\frac{{{size.numerator}}}{{{size.denominator}}}"
 
 
 def has_decimals(value: Fraction) -> bool:
@@ -71,12 +78,12 @@ def split(text: str, separator: str) -> list[str]:
 def bracketed(text: str, opening: str = "([") -> tuple[str, str, str] | None:
     """The opening bracket, what it holds and the closing one, where one such pair holds the whole text."""
     column = COLUMN.fullmatch(text)
-    found = BRACKETED.fullmatch("(" + column[1].replace(r"\\", ",") + ")" if column else text)
-    if found is None or found[1] not in opening:
+    match = BRACKETED.fullmatch("(" + column[1].replace(r"\\", ",") + ")" if column else text)
+    if match is None or match[1] not in opening:
         return None
     depth = 1
-    for token in BRACKET.finditer(found[2]):
+    for token in BRACKET.finditer(match[2]):
         depth += 1 if token[1] else -1
         if not depth:
             return None
-    return found[1], found[2], found[3]
+    return match[1], match[2], match[3]

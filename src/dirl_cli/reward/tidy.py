@@ -54,17 +54,19 @@ def command(names: str) -> str:
     return rf"\\(?:{names})(?![a-zA-Z])"
 
 
-def text(inside: str) -> str:
+def upright(inside: str) -> str:
     """This alone, set upright."""
     return rf"\\text ?\{{ ?{inside} ?\}}"
 
 
-def typed(found: re.Match[str]) -> str:
-    return rf"\{found[1]} " if found[1] else found[0]
+def with_backslash(match: re.Match[str]) -> str:
+    """A function or letter that was typed without its backslash, such as sqrt and pi, with it."""
+    return rf"\{match[1]} " if match[1] else match[0]
 
 
-def based(found: re.Match[str]) -> str:
-    name = found[1] or found[2]
+def base_index(match: re.Match[str]) -> str:
+    """The index that tells a base: its number, whether it was given in digits or by name."""
+    name = match[1] or match[2]
     return f"_{name if name.isdigit() else 2 + BASES.split('|').index(name)}"
 
 
@@ -81,12 +83,12 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (rf"\\(?:{LETTERS}) ?\{{ ?([A-Za-z][A-Za-z ]*[A-Za-z]) ?\}}", r"\\text{\1}"),
     (rf"{command(LETTERS)} ?", ""),
     (command(UPRIGHT), r"\\text"),
-    (text(r"([ei,;:$%]|\\\$|\\%)"), r" \1"),
+    (upright(r"([ei,;:$%]|\\\$|\\%)"), r" \1"),
     (rf"\\operatorname\*? ?\{{ ?({FUNCTIONS}|max|min|sec|csc|lcm|gcd|det) ?\}}", r"\\\1 "),
-    (text(f"({TYPED})"), r"\\\1 "),
+    (upright(f"({TYPED})"), r"\\\1 "),
     (r"(\\text ?\{[^{}]*[A-Za-z]{2})[.,;:!]+ ?\}", r"\1}"),
     # Functions and symbols as they are typed.
-    (rf"\\text ?\{{[^{{}}]*\}}|(?<![A-Za-z\\])({TYPED})(?![A-Za-z])", typed),
+    (rf"\\text ?\{{[^{{}}]*\}}|(?<![A-Za-z\\])({TYPED})(?![A-Za-z])", with_backslash),
     (r"(?<![A-Za-z\\])inf(?:ini)?ty(?![A-Za-z])", r"\\infty "),
     (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
     (r"(?<![\w.\\^])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,2})(?![\w.])", r"\1 \\times 10^{\2}"),  # as JSON and Python write it
@@ -104,7 +106,7 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (command("gt"), ">"),
     (command("imath"), "i"),
     (command("bmod"), r"\\mod "),
-    (rf"{command('colon')}|(?<=\d) to (?=\d)|(?<=\d) ?{text('to')} ?(?=\d)", ":"),
+    (rf"{command('colon')}|(?<=\d) to (?=\d)|(?<=\d) ?{upright('to')} ?(?=\d)", ":"),
     (command("lbrack"), "["),
     (command("rbrack"), "]"),
     (command("langle|lparen"), "("),
@@ -115,19 +117,19 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\sqrt ?(\[[^\[\]]*\])? ?([a-zA-Z]|\d(?!\d))", r"\\sqrt\1{\2}"),
     (r"\\sqrt ?(\[[^\[\]]*\])? ?\(([^()]*)\)", r"\\sqrt\1{\2}"),
     # Degrees, percent, ordinals.
-    (r" ?\^ ?\{? ?\\circ ?\}? ?(?:\\text ?\{ ?)?([CF])(?![a-zA-Z]) ?\}?", lambda found: TEMPERATURES[found[1]]),
+    (r" ?\^ ?\{? ?\\circ ?\}? ?(?:\\text ?\{ ?)?([CF])(?![a-zA-Z]) ?\}?", lambda match: TEMPERATURES[match[1]]),
     (r" ?(?:\^ ?\{? ?\\circ|\\degree)(?![a-zA-Z]) ?\}?", ""),
-    (rf" ?(?:\\?%|{text('per ?cent')}|{text('pct')}|per ?cent(?:age)?$|pct$)", r"\\%"),
+    (rf" ?(?:\\?%|{upright('per ?cent')}|{upright('pct')}|per ?cent(?:age)?$|pct$)", r"\\%"),
     (rf"(?<=1){RAISE}st{END}|(?<=2){RAISE}nd{END}|(?<=3){RAISE}rd{END}|(?<=\d){RAISE}th{END}", ""),
     # Lists, by whatever word or sign.
     (rf" ?{command('lor|vee|land|wedge')} ?", ","),
-    (f",? ?{text('(?:, ?)?(?:and|or)')}", ","),
+    (f",? ?{upright('(?:, ?)?(?:and|or)')}", ","),
     (rf",? ?(?<![\w\\])(?:and|or)(?!\w)(?! ?(?:{QUALIFYING})(?![a-zA-Z]))", ","),
     (r"(?<=[\d)}])(?:and|or)(?=[-\d(\\]|[A-Za-z](?:\([a-z]\))?=)", ","),  # x=1orx=4
     # Bases by name.
-    (rf"_ ?\{{? ?(?:\\text ?\{{ ?)?(?:base[- ]?(\d+)|({BASES}))(?: ?\}}){{1,2}}", based),
-    (rf"(?<=[\dA-F]) ?(?:\\text ?\{{ ?)?\(?(?:in )?base(?: ?\}})?[- ]?(\d+|{BASES})\)?(?: ?\}})?$", based),
-    (text(""), ""),
+    (rf"_ ?\{{? ?(?:\\text ?\{{ ?)?(?:base[- ]?(\d+)|({BASES}))(?: ?\}}){{1,2}}", base_index),
+    (rf"(?<=[\dA-F]) ?(?:\\text ?\{{ ?)?\(?(?:in )?base(?: ?\}})?[- ]?(\d+|{BASES})\)?(?: ?\}})?$", base_index),
+    (upright(""), ""),
     ("  +", " "),
 ]
 COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
@@ -157,37 +159,39 @@ def tidy(answer: str) -> str:
 
 def in_ascii(answer: str) -> str:
     """Unicode mathematics and full-width signs in LaTeX."""
-    answer = re.sub("[²³¹⁰⁴-⁹⁺⁻ⁿⁱ]+", lambda found: f"^{{{found[0].translate(RAISED)}}}", answer)
-    answer = re.sub("[₀-₉]+", lambda found: f"_{{{unicodedata.normalize('NFKC', found[0])}}}", answer)
+    answer = re.sub("[²³¹⁰⁴-⁹⁺⁻ⁿⁱ]+", lambda match: f"^{{{match[0].translate(RAISED)}}}", answer)
+    answer = re.sub("[₀-₉]+", lambda match: f"_{{{unicodedata.normalize('NFKC', match[0])}}}", answer)
     answer = re.sub("[¼-¾⅐-⅞]", in_fraction, answer)
     answer = re.sub(r"([√∛∜]) ?(\d+(?:\.\d+)?|[a-zA-Z]|(?=[({]))", in_root, answer)
     return unicodedata.normalize("NFKC", answer.translate(SYMBOLS)).translate(SYMBOLS)
 
 
-def in_fraction(found: re.Match[str]) -> str:
-    top, bottom = unicodedata.normalize("NFKC", found[0]).split("\u2044")
+def in_fraction(match: re.Match[str]) -> str:
+    top, bottom = unicodedata.normalize("NFKC", match[0]).split("\u2044")
     return rf" \frac{{{top}}}{{{bottom}}}"
 
 
-def in_root(found: re.Match[str]) -> str:
-    return ROOTS[found[1]] + (f"{{{found[2]}}}" if found[2] else "")
+def in_root(match: re.Match[str]) -> str:
+    return ROOTS[match[1]] + (f"{{{match[2]}}}" if match[2] else "")
 
 
 def with_plain_environments(answer: str) -> str:
     """Aligned lines and systems as lists, arrays in brackets as matrices."""
-    answer = ALIGNED.sub(lambda found: as_list(found[2]), answer)
-    answer = GRID.sub(lambda found: rf"\begin{{pmatrix}}{found[1] or found[2] or ''}\end{{pmatrix}}", answer)
+    answer = ALIGNED.sub(lambda match: as_list(match[2]), answer)
+    answer = GRID.sub(lambda match: rf"\begin{{pmatrix}}{match[1] or match[2] or ''}\end{{pmatrix}}", answer)
     return SYSTEM.sub(system, answer).strip()
 
 
-def system(found: re.Match[str]) -> str:
+def system(match: re.Match[str]) -> str:
     """Equations that hold at once as a list; cases, which have a condition each, stay what they are."""
-    inside = re.sub(r"& ?(?==)", "", found[1] or found[2] or "")
+    inside = re.sub(r"& ?(?==)", "", match[1] or match[2] or "")
     return rf"\begin{{cases}}{inside}\end{{cases}}" if "&" in inside else as_list(inside)
 
 
 def as_list(rows: str) -> str:
-    return ", ".join(row for part in rows.replace("&", "").split(r"\\") if (row := part.strip(" ,;.")))
+    """Rows of an environment as a list, without alignment and punctuation."""
+    stripped = [row.strip(" ,;.") for row in rows.replace("&", "").split(r"\\")]
+    return ", ".join(row for row in stripped if row)
 
 
 def without_braces(answer: str) -> str:
