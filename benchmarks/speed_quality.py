@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.experiment import at_once
-from dirl_cli.evaluation.report import accuracy, number
+from dirl_cli.evaluation.report import accuracy_text, number
 from dirl_cli.evaluation.result_card import Evaluation, read_evaluation
 from dirl_cli.report.plot import Point, scatter
 
@@ -65,7 +65,7 @@ def home(name: str) -> Path:
 def cells(evaluation: Evaluation) -> list[str]:
     metrics = evaluation.metrics
     speeds = (number(metrics.tokens_per_forward, 2), number(metrics.tokens_per_second, 0), number(metrics.length, 0))
-    return [accuracy(metrics), *speeds]
+    return [accuracy_text(metrics), *speeds]
 
 
 def series(found: Mapping[str, Evaluation]) -> dict[str, list[Point]]:

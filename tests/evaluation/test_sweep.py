@@ -15,7 +15,7 @@ from dirl_cli.commands.eval import after_sweep
 from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.metrics import mean_over_seeds, measure
 from dirl_cli.evaluation.result_card import read_evaluation
-from dirl_cli.evaluation.sweep import MEANS, Member, curves, published, rows
+from dirl_cli.evaluation.sweep import MEANS, Member, published, rows, speed_curves
 
 ANSWER = GradedAnswer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
 
@@ -78,7 +78,7 @@ def test_a_curve_runs_through_what_was_swept_and_not_through_models_or_benchmark
         Member({"bench": bench, "decoding.threshold": t}, read_evaluation(out))
         for (bench, t, _), out in zip(points, outs, strict=True)
     ]
-    found = curves(members)
+    found = speed_curves(members)
     assert {name: [(point[0], point[3]) for point in points] for name, points in found.items()} == {
         "mine on x": [(2.0, "0.9"), (4.0, "0.5")],  # in order of speed
         "mine on y": [(3.0, "0.9")],

@@ -177,7 +177,7 @@ def show_comparison(names: Sequence[str]) -> None:
         how = f"paired over the {len(common)} problems that both answered"
     else:
         how = "not paired, since they have no problems in common that both hold answers to"
-    found = {name: compare.cells(name, difference) for name, difference in compare.compare(a, b, common)}
+    found = {name: compare.difference_cells(name, difference) for name, difference in compare.compare(a, b, common)}
     for letter, evaluation in (("A", a), ("B", b)):
         console.print(f"{letter}: {evaluation.of} · {evaluation.name}", soft_wrap=True)
     console.print(report.draw(f"B against A, {how}", found, caption=compare.CAPTION))
@@ -199,7 +199,7 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
     console.print(report.draw(title, rows, ", ".join(members[0].overrides), sweep.caption(members, list(rows))))
     files = [folder / f"{title}.csv"]
     write_text(files[0], sweep.as_csv(members))
-    if curves := sweep.curves(members):
+    if curves := sweep.speed_curves(members):
         files.append(files[0].with_name(f"{title}.png"))
         scatter(curves, f"{title}: accuracy ± its standard error", "tokens per forward", files[-1])
     console.print(" · ".join(map(str, files)), soft_wrap=True)

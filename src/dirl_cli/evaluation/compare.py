@@ -77,20 +77,24 @@ def compare(a: Evaluation, b: Evaluation, common: Sequence[str]) -> Iterator[tup
     the differences, and right for a ratio of sums too.
     """
     for name, measure in MEASURES.items():
-        (left, left_error), (right, right_error) = measure.from_card(a.metrics), measure.from_card(b.metrics)
-        if left is None or right is None:
+        a_value, a_error = measure.from_card(a.metrics)
+        b_value, b_error = measure.from_card(b.metrics)
+        if a_value is None or b_value is None:
             continue
         if len(common) > 1:
-            lefts, rights = (without_each(sums(evaluation, common, measure)) for evaluation in (a, b))
-            error = jackknife([y - x for x, y in zip(lefts[1:], rights[1:], strict=True)])
+            a_all, *a_without = without_each(sums_by_problem(a, common, measure))
+            b_all, *b_without = without_each(sums_by_problem(b, common, measure))
+            error = jackknife([y - x for x, y in zip(a_without, b_without, strict=True)])
             is_seen = error > 1e-9  # and not but for rounding zero
-            yield name, Difference(lefts[0], rights[0], error if is_seen else None)
+            yield name, Difference(a_all, b_all, error if is_seen else None)
+        elif a_error is None or b_error is None:
+            yield name, Difference(a_value, b_value, None)
         else:
-            errors = [error for error in (left_error, right_error) if error is not None]
-            yield name, Difference(left, right, hypot(*errors) if len(errors) == 2 else None)
+            yield name, Difference(a_value, b_value, hypot(a_error, b_error))
 
 
-def sums(evaluation: Evaluation, problems: Sequence[str], measure: Measure) -> list[tuple[float, float]]:
+def sums_by_problem(evaluation: Evaluation, problems: Sequence[str], measure: Measure) -> list[tuple[float, float]]:
+    """Both sums of a measure for each of the problems."""
     groups: dict[str, list[GradedAnswer]] = defaultdict(list)
     for answer in evaluation.answers:
         groups[answer.problem].append(answer)
@@ -99,7 +103,8 @@ def sums(evaluation: Evaluation, problems: Sequence[str], measure: Measure) -> l
 
 def without_each(terms: Sequence[tuple[float, float]]) -> list[float]:
     """The ratio of the sums of all terms, then of all but the first, all but the second, and so on."""
-    over, under = (sum(part) for part in zip(*terms, strict=True))
+    over = sum(x for x, _ in terms)
+    under = sum(y for _, y in terms)
     return [(over - x) / (under - y) for x, y in [(0.0, 0.0), *terms]]
 
 
@@ -110,23 +115,37 @@ def jackknife(values: Sequence[float]) -> float:
 
 def differing_settings(a: Evaluation, b: Evaluation) -> list[str]:
     """What is known of both and not the same about how their answers came about, as `key: A's → B's`."""
-    left, right = (settings(evaluation.card) for evaluation in (a, b))
-    return [f"{key}: {left[key]} → {right[key]}" for key in left if key in right and left[key] != right[key]]
+    a_settings, b_settings = settings(a.card), settings(b.card)
+    differing = []
+    for key, value in a_settings.items():
+        if key in b_settings and b_settings[key] != value:
+            differing.append(f"{key}: {value} → {b_settings[key]}")
+    return differing
 
 
 def settings(card: Mapping[str, Any]) -> dict[str, Any]:
     """What a card says of how its answers came about, by dotted name."""
-    groups = {group: card.get(group, {}) for group in ("bench", "instruction", "decoding")}
-    dotted = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
-    known = {key: dotted[key] for key in dotted if not key.startswith("bench.") or key in BENCH_SETTINGS}
-    return known | {key: card[key] for key in ("samples", "dtype", "grade_timeout") if key in card}
+    dotted = {}
+    for group in ("bench", "instruction", "decoding"):
+        for key, value in card.get(group, {}).items():
+            name = f"{group}.{key}"
+            if group != "bench" or name in BENCH_SETTINGS:
+                dotted[name] = value
+    for key in ("samples", "dtype", "grade_timeout"):
+        if key in card:
+            dotted[key] = card[key]
+    return dotted
 
 
-def cells(name: str, difference: Difference) -> dict[str, str]:
+def difference_cells(name: str, difference: Difference) -> dict[str, str]:
     """A row of the table that shows a comparison."""
-    digits, z = MEASURES[name].digits, difference.z
+    digits = MEASURES[name].digits
+    z = difference.z
     error = "" if difference.error is None else f" ± {number(difference.error, digits)}"
-    beyond = {f"> {n} s.e.": "" if z is None else "yes" if abs(z) > n else "no" for n in (1, 2)}
+    beyond = dict.fromkeys(["> 1 s.e.", "> 2 s.e."], "")
+    if z is not None:
+        for n in (1, 2):
+            beyond[f"> {n} s.e."] = "yes" if abs(z) > n else "no"
     return {
         "A": number(difference.a, digits),
         "B": number(difference.b, digits),

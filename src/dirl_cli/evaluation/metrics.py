@@ -55,11 +55,18 @@ def measure(answers: Iterable[GradedAnswer]) -> Metrics:
     for answer in answers:
         groups[answer.problem].append(answer)
     k = min(len(group) for group in groups.values())
-    flat = [answer for group in groups.values() for answer in group]
-    right = {problem: sum(answer.correct for answer in group) for problem, group in groups.items()}
-    shares = [right[problem] / len(group) for problem, group in groups.items()]
+    flat: list[GradedAnswer] = []
+    shares = []  # aᵢ: of right answers, by problem
+    for group in groups.values():
+        flat += group
+        shares.append(correct_in(group) / len(group))
     low, high = wilson_interval(shares, len(flat))
-    tokens, is_sampled = sum(answer.tokens for answer in flat), any(answer.forwards for answer in flat)
+    tokens = sum(answer.tokens for answer in flat)
+    is_sampled = any(answer.forwards for answer in flat)  # else nothing but the texts is known
+
+    pass_at_m = {}
+    for m in powers(k):
+        pass_at_m[m] = fmean(pass_at(m, len(group), correct_in(group)) for group in groups.values())
 
     def tokens_per(total: float) -> float | None:
         return tokens / total if total else None
@@ -74,13 +81,15 @@ def measure(answers: Iterable[GradedAnswer]) -> Metrics:
         tokens_per_denoising_forward=tokens_per(sum(answer.denoise_forwards for answer in flat)),
         tokens_per_forward=tokens_per(sum(answer.forwards for answer in flat)),
         tokens_per_second=tokens_per(sum(answer.seconds for answer in flat)),
-        pass_at={
-            m: fmean(pass_at(m, len(group), right[problem]) for problem, group in groups.items()) for m in powers(k)
-        },
+        pass_at=pass_at_m,
         majority=fmean(majority(group) for group in groups.values()) if k > 1 else None,
         low=low,
         high=high,
     )
+
+
+def correct_in(group: Iterable[GradedAnswer]) -> int:
+    return sum(answer.correct for answer in group)
 
 
 def mean_over_seeds(runs: Sequence[Metrics]) -> Metrics:
@@ -90,10 +99,13 @@ def mean_over_seeds(runs: Sequence[Metrics]) -> Metrics:
     """
 
     def mean(values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return fmean(known) if len(known) == len(values) else None
+        measured = [value for value in values if value is not None]
+        return fmean(measured) if len(measured) == len(values) else None
 
     accuracies = [run.accuracy for run in runs]
+    mean_pass_at = {}
+    for m in runs[0].pass_at:
+        mean_pass_at[m] = fmean(run.pass_at[m] for run in runs)
     return replace(
         runs[0],
         answers=sum(run.answers for run in runs),
@@ -104,7 +116,7 @@ def mean_over_seeds(runs: Sequence[Metrics]) -> Metrics:
         tokens_per_denoising_forward=mean([run.tokens_per_denoising_forward for run in runs]),
         tokens_per_forward=mean([run.tokens_per_forward for run in runs]),
         tokens_per_second=mean([run.tokens_per_second for run in runs]),
-        pass_at={k: fmean(run.pass_at[k] for run in runs) for k in runs[0].pass_at},
+        pass_at=mean_pass_at,
         majority=mean([run.majority for run in runs]),
         low=None,
         high=None,
@@ -117,12 +129,15 @@ def measure_subsets(answers: Sequence[GradedAnswer], problems: Iterable[Problem]
     names = sorted(set(subset.values()))
     if len(names) < 2:
         return {}
-    parts = {name: [answer for answer in answers if subset[answer.problem] == name] for name in names}
-    return {name: replace(measure(part), tokens_per_second=None) for name, part in parts.items()}
+    metrics = {}
+    for name in names:
+        own = [answer for answer in answers if subset[answer.problem] == name]
+        metrics[name] = replace(measure(own), tokens_per_second=None)
+    return metrics
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of independent values; None for a single one."""
+    """The standard error of the mean of independent values, s/√n; None for a single one."""
     return stdev(values) / sqrt(len(values)) if len(values) > 1 else None
 
 
@@ -133,7 +148,9 @@ def wilson_interval(shares: Sequence[float], answers: int) -> tuple[float, float
     answers do: as many as there are problems where each has one answer, up to the number of answers where problems
     are equally hard. Where no two differ, nothing tells that answers to a problem are independent: each is one trial.
     """
-    n, accuracy, error = len(shares), fmean(shares), standard_error(shares)
+    n = len(shares)
+    accuracy = fmean(shares)
+    error = standard_error(shares)
     trials = min(max(accuracy * (1 - accuracy) / error**2, n), answers) if error else n
 
     middle = accuracy + Z95**2 / (2 * trials)
@@ -153,8 +170,10 @@ def majority(group: Iterable[GradedAnswer]) -> float:
     for answer in group:
         if box := final_answer(answer.text):
             votes[spelling(box)].append(answer.correct)
-    most = max(map(len, votes.values()), default=0)
-    return fmean([any(correct) for correct in votes.values() if len(correct) == most] or [0.0])
+    if not votes:
+        return 0.0
+    most = max(len(verdicts) for verdicts in votes.values())
+    return fmean(any(verdicts) for verdicts in votes.values() if len(verdicts) == most)
 
 
 def spelling(box: str) -> Fraction | str:
@@ -169,4 +188,6 @@ def spelling(box: str) -> Fraction | str:
 
 def powers(k: int) -> list[int]:
     """1, 2, 4, … up to k, and k itself; nothing for k = 1, where pass@1 is the accuracy."""
-    return sorted({2**i for i in range(k.bit_length())} | {k}) if k > 1 else []
+    if k == 1:
+        return []
+    return sorted({2**i for i in range(k.bit_length())} | {k})

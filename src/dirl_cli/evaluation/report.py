@@ -36,7 +36,7 @@ def table(title: str, rows: Mapping[str, Metrics], header: str = "") -> "Fitting
     """A row for each named set of answers, a column for all that is known of any; `header` heads the names."""
     k = common_k(rows.values())
     caption = CAPTION if any(metrics.tokens_per_forward for metrics in rows.values()) else INTERVAL
-    return draw(title, {name: cells(metrics, k) for name, metrics in rows.items()}, header, caption)
+    return draw(title, {name: metric_cells(metrics, k) for name, metrics in rows.items()}, header, caption)
 
 
 def draw(title: str, rows: Mapping[str, Mapping[str, str]], header: str = "", caption: str | None = None) -> "Fitting":
@@ -47,7 +47,8 @@ def draw(title: str, rows: Mapping[str, Mapping[str, str]], header: str = "", ca
     drawn = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     drawn.padding = 0
     drawn.add_column(header, overflow="fold")
-    columns = [name for name in next(iter(rows.values())) if any(row[name] for row in rows.values())]
+    first_row = next(iter(rows.values()))
+    columns = [name for name in first_row if any(row[name] for row in rows.values())]
     for column in columns:
         drawn.add_column(column, justify="right", no_wrap=True)
     for name, row in rows.items():
@@ -55,8 +56,10 @@ def draw(title: str, rows: Mapping[str, Mapping[str, str]], header: str = "", ca
     lines = [title]
     for name, row in rows.items():
         values = [f"{column} {row[column]}" for column in columns if row[column]]
-        lines += [f"{name}: {', '.join(values)}"]
-    return Fitting(drawn, "\n".join([*lines, *([caption] if caption else [])]))
+        lines.append(f"{name}: {', '.join(values)}")
+    if caption:
+        lines.append(caption)
+    return Fitting(drawn, "\n".join(lines))
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,12 @@ def common_k(sets: Any) -> str:
     return str(ks.pop()) if len(ks) == 1 else "k"
 
 
-def cells(metrics: Metrics, k: str) -> dict[str, str]:
+def metric_cells(metrics: Metrics, k: str) -> dict[str, str]:
+    """A row of a table of evaluations: text by column, empty where nothing is known."""
     return {
         "problems": str(metrics.problems),
-        f"avg@{k} %": accuracy(metrics),
-        "95 %": interval(metrics),
+        f"avg@{k} %": accuracy_text(metrics),
+        "95 %": interval_text(metrics),
         f"pass@{k}": percent(metrics.pass_at[max(metrics.pass_at)] if metrics.pass_at else None),
         f"maj@{k}": percent(metrics.majority),
         "length": number(metrics.length, 0),
@@ -91,14 +95,14 @@ def cells(metrics: Metrics, k: str) -> dict[str, str]:
     }
 
 
-def accuracy(metrics: Metrics) -> str:
-    """Such as 63.2 ± 1.5; the accuracy alone where nothing tells its standard error."""
+def accuracy_text(metrics: Metrics) -> str:
+    """The accuracy in %, such as 63.2 ± 1.5; the accuracy alone where nothing tells its standard error."""
     error = f" ± {100 * metrics.standard_error:.1f}" if metrics.standard_error else ""
     return f"{percent(metrics.accuracy)}{error}"
 
 
-def interval(metrics: Metrics) -> str:
-    """Such as 43.9-100.0."""
+def interval_text(metrics: Metrics) -> str:
+    """The accuracy's 95 % interval in %, such as 43.9-100.0."""
     return "" if metrics.low is None else f"{percent(metrics.low)}-{percent(metrics.high)}"
 
 
@@ -118,28 +122,33 @@ def beside(published: Sequence[float], ours: Metrics, settings: Mapping[str, Any
     """
     accuracy, tokens_per_step, length = published
     difference = 100 * ours.accuracy - accuracy
+    differently = {}
+    for key, value in PROTOCOL.items():
+        if settings[key] != value:
+            differently[key] = [settings[key], value]
     return {
         "accuracy": accuracy,
         "tokens_per_step": tokens_per_step,
         "length": length,
         "difference": difference,
         "standard_errors": difference / (100 * ours.standard_error) if ours.standard_error else None,
-        "differently": {key: [settings[key], theirs] for key, theirs in PROTOCOL.items() if settings[key] != theirs},
+        "differently": differently,
     }
 
 
 def spell_published(published: Mapping[str, Any]) -> str:
-    """What `beside` found, in words."""
+    """The sentences about a published figure, as `beside` compared it."""
     errors = published["standard_errors"]
     distance = "" if errors is None else f", {abs(errors):.1f} of our standard errors"
     text = (
         f"published (avg@16): {published['accuracy']:g} %, {published['tokens_per_step']:g} tok/step,"
         f" length {published['length']:g}. Ours is {published['difference']:+.1f} points from it{distance}."
     )
-    spelled = {
-        key: ["none" if value is None else value for value in pair] for key, pair in published["differently"].items()
-    }
-    others = ", ".join(f"{key} {ours} instead of {theirs}" for key, (ours, theirs) in spelled.items())
-    return (
-        f"{text}\nOurs is another protocol ({others}): experiment=eval_paper is the published one." if others else text
-    )
+    if not published["differently"]:
+        return text
+    differences = []
+    for key, pair in published["differently"].items():
+        own, of_protocol = ("none" if value is None else value for value in pair)
+        differences.append(f"{key} {own} instead of {of_protocol}")
+    settings = ", ".join(differences)
+    return f"{text}\nOurs is another protocol ({settings}): experiment=eval_paper is the published one."

@@ -19,7 +19,7 @@ PUBLISHED = (
     " where our settings are theirs."
 )
 MEANS = "Of a mean of seeds, ± is its standard error over the seeds."
-TOLD_APART = {"model", "model.path", "bench", "bench.path"}  # keys that a curve does not run through
+SERIES_KEYS = {"model", "model.path", "bench", "bench.path"}  # keys that a curve does not run through
 
 
 class Job(Protocol):
@@ -45,7 +45,11 @@ class Member:
 
 def overrides(words: Sequence[str]) -> dict[str, str]:
     """KEY=VALUE words by key, without the quotes that Hydra needs around paths."""
-    return {key: value.strip("'") for key, _, value in (word.partition("=") for word in words)}
+    values = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        values[key] = value.strip("'")
+    return values
 
 
 def folder_of(jobs: Sequence[tuple[Sequence[str], Path]]) -> Path:
@@ -54,40 +58,51 @@ def folder_of(jobs: Sequence[tuple[Sequence[str], Path]]) -> Path:
 
 
 def common_names(sweep: Sequence[Member]) -> list[str]:
-    """The name of the model, if they all have one, and of the benchmark likewise."""
-    names = [{member.evaluation.card.get(group, {}).get("name") for member in sweep} for group in ("model", "bench")]
-    return [only for (only, *others) in names if only and not others]
+    """The model's name where all have the same one, and likewise the benchmark's."""
+    common = []
+    for group in ("model", "bench"):
+        names = {member.evaluation.card.get(group, {}).get("name") for member in sweep}
+        if len(names) == 1:
+            common += [name for name in names if name]
+    return common
 
 
 def with_means(jobs: Sequence[J], cells: Callable[[Sequence[J]], dict[str, str]]) -> dict[str, dict[str, str]]:
     """The cells of each job by its label; below jobs that differ in their seeds alone, those of their mean."""
-    by_rest: dict[tuple[str, ...], list[J]] = defaultdict(list)
+    by_settings: dict[tuple[str, ...], list[J]] = defaultdict(list)
     for job in jobs:
-        rest = tuple(value for key, value in job.overrides.items() if key != "seed")
-        by_rest[rest].append(job)
+        settings = tuple(value for key, value in job.overrides.items() if key != "seed")
+        by_settings[settings].append(job)
 
-    found = {}
-    for rest, seeds in by_rest.items():
+    table = {}
+    for settings, seeds in by_settings.items():
         for job in seeds:
-            found[", ".join(job.overrides.values())] = cells([job])
+            table[", ".join(job.overrides.values())] = cells([job])
         if len(seeds) > 1:
-            found[", ".join([*rest, f"mean of {len(seeds)} seeds"])] = cells(seeds)
-    return found
+            table[", ".join([*settings, f"mean of {len(seeds)} seeds"])] = cells(seeds)
+    return table
 
 
 def rows(sweep: Sequence[Member]) -> dict[str, dict[str, str]]:
     """The cells of each evaluation, and of the mean of seeds, by label."""
-    return with_means(sweep, partial(cells, k=report.common_k(member.evaluation.metrics for member in sweep)))
+    return with_means(sweep, partial(member_cells, k=report.common_k(member.evaluation.metrics for member in sweep)))
 
 
-def cells(members: Sequence[Member], k: str) -> dict[str, str]:
-    """Those of an evaluation, or of the mean of several; what is published stands beside the accuracy of one."""
-    metrics, figure = members[0].evaluation.metrics, published(members[0].evaluation.card)
-    if len(members) > 1:
-        metrics, figure = mean_over_seeds([member.evaluation.metrics for member in members]), ""
-    _, ours, interval, *others = report.cells(metrics, k).items()
-    shown = (ours, interval, ("published (z)", figure), *others)
-    return {name: cell for name, cell in shown if name != "cut %"}
+def member_cells(members: Sequence[Member], k: str) -> dict[str, str]:
+    """A row for an evaluation, or for the mean of several; the published figure follows the accuracy of one."""
+    if len(members) == 1:
+        metrics = members[0].evaluation.metrics
+        figure = published(members[0].evaluation.card)
+    else:
+        metrics = mean_over_seeds([member.evaluation.metrics for member in members])
+        figure = ""
+    cells = {}
+    for name, cell in report.metric_cells(metrics, k).items():
+        if name not in ("problems", "cut %"):
+            cells[name] = cell
+        if name == "95 %":
+            cells["published (z)"] = figure
+    return cells
 
 
 def caption(sweep: Sequence[Member], labels: Sequence[str]) -> str:
@@ -101,12 +116,14 @@ def caption(sweep: Sequence[Member], labels: Sequence[str]) -> str:
 
 
 def published(card: Mapping[str, Any]) -> str:
-    """Such as 83.05 (-0.4); z is left out where our settings are not the published ones."""
+    """The published accuracy with its z, such as 83.05 (-0.4); no z where our settings are not the published ones."""
     figure = card.get("published")
     if not figure:
         return ""
-    comparable = not figure["differently"] and figure["standard_errors"] is not None
-    return f"{figure['accuracy']:g}" + (f" ({figure['standard_errors']:+.1f})" if comparable else "")
+    accuracy = f"{figure['accuracy']:g}"
+    if figure["differently"] or figure["standard_errors"] is None:
+        return accuracy
+    return f"{accuracy} ({figure['standard_errors']:+.1f})"
 
 
 def as_csv(sweep: Sequence[Member]) -> str:
@@ -114,27 +131,31 @@ def as_csv(sweep: Sequence[Member]) -> str:
     lines: list[dict[str, Any]] = []
     for member in sweep:
         metrics = asdict(member.evaluation.metrics)
-        passed = {f"pass_at_{m}": share for m, share in metrics.pop("pass_at").items()}
-        lines.append({**member.overrides, **metrics, **passed, "directory": member.evaluation.name})
+        pass_at = {f"pass_at_{m}": share for m, share in metrics.pop("pass_at").items()}
+        lines.append({**member.overrides, **metrics, **pass_at, "directory": member.evaluation.name})
     return csv_text(lines)
 
 
 def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
     """Lines with a column for every key that any of them has, in the order in which they come."""
+    columns: dict[str, None] = {}  # a set that keeps its order
+    for line in lines:
+        columns |= dict.fromkeys(line)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)))
+    writer = csv.DictWriter(text, list(columns))
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
 
 
-def curves(sweep: Sequence[Member]) -> dict[str, list[tuple[float, float, float, str]]]:
+def speed_curves(sweep: Sequence[Member]) -> dict[str, list[tuple[float, float, float, str]]]:
     """Tokens per forward, accuracy, its standard error and a label, by model and benchmark; the slowest first."""
-    found = defaultdict(list)
+    points = defaultdict(list)
     for member in sweep:
         metrics = member.evaluation.metrics
-        if metrics.tokens_per_forward is not None:
-            point = metrics.tokens_per_forward, metrics.accuracy, metrics.standard_error or 0.0
-            series = member.evaluation.of
-            found[series].append((*point, member.label(*TOLD_APART) or series))
-    return {series: sorted(points) for series, points in found.items()}
+        if metrics.tokens_per_forward is None:
+            continue
+        series = member.evaluation.of
+        label = member.label(*SERIES_KEYS) or series
+        points[series].append((metrics.tokens_per_forward, metrics.accuracy, metrics.standard_error or 0.0, label))
+    return {series: sorted(of_series) for series, of_series in points.items()}

@@ -27,7 +27,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A run of a sweep: the overrides that set it apart, and the last value of each of its metrics."""
 
     overrides: Mapping[str, str]
@@ -40,11 +40,11 @@ def show_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]], columns: 
 
     title: what was swept over. jobs: the overrides that set each run apart, and its directory. columns: by metric.
     """
-    runs = [Run(overrides(job), out, last_values(read_metrics(out / "metrics.jsonl"))) for job, out in jobs]
+    runs = [TrainingRun(overrides(job), out, last_values(read_metrics(out / "metrics.jsonl"))) for job, out in jobs]
     file = folder_of(jobs) / f"{title}.csv"
     write_text(file, csv_text([{**run.overrides, **run.metrics, "directory": str(run.directory)} for run in runs]))
     console = PlainConsole(soft_wrap=True)
-    rows = with_means(runs, partial(cells, columns=columns))
+    rows = with_means(runs, partial(run_cells, columns=columns))
     console.print(draw(title, rows, ", ".join(runs[0].overrides), CAPTION))
     console.print(str(file))
 
@@ -57,12 +57,15 @@ def last_values(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: value for name, value in values.items() if not name.startswith(PASSING)}
 
 
-def cells(runs: Sequence[Run], columns: Mapping[str, Column]) -> dict[str, str]:
+def run_cells(runs: Sequence[TrainingRun], columns: Mapping[str, Column]) -> dict[str, str]:
     """The mean of each metric over some runs, with its standard error where they differ, such as 63.2 ± 1.5."""
-    found = {}
+    cells = {}
     for name, column in columns.items():
         values = [column.scale * run.metrics[name] for run in runs if name in run.metrics]
+        if len(values) < len(runs):  # a mean of only some of them would be another number
+            cells[column.header] = ""
+            continue
+        mean = number(fmean(values), column.digits)
         error = standard_error(values)
-        mean = number(fmean(values), column.digits) if len(values) == len(runs) else ""  # not of some of them
-        found[column.header] = f"{mean} ± {number(error, column.digits)}" if mean and error else mean
-    return found
+        cells[column.header] = f"{mean} ± {number(error, column.digits)}" if error else mean
+    return cells
