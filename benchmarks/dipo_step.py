@@ -23,7 +23,7 @@ from dirl_cli.cli.build import build
 from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
-from dirl_cli.rl.batch import Group, objective_rows
+from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.types import Trajectory
 from tests.reference.expanded import dipo_sum, expand, expanded_logprobs
@@ -63,7 +63,7 @@ def model() -> DiffusionLM:
 class Case:
     """A group of answers to one prompt, and the most tokens that an answer may have."""
 
-    group: Group
+    group: TrajectoryGroup
     buffer: int
 
     @property
@@ -93,7 +93,7 @@ def case(lengths: list[int], patterns: list[list[int]]) -> Case:
         steps[: BLOCK - PROMPT % BLOCK] = [1, 2]
         token_ids = torch.randint(2, VOCABULARY - 1, (length,), generator=generator).tolist()
         trajectories.append(Trajectory(prompt, token_ids, steps, [0.0] * length, "length"))
-    return Case(Group(trajectories, torch.randn(GROUP, generator=generator).tolist()), max(BUFFER, *lengths))
+    return Case(TrajectoryGroup(trajectories, torch.randn(GROUP, generator=generator).tolist()), max(BUFFER, *lengths))
 
 
 def packed(lm: DiffusionLM, case: Case, row_tokens: int = ROW_TOKENS) -> int:

@@ -38,8 +38,8 @@ def test_the_decoding_strategy_of_the_page_reveals_two(monkeypatch, tmp_path):
 
 
 def test_the_reward_of_the_page_prefers_the_shorter_answer(tmp_path):
-    (tmp_path / "rewards.py").write_text(files(page("rl"))["rewards.py"])
-    brevity = find_reward(f"{tmp_path / 'rewards.py'}:brevity")
+    (tmp_path / "my_rewards.py").write_text(files(page("rl"))["my_rewards.py"])
+    brevity = find_reward(f"{tmp_path / 'my_rewards.py'}:brevity")
     rewards = [brevity(SimpleNamespace(completion=text, problem=Problem("1", "", ""))) for text in ("", "4", "2+2=4")]
     assert rewards == sorted(rewards, reverse=True) and rewards[0] == 1
 

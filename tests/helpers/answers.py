@@ -9,7 +9,7 @@ from torch import Tensor
 from dirl_cli.diffusion.layout import PADDING, PER_TOKEN, Rows, pack
 from dirl_cli.diffusion.states import BlockSpec, trajectory_strip
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.rl.batch import Group, objective_rows
+from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
 from dirl_cli.rl.objective import Objective
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.types import Trajectory
@@ -55,7 +55,7 @@ REWARDS = [[1.0, 0.0, 0.5], [0.0, 1.0], [1.0, 0.25], [0.0, 1.0]]
 def packed(
     lm: DiffusionLM,
     objective: Objective,
-    groups: Sequence[Group],
+    groups: Sequence[TrajectoryGroup],
     old: Tensor | None = None,
     reference: Tensor | None = None,
     correction: Tensor | None = None,
@@ -72,7 +72,7 @@ def packed(
     rows, lengths = objective_rows(
         groups, objective, TOKENS, PAD, row_tokens, train_tail, torch.Generator().manual_seed(7)
     )
-    norm = objective.norm(lengths, LONGEST)
+    norm = objective.denominator(lengths, LONGEST)
     scorer = LogprobModel(lm.model, lm.unsampled_ids)
     lm.model.zero_grad()
     sums: dict[str, float] = {}
@@ -102,7 +102,7 @@ def widened(rows: Rows, columns: int) -> Rows:
     return replace(rows, **wide, target_index=where, block_masks={})
 
 
-def prompt_lengths(groups: Sequence[Group]) -> Tensor:
+def prompt_lengths(groups: Sequence[TrajectoryGroup]) -> Tensor:
     return torch.tensor([len(one.prompt_ids) for group in groups for one in group.trajectories])
 
 

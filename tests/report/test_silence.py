@@ -96,11 +96,11 @@ def test_a_wish_to_stop_ends_an_evaluation_between_its_problems(monkeypatch, cap
     monkeypatch.setattr(held_out, "answer_text", lambda tokenizer, ids: "")
     problems = [Problem(str(i), "1+1?", "2") for i in range(5)]
     with StopSignal(accelerator) as stop:
-        asked = (problems, [[1]] * 5, lm, Decoding(), accelerator, StepProgress(5, 1, (), quiet=True), stop.apart)
+        asked = (problems, [[1]] * 5, lm, Decoding(), accelerator, StepProgress(5, 1, (), quiet=True), stop.raising)
         with pytest.raises(Interrupted):
             HeldOutEval(*asked).run(Sampler(), None)
         assert stop.received == signal.SIGTERM
     assert len(answered) == 2
     with StopSignal(accelerator) as stop:
         answered[:] = [None] * 3
-        assert HeldOutEval(*asked[:-1], stop.apart).run(Sampler(), None) == {"greedy_accuracy": 1.0}
+        assert HeldOutEval(*asked[:-1], stop.raising).run(Sampler(), None) == {"greedy_accuracy": 1.0}

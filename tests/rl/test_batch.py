@@ -10,15 +10,17 @@ from dirl_cli.cli.build import build
 from dirl_cli.diffusion.layout import SHARED, common_blocks, join_strips, pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.rl.advantages import normalised
-from dirl_cli.rl.batch import Group, fitting, joined_length, objective_rows
+from dirl_cli.rl.batch import TrajectoryGroup, fitting, joined_length, objective_rows
 from dirl_cli.rl.objective import Objective
 from tests.helpers.answers import ANSWERS, BLOCK, EIGHT, REWARDS, SIX, TOKENS, answer, assert_same, packed
 from tests.helpers.paths import ROOT
 from tests.helpers.small import MASK, PAD, small_lm
 
-GROUPS = [Group(a, normalised(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
+GROUPS = [TrajectoryGroup(a, normalised(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
 ALONE = [
-    Group([one], [worth]) for group in GROUPS for one, worth in zip(group.trajectories, group.advantages, strict=True)
+    TrajectoryGroup([one], [worth])
+    for group in GROUPS
+    for one, worth in zip(group.trajectories, group.advantages, strict=True)
 ]
 OLD = 0.3 * torch.randn(9, 10, generator=torch.Generator().manual_seed(2))
 
@@ -27,7 +29,7 @@ def algorithm(name: str, **changed) -> Objective:
     return build(OmegaConf.merge(OmegaConf.load(ROOT / "conf" / "algo" / f"{name}.yaml"), changed))
 
 
-def rows_of(groups: list[Group], row_tokens: int):
+def rows_of(groups: list[TrajectoryGroup], row_tokens: int):
     return objective_rows(groups, algorithm("dipo"), TOKENS, PAD, row_tokens, True, torch.Generator())[0]
 
 
@@ -44,16 +46,16 @@ def test_a_masked_answer_shares_its_prompt_where_that_is_whole():
 
 
 def test_full_prompt_blocks_are_laid_out_once_a_group():
-    group = Group([answer(EIGHT, 4, seed=s, steps=1) for s in range(3)], [0.0] * 3)
+    group = TrajectoryGroup([answer(EIGHT, 4, seed=s, steps=1) for s in range(3)], [0.0] * 3)
     rows = rows_of([group], row_tokens=100)
     assert rows.num_tokens == 8 + 3 * 4  # the prompt, and each answer's one noised block
     assert (rows.sequence[rows.view == 0] == SHARED).all()
-    apart = [Group([one], [0.0]) for one in group.trajectories]
+    apart = [TrajectoryGroup([one], [0.0]) for one in group.trajectories]
     assert rows_of(apart, row_tokens=100).num_tokens == 3 * (8 + 4)
 
 
 def test_the_rest_of_a_prompt_is_repeated_in_each_answer():
-    group = Group([answer(SIX, 2, seed=s, steps=1) for s in range(3)], [0.0] * 3)
+    group = TrajectoryGroup([answer(SIX, 2, seed=s, steps=1) for s in range(3)], [0.0] * 3)
     assert rows_of([group], row_tokens=100).num_tokens == 4 + 3 * 4
 
 
@@ -72,15 +74,15 @@ def test_answers_that_begin_alike_share_that_too():
     assert common_blocks(strips, BLOCK) == 12
     lm, objective = small_lm(scale=3.0), algorithm("dipo")
     assert_same(
-        packed(lm, objective, [Group([first, twin], [1.0, -0.5])], OLD)[:2],
-        packed(lm, objective, [Group([first], [1.0]), Group([twin], [-0.5])], OLD)[:2],
+        packed(lm, objective, [TrajectoryGroup([first, twin], [1.0, -0.5])], OLD)[:2],
+        packed(lm, objective, [TrajectoryGroup([first], [1.0]), TrajectoryGroup([twin], [-0.5])], OLD)[:2],
     )
 
 
 def test_the_very_same_answer_twice_counts_twice():
     lm, objective, one = small_lm(scale=3.0), algorithm("dipo"), answer(SIX, 6, seed=0)
-    twice = packed(lm, objective, [Group([one, one], [1.0, 1.0])])
-    assert_same(twice[:2], packed(lm, objective, [Group([one], [1.0])])[:2])  # the mean of two that are equal
+    twice = packed(lm, objective, [TrajectoryGroup([one, one], [1.0, 1.0])])
+    assert_same(twice[:2], packed(lm, objective, [TrajectoryGroup([one], [1.0])])[:2])  # the mean of two that are equal
 
 
 @pytest.mark.parametrize("name", ["dipo", "grpo", "gspo", "espo", "unigrpo"])
@@ -95,7 +97,7 @@ def test_micro_batches_and_padding_change_neither_loss_nor_gradient(name):
 
 def test_the_order_of_groups_and_answers_changes_nothing():
     lm, objective = small_lm(scale=3.0), algorithm("grpo")
-    turned = [Group(group.trajectories[::-1], group.advantages[::-1]) for group in GROUPS[::-1]]
+    turned = [TrajectoryGroup(group.trajectories[::-1], group.advantages[::-1]) for group in GROUPS[::-1]]
     assert_same(packed(lm, objective, turned)[:2], packed(lm, objective, GROUPS)[:2])
 
 
@@ -117,7 +119,9 @@ def test_every_scored_token_knows_its_answer_and_what_the_sampler_thought_of_it(
 
 def test_what_follows_the_stop_token_is_context_and_not_loss():
     one = answer(EIGHT, 8, seed=0, stop_at=5)
-    rows, lengths = objective_rows([Group([one], [1.0])], algorithm("dipo"), TOKENS, PAD, 100, False, torch.Generator())
+    rows, lengths = objective_rows(
+        [TrajectoryGroup([one], [1.0])], algorithm("dipo"), TOKENS, PAD, 100, False, torch.Generator()
+    )
     assert lengths == [6]
     place = rows.at_targets(rows.position) - 8
     assert torch.equal(rows.weight, (place < 6).float())

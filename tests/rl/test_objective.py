@@ -12,7 +12,7 @@ from dirl_cli.diffusion.states import Trace
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.advantages import ADVANTAGES, has_signal
-from dirl_cli.rl.batch import Group
+from dirl_cli.rl.batch import TrajectoryGroup
 from dirl_cli.rl.objective import KL, LEVELS, NORMALIZERS, Objective, ratio_of
 from dirl_cli.rl.update import corrections
 from dirl_cli.training.logprobs import trajectory_logprobs
@@ -39,9 +39,9 @@ def algorithm(name: str, **changed) -> Objective:
     return build(OmegaConf.merge(OmegaConf.load(ALGO / f"{name}.yaml"), changed))
 
 
-def groups(advantage: str = "normalised") -> list[Group]:
+def groups(advantage: str = "normalised") -> list[TrajectoryGroup]:
     worth = ADVANTAGES[advantage]
-    return [Group(a, worth(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
+    return [TrajectoryGroup(a, worth(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
 
 
 def by_formula(
@@ -148,7 +148,7 @@ def test_the_log_prob_of_a_scored_token_is_that_of_the_state_that_revealed_it():
 def test_an_importance_weight_counts_like_a_larger_advantage(level):
     lm, weights = small_lm(scale=3.0), torch.linspace(0.5, 2.0, 9)
     worth = iter(weights.tolist())
-    larger = [Group(group.trajectories, [a * next(worth) for a in group.advantages]) for group in groups()]
+    larger = [TrajectoryGroup(group.trajectories, [a * next(worth) for a in group.advantages]) for group in groups()]
     objective = algorithm("dipo", level=level)
     assert_same(packed(lm, objective, groups(), correction=weights)[:2], packed(lm, objective, larger)[:2])
 

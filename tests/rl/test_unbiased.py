@@ -21,7 +21,7 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.states import BlockSpec, Trace
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.advantages import ADVANTAGES
-from dirl_cli.rl.batch import Group, objective_rows, trained_length
+from dirl_cli.rl.batch import TrajectoryGroup, objective_rows, trained_length
 from dirl_cli.rl.objective import LEVELS, Objective
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import LogprobModel
@@ -112,7 +112,7 @@ class Enumerated:
             chance = 1.0
             for other in group[1:]:
                 chance *= chance_of[other]
-            worth[group[0]] += chance * advantage * GROUP_SIZE / objective.norm(lengths, LONGEST)
+            worth[group[0]] += chance * advantage * GROUP_SIZE / objective.denominator(lengths, LONGEST)
         return self.estimated(objective, [chance * worth[kind] for kind, chance in zip(kinds, chances, strict=True)])
 
 
@@ -133,7 +133,7 @@ def enumerated(lm_size: tuple[int, int], prompt: tuple[int, ...], decoding: Deco
         )
         for way in ways
     ]
-    everything = [Group(trajectories, [0.0] * len(trajectories))]
+    everything = [TrajectoryGroup(trajectories, [0.0] * len(trajectories))]
     tokens = BlockSpec(lm.block_size, lm.mask_token_id)
     exact = algorithm("dipo")
     assert exact.views == Trace()

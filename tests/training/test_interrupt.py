@@ -41,10 +41,10 @@ def test_a_signal_that_comes_while_processes_agree_is_heard_the_next_time(number
 def test_what_one_process_does_alone_is_given_up_at_once(number, capfd):
     reached = []
     with StopSignal(Alone(number)) as stop:
-        with pytest.raises(Interrupted), stop.alone():
+        with pytest.raises(Interrupted), stop.raising_if_alone():
             os.kill(os.getpid(), number)
             reached.append("the end")
-        with pytest.raises(Interrupted), stop.apart():  # nor is anything else begun
+        with pytest.raises(Interrupted), stop.raising():  # nor is anything else begun
             reached.append("the next")
         assert str(stop.end(0, 5, None)).startswith("stopped before the end of the first step")
     assert reached == []
@@ -55,7 +55,7 @@ def test_what_several_processes_do_together_is_finished():
     reached = []
     with StopSignal(Alone(signal.SIGTERM)) as stop:
         stop.accelerator.num_processes = 2
-        with stop.alone():
+        with stop.raising_if_alone():
             os.kill(os.getpid(), signal.SIGTERM)
             reached.append("the end")
         assert stop.received == signal.SIGTERM

@@ -226,7 +226,7 @@ def reinforce(
         report = RolloutReport(out / "rollouts" if writes else None, cfg.show_every, learns, progress)
 
         questions, decoding = pools.held_out, lm.decoding(parts.decoding)
-        held_out = HeldOutEval(questions.problems, questions.prompts, lm, decoding, accelerator, progress, stop.apart)
+        held_out = HeldOutEval(questions.problems, questions.prompts, lm, decoding, accelerator, progress, stop.raising)
         evaluation = None
         if questions.problems and learns:
             evaluation = SamplerEvaluation(held_out, sampler, reward_computer.grader)

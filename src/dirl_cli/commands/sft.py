@@ -248,7 +248,7 @@ def start(
         cfg.clip_norm,
         cfg.max_skipped,
         cfg.skip_norm,
-        stop.alone,
+        stop.raising_if_alone,
     )
 
     unseen = Padded(data.held_out, lm.block_size, lm.pad_token_id)
@@ -257,7 +257,7 @@ def start(
         validation = hold_out([unseen[i] for i in range(len(unseen))], noise, cfg.mask_rates, cfg.seed)
     questions = data.problems
     decoding = lm.decoding(parts.decoding)
-    held_out = HeldOutEval(questions.problems, questions.prompts, lm, decoding, accelerator, progress, stop.apart)
+    held_out = HeldOutEval(questions.problems, questions.prompts, lm, decoding, accelerator, progress, stop.raising)
     dtype = pick_dtype(cfg.dtype, lm.device.type)
     evaluation = None
     if validation or questions.problems:

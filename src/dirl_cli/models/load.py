@@ -69,7 +69,7 @@ class DiffusionLM:
         return self.tokenizer
 
     def decoding(self, options: Decoding) -> Decoding:
-        """The same options with the model's own block size and stop tokens where they leave them open."""
+        """The same options; a block's denoising steps default to its tokens, and stop tokens to the model's."""
         return replace(
             options,
             denoising_steps=options.denoising_steps or self.block_size,

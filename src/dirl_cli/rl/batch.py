@@ -14,7 +14,7 @@ from dirl_cli.types import Trajectory
 
 
 @dataclass(frozen=True)
-class Group:
+class TrajectoryGroup:
     """The answers to one problem, and what each is worth beside the others."""
 
     trajectories: Sequence[Trajectory]
@@ -22,7 +22,7 @@ class Group:
 
 
 def objective_rows(
-    groups: Sequence[Group],
+    groups: Sequence[TrajectoryGroup],
     objective: Objective,
     spec: BlockSpec,
     pad_id: int,
@@ -53,7 +53,8 @@ def objective_rows(
     else:
         lengths = [trained_length(trajectory) for trajectory in trajectories]
 
-    # Which answer each scored token belongs to, and which of its answer's tokens it is: (N,) each.
+    # Which answer each scored token belongs to, and which of its answer's tokens it is: (N,) each. `rows.group` numbers
+    # strips, not groups of RL: of a group too long for a row there are several.
     first_of_strip = torch.tensor([0, *accumulate(sizes)])
     sample = first_of_strip[rows.at_targets(rows.group)] + rows.at_targets(rows.sequence) - 1
     prompt_lengths = torch.tensor([len(trajectory.prompt_ids) for trajectory in trajectories])

@@ -1,9 +1,9 @@
 """What an RL objective is: views × advantage × ratio level × clip × normaliser × KL.
 
-    loss = Σ_tokens w · [ -min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) + β · k(π ‖ π_ref) ] / norm
+    loss = Σ_tokens w · [ -min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) + β · k(π ‖ π_ref) ] / denominator
 
-with ρ the probability ratio against the recorded log-probs of the same tokens in the same states. The files beside
-this one choose; each states its formula and source.
+with ρ the probability ratio against the recorded log-probs of the same tokens in the same states. The files of
+conf/algo choose; each states its formula and source.
 """
 
 from collections.abc import Callable, Sequence
@@ -90,7 +90,7 @@ class Objective:
         return {"loss": (weight * loss).sum(), "weight": weight.sum(), **watched}
 
     def weight(self, rows: Rows) -> Tensor:
-        """What each scored token counts (N,), so that the sum divided by `norm` is the normaliser's mean."""
+        """What each scored token counts (N,), so that the sum divided by `denominator` is the normaliser's mean."""
         scored = (rows.weight > 0).float()
         if self.level == "token":
             weight = rows.weight
@@ -101,19 +101,19 @@ class Objective:
             weight = scored * rows.extras["length"] / summed(scored, sample).clamp(min=1)
         return weight / rows.extras["length"] if self.normalizer == "sequence" else weight
 
-    def norm(self, lengths: Sequence[int], longest: int) -> float:
+    def denominator(self, lengths: Sequence[int], longest: int) -> float:
         """The normaliser of a global batch of answers with these numbers of tokens, at most `longest` allowed."""
-        norms = {"token": sum(lengths), "sequence": len(lengths), "constant": len(lengths) * longest}
-        return float(norms[self.normalizer])
+        denominators = {"token": sum(lengths), "sequence": len(lengths), "constant": len(lengths) * longest}
+        return float(denominators[self.normalizer])
 
 
-def at_level(level: str, difference: Tensor, rows: Rows) -> Tensor:
+def at_level(level: str, log_ratio: Tensor, rows: Rows) -> Tensor:
     """A log-ratio for each token (N,): its own, the sum over its denoising step, or its answer's weighted mean."""
     if level == "token":
-        return difference
+        return log_ratio
     if level == "step":
-        return summed(difference * (rows.weight > 0), step_index(rows))
-    return summed(rows.weight * difference, rows.extras["sample"]) / rows.extras["length"]
+        return summed(log_ratio * (rows.weight > 0), step_index(rows))
+    return summed(rows.weight * log_ratio, rows.extras["sample"]) / rows.extras["length"]
 
 
 def step_index(rows: Rows) -> Tensor:

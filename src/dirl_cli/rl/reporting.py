@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dirl_cli.report.progress import StepProgress, due
 from dirl_cli.rl.rollout_metrics import answer_table, records
-from dirl_cli.rl.rollouts import Answers
+from dirl_cli.rl.rollouts import Group
 from dirl_cli.rollout.storage import rollout_path, write_rollout
 
 REMEDIES = (
@@ -31,8 +31,8 @@ class RolloutReport:
     progress: StepProgress
     without_signal: int = 0  # steps in a row
 
-    def step(self, step: int, groups: Sequence[Answers], sampled: Sequence[Answers]) -> None:
-        """Report step `step` (from 1). groups: those learned from, with their advantages."""
+    def write(self, step: int, groups: Sequence[Group], sampled: Sequence[Group]) -> None:
+        """Write and show step `step` (from 1). groups: those learned from, with their advantages."""
         if self.directory:
             write_rollout(rollout_path(self.directory, step), records(groups, sampled))
         self.without_signal = 0 if any_advantage(groups) else self.without_signal + 1
@@ -42,12 +42,12 @@ class RolloutReport:
             self.progress.console.print(answer_table(groups or sampled, step))
 
 
-def any_advantage(groups: Sequence[Answers]) -> bool:
+def any_advantage(groups: Sequence[Group]) -> bool:
     """Whether any answer is worth more or less than the others to its problem."""
     return any(record.advantage for record in chain.from_iterable(groups))
 
 
-def why_without_signal(groups: Sequence[Answers]) -> str:
+def why_without_signal(groups: Sequence[Group]) -> str:
     """Why there is nothing to learn from these groups, and what to change."""
     answers = list(chain.from_iterable(groups))
     if not answers:
@@ -61,5 +61,5 @@ def why_without_signal(groups: Sequence[Answers]) -> str:
     return "the answers to each problem are all right or all wrong: raise rl.group_size or decoding.temperature"
 
 
-def rewards_differ(group: Answers) -> bool:
+def rewards_differ(group: Group) -> bool:
     return len({record.reward for record in group}) > 1

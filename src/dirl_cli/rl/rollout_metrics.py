@@ -8,11 +8,11 @@ from statistics import fmean
 from rich.table import Table
 from rich.text import Text
 
-from dirl_cli.rl.rollouts import Answers
+from dirl_cli.rl.rollouts import Group
 from dirl_cli.rollout.storage import Record
 
 
-def rollout_metrics(sampled: Sequence[Answers], groups: Sequence[Answers], group_size: int) -> dict[str, float]:
+def rollout_metrics(sampled: Sequence[Group], groups: Sequence[Group], group_size: int) -> dict[str, float]:
     """Means over a step's answers, before the filter and after it (`kept_…`).
 
     kept: the share of sampled groups with a signal. excluded: how many of `group_size` answers to each problem have
@@ -47,11 +47,11 @@ def rollout_metrics(sampled: Sequence[Answers], groups: Sequence[Answers], group
     return metrics
 
 
-def was_kept(group: Answers) -> bool:
+def was_kept(group: Group) -> bool:
     return any(record.kept for record in group)
 
 
-def records(groups: Sequence[Answers], sampled: Sequence[Answers]) -> list[Record]:
+def records(groups: Sequence[Group], sampled: Sequence[Group]) -> list[Record]:
     """What a step learned from, then what it sampled besides, be it for a later step."""
     learned_from = list(chain.from_iterable(groups))
     used = {id(record.trajectory) for record in learned_from}
@@ -59,7 +59,7 @@ def records(groups: Sequence[Answers], sampled: Sequence[Answers]) -> list[Recor
     return learned_from + [replace(record, kept=False) for record in unused]
 
 
-def answer_table(groups: Sequence[Answers], step: int, rows: int = 3) -> Table:
+def answer_table(groups: Sequence[Group], step: int, rows: int = 3) -> Table:
     """A few sampled answers with their rewards, the worst and the best of each of the first groups."""
     table = Table(title=f"step {step}", title_justify="left", show_lines=True)
     for column in ("question", "answer", "reward"):

@@ -23,7 +23,7 @@ from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.rollout.storage import Record, from_json, read_lines, require_learnable, rollout_files, to_json
 from dirl_cli.types import Decoding, Problem
 
-Answers = list[Record]  # the group of one problem: the answers to it, with what they earned
+Group = list[Record]  # the group of one problem: the answers to it, with what they earned
 Indexed = tuple[int, Record]  # an answer, and where in the endless order its problem stands
 
 
@@ -36,8 +36,8 @@ class RolloutState:
     """
 
     drawn: int = 0
-    surplus: list[Answers] = field(default_factory=list)
-    ahead: list[Answers] = field(default_factory=list)
+    surplus: list[Group] = field(default_factory=list)
+    ahead: list[Group] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return {"drawn": self.drawn, "surplus": groups_to_json(self.surplus), "ahead": groups_to_json(self.ahead)}
@@ -47,11 +47,11 @@ class RolloutState:
         return RolloutState(saved["drawn"], groups_from_json(saved["surplus"]), groups_from_json(saved["ahead"]))
 
 
-def groups_to_json(groups: Sequence[Answers]) -> list[list[dict[str, Any]]]:
+def groups_to_json(groups: Sequence[Group]) -> list[list[dict[str, Any]]]:
     return [list(map(to_json, group)) for group in groups]
 
 
-def groups_from_json(groups: list[list[dict[str, Any]]]) -> list[Answers]:
+def groups_from_json(groups: list[list[dict[str, Any]]]) -> list[Group]:
     return [list(map(from_json, group)) for group in groups]
 
 
@@ -70,7 +70,7 @@ class RolloutSource(Protocol):
         """Whether the answers or their rewards are on no disk yet."""
         ...
 
-    def collect(self, step: int) -> tuple[list[Answers], list[Answers]]:
+    def collect(self, step: int) -> tuple[list[Group], list[Group]]:
         """The groups that step `step` (from 0) learns from, and all that were sampled for it; moves `state` on.
 
         Where it is interrupted, `state` is what it was.
@@ -114,7 +114,7 @@ class RolloutSampler:
     def answers_per_problem(self) -> int:
         return self.group_size
 
-    def collect(self, step: int) -> tuple[list[Answers], list[Answers]]:
+    def collect(self, step: int) -> tuple[list[Group], list[Group]]:
         """See `RolloutSource.collect`; groups left over from earlier steps come first."""
         drawn = self.state.drawn
         prefetched = self.state.ahead
@@ -130,11 +130,11 @@ class RolloutSampler:
             prefetched = []
 
             for group in groups:
-                has_signal = group_has_signal(group, self.filter)
-                group = [replace(record, kept=has_signal) for record in group]
-                sampled.append(group)
-                if has_signal:
-                    selected.append(group)
+                is_kept = group_has_signal(group, self.filter)
+                marked = [replace(record, kept=is_kept) for record in group]
+                sampled.append(marked)
+                if is_kept:
+                    selected.append(marked)
 
         # Set at the end alone: a rollout that is interrupted has not happened.
         self.state = RolloutState(drawn, selected[self.problems :], prefetched)
@@ -143,7 +143,7 @@ class RolloutSampler:
     def epochs(self) -> dict[str, float]:
         return epochs(self.order, self.sources, self.state.drawn)
 
-    def sample(self, indices: range, step: int, round_number: int) -> list[Answers]:
+    def sample(self, indices: range, step: int, round_number: int) -> list[Group]:
         """The answers to some problems of the endless order, of which every process samples its share."""
         return self.gather(list(self.sample_share(indices, step, round_number)), indices)
 
@@ -155,12 +155,12 @@ class RolloutSampler:
         with self.accelerator.autocast():
             yield from self.answers(own_indices, step, round_number)
 
-    def gather(self, own_answers: list[Indexed], indices: range) -> list[Answers]:
+    def gather(self, own_answers: list[Indexed], indices: range) -> list[Group]:
         """Every process's answers as groups, in the order of their problems and samples."""
         answers = own_answers
         if self.accelerator.num_processes > 1:
             answers = gather_object(own_answers)
-        groups: dict[int, Answers] = {index: [] for index in indices}
+        groups: dict[int, Group] = {index: [] for index in indices}
         for index, record in answers:
             groups[index].append(record)
 
@@ -183,14 +183,15 @@ class RolloutSampler:
         tokenizer = self.lm.require_tokenizer()
         waiting: dict[tuple[int, int], Record] = {}  # for their rewards
 
-        def finished() -> Iterator[tuple[tuple[int, int], Answer]]:
+        def sampled_answers() -> Iterator[tuple[tuple[int, int], Answer]]:
             for i, sample, trajectory in self.sampler.stream(prompts, self.group_size, self.decoding, seeds=seeds):
                 text = answer_text(tokenizer, trajectory.completion_ids)
                 waiting[i, sample] = Record(problems[i], sample, text, trajectory)
                 longest, block_size = self.decoding.max_new_tokens, self.lm.block_size
                 yield (i, sample), Answer.of(problems[i], trajectory, text, longest, block_size)
 
-        for key, result in self.reward_computer.compute(finished()):
+        # `compute` draws from the answers, so that sampling goes on while earlier answers are graded.
+        for key, result in self.reward_computer.compute(sampled_answers()):
             record = waiting.pop(key)
             if result is not None:
                 yield indices[key[0]], with_reward(record, result)
@@ -213,12 +214,12 @@ class RolloutReplay:
     def is_new(self) -> bool:
         return self.rescorer is not None
 
-    def collect(self, step: int) -> tuple[list[Answers], list[Answers]]:
+    def collect(self, step: int) -> tuple[list[Group], list[Group]]:
         """See `RolloutSource.collect`.
 
         Raises DirlError, with file and line, for an answer that nothing can be learned from.
         """
-        groups: list[Answers] = []
+        groups: list[Group] = []
         for line, record in read_lines(self.files[step + 1]):
             require_learnable(line, record.trajectory, self.lm)
             if not self.rescorer:
@@ -245,7 +246,7 @@ class Rescorer:
     longest: int
     block_size: int
 
-    def reward(self, groups: Sequence[Answers]) -> list[Answers]:
+    def reward(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with their new rewards, without answers that have none and groups that have no answer."""
         results = dict(self.reward_computer.compute(self._answers(groups)))
         rewarded_groups = []
@@ -259,7 +260,7 @@ class Rescorer:
                 rewarded_groups.append(rewarded)
         return rewarded_groups
 
-    def _answers(self, groups: Sequence[Answers]) -> Iterator[tuple[tuple[int, int], Answer]]:
+    def _answers(self, groups: Sequence[Group]) -> Iterator[tuple[tuple[int, int], Answer]]:
         for i, group in enumerate(groups):
             for k, record in enumerate(group):
                 problem, trajectory, text = record.problem, record.trajectory, record.completion
@@ -287,7 +288,7 @@ def rollouts_of(directory: Path, steps: int) -> dict[int, Path]:
     return files
 
 
-def group_has_signal(group: Answers, rule: str) -> bool:
+def group_has_signal(group: Group, rule: str) -> bool:
     """Whether a group is worth learning from; see `has_signal`."""
     rewards = [record.reward or 0.0 for record in group]
     return len(group) > 0 and has_signal(rewards, [record.correct for record in group], rule)
@@ -302,7 +303,7 @@ def continues(last: Record, record: Record) -> bool:
     return record.problem == last.problem and record.sample > last.sample and record.kept == last.kept
 
 
-def add_advantages(groups: Sequence[Answers], advantage: Advantage) -> list[Answers]:
+def add_advantages(groups: Sequence[Group], advantage: Advantage) -> list[Group]:
     """The groups with each answer's advantage over the others to its problem."""
     with_advantages = []
     for group in groups:

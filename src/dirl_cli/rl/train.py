@@ -22,7 +22,8 @@ def train(
     """Take the steps that are left of a run. learns: False samples and writes rollouts, and updates nothing."""
     for step in run.remaining_steps(evaluation):
         # Rollout: G answers to each of P problems, rewarded. Groups without a signal make way for other problems.
-        with run.trainer.times("rollout"), run.showing("rollout"), run.stop.alone():
+        # Where the run is asked to stop, a rollout is given up; an update that has begun is finished.
+        with run.timed("rollout"), run.showing("rollout"), run.stop.raising_if_alone():
             groups, sampled = rollouts.collect(step)
         groups = add_advantages(groups, ADVANTAGES[update.objective.advantage])
         metrics = rollout_metrics(sampled, groups, rollouts.answers_per_problem) | rollouts.epochs()
@@ -36,5 +37,5 @@ def train(
             update.publish(sampler)
 
         # Report, evaluate and save where it is due; stop where it was asked for.
-        report.step(step + 1, groups, sampled)
+        report.write(step + 1, groups, sampled)
         run.end_of_step(metrics)

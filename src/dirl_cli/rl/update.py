@@ -13,9 +13,9 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import FullFinetune, Peft
-from dirl_cli.rl.batch import Group, objective_rows
+from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
 from dirl_cli.rl.objective import Objective, k3, ratio_of
-from dirl_cli.rl.rollouts import Answers
+from dirl_cli.rl.rollouts import Group
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.parallel import reshard, unsharded
@@ -28,7 +28,7 @@ class MiniBatch:
     """What one optimizer step learns from."""
 
     micro_batches: list[Rows]
-    norm: float
+    denominator: float  # of the loss: see `Objective.denominator`
 
     @property
     def num_tokens(self) -> int:
@@ -59,7 +59,7 @@ class PolicyUpdate:
     seed: int
     peft: Peft = FullFinetune()
 
-    def run(self, groups: Sequence[Answers], step: int) -> dict[str, float]:
+    def run(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Learn from the groups of step `step` (from 0); returns the mean metrics of the optimizer steps.
 
         staleness: optimizer steps since the answers were sampled.
@@ -74,18 +74,18 @@ class PolicyUpdate:
         sums: list[dict[str, float]] = []  # of each optimizer step
         for _ in range(self.epochs):
             for batch in batches:
-                compares = not sums and self.objective.is_exact
-                loss = mismatch.loss if compares else self.objective.loss
-                sums.append(self.trainer.step(batch.micro_batches, loss, batch.norm))
+                is_first = not sums
+                loss = mismatch.loss if is_first and self.objective.is_exact else self.objective.loss
+                sums.append(self.trainer.step(batch.micro_batches, loss, batch.denominator))
 
-        metrics = self.mismatch_metrics(sums[0], mismatch)
+        metrics = self.take_mismatch(sums[0], mismatch)
         metrics |= mean_metrics(sums)
         versions = [record.trajectory.weights_version for record in chain.from_iterable(groups)]
         metrics["staleness"] = version - fmean(versions)
         metrics["token_forwards"] = sum(batch.num_tokens for batch in batches)
         return metrics
 
-    def mismatch_metrics(self, sums: dict[str, float], mismatch: "Mismatch") -> dict[str, float]:
+    def take_mismatch(self, sums: dict[str, float], mismatch: "Mismatch") -> dict[str, float]:
         """How far the sampler was from the trainer at the first optimizer step, whose sums lose what they had of it."""
         compared = sums.pop("compared", 0.0)  # tokens
         mean, kl = sums.pop("mismatch_mean", 0.0), sums.pop("mismatch_kl", 0.0)
@@ -98,12 +98,12 @@ class PolicyUpdate:
         """Give the sampler the policy's weights as they are now. Every process has to call."""
         sampler.update_weights(unsharded(self.peft.pushed(self.lm)), self.trainer.steps_taken)
 
-    def make_minibatch(self, groups: Sequence[Answers], step: int, number: int) -> MiniBatch:
+    def make_minibatch(self, groups: Sequence[Group], step: int, number: int) -> MiniBatch:
         """Rows in the objective's views with all that it asks of each token."""
         annotated = []
         for group in groups:
             advantages = [record.advantage or 0.0 for record in group]
-            annotated.append(Group([record.trajectory for record in group], advantages))
+            annotated.append(TrajectoryGroup([record.trajectory for record in group], advantages))
         with self.trainer.times("rows"):
             rows, lengths = objective_rows(
                 annotated,
@@ -126,7 +126,7 @@ class PolicyUpdate:
 
         if self.reference is not None:
             micro_batches = self.add_logprobs(micro_batches, self.reference, "ref_logprobs")
-        return MiniBatch(micro_batches, self.objective.norm(lengths, self.longest))
+        return MiniBatch(micro_batches, self.objective.denominator(lengths, self.longest))
 
     def add_importance_weights(self, rows: Rows) -> Rows:
         """The rows with the weights that make up for a sampler that was not the trainer; see `corrections`."""
@@ -159,7 +159,7 @@ class PolicyUpdate:
         return annotated
 
 
-def split_evenly(groups: Sequence[Answers], mini_batches: int) -> list[Sequence[Answers]]:
+def split_evenly(groups: Sequence[Group], mini_batches: int) -> list[Sequence[Group]]:
     """The groups in order, in as many mini-batches, or as many as there are groups; sizes differ by one at most."""
     count = min(mini_batches, len(groups))
     edges = [i * len(groups) // count for i in range(count + 1)]

@@ -23,7 +23,7 @@ def train(
 
         # The step's demonstrations, freshly masked and packed into rows (1, T). Annealing may add them once more as a
         # causal model learns them.
-        with trainer.times("rows"):
+        with run.timed("rows"):
             masked_rows, answer_tokens = batches[step]
             causal_rows = annealing.causal_rows(batches.demonstrations(step), batches.noise(step))
             micro_batches = []

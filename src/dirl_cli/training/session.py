@@ -1,7 +1,7 @@
 """What fine-tuning and reinforcement do around their steps: show, evaluate, log, save, go on, and stop when asked."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -125,6 +125,10 @@ class Session:
         while self.step < self.steps:
             torch.manual_seed(self.seed + self.step)  # for models with dropout
             yield self.step
+
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        """Count the time under a phase."""
+        return self.trainer.times(phase)
 
     @contextmanager
     def showing(self, phase: str = "") -> Iterator[None]:

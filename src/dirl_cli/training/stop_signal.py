@@ -42,7 +42,7 @@ class StopSignal:
             raise Interrupted(number)
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def raising(self) -> Iterator[None]:
         """Inside, a wish to stop raises Interrupted. Only for what waits for no other process and changes nothing."""
         if self.received:
             raise Interrupted(self.received)
@@ -53,12 +53,12 @@ class StopSignal:
             self.raises = False
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """As `apart` in a run of one process; where there are several, which wait for each other, it waits too."""
+    def raising_if_alone(self) -> Iterator[None]:
+        """As `raising` in a run of one process; where there are several, which wait for each other, it waits too."""
         if self.accelerator.num_processes > 1:
             yield
         else:
-            with self.apart():
+            with self.raising():
                 yield
 
     def __bool__(self) -> bool:
