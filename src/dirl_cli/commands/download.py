@@ -23,7 +23,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.hub import File, Repository
 
 KINDS: dict[str, hub.Kind] = {"model": "model", "data": "dataset", "bench": "dataset"}
-AT_ONCE = 8  # files
+CONNECTIONS = 8  # files that are fetched side by side
 GO_ON = "then the same command goes on from what is here"
 REFUSALS = {
     401: "the Hub does not know your token: `hf auth login` with another, or correct HF_TOKEN",
@@ -39,39 +39,46 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     hub_logging.set_verbosity_error()  # its retries show as a pause, and the last failure is told
     console = PlainConsole(file=sys.stdout, soft_wrap=True)
     to = Path(cfg.to) if cfg.to else None
-    asked = list(dict.fromkeys(requested_repositories(cfg)))  # each once
-    if packaged := cfg.model is not None and cfg.model.get("package"):
+    requests = list(dict.fromkeys(requested_repositories(cfg)))  # each once
+    is_packaged = cfg.model is not None and cfg.model.get("package")
+    if is_packaged:
         convert_packaged_model(cfg, console)
-    if not asked:
-        if packaged:
+    if not requests:
+        if is_packaged:
             return
         raise DirlError("name what to download, such as model=sdar8b, bench=all, data=bigmath or OWNER/NAME")
-    repositories, missing = [], 0
-    for kind, repo_id in asked:
+
+    # Look at all of them before any is fetched, so that a name that is wrong or a full disk is told at once.
+    repositories = []
+    missing_bytes = 0
+    for kind, repo_id in requests:
         if not to and Path(repo_id).exists():
             raise DirlError(f"{repo_id} is here, and commands read it: there is nothing to download")
         with explain_hub_errors(repo_id, kind):
-            repository = require_loadable(
-                hub.inspect_repository(repo_id, kind, to / repo_id if to and len(asked) > 1 else to)
-            )
+            directory = to / repo_id if to and len(requests) > 1 else to  # several cannot share one
+            repository = hub.inspect_repository(repo_id, kind, directory)
+            require_loadable(repository)
         console.print(format_repository(repository))
         if cfg.dry_run:
             console.print(*map(format_file, repository.files), sep="\n")
         repositories.append(repository)
-        missing += sum(file.size - file.bytes_here for file in repository.files)
-    console.print(room_for(missing, to or Path(constants.HF_HUB_CACHE)))
+        missing_bytes += sum(file.size - file.bytes_here for file in repository.files)
+    console.print(room_for(missing_bytes, to or Path(constants.HF_HUB_CACHE)))
     if cfg.dry_run:
         return
+
+    # Large files by our own downloads, which go on where they were cut off; the small ones by huggingface_hub.
     for repository in repositories:
         with explain_hub_errors(repository.id, repository.kind):
-            fetch_all([file for file in repository.files if file.sha256 and not file.is_here], console)
+            large = [file for file in repository.files if file.sha256 and not file.is_here]
+            fetch_all(large, console)
             hub.snapshot(repository.id, repository.kind, repository.to)
         console.print(f"{repository.id} is in {repository.directory}")
     console.print(*(f"Next: {command}" for command in next_commands(repositories)), sep="\n")
 
 
 def convert_packaged_model(cfg: DictConfig, console: PlainConsole) -> None:
-    """Make the model that an installed package brings, where it is not there yet."""
+    """Convert the model that an installed package brings, unless it is converted already."""
     from dirl_cli.models.from_causal import convert_gguf
 
     directory = Path(cfg.to or cfg.model.path)
@@ -80,34 +87,40 @@ def convert_packaged_model(cfg: DictConfig, console: PlainConsole) -> None:
     state = "is to be in" if cfg.dry_run else "is in"
     console.print(f"{cfg.model.name} {state} {directory}")
     # What it can do at once, a token at a time; to learn blocks, it wants data and a recipe (docs/smollm2.md).
-    place = f" model.path={directory}" if cfg.to else ""
-    as_it_is = f"model={cfg.model.name}{place} model.block_size=1 decoding=sequential"
-    console.print(f"Next: dirl generate {as_it_is} prompt='What is the capital of France?'")
+    path = f" model.path={directory}" if cfg.to else ""
+    overrides = f"model={cfg.model.name}{path} model.block_size=1 decoding=sequential"
+    console.print(f"Next: dirl generate {overrides} prompt='What is the capital of France?'")
 
 
 def requested_repositories(cfg: DictConfig) -> Iterator[tuple[hub.Kind, str]]:
-    """The kind and the id of each repository that is asked for."""
+    """The kind and the id of each repository that the command line names, by a choice or by its id.
+
+    Raises DirlError for a choice without a repository, and for an id that a choice should name.
+    """
     choices = hub.configured_repositories()
     for group in filter(cfg.get, KINDS):
         choice = cfg[group]
         if choice.get("package"):
             continue  # it comes from a package
         if "each" in choice:  # of bench=all
-            words = (f"{group}={name}" for name in choice.each)
-            yield from ((KINDS[group], choices[word]) for word in words if word in choices)
+            for name in choice.each:
+                repo_id = choices.get(f"{group}={name}")
+                if repo_id:
+                    yield KINDS[group], repo_id
         elif "path" in choice:
             yield KINDS[group], choice.path
         else:
             raise DirlError(f"{group}={choice.name} names no repository of the Hub: there is nothing to download")
     for word in cfg.ids:
         repo_id = word.removeprefix(f"{constants.ENDPOINT}/")
-        if near := [choice for choice in choices if choice.endswith(f"={repo_id}")]:
-            raise DirlError(f"{repo_id}: did you mean {' or '.join(near)}?")
+        meant = [choice for choice in choices if choice.endswith(f"={repo_id}")]
+        if meant:
+            raise DirlError(f"{repo_id}: did you mean {' or '.join(meant)}?")
         yield "dataset" if repo_id.startswith("datasets/") else "model", repo_id.removeprefix("datasets/")
 
 
-def require_loadable(repository: Repository) -> Repository:
-    """The repository, if it holds what can be loaded."""
+def require_loadable(repository: Repository) -> None:
+    """Raises DirlError for a repository without files in a format that is loaded here."""
     suffixes = {Path(file.name).suffix for file in repository.files}
     if repository.kind == "model" and ".safetensors" not in suffixes:
         raise DirlError(
@@ -116,51 +129,67 @@ def require_loadable(repository: Repository) -> Repository:
         )
     if not suffixes & {".safetensors", ".json", ".jsonl", ".gz", ".parquet"}:
         raise DirlError(f"{repository.id} holds no JSON, JSONL or Parquet file: take another data set")
-    return repository
 
 
 def format_repository(repository: Repository) -> str:
     """Such as: OWNER/NAME: 12 files, 16.4 GB, 3.2 GB of it here."""
-    total, here = sum(file.size for file in repository.files), sum(file.bytes_here for file in repository.files)
-    state = "all here" if here == total else f"{decimal(here)} of it here" if here else "none of it here"
+    total = sum(file.size for file in repository.files)
+    here = sum(file.bytes_here for file in repository.files)
+    if here == total:
+        state = "all here"
+    else:
+        state = f"{decimal(here)} of it here" if here else "none of it here"
     return f"{repository.id}: {len(repository.files)} files, {decimal(total)}, {state}"
 
 
 def format_file(file: File) -> str:
-    state = "  (here)" if file.is_here else f"  ({decimal(file.bytes_here)} of it here)" if file.bytes_here else ""
+    """Such as: 1.2 GB  model.safetensors  (300 MB of it here)."""
+    state = ""
+    if file.is_here:
+        state = "  (here)"
+    elif file.bytes_here:
+        state = f"  ({decimal(file.bytes_here)} of it here)"
     return f"  {decimal(file.size):>9}  {file.name}{state}"
 
 
-def room_for(missing: int, place: Path) -> str:
-    """What is to be fetched beside what is free; raises DirlError where it does not fit."""
-    there = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if missing > free:
+def room_for(missing_bytes: int, directory: Path) -> str:
+    """A line on what is to be fetched and what is free. Raises DirlError where it does not fit."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if missing_bytes > free:
         raise DirlError(
-            f"{decimal(missing)} are to be fetched and {decimal(free)} are free in {there}: make room, or give another"
-            " disk with --to DIR or HF_HOME"
+            f"{decimal(missing_bytes)} are to be fetched and {decimal(free)} are free in {existing}: make room, or give"
+            " another disk with --to DIR or HF_HOME"
         )
-    return f"{decimal(missing)} to fetch, {decimal(free)} free in {there}" if missing else "Nothing to fetch"
+    if not missing_bytes:
+        return "Nothing to fetch"
+    return f"{decimal(missing_bytes)} to fetch, {decimal(free)} free in {existing}"
 
 
 def fetch_all(files: Sequence[File], console: PlainConsole) -> None:
-    """Fetch files side by side; a live bar in a terminal, ten plain lines elsewhere tell how far they are."""
-    files = list({file.partial: file for file in files}.values())  # of twins one
+    """Fetch files side by side; a live bar in a terminal, ten plain lines elsewhere show how far they are."""
+    files = list({file.partial: file for file in files}.values())  # of two with the same content one
     if not files:
         return
-    total, started = sum(file.size for file in files), time.perf_counter()
-    before = here = sum(file.bytes_here for file in files)
+    total = sum(file.size for file in files)
+    before = sum(file.bytes_here for file in files)  # bytes
+    here = before
+    started = time.perf_counter()
+
     columns = [BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True)]
     live = console.is_terminal
     with (
         Progress(*columns, TextColumn("left"), console=console, transient=True, disable=not live) as bar,
-        ThreadPool(AT_ONCE) as pool,  # of daemons: Ctrl-C does not wait for them
+        ThreadPool(CONNECTIONS) as pool,  # of daemons: Ctrl-C does not wait for them
     ):
         task = bar.add_task("", total=total, completed=before)
         result = pool.map_async(hub.fetch, files, chunksize=1)
         while not result.ready():
             result.wait(0.2)
-            tenths, here = 10 * here // total, sum(file.bytes_here for file in files)
+            tenths = 10 * here // total
+            here = sum(file.bytes_here for file in files)
             bar.update(task, completed=here)
             if not live and 10 * here // total > tenths:
                 speed = (here - before) / (time.perf_counter() - started)
@@ -169,18 +198,24 @@ def fetch_all(files: Sequence[File], console: PlainConsole) -> None:
 
 
 def next_commands(repositories: Sequence[Repository]) -> Iterator[str]:
-    """What to type next, with what was downloaded in its place."""
-    words: dict[str, list[str]] = {}
+    """The commands that use what was downloaded."""
+    words: dict[str, list[str]] = {}  # overrides by group
     for repository in repositories:
-        choice, to = hub.download_argument(repository.id, repository.kind), repository.to
-        if "=" not in choice:
-            choice, to = f"{'model' if repository.kind == 'model' else 'data'}={to or repository.id}", None
+        choice = hub.download_argument(repository.id, repository.kind)
+        to = repository.to
+        if "=" not in choice:  # no config of ours names it
+            key = "model" if repository.kind == "model" else "data"
+            choice = f"{key}={to or repository.id}"
+            to = None
         group = choice.partition("=")[0]
         if group == "data":
             command = "rl" if repository.id.endswith("-RL") else "sft"
         if group == "bench" and group in words and not to:
             choice = "bench=all"
-        words[group] = [choice, *([f"{group}.path={to}"] if to else [])]
+        words[group] = [choice]
+        if to:
+            words[group].append(f"{group}.path={to}")
+
     model, data, bench = (words.get(group, []) for group in KINDS)
     model = model or ["model=sdar8b"]
     if data:
@@ -191,7 +226,7 @@ def next_commands(repositories: Sequence[Repository]) -> Iterator[str]:
 
 @contextmanager
 def explain_hub_errors(repo_id: str, kind: hub.Kind) -> Iterator[None]:
-    """Tell what may go wrong on the way from the Hub to the disk in one sentence with its remedy."""
+    """Raise what goes wrong between the Hub and the disk as a DirlError: one sentence with its remedy."""
     try:
         yield
     except errors.HFValidationError as error:

@@ -53,6 +53,7 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
     from dirl_cli.evaluation.questions import sample
     from dirl_cli.models.load import DiffusionLM, fingerprint
 
+    # Parts: all of them are checked before the model takes its time to load.
     processes = Processes(cfg.gpus * cfg.nodes, cfg.device)
     console.quiet = not processes.is_first
     problems = gradable(cfg.bench.name, problems, remarks)
@@ -65,32 +66,37 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
     instruction = build(cfg.instruction, Instruction)
     prompts = encode_problems(tokenizer, problems, instruction, lm.longest_prompt)
 
+    # Resume: answers that an earlier start left count, if they came from the same weights, prompts and problems.
     probe = encode_problems(tokenizer, [PROBE], instruction, lm.longest_prompt)
     source = {"weights": fingerprint(lm.model), "prompts": hash_values(probe), "problems": digests(problems)}
     if processes.is_first:
         require_same(out / SOURCE, source)
         drop_torn_line(out / ANSWERS)
     processes.wait()
-    known = requested_answers(read_answers(out / ANSWERS), problems, cfg.samples)
+    earlier = requested_answers(read_answers(out / ANSWERS), problems, cfg.samples)
     processes.wait()  # nobody appends before all have read
-    runs = list(missing([problem.id for problem in problems], cfg.samples, {(a.problem, a.sample) for a in known}))
-    if known and runs:
-        console.print(f"continue after {len(known)} answers in {out / ANSWERS}", soft_wrap=True)
+    finished = {(answer.problem, answer.sample) for answer in earlier}
+    runs = list(missing([problem.id for problem in problems], cfg.samples, finished))
+    if earlier and runs:
+        console.print(f"continue after {len(earlier)} answers in {out / ANSWERS}", soft_wrap=True)
+
+    # Sample and grade this process's share, split by prompt tokens.
     costs = [len(prompts[run.problem_index]) * (run.end - run.first) for run in runs]
     runs = [runs[i] for i in split_by_cost(costs, processes.count)[processes.rank]]
-    total = len(known) + sum(run.end - run.first for run in runs)
+    total = len(earlier) + sum(run.end - run.first for run in runs)
     try:
         with Grader(cfg.grade_workers, cfg.grade_timeout) as grader, AnswerLog(out / ANSWERS) as log:
             sampled = sample(engine.start(lm), prompts, runs, decoding)
             answers = graded(sampled, problems, partial(answer_text, tokenizer), grader)
-            for answer in tracked(answers, known, total, console, processes.count):
+            for answer in tracked(answers, earlier, total, console, processes.count):
                 log.append(answer)
             print_ungraded(grader)
-    except KeyboardInterrupt as asked:
-        finished = len(requested_answers(read_answers(out / ANSWERS), problems, cfg.samples))
-        left = f"{finished} of {len(problems) * cfg.samples} answers are in {out / ANSWERS}"
-        raise Stopped(f"stopped: {left}, and the same command goes on", stop_code(asked)) from None
+    except KeyboardInterrupt as interrupt:
+        count = len(requested_answers(read_answers(out / ANSWERS), problems, cfg.samples))
+        state = f"{count} of {len(problems) * cfg.samples} answers are in {out / ANSWERS}"
+        raise Stopped(f"stopped: {state}, and the same command goes on", stop_code(interrupt)) from None
 
+    # The first process reports, from the file that all have appended to.
     processes.wait()
     if processes.is_first:
         facts = {
@@ -112,13 +118,16 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
 
 def grade_predictions(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:
     """Grade the answers in cfg.predictions: verdicts go to `out`/graded.jsonl in the file's order."""
-    place = {problem.id: i for i, problem in enumerate(problems)}
-    answers = read_predictions(((row.location, row.fields) for row in read_rows(cfg.predictions)), problems)
+    index = {problem.id: i for i, problem in enumerate(problems)}
+    rows = ((row.location, row.fields) for row in read_rows(cfg.predictions))
+    answers = read_predictions(rows, problems)
     problems = gradable(cfg.bench.name, problems, remarks)
-    known = {problem.id for problem in problems}
-    answers = [answer for answer in answers if answer.problem in known]
+    gradable_ids = {problem.id for problem in problems}
+    answers = [answer for answer in answers if answer.problem in gradable_ids]
     if not answers:
         raise DirlError(f"{cfg.predictions} answers no problem that has a reference answer: check bench")
+
+    # Verdicts come in any order, and are written in the file's.
     began = time.perf_counter()
     with Grader(cfg.grade_workers, cfg.grade_timeout) as grader:
         reached = tracked(regraded(answers, problems, grader), [], len(answers), console)
@@ -126,13 +135,15 @@ def grade_predictions(cfg: DictConfig, out: Path, problems: Sequence[Problem], r
         print_ungraded(grader)
     seconds = time.perf_counter() - began
     answers = [verdicts[answer.problem, answer.sample] for answer in answers]
-    lines = ({"index": place[answer.problem], "correct": answer.correct} for answer in answers)
+
+    lines = ({"index": index[answer.problem], "correct": answer.correct} for answer in answers)
     write_text(out / "graded.jsonl", (json.dumps(line) + "\n" for line in lines))
     write_text(out / ANSWERS, (json.dumps(asdict(answer)) + "\n" for answer in answers))
     write_json(out / SOURCE, {"problems": digests(problems)})
     conclude(cfg, out, cfg.predictions, answers, problems, {"predictions": cfg.predictions})
-    if silent := len(known - {answer.problem for answer in answers}):
-        console.print(f"{silent} of {len(problems)} problems have no answer in the file and do not count")
+    unanswered = len(gradable_ids - {answer.problem for answer in answers})
+    if unanswered:
+        console.print(f"{unanswered} of {len(problems)} problems have no answer in the file and do not count")
     speed = f"{len(answers):,} answers graded in {seconds:.1f} s, {len(answers) / seconds:,.0f} a second"
     console.print(f"{speed} · {out / 'graded.jsonl'} · {out / CARD}", soft_wrap=True)
 
@@ -145,8 +156,12 @@ def conclude(
     problems: Sequence[Problem],
     facts: dict[str, Any],
 ) -> Metrics:
-    """Write the card and draw the table of these answers by `name`; facts: what else the card says of them."""
-    overall, subsets = measure(answers), measure_subsets(answers, problems)
+    """Write the card of an evaluation and print its table. Returns the metrics over all problems.
+
+    name: of the model, or of the file that the answers come from. facts: what else the card says of them.
+    """
+    overall = measure(answers)
+    subsets = measure_subsets(answers, problems)
     bench = {key: value for key, value in to_dict(cfg.bench).items() if key != "published"}
     card = {
         **facts,
@@ -154,12 +169,14 @@ def conclude(
         "grade_timeout": cfg.grade_timeout,
         "versions": facts.get("versions", {}) | {package: version(package) for package in GRADERS},
         "metrics": asdict(overall),
-        "subsets": {name: asdict(part) for name, part in subsets.items()},
+        "subsets": {subset: asdict(metrics) for subset, metrics in subsets.items()},
     }
+
     published = to_dict(cfg.bench).get("published", {}).get(name, {})
-    if theirs := published.get(facts.get("decoding", {}).get("strategy")):
-        card["published"] = report.beside(theirs, overall, compare.settings(card))
+    if figures := published.get(facts.get("decoding", {}).get("strategy")):
+        card["published"] = report.beside(figures, overall, compare.settings(card))
     write_json(out / CARD, card)
+
     header = (bench.get("columns") or {}).get("subset", "")  # what the file calls its subsets, such as level
     console.print(report.table(f"{name} on {cfg.bench.name}", {"all": overall, **subsets}, header))
     if "published" in card:
@@ -168,7 +185,7 @@ def conclude(
 
 
 def show_comparison(names: Sequence[str]) -> None:
-    """Say how much two evaluations differ, and whether that is more than chance would have it."""
+    """Print how much two evaluations differ, and whether that is more than chance would have it."""
     if len(names) != 2:
         raise DirlError("compare takes two evaluations: compare=[A,B]")
     a, b = (read_evaluation(name) for name in names)
@@ -177,12 +194,14 @@ def show_comparison(names: Sequence[str]) -> None:
         how = f"paired over the {len(common)} problems that both answered"
     else:
         how = "not paired, since they have no problems in common that both hold answers to"
-    found = {name: compare.difference_cells(name, difference) for name, difference in compare.compare(a, b, common)}
+    differences = compare.compare(a, b, common)
+    rows = {name: compare.difference_cells(name, difference) for name, difference in differences}
     for letter, evaluation in (("A", a), ("B", b)):
         console.print(f"{letter}: {evaluation.of} · {evaluation.name}", soft_wrap=True)
-    console.print(report.draw(f"B against A, {how}", found, caption=compare.CAPTION))
-    if others := compare.differing_settings(a, b):
-        console.print(f"not the same: {', '.join(others)}")
+    console.print(report.draw(f"B against A, {how}", rows, caption=compare.CAPTION))
+    differing = compare.differing_settings(a, b)
+    if differing:
+        console.print(f"not the same: {', '.join(differing)}")
 
 
 def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
@@ -194,7 +213,8 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
 
     members = [sweep.Member(sweep.overrides(job), read_evaluation(out)) for job, out in jobs]
     folder = sweep.folder_of(jobs)
-    title = "-".join([*(name for name in sweep.common_names(members) if name not in folder.name), title])
+    names = [name for name in sweep.common_names(members) if name not in folder.name]
+    title = "-".join([*names, title])
     rows = sweep.rows(members)
     console.print(report.draw(title, rows, ", ".join(members[0].overrides), sweep.caption(members, list(rows))))
     files = [folder / f"{title}.csv"]
@@ -206,33 +226,37 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
 
 
 def chosen_problems(cfg: DictConfig) -> tuple[list[Problem], list[str]]:
-    """The problems of cfg.bench that are to be answered, and what there is to say of how they were read."""
+    """The problems of cfg.bench that are to be answered, and lines on how they were read.
+
+    Raises DirlError for an id that the benchmark does not have.
+    """
     bench = build(cfg.bench)
     problems: list[Problem] = bench.problems()
     if cfg.ids:
-        known = [problem.id for problem in problems]
-        if strange := [name for name in cfg.ids if name not in known]:
-            raise DirlError(f"{cfg.bench.name} has no problem {strange[0]}: they go from {known[0]} to {known[-1]}")
+        ids = [problem.id for problem in problems]
+        for requested in cfg.ids:
+            if requested not in ids:
+                raise DirlError(f"{cfg.bench.name} has no problem {requested}: they go from {ids[0]} to {ids[-1]}")
         problems = [problem for problem in problems if problem.id in cfg.ids]
     return problems[: cfg.limit], bench.remarks()
 
 
 def gradable(name: str, problems: Sequence[Problem], remarks: Sequence[str]) -> list[Problem]:
-    """The problems that have a reference answer. Says how many have none, and the remarks."""
-    found = [problem for problem in problems if problem.answer.strip()]
-    if not found:
+    """The problems that have a reference answer. Prints how many have none, and the remarks."""
+    with_answer = [problem for problem in problems if problem.answer.strip()]
+    if not with_answer:
         raise DirlError(f"no problem of {name} has a reference answer: fill in ground_truth_answer, or map it")
-    if len(found) < len(problems):
-        first = next(problem.id for problem in problems if not problem.answer.strip())
-        gone = f"{len(problems) - len(found)} of {len(problems)} problems have no answer and are left out"
-        console.print(f"{gone} (first {first})", soft_wrap=True)
+    left_out = [problem.id for problem in problems if not problem.answer.strip()]
+    if left_out:
+        summary = f"{len(left_out)} of {len(problems)} problems have no answer and are left out"
+        console.print(f"{summary} (first {left_out[0]})", soft_wrap=True)
     for remark in remarks:
         console.print(f"{name}: {remark}", soft_wrap=True)
-    return found
+    return with_answer
 
 
 def requested_answers(answers: Sequence[GradedAnswer], problems: Sequence[Problem], samples: int) -> list[GradedAnswer]:
-    """Those of the answers that are asked for now; an earlier start may have asked for more."""
+    """The answers that this command asks for; an earlier start may have asked for more."""
     ids = {problem.id for problem in problems}
     return [answer for answer in answers if answer.problem in ids and answer.sample < samples]
 
@@ -243,19 +267,28 @@ def is_first() -> bool:
 
 
 def print_ungraded(grader: Grader) -> None:
+    """Print how many answers could not be graded in time or memory, if any."""
     if grader.gave_up:
         console.print(f"{grader.gave_up} answers took too long or too much to compare and count as wrong")
 
 
 def digests(problems: Sequence[Problem]) -> dict[str, str]:
-    """What tells a problem from another one of the same id."""
-    return {one.id: hash_values(one.question, one.answer, *filter(None, [one.system]))[:16] for one in problems}
+    """By problem id, a digest of what is asked and of what it is graded by."""
+    result = {}
+    for problem in problems:
+        texts = [problem.question, problem.answer]
+        if problem.system:  # otherwise left out, so that digests of earlier evaluations stay valid
+            texts.append(problem.system)
+        result[problem.id] = hash_values(*texts)[:16]
+    return result
 
 
 def hash_values(*values: object) -> str:
+    """A SHA-256 of values that JSON can hold."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:
+    """A config as plain containers, references resolved."""
     container: Any = OmegaConf.to_container(cfg, resolve=True)
     return {str(key): value for key, value in container.items()}

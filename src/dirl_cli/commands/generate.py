@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,18 @@ UNTRAINED = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked for: prompt tokens, and what its line of the input said besides."""
+    """A prompt to complete, as tokens. fields: its line of the input, which the line of the output repeats."""
 
     prompt_ids: list[int]
     seed: int
-    given: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def run(cfg: DictConfig, out: Path) -> None:
-    """Write completions as JSON lines, those of an input file on from where they were interrupted; print the others."""
+    """Write completions as JSON lines to `out`, and print those of a prompt that is no file's.
+
+    Completions of an input file go on where an earlier start was interrupted.
+    """
     console = PlainConsole(soft_wrap=True)
     engine = build(cfg.rollout)
     engine.require()
@@ -62,33 +64,40 @@ def run(cfg: DictConfig, out: Path) -> None:
         console.print(UNTRAINED)
     with working(console, "loading the model"):
         lm: DiffusionLM = model.load(cfg.dtype, cfg.device, cfg.attention)
-    asked = encode_rows(cfg, lm, rows)
+    prompts = encode_rows(cfg, lm, rows)
     decoding = lm.decoding(build(cfg.decoding, Decoding))
     sampler = engine.start(lm)
     screen = Screen(console, lm, cfg.pace) if cfg.watch else None
-    file, total = out / "completions.jsonl", len(asked) * cfg.samples
+
+    # Resume an input file where its completions came from the same; otherwise set them aside.
+    file = out / "completions.jsonl"
+    total = len(prompts) * cfg.samples
     source = {
         "model": to_dict(cfg.model),
         "decoding": asdict(decoding),
         "samples": cfg.samples,
-        "digest": hash_values(fingerprint(lm.model), [(one.prompt_ids, one.seed) for one in asked]),
+        "digest": hash_values(fingerprint(lm.model), [(prompt.prompt_ids, prompt.seed) for prompt in prompts]),
     }
     done = finished_completions(file, source) if cfg.input else set()
     if done:
         console.print(f"{len(done)} of {total} completions are in {file}")
     else:
-        if aside := begin(file, source):
-            console.print(f"the earlier completions are in {aside}", style="dim")
+        earlier = begin(file, source)
+        if earlier:
+            console.print(f"the earlier completions are in {earlier}", style="dim")
+
     answers = sampler.stream(
-        [request.prompt_ids for request in asked],
+        [prompt.prompt_ids for prompt in prompts],
         cfg.samples,
         decoding,
-        first=[next((s for s in range(cfg.samples) if (i, s) not in done), cfg.samples) for i in range(len(asked))],
-        seeds=[request.seed for request in asked],
+        first=[first_missing(i, cfg.samples, done) for i in range(len(prompts))],
+        seeds=[prompt.seed for prompt in prompts],
         watch=screen.show if screen else None,
     )
-    new = (answer for answer in answers if answer[:2] not in done)
-    written = write(file, new, asked, lm.tokenizer)
+    # A sampler goes on from the first that is missing, behind which others may be finished.
+    missing = ((i, sample, trajectory) for i, sample, trajectory in answers if (i, sample) not in done)
+    written = write(file, missing, prompts, lm.tokenizer)
+
     finished = len(done)
     try:
         if cfg.input and not screen:
@@ -104,44 +113,58 @@ def run(cfg: DictConfig, out: Path) -> None:
                         screen.finish(line["index"], line["sample"])
                     console.print(format_summary(line), style="dim")
                     console.print(line["text"])
-    except KeyboardInterrupt as asked_to:
-        goes_on = ", and the same command goes on" if cfg.input else ""
-        raise Stopped(
-            f"stopped: {finished} of {total} completions are in {file}{goes_on}", stop_code(asked_to)
-        ) from None
+    except KeyboardInterrupt as interrupt:
+        hint = ", and the same command goes on" if cfg.input else ""
+        sentence = f"stopped: {finished} of {total} completions are in {file}{hint}"
+        raise Stopped(sentence, stop_code(interrupt)) from None
     console.print(f"{total} completions in {file}", style="dim")
 
 
 def requested_rows(cfg: DictConfig) -> list[Row]:
-    """What the input file, the command line or standard input asks for."""
-    given = [name for name in ("prompt", "messages", "input") if cfg[name] is not None]
-    if len(given) > 1 or (not given and sys.stdin.isatty()):
+    """The rows to complete: of the input file, or one from the command line or standard input.
+
+    Raises DirlError where several are named, or none while somebody sits at a terminal.
+    """
+    named = [name for name in ("prompt", "messages", "input") if cfg[name] is not None]
+    if len(named) > 1 or (not named and sys.stdin.isatty()):
         raise DirlError("give one of prompt=TEXT, messages=FILE and input=FILE.jsonl, or a prompt on standard input")
     if cfg.input is not None:
         return read_rows(cfg.input)
     if cfg.messages is not None:
         return [Row("the command line", {"messages": conversation(cfg.messages)})]
-    prompt = cfg.prompt if given else "-"
-    return [Row("the command line", {"prompt": read_stdin("a prompt") if prompt == "-" else prompt})]
+    prompt = cfg.prompt if named else "-"
+    if prompt == "-":
+        prompt = read_stdin("a prompt")
+    return [Row("the command line", {"prompt": prompt})]
 
 
-def conversation(given: Any) -> Any:
-    """The turns that `messages` gives: a list, the text of one (JSON, or YAML in a line), a file of one, or - ."""
-    if isinstance(given, ListConfig):
-        return OmegaConf.to_container(given, resolve=True)
-    if given.lstrip().startswith("["):
-        place, content = "messages", given
-    elif given == "-":
-        place, content = "standard input", read_stdin("messages, a JSON list")
+def conversation(messages: Any) -> Any:
+    """The turns of a `messages` setting: a list, the text of one (JSON, or YAML in a line), a file of one, or - .
+
+    Raises DirlError for what cannot be read as one.
+    """
+    if isinstance(messages, ListConfig):
+        return OmegaConf.to_container(messages, resolve=True)
+    is_text = messages.lstrip().startswith("[")
+    if is_text:
+        source = "messages"
+        content = messages
+    elif messages == "-":
+        source = "standard input"
+        content = read_stdin("messages, a JSON list")
     else:
-        place, content = given, read_text(Path(given))
+        source = messages
+        content = read_text(Path(messages))
+
     try:
         return json.loads(content)
     except ValueError as error:
-        if place != "messages":
+        if not is_text:
             raise DirlError(
-                f"{place} is not valid JSON ({error}): give a list of objects with role and content"
+                f"{source} is not valid JSON ({error}): give a list of objects with role and content"
             ) from error
+
+    # What is typed by hand may be YAML.
     try:
         return yaml.load(content, yaml.BaseLoader)  # which takes every value for text
     except yaml.YAMLError as error:
@@ -152,6 +175,7 @@ def conversation(given: Any) -> Any:
 
 
 def read_text(file: Path) -> str:
+    """The text of a file of messages. Raises DirlError where it cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
@@ -161,20 +185,23 @@ def read_text(file: Path) -> str:
 
 
 def read_stdin(what: str) -> str:
-    """All of standard input, without the line break at its end. what: is to come, said where somebody types it."""
+    """All of standard input, without the line break at its end.
+
+    what: is to come, said to somebody who types it. Raises DirlError where nothing comes.
+    """
     if sys.stdin.isatty():
         print(f"type {what}, and Ctrl-D on a line of its own at the end", file=sys.stderr)
     try:
-        given = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        content = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise DirlError(f"standard input is not UTF-8 text (byte {error.start}): convert it first") from error
-    if not given.strip():
+    if not content.strip():
         raise DirlError("nothing came on standard input: give prompt=TEXT, messages=FILE or input=FILE.jsonl")
-    return given
+    return content
 
 
 def spell_request(fields: dict[str, Any]) -> str:
-    """What is asked, to be shown as it was understood."""
+    """A row of the command line as text, to show how it was understood."""
     if "messages" not in fields:
         return f"prompt: {fields['prompt']}"
     turns, _ = read_turns("the command line", fields["messages"])
@@ -182,8 +209,9 @@ def spell_request(fields: dict[str, Any]) -> str:
 
 
 def encode_rows(cfg: DictConfig, lm: DiffusionLM, rows: list[Row]) -> list[Prompt]:
-    """The rows as tokens."""
-    instruction, asked = build(cfg.instruction, Instruction), []
+    """The prompts of the rows. Raises DirlError that names a row whose prompt is missing, malformed or too long."""
+    instruction = build(cfg.instruction, Instruction)
+    prompts = []
     for row in rows:
         seed = row.fields.get("seed", cfg.decoding.seed)
         if type(seed) is not int:
@@ -192,12 +220,12 @@ def encode_rows(cfg: DictConfig, lm: DiffusionLM, rows: list[Row]) -> list[Promp
         if len(prompt_ids) > lm.longest_prompt:
             room = f"{len(prompt_ids)} tokens and the model has room for {lm.longest_prompt}"
             raise DirlError(f"the prompt of {row.location} has {room}: shorten it or leave it out")
-        asked.append(Prompt(prompt_ids, seed, row.fields))
-    return asked
+        prompts.append(Prompt(prompt_ids, seed, row.fields))
+    return prompts
 
 
 def encode_row(lm: DiffusionLM, row: Row, instruction: Instruction) -> list[int]:
-    """The prompt of one line: prompt_ids, prompt (text), messages, or question (with the instruction)."""
+    """The prompt tokens of a row: of its prompt_ids, prompt (text), messages, or question (with the instruction)."""
     fields = row.fields
     if "prompt_ids" in fields:
         ids = fields["prompt_ids"]
@@ -216,6 +244,7 @@ def encode_row(lm: DiffusionLM, row: Row, instruction: Instruction) -> list[int]
 
 
 def messages_of(row: Row) -> list[dict[str, str]]:
+    """The turns of a row's messages. Raises DirlError where there is none."""
     messages, _ = read_turns(row.location, row.fields["messages"])
     if not messages:
         raise DirlError(f"{row.location}: messages must be a list of objects with role and content, at least one")
@@ -223,7 +252,7 @@ def messages_of(row: Row) -> list[dict[str, str]]:
 
 
 def finished_completions(file: Path, source: dict[str, Any]) -> set[tuple[int, int]]:
-    """The (index, sample) of the completions that an earlier start wrote, if it sampled from the same."""
+    """The (prompt index, sample index) of completions that an earlier start wrote, if it sampled from the same."""
     note = file.with_name(SOURCE)
     if not (file.exists() and note.exists() and note.read_text() == source_text(source)):
         return set()
@@ -232,33 +261,47 @@ def finished_completions(file: Path, source: dict[str, Any]) -> set[tuple[int, i
         return {(line["index"], line["sample"]) for line in map(json.loads, lines)}
 
 
+def first_missing(index: int, samples: int, done: set[tuple[int, int]]) -> int:
+    """The first sample of a prompt that is not done yet; `samples` where all are."""
+    for sample in range(samples):
+        if (index, sample) not in done:
+            return sample
+    return samples
+
+
 def source_text(source: dict[str, Any]) -> str:
+    """The file that notes what completions were sampled from."""
     return json.dumps(source, indent=2) + "\n"
 
 
 def begin(file: Path, source: dict[str, Any]) -> Path | None:
-    """Note what is sampled from; an earlier file is kept beside, numbered, and its new name returned."""
-    aside = None
+    """Note what is sampled from. Returns the new path of an earlier file, which becomes completions~1.jsonl or so."""
+    earlier = None
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists() and file.stat().st_size:
-            asides = (file.with_name(f"{file.stem}~{n}{file.suffix}") for n in count(1))
-            aside = file.rename(next(aside for aside in asides if not aside.exists()))
+            n = 1
+            while file.with_name(f"{file.stem}~{n}{file.suffix}").exists():
+                n += 1
+            earlier = file.rename(file.with_name(f"{file.stem}~{n}{file.suffix}"))
         file.with_name(SOURCE).write_text(source_text(source))
-    return aside
+    return earlier
 
 
 def write(
     file: Path,
     answers: Iterator[tuple[int, int, Trajectory]],
-    asked: list[Prompt],
+    prompts: list[Prompt],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Iterator[dict[str, Any]]:
-    """Append each answer as a JSON line as soon as it is finished."""
+    """Append each answer as a JSON line as soon as it is finished, and yield the line.
+
+    answers: prompt index, sample index and trajectory of each.
+    """
     with writing(file), file.open("a", encoding="utf-8") as lines:
         for index, sample, trajectory in answers:
             line = {
-                **asked[index].given,
+                **prompts[index].fields,
                 "index": index,
                 "sample": sample,
                 "text": answer_text(tokenizer, trajectory.completion_ids) if tokenizer else None,
@@ -276,7 +319,9 @@ def write(
 
 
 def format_summary(line: dict[str, Any]) -> str:
-    tokens, forwards = len(line["token_ids"]), line["forwards"]
+    """Such as: 32 tokens in 8 forwards (4.00 each), ended by stop."""
+    tokens = len(line["token_ids"])
+    forwards = line["forwards"]
     return f"{tokens} tokens in {forwards} forwards ({tokens / forwards:.2f} each), ended by {line['stop_reason']}"
 
 
@@ -284,10 +329,12 @@ class Screen:
     """Blocks filling in the terminal: what a forward revealed is lit, what is hidden is shaded."""
 
     def __init__(self, console: PlainConsole, lm: DiffusionLM, pace: float) -> None:
-        self.lm, self.tokenizer, self.pace = lm, lm.require_tokenizer(), pace
+        self.lm = lm
+        self.tokenizer = lm.require_tokenizer()
+        self.pace = pace  # seconds
         self.live = Live(console=console, refresh_per_second=30)
-        self.answers: dict[tuple[int, int], list[int]] = {}
-        self.previous: dict[tuple[int, int], list[int]] = {}
+        self.answers: dict[tuple[int, int], list[int]] = {}  # token ids by (prompt, sample), as of the last forward
+        self.previous: dict[tuple[int, int], list[int]] = {}  # and as of the one before
 
     def show(self, prompt: int, sample: int, token_ids: list[int]) -> None:
         """Draw an answer so far; waits `pace` seconds so that the eye can follow."""
@@ -300,11 +347,14 @@ class Screen:
             time.sleep(self.pace)
 
     def finish(self, prompt: int, sample: int) -> None:
+        """Take a finished answer off the screen."""
         self.answers.pop((prompt, sample), None)
         self.live.update(Group())
 
     def picture(self, key: tuple[int, int]) -> Text:
-        before, text = self.previous[key], Text()
+        """An answer's tokens: masked ones shaded, those of the last forward lit."""
+        before = self.previous[key]
+        text = Text()
         for i, token in enumerate(self.answers[key]):
             if token == self.lm.mask_token_id:
                 text.append(HIDDEN * 2, style="dim")

@@ -15,14 +15,18 @@ from dirl_cli.text import shell_word
 
 def run(cfg: DictConfig, out: Path | None) -> None:
     """Write cfg.model with its adapter merged into it to the new directory `cfg.to`."""
-    to, adapter = Path(cfg.to), cfg.model.get("adapter")
+    to = Path(cfg.to)
+    adapter = cfg.model.get("adapter")
     if adapter is None:
         raise DirlError("there is nothing to merge: give an adapter with model.adapter=DIR")
     if to.exists():
         raise DirlError(f"{to} exists: give a new directory with to=…")
     require_pushable(cfg.push_to_hub)
+
+    # Merged in float32, whatever is saved: adapter and weights are added before they are rounded.
     lm: DiffusionLM = build(cfg.model).load("float32", "cpu")
     nn.Module.to(lm.model, dtype=pick_dtype(cfg.dtype, "cpu"))
+
     recipe = {"model": cfg.model.path, "adapter": adapter, "dtype": cfg.dtype}
     decoding = {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id}
     summary = f"{cfg.model.name} with a LoRA adapter that `dirl merge` made part of its weights."
