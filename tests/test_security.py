@@ -262,7 +262,7 @@ def test_archives_are_not_unpacked(tmp_path):
 def test_names_from_the_hub_lead_nowhere_else():
     names = ["../a.json", "a/../../b.json", "/etc/a.json", "a.py", "ok/a.json", "a.json"]
     wanted = {
-        kind: list(filter_repo_objects(names, allow_patterns=hub.WANTED[kind], ignore_patterns=hub.UNWANTED[kind]))
+        kind: list(filter_repo_objects(names, allow_patterns=hub.ALLOWED[kind], ignore_patterns=hub.IGNORED[kind]))
         for kind in ("dataset", "model")
     }
     assert wanted == {"dataset": ["ok/a.json", "a.json"], "model": ["a.json"]}

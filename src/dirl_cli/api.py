@@ -1,4 +1,7 @@
-"""The toolkit from Python."""
+"""The toolkit from Python: `from dirl_cli import load_sampler, score`.
+
+It is a file of its own, and not the package's first, so that `import dirl_cli` and `dirl --help` import no torch.
+"""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -20,7 +23,7 @@ def load_sampler(
     rollout: str | Engine = "native",
     cache_share: float | None = None,
 ) -> Sampler:
-    """A sampler for the model in `path`: a directory, a run or one of its checkpoints, or a Hub id on this machine.
+    """Load the model in `path` into a sampler. path: a directory, a run or one of its checkpoints, or a downloaded id.
 
     `sampler.sample(prompts: list[list[int]], n, decoding) -> list[list[Trajectory]]`; `sampler.lm.tokenizer` encodes.
     rollout: `native`, `lmdeploy` (at most `max_batch` answers at once; cache_share is LMDeploy's), or an engine. What
@@ -28,9 +31,12 @@ def load_sampler(
     device, dtype: auto is cuda and bfloat16 where there is a GPU, else cpu and float32.
     Raises DirlError where the model is missing or damaged, and where the engine cannot run here.
     """
-    given = {"max_batch": max_batch, "cache_share": cache_share}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    engine: Engine = build_choice("rollout", rollout, **chosen) if isinstance(rollout, str) else rollout
+    settings = {"max_batch": max_batch, "cache_share": cache_share}
+    if isinstance(rollout, str):
+        overrides = {key: value for key, value in settings.items() if value is not None}
+        engine: Engine = build_choice("rollout", rollout, **overrides)
+    else:
+        engine = rollout
     engine.require()
     return engine.start(load(path, dtype, device))
 
@@ -42,16 +48,16 @@ def score(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> list[list[float]]:
-    """Each answer token's log-probability, in nats, in the state in which it was revealed; a list per trajectory.
+    """Compute each answer token's log-probability, in nats, in the state it was revealed in; a list per trajectory.
 
-    path: as of `load_sampler`. decoding: how the tokens were drawn, where temperature, top-k or top-p shaped their
-    distribution.
+    path, device, dtype: as those of `load_sampler`.
+    decoding: how the tokens were drawn, where temperature, top-k or top-p shaped their distribution.
     """
     return trajectory_logprobs(load(path, dtype, device), trajectories, decoding)
 
 
 def load(path: str | PathLike[str], dtype: str, device: str) -> DiffusionLM:
-    """The model that `model=PATH` is on the command line."""
-    given = {"_target_": PATH_MODEL, "name": str(path), "path": str(path)}
-    lm: DiffusionLM = build_settings("model", model_of_run(given)).load(dtype, device)
+    """Load what `model=PATH` is on the command line."""
+    settings = {"_target_": PATH_MODEL, "name": str(path), "path": str(path)}
+    lm: DiffusionLM = build_settings("model", model_of_run(settings)).load(dtype, device)
     return lm

@@ -1,4 +1,4 @@
-"""A terminal that takes text for text, whoever wrote it."""
+"""A rich console that escapes control characters and markup, and a sign of life for what takes long."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,9 @@ from rich.segment import Segment
 
 from dirl_cli.text import escape_controls
 
-SPIN, PATIENCE = 1.0, 10.0  # seconds without a sign of life, in a terminal and elsewhere
+# Seconds without a sign of life, in a terminal and elsewhere.
+SPIN = 1.0
+PATIENCE = 10.0
 
 
 class PlainConsole(Console):
@@ -23,11 +25,14 @@ class PlainConsole(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=escape_controls(segment.text))
+            if segment.control:  # rich's own, which moves the cursor of a live display
+                yield segment
+            else:
+                yield segment._replace(text=escape_controls(segment.text))
 
 
 def replace_unencodable(*streams: IO[str]) -> None:
-    """Let a stream that cannot show a character show `?`, instead of ending the run."""
+    """Make streams show `?` for a character that they cannot encode, instead of ending the run."""
     for stream in streams:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -35,13 +40,17 @@ def replace_unencodable(*streams: IO[str]) -> None:
 
 @contextmanager
 def working(console: Console, what: str, total: int = 0) -> Iterator[Callable[..., None]]:
-    """Show that something lives: a spinner in a terminal, elsewhere a line after ten seconds, then ever more rarely.
+    """Show that the block goes on: a spinner in a terminal, elsewhere a line after ten seconds, then ever more rarely.
 
-    Yields a function that is to be told how many of `total` are done, and whether a line was just printed that says so.
+    what: goes on, such as `loading the model`. total: units of work, 0 where they are not counted.
+    Yields a function `count(done, printed)`: how many of `total` are done, and whether the caller just printed a line
+    that says so.
     """
-    began, done, over = time.perf_counter(), 0, Event()
+    began = time.perf_counter()
+    done = 0
+    over = Event()
     status = console.status(what) if console.is_terminal else None
-    due = began + (SPIN if status else PATIENCE)
+    due = began + (SPIN if status else PATIENCE)  # when to show the next sign of life
 
     def count(now: int, printed: bool = False) -> None:
         nonlocal done, due
@@ -49,12 +58,13 @@ def working(console: Console, what: str, total: int = 0) -> Iterator[Callable[..
         if printed:
             due = time.perf_counter() + PATIENCE
 
-    def tell() -> None:
+    def show_signs() -> None:
         nonlocal due
         while not over.wait(max(0.0, due - time.perf_counter())):
             elapsed = time.perf_counter() - began
-            if time.perf_counter() < due:  # there was a line meanwhile
+            if time.perf_counter() < due:  # the caller printed a line meanwhile
                 continue
+
             progress = f" · {done:,} of {total:,}" if total else ""
             text = f"{what}{progress} · {round(elapsed) // 60}:{round(elapsed) % 60:02} so far"
             if status:
@@ -65,12 +75,12 @@ def working(console: Console, what: str, total: int = 0) -> Iterator[Callable[..
                 console.print(text, soft_wrap=True)
                 due += max(PATIENCE, elapsed / 2)
 
-    teller = Thread(target=tell, daemon=True)
-    teller.start()
+    thread = Thread(target=show_signs, daemon=True)
+    thread.start()
     try:
         yield count
     finally:
         over.set()
-        teller.join()
+        thread.join()
         if status:
             status.stop()

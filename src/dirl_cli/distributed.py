@@ -1,4 +1,4 @@
-"""The processes of a command, and who of them does what."""
+"""The processes of an evaluation, and how work is split among processes."""
 
 import heapq
 from collections.abc import Sequence
@@ -6,28 +6,39 @@ from datetime import timedelta
 
 
 def split_by_cost(costs: Sequence[float], processes: int) -> list[list[int]]:
-    """For each process the places of its share, in order: the costliest first, each to who has least to do so far."""
+    """Split pieces of work among processes so that their costs are about even.
+
+    costs: of each piece, in any unit. Returns for each process the indices of its pieces, ascending. Greedy, after
+    R. L. Graham, "Bounds on Multiprocessing Timing Anomalies" (1969): the costliest piece first, each to the process
+    with least to do so far, which takes at most 4/3 of the shortest time possible.
+    """
     shares: list[list[int]] = [[] for _ in range(processes)]
-    load = [(0.0, process) for process in range(processes)]
-    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
-        least, process = heapq.heappop(load)
-        shares[process].append(place)
-        heapq.heappush(load, (least + costs[place], process))
+    loads = [(0.0, process) for process in range(processes)]  # a heap
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        load, process = heapq.heappop(loads)
+        shares[process].append(index)
+        heapq.heappush(loads, (load + costs[index], process))
     return [sorted(share) for share in shares]
 
 
 class Processes:
-    """The processes of one evaluation: this one's rank and device, and how many there are."""
+    """The processes of one evaluation: this one's rank and device, and how many there are.
+
+    count: 1 starts no process group. device: as configured, such as auto; each process of several gets its own.
+    """
 
     def __init__(self, count: int, device: str) -> None:
-        self.rank, self.count, self.device = 0, 1, device
+        self.rank = 0
+        self.count = 1
+        self.device = device
         if count > 1:
             import torch  # these take seconds to import
             from accelerate import PartialState
 
             on_cpu = device == "cpu" or not torch.cuda.is_available()
             self.state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # the first to finish waits for the last
-            self.rank, self.count = self.state.process_index, self.state.num_processes
+            self.rank = self.state.process_index
+            self.count = self.state.num_processes
             self.device = str(self.state.device)
 
     @property
@@ -35,5 +46,6 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
+        """Wait until all processes have come here."""
         if self.count > 1:
             self.state.wait_for_everyone()

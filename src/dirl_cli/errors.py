@@ -21,17 +21,20 @@ class DirlError(Exception):
 
 
 class NotDownloaded(DirlError):  # noqa: N818
-    """Something of the Hub that was not downloaded."""
+    """A model or data set of the Hub is not, or not completely, on this machine."""
 
 
 class DoesNotFit(DirlError):  # noqa: N818
-    """A run wants clearly more memory than there is."""
+    """A run needs clearly more memory than the machine has."""
 
     exit_code = 3
 
 
 class Stopped(DirlError):  # noqa: N818  # it is no error
-    """The run ended because it was asked to, and the same command goes on."""
+    """The run stopped on a signal, and the same command goes on.
+
+    exit_code: as `stop_code` gives it.
+    """
 
     def __init__(self, sentence: str, exit_code: int) -> None:
         super().__init__(sentence)
@@ -39,32 +42,38 @@ class Stopped(DirlError):  # noqa: N818  # it is no error
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked to stop what is under way."""
+    """A signal asks to stop what is under way. number: of the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
 
 
-def stop_code(asked: KeyboardInterrupt) -> int:
-    """The exit code of a command that stopped without a loss.
+def stop_code(interrupt: KeyboardInterrupt) -> int:
+    """The exit code of a command that stopped without a loss: 0 after SIGTERM, 130 after Ctrl-C.
 
-    A scheduler that sent SIGTERM is told that nothing is lost, a shell that Ctrl-C ended the command.
+    A scheduler that sent SIGTERM learns by it that nothing is lost, a shell that Ctrl-C ended the command.
     """
-    return STOP_CODES[signal.Signals(asked.number if isinstance(asked, Interrupted) else signal.SIGINT)]
+    number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+    return STOP_CODES[signal.Signals(number)]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint to append to an error: the nearest known name, or all of them."""
-    known = list(known)
-    near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """A hint to append to an error: the valid name that is most like this one, or all of them."""
+    names = list(valid)
+    matches = get_close_matches(name, names, n=1)
+    if matches:
+        return f"did you mean {matches[0]}?"
+    return f"choose one of {', '.join(names)}"
 
 
 def pip_install(extra: str) -> str:
-    """The command that installs what one of our extras asks for. It names the packages: `dirl` is on no index."""
-    from importlib.metadata import requires  # which help does without
+    """The command that installs an extra of ours. It names the packages: `dirl` is on no index."""
+    from importlib.metadata import requires  # not at the top: help does without
 
-    wanted = [re.fullmatch(r"([^;]+); extra == '(.+)'", line.replace('"', "'")) for line in requires("dirl") or ()]
-    packages = [found[1].strip() for found in wanted if found and found[2] == extra]
-    return f"pip install {' '.join(shlex.quote(package) for package in packages)}"
+    packages = []
+    for line in requires("dirl") or ():
+        match = re.fullmatch(r"([^;]+); extra == '(.+)'", line.replace('"', "'"))
+        if match and match[2] == extra:
+            packages.append(shlex.quote(match[1].strip()))
+    return f"pip install {' '.join(packages)}"

@@ -1,4 +1,4 @@
-"""Writing files so that neither a full disk nor a crash costs what is already there; what is installed."""
+"""Atomic writes: neither a full disk nor a crash costs what is already there. Where the configs are."""
 
 import json
 import os
@@ -16,11 +16,14 @@ from dirl_cli.errors import DirlError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tell a full disk or a missing permission in one sentence."""
+    """Raise what goes wrong in the block, such as a full disk, as a DirlError with its remedy. path: is written."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).split(": ")[-1].partition(" (os error")[0]
+        if isinstance(error, OSError):
+            reason = error.strerror
+        else:  # safetensors quotes the system: … I/O error: No space left on device (os error 28)
+            reason = str(error).split(": ")[-1].partition(" (os error")[0]
         raise DirlError(
             f"{path} cannot be written ({reason}): make room or give out=DIR another disk,"
             " then the same command goes on from what is there"
@@ -28,7 +31,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a file, and its directory where it is not there: whoever looks finds all of the old or all of the new."""
+    """Write a file atomically, and make its directory: a reader finds all of the old text or all of the new.
+
+    text: one, or its lines with their line breaks. Raises DirlError where it cannot be written.
+    """
     partial = partial_path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +51,10 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill that takes the place of `path` only once it is filled and on the disk."""
+    """Yield a directory to fill, which replaces `path` only once it is filled and on the disk.
+
+    Where the block fails, `path` stays as it was. Raises DirlError where it cannot be written.
+    """
     partial = partial_path(path)
     with writing(path):
         shutil.rmtree(partial, ignore_errors=True)
@@ -63,12 +72,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def partial_path(path: Path) -> Path:
-    """What a file or directory is called until it is whole."""
+    """Where a file or directory is written before it replaces `path`: beside it, so that renaming is atomic."""
     return path.with_name(f".{path.name}.partial")
 
 
 def remove(path: Path) -> None:
-    """Delete a directory at once: whoever looks sees all of it or nothing."""
+    """Delete a directory atomically: a reader sees all of it or nothing."""
     if path.exists():
         doomed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The Hub: what of a repository is wanted and is on this machine, and how a file comes here, piece by piece."""
+"""Snapshots of the Hub: which files of a repository are on this machine, and downloads that can be resumed."""
 
 import fcntl
 import hashlib
@@ -21,44 +21,45 @@ Kind = Literal["model", "dataset"]
 
 # What is fetched and looked for: no code, no pictures, no copies in other formats. A README's header is read: it names
 # a model's licence, and which file of a data set is which split.
-WANTED: dict[Kind, list[str]] = {
+ALLOWED: dict[Kind, list[str]] = {
     "model": ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md"],
     "dataset": ["*.json", "*.jsonl", "*.gz", "*.parquet", "README.md"],
 }
-UNWANTED: dict[Kind, list[str]] = {
+IGNORED: dict[Kind, list[str]] = {
     "model": ["*/*"],  # transformers reads the top folder only
-    "dataset": ["../*", "*/../*", "/*"],  # nothing leaves the place it is given
+    "dataset": ["../*", "*/../*", "/*"],  # nothing leaves its directory
 }
-ATTEMPTS = 6  # in a row that bring nothing
+ATTEMPTS = 6  # connections in a row that bring nothing
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a repository. Those that the Hub keeps in LFS, with their `sha256`, are large.
+    """A file of a repository. Large ones are kept in LFS and have a `sha256`; size in bytes.
 
-    places: where it may be already; the first is where it is to be. partial: where its bytes gather.
+    paths: where it may be already; the first is where a download puts it. partial: where its bytes gather until then.
     """
 
     name: str
     size: int
     sha256: str | None
     url: str
-    places: tuple[Path, ...]
+    paths: tuple[Path, ...]
     partial: Path
 
     @property
     def is_here(self) -> bool:
-        return any(file_size(place) == self.size for place in self.places)
+        return any(file_size(path) == self.size for path in self.paths)
 
     @property
     def bytes_here(self) -> int:
-        gathered = min(file_size(self.partial), self.size)  # first, since a whole file moves from there to its place
-        return self.size if self.is_here else gathered
+        # The partial file first: a finished one moves away from there, and would be counted nowhere.
+        partial_bytes = min(file_size(self.partial), self.size)
+        return self.size if self.is_here else partial_bytes
 
 
 @dataclass(frozen=True)
 class Repository:
-    """What is wanted of a repository, and the directory it is to be in: `to`, or a snapshot in the Hub's cache."""
+    """The files of a repository that we use. directory: where they belong, `to` or a snapshot of the Hub's cache."""
 
     id: str
     kind: Kind
@@ -76,9 +77,10 @@ def file_size(path: Path) -> int:
 
 
 def local_snapshot(repo_id: str, kind: Kind) -> Path:
-    """The directory of the Hub's cache with all that is wanted of a repository; nothing is fetched.
+    """The snapshot of a repository in the Hub's cache, with all files that we use; nothing is fetched.
 
-    Raises DirlError that names the `dirl download …` to run where some of it is missing.
+    Raises NotDownloaded, with the `dirl download …` to run, where some of it is missing, and DirlError for a name that
+    is none.
     """
     if Path(repo_id.partition("/")[0]).is_dir() or repo_id.startswith("runs/"):  # where nobody means the Hub
         raise DirlError(f"{repo_id} does not exist: check the path")
@@ -93,75 +95,94 @@ def local_snapshot(repo_id: str, kind: Kind) -> Path:
 
 
 def cached_config_directory(repo_id: str) -> Path | None:
-    """The directory of the Hub's cache with a model's config.json, whatever else is missing; None where that is."""
+    """The snapshot with a model's config.json, whatever else of it is missing; None where that is missing too."""
     file = try_to_load_from_cache(repo_id, "config.json")
     return Path(file).parent if isinstance(file, str) else None
 
 
 def snapshot(repo_id: str, kind: Kind, to: Path | None, here: bool = False) -> Path:
-    """Lay out what is wanted of a repository in `to` or in the Hub's cache, fetching what is missing unless `here`."""
+    """Lay out the files that we use of a repository in `to` or in the Hub's cache. Returns the directory.
+
+    here: fetch nothing, and raise what huggingface_hub raises where some are missing.
+    """
     return Path(
         snapshot_download(
             repo_id,
             repo_type=kind,
             local_dir=to,
             local_files_only=here,
-            allow_patterns=WANTED[kind],
-            ignore_patterns=UNWANTED[kind],
+            allow_patterns=ALLOWED[kind],
+            ignore_patterns=IGNORED[kind],
         )
     )
 
 
 def configured_repositories() -> dict[str, str]:
-    """The repositories that our configs name, by the words that choose them, such as bench=math500."""
-    files = {
-        f"{file.parent.name}={file.stem}": file.read_text(encoding="utf-8")
-        for file in sorted(conf_dir().glob("*/*.yaml"))
-    }
-    found = {choice: re.search(r"^path: ([\w.-]+/[\w.-]+)(?!\S)", text, re.M) for choice, text in files.items()}
-    return {choice: path[1] for choice, path in found.items() if path}
+    """The ids of the repositories that our configs name, by the words that choose them, such as bench=math500."""
+    repo_ids = {}
+    for file in sorted(conf_dir().glob("*/*.yaml")):
+        match = re.search(r"^path: ([\w.-]+/[\w.-]+)(?!\S)", file.read_text(encoding="utf-8"), re.M)
+        if match:
+            repo_ids[f"{file.parent.name}={file.stem}"] = match[1]
+    return repo_ids
 
 
 def download_argument(repo_id: str, kind: Kind) -> str:
     """What `dirl download` is given for a repository: the choice that names it, otherwise its id."""
-    choices = [choice for choice, known in configured_repositories().items() if known == repo_id]
-    return next(iter(choices), repo_id if kind == "model" else f"datasets/{repo_id}")
+    for choice, configured_id in configured_repositories().items():
+        if configured_id == repo_id:
+            return choice
+    return repo_id if kind == "model" else f"datasets/{repo_id}"
 
 
 def inspect_repository(repo_id: str, kind: Kind, to: Path | None) -> Repository:
-    """Ask the Hub what is wanted of a repository, and see what of it is here."""
-    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
-    info = ask(repo_id, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind)
-    shelf, blobs = cache / "snapshots" / checked_hash(info.sha, repo_id), cache / "blobs"
-    found = []
-    for each in filter_repo_objects(
+    """Ask the Hub for the files of a repository that we use; which of them are here, each can tell.
+
+    to: the directory they are to be in, None for the Hub's cache.
+    """
+    get_info = HfApi().model_info if kind == "model" else HfApi().dataset_info
+    info = get_info(repo_id, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    entries = filter_repo_objects(
         info.siblings or (),
-        allow_patterns=WANTED[kind],
-        ignore_patterns=UNWANTED[kind],
-        key=lambda each: each.rfilename,
-    ):
-        name, sha256 = each.rfilename, checked_hash(each.lfs.sha256, repo_id) if each.lfs else None
-        place = to / name if to else blobs / sha256 if sha256 else shelf / name
-        partial = (to / ".cache/huggingface/download" if to else blobs) / f"{sha256}.incomplete"
+        allow_patterns=ALLOWED[kind],
+        ignore_patterns=IGNORED[kind],
+        key=lambda entry: entry.rfilename,
+    )
+
+    # The Hub's cache keeps large files by their hash, and a snapshot's names are links to them.
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind)
+    snapshot_directory = cache / "snapshots" / checked_hash(info.sha, repo_id)
+    blobs = cache / "blobs"
+    downloads = to / ".cache/huggingface/download" if to else blobs
+
+    files = []
+    for entry in entries:
+        name = entry.rfilename
+        sha256 = checked_hash(entry.lfs.sha256, repo_id) if entry.lfs else None
+        if to:
+            path = to / name
+        elif sha256:
+            path = blobs / sha256
+        else:
+            path = snapshot_directory / name
+        partial = downloads / f"{sha256}.incomplete"
         url = hf_hub_url(repo_id, name, repo_type=kind, revision=info.sha)
-        found.append(File(name, each.size or 0, sha256, url, (place, shelf / name), partial))
-    return Repository(repo_id, kind, to, to or shelf, tuple(found))
+        files.append(File(name, entry.size or 0, sha256, url, (path, snapshot_directory / name), partial))
+    return Repository(repo_id, kind, to, to or snapshot_directory, tuple(files))
 
 
-def checked_hash(answered: str | None, repo_id: str) -> str:
-    """What the Hub calls a commit or the sha256 of a file, which becomes the name of a file here."""
-    if answered is None or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", answered):
-        raise DirlError(
-            f"the Hub names a file or commit of {repo_id} by {answered!r}, which is no hash: do not trust it"
-        )
-    return answered
+def checked_hash(text: str | None, repo_id: str) -> str:
+    """A commit or sha256 as the Hub names it. Raises DirlError for anything else, as it becomes a file's name here."""
+    if text is None or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", text):
+        raise DirlError(f"the Hub names a file or commit of {repo_id} by {text!r}, which is no hash: do not trust it")
+    return text
 
 
 def fetch(file: File) -> None:
-    """Bring what is missing of a large file, from the byte at which an earlier start was cut off, and verify it.
+    """Download what is missing of a large file, from the byte at which an earlier start was cut off, and verify it.
 
-    huggingface_hub goes on only as long as its process lives, and begins anew after that.
+    huggingface_hub resumes only within a process, and begins anew in the next.
+    Raises DirlError where it comes damaged twice.
     """
     # The second try begins anew, should the first have gone on from damaged bytes.
     if not (download_and_verify(file) or download_and_verify(file)):
@@ -169,7 +190,10 @@ def fetch(file: File) -> None:
 
 
 def download_and_verify(file: File) -> bool:
-    """Fill the partial file and move it into place; throw it away where it is not what the Hub says it is."""
+    """Fill the partial file and move it to where it belongs. Returns False, and deletes it, if its SHA-256 is wrong.
+
+    Raises DirlError where another process downloads it.
+    """
     file.partial.parent.mkdir(parents=True, exist_ok=True)
     with file.partial.open("a+b", buffering=0) as partial:
         try:
@@ -177,38 +201,42 @@ def download_and_verify(file: File) -> bool:
         except BlockingIOError as error:
             raise DirlError(f"{file.name} is being downloaded by another process: wait for it") from error
         fill(file, partial)
+
         partial.seek(0)
-        intact = hashlib.file_digest(partial, "sha256").hexdigest() == file.sha256
-        if intact:
-            file.places[0].parent.mkdir(parents=True, exist_ok=True)
-            file.partial.replace(file.places[0])
+        is_intact = hashlib.file_digest(partial, "sha256").hexdigest() == file.sha256
+        if is_intact:
+            file.paths[0].parent.mkdir(parents=True, exist_ok=True)
+            file.partial.replace(file.paths[0])
         else:
             file.partial.unlink()
-    return intact
+    return is_intact
 
 
 def fill(file: File, partial: IO[bytes]) -> None:
-    """Append what is missing, over as many connections as that takes while each brings something."""
+    """Append what is missing, over as many connections as that takes while each brings something.
+
+    Raises httpx.TransportError after ATTEMPTS connections in a row that brought nothing.
+    """
     failures = 0
-    while (have := partial.seek(0, 2)) < file.size:
+    while (size := partial.seek(0, 2)) < file.size:
         try:
-            receive(file.url, have, partial)
+            receive(file.url, size, partial)
             break
         except httpx.TransportError:
-            failures = 0 if partial.tell() > have else failures + 1
+            failures = 0 if partial.tell() > size else failures + 1
             if failures == ATTEMPTS:
                 raise
             time.sleep(failures)
 
 
-def receive(url: str, have: int, partial: IO[bytes]) -> None:
-    """Append the bytes from the one numbered `have` on, or begin anew where the server can only send them all."""
-    headers = build_hf_headers() | {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
+def receive(url: str, start: int, partial: IO[bytes]) -> None:
+    """Append the bytes from number `start` on, or begin anew where the server can only send them all."""
+    headers = build_hf_headers() | {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    ask = http_stream_backoff("GET", url, headers=headers, timeout=timeout, retry_on_exceptions=(), max_retries=2)
-    with ask as response:
+    stream = http_stream_backoff("GET", url, headers=headers, timeout=timeout, retry_on_exceptions=(), max_retries=2)
+    with stream as response:
         hf_raise_for_status(response)
-        if response.status_code != 206:
+        if response.status_code != 206:  # not a part, but all of it
             partial.truncate(0)
         for chunk in response.iter_bytes():
             partial.write(chunk)

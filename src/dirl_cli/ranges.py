@@ -1,4 +1,4 @@
-"""What a setting may be: stated in its type, as in `steps: Count`, checked and told of in one place.
+"""Which values a setting may have: stated in its type, as in `steps: Count`, checked and described here.
 
 A type that is not checked by OmegaConf's conversion alone is `Annotated` with a `Range` or a `OneOf`. The types here
 have names; what only one setting has, such as a remark on how to switch it off, stands where that setting does.
@@ -35,24 +35,27 @@ class Range:
             return False
         if self.whole_from_one and number >= 1 and number != int(number):
             return False
-        is_high_enough = (self.at_least is None or number >= self.at_least) and (
-            self.above is None or number > self.above
-        )
-        is_low_enough = (self.at_most is None or number <= self.at_most) and (self.below is None or number < self.below)
-        return is_high_enough and is_low_enough
+        if self.at_least is not None and number < self.at_least:
+            return False
+        if self.above is not None and number <= self.above:
+            return False
+        if self.at_most is not None and number > self.at_most:
+            return False
+        return self.below is None or number < self.below
 
     def describe(self, noun: str) -> str:
         """Such as: a whole number of at least 1. noun: `whole number` or `number`."""
-        bounds = [
-            f"{word} {bound:g}" if abs(bound) < 1e6 else f"{word} {bound}"
-            for word, bound in (
-                ("of at least", self.at_least),
-                ("above", self.above),
-                ("at most", self.at_most),
-                ("below", self.below),
-            )
-            if bound is not None
-        ]
+        limits = {
+            "of at least": self.at_least,
+            "above": self.above,
+            "at most": self.at_most,
+            "below": self.below,
+        }
+        bounds = []
+        for words, limit in limits.items():
+            if limit is not None:
+                digits = f"{limit:g}" if abs(limit) < 1e6 else f"{limit}"  # in full: 4294967295, not 4.29497e+09
+                bounds.append(f"{words} {digits}")
         if self.whole_from_one:
             noun = "share below 1, or a whole number"
         adjective = "" if bounds else "finite "
@@ -63,18 +66,24 @@ class Range:
 class OneOf:
     """The words that a setting may be.
 
-    pattern: of others. meant: what is said of words that only look like another, as `gpu` like `cpu`.
+    pattern: a regular expression of further ones. meant: the word that is meant by one that looks more like another,
+    as `gpu` looks like `cpu`.
     """
 
     def __init__(self, *words: str, pattern: str = "", meant: Mapping[str, str] | None = None) -> None:
-        self.words, self.pattern, self.meant = words, pattern, meant or {}
+        self.words = words
+        self.pattern = pattern
+        self.meant = meant or {}
 
     def holds(self, word: str) -> bool:
+        """Whether the setting may be this word."""
         return word in self.words or bool(self.pattern and re.fullmatch(self.pattern, word))
 
     def hint(self, word: str) -> str:
-        """What was probably meant."""
-        return f"did you mean {self.meant[word]}?" if word in self.meant else did_you_mean(word, self.words)
+        """Which word was probably meant, to append to an error."""
+        if word in self.meant:
+            return f"did you mean {self.meant[word]}?"
+        return did_you_mean(word, self.words)
 
 
 Count = Annotated[int, Range(at_least=1)]
@@ -109,17 +118,25 @@ def require(value: object, hint: Any, key: str = "") -> None:
 
 
 def require_fields(built: Any, group: str) -> None:
-    """The same for a dataclass that was made by hand. group: what its settings are called by."""
+    """Raises DirlError where a field of a dataclass has a value that its type does not allow.
+
+    group: the key of the dataclass, for the sentence.
+    """
     require(vars(built), type(built), group)
 
 
 def constrained_values(value: Any, hint: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    """Key, value and type of all in `value` whose type says more than OmegaConf's conversion checks."""
+    """Yield key, value and type of everything in `value` whose type says more than OmegaConf's conversion checks.
+
+    Raises DirlError for a list of another length than its type says.
+    """
     inner = without_none(hint)
     if value is None or inner is Any:
         return
-    if isinstance(value, dict) and get_origin(inner) is Annotated:  # which OmegaConf takes for a number in a mapping
-        return  # so that the class itself tells what was meant
+    # OmegaConf takes a mapping for a number inside a mapping: what is wrong, the class itself tells better.
+    if isinstance(value, dict) and get_origin(inner) is Annotated:
+        return
+
     if get_origin(inner) is Annotated:
         yield key, value, hint
     elif is_dataclass(inner):
@@ -127,25 +144,29 @@ def constrained_values(value: Any, hint: Any, key: str) -> Iterator[tuple[str, A
         for name in [name for name in types if name in value]:
             yield from constrained_values(value[name], types[name], f"{key}.{name}".lstrip("."))
     elif get_origin(inner) is dict:
-        for name, one in value.items():
-            yield from constrained_values(one, get_args(inner)[1], f"{key}.{name}")
+        for name, item in value.items():
+            yield from constrained_values(item, get_args(inner)[1], f"{key}.{name}")
     elif get_origin(inner) in (list, tuple):
         if required_length(inner) not in (None, len(value)):
             raise DirlError(refusal(key, value, inner))
-        for i, one in enumerate(value):
-            yield from constrained_values(one, get_args(inner)[0], f"{key}[{i}]")
+        for i, item in enumerate(value):
+            yield from constrained_values(item, get_args(inner)[0], f"{key}[{i}]")
 
 
 def require_shape(value: Any, hint: Any, key: str) -> None:
-    """Raises DirlError for a mapping in the place of a list or the reverse, of which OmegaConf does not say where."""
+    """Raises DirlError for a mapping where a list belongs or the reverse, of which OmegaConf does not say where.
+
+    hint: the type of `value`, with annotations. key: its full name.
+    """
     inner = without_none(hint)
-    is_list, is_mapping = get_origin(inner) in (list, tuple), get_origin(inner) is dict or is_dataclass(inner)
+    is_list = get_origin(inner) in (list, tuple)
+    is_mapping = get_origin(inner) is dict or is_dataclass(inner)
     if (is_list and isinstance(value, dict)) or (is_mapping and isinstance(value, list)):
         raise DirlError(refusal(key, value, hint))
 
     if is_list and isinstance(value, list):
-        for i, one in enumerate(value):
-            require_shape(one, get_args(inner)[0], f"{key}[{i}]")
+        for i, item in enumerate(value):
+            require_shape(item, get_args(inner)[0], f"{key}[{i}]")
     if is_dataclass(inner) and isinstance(value, dict):
         types = types_of(inner)
         for name in [name for name in types if name in value]:
@@ -153,7 +174,7 @@ def require_shape(value: Any, hint: Any, key: str) -> None:
 
 
 def refusal(key: str, value: object, hint: Any) -> str:
-    """The sentence for a value that a setting of this type cannot have."""
+    """The sentence for a value that a setting of type `hint` cannot have."""
     limit = limit_of(hint)
     if isinstance(limit, OneOf) and isinstance(value, str):
         return f"{key}={value}: {limit.hint(value)}"
@@ -161,7 +182,7 @@ def refusal(key: str, value: object, hint: Any) -> str:
 
 
 def describe_type(hint: Any) -> str:
-    """What a setting of this type may be, such as: a whole number of at least 1, or null."""
+    """What a setting of type `hint` may be, such as: a whole number of at least 1, or null."""
     inner = without_none(hint)
     limit = limit_of(inner)
     if inner is not hint:
@@ -182,10 +203,10 @@ def describe_type(hint: Any) -> str:
 
 def type_at(hint: Any, key: str) -> Any:
     """The type of the setting that is called `key` inside one of type `hint`; None if that says nothing of it."""
-    for part in re.findall(r"[^.\[\]]+", key):
+    for step in re.findall(r"[^.\[\]]+", key):
         inner = without_none(hint)
         if is_dataclass(inner):
-            hint = types_of(inner).get(part)
+            hint = types_of(inner).get(step)
         elif get_origin(inner) in (dict, list, tuple):
             of_items, *of_values = get_args(inner)
             hint = of_values[0] if get_origin(inner) is dict else of_items
@@ -204,7 +225,7 @@ def without_none(hint: Any) -> Any:
     """The type of a setting where it is not null."""
     if get_origin(hint) not in (Union, UnionType):
         return hint
-    return next(one for one in get_args(hint) if one is not NoneType)
+    return next(member for member in get_args(hint) if member is not NoneType)
 
 
 def limit_of(hint: Any) -> Any:
@@ -220,6 +241,9 @@ def required_length(hint: Any) -> int | None:
 
 
 def format_value(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+    """A value as YAML spells it, such as null or true; numbers to six digits."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else str(value)

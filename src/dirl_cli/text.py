@@ -1,12 +1,14 @@
-"""Text fit to be shown and kept: control characters made visible, secrets left out, nothing taken for a reference."""
+"""Make text fit to be shown and saved: redact secrets, escape control characters and OmegaConf's references."""
 
 import os
 import re
 import shlex
 from typing import Any
 
-# What a terminal would obey, as the pictures that Unicode has of it: ␛ for escape. Lines and tabs stay.
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+# Control characters, which a terminal would obey, to the pictures that Unicode has of them: ␛ for escape. Line breaks
+# and tabs stay; those of 128 to 159 have no picture.
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+CONTROLS[127] = 0x2421
 CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 SECRET_KEY = re.compile(r"(?:^|[._])(?:api_?key|passw(?:or)?d|secret|token|(?:hf|api|auth|access)_?token)$", re.I)
@@ -16,37 +18,37 @@ HIDDEN = "***"
 
 
 def escape_controls(text: str) -> str:
-    """The text without what a terminal would obey."""
+    """The text with control characters replaced, so that a terminal obeys none."""
     return text.translate(CONTROLS)
 
 
 def redact(text: str) -> str:
-    """The text without tokens, passwords in addresses and the values of environment variables such as HF_TOKEN."""
+    """Replace tokens, passwords in addresses and the values of environment variables such as HF_TOKEN by ***."""
     for value in known_secrets():
         text = text.replace(value, HIDDEN)
     return SECRET.sub(HIDDEN, text)
 
 
 def known_secrets() -> list[str]:
-    """What variables hold whose names tell that it is secret; a path to it is none."""
+    """The values of environment variables whose names say that they are secret; a path is none, nor a short text."""
     values = (value for name, value in os.environ.items() if SECRET_VARIABLE.search(name))
     return [value for value in values if len(value) >= 8 and not value.startswith(("/", "~", "."))]
 
 
 def is_secret(key: str, value: object) -> bool:
-    """Whether a setting is one that nobody may read."""
+    """Whether a setting holds a secret, by its key or by its value."""
     text = str(value)
     return value not in (None, "") and (SECRET_KEY.search(key) is not None or redact(text) != text)
 
 
 def literal(value: Any) -> Any:
-    """A text, or whatever holds texts, as OmegaConf has to be given it, which takes `${…}` for another key's value."""
+    """Escape `${…}`, which OmegaConf takes for another key's value, in a text or in all texts of nested containers."""
     if isinstance(value, dict):
-        return {key: literal(one) for key, one in value.items()}
+        return {key: literal(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [literal(one) for one in value]
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+        return [literal(item) for item in value]
+    if isinstance(value, str):  # backslashes before it are doubled, since OmegaConf reads two as one
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     return value
 
 

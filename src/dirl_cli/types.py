@@ -1,4 +1,4 @@
-"""What travels between rooms: plain values that a test can write by hand and another process can send."""
+"""Dataclasses that several rooms exchange: plain values that a test can write by hand and another process can send."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
@@ -45,14 +45,16 @@ class Instruction:
         require_fields(self, "instruction")
 
     def messages(self, question: str, system: str = "") -> list[dict[str, str]]:
-        """The turns that put the question, `system` before it."""
-        asked, before = question, system
+        """The turns that put the question. system: what stands before it as a system turn, "" for nothing."""
         if self.text and self.role == "user":
-            asked = f"{question}\n{self.text}"
+            question = f"{question}\n{self.text}"
         elif self.text:
-            before = f"{system}\n{self.text}" if system else self.text
-        turn = {"role": "user", "content": asked}
-        return [{"role": "system", "content": before}, turn] if before else [turn]
+            system = f"{system}\n{self.text}" if system else self.text
+
+        turns = [{"role": "user", "content": question}]
+        if system:
+            turns.insert(0, {"role": "system", "content": system})
+        return turns
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Trajectory:
     logprobs: its log-probability then, under the distribution it was drawn from
         (under the model's own at temperature 0).
     denoise_forwards: forwards that revealed tokens; forwards: those and the ones that only cached.
+    weights_version: optimizer steps that the weights had taken.
     block_size: tokens per block; None where that was not noted.
     """
 
@@ -119,5 +122,7 @@ class Trajectory:
     @property
     def completion_ids(self) -> list[int]:
         """The answer's tokens up to and without the first stop token."""
-        ends = (i for i, token in enumerate(self.token_ids) if token in self.stop_token_ids)
-        return self.token_ids[: next(ends, len(self.token_ids))]
+        for i, token in enumerate(self.token_ids):
+            if token in self.stop_token_ids:
+                return self.token_ids[:i]
+        return self.token_ids[:]

@@ -1,4 +1,4 @@
-"""The types of what commands read beside their groups, and the functions that the config files may call.
+"""The types of the config keys of each command, and the functions that the config files may call.
 
 The values are in conf/: a field here has a name and a type, which says what it may be. Groups with code behind them
 carry their types in the dataclass that their `_target_` names.
@@ -35,7 +35,7 @@ LONGEST_NAME = 200  # bytes of a file name made of a path or an override; the di
 
 @dataclass
 class JobConfig:
-    """Of every command that writes something: `out` is where, by default a directory called `name`."""
+    """Keys of every command that writes something: `out` is where, by default a directory called `name`."""
 
     seed: Seed
     name: str
@@ -44,7 +44,7 @@ class JobConfig:
 
 @dataclass
 class RunConfig(JobConfig):
-    """Of every command whose work is continued when the same command is given again."""
+    """Keys of every command whose work is continued when the same command is given again."""
 
     gpus: Count
     nodes: Count
@@ -57,7 +57,7 @@ class RunConfig(JobConfig):
 
 @dataclass
 class TrainConfig(RunConfig):
-    """Of both commands that train a model."""
+    """Keys of both commands that train a model."""
 
     model: Any
     peft: Any
@@ -218,15 +218,18 @@ def register() -> None:
 
 
 def slug(*texts: str | None) -> str:
-    """A path or an override, the first that there is, as one file name: `../data/my a.jsonl` becomes `data-my-a`."""
+    """The first text that is not empty, a path or an override, as a file name: `../data/my a.jsonl` is `data-my-a`."""
     text = next((text for text in texts if text), "")
-    parts = [part for part in re.split(r"[/\\]", text) if part not in ("", ".", "..")]
-    name = re.sub(r"\.(json|jsonl|parquet)(\.gz)?$", "", "-".join(parts))
+    folders = [folder for folder in re.split(r"[/\\]", text) if folder not in ("", ".", "..")]
+    name = re.sub(r"\.(json|jsonl|parquet)(\.gz)?$", "", "-".join(folders))
     name = re.sub(r"[^\w.,=+-]+", "", name.replace(" ", "-"))
-    whole = name if name.strip(".") or not text else text
-    if whole is name and len(name.encode()) <= LONGEST_NAME:
+
+    # A digest tells apart what is too long for a name, or of which no letter is left.
+    is_empty = bool(text) and not name.strip(".")
+    if not is_empty and len(name.encode()) <= LONGEST_NAME:
         return name
-    digest = hashlib.sha256(whole.encode(errors="replace")).hexdigest()[:8]
+    hashed = text if is_empty else name
+    digest = hashlib.sha256(hashed.encode(errors="replace")).hexdigest()[:8]
     return f"{name.strip('.').encode()[: LONGEST_NAME - 20].decode(errors='ignore')}-{digest}".lstrip("-")
 
 
