@@ -30,7 +30,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import read_answers
 from dirl_cli.evaluation.result_card import read_evaluation
 from dirl_cli.models.adapter import merge_adapter
-from dirl_cli.models.load import PretrainedModel, diffusion_lm
+from dirl_cli.models.load import SavedModel, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.models.tiny import train_tokenizer
 from dirl_cli.reward.equality import verified
@@ -68,7 +68,7 @@ def edit(file: Path, **changes: object) -> None:
 
 def refusal(model: Path, device: str = "cpu") -> str:
     with pytest.raises(DirlError) as told:
-        PretrainedModel("mine", str(model)).load("float32", device)
+        SavedModel("mine", str(model)).load("float32", device)
     assert "\n" not in str(told.value)
     return str(told.value)
 
@@ -145,7 +145,7 @@ def test_code_in_a_checkpoint_never_runs(model, tmp_path):
     (model / "harm.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')\nclass Harm: pass\n")
     edit(model / "config.json", auto_map={"AutoConfig": "harm.Harm", "AutoModelForCausalLM": "harm.Harm"})
     edit(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["harm.Harm", "harm.Harm"]})
-    assert PretrainedModel("mine", str(model)).load("float32", "cpu").tokenizer is not None
+    assert SavedModel("mine", str(model)).load("float32", "cpu").tokenizer is not None
     edit(model / "config.json", model_type="harm")
     assert "it needs code of its own, which is never run" in refusal(model)
     assert not (tmp_path / "harm").exists()
@@ -155,7 +155,7 @@ def test_code_in_a_checkpoint_never_runs(model, tmp_path):
 def test_a_checkpoint_does_not_choose_kernels_which_would_be_code_from_the_hub(model, device):
     edit(model / "config.json", _attn_implementation="lab/kernel", attn_implementation="lab/kernel")
     edit(model / "config.json", experts_implementation="lab/kernel")
-    lm = PretrainedModel("mine", str(model)).load("float32", device, "sdpa")
+    lm = SavedModel("mine", str(model)).load("float32", device, "sdpa")
     assert (lm.model.config._attn_implementation, lm.model.config._experts_implementation) != ("lab/kernel",) * 2
     assert lm.model.config._attn_implementation == "sdpa"
 

@@ -66,8 +66,8 @@ def test_a_class_is_found_where_an_earlier_version_had_it():
 @pytest.mark.parametrize(
     ("earlier", "today"),
     [
-        ("models.checkpoint.Checkpoint", "PretrainedModel"),  # from the first version, moved and renamed
-        ("models.load.Checkpoint", "PretrainedModel"),
+        ("models.checkpoint.Checkpoint", "SavedModel"),  # from the first version, moved and renamed
+        ("models.load.Checkpoint", "SavedModel"),
         ("models.lora.Lora", "LoraFinetune"),
         ("models.peft.Lora", "LoraFinetune"),
         ("models.lora.Whole", "FullFinetune"),

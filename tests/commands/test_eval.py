@@ -295,7 +295,7 @@ def test_real_benchmarks_run_to_the_end(shared: Path, tmp_path: Path, name: str,
     model = published_vocabulary(tmp_path / "model", shared)
     command.run(
         config(
-            model={"_target_": "dirl_cli.models.load.PretrainedModel", "name": "random", "path": str(model)},
+            model={"_target_": "dirl_cli.models.load.SavedModel", "name": "random", "path": str(model)},
             bench={"_target_": "dirl_cli.data.files.ProblemFile", "name": name, "path": f"{shared}/data/{name}.json"},
             samples=1,
             limit=limit,

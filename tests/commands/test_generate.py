@@ -20,7 +20,7 @@ from dirl_cli.commands import generate
 from dirl_cli.console import PlainConsole
 from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.files import conf_dir
-from dirl_cli.models.load import PretrainedModel
+from dirl_cli.models.load import SavedModel
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import trajectory_logprobs
@@ -93,7 +93,7 @@ def test_what_is_written_scores_as_it_was_sampled(model, tmp_path):
     lines = dirl_generate(model, tmp_path, prompt="hi", samples=3)
     names = ("prompt_ids", "token_ids", "reveal_step", "logprobs", "stop_reason")
     trajectories = [Trajectory(**{name: line[name] for name in names}) for line in lines]
-    lm = PretrainedModel("", str(model)).load("float32", "cpu")
+    lm = SavedModel("", str(model)).load("float32", "cpu")
     for line, scored in zip(lines, trajectory_logprobs(lm, trajectories, Decoding(temperature=1.0)), strict=True):
         assert line["logprobs"] == pytest.approx(scored, abs=1e-5)
 
@@ -347,7 +347,7 @@ def test_the_blocks_are_watched_filling(model, tmp_path, terminal):
 
 
 def test_what_a_forward_revealed_is_lit(model):
-    lm = PretrainedModel("", str(model)).load("float32", "cpu")
+    lm = SavedModel("", str(model)).load("float32", "cpu")
     mask = lm.mask_token_id
     screen = generate.Screen(PlainConsole(file=io.StringIO()), lm, pace=0.0)
     screen.show(0, 0, [20, mask])

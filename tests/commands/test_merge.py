@@ -19,7 +19,7 @@ from dirl_cli.cli import schema
 from dirl_cli.commands.merge import run
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.models.load import PretrainedModel
+from dirl_cli.models.load import SavedModel
 from tests.helpers.small import MASK, random_lm, small_lm
 
 
@@ -50,7 +50,7 @@ def adapter_of(base: Path, **options: object) -> Path:
 
 
 def load(path: Path, adapter: Path | str | None = None) -> torch.nn.Module:
-    return PretrainedModel("mine", str(path), adapter=adapter and str(adapter)).load("float32", "cpu").model
+    return SavedModel("mine", str(path), adapter=adapter and str(adapter)).load("float32", "cpu").model
 
 
 def merge(base: Path, adapter: Path | None, to: Path, *words: str) -> None:

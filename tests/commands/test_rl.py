@@ -20,7 +20,7 @@ from dirl_cli.cli.schema import slug
 from dirl_cli.commands import sft
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.models.load import PretrainedModel
+from dirl_cli.models.load import SavedModel
 from dirl_cli.rl.reporting import why_without_signal
 from dirl_cli.rollout.storage import Record, read_rollout
 from dirl_cli.training.checkpoint import sha256
@@ -270,8 +270,8 @@ def test_the_reference_is_the_starting_model_also_for_a_run_that_goes_on(model, 
 def test_a_policy_held_by_its_reference_stays_nearer(model, tmp_path):
     for beta in (0, 50):
         run(config(model, f"algo.beta={beta}", "steps=3", "rl.epochs=2", "optim.lr=1e-3"), tmp_path / str(beta))
-    lm, start = [PretrainedModel("", str(path)).load("float32", "cpu") for path in (tmp_path / "50/model", model)]
-    free = PretrainedModel("", str(tmp_path / "0/model")).load("float32", "cpu")
+    lm, start = [SavedModel("", str(path)).load("float32", "cpu") for path in (tmp_path / "50/model", model)]
+    free = SavedModel("", str(tmp_path / "0/model")).load("float32", "cpu")
     ids = torch.arange(5, 37)[None]
     with torch.no_grad():
         held, loose, first = (one.model(ids).logits.log_softmax(-1) for one in (lm, free, start))

@@ -565,7 +565,7 @@ def checkpoints(home: Path) -> tuple[list[bytes], Target]:
     import torch
     from transformers import logging as transformers_logging
 
-    from dirl_cli.models.load import PretrainedModel, diffusion_lm
+    from dirl_cli.models.load import SavedModel, diffusion_lm
     from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
     from dirl_cli.models.tiny import train_tokenizer
 
@@ -594,7 +594,7 @@ def checkpoints(home: Path) -> tuple[list[bytes], Target]:
         if name == "model.safetensors.index.json":
             (here / "model/model.safetensors").rename(here / "model/model-1.safetensors")
         device = "meta" if len(data) % 3 == 0 else "cpu"
-        lm = PretrainedModel("odd", str(here / "model")).load("float32", device, "sdpa")
+        lm = SavedModel("odd", str(here / "model")).load("float32", device, "sdpa")
         if lm.tokenizer:
             lm.tokenizer.decode(lm.tokenizer("What is 7?")["input_ids"])
 

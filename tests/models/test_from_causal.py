@@ -22,7 +22,7 @@ from dirl_cli.diffusion.layout import pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.errors import DirlError
 from dirl_cli.models.from_causal import FromCausal, package_file
-from dirl_cli.models.load import PretrainedModel
+from dirl_cli.models.load import SavedModel
 from dirl_cli.models.peft import LoraFinetune, trainable_parameters
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import LogprobModel, trajectory_logprobs
@@ -131,7 +131,7 @@ def test_sampler_and_trainer_agree(causal, logit_shift, prompt, by_blocks):
 def test_the_pad_token_learns_as_any_other_and_the_configuration_goes_on_naming_it(causal, tmp_path):
     lm = converted(causal)
     lm.save(tmp_path / "saved")
-    saved = PretrainedModel("saved", str(tmp_path / "saved")).load("float32", "cpu")
+    saved = SavedModel("saved", str(tmp_path / "saved")).load("float32", "cpu")
     for one in (lm, saved):
         assert one.model.config.pad_token_id == one.pad_token_id == 0
         by_autograd, by_differences = slopes(one, one.pad_token_id)
@@ -200,7 +200,7 @@ def test_a_kind_that_does_not_run_in_blocks_is_refused(tmp_path, kind, options, 
 def test_it_is_saved_as_a_model_like_any_other(causal, tmp_path):
     lm, answer = converted(causal), trajectory()
     lm.save(tmp_path / "model")
-    again = PretrainedModel("again", str(tmp_path / "model")).load("float32", "cpu", "sdpa")
+    again = SavedModel("again", str(tmp_path / "model")).load("float32", "cpu", "sdpa")
     assert (again.block_size, again.mask_token_id, again.logit_shift) == (4, lm.mask_token_id, True)
     assert trajectory_logprobs(again, [answer]) == trajectory_logprobs(lm, [answer])
     assert again.tokenizer.mask_token == lm.tokenizer.mask_token

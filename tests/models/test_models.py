@@ -24,7 +24,7 @@ from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.models.load import DiffusionLM, PretrainedModel, diffusion_lm, pick_device
+from dirl_cli.models.load import DiffusionLM, SavedModel, diffusion_lm, pick_device
 from dirl_cli.models.low_precision import inference_model
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from dirl_cli.models.tiny import Tiny, train_tokenizer
@@ -39,7 +39,7 @@ PROMPTS = [[5, 6, 7], [11] * 9]
 
 
 def load(path: Path, **named: int) -> DiffusionLM:
-    return PretrainedModel("mine", str(path), **named).load("float32", "cpu")
+    return SavedModel("mine", str(path), **named).load("float32", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +320,7 @@ def test_a_damaged_model_is_told_in_one_sentence(copy, sentence, capfd):
 def test_a_model_that_is_not_there_is_told_with_the_remedy(path, sentence, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DirlError, match=sentence):
-        PretrainedModel("mine", path).load("float32", "cpu")
+        SavedModel("mine", path).load("float32", "cpu")
 
 
 def test_a_model_that_a_command_leaves_behind_is_told_with_that_command(tmp_path, monkeypatch):
@@ -344,7 +344,7 @@ def test_a_model_that_a_command_leaves_behind_is_told_with_that_command(tmp_path
 )
 def test_an_unknown_choice_names_the_known_ones(saved, options, sentence):
     with pytest.raises(DirlError, match=sentence):
-        PretrainedModel("mine", str(saved)).load(*options)
+        SavedModel("mine", str(saved)).load(*options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -26,7 +26,7 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.models.load import DiffusionLM, PretrainedModel
+from dirl_cli.models.load import DiffusionLM, SavedModel
 from dirl_cli.models.peft import LoraFinetune, trainable_parameters
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.plan.memory import Memory, architecture
@@ -355,8 +355,8 @@ def test_checkpoints_hold_nothing_but_the_factors(tuned, base):
 
 
 def test_adapter_and_merged_model_give_the_same_answers(tuned, base):
-    merged = PretrainedModel("merged", str(tuned / "model")).load("float32", "cpu")
-    beside = PretrainedModel("beside", str(base), adapter=str(tuned / "adapter")).load("float32", "cpu")
+    merged = SavedModel("merged", str(tuned / "model")).load("float32", "cpu")
+    beside = SavedModel("beside", str(base), adapter=str(tuned / "adapter")).load("float32", "cpu")
     for name, tensor in merged.model.state_dict().items():
         assert torch.equal(tensor, beside.model.state_dict()[name]), name
     prompts, decoding = [[5, 6, 7], [8] * 9], Decoding(max_new_tokens=12, temperature=1.0)
@@ -382,7 +382,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_dropout_and_all(tuned, base, tm
 
 
 def test_a_run_does_not_go_on_beside_another_model(tuned, base, tmp_path):
-    lm = PretrainedModel("base", str(base)).load("float32", "cpu")
+    lm = SavedModel("base", str(base)).load("float32", "cpu")
     with torch.no_grad():
         lm.model.get_input_embeddings().weight[0] += 1
     lm.save(tmp_path / "other")
@@ -438,7 +438,7 @@ def test_qlora_saves_a_merged_model_that_acts_as_the_packed_one(base, tmp_path):
     factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
     for name, factor in trainable_parameters(lm.model).items():
         factor.data.copy_(factors[f"base_model.model.{name.replace('.default.', '.')}"])
-    saved = PretrainedModel("merged", str(tmp_path / "model")).load("float32", "cpu")
+    saved = SavedModel("merged", str(tmp_path / "model")).load("float32", "cpu")
     torch.testing.assert_close(logits(saved.model), logits(lm.model), rtol=1e-4, atol=1e-4)
 
 

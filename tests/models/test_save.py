@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from dirl_cli.errors import DirlError
-from dirl_cli.models.load import DiffusionLM, PretrainedModel, diffusion_lm
+from dirl_cli.models.load import DiffusionLM, SavedModel, diffusion_lm
 from dirl_cli.models.save import save_published
 from dirl_cli.models.sdar import SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from tests.helpers.small import EXPERTS, MASK, SIZES, random_lm, small_lm
@@ -22,7 +22,7 @@ IDS = torch.arange(5, 13)[None]
 
 
 def load(path: Path, dtype: str = "float32") -> DiffusionLM:
-    return PretrainedModel("mine", str(path)).load(dtype, "cpu")
+    return SavedModel("mine", str(path)).load(dtype, "cpu")
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

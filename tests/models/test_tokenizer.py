@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dirl_cli.errors import DirlError
-from dirl_cli.models.load import DiffusionLM, PretrainedModel
+from dirl_cli.models.load import DiffusionLM, SavedModel
 from tests.helpers.small import published_vocabulary
 
 PAD, TURN_START, TURN_END, THINK, MASK = 151643, 151644, 151645, 151667, 151669
@@ -16,7 +16,7 @@ CHAT = [{"role": "user", "content": "Solve $x^2 = 1234$."}]
 
 
 def load(path: Path) -> DiffusionLM:
-    return PretrainedModel("mine", str(path)).load("float32", "cpu")
+    return SavedModel("mine", str(path)).load("float32", "cpu")
 
 
 @pytest.fixture(scope="module")

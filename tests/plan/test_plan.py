@@ -23,7 +23,7 @@ from dirl_cli.commands import rl, sft
 from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.files import conf_dir
 from dirl_cli.hub import configured_repositories
-from dirl_cli.models.load import PretrainedModel
+from dirl_cli.models.load import SavedModel
 from dirl_cli.models.sdar import SDARMoeConfig
 from dirl_cli.models.shapes import PUBLISHED, outline
 from dirl_cli.plan.budget import Budget, Machine, halvings
@@ -534,7 +534,7 @@ def test_of_a_model_of_the_hub_configuration_and_tokenizer_are_enough(eight_bill
     ],
 )
 def test_published_shapes_have_the_published_number_of_parameters(path, parameters, nothing_here):
-    lm = outline(PretrainedModel("mine", path), "sdpa")
+    lm = outline(SavedModel("mine", path), "sdpa")
     assert sum(parameter.numel() for parameter in lm.model.parameters()) == parameters
     assert (lm.block_size, lm.mask_token_id, lm.tokenizer) == (4, 151669, None)
 

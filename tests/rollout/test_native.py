@@ -196,13 +196,13 @@ def test_an_engine_that_is_not_there_is_told(monkeypatch):
 
 
 def test_an_engine_of_its_own_gets_a_checkpoint_to_start_from(tmp_path):
-    from dirl_cli.models.load import PretrainedModel
+    from dirl_cli.models.load import SavedModel
     from dirl_cli.rollout.engines import on_disk
 
     lm = small_lm()
     made = on_disk(lm)
     assert (Path(made) / "config.json").exists()
-    assert on_disk(PretrainedModel("made", made).load("float32", "cpu")) == made
+    assert on_disk(SavedModel("made", made).load("float32", "cpu")) == made
 
 
 def test_a_sampler_with_weights_of_its_own_keeps_none_while_it_sleeps():

@@ -20,7 +20,7 @@ from dirl_cli.cli.run_dir import model_of_run
 from dirl_cli.commands import sft
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
-from dirl_cli.models.load import DiffusionLM, PretrainedModel
+from dirl_cli.models.load import DiffusionLM, SavedModel
 from dirl_cli.training.shards import Shard, write_shards
 from tests.helpers.small import paid_by_the_letter
 
@@ -48,7 +48,7 @@ def run(request, tmp_path_factory) -> Path:
 
 
 def load(path: Path, **settings: object) -> DiffusionLM:
-    model = {"_target_": "dirl_cli.models.load.PretrainedModel", "name": "mine", "path": str(path), **settings}
+    model = {"_target_": "dirl_cli.models.load.SavedModel", "name": "mine", "path": str(path), **settings}
     cfg = OmegaConf.create({"model": model_of_run(model)})
     return build(cfg.model).load("float32", "cpu")
 
@@ -63,7 +63,7 @@ def assert_same(one: DiffusionLM, other: DiffusionLM) -> None:
 
 
 def test_the_last_checkpoint_and_the_run_are_the_model_that_the_run_left(run):
-    left = PretrainedModel("left", str(run / "model")).load("float32", "cpu")
+    left = SavedModel("left", str(run / "model")).load("float32", "cpu")
     assert_same(load(run / "checkpoints/step-000004"), left)
     assert_same(load(run), left)
 

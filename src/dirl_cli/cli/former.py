@@ -13,7 +13,7 @@ MODULES = {
 CLASSES = {  # in the modules of today
     "dirl_cli.diffusion.masking.Cosine": "dirl_cli.diffusion.masking.CosineRate",
     "dirl_cli.diffusion.masking.Count": "dirl_cli.diffusion.masking.CountPerBlock",
-    "dirl_cli.models.load.Checkpoint": "dirl_cli.models.load.PretrainedModel",
+    "dirl_cli.models.load.Checkpoint": "dirl_cli.models.load.SavedModel",
     "dirl_cli.models.peft.Lora": "dirl_cli.models.peft.LoraFinetune",
     "dirl_cli.models.peft.Whole": "dirl_cli.models.peft.FullFinetune",
 }

@@ -31,7 +31,7 @@ ANSWERS = {"samples", "limit", "ids"}  # which answers an evaluation has, not wh
 FREE = frozenset(START | MACHINES | WORK | SHOWING | SAVING | ANSWERS)
 
 BEGINNINGS = {"config.yaml", "environment.json", "lock", "failure.txt"}  # files of a run that failed at once
-PATH_MODEL = "dirl_cli.models.load.PretrainedModel"  # the model whose path may be a run's, or one of its checkpoints
+PATH_MODEL = "dirl_cli.models.load.SavedModel"  # the model whose path may be a run's, or one of its checkpoints
 PACKAGES = ("dirl", "torch", "transformers", "accelerate")
 
 

@@ -56,7 +56,7 @@ class FromCausal:
     file: str | None = None
 
     def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
-        """Load the model as `PretrainedModel.load` does, with a mask token.
+        """Load the model as `SavedModel.load` does, with a mask token.
 
         Raises DirlError for a model that is no causal one, or attends through a window.
         """

@@ -82,7 +82,7 @@ class DiffusionLM:
 
 
 @dataclass(frozen=True)
-class PretrainedModel:
+class SavedModel:
     """A model directory, or a Hub repository that was downloaded before.
 
     block_size: None for the checkpoint's own; another is for `dirl sft` and `dirl rl` to teach it. adapter: what to

@@ -4,7 +4,7 @@ from typing import Any
 
 from dirl_cli import hub
 from dirl_cli.errors import NotDownloaded
-from dirl_cli.models.load import DiffusionLM, PretrainedModel, pick_attention
+from dirl_cli.models.load import DiffusionLM, SavedModel, pick_attention
 from dirl_cli.models.model_directory import ModelDirectory
 from dirl_cli.models.peft import ModelSource
 from dirl_cli.models.safe_files import check_safe_checkpoint
@@ -58,7 +58,7 @@ def outline(model: ModelSource, attention: str) -> DiffusionLM:
     try:
         return shapes(model, attention)
     except NotDownloaded:
-        if not isinstance(model, PretrainedModel):
+        if not isinstance(model, SavedModel):
             raise
 
         stored = ModelDirectory(model.path)

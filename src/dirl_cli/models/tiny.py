@@ -35,7 +35,7 @@ class Tiny:
             )
 
     def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
-        """Make a random model, the same for the same seed. The parameters are those of `PretrainedModel.load`."""
+        """Make a random model, the same for the same seed. The parameters are those of `SavedModel.load`."""
         from dirl_cli.data.arithmetic import Arithmetic
 
         device = pick_device(device)
