@@ -128,7 +128,7 @@ def configured_repositories() -> dict[str, str]:
 
 
 def download_argument(repo_id: str, kind: Kind) -> str:
-    """What `dirl download` is given for a repository: the choice that names it, otherwise its id."""
+    """The argument of `dirl download` for a repository: the choice of a config that names it, otherwise its id."""
     for choice, configured_id in configured_repositories().items():
         if configured_id == repo_id:
             return choice

@@ -182,7 +182,7 @@ def refusal(key: str, value: object, hint: Any) -> str:
 
 
 def describe_type(hint: Any) -> str:
-    """What a setting of type `hint` may be, such as: a whole number of at least 1, or null."""
+    """Describe the values of a setting of type `hint`, such as: a whole number of at least 1, or null."""
     inner = without_none(hint)
     limit = limit_of(inner)
     if inner is not hint:

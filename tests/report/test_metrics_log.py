@@ -11,7 +11,7 @@ from PIL import Image
 from dirl_cli.errors import DirlError
 from dirl_cli.report.metrics_log import FileOnly, MetricsLog, NoLog, TensorBoard, Wandb, read_metrics
 from dirl_cli.report.plot import Panel, plot, smooth
-from dirl_cli.report.progress import StepProgress, due, format_duration, format_metrics, format_shares
+from dirl_cli.report.progress import StepProgress, due, format_clock, format_metrics, format_shares
 from dirl_cli.training.trainer import PhaseTimes
 
 NOWHERE = FileOnly().open(None, {}, 0)
@@ -141,7 +141,7 @@ def test_what_is_due():
 
 
 def test_durations_and_shares_in_words():
-    assert format_duration(65) == "1:05" and format_duration(7265) == "2:01:05"
+    assert format_clock(65) == "1:05" and format_clock(7265) == "2:01:05"
     assert format_metrics({"accuracy": 0.5}, "loss", "accuracy") == "accuracy 50%"
     assert format_shares({"optimizer": 1.0, "rows": 3.0}) == "rows 75% · optimizer 25%"
 

@@ -1,4 +1,4 @@
-"""What Tab offers: a command's groups with their choices, and every key of the chosen config at its value."""
+"""Shell completion: a command's groups with their choices, and every key of the chosen config at its value."""
 
 import re
 from collections.abc import Sequence

@@ -82,7 +82,7 @@ def preset(command: str) -> str | None:
 
 
 def choices(group: str) -> list[str]:
-    """What a config group offers, in the user's tree and in ours; nothing if there is no such group."""
+    """The choices of a config group, in the user's tree and in ours; nothing if there is no such group."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return group_options(group)
 
@@ -94,9 +94,9 @@ def group_options(group: str) -> list[str]:
 
 def with_bases(file: Path) -> DictConfig:
     """A config merged over the siblings that its defaults name; without Hydra, which may be busy with another."""
-    own: Any = OmegaConf.load(file)
-    bases = [with_bases(file.with_stem(base)) for base in own.pop("defaults", []) if base != "_self_"]
-    merged: Any = OmegaConf.merge(*bases, own)
+    config: Any = OmegaConf.load(file)
+    bases = [with_bases(file.with_stem(base)) for base in config.pop("defaults", []) if base != "_self_"]
+    merged: Any = OmegaConf.merge(*bases, config)
     return merged
 
 

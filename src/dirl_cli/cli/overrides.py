@@ -150,7 +150,7 @@ def rewrite_choice(word: str, choices: Callable[[str], list[str]], sweep: bool) 
 
 
 def one_at_a_time(group: str, values: Sequence[str]) -> str:
-    """What to write in the place of a list of a group's choices."""
+    """How to write several choices of a group instead of as a list, in words."""
     if group == "data":
         names = [QuotedString(value.strip(), Quote.double).with_quotes() for value in values]
         sources = ", ".join(f"{{path: {name}}}" for name in names)

@@ -111,7 +111,7 @@ def wait_for_launcher(
 
 
 def starting(cfg: DictConfig, cores: int | None) -> str:
-    """What is waited for until the processes say something themselves, in a line.
+    """The line that says what is started, and what it waits for until the processes print something themselves.
 
     cores: of the CPU, where the processes share it; None where each has a GPU.
     """

@@ -160,11 +160,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         after = new.get(key, "absent")
         is_free = key in FREE or key.partition(".")[0] in FREE
         if before != after and not is_free:
-            lines.append(f"{key}: {format_setting(before)} → {format_setting(after)}")
+            lines.append(f"{key}: {null_or_text(before)} → {null_or_text(after)}")
     return lines
 
 
-def format_setting(value: object) -> str:
+def null_or_text(value: object) -> str:
     return "null" if value is None else str(value)
 
 
@@ -178,7 +178,7 @@ def flatten(config: str) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What this start of the run runs on: the command, versions and the state of the checkout, as JSON can hold it."""
+    """Describe what a start of the run runs on, as JSON can hold it: command, versions, state of the checkout."""
     return {
         "command": redact(shlex.join(sys.orig_argv)),
         "python": platform.python_version(),

@@ -111,9 +111,8 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
         }
         all_answers = requested_answers(read_answers(out / ANSWERS), problems, cfg.samples)
         metrics = conclude(cfg, out, cfg.model.name, all_answers, problems, facts)
-        console.print(
-            f"{metrics.tokens_per_second or 0:,.0f} tokens/s · {out / CARD} · {out / ANSWERS}", soft_wrap=True
-        )
+        speed = f"{metrics.tokens_per_second or 0:,.0f} tokens/s"
+        console.print(f"{speed} · {out / CARD} · {out / ANSWERS}", soft_wrap=True)
 
 
 def grade_predictions(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     engine.require()
     rows = requested_rows(cfg)
     if not cfg.input:
-        console.print(spell_request(rows[0].fields), style="dim")
+        console.print(format_request(rows[0].fields), style="dim")
     model = build(cfg.model)
     if isinstance(model, Tiny):
         console.print(UNTRAINED)
@@ -69,7 +69,6 @@ def run(cfg: DictConfig, out: Path) -> None:
     sampler = engine.start(lm)
     screen = Screen(console, lm, cfg.pace) if cfg.watch else None
 
-    # Resume an input file where its completions came from the same; otherwise set them aside.
     file = out / "completions.jsonl"
     total = len(prompts) * cfg.samples
     source = {
@@ -78,13 +77,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         "samples": cfg.samples,
         "digest": hash_values(fingerprint(lm.model), [(prompt.prompt_ids, prompt.seed) for prompt in prompts]),
     }
-    done = finished_completions(file, source) if cfg.input else set()
-    if done:
-        console.print(f"{len(done)} of {total} completions are in {file}")
-    else:
-        earlier = begin(file, source)
-        if earlier:
-            console.print(f"the earlier completions are in {earlier}", style="dim")
+    done = resume_or_begin(file, source, total, console, resumes=bool(cfg.input))
 
     answers = sampler.stream(
         [prompt.prompt_ids for prompt in prompts],
@@ -118,6 +111,23 @@ def run(cfg: DictConfig, out: Path) -> None:
         sentence = f"stopped: {finished} of {total} completions are in {file}{hint}"
         raise Stopped(sentence, stop_code(interrupt)) from None
     console.print(f"{total} completions in {file}", style="dim")
+
+
+def resume_or_begin(
+    file: Path, source: dict[str, Any], total: int, console: PlainConsole, resumes: bool
+) -> set[tuple[int, int]]:
+    """The (prompt index, sample index) of completions that `file` holds already; without any, the file begins anew.
+
+    source: what is sampled from. total: completions in all. resumes: whether completions of an earlier start count.
+    """
+    done = finished_completions(file, source) if resumes else set()
+    if done:
+        console.print(f"{len(done)} of {total} completions are in {file}")
+        return done
+    earlier = begin(file, source)
+    if earlier:
+        console.print(f"the earlier completions are in {earlier}", style="dim")
+    return done
 
 
 def requested_rows(cfg: DictConfig) -> list[Row]:
@@ -200,7 +210,7 @@ def read_stdin(what: str) -> str:
     return content
 
 
-def spell_request(fields: dict[str, Any]) -> str:
+def format_request(fields: dict[str, Any]) -> str:
     """A row of the command line as text, to show how it was understood."""
     if "messages" not in fields:
         return f"prompt: {fields['prompt']}"
@@ -218,8 +228,8 @@ def encode_rows(cfg: DictConfig, lm: DiffusionLM, rows: list[Row]) -> list[Promp
             raise DirlError(f"{row.location}: seed must be a whole number, not {seed}")
         prompt_ids = encode_row(lm, row, instruction)
         if len(prompt_ids) > lm.longest_prompt:
-            room = f"{len(prompt_ids)} tokens and the model has room for {lm.longest_prompt}"
-            raise DirlError(f"the prompt of {row.location} has {room}: shorten it or leave it out")
+            lengths = f"{len(prompt_ids)} tokens and the model has room for {lm.longest_prompt}"
+            raise DirlError(f"the prompt of {row.location} has {lengths}: shorten it or leave it out")
         prompts.append(Prompt(prompt_ids, seed, row.fields))
     return prompts
 

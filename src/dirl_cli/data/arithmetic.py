@@ -66,7 +66,7 @@ class Arithmetic:
         return self._messages("train", self._splits().train)
 
     def validation(self) -> list[Row]:
-        """As many demonstrations as are held out."""
+        """The `held_out` demonstrations, none of which is trained on."""
         return self._messages("validation", self._splits().validation)
 
     def problems(self) -> list[Problem]:

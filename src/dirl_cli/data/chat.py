@@ -35,7 +35,9 @@ def encode_demonstrations(
     pieces_by_row = [pieces_of_row(tokenizer, row, instruction) for row in rows]
 
     # One call tokenizes the texts of all rows, since fast tokenizers spread a batch over the cores.
-    texts = [text for pieces in pieces_by_row for text, _ in pieces]
+    texts: list[str] = []
+    for pieces in pieces_by_row:
+        texts += [text for text, _ in pieces]
     token_ids = iter(tokenize(tokenizer, texts))
 
     encoded = []
@@ -181,7 +183,7 @@ def question_text(tokenizer: PreTrainedTokenizerBase, question: str, instruction
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    """What an answer says: its tokens up to the stop token as text, special tokens left out."""
+    """The text of an answer: its tokens up to the stop token, special tokens left out."""
     return str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
@@ -195,7 +197,7 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) ->
 
 
 def assistant_text(message: dict) -> str:
-    """What an assistant says: the content as written, after the `reasoning_content` where there is one."""
+    """The words of an assistant's turn: the content as written, after the `reasoning_content` where there is one."""
     thought = message.get("reasoning_content")
     return f"<think>\n{thought.strip()}\n</think>\n\n{message['content']}" if thought else message["content"]
 

@@ -1,4 +1,4 @@
-"""What a row means: its columns under our names, as a demonstration or as a problem.
+"""Read a row as a demonstration or as a problem: its columns under our names, in the layouts that most data sets have.
 
 What is read otherwise than written goes with the row as a note, and so do the columns that nothing is made of.
 """
@@ -117,8 +117,9 @@ def demonstration(row: Row, setting: str = "data.columns=") -> Row:
 
 
 def recognise_demonstration(row: Row) -> Row:
-    """The row under our names where it is called as in the data sets that most people have."""
+    """The row under our names where it has the columns of ShareGPT, Alpaca or GSM8K; any other as it is."""
     fields = dict(row.fields)
+    # Our own columns win: a row that has them is not looked at further.
     if "messages" in fields or fields.get("response") is not None:
         return row
     if isinstance(fields.get("conversations"), list):
@@ -164,7 +165,7 @@ def question(row: Row, setting: str = "data.columns=") -> Row:
 
 
 def recognise_problem(row: Row) -> Row:
-    """The row under our names where it is called as in the data sets that most people have."""
+    """The row under our names where it has a chat for its question, or verl's or a plain column for its answer."""
     fields = dict(row.fields)
     chat = fields.get("question", fields.get("prompt"))
     if isinstance(chat, list) and all(isinstance(turn, dict) for turn in chat):
@@ -287,8 +288,8 @@ def summarize_notes(rows: Iterable[Row]) -> list[str]:
         for name, value in row.unread.items():
             unread_counts[name] += 1
             if not example:
-                shown = json.dumps(value, default=str, ensure_ascii=False)[:SHOWN]
-                example = f"{row.location} has {name}: {shown}"
+                excerpt = json.dumps(value, default=str, ensure_ascii=False)[:SHOWN]
+                example = f"{row.location} has {name}: {excerpt}"
 
     lines = [f"{counted(n, 'row')}: {note} (first {first[note]})" for note, n in note_counts.items()]
     if unread_counts:

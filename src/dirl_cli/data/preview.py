@@ -1,4 +1,4 @@
-"""What a model would see: the first examples with their trained tokens marked, and how long all of them are."""
+"""Show examples as a model would see them, with their trained tokens marked, and how long all of them are."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""What a run measures: one line of JSON per step, and a tracker beside it by choice."""
+"""Log metrics: one line of JSON per step, and TensorBoard or W&B beside it by choice."""
 
 import json
 import time

@@ -12,7 +12,8 @@ from dirl_cli.files import writing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, FAINT = "#33373d", "#d9dce1"
+INK = "#33373d"
+FAINT = "#d9dce1"
 COLORS = ("#2f6db5", "#d9632a", "#3a8f5c", "#8a5fb0", "#a8842c")
 Point = tuple[float, float, float, str]  # x, y (between 0 and 1), the standard error of y, a label
 SPARSE = 60  # a curve of fewer points is drawn with markers and not smoothed

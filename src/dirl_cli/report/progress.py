@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a live line in a terminal, a plain line every so often elsewhere."""
+"""Display the progress of a run: a live line in a terminal, a plain line every so often elsewhere."""
 
 import sys
 import time
@@ -58,7 +58,7 @@ class StepProgress:
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a step's metrics and the time that is left, at the pace since this process began."""
         seconds_per_step = (time.perf_counter() - self.started) / (step - self.done)
-        remaining = format_duration(seconds_per_step * (self.steps - step))
+        remaining = format_clock(seconds_per_step * (self.steps - step))
         text = f"step {step}/{self.steps} · {remaining} left · {format_metrics(metrics, *self.names)}"
         if self.live:
             self.bar.update(self.task, completed=step, description=text)
@@ -79,7 +79,7 @@ class StepProgress:
     def sum_up(self, times: Mapping[str, float]) -> None:
         """Print where the time of the run went. times: seconds by phase."""
         if times:
-            self.print_line(f"{format_duration(sum(times.values()))} went into {format_shares(times)}")
+            self.print_line(f"{format_clock(sum(times.values()))} went into {format_shares(times)}")
 
     def working(self, what: str, total: int = 0) -> AbstractContextManager[Callable[..., None]]:
         """Show that something that may take long goes on; what it yields is told how many of `total` are done."""
@@ -109,7 +109,7 @@ def format_metrics(metrics: Mapping[str, float], *names: str) -> str:
     return " · ".join(texts)
 
 
-def format_duration(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """Such as 1:05 or 2:01:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
