@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +25,7 @@ from dirl_cli.text import counted, redact
 
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in Linux's prctl.h
 FAILURE = "failure.txt"  # in the run directory: the sentence of the process that failed first
+NOTICE = 3  # seconds in which the launcher, which looks ten times a second, has seen that a process is gone
 PATIENCE = 5  # seconds that the other processes are given when one has failed
 
 
@@ -94,7 +96,9 @@ def run_worker(name: str, out: str) -> None:
     failure = Path(out, FAILURE)
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not failure.exists():  # otherwise this process only lost its connection to the one that failed
+        # It may only have lost its connection to one that failed or was killed: then the launcher ends it meanwhile.
+        time.sleep(NOTICE)
+        if not failure.exists():
             print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
     sys.excepthook = report
