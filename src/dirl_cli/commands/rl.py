@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from dirl_cli.cli.build import build
 from dirl_cli.commands.start import (
     is_finished,
+    join_processes,
     leave_model,
     load_model,
     open_run_log,
@@ -23,7 +24,6 @@ from dirl_cli.commands.start import (
     planner,
     shapes_of,
     show_budget,
-    start_processes,
 )
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show_examples
@@ -132,7 +132,7 @@ class Pools:
 
 def run(cfg: DictConfig, out: Path) -> None:
     """Reinforce cfg.model on cfg.data until `out`/model holds the result."""
-    accelerator, progress = start_processes(cfg, SHOWN)
+    accelerator, progress = join_processes(cfg, SHOWN)
     if is_finished(cfg, out, progress):
         return
 

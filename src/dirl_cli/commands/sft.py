@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from dirl_cli.cli.build import build
 from dirl_cli.commands.start import (
     is_finished,
+    join_processes,
     leave_model,
     load_model,
     open_run_log,
@@ -20,7 +21,6 @@ from dirl_cli.commands.start import (
     planner,
     shapes_of,
     show_budget,
-    start_processes,
 )
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.order import MixtureOrder, epochs, generator
@@ -113,7 +113,7 @@ class SftParts:
 
 def run(cfg: DictConfig, out: Path) -> None:
     """Fine-tune cfg.model on cfg.data until `out`/model holds the result."""
-    accelerator, progress = start_processes(cfg, SHOWN)
+    accelerator, progress = join_processes(cfg, SHOWN)
     if is_finished(cfg, out, progress):
         return
 
@@ -134,6 +134,8 @@ def run(cfg: DictConfig, out: Path) -> None:
         return
     data = read_demonstrations(cfg, source, parts.instruction, lm, accelerator, progress)
     del source  # and its rows
+    if cfg.dry_run:
+        preview(cfg, data, lm, progress)
     require_measured(cfg.keep_best, sft_metrics(cfg, data))
     budget = plan(np.concatenate([tokens.lengths for tokens in data.training]), data.problems.prompts)
     if cfg.dry_run:
@@ -144,9 +146,9 @@ def run(cfg: DictConfig, out: Path) -> None:
     lm = load_model(cfg, parts.model, parts.peft, accelerator, progress)
     stop = StopSignal(accelerator)
     with Grader(workers=1) as grader:
-        session, batches, evaluation = start(cfg, out, parts, data, lm, stop, grader, accelerator, progress)
+        session, batches, evaluation = open_training(cfg, out, parts, data, lm, stop, grader, accelerator, progress)
         with session:
-            train(session, session.trainer, batches, parts.annealing, evaluation, cfg.micro_rows)
+            train(session, batches, parts.annealing, evaluation, cfg.micro_rows)
     session.trainer.require_update(
         "its gradients were skipped or its rates 0 (grad_norm and lr in metrics.jsonl tell which)"
     )
@@ -184,13 +186,15 @@ def read_demonstrations(
     for name, tokens in zip(names, training, strict=True):
         if not len(tokens):
             raise DirlError(f"nothing of {name} is left to learn from: raise max_tokens, or give other data")
-    if cfg.dry_run:
-        show_examples(dict(zip(names, training, strict=True)), lm.require_tokenizer(), progress.console)
-        order = MixtureOrder(tuple(map(len, training)), tuple(weights), partial(generator, cfg.seed))
-        reached = epochs(order, names, cfg.steps * cfg.batch_size)
-        progress.print_line(f"after {cfg.steps} steps: {' · '.join(f'{name} {n:.2f}' for name, n in reached.items())}")
     problems = reader.problems("held-out problems", source.problems()[: cfg.eval_problems])
     return Demonstrations(names, list(weights), training, held_out, problems)
+
+
+def preview(cfg: DictConfig, data: Demonstrations, lm: DiffusionLM, progress: StepProgress) -> None:
+    """Show the first demonstrations of each source as the model sees them, and how often each will be gone through."""
+    show_examples(dict(zip(data.names, data.training, strict=True)), lm.require_tokenizer(), progress.console)
+    reached = epochs(data.order(cfg.seed), data.names, cfg.steps * cfg.batch_size)
+    progress.print_line(f"after {cfg.steps} steps: {' · '.join(f'{name} {n:.2f}' for name, n in reached.items())}")
 
 
 def sft_metrics(cfg: DictConfig, data: Demonstrations) -> list[str]:
@@ -215,7 +219,7 @@ def warn(cfg: DictConfig, parts: SftParts, warnings: Iterable[str], progress: St
         progress.print_line(remark)
 
 
-def start(
+def open_training(
     cfg: DictConfig,
     out: Path,
     parts: SftParts,

@@ -27,7 +27,7 @@ from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding
 
 
-def start_processes(cfg: DictConfig, shown: Sequence[str]) -> tuple[Accelerator, StepProgress]:
+def join_processes(cfg: DictConfig, shown: Sequence[str]) -> tuple[Accelerator, StepProgress]:
     """This process among those of the run, and its display of steps, quiet in all but one."""
     if cfg.dry_run:
         accelerator = start_accelerator("cpu", cfg.dtype)

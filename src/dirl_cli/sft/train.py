@@ -6,12 +6,10 @@ from dirl_cli.sft.annealing import Annealing
 from dirl_cli.sft.batches import NoisedBatches
 from dirl_cli.sft.validation import SftEvaluation, cross_entropy
 from dirl_cli.training.session import Session
-from dirl_cli.training.trainer import Trainer
 
 
 def train(
     run: Session,
-    trainer: Trainer,
     batches: NoisedBatches,
     annealing: Annealing,
     evaluation: SftEvaluation | None,
@@ -28,11 +26,11 @@ def train(
             causal_rows = annealing.causal_rows(batches.demonstrations(step), batches.noise(step))
             micro_batches = []
             for rows in (masked_rows, *causal_rows):
-                micro_batches += trainer.cut(rows, micro_rows)
+                micro_batches += run.trainer.cut(rows, micro_rows)
 
         # One optimizer step on the sum over all hidden tokens, divided by the answer tokens of the whole batch.
         with run.showing():
-            metrics = trainer.step(micro_batches, cross_entropy, answer_tokens)
+            metrics = run.trainer.step(micro_batches, cross_entropy, answer_tokens)
 
         # Report, evaluate and save where it is due; stop where it was asked for.
         tokens = sum(rows.num_tokens for rows in micro_batches)

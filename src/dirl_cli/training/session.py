@@ -61,8 +61,6 @@ class Session:
     evaluation: Evaluation | None = None
     unevaluated: Metrics | None = None  # of the last step, where its evaluation was given up to stop at once
 
-    # Beginning and going on
-
     def resume(self, resume: str, needs_base: bool, data: str) -> dict[str, Any] | None:
         """Go on from the run's last good checkpoint, or from the one `resume` names; returns what that remembers.
 
@@ -109,8 +107,6 @@ class Session:
         if error is None:
             self.log.close()
             self.progress.sum_up(self.trainer.times.total)
-
-    # Steps
 
     def remaining_steps(self, evaluation: Evaluation | None) -> Iterator[int]:
         """The steps that are left, from 0. Every one has to end in `end_of_step`.
@@ -188,11 +184,11 @@ class Session:
 
     def _finish_step(self, metrics: Metrics) -> None:
         is_last = self.step == self.steps
-        evaluates = self.evaluation is not None and (is_last or due(self.step, self.eval_every))
-        if self.evaluation and evaluates:
+        evaluation = self.evaluation if is_last or due(self.step, self.eval_every) else None
+        if evaluation:
             try:
                 with self.trainer.times("evaluation"):
-                    metrics = metrics | self.evaluation.measure()
+                    metrics = metrics | evaluation.measure()
             except Interrupted:  # to be made up for when the run goes on, which then writes the step's line
                 self.save({}, unevaluated=metrics)
                 self._stop()
@@ -205,7 +201,7 @@ class Session:
         must_stop = bool(self.stop) and not is_last
         if is_last or must_stop or is_due or self.checkpoints.is_best(metrics):
             self.save(metrics)
-        elif evaluates:
+        elif evaluation:
             self.draw()
         if must_stop:
             self._stop()
