@@ -5,11 +5,34 @@ math-verify can hang and eat memory on hostile text: `verified` belongs in a wor
 
 import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import TypeVar
 
 from dirl_cli.reward.algebra import math_verified
-from dirl_cli.reward.notation import EQUALS, LIST, RATIO, bracketed, has_decimals, number, round_alike, split
+from dirl_cli.reward.names import ARGUMENT, INDEX, differ, is_name, spelt, with_argument, with_index, without_name
+from dirl_cli.reward.notation import (
+    EQUALS,
+    LIST,
+    RATIO,
+    RELATION,
+    SPACE,
+    bracketed,
+    has_decimals,
+    number,
+    round_alike,
+    split,
+)
+from dirl_cli.reward.parts import (
+    ascending,
+    cases,
+    conditioned,
+    elements,
+    holds_sets,
+    kind_and_elements,
+    ordered,
+    solutions,
+    tuples,
+    without_modulus,
+)
 from dirl_cli.reward.tidy import tidy
 from dirl_cli.reward.words import measured
 
@@ -25,13 +48,8 @@ BASED = re.compile(r"\(?((?=[A-F]*\d)[\dA-F]+)\)? ?_ ?\{? ?(?:\\text ?\{)?(\d+)\
 ENDLESS = re.compile(r"(.*[\d}]) ?(?:\.\.\.|\\ldots)")
 AT_INFINITY = re.compile(r"\\infty ?\]|\[ ?[-+]? ?\\infty")
 NUMERIC = re.compile(r"(?:[\d\s.,+*/^(){}!-]|\\(?:frac|sqrt|cdot|times|pi)(?![a-zA-Z]))+")
-ASIDE = re.compile(r"_\{[^{}]*\}|_.|\([^()]*\)|\\text|[\s{}]")
-INDEX = re.compile(r"_\{[^{}]*\}|_.")
-ARGUMENT = re.compile(r"\(([^()]*)\)")
-NAME = re.compile(r"[A-Za-z|\\':/]*(?:\^-1)?")
 LINEAR = re.compile(r"(?=.*[-+\d/])[-+\d.*/ ()]*[A-Za-z](?! ?\()[-+\d.*/ ()]*")  # 2x, x/2 and x - 1, still to be solved
 POINT = re.compile(r"^[A-Z] ?(?=\([^()]*,[^()]*\)$)")
-SPACE = re.compile(r"(?<!\d) | (?!\d)")  # but 5 4 is not 54
 SPACED = re.compile(r"[-+]?\d+(?: \d+)+")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -44,13 +62,7 @@ TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))? ?(?:\\text ?\{ ?)?(?:([ap])\.? ?m\.
 MODULO = r"\\[pb]?mod(?![a-z])|\\text ?\{ ?\(?mod(?:ulo)? ?\}?|mod(?:ulo)?(?![a-z])"
 RESIDUE = re.compile(rf"(.*?),? ?\(? ?(?:{MODULO}) ?\{{? ?(\d+|[a-z]) ?\}}? ?\)?\}}?")
 UNEQUAL = r"\\(?:[lg]e|ne|not)(?![a-z])|\\not[a-z]|[<>]"
-MODULUS = re.compile(r"\| ?([a-zA-Z]) ?\|")
-RELATION = r"\\[lg]e(?![a-zA-Z])|<|>"
-FOR = re.compile(r",? ?(?:\\text ?\{ ?,? ?(?:where|with|for)( all| any| every| each)?[^{}]*\}|(\\forall(?![a-z]))) ?")
-IN = r"\\in ?\\mathbb ?\{?[A-Z]\}?[\^_+*{}\d> ]*|(?:\\ge|>|\\ne) ?-?[0-3]"
-CONDITION = re.compile(rf"(?:\\forall )?([a-zA-Z]) ?(?:{IN})?|\\forall ([a-z])")
 CASES = re.compile(r"\\begin\{d?cases\}(.*)\\end\{d?cases\}", re.DOTALL)
-IF = re.compile(r"^\\text ?\{ ?(?:if|for|when|where) ?\} ?|[,;. ]+$")
 
 
 class Unclear(Exception):  # noqa: N818
@@ -223,12 +235,6 @@ def plainly_based(text: str) -> str:
     return BASED.sub(r"\1_\2", text) if "_" in text else text
 
 
-def without_name(text: str) -> str:
-    """What is said of a name, or the text."""
-    *names, value = split(text, EQUALS)
-    return value if all(map(is_name, names)) else text
-
-
 def as_residues(gold: str, answer: str, judge: Judge) -> bool | None:
     """10 is 3 modulo 7; where only one tells the modulus, it is what the question tells."""
     expected, actual = RESIDUE.fullmatch(gold), RESIDUE.fullmatch(answer)
@@ -262,39 +268,12 @@ def as_conditioned(gold: str, answer: str, judge: Judge) -> bool | None:
     return same(expected, actual, judge)
 
 
-def conditioned(text: str) -> tuple[str, list[str]]:
-    r"""A formula and what stands after it of its letters alone, as c \in \mathbb{R} and n \ge 1."""
-    text = FOR.sub(lambda match: ", \\forall " if match[1] or match[2] else ", ", text)
-    text = re.sub(r" ?\(([a-zA-Z] ?(?:\\in|\\ge|\\ne|>)[^()]*)\)$", r", \1", text)
-    formula, *conditions = split(text, ",")
-    if re.search(rf"{RELATION}|\\(?:in|ne)(?![a-zA-Z])", formula):
-        return text, []  # it is a condition itself
-    if not conditions:
-        return text, []
-    for condition in conditions:
-        match = CONDITION.fullmatch(condition)
-        if match is None or match[0] == match[1]:
-            return text, []
-        if not re.search(rf"(?<!\\){match[1] or match[2]}", formula):
-            return text, []  # it is of a letter that the formula has not
-    return formula, [SPACE.sub("", condition) for condition in conditions]
-
-
 def as_cases(gold: str, answer: str, judge: Judge) -> bool | None:
     """Each case with its condition, in any order."""
     expected, actual = CASES.fullmatch(gold), CASES.fullmatch(answer)
     if not expected or not actual:
         return None
     return paired(cases(expected[1]), cases(actual[1]), lambda gold, answer: each_same(gold, answer, judge))
-
-
-def cases(rows: str) -> list[list[str]]:
-    """The cells of each row, without commas and ifs."""
-    cells_by_row = []
-    for row in rows.split(r"\\"):
-        if row.strip():
-            cells_by_row.append([IF.sub("", IF.sub("", cell.strip())) for cell in row.split("&")])
-    return cells_by_row
 
 
 def paired(golds: Sequence[T], answers: Sequence[T], alike: Callable[[T, T], bool]) -> bool:
@@ -328,45 +307,6 @@ def as_solutions(gold: str, answer: str, judge: Judge) -> bool | None:
     return None
 
 
-def solutions(text: str) -> list[dict[str, str]] | None:
-    """The values of each solution by name, as in x=1, y=2 and (x,y)=(1,2),(3,4); None if there are not two names."""
-    solved: list[dict[str, str]] = [{}]
-    names: list[str] = []
-    for part in split(text, LIST):
-        *left, right = split(part, EQUALS)
-        if left and (tuple_of_names := bracketed(left[0], "(")):
-            names = [full(name) for name in split(tuple_of_names[1], LIST)]
-        elif left and is_name(left[0]):
-            # A name that comes again begins the next solution.
-            name = full(left[0])
-            if name in solved[-1]:
-                solved.append({})
-            solved[-1][name] = right
-            continue
-
-        # Tuples of values in the order of the names, one by one or in a set.
-        rows = bracketed(right, r"\{")
-        for row in split(rows[1], LIST) if rows else [right]:
-            values = bracketed(row, "(")
-            if not names or not values or len(split(values[1], LIST)) != len(names):
-                return None
-            solved.append(dict(zip(names, split(values[1], LIST), strict=True)))
-    solved = [solution for solution in solved if solution]
-    return solved if all(len(solution) > 1 for solution in solved) else None
-
-
-def ordered(solution: dict[str, str]) -> list[str]:
-    """Its values, by the alphabet where the names follow one another there, as x and y; otherwise as written."""
-    names = sorted(solution)
-    neighbours = all(len(a) == len(b) == 1 and ord(b) == ord(a) + 1 for a, b in pairwise(names))
-    return [solution[name] for name in (names if neighbours else solution)]
-
-
-def tuples(solved: list[dict[str, str]]) -> str:
-    """Solutions as tuples of their values."""
-    return ", ".join(f"({', '.join(ordered(solution))})" for solution in solved)
-
-
 def as_brackets(gold: str, answer: str, judge: Judge) -> bool | None:
     """Tuples, columns and intervals in their order; the kind of bracket counts for two elements, as in an interval."""
     if AT_INFINITY.search(answer) and not AT_INFINITY.search(gold):
@@ -381,15 +321,6 @@ def as_brackets(gold: str, answer: str, judge: Judge) -> bool | None:
     if gold_kind == "()" and len(golds) == len(answers):
         return each_same(golds, answers, judge)
     return same(gold, answers[0], judge) if answer_kind == "()" and len(answers) == 1 else None
-
-
-def kind_and_elements(text: str) -> tuple[str, list[str]]:
-    """The pair of brackets that holds all of a text, nothing without one, and what is listed in it."""
-    brackets = bracketed(text)
-    if brackets is None:
-        return "", split(text, LIST)
-    opening, content, closing = brackets
-    return opening + closing, split(content, LIST)
 
 
 def as_ratio(gold: str, answer: str, judge: Judge) -> bool | None:
@@ -425,30 +356,6 @@ def as_lists(gold: str, answer: str, judge: Judge) -> bool | None:
     return not remaining or (r"\cup" in gold + answer and judge(gold, answer))
 
 
-def elements(text: str) -> list[str]:
-    r"""What a list, a set or a union of intervals holds, ± as two; a text that is none of these holds itself."""
-    listed = split(text, LIST) if number(text) is None else [text]  # 1,000 is one
-    *names, value = split(text, EQUALS)
-    if len(listed) == 1 and all(map(is_name, names)) and (braces := bracketed(value, r"\{")):
-        return elements(braces[1])
-    signed = []
-    for element in listed:
-        upper = element.replace(r"\pm", "+").replace(r"\mp", "-")
-        lower = element.replace(r"\pm", "-").replace(r"\mp", "+")
-        signed += [upper] if upper == lower else [upper, lower]
-    return signed
-
-
-def holds_sets(text: str) -> bool:
-    """Whether it is a set of which an element is a set."""
-    if text.count(r"\{") < 2:
-        return False
-    braces = bracketed(without_name(text), r"\{")
-    if braces is None:
-        return False
-    return any(bracketed(element, r"\{") for element in split(braces[1], LIST))
-
-
 def as_moduli(gold: str, answer: str, judge: Judge) -> bool | None:
     """|x| < 2 is -2 < x < 2, and |x| > 2 is x < -2 or x > 2, where one says it in inequalities."""
     if "|" not in gold + answer or not (re.search(RELATION, gold) and re.search(RELATION, answer)):
@@ -459,21 +366,6 @@ def as_moduli(gold: str, answer: str, judge: Judge) -> bool | None:
     return same(expected, actual, judge)
 
 
-def without_modulus(text: str) -> str:
-    """The same inequality of a letter's modulus and a positive number, of the letter alone."""
-    (small, *rest), signs = ascending(text)
-    if len(rest) != 1 or len(signs) != 1:
-        return text
-    [large], [sign] = rest, signs
-    bounded, beyond = MODULUS.fullmatch(small), MODULUS.fullmatch(large)
-    bound = number(large if bounded else small)
-    if bound is None or bound <= 0:
-        return text
-    if bounded:
-        return f"-{large} {sign} {bounded[1]} {sign} {large}"
-    return f"{beyond[1]} {sign} -{small}, {small} {sign} {beyond[1]}" if beyond else text
-
-
 def as_inequalities(gold: str, answer: str, judge: Judge) -> bool | None:
     """3 > x > 1 is 1 < x < 3; what differs in more is for algebra."""
     gold_terms, gold_signs = ascending(gold)
@@ -481,16 +373,6 @@ def as_inequalities(gold: str, answer: str, judge: Judge) -> bool | None:
     if not gold_signs or gold_signs != answer_signs:
         return None
     return each_same(gold_terms, answer_terms, judge) or None
-
-
-def ascending(text: str) -> tuple[list[str], list[str]]:
-    """The terms and the signs of a chain of inequalities, the least first."""
-    terms, signs = split(text, RELATION), re.findall(RELATION, text)
-    if len(terms) != len(signs) + 1:
-        return [text], []
-    if all(sign in (">", r"\ge") for sign in signs):
-        return terms[::-1], [sign.replace(">", "<").replace("ge", "le") for sign in reversed(signs)]
-    return terms, signs
 
 
 def as_approximate(gold: str, answer: str, judge: Judge) -> bool | None:
@@ -528,57 +410,6 @@ def as_equations(gold: str, answer: str, judge: Judge) -> bool | None:
 
 def without_fractions(text: str) -> str:
     return re.sub(r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"(\1)/(\2)", text)
-
-
-def is_name(text: str) -> bool:
-    """Whether an answer may be called this: x, f(x), m_1, (x, y), AB or nothing."""
-    return NAME.fullmatch(ASIDE.sub("", text)) is not None
-
-
-def spelt(name: str) -> str:
-    """A name without its index and argument, in small letters."""
-    return ASIDE.sub("", name).lower()
-
-
-def full(name: str) -> str:
-    """A name with its index."""
-    return spelt(name) + "".join(re.sub(r"\\text|[{}\s]", "", index) for index in INDEX.findall(name))
-
-
-def differ(pattern: re.Pattern[str], name: str, other: str) -> bool:
-    """Whether two names have different indices or arguments; a name may do without. pattern: INDEX or ARGUMENT."""
-    matches, other_matches = plain_matches(pattern, name), plain_matches(pattern, other)
-    return bool(matches and other_matches and matches != other_matches)
-
-
-def plain_matches(pattern: re.Pattern[str], name: str) -> list[str]:
-    """The indices or arguments of a name, without formatting."""
-    return [re.sub(r"\\text|\\|[{}\s]", "", match) for match in pattern.findall(name)]
-
-
-def with_index(formula: str, name: str, other: str) -> str | None:
-    """The formula of a sequence of another index, as 2^k of a_k becomes 2^n; None where it is no such formula."""
-    new, old = INDEX.findall(name), INDEX.findall(other)
-    if spelt(name) != spelt(other) or len(new) != 1 or len(old) != 1:
-        return None
-    letters = [re.sub(r"[_{}\s]", "", index) for index in (new[0], old[0])]
-    if not all(re.fullmatch("[a-z]", letter) for letter in letters):
-        return None
-    if not re.search(rf"(?<![a-zA-Z\\]){letters[1]}", formula):
-        return None  # as in x_i = 5, where it tells which
-    return with_argument(formula, [letters[1]], [letters[0]])
-
-
-def with_argument(formula: str, old: list[str], new: list[str]) -> str | None:
-    """The formula of other variables, as t^2 of t becomes x^2; None where x has a meaning already."""
-    before, after = (re.sub(r"\s", "", ",".join(names)).split(",") for names in (old, new))
-    if len(before) != len(after) or not all(re.fullmatch("[a-zA-Z]", name) for name in (*before, *after)):
-        return None
-    renamed = dict(zip(before, after, strict=True))
-    tokens = re.findall(r"\\[a-zA-Z]+|.", formula, re.DOTALL)
-    if any(name in tokens and name not in renamed for name in after):
-        return None
-    return "".join(renamed.get(token, token) for token in tokens)
 
 
 def as_rounded(gold: str, answer: str, judge: Judge) -> bool | None:

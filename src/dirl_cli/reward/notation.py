@@ -12,6 +12,8 @@ NUMBER = re.compile(rf"{MIXED} ?(?:(?:\\times|\\cdot) ?10 ?\^ ?\{{?([-+]?\d{{1,2
 REPEATING = re.compile(r"(-?) ?(\d{0,60})\.(\d{0,60})\\(?:overline|bar|dot) ?\{? ?(\d{1,60}) ?\}?")
 
 LIST, EQUALS, RATIO = r"[,;]|\\cup(?![a-zA-Z])", r"(?<![<>!])=|\\(?:in|equiv)(?![a-zA-Z])", ":"
+RELATION = r"\\[lg]e(?![a-zA-Z])|<|>"
+SPACE = re.compile(r"(?<!\d) | (?!\d)")  # but 5 4 is not 54
 BRACKET = re.compile(r"(\\begin|\\?[({\[])|\\end|\\?[)}\]]")
 BRACKETED = re.compile(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", re.DOTALL)
 COLUMN = re.compile(r"\\begin\{[pb]matrix\}([^&]*?)(?:\\\\ ?)?\\end\{[pb]matrix\}")
