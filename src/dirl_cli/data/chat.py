@@ -15,9 +15,8 @@ from dirl_cli.types import Instruction, Problem
 Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are trained
 Piece = tuple[str, bool]  # a stretch of text, and whether it is trained
 
-PLACEHOLDER = (
-    "\ue000{}\ue001"  # private-use characters that hold the place of what the assistant says in the n-th message
-)
+# Private-use characters that hold the place of what the assistant says in the n-th message.
+PLACEHOLDER = "\ue000{}\ue001"
 THOUGHTS_ADDED = re.compile("<think>\\s*(</think>\\s*)?(?=\ue000|\\Z)")
 
 

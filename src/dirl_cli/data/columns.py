@@ -66,7 +66,8 @@ def rename_row(row: Row, columns: Mapping[str, str]) -> Row:
 
 def rename_fields(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The fields with those that `columns` names under our names, the others as they are."""
-    renamed = {name: value for name, value in fields.items() if name not in {*columns, *columns.values()}}
+    mapped = {*columns, *columns.values()}
+    renamed = {name: value for name, value in fields.items() if name not in mapped}
     for new, old in columns.items():
         if old in fields:
             renamed[new] = fields[old]
@@ -187,9 +188,8 @@ def recognise_problem(row: Row) -> Row:
 
 def is_problem(row: Row) -> bool:
     """Whether there is a question with a reference answer in it, under whatever names."""
-    return {"question", "ground_truth_answer"} <= recognise_problem(
-        row._replace(fields=without_nulls(row.fields))
-    ).fields.keys()
+    recognised = recognise_problem(row._replace(fields=without_nulls(row.fields)))
+    return {"question", "ground_truth_answer"} <= recognised.fields.keys()
 
 
 def one_question(location: str, chat: list) -> dict[str, str]:
@@ -272,7 +272,8 @@ def with_note(row: Row, fields: dict[str, Any], note: str) -> Row:
 
 def unread_columns(row: Row, read: set[str]) -> dict[str, Any]:
     """The columns that say something and of which nothing is made. read: those that are used."""
-    return {name: value for name, value in row.fields.items() if name not in read | LABELS and value not in EMPTY}
+    known = read | LABELS
+    return {name: value for name, value in row.fields.items() if name not in known and value not in EMPTY}
 
 
 def summarize_notes(rows: Iterable[Row]) -> list[str]:
