@@ -76,6 +76,16 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def unused_name(path: Path) -> Path:
+    """The first of `path`~1, `path`~2, … that does not exist; of a file the number stands before the suffix."""
+    suffix = path.suffix if path.is_file() else ""
+    stem = path.name.removesuffix(suffix)
+    n = 1
+    while (candidate := path.with_name(f"{stem}~{n}{suffix}")).exists():
+        n += 1
+    return candidate
+
+
 def remove(path: Path) -> None:
     """Delete a directory atomically: a reader sees all of it or nothing."""
     if path.exists():

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from dirl_cli.cli.config_tree import leaves
 from dirl_cli.cli.former import todays_target
 from dirl_cli.errors import DirlError
-from dirl_cli.files import installed, write_json, write_text
+from dirl_cli.files import installed, unused_name, write_json, write_text
 from dirl_cli.text import redact
 from dirl_cli.types import STATE
 
@@ -61,15 +60,6 @@ def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
             on_failure.callback(remove_if_empty, out)
             yield lock
             on_failure.pop_all()
-
-
-def unused_name(path: Path) -> Path:
-    """The first of `path`~1, `path`~2, … that does not exist."""
-    for n in count(1):
-        candidate = path.with_name(f"{path.name}~{n}")
-        if not candidate.exists():
-            return candidate
-    raise AssertionError  # count never ends
 
 
 def model_of_run(model: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dirl_cli.console import PlainConsole, working
 from dirl_cli.data.chat import answer_text
 from dirl_cli.errors import Stopped, stop_code
 from dirl_cli.evaluation.answers import drop_torn_line
-from dirl_cli.files import writing
+from dirl_cli.files import unused_name, writing
 from dirl_cli.models.load import DiffusionLM, fingerprint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.types import Decoding, Trajectory
@@ -146,10 +146,7 @@ def begin(file: Path, source: dict[str, Any]) -> Path | None:
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists() and file.stat().st_size:
-            n = 1
-            while file.with_name(f"{file.stem}~{n}{file.suffix}").exists():
-                n += 1
-            earlier = file.rename(file.with_name(f"{file.stem}~{n}{file.suffix}"))
+            earlier = file.rename(unused_name(file))
         file.with_name(SOURCE).write_text(source_text(source))
     return earlier
 
