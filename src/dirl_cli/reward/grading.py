@@ -1,4 +1,4 @@
-r"""Grading: what is boxed at the end of a completion against the reference answer, in processes that may be killed."""
+"""Grading: what is boxed at the end of a completion against the reference answer, in processes that may be killed."""
 
 import logging
 import multiprocessing

@@ -1,4 +1,4 @@
-r"""How an answer is written: exact numbers, lists, brackets. It works on tidy text alone."""
+"""How an answer is written: exact numbers, lists, brackets. It works on tidy text alone."""
 
 import re
 from fractions import Fraction

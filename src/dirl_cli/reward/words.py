@@ -74,6 +74,7 @@ TAIL = re.compile(
     rf"|(?<=[\d}}!]) ?(?:[A-Za-z][A-Za-z/.' -]*{POWER}|[\u4e00-\u9fff]+))$"
 )
 COMMAND = re.compile(rf"\\text|\\cdot|{POWER[:-1]}|(?<=m)[23](?![a-z])")
+EXPONENT = re.compile(r"(?:\^ ?\{? ?|(?<=m)(?=[23]))(-?\d)")  # of a unit: 2 in m^2 and m2
 RATE = re.compile(rf" ?[a-zA-Z] ?/ ?[a-zA-Z]{{1,3}}{POWER}")  # m/s
 WORD = re.compile(r"[A-Za-zÀ-ɏ]+|[\u4e00-\u9fff]")
 SOME_WORD = re.compile(r"[A-Za-z$€£¥₹¢\u4e00-\u9fff]")
@@ -115,9 +116,7 @@ def measured(text: str) -> Measured:
 
     named = [UNITS[word] for word in words if word in UNITS]
     spelt = [name for unit in named for name in SPELT.get(unit, [unit]) if unit != "degree" or len(named) == 1]
-    powers = [SIZES[word] for word in words if word in SIZES] + re.findall(
-        r"(?:\^ ?\{? ?|(?<=m)(?=[23]))(-?\d)", found[0]
-    )
+    powers = [SIZES[word] for word in words if word in SIZES] + EXPONENT.findall(found[0])
     return Measured(value, (*units, *spelt), tuple(powers))
 
 
