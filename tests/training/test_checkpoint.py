@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from dirl_cli.errors import DirlError
 from dirl_cli.files import atomic_directory
+from dirl_cli.models.peft import trainable_parameters
 from dirl_cli.training.checkpoint import (
     STATE,
     SUMS,
@@ -36,7 +37,6 @@ from dirl_cli.training.checkpoint import (
     require_measured,
     require_same_run,
     save_model,
-    trained_parameters,
 )
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.shards import Shard, read_shards, write_shards
@@ -397,7 +397,7 @@ def spread(run: Run) -> Run:
 
 def digest(run: Run) -> str:
     """A fingerprint of parameters and optimizer states, gathered where they are sharded."""
-    tensors = sorted({**trained_parameters(run[0]), **optimizer_states(*run)}.items())
+    tensors = sorted({**trainable_parameters(run[0]), **optimizer_states(*run)}.items())
     whole = [one.full_tensor() if isinstance(one, DTensor) else one for _, one in tensors]
     return hashlib.sha256(b"".join(one.detach().numpy().tobytes() for one in whole)).hexdigest()
 
@@ -435,7 +435,7 @@ def test_shards_are_read_by_one_process_and_what_one_wrote_by_several(tmp_path):
     assert path.name == "step-000003" and not told
     names = [f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "optimizer") for rank in (1, 2)]
     assert sorted(file.name for file in path.iterdir()) == [SUMS, *names, STATE]
-    in_all = sum(parameter.nbytes for parameter in trained_parameters(run[0]).values())
+    in_all = sum(parameter.nbytes for parameter in trainable_parameters(run[0]).values())
     assert all((path / name).stat().st_size < 0.6 * in_all for name in names[:2])
     again = start(seed=1, optim=ADAMW)
     load_checkpoint(path, *again)

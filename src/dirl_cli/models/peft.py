@@ -254,7 +254,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require a gradient, by name."""
+    """What training changes, by name; tied parameters once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.files import atomic_directory, partial_path, remove, sync, writing
 from dirl_cli.models.load import DiffusionLM, pick_dtype
+from dirl_cli.models.peft import trainable_parameters
 from dirl_cli.training.shards import Shard, read_shards, stored_shapes, write_shards
 from dirl_cli.types import STATE
 
@@ -131,7 +132,7 @@ class RunCheckpoints:
             self._record = self._goodness(metrics), -step
         measured = {name: metrics[name] for name in [self.best] if name and name in metrics}
         state = {"step": step, "optimizers": optimizer_names(optimizers), "measured": measured, **remembered}
-        files = self._own_files(MODEL, trained_parameters(model))
+        files = self._own_files(MODEL, trainable_parameters(model))
         files |= self._own_files(OPTIMIZER, optimizer_states(model, optimizers))
 
         path = self.directory / f"step-{step:06d}"
@@ -298,7 +299,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> dic
     readers = " and ".join(optimizer_names(optimizers))
     if writers != readers:
         raise DirlError(f"{path} was written by {writers}, not {readers}: give the optim= of its run")
-    parameters = trained_parameters(model)
+    parameters = trainable_parameters(model)
     read_shards(checkpoint_files(path, MODEL), parameters)
 
     # An optimizer without steps has no states yet: make empty ones, read into them, then hand them over.
@@ -398,15 +399,10 @@ def save_model(lm: DiffusionLM, dtype: str, directory: Path, card: str, accelera
     accelerator.wait_for_everyone()
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What training changes, by name; tied parameters once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def optimizer_states(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     """The optimizers' states by parameter and key, such as `layers.0.weight.exp_avg`."""
     states = {}
-    for name, parameter in trained_parameters(model).items():
+    for name, parameter in trainable_parameters(model).items():
         for optimizer in optimizers:
             for key, value in optimizer.state.get(parameter, {}).items():
                 states[f"{name}.{key}"] = value

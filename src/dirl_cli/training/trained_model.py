@@ -10,7 +10,8 @@ from torch import nn
 from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merge_adapter
 from dirl_cli.models.load import DiffusionLM, pick_device, pick_dtype
-from dirl_cli.training.checkpoint import MODEL, checkpoint_files, trained_parameters
+from dirl_cli.models.peft import trainable_parameters
+from dirl_cli.training.checkpoint import MODEL, checkpoint_files
 from dirl_cli.training.shards import read_shards
 
 
@@ -25,8 +26,8 @@ class TrainedModel:
 
     name: str
     path: str
-    base: Any  # models.lora.ModelSource
-    peft: Any  # models.lora.Peft
+    base: Any  # models.peft.ModelSource
+    peft: Any  # models.peft.Peft
     adapter: str | None = None
 
     def load(self, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> DiffusionLM:
@@ -36,7 +37,7 @@ class TrainedModel:
         device = pick_device(device)
         lm: DiffusionLM = self.peft.load(self.base, dtype, device, attention)
         try:
-            read_shards(checkpoint_files(Path(self.path), MODEL), trained_parameters(lm.model))
+            read_shards(checkpoint_files(Path(self.path), MODEL), trainable_parameters(lm.model))
         except (SafetensorError, OSError) as error:
             raise DirlError(f"{self.path} cannot be read ({error}): give another checkpoint of the run") from error
 
