@@ -4,9 +4,6 @@ python -m tests.helpers.steps FILE LAUNCH sft+rl [KEY=VALUE …]    # with RANK,
 """
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +29,7 @@ from dirl_cli.training.parallel import start_accelerator, unsharded, unsharded_m
 from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Problem
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import run_together
 from tests.helpers.small import MASK, PAD, small_lm
 
 STEPS = 5
@@ -133,24 +131,9 @@ def take(
 
 def among(processes: int, directory: Path, launch: str, tasks: str = "sft+rl", **options: object) -> list[dict]:
     """What `take` finds in each of so many processes of this machine, by task. They have two minutes for each task."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    words = [f"{key}={value}" for key, value in options.items()]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.steps", str(directory / str(rank)), launch, tasks, *words],
-            cwd=ROOT,
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(processes)
-    ]
-    try:
-        assert [one.wait(timeout=240) for one in started] == [0] * processes
-    finally:
-        for one in started:
-            one.kill()
+    options_as_words = [f"{key}={value}" for key, value in options.items()]
+    words = [[str(directory / str(rank)), launch, tasks, *options_as_words] for rank in range(processes)]
+    run_together("tests.helpers.steps", words, seconds=240)
     return [
         {
             task: (

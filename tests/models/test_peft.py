@@ -1,9 +1,6 @@
 """LoRA and QLoRA: what is trained, what a sampler gets, what is kept, and gradients by hand."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +34,7 @@ from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.trainer import Trainer
 from tests.helpers.measured import ADAMW, Size, Trial, measured
-from tests.helpers.paths import ROOT
+from tests.helpers.processes import run_together
 from tests.helpers.small import MASK, PAD, random_lm, small_lm
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -180,19 +177,8 @@ def several_steps(accelerator: Accelerator) -> tuple[list[float], dict[str, Tens
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
     losses, factors = several_steps(Accelerator(cpu=True))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, str(tmp_path / f"{rank}.pt")],
-            cwd=ROOT,
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    words = [[str(tmp_path / f"{rank}.pt")] for rank in range(2)]
+    run_together(__name__, words, seconds=100, ACCELERATE_USE_CPU="true")
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert found["losses"] == pytest.approx(losses, rel=1e-5)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 import threading
@@ -40,7 +39,7 @@ from dirl_cli.training.checkpoint import (
 )
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.shards import Shard, read_shards, write_shards
-from tests.helpers.paths import ROOT
+from tests.helpers.processes import run_together
 from tests.helpers.small import small_lm
 
 Run = tuple[nn.Module, list[torch.optim.Optimizer]]
@@ -404,22 +403,7 @@ def digest(run: Run) -> str:
 
 def in_two_processes(job: str, directory: Path) -> list[dict]:
     """What each of two processes tells of a job below."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, job, str(directory)],
-            cwd=ROOT,
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    told = [process.communicate(timeout=100)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
+    told = run_together(__name__, [[job, str(directory)]] * 2, seconds=100, ACCELERATE_USE_CPU="true")
     return [json.loads(text.splitlines()[-1]) for text in told]
 
 

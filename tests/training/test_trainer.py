@@ -1,6 +1,3 @@
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +9,7 @@ from torch import Tensor, nn
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError
 from dirl_cli.training.trainer import Sums, Trainer
-from tests.helpers.paths import ROOT
+from tests.helpers.processes import run_together
 
 VOCABULARY = 6
 
@@ -161,19 +158,8 @@ def several_steps(one: Trainer) -> list[float]:
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
     one = trainer()
     losses = several_steps(one)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, str(tmp_path / f"{rank}.pt")],
-            cwd=ROOT,
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    words = [[str(tmp_path / f"{rank}.pt")] for rank in range(2)]
+    run_together(__name__, words, seconds=60, ACCELERATE_USE_CPU="true")
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert found["losses"] == pytest.approx(losses, rel=1e-5)
