@@ -13,8 +13,7 @@ from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import Tiny
 
 # A random model answers nothing right, so answers are rewarded for ending early, at any of many tokens.
-SMALL = (
-    "~experiment",
+LEARNING = (
     "model=path",
     "+reward.weights={soft_overlong: 1.0}",
     "+reward.options={soft_overlong: {cache: 12}}",
@@ -23,10 +22,14 @@ SMALL = (
     "rl.group_size=3",
     "rl.filter=reward",
     "rl.mini_batches=1",
-    "decoding.max_new_tokens=12",
     f"decoding.stop_token_ids={[2, *range(10, 50)]}",
     "optim.lr=1e-2",
     "schedule.warmup=0",
+)
+SMALL = (
+    "~experiment",
+    *LEARNING,
+    "decoding.max_new_tokens=12",
     "steps=4",
     "save_every=2",
     "log_every=1",

@@ -1,10 +1,8 @@
 """Configurations of small runs of `dirl sft`."""
 
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dirl_cli.cli import schema
-from dirl_cli.files import conf_dir
+from tests.helpers.rl_runs import composed
 
 SMALL = (
     "+model.hidden_size=32",
@@ -24,8 +22,4 @@ SMALL = (
 
 
 def config(*words: str) -> DictConfig:
-    schema.register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("sft", [*SMALL, *words])
-    OmegaConf.resolve(cfg)
-    return cfg
+    return composed("sft", *SMALL, *words)

@@ -10,7 +10,7 @@ from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDA
 
 VOCABULARY, MASK, PAD = 50, 49, 0
 SIZES = {
-    "vocab_size": 50,
+    "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -27,14 +27,7 @@ def small_lm(
 ) -> DiffusionLM:
     """Two layers, 50 tokens, the mask token last; `scale` sharpens its random distributions."""
     config = SDARConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=head_dim,
-        intermediate_size=64,
-        max_position_embeddings=256,
+        **SIZES | {"head_dim": head_dim},
         pad_token_id=None,  # else its row would be zero
         eos_token_id=1,
         bos_token_id=None,

@@ -132,20 +132,7 @@ def test_the_embedded_model_is_the_same_for_the_same_seed_and_leaves_the_random_
 
 def test_a_dense_and_a_mixture_model_load_by_their_type_without_remote_code(saved, tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(saved)) is SDARForCausalLM
-    config = SDARMoeConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=64,
-        moe_intermediate_size=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=256,
-        mask_token_id=MASK,
-    )
+    config = SDARMoeConfig(**SIZES, **EXPERTS, mask_token_id=MASK)
     torch.manual_seed(0)
     SDARMoeForCausalLM(config).save_pretrained(tmp_path / "moe")
     lm = load(tmp_path / "moe")

@@ -8,24 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dirl_cli import Decoding
-from dirl_cli.cli import schema
 from dirl_cli.cli.build import build
 from dirl_cli.commands import rl, sft
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
-from dirl_cli.files import conf_dir
 from dirl_cli.models.load import DiffusionLM, SavedModel
 from dirl_cli.models.peft import LoraFinetune, trainable_parameters
-from dirl_cli.models.tiny import Tiny
 from dirl_cli.plan.memory import Memory, architecture
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
@@ -35,6 +31,7 @@ from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.trainer import Trainer
 from tests.helpers.measured import ADAMW, Size, Trial, measured
 from tests.helpers.processes import run_together
+from tests.helpers.rl_runs import LEARNING, composed, lines, save_sharp_model
 from tests.helpers.small import MASK, PAD, random_lm, small_lm
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -299,29 +296,13 @@ SFT = ("data.train=40", "data.held_out=4", "data.test=4", "steps=6", "batch_size
 
 
 def config(name: str, *words: str) -> DictConfig:
-    schema.register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        small = ["device=cpu", "peft=lora", "peft.rank=4", "decoding.max_new_tokens=4"]
-        cfg = compose(name, ["~experiment", *small, *words])
-    OmegaConf.resolve(cfg)
-    return cfg
-
-
-def lines(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    small = ("device=cpu", "peft=lora", "peft.rank=4", "decoding.max_new_tokens=4")
+    return composed(name, "~experiment", *small, *words)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A random model on the disk, whose distributions are sharp enough for its answers to differ in length."""
-    lm = Tiny(hidden_size=32, num_hidden_layers=1, intermediate_size=32).load("float32", "cpu", "sdpa")
-    with torch.no_grad():
-        for parameter in lm.model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-    directory = tmp_path_factory.mktemp("random") / "base"
-    lm.save(directory)
-    return directory
+    return save_sharp_model(tmp_path_factory.mktemp("random") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -379,24 +360,7 @@ def test_a_run_does_not_go_on_beside_another_model(tuned, base, tmp_path):
         sft.run(config("sft", *words, "optim.lr=1e-2", "peft.dropout=0.1"), tmp_path)
 
 
-RL = (
-    "model=path",
-    "+reward.weights={soft_overlong: 1.0}",
-    "+reward.options={soft_overlong: {cache: 12}}",
-    "reward.workers=1",
-    "rl.problems=2",
-    "rl.group_size=3",
-    "rl.filter=reward",
-    "rl.mini_batches=1",
-    f"decoding.stop_token_ids={[2, *range(10, 50)]}",
-    "optim.lr=1e-2",
-    "schedule.warmup=0",
-    "steps=3",
-    "save_every=2",
-    "eval_problems=0",
-    "data.train=40",
-    "algo.beta=0.1",
-)
+RL = (*LEARNING, "steps=3", "save_every=2", "eval_problems=0", "data.train=40", "algo.beta=0.1")
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
