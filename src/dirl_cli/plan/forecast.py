@@ -1,7 +1,7 @@
 """The memory that a run is going to take, from its settings and the lengths of what it learns from."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,15 +72,7 @@ def sft_budget(
         "eval_problems": halvings(settings["eval_problems"], 1),
         "max_tokens": halvings(settings["max_tokens"], LEAST),
     }
-    return Budget(
-        forecast.phases,
-        settings,
-        knobs,
-        machine,
-        facts=f"{memories.of({})}\nabout {batch}",
-        alternatives=alternatives(settings, machine, peft) if adapter else [],
-        duration=forecast.duration(settings),
-    )
+    return budget_of(forecast, settings, knobs, facts=f"{memories.of({})}\nabout {batch}")
 
 
 @dataclass(frozen=True)
@@ -168,15 +160,7 @@ def rl_budget(
         **update_knobs(settings, batch),
         "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
     }
-    return Budget(
-        forecast.phases,
-        settings,
-        knobs,
-        machine,
-        facts=f"{memories.of({})}\nat most {batch}",
-        alternatives=alternatives(settings, machine, peft) if adapter else [],
-        duration=forecast.duration(settings),
-    )
+    return budget_of(forecast, settings, knobs, facts=f"{memories.of({})}\nat most {batch}")
 
 
 @dataclass(frozen=True)
@@ -250,6 +234,22 @@ class RlForecast:
             knobs="steps, rl.problems, rl.group_size or decoding.max_new_tokens",
             preset="tiny_rl" if model.parameters < SMALL else None,
         )
+
+
+def budget_of(
+    forecast: SftForecast | RlForecast, settings: Settings, knobs: Mapping[str, Sequence[Any]], facts: str
+) -> Budget:
+    """What a forecast comes to under `settings`. knobs, facts: see `Budget`."""
+    memories = forecast.memories
+    return Budget(
+        forecast.phases,
+        settings,
+        knobs,
+        memories.machine,
+        facts,
+        alternatives=alternatives(settings, memories.machine, memories.peft) if memories.adapter else [],
+        duration=forecast.duration(settings),
+    )
 
 
 @dataclass(frozen=True)
