@@ -103,7 +103,7 @@ def packed(lm: DiffusionLM, case: Case, row_tokens: int = ROW_TOKENS) -> int:
     scorer = LogprobModel(lm.model, lm.unsampled_ids).to(lm.device)
     for part in rows.to(lm.device).split(1):
         loss = DIPO.loss(part, *scorer(part)[:2])["loss"]
-        (loss / DIPO.norm(lengths, case.buffer)).backward()
+        (loss / DIPO.denominator(lengths, case.buffer)).backward()
     return rows.num_tokens
 
 

@@ -187,33 +187,31 @@ def answers(n: int, plain: int) -> Iterator[tuple[int, str, str]]:
             yield i, rf"{i + 2}\sqrt{{2}}", rf"so it is \boxed{{\sqrt{{{2 * (i + 2) ** 2 + i % 2}}}}}."
 
 
-def grade_and_kill(items: Iterator[tuple[int, str, str]], every: int) -> tuple[list[tuple[int, bool]], int]:
-    """The verdicts, a worker chosen at random being killed after each `every` of them; and how many were."""
-    chance, verdicts, killed = random.Random(0), [], 0
-    due = True
+def grade_and_kill(n: int, plain: int, every: int) -> tuple[list[tuple[int, bool]], int]:
+    """The verdicts on `answers`, a worker chosen at random being killed after every so many that needed one."""
+    chance, verdicts, killed, needed = random.Random(0), [], 0, 0
     with Grader(workers=2, timeout=30.0) as grader:
-        for key, right in grader.grade(items):
+        for key, right in grader.grade(answers(n, plain)):
             assert isinstance(key, int)
             verdicts.append((key, right))
-            due = due or len(verdicts) % every == 0
-            if due and (alive := multiprocessing.active_children()):  # workers start with what they are needed for
+            needed += key % plain == 0
+            if key % plain == 0 and needed % every == 0 and (alive := multiprocessing.active_children()):
                 os.kill(chance.choice(alive).pid or 0, signal.SIGKILL)
                 killed += 1
-                due = False
                 time.sleep(0.7)  # verdicts come in bursts, and one answer survives only so many deaths
         assert grader.gave_up == 0
     return verdicts, killed
 
 
 def test_an_answer_outlives_the_worker_that_is_killed_under_it() -> None:
-    verdicts, killed = grade_and_kill(answers(60, plain=1), every=20)
+    verdicts, killed = grade_and_kill(60, plain=1, every=20)
     assert sorted(verdicts) == [(i, i % 2 == 0) for i in range(60)]
     assert killed >= 2
 
 
 @pytest.mark.slow
 def test_ten_thousand_answers_have_one_verdict_each_whoever_is_killed() -> None:
-    verdicts, killed = grade_and_kill(answers(10_000, plain=9), every=450)
+    verdicts, killed = grade_and_kill(10_000, plain=9, every=50)
     assert sorted(verdicts) == [(i, i % 2 == 0) for i in range(10_000)]
     assert killed >= 15
 
