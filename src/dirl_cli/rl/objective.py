@@ -140,24 +140,24 @@ def bounded(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
-def k1(difference: Tensor) -> Tensor:
+def k1(log_ref_ratio: Tensor) -> Tensor:
     """-(log π_ref - log π): unbiased as an estimate of KL(π ‖ π_ref); its own gradient is zero on average."""
-    return -difference
+    return -log_ref_ratio
 
 
-def k2(difference: Tensor) -> Tensor:
+def k2(log_ref_ratio: Tensor) -> Tensor:
     """(log π_ref - log π)² / 2: low variance, and on policy its gradient is on average that of KL(π ‖ π_ref)."""
-    return difference.square() / 2
+    return log_ref_ratio.square() / 2
 
 
-def k3(difference: Tensor) -> Tensor:
+def k3(log_ref_ratio: Tensor) -> Tensor:
     """π_ref/π - 1 - log(π_ref/π): unbiased as an estimate of KL(π ‖ π_ref) and never negative (Schulman, 2020).
 
     Its gradient is another divergence's: on policy that of KL(π_ref ‖ π), the forward one. Take k2 for the reverse.
     Beyond ±10 nats it is constant; the published code bounds the exponential alone, which turns the gradient round.
     """
-    difference = bounded(difference)
-    return difference.exp() - 1 - difference
+    log_ref_ratio = bounded(log_ref_ratio)
+    return log_ref_ratio.exp() - 1 - log_ref_ratio
 
 
 LEVELS = ("token", "step", "sequence")

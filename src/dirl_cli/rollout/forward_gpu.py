@@ -96,7 +96,7 @@ class GraphForward:
         # A forward has at most two blocks a slot: the one that is denoised and the one before, which is to be cached.
         self.host = torch.zeros(5, 2 * slots, dtype=torch.long, pin_memory=lm.device.type == "cuda")
         self.blocks = self.host.to(lm.device)
-        self.tokens = torch.empty(slots, lm.block_size, dtype=torch.long, device=lm.device)  # -1 where hidden
+        self.tokens = torch.empty(slots, lm.block_size, dtype=torch.long, device=lm.device)  # -1 where masked
         self.hidden = torch.empty(0)  # (S * B, D) that predict the blocks that are denoised
         self.edge = torch.empty(0)  # (S + 1, D) of the last token of each slot that is cached
         self.unmaskers: dict[Decoding, Unmasker] = {}

@@ -11,13 +11,13 @@ from dirl_cli.diffusion.unmasking import BUILT_IN, State, find_strategy, quota, 
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Decoding
 
-HIDDEN, PROMPT = 0, -1  # in `revealed_at`, where no step has revealed the token
+MASKED, PROMPT = 0, -1  # in `revealed_at`, where no step has revealed the token
 
 
 class SequenceState:
     """The tokens of each slot's sequence and when they were revealed, by position: (S, length) each.
 
-    tokens: the mask token where hidden. revealed_at: the denoising step, from 1, or HIDDEN or PROMPT.
+    tokens: the mask token where masked. revealed_at: the denoising step, from 1, or MASKED or PROMPT.
     logprobs: of revealed tokens, when they were revealed.
     """
 
@@ -29,11 +29,11 @@ class SequenceState:
         self.logprobs = torch.zeros(slots, length, device=lm.device)
 
     def open(self, slot: int, prompt_ids: list[int]) -> None:
-        """Begin a sequence in `slot`: the prompt, and nothing but hidden tokens after it."""
+        """Begin a sequence in `slot`: the prompt, and nothing but masked tokens after it."""
         self.tokens[slot, : len(prompt_ids)] = torch.tensor(prompt_ids, dtype=torch.long)
         self.tokens[slot, len(prompt_ids) :] = self.mask_token_id
         self.revealed_at[slot, : len(prompt_ids)] = PROMPT
-        self.revealed_at[slot, len(prompt_ids) :] = HIDDEN
+        self.revealed_at[slot, len(prompt_ids) :] = MASKED
 
     def slice(self, slot: int, begin: int, end: int) -> tuple[list[int], list[int], list[float]]:
         """Tokens, reveal steps and log-probs at the positions from `begin` to `end` of a slot."""
@@ -44,7 +44,7 @@ class SequenceState:
 
 
 class Unmasker:
-    """Draws a candidate for every hidden token of some blocks and reveals those that `decoding` chooses."""
+    """Draws a candidate for every masked token of some blocks and reveals those that `decoding` chooses."""
 
     def __init__(self, lm: DiffusionLM, decoding: Decoding) -> None:
         self.head = lm.model.get_output_embeddings()
@@ -55,11 +55,11 @@ class Unmasker:
         self.offsets = torch.arange(lm.block_size, device=lm.device)
 
     def __call__(self, sequences: SequenceState, blocks: Tensor, hidden: Tensor, count: int) -> Tensor:
-        """Reveal some tokens of N blocks in `sequences`; returns the blocks, -1 where still hidden: (N, B).
+        """Reveal some tokens of N blocks in `sequences`; returns the blocks, -1 where still masked: (N, B).
 
         blocks: (4, N), of each its slot, first position, step from 1 and request's key.
         hidden: (N * B, D), the final hidden states that predict the blocks' tokens.
-        count: how many of their tokens are hidden, or more, which only costs time.
+        count: how many of their tokens are masked, or more, which only costs time.
         """
         slot, start, step, key = blocks
         options = self.decoding
@@ -67,7 +67,7 @@ class Unmasker:
         index = slot[:, None] * sequences.length + position  # (N, B), into the flattened (S, length)
         tokens = sequences.tokens.take(index)
         revealed_at = sequences.revealed_at.take(index)
-        masked = revealed_at == HIDDEN
+        masked = revealed_at == MASKED
 
         # `count` comes from the host: asking the device how many are masked would wait for it.
         masked_index = masked.flatten().nonzero_static(size=count, fill_value=0)[:, 0]  # (count,)

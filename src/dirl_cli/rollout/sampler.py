@@ -9,7 +9,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Decoding, Trajectory
 
 Watch = Callable[[int, int, list[int]], None]
-"""Called after each forward with prompt index, sample index and the tokens so far, the mask token where hidden."""
+"""Called after each forward with prompt index, sample index and the tokens so far, the mask token where masked."""
 
 
 class Sampler(Protocol):

@@ -35,8 +35,8 @@ class Forward(Protocol):
 
         blocks: (4, N): slot (ascending), first position, denoising step from 1, request's key.
         cached: (N,) positions of each slot whose keys and values are final, whole blocks.
-        count: tokens still hidden in all blocks.
-        Returns the tokens, -1 where still hidden: (N, B).
+        count: tokens still masked in all blocks.
+        Returns the tokens, -1 where still masked: (N, B).
         """
         ...
 
@@ -99,7 +99,7 @@ class Scheduler:
         self.blocks = np.zeros((4, slots), np.int64)  # the current block of each slot, as in `Forward.step`
         self.blocks[SLOT] = range(slots)
         self.cached = np.zeros(slots, np.int64)  # positions whose keys and values are final
-        self.hidden = np.zeros(slots, np.int64)  # hidden tokens of the current block
+        self.masked_count = np.zeros(slots, np.int64)  # masked tokens of the current block
         self.prompt_length = np.zeros(slots, np.int64)
         self.forwards = np.zeros(slots, np.int64)  # that the request has taken
 
@@ -111,7 +111,7 @@ class Scheduler:
         self.forward.sequences.open(slot, request.prompt_ids)
         self.running[slot] = request
         self.blocks[START:, slot] = start, 0, request.key
-        self.hidden[slot] = start + self.block_size - length
+        self.masked_count[slot] = start + self.block_size - length
         self.prompt_length[slot] = length
         self.forwards[slot] = 0
 
@@ -131,12 +131,12 @@ class Scheduler:
         slots = self.active.nonzero()[0]  # (N,)
         self.blocks[STEP, slots] += 1
         self.forwards[slots] += 1
-        count = int(self.hidden[slots].sum())
+        count = int(self.masked_count[slots].sum())
 
         # The forward caches all before the current block, whose own keys and values are final only when it is full.
         tokens = self.forward.step(self.blocks[:, slots], self.cached[slots], count, self.unmask)
         self.cached[slots] = self.blocks[START, slots]
-        self.hidden[slots] = (tokens < 0).sum(1)
+        self.masked_count[slots] = (tokens < 0).sum(1)
         if watch:
             self._show(slots, watch)
 
@@ -146,7 +146,7 @@ class Scheduler:
             self.active[slot] = True
         self.waiting.clear()
 
-        full = self.hidden[slots] == 0
+        full = self.masked_count[slots] == 0
         if full.any():
             yield from self._end_blocks(slots[full], tokens[full])
 
@@ -175,7 +175,7 @@ class Scheduler:
         # Those that end are moved on too, so that START is where their answer ends.
         self.blocks[START, slots] = end
         self.blocks[STEP, slots] = 0
-        self.hidden[slots] = self.block_size
+        self.masked_count[slots] = self.block_size
         self.active[slots[is_over]] = False
         for slot, by_stop_token in zip(slots[is_over].tolist(), stopped[is_over].tolist(), strict=True):
             answer = self.forward.sequences.slice(slot, int(self.prompt_length[slot]), int(self.blocks[START, slot]))
