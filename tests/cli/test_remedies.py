@@ -54,6 +54,13 @@ def test_several_values_are_run_with_m_and_no_list_is_advised_where_there_is_non
     assert len(jobs) == count
 
 
+@pytest.mark.parametrize("word", ["step=1,2", "optim.lrr=1e-3,2e-3", "maskng=cosine,band"])
+def test_several_values_of_a_mistyped_key_are_told_as_one_is(jobs, word):
+    key, _, values = word.partition("=")
+    assert refusal("sft", word) == refusal("sft", f"{key}={values.partition(',')[0]}")
+    assert "no such key; did you mean" in refusal("sft", word)
+
+
 @pytest.mark.parametrize(
     ("command", "key", "value"),
     [("eval", "batch_size", 4), ("sft", "learning_rate", 0.1), ("sft", "dataset", "gsm.json"), ("eval", "n", 3)],

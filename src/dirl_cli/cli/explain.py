@@ -54,6 +54,9 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
         return f"{match[1]}: {first_line(cause)}"
     if match := re.search(r"Ambiguous value for argument '(.+?)'", text):
         key, _, values = match[1].partition("=")
+        valid = known_keys(command, words)
+        if key not in valid:
+            return f"{key}: no such key; {hint(command, key, valid)}"
         as_list = f", or write {key}=[{values}] for a list" if config_tree.is_list(command, words, key) else ""
         return f"{match[1]}: add -m to run each of them{as_list}"
     if match := re.search(r"An item is already at '(.+?)'", text):
