@@ -258,7 +258,7 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
     from dirl_cli.rl.advantages import ADVANTAGES
     from dirl_cli.rl.objective import Objective
     from dirl_cli.rl.rollout_metrics import rollout_metrics
-    from dirl_cli.rl.rollouts import RolloutReplay, add_advantages, rollouts_of
+    from dirl_cli.rl.rollouts import ReplayedRollouts, add_advantages, rollouts_of
     from dirl_cli.rl.update import PolicyUpdate
     from dirl_cli.rollout.native import NativeSampler
     from dirl_cli.rollout.storage import Record, rollout_path, to_json
@@ -290,7 +290,7 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
         lm.model.load_state_dict(begun)
         trainer.skipped = 0
         objective = objectives[len(data) % len(objectives)]
-        groups, sampled = RolloutReplay(rollouts_of(here, 1), lm).collect(0)
+        groups, sampled = ReplayedRollouts(rollouts_of(here, 1), lm).collect(0)
         groups = add_advantages(groups, ADVANTAGES[objective.advantage])
         rollout_metrics(sampled, groups, 0)
         update = PolicyUpdate(

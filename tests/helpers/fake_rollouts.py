@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from accelerate import Accelerator
 
 from dirl_cli.reward.scoring import RewardResult
-from dirl_cli.rl.rollouts import RolloutSampler, problem_order
+from dirl_cli.rl.rollouts import SampledRollouts, problem_order
 from dirl_cli.types import Decoding, Problem, Trajectory
 
 POOL = [Problem(str(i), f"what is {i}?", str(i)) for i in range(6)]
@@ -38,14 +38,14 @@ class FakeScorer:
             yield key, None if reward is None else RewardResult(reward, {"accuracy": reward}, reward == 1)
 
 
-def source(rewards: dict[str, list[float | None]], **options) -> RolloutSampler:
+def source(rewards: dict[str, list[float | None]], **options) -> SampledRollouts:
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(str, ids)))
     lm = SimpleNamespace(require_tokenizer=lambda: tokenizer, block_size=2)
-    defaults = {"problems": 2, "group_size": 2, "filter": "accuracy", "max_rounds": 3, "seed": 0}
+    defaults = {"problems_per_step": 2, "group_size": 2, "filter": "accuracy", "max_rounds": 3, "seed": 0}
     defaults["order"] = problem_order([len(POOL)], [1.0], 0)
     decoding, prompts = Decoding(max_new_tokens=4), [[i] for i in range(len(POOL))]
     doubles = FakeSampler(), FakeScorer(rewards)
-    return RolloutSampler(POOL, prompts, lm, *doubles, decoding, Accelerator(cpu=True), **defaults | options)
+    return SampledRollouts(POOL, prompts, lm, *doubles, decoding, Accelerator(cpu=True), **defaults | options)
 
 
 def order(epoch: int = 0) -> list[str]:

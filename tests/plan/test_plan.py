@@ -380,8 +380,8 @@ def test_what_samples_while_the_model_learns_is_counted_beside_it():
     asked |= {"decoding.max_new_tokens": 8, "rollout.max_batch": 2, "rl.problems": 1, "rl.group_size": 2}
     asked |= {"rl.mini_batches": 1}
 
-    def phases(ahead: bool) -> dict[str, dict[str, int]]:
-        settings, engine = asked | {"rl.async_rollout": ahead}, Native(2)
+    def phases(prefetches: bool) -> dict[str, dict[str, int]]:
+        settings, engine = asked | {"rl.async_rollout": prefetches}, Native(2)
         decoding = Decoding(temperature=1.0)
         budget = rl_budget(small_lm(), ADAMW, dipo(0.0), decoding, LAPTOP, settings, 4, engine, learns=True)
         return budget.phases(settings)

@@ -11,8 +11,8 @@ from dirl_cli.reward.scoring import RewardComputer, Rewards
 from dirl_cli.rl.advantages import mean_only, normalised
 from dirl_cli.rl.rollout_metrics import answer_table, records, rollout_metrics
 from dirl_cli.rl.rollouts import (
+    ReplayedRollouts,
     Rescorer,
-    RolloutReplay,
     RolloutState,
     add_advantages,
     continues,
@@ -93,10 +93,10 @@ def test_answers_come_in_order_whatever_finishes_first():
 
 
 def test_a_problem_drawn_twice_in_a_step_is_asked_with_two_seeds():
-    ours = source(each(MIXED), problems=12, max_rounds=1)
+    ours = source(each(MIXED), problems_per_step=12, max_rounds=1)
     ours.collect(0)
     assert len(ours.sampler.asked) == len(set(ours.sampler.asked)) == 12
-    again = source(each(MIXED), problems=12, max_rounds=1)
+    again = source(each(MIXED), problems_per_step=12, max_rounds=1)
     again.collect(0)
     assert again.sampler.asked == ours.sampler.asked
 
@@ -131,7 +131,7 @@ def test_only_what_a_step_learned_from_is_replayed(tmp_path):
     groups, sampled = source({**each(MIXED), first: SAME}).collect(0)
     groups = add_advantages(groups, mean_only)
     write_rollout(rollout_path(tmp_path / "rollouts", 1), records(groups, sampled))
-    replay = RolloutReplay(rollouts_of(tmp_path, 1), small_lm(block_size=3))
+    replay = ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm(block_size=3))
     learned, on_record = replay.collect(0)
     assert learned == groups == on_record[:2]
     assert [group[0].problem.id for group in on_record] == [second, third, first, fourth]
@@ -154,7 +154,7 @@ def test_a_problem_that_comes_twice_in_a_row_is_two_groups_when_replayed():
 def test_a_replay_longer_than_the_run_is_told_before_it_starts(tmp_path):
     for step in (1, 2):
         write_rollout(rollout_path(tmp_path, step), [])
-    assert RolloutReplay(rollouts_of(tmp_path, 2), small_lm()).collect(1) == ([], [])
+    assert ReplayedRollouts(rollouts_of(tmp_path, 2), small_lm()).collect(1) == ([], [])
     with pytest.raises(DirlError, match="holds no rollout of step 3: replay fewer with steps=2"):
         rollouts_of(tmp_path, 5)
     with pytest.raises(DirlError, match=r"holds no step-….jsonl"):
@@ -173,10 +173,10 @@ def test_what_is_replayed_as_it_is_was_rewarded_by_one_rule(tmp_path, changed, s
     first = Record(POOL[0], 0, "0", answer, reward=1.0, parts={"accuracy": 1.0})
     write_rollout(rollout_path(tmp_path, 1), [first, replace(first, sample=1, **changed)])
     with pytest.raises(DirlError, match=rf"step-000001.jsonl {sentence}"):
-        RolloutReplay(rollouts_of(tmp_path, 1), small_lm()).collect(0)
+        ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm()).collect(0)
     rescorer = Rescorer(FakeScorer(each(MIXED)), "none", longest=8, block_size=4)
     write_rollout(rollout_path(tmp_path, 1), [first, replace(first, sample=1, completion="1", **changed)])
-    ((one, other),) = RolloutReplay(rollouts_of(tmp_path, 1), small_lm(), rescorer).collect(0)[1]
+    ((one, other),) = ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm(), rescorer).collect(0)[1]
     assert (one.sample, other.sample, other.reward) == (0, 1, 0.0)
 
 
@@ -184,7 +184,7 @@ def test_what_the_model_cannot_have_answered_is_not_replayed(tmp_path):
     answer = Trajectory([1, 2], [3, 49], [1, 1], [-0.5, -0.25], "stop", 1, 2, 3, (9,))
     write_rollout(rollout_path(tmp_path, 1), [Record(POOL[0], 0, "3", answer, reward=1.0)])
     with pytest.raises(DirlError, match=r"step-000001.jsonl line 1: token_ids holds 49"):
-        RolloutReplay(rollouts_of(tmp_path, 1), small_lm()).collect(0)
+        ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm()).collect(0)
 
 
 def test_advantages_are_taken_within_groups():

@@ -41,11 +41,11 @@ from dirl_cli.reward.scoring import RewardComputer, Rewards
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.reporting import REMEDIES, RolloutReport
 from dirl_cli.rl.rollouts import (
+    ReplayedRollouts,
     Rescorer,
-    RolloutReplay,
-    RolloutSampler,
     RolloutSource,
     RolloutState,
+    SampledRollouts,
     problem_order,
     rollouts_of,
 )
@@ -370,8 +370,8 @@ def rollout_source(
     if cfg.rl.replay:
         rescorer = Rescorer(reward_computer, cfg.rl.filter, decoding.max_new_tokens, lm.block_size)
         files = rollouts_of(Path(cfg.rl.replay), cfg.steps)
-        return RolloutReplay(files, lm, rescorer if cfg.rl.rescore else None)
-    return RolloutSampler(
+        return ReplayedRollouts(files, lm, rescorer if cfg.rl.rescore else None)
+    return SampledRollouts(
         list(chain.from_iterable(pool.problems for pool in pools.training)),
         list(chain.from_iterable(pool.prompts for pool in pools.training)),
         lm,
@@ -379,7 +379,7 @@ def rollout_source(
         reward_computer,
         decoding,
         accelerator,
-        problems=cfg.rl.problems,
+        problems_per_step=cfg.rl.problems,
         group_size=cfg.rl.group_size,
         filter=cfg.rl.filter,
         max_rounds=cfg.rl.max_rounds,

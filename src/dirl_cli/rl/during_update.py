@@ -1,4 +1,4 @@
-"""What the sampler does while the policy is updated: give up its memory, or sample the next step's answers."""
+"""What the sampler does while the policy is updated: give up its memory, or prefetch the next step's answers."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,15 +7,15 @@ from threading import Event
 
 import torch
 
-from dirl_cli.rl.rollouts import Indexed, RolloutSampler, RolloutSource
+from dirl_cli.rl.rollouts import Indexed, RolloutSource, SampledRollouts
 from dirl_cli.rollout.sampler import Sampler
 
 
 def sampler_during_update(
     rollouts: RolloutSource, sampler: Sampler, step: int, is_last: bool
 ) -> AbstractContextManager[None]:
-    """What the sampler does while the policy is updated at step `step` (from 0): it rests, or samples ahead."""
-    if isinstance(rollouts, RolloutSampler) and rollouts.prefetches and not is_last:
+    """What the sampler does while the policy is updated at step `step` (from 0): it rests, or prefetches."""
+    if isinstance(rollouts, SampledRollouts) and rollouts.prefetches and not is_last:
         return prefetch_rollout(rollouts, step + 1)
     return offloaded(sampler)
 
@@ -29,18 +29,18 @@ def offloaded(sampler: Sampler) -> Iterator[None]:
 
 
 @contextmanager
-def prefetch_rollout(rollouts: RolloutSampler, step: int) -> Iterator[None]:
+def prefetch_rollout(rollouts: SampledRollouts, step: int) -> Iterator[None]:
     """The first round of step `step` is sampled meanwhile, in a thread, and kept in the rollouts' state.
 
     The sampler must hold weights of its own, which nobody touches inside. Nothing is sampled where what is left over
     from earlier rounds will do.
     """
     state = rollouts.state
-    if len(state.surplus) >= rollouts.problems:
+    if len(state.surplus) >= rollouts.problems_per_step:
         yield
         return
 
-    indices = range(state.drawn, state.drawn + rollouts.problems)
+    indices = range(state.drawn, state.drawn + rollouts.problems_per_step)
     device = rollouts.accelerator.device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream:
@@ -63,4 +63,4 @@ def prefetch_rollout(rollouts: RolloutSampler, step: int) -> Iterator[None]:
         except BaseException:
             stopped.set()  # the answer that is being written is the last
             raise
-        state.ahead = rollouts.gather(under_way.result(), indices)
+        state.prefetched = rollouts.gather(under_way.result(), indices)

@@ -31,20 +31,25 @@ Indexed = tuple[int, Record]  # an answer, and where in the endless order its pr
 class RolloutState:
     """How far into the endless order of problems a run is, which its checkpoints keep.
 
-    drawn: problems drawn so far. surplus: groups left over for the next step. ahead: the answers to the next step's
-    first problems, where they are sampled while the policy is updated.
+    drawn: problems drawn so far. surplus: groups left over for the next step. prefetched: the answers to the next
+    step's first problems, where they are sampled while the policy is updated.
     """
 
     drawn: int = 0
     surplus: list[Group] = field(default_factory=list)
-    ahead: list[Group] = field(default_factory=list)
+    prefetched: list[Group] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {"drawn": self.drawn, "surplus": groups_to_json(self.surplus), "ahead": groups_to_json(self.ahead)}
+        return {
+            "drawn": self.drawn,
+            "surplus": groups_to_json(self.surplus),
+            "prefetched": groups_to_json(self.prefetched),
+        }
 
     @staticmethod
     def from_json(saved: dict[str, Any]) -> "RolloutState":
-        return RolloutState(saved["drawn"], groups_from_json(saved["surplus"]), groups_from_json(saved["ahead"]))
+        prefetched = saved["ahead"] if "ahead" in saved else saved["prefetched"]  # "ahead" in earlier versions
+        return RolloutState(saved["drawn"], groups_from_json(saved["surplus"]), groups_from_json(prefetched))
 
 
 def groups_to_json(groups: Sequence[Group]) -> list[list[dict[str, Any]]]:
@@ -83,12 +88,12 @@ class RolloutSource(Protocol):
 
 
 @dataclass
-class RolloutSampler:
-    """Draws problems in their order and samples, rewards and filters groups of answers until enough are kept.
+class SampledRollouts:
+    """Groups sampled from the policy: problems are drawn in their order, answered and rewarded until enough pass.
 
-    pool, prompts: the problems and their prompts. sources: the names of what they come from. problems: a step's.
-    filter: see `has_signal`. max_rounds: draws in which to find them. seed: of the answers. prefetches: whether the
-    next step's answers are sampled while the policy is updated.
+    pool, prompts: the problems and their prompts. sources: the names of what they come from. filter: see `has_signal`.
+    max_rounds: draws in which to find a step's problems. seed: of the answers. prefetches: whether the next step's
+    answers are sampled while the policy is updated.
     """
 
     pool: Sequence[Problem]
@@ -98,7 +103,7 @@ class RolloutSampler:
     reward_computer: RewardComputer
     decoding: Decoding
     accelerator: Accelerator
-    problems: int
+    problems_per_step: int
     group_size: int
     filter: str
     max_rounds: int
@@ -117,14 +122,14 @@ class RolloutSampler:
     def collect(self, step: int) -> tuple[list[Group], list[Group]]:
         """See `RolloutSource.collect`; groups left over from earlier steps come first."""
         drawn = self.state.drawn
-        prefetched = self.state.ahead
+        prefetched = self.state.prefetched
         selected, sampled = list(self.state.surplus), []
 
         # Dynamic sampling (DAPO): groups without a signal make way for other problems, up to max_rounds times.
         for round_number in range(self.max_rounds):
-            if len(selected) >= self.problems:
+            if len(selected) >= self.problems_per_step:
                 break
-            indices = range(drawn, drawn + self.problems)
+            indices = range(drawn, drawn + self.problems_per_step)
             drawn = indices.stop
             groups = prefetched or self.sample(indices, step, round_number)
             prefetched = []
@@ -137,8 +142,8 @@ class RolloutSampler:
                     selected.append(marked)
 
         # Set at the end alone: a rollout that is interrupted has not happened.
-        self.state = RolloutState(drawn, selected[self.problems :], prefetched)
-        return selected[: self.problems], sampled
+        self.state = RolloutState(drawn, selected[self.problems_per_step :], prefetched)
+        return selected[: self.problems_per_step], sampled
 
     def epochs(self) -> dict[str, float]:
         return epochs(self.order, self.sources, self.state.drawn)
@@ -198,7 +203,7 @@ class RolloutSampler:
 
 
 @dataclass
-class RolloutReplay:
+class ReplayedRollouts:
     """The groups of an earlier run, step by step: those it learned from, and all that a step has on record.
 
     lm: what is to learn from them. rescorer: rewards them anew; None leaves their rewards as they are.

@@ -29,7 +29,7 @@ def train(
         metrics = rollout_metrics(sampled, groups, rollouts.answers_per_problem) | rollouts.epochs()
 
         # Update: optimizer steps on the groups, each token in the state in which it was revealed. Meanwhile the
-        # sampler is offloaded, or samples the next step's answers.
+        # sampler is offloaded, or prefetches the next step's answers.
         if groups and learns:
             is_last = step + 1 == run.steps
             with sampler_during_update(rollouts, sampler, step, is_last), run.showing("update"):

@@ -37,40 +37,49 @@ def test_answers_are_sampled_while_the_body_runs():
     with prefetch_rollout(ours, 1):
         assert began.wait(20)
         learned.set()
-    assert len(ours.state.ahead) == 2
+    assert len(ours.state.prefetched) == 2
 
 
-def test_a_step_takes_what_was_sampled_ahead_and_then_samples_on():
-    ahead, turn_by_turn = source(each(MIXED)), source(each(MIXED))
-    with prefetch_rollout(ahead, 1):
+def test_a_step_takes_what_was_prefetched_and_then_samples_on():
+    prefetching, turn_by_turn = source(each(MIXED)), source(each(MIXED))
+    with prefetch_rollout(prefetching, 1):
         pass
-    asked = len(ahead.sampler.asked)
-    assert ahead.collect(1)[0] == turn_by_turn.collect(1)[0]
-    assert len(ahead.sampler.asked) == asked, "nothing was sampled again"
-    assert not ahead.state.ahead
-    assert ids(ahead.collect(2)[0]) == ids(turn_by_turn.collect(2)[0])
+    asked = len(prefetching.sampler.asked)
+    assert prefetching.collect(1)[0] == turn_by_turn.collect(1)[0]
+    assert len(prefetching.sampler.asked) == asked, "nothing was sampled again"
+    assert not prefetching.state.prefetched
+    assert ids(prefetching.collect(2)[0]) == ids(turn_by_turn.collect(2)[0])
 
 
-def test_a_checkpoint_keeps_what_was_sampled_ahead():
+def test_a_checkpoint_keeps_what_was_prefetched():
     ours = source(each(MIXED))
     with prefetch_rollout(ours, 1):
         pass
     restored = RolloutState.from_json(json.loads(json.dumps(ours.state.to_json())))
     assert restored == ours.state
-    assert len(restored.ahead) == 2
+    assert len(restored.prefetched) == 2
 
 
-def test_nothing_is_sampled_ahead_where_the_surplus_will_do():
+def test_a_checkpoint_of_before_it_was_called_prefetched_goes_on():
+    ours = source(each(MIXED))
+    with prefetch_rollout(ours, 1):
+        pass
+    saved = ours.state.to_json()
+    earlier = {"drawn": saved["drawn"], "surplus": saved["surplus"], "ahead": saved["prefetched"]}
+    assert RolloutState.from_json(earlier) == ours.state
+
+
+def test_nothing_is_prefetched_where_the_surplus_will_do():
     ours = source(each(MIXED))
     ours.state = RolloutState(surplus=[[], []])
     with prefetch_rollout(ours, 1):
         pass
     assert not ours.sampler.asked
-    assert not ours.state.ahead
+    assert not ours.state.prefetched
 
 
 def test_an_update_that_fails_ends_the_sampling():
-    ours = source(each(SAME), problems=6)
+    ours = source(each(SAME), problems_per_step=6)
     answer, running, failed = ours.reward_computer.compute, Event(), Event()
 
     def slow(answers):
@@ -84,7 +93,7 @@ def test_an_update_that_fails_ends_the_sampling():
         assert running.wait(20)
         failed.set()
         raise DirlError("the loss is nan")
-    assert not ours.state.ahead
+    assert not ours.state.prefetched
 
 
 def test_a_sampler_that_fails_ends_the_step():
@@ -117,7 +126,7 @@ def test_without_it_a_run_stays_on_policy(model, tmp_path):
     assert {line["staleness"] for line in lines(tmp_path)[1:]} == {0}
 
 
-def test_a_run_that_samples_ahead_goes_on_to_the_same_bytes(model, tmp_path):
+def test_a_run_that_prefetches_goes_on_to_the_same_bytes(model, tmp_path):
     cfg = config(model, "rl.async_rollout=1")
     run(cfg, tmp_path)
     whole, learned = weights(tmp_path), updates(tmp_path)
@@ -131,7 +140,7 @@ def test_a_run_that_samples_ahead_goes_on_to_the_same_bytes(model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("launch", ["fsdp2", "zero2"])
-def test_two_processes_that_share_the_model_sample_ahead_as_one_does(model, tmp_path, launch):
+def test_two_processes_that_share_the_model_prefetch_as_one_does(model, tmp_path, launch):
     words = [*SMALL, *ARITHMETIC, f"model.path={model}", "rl.async_rollout=true", "steps=3", "eval_problems=0"]
     for name, more in {"one": [], "two": ["gpus=2", f"launch={launch}"]}.items():
         command = [Path(sys.executable).with_name("dirl"), "rl", *words, *more, f"out={tmp_path / name}"]
