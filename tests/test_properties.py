@@ -127,7 +127,7 @@ records = some.builds(
     parts=some.dictionaries(some.text(), numbers, max_size=3),
     correct=some.booleans(),
     advantage=some.none() | numbers,
-    kept=some.booleans(),
+    learned_from=some.booleans(),
 )
 
 

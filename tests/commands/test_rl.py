@@ -86,10 +86,10 @@ def test_rollouts_hold_every_answer_with_its_reward(finished):
         records = read_rollout(finished / f"rollouts/step-{step:06d}.jsonl")
         assert records and len(records) % 3 == 0
         for record in records:
-            kept = record.advantage is not None
-            assert record.kept == kept and record.trajectory.reveal_step and "soft_overlong" in record.parts
-        kept = [record for record in records if record.kept]
-        assert lines(finished)[step]["groups"] == len(kept) / 3
+            assert record.learned_from == (record.advantage is not None)
+            assert record.trajectory.reveal_step and "soft_overlong" in record.parts
+        learned_from = [record for record in records if record.learned_from]
+        assert lines(finished)[step]["groups"] == len(learned_from) / 3
 
 
 def test_the_curves_are_drawn(finished):
@@ -154,7 +154,8 @@ def test_a_replay_may_reward_anew(finished, model, tmp_path):
     run(config(model, *words, "+reward.weights={soft_overlong: -1.0}"), tmp_path / "opposite")
     assert weights(tmp_path / "opposite") != weights(finished)
     name = "rollouts/step-000002.jsonl"
-    before, after = ([r for r in read_rollout(out / name) if r.kept] for out in (finished, tmp_path / "opposite"))
+    before = [r for r in read_rollout(finished / name) if r.learned_from]
+    after = [r for r in read_rollout(tmp_path / "opposite" / name) if r.learned_from]
     assert [r.trajectory for r in after] == [r.trajectory for r in before]
     assert [r.reward for r in after] == [-r.reward for r in before]
     assert [r.advantage for r in after] == pytest.approx([-r.advantage for r in before])
@@ -175,8 +176,8 @@ def test_the_surplus_is_kept_in_the_checkpoint_and_is_what_the_next_step_begins_
     through = weights(tmp_path)
     step, groups = next((step, groups) for step, groups in enumerate(surplus(tmp_path)[:-1], start=1) if groups)
     used = read_rollout(tmp_path / f"rollouts/step-{step + 1:06d}.jsonl")
-    assert used[0].trajectory.token_ids == groups[0][0]["token_ids"] and used[0].kept
-    left = [record for record in read_rollout(tmp_path / f"rollouts/step-{step:06d}.jsonl") if not record.kept]
+    assert used[0].trajectory.token_ids == groups[0][0]["token_ids"] and used[0].learned_from
+    left = [record for record in read_rollout(tmp_path / f"rollouts/step-{step:06d}.jsonl") if not record.learned_from]
     assert groups[0][0]["token_ids"] in [record.trajectory.token_ids for record in left]
     shutil.rmtree(tmp_path / "model")
     for later in range(step + 1, 5):
@@ -471,12 +472,11 @@ def test_two_processes_give_what_one_gives(model, tmp_path, more):
             if not name.startswith(("time", "seconds/", "mismatch")):
                 assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), name
     for step in (1, 2, 3):
-        found, expected = (
-            [(r.problem.id, r.sample, r.trajectory.token_ids, r.kept) for r in read_rollout(tmp_path / out / name)]
-            for name in [f"rollouts/step-{step:06d}.jsonl"]
-            for out in ("two", "one")
-        )
-        assert found == expected
+        answers = {}
+        for out in ("one", "two"):
+            records = read_rollout(tmp_path / out / f"rollouts/step-{step:06d}.jsonl")
+            answers[out] = [(r.problem.id, r.sample, r.trajectory.token_ids, r.learned_from) for r in records]
+        assert answers["one"] == answers["two"]
 
 
 def test_real_problems_with_the_real_tokenizer_are_learned_from_saved_resumed_and_evaluated(shared, tmp_path, capsys):

@@ -242,7 +242,7 @@ def rollouts(home: Path) -> tuple[list[bytes], Target]:
         read_rollout(here / "step-000001.jsonl")
 
     answer = Trajectory([1, 2], [3, 4, 5, 6], [1, 1, 2, 2], [-0.1, -0.2, -0.3, -0.4], "stop", 2, 2, 0, (6,))
-    record = Record(Problem("a", "1+1", "2"), 0, "2", answer, 1.0, {"accuracy": 1.0}, True, 0.5)
+    record = Record(Problem("a", "1+1", "2"), 0, "2", answer, 1.0, {"accuracy": 1.0}, True, 0.5, True)
     return [(json.dumps(to_json(record)) + "\n").encode() * n for n in (1, 3)], run
 
 
@@ -290,9 +290,9 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
         lm.model.load_state_dict(begun)
         trainer.skipped = 0
         objective = objectives[len(data) % len(objectives)]
-        groups, sampled = ReplayedRollouts(rollouts_of(here, 1), lm).collect(0)
-        groups = add_advantages(groups, ADVANTAGES[objective.advantage])
-        rollout_metrics(sampled, groups, 0)
+        rollout = ReplayedRollouts(rollouts_of(here, 1), lm).collect(0)
+        groups = add_advantages(rollout.groups, ADVANTAGES[objective.advantage])
+        rollout_metrics(rollout, 0)
         update = PolicyUpdate(
             trainer,
             objective,
@@ -314,11 +314,12 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
 
     asked = Decoding(temperature=1.0, max_new_tokens=8, stop_token_ids=(1, 2, 3))
     found = NativeSampler(lm).sample([[5, 6, 7], [8, 9, 10, 11]], 3, asked)
-    lines = [
-        json.dumps(to_json(Record(Problem(str(i), "?", "!"), k, "", one, float(k % 2), {"accuracy": float(k % 2)})))
-        for i, group in enumerate(found)
-        for k, one in enumerate(group)
-    ]
+    lines = []
+    for i, group in enumerate(found):
+        for k, one in enumerate(group):
+            reward = float(k % 2)
+            record = Record(Problem(str(i), "?", "!"), k, "", one, reward, {"accuracy": reward}, learned_from=True)
+            lines.append(json.dumps(to_json(record)))
     return ["".join(f"{line}\n" for line in lines[:n]).encode() for n in (2, 6)], run
 
 

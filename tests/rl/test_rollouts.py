@@ -13,6 +13,7 @@ from dirl_cli.rl.rollout_metrics import answer_table, records, rollout_metrics
 from dirl_cli.rl.rollouts import (
     ReplayedRollouts,
     Rescorer,
+    Rollout,
     RolloutState,
     add_advantages,
     continues,
@@ -32,40 +33,41 @@ def test_every_epoch_draws_every_problem_once_in_another_order():
 def test_problems_are_drawn_until_enough_groups_have_right_and_wrong_answers():
     first, second, third, fourth, *_ = order()
     ours = source({**each(MIXED), first: SAME, third: [1.0, 1.0]})
-    groups, sampled = ours.collect(0)
-    assert ids(groups) == [second, fourth]
-    assert ids(sampled) == [first, second, third, fourth]
-    assert [group[0].kept for group in sampled] == [False, True, False, True]
+    rollout = ours.collect(0)
+    assert ids(rollout.groups) == [second, fourth]
+    assert ids(rollout.sampled) == [first, second, third, fourth]
+    assert rollout.num_with_signal == 2
     assert ours.state == RolloutState(drawn=4, surplus=[])
 
 
 def test_draws_end_at_the_cap():
     ours = source(each(SAME), max_rounds=2)
-    groups, sampled = ours.collect(0)
-    assert (groups, len(sampled), ours.state.drawn) == ([], 4, 4)
+    rollout = ours.collect(0)
+    assert (rollout.groups, len(rollout.sampled), ours.state.drawn) == ([], 4, 4)
 
 
 def test_the_surplus_is_for_the_next_step_also_after_a_checkpoint():
     first, second, third, fourth, *_ = order()
     ours = source({**each(MIXED), first: SAME})
-    groups, _ = ours.collect(0)
-    assert ids(groups) == [second, third]
+    rollout = ours.collect(0)
+    assert ids(rollout.groups) == [second, third]
+    assert rollout.num_with_signal == 3
     assert ids(ours.state.surplus) == [fourth]
     restored = RolloutState.from_json(json.loads(json.dumps(ours.state.to_json())))
     assert restored == ours.state
     ours.state = restored
-    groups, sampled = ours.collect(1)
-    assert ids(groups) == [fourth, order()[4]]
-    assert ids(sampled) == order()[4:]
+    rollout = ours.collect(1)
+    assert ids(rollout.groups) == [fourth, order()[4]]
+    assert ids(rollout.sampled) == order()[4:]
     assert ids(ours.state.surplus) == [order()[5]]
 
 
 def test_nothing_is_sampled_while_the_surplus_suffices():
     ours = source(each(MIXED))
-    ours.state = RolloutState(surplus=[*ours.collect(0)[0], *ours.collect(0)[0]])
-    groups, sampled = ours.collect(0)
-    assert (len(groups), sampled, len(ours.state.surplus), ours.state.drawn) == (2, [], 2, 0)
-    assert rollout_metrics(sampled, groups, 2)["groups"] == 2
+    ours.state = RolloutState(surplus=[*ours.collect(0).groups, *ours.collect(0).groups])
+    rollout = ours.collect(0)
+    assert (len(rollout.groups), rollout.sampled, len(ours.state.surplus), ours.state.drawn) == (2, [], 2, 0)
+    assert rollout_metrics(rollout, 2)["groups"] == 2
 
 
 @pytest.mark.parametrize(
@@ -81,12 +83,12 @@ def test_nothing_is_sampled_while_the_surplus_suffices():
     ],
 )
 def test_which_groups_each_filter_keeps(rule, rewards, kept):
-    groups, _ = source(each(rewards), filter=rule, max_rounds=1).collect(0)
-    assert bool(groups) is kept
+    rollout = source(each(rewards), filter=rule, max_rounds=1).collect(0)
+    assert bool(rollout.groups) is kept
 
 
 def test_answers_come_in_order_whatever_finishes_first():
-    groups, _ = source(each([1.0, 0.0, 0.0]), group_size=3).collect(0)
+    groups = source(each([1.0, 0.0, 0.0]), group_size=3).collect(0).groups
     assert [[record.sample for record in group] for group in groups] == [[0, 1, 2]] * 2
     assert [record.completion for record in groups[0]] == ["0", "1", "2"]
     assert [record.reward for record in groups[0]] == [1.0, 0.0, 0.0]
@@ -103,23 +105,22 @@ def test_a_problem_drawn_twice_in_a_step_is_asked_with_two_seeds():
 
 def test_answers_left_out_are_counted_and_the_rest_is_learned_from():
     rewards = {**each([1.0, None, 0.0]), order()[0]: [None, None, None]}
-    groups, sampled = source(rewards, group_size=3, max_rounds=1).collect(0)
-    assert [[record.sample for record in group] for group in groups] == [[0, 2]]
-    metrics = rollout_metrics(sampled, groups, 3)
+    rollout = source(rewards, group_size=3, max_rounds=1).collect(0)
+    assert [[record.sample for record in group] for group in rollout.groups] == [[0, 2]]
+    metrics = rollout_metrics(rollout, 3)
     assert (metrics["excluded"], metrics["kept"], metrics["reward"], metrics["kept_reward"]) == (4, 0.5, 0.5, 0.5)
-    assert answer_table(sampled, 1).row_count == 2
+    assert answer_table(rollout.sampled, 1).row_count == 2
 
 
 def test_a_rollout_of_which_nothing_is_left_is_no_error():
-    groups, sampled = source(each([None, None]), max_rounds=1).collect(0)
-    assert rollout_metrics(sampled, groups, 2) == {"groups": 0, "excluded": 4}
-    assert answer_table(sampled, 1).row_count == 0
+    rollout = source(each([None, None]), max_rounds=1).collect(0)
+    assert rollout_metrics(rollout, 2) == {"groups": 0, "excluded": 4}
+    assert answer_table(rollout.sampled, 1).row_count == 0
 
 
 def test_metrics_tell_what_was_sampled_and_what_was_kept():
     first, *_ = order()
-    groups, sampled = source({**each(MIXED), first: SAME}, max_rounds=1).collect(0)
-    metrics = rollout_metrics(sampled, groups, 2)
+    metrics = rollout_metrics(source({**each(MIXED), first: SAME}, max_rounds=1).collect(0), 2)
     assert metrics["reward"] == metrics["accuracy"] == metrics["reward/accuracy"] == 0.25
     assert metrics["kept_reward"] == metrics["kept_accuracy"] == metrics["kept"] == 0.5
     assert (metrics["length"], metrics["tokens_per_forward"], metrics["tokens_per_denoising_forward"]) == (1, 1, 2)
@@ -128,13 +129,13 @@ def test_metrics_tell_what_was_sampled_and_what_was_kept():
 
 def test_only_what_a_step_learned_from_is_replayed(tmp_path):
     first, second, third, fourth, *_ = order()
-    groups, sampled = source({**each(MIXED), first: SAME}).collect(0)
-    groups = add_advantages(groups, mean_only)
-    write_rollout(rollout_path(tmp_path / "rollouts", 1), records(groups, sampled))
-    replay = ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm(block_size=3))
-    learned, on_record = replay.collect(0)
-    assert learned == groups == on_record[:2]
-    assert [group[0].problem.id for group in on_record] == [second, third, first, fourth]
+    rollout = source({**each(MIXED), first: SAME}).collect(0)
+    groups = add_advantages(rollout.groups, mean_only)
+    write_rollout(rollout_path(tmp_path / "rollouts", 1), records(groups, rollout.sampled))
+    replayed = ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm(block_size=3)).collect(0)
+    assert replayed.groups == groups == replayed.sampled[:2]
+    assert ids(replayed.sampled) == [second, third, first, fourth]
+    assert replayed.num_with_signal == 2, "of the surplus a file does not say that it passed"
     written = [json.loads(line) for line in (tmp_path / "rollouts/step-000001.jsonl").read_text().splitlines()]
     assert [(line["problem"], line["kept"]) for line in written[::2]] == [
         (second, True),
@@ -154,7 +155,7 @@ def test_a_problem_that_comes_twice_in_a_row_is_two_groups_when_replayed():
 def test_a_replay_longer_than_the_run_is_told_before_it_starts(tmp_path):
     for step in (1, 2):
         write_rollout(rollout_path(tmp_path, step), [])
-    assert ReplayedRollouts(rollouts_of(tmp_path, 2), small_lm()).collect(1) == ([], [])
+    assert ReplayedRollouts(rollouts_of(tmp_path, 2), small_lm()).collect(1) == Rollout([], [], 0)
     with pytest.raises(DirlError, match="holds no rollout of step 3: replay fewer with steps=2"):
         rollouts_of(tmp_path, 5)
     with pytest.raises(DirlError, match=r"holds no step-….jsonl"):
@@ -176,7 +177,9 @@ def test_what_is_replayed_as_it_is_was_rewarded_by_one_rule(tmp_path, changed, s
         ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm()).collect(0)
     rescorer = Rescorer(FakeScorer(each(MIXED)), "none", longest=8, block_size=4)
     write_rollout(rollout_path(tmp_path, 1), [first, replace(first, sample=1, completion="1", **changed)])
-    ((one, other),) = ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm(), rescorer).collect(0)[1]
+    replayed = ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm(), rescorer).collect(0)
+    ((one, other),) = replayed.sampled
+    assert replayed.groups == replayed.sampled and replayed.num_with_signal == 1
     assert (one.sample, other.sample, other.reward) == (0, 1, 0.0)
 
 
@@ -188,7 +191,7 @@ def test_what_the_model_cannot_have_answered_is_not_replayed(tmp_path):
 
 
 def test_advantages_are_taken_within_groups():
-    groups, _ = source(each([1.0, 0.0, 0.0, 0.0]), group_size=4).collect(0)
+    groups = source(each([1.0, 0.0, 0.0, 0.0]), group_size=4).collect(0).groups
     found = [record.advantage for record in add_advantages(groups, normalised)[0]]
     assert torch.allclose(torch.tensor(found), torch.tensor([3.0, -1.0, -1.0, -1.0]) / 3**0.5)
 

@@ -38,7 +38,7 @@ RECORD = Record(
     parts={"accuracy": 1.0, "boxed": 0.1},
     correct=True,
     advantage=0.7071067811865476,
-    kept=False,
+    learned_from=True,
 )
 
 

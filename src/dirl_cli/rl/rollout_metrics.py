@@ -8,19 +8,19 @@ from statistics import fmean
 from rich.table import Table
 from rich.text import Text
 
-from dirl_cli.rl.rollouts import Group
+from dirl_cli.rl.rollouts import Group, Rollout
 from dirl_cli.rollout.storage import Record
 
 
-def rollout_metrics(sampled: Sequence[Group], groups: Sequence[Group], group_size: int) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, group_size: int) -> dict[str, float]:
     """Means over a step's answers, before the filter and after it (`kept_…`).
 
     kept: the share of sampled groups with a signal. excluded: how many of `group_size` answers to each problem have
     no reward; 0 where it is not known how many there should be.
     """
-    answers = list(chain.from_iterable(sampled))
-    metrics: dict[str, float] = {"groups": len(groups)}
-    excluded = len(sampled) * group_size - len(answers)
+    answers = list(chain.from_iterable(rollout.sampled))
+    metrics: dict[str, float] = {"groups": len(rollout.groups)}
+    excluded = len(rollout.sampled) * group_size - len(answers)
     if excluded > 0:
         metrics["excluded"] = excluded
     if not answers:
@@ -35,20 +35,16 @@ def rollout_metrics(sampled: Sequence[Group], groups: Sequence[Group], group_siz
         "truncated": fmean(trajectory.stop_reason == "length" for trajectory in trajectories),
         "tokens_per_forward": tokens / sum(trajectory.forwards for trajectory in trajectories),
         "tokens_per_denoising_forward": tokens / sum(trajectory.denoise_forwards for trajectory in trajectories),
-        "kept": fmean(was_kept(group) for group in sampled),
+        "kept": rollout.num_with_signal / len(rollout.sampled),
     }
     for name in answers[0].parts:
         metrics[f"reward/{name}"] = fmean(record.parts[name] for record in answers)
 
-    learned_from = list(chain.from_iterable(groups))
+    learned_from = list(chain.from_iterable(rollout.groups))
     if learned_from:
         metrics["kept_reward"] = fmean(record.reward or 0.0 for record in learned_from)
         metrics["kept_accuracy"] = fmean(record.correct for record in learned_from)
     return metrics
-
-
-def was_kept(group: Group) -> bool:
-    return any(record.kept for record in group)
 
 
 def records(groups: Sequence[Group], sampled: Sequence[Group]) -> list[Record]:
@@ -56,7 +52,7 @@ def records(groups: Sequence[Group], sampled: Sequence[Group]) -> list[Record]:
     learned_from = list(chain.from_iterable(groups))
     used = {id(record.trajectory) for record in learned_from}
     unused = [record for record in chain.from_iterable(sampled) if id(record.trajectory) not in used]
-    return learned_from + [replace(record, kept=False) for record in unused]
+    return learned_from + [replace(record, learned_from=False) for record in unused]
 
 
 def answer_table(groups: Sequence[Group], step: int, rows: int = 3) -> Table:

@@ -60,6 +60,19 @@ def groups_from_json(groups: list[list[dict[str, Any]]]) -> list[Group]:
     return [list(map(from_json, group)) for group in groups]
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """What a step has to learn from.
+
+    groups: those it learns from, what earlier steps left over first. sampled: all that were sampled for it.
+    num_with_signal: how many of `sampled` passed the filter, be it for a later step.
+    """
+
+    groups: list[Group]
+    sampled: list[Group]
+    num_with_signal: int
+
+
 class RolloutSource(Protocol):
     """Where a step's groups come from."""
 
@@ -75,8 +88,8 @@ class RolloutSource(Protocol):
         """Whether the answers or their rewards are on no disk yet."""
         ...
 
-    def collect(self, step: int) -> tuple[list[Group], list[Group]]:
-        """The groups that step `step` (from 0) learns from, and all that were sampled for it; moves `state` on.
+    def collect(self, step: int) -> Rollout:
+        """The rollout of step `step` (from 0); moves `state` on.
 
         Where it is interrupted, `state` is what it was.
         """
@@ -119,11 +132,13 @@ class SampledRollouts:
     def answers_per_problem(self) -> int:
         return self.group_size
 
-    def collect(self, step: int) -> tuple[list[Group], list[Group]]:
+    def collect(self, step: int) -> Rollout:
         """See `RolloutSource.collect`; groups left over from earlier steps come first."""
         drawn = self.state.drawn
         prefetched = self.state.prefetched
-        selected, sampled = list(self.state.surplus), []
+        selected = list(self.state.surplus)
+        sampled: list[Group] = []
+        num_with_signal = 0
 
         # Dynamic sampling (DAPO): groups without a signal make way for other problems, up to max_rounds times.
         for round_number in range(self.max_rounds):
@@ -134,16 +149,14 @@ class SampledRollouts:
             groups = prefetched or self.sample(indices, step, round_number)
             prefetched = []
 
-            for group in groups:
-                is_kept = group_has_signal(group, self.filter)
-                marked = [replace(record, kept=is_kept) for record in group]
-                sampled.append(marked)
-                if is_kept:
-                    selected.append(marked)
+            passing = [group for group in groups if group_has_signal(group, self.filter)]
+            selected += passing
+            sampled += groups
+            num_with_signal += len(passing)
 
         # Set at the end alone: a rollout that is interrupted has not happened.
         self.state = RolloutState(drawn, selected[self.problems_per_step :], prefetched)
-        return selected[: self.problems_per_step], sampled
+        return Rollout(selected[: self.problems_per_step], sampled, num_with_signal)
 
     def epochs(self) -> dict[str, float]:
         return epochs(self.order, self.sources, self.state.drawn)
@@ -219,7 +232,7 @@ class ReplayedRollouts:
     def is_new(self) -> bool:
         return self.rescorer is not None
 
-    def collect(self, step: int) -> tuple[list[Group], list[Group]]:
+    def collect(self, step: int) -> Rollout:
         """See `RolloutSource.collect`.
 
         Raises DirlError, with file and line, for an answer that nothing can be learned from.
@@ -235,8 +248,10 @@ class ReplayedRollouts:
 
         if self.rescorer:
             groups = self.rescorer.reward(groups)
-            return [group for group in groups if group_has_signal(group, self.rescorer.filter)], groups
-        return [group for group in groups if group[0].kept], groups
+            selected = [group for group in groups if group_has_signal(group, self.rescorer.filter)]
+        else:
+            selected = [group for group in groups if group[0].learned_from]
+        return Rollout(selected, groups, len(selected))
 
     def epochs(self) -> dict[str, float]:
         return {}
@@ -305,7 +320,7 @@ def with_reward(record: Record, result: RewardResult) -> Record:
 
 def continues(last: Record, record: Record) -> bool:
     """Whether a record belongs to the group of the one before it; a problem may be drawn twice in a step."""
-    return record.problem == last.problem and record.sample > last.sample and record.kept == last.kept
+    return record.problem == last.problem and record.sample > last.sample and record.learned_from == last.learned_from
 
 
 def add_advantages(groups: Sequence[Group], advantage: Advantage) -> list[Group]:
@@ -314,7 +329,7 @@ def add_advantages(groups: Sequence[Group], advantage: Advantage) -> list[Group]
     for group in groups:
         values = advantage(torch.tensor([record.reward for record in group])).tolist()
         pairs = zip(group, values, strict=True)
-        with_advantages.append([replace(record, advantage=value, kept=True) for record, value in pairs])
+        with_advantages.append([replace(record, advantage=value, learned_from=True) for record, value in pairs])
     return with_advantages
 
 

@@ -24,9 +24,9 @@ def train(
         # Rollout: G answers to each of P problems, rewarded. Groups without a signal make way for other problems.
         # Where the run is asked to stop, a rollout is given up; an update that has begun is finished.
         with run.timed("rollout"), run.showing("rollout"), run.stop.raising_if_alone():
-            groups, sampled = rollouts.collect(step)
-        groups = add_advantages(groups, ADVANTAGES[update.objective.advantage])
-        metrics = rollout_metrics(sampled, groups, rollouts.answers_per_problem) | rollouts.epochs()
+            rollout = rollouts.collect(step)
+        groups = add_advantages(rollout.groups, ADVANTAGES[update.objective.advantage])
+        metrics = rollout_metrics(rollout, rollouts.answers_per_problem) | rollouts.epochs()
 
         # Update: optimizer steps on the groups, each token in the state in which it was revealed. Meanwhile the
         # sampler is offloaded, or prefetches the next step's answers.
@@ -37,5 +37,5 @@ def train(
             update.publish(sampler)
 
         # Report, evaluate and save where it is due; stop where it was asked for.
-        report.write(step + 1, groups, sampled)
+        report.write(step + 1, groups, rollout.sampled)
         run.end_of_step(metrics)

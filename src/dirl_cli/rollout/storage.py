@@ -24,7 +24,7 @@ class Record:
 
     sample: its index among the answers to its problem. completion: its text up to the stop token.
     reward, parts: the weighted sum and the rewards before weighting; None and empty where there are none.
-    correct: verified and complete. kept: it took part in the update, its group having passed the filter.
+    correct: verified and complete. learned_from: its group is one that its step learns from; `kept` in files.
     """
 
     problem: Problem
@@ -35,7 +35,7 @@ class Record:
     parts: dict[str, float] = field(default_factory=dict)
     correct: bool = False
     advantage: float | None = None
-    kept: bool = True
+    learned_from: bool = False
 
 
 def rollout_path(directory: Path, step: int) -> Path:
@@ -135,7 +135,7 @@ def to_json(record: Record) -> dict[str, Any]:
         "parts": record.parts,
         "correct": record.correct,
         "advantage": record.advantage,
-        "kept": record.kept,
+        "kept": record.learned_from,
         **vars(record.trajectory),
     }
 
@@ -159,7 +159,7 @@ def from_json(line: Any) -> Record:
         parts={name: finite_number(parts, name, float, int) for name in parts},
         correct=value_of_type(line, "correct", bool),
         advantage=finite_number(line, "advantage", float, int, NoneType),
-        kept=value_of_type(line, "kept", bool),
+        learned_from=value_of_type(line, "kept", bool),
     )
 
 
