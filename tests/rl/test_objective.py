@@ -81,7 +81,7 @@ def test_an_algorithm_equals_its_formula_in_loss_and_gradient(name, beta, train_
     loss, grad, watched = packed(
         lm, objective, groups(objective.advantage), old, reference, row_tokens=64, train_tail=train_tail
     )
-    assert 0.05 < watched["clipped"] / watched["weight"] < 0.95  # both branches of the minimum are met
+    assert 0.05 < watched["clipped"] / watched["total_weight"] < 0.95  # both branches of the minimum are met
     assert_same((loss, grad), by_formula(name, lm, old, reference, beta, train_tail))
 
 

@@ -69,7 +69,7 @@ class Objective:
         and `importance_weight` (truncated) where the sampler's probabilities were not the trainer's.
         """
         extras = rows.extras
-        weight = self.weight(rows)
+        token_weight = self.token_weight(rows)
 
         # The clipped surrogate: of the two the lower, so that nothing is gained beyond the clip.
         ratio = ratio_of(at_level(self.level, logprobs - extras.get("old_logprobs", logprobs.detach()), rows))
@@ -86,20 +86,23 @@ class Objective:
             loss = loss + self.beta * kl
             watched["kl"] = kl
 
-        watched = {name: (weight * value).detach().sum() for name, value in watched.items()}
-        return {"loss": (weight * loss).sum(), "weight": weight.sum(), **watched}
+        watched = {name: (token_weight * value).detach().sum() for name, value in watched.items()}
+        return {"loss": (token_weight * loss).sum(), "total_weight": token_weight.sum(), **watched}
 
-    def weight(self, rows: Rows) -> Tensor:
-        """What each scored token counts (N,), so that the sum divided by `denominator` is the normaliser's mean."""
-        scored = (rows.weight > 0).float()
+    def token_weight(self, rows: Rows) -> Tensor:
+        """What each scored token counts (N,), so that the sum divided by `denominator` is the normaliser's mean.
+
+        It begins with `rows.weight`, what the views let a token count.
+        """
+        is_scored = (rows.weight > 0).float()
         if self.level == "token":
-            weight = rows.weight
+            token_weight = rows.weight
         elif self.level == "step":  # a step has one term, shared out evenly among its tokens; so has an answer
-            weight = rows.weight / summed(scored, step_index(rows)).clamp(min=1)
+            token_weight = rows.weight / summed(is_scored, step_index(rows)).clamp(min=1)
         else:
             sample = rows.extras["sample"]
-            weight = scored * rows.extras["length"] / summed(scored, sample).clamp(min=1)
-        return weight / rows.extras["length"] if self.normalizer == "sequence" else weight
+            token_weight = is_scored * rows.extras["length"] / summed(is_scored, sample).clamp(min=1)
+        return token_weight / rows.extras["length"] if self.normalizer == "sequence" else token_weight
 
     def denominator(self, lengths: Sequence[int], longest: int) -> float:
         """The normaliser of a global batch of answers with these numbers of tokens, at most `longest` allowed."""

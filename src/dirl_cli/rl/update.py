@@ -22,6 +22,8 @@ from dirl_cli.training.parallel import reshard, unsharded
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding
 
+TOKEN_SUMS = ("entropy", "ratio", "clipped", "kl")  # of `Objective.loss`, over tokens by weight
+
 
 @dataclass(frozen=True)
 class MiniBatch:
@@ -167,12 +169,12 @@ def split_evenly(groups: Sequence[Group], mini_batches: int) -> list[Sequence[Gr
 
 
 def mean_metrics(sums: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over optimizer steps; what is a sum over tokens is divided by their weight first."""
+    """Means over optimizer steps; what is a sum over tokens is divided by their total weight first."""
     steps = []
     for step in sums:
-        weight = step["weight"]
-        weighted = {name: step[name] / weight for name in ("entropy", "ratio", "clipped", "kl") if name in step}
-        steps.append({name: value for name, value in step.items() if name != "weight"} | weighted)
+        total_weight = step["total_weight"]
+        token_means = {name: step[name] / total_weight for name in TOKEN_SUMS if name in step}
+        steps.append({name: value for name, value in step.items() if name != "total_weight"} | token_means)
     metrics = {name: fmean([step[name] for step in steps]) for name in steps[0]}
     metrics["skipped"] = sum(step["skipped"] for step in steps)
     return metrics
