@@ -85,15 +85,15 @@ def test_packing_loses_no_token_and_mixes_no_two_samples(drawn, block_size, row_
         weight = torch.rand(1, length, generator=generator)
         strips.append(lay_out(token_ids, masked_tokens, masked_tokens, weight, block_size, 7))
     rows = pack(strips, row_tokens, block_size, 0)
-    flat = {name: getattr(rows, name).flatten() for name in ("token_ids", "group", "position", "view")}
+    flat = {name: getattr(rows, name).flatten() for name in ("token_ids", "strip", "position", "view")}
     for i, strip in enumerate(strips):
-        own = flat["group"] == i
+        own = flat["strip"] == i
         for name in ("token_ids", "position", "view"):
             assert flat[name][own].tolist() == getattr(strip, name).tolist()
-        scores = flat["group"][rows.target_index] == i
+        scores = flat["strip"][rows.target_index] == i
         assert rows.targets[scores].tolist() == strip.targets.tolist()
         assert rows.weight[scores].tolist() == strip.weight.tolist()
-    assert (flat["group"] == PADDING).sum() == flat["group"].numel() - sum(map(len, strips))
+    assert (flat["strip"] == PADDING).sum() == flat["strip"].numel() - sum(map(len, strips))
     assert rows.token_ids.shape[1] <= max(row_tokens, *map(len, strips))
 
 

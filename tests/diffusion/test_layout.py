@@ -13,12 +13,12 @@ from tests.helpers.small import small_lm
 MASK = 49
 
 
-def brute_force(group: list, sequence: list, block: list, view: list) -> list[list[bool]]:
+def brute_force(strip: list, sequence: list, block: list, view: list) -> list[list[bool]]:
     """The rule of the method, a token pair at a time."""
-    n = range(len(group))
+    n = range(len(strip))
     return [
         [
-            group[q] == group[k]
+            strip[q] == strip[k]
             and sequence[k] in (SHARED, sequence[q])
             and ((view[k] == 0 and block[k] < block[q]) or (view[k] == view[q] and block[k] == block[q]))
             for k in n
@@ -54,7 +54,7 @@ def flex_mask_of_torch(coordinates: Coordinates) -> BlockMask:
     dense = dense_mask(coordinates)[:, 0]
     more = -dense.shape[1] % TILE
     padded = torch.nn.functional.pad(dense, (0, more, 0, more))
-    padding = coordinates.group == -1
+    padding = coordinates.strip == -1
     added = torch.cat([padding, torch.ones(len(padding), more, dtype=torch.bool)], 1)
     padded |= added[:, :, None] & added[:, None, :]
     length = padded.shape[1]
@@ -152,7 +152,7 @@ def test_packing_changes_nothing():
 
 
 def key(rows, i: int) -> tuple[int, int, int]:
-    return tuple(int(rows.at_targets(c)[i]) for c in (rows.group, rows.view, rows.position))
+    return tuple(int(rows.at_targets(c)[i]) for c in (rows.strip, rows.view, rows.position))
 
 
 def test_splitting_rows_keeps_every_scored_token():
@@ -164,12 +164,12 @@ def test_splitting_rows_keeps_every_scored_token():
     )
     for part in parts:
         assert (part.token_ids.flatten()[part.target_index] == MASK).all()
-        assert part.token_ids.shape[1] == int((part.group != PADDING).sum(1).max())
+        assert part.token_ids.shape[1] == int((part.strip != PADDING).sum(1).max())
 
 
 def test_padding_is_counted_apart():
     rows = packed_rows(row_tokens=1)
-    assert rows.num_tokens == sum(int((row != PADDING).sum()) for row in rows.group)
+    assert rows.num_tokens == sum(int((row != PADDING).sum()) for row in rows.strip)
     assert rows.num_tokens < rows.token_ids.numel()
 
 

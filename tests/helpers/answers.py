@@ -95,7 +95,7 @@ def widened(rows: Rows, columns: int) -> Rows:
     """The same rows with `columns` more tokens of padding in each."""
     if not columns:
         return rows
-    fill = {"token_ids": PAD, "group": PADDING}
+    fill = {"token_ids": PAD, "strip": PADDING}
     width = rows.token_ids.shape[1]
     wide = {n: torch.nn.functional.pad(getattr(rows, n), (0, columns), value=fill.get(n, 0)) for n in PER_TOKEN}
     where = rows.target_index // width * (width + columns) + rows.target_index % width

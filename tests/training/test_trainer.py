@@ -35,7 +35,7 @@ def rows_of(n: int) -> Rows:
     where = torch.tensor([4 * row + column for row in range(n) for column in (1, 2)])
     return Rows(
         token_ids=token_ids,
-        group=torch.arange(n)[:, None].expand(n, 4),
+        strip=torch.arange(n)[:, None].expand(n, 4),
         sequence=torch.zeros(n, 4, dtype=torch.long),
         position=torch.arange(4).expand(n, 4),
         view=torch.zeros(n, 4, dtype=torch.long),

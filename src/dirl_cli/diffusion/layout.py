@@ -1,6 +1,6 @@
 """Packed rows and the one attention rule, which is inference, fine-tuning and reinforcement learning alike.
 
-Every token of a packed row has coordinates: the `group` and `sequence` it belongs to, its `position` in that
+Every token of a packed row has coordinates: the `strip` and `sequence` it belongs to, its `position` in that
 sequence, and its `view`: 0 for the clean copy, 1, 2, … for noised copies of a block.
 
 Shapes: a strip has n tokens, m of them scored; a batch has R rows of L tokens, N of them scored; B is the block size.
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SHARED = 0  # the sequence whose tokens belong to every sequence of their group, such as a common prompt
-PADDING = -1  # the group of padding
+SHARED = 0  # the sequence whose tokens belong to every sequence of their strip, such as a common prompt
+PADDING = -1  # the strip of padding
 
 
 class Coordinates(NamedTuple):
     """Where tokens stand; four integer tensors of one shape (or broadcastable against another's)."""
 
-    group: Tensor
+    strip: Tensor
     sequence: Tensor
     block: Tensor
     view: Tensor
@@ -28,7 +28,7 @@ class Coordinates(NamedTuple):
 
 def attends(q: Coordinates, k: Coordinates) -> Tensor:
     """The attention rule: a query sees earlier clean blocks of its sequence, and its own block in its own view."""
-    same_sequence = (q.group == k.group) & ((q.sequence == k.sequence) | (k.sequence == SHARED))
+    same_sequence = (q.strip == k.strip) & ((q.sequence == k.sequence) | (k.sequence == SHARED))
     earlier_clean = (k.view == 0) & (k.block < q.block)
     own_block = (k.view == q.view) & (k.block == q.block)
     return same_sequence & (earlier_clean | own_block)
@@ -60,7 +60,7 @@ class Strip:
 class Rows:
     """A packed batch: R rows of L tokens with their coordinates, N of them scored.
 
-    token_ids, group, sequence, position, view: (R, L), `group` being the strip's index in the packed list.
+    token_ids, strip, sequence, position, view: (R, L), `strip` being its index in the packed list.
     target_index: (N,) where the scored tokens stand in the flattened rows, ascending: the logits there predict them.
     shifted_index: (N,) where what stands before each does, whose logits predict it under a logit shift: in its own
         view inside its block, in the clean copy at its block's start.
@@ -70,7 +70,7 @@ class Rows:
     """
 
     token_ids: Tensor
-    group: Tensor
+    strip: Tensor
     sequence: Tensor
     position: Tensor
     view: Tensor
@@ -84,12 +84,12 @@ class Rows:
 
     @property
     def coordinates(self) -> Coordinates:
-        return Coordinates(self.group, self.sequence, self.position // self.block_size, self.view)
+        return Coordinates(self.strip, self.sequence, self.position // self.block_size, self.view)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are computed, all views counted, without padding."""
-        return int((self.group != PADDING).sum())
+        return int((self.strip != PADDING).sum())
 
     def at_targets(self, coordinate: Tensor) -> Tensor:
         """`coordinate`, of shape (R, L), at the scored tokens: (N,)."""
@@ -111,7 +111,7 @@ class Rows:
         micro_batches = []
         for first in range(0, len(self.token_ids), rows_each):
             last = min(first + rows_each, len(self.token_ids))
-            used = int((self.group[first:last] != PADDING).sum(1).max())
+            used = int((self.strip[first:last] != PADDING).sum(1).max())
             columns: dict[str, Any] = {name: getattr(self, name)[first:last, :used] for name in PER_TOKEN}
 
             # Indices into the flattened rows change with the rows' number and width.
@@ -132,7 +132,7 @@ class Rows:
         return micro_batches
 
 
-PER_TOKEN = ("token_ids", "group", "sequence", "position", "view")
+PER_TOKEN = ("token_ids", "strip", "sequence", "position", "view")
 
 
 def lay_out(token_ids: Tensor, masked: Tensor, scored: Tensor, weight: Tensor, block_size: int, mask_id: int) -> Strip:
@@ -175,7 +175,7 @@ def lay_out(token_ids: Tensor, masked: Tensor, scored: Tensor, weight: Tensor, b
 
 
 def join_strips(strips: Sequence[Strip], block_size: int) -> Strip:
-    """Several sequences of a group as one strip in which the clean blocks that all begin with stand once.
+    """Several sequences as one strip in which the clean blocks that all begin with stand once.
 
     Sequences are numbered from 1 in the order given; what they have in common is `SHARED`.
     """
@@ -231,7 +231,7 @@ def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int)
         width = max(width, sum(len(strips[i]) for i in row))
     columns: dict[str, Any] = {name: torch.zeros(len(bins), width, dtype=torch.long) for name in PER_TOKEN}
     columns["token_ids"].fill_(pad_id)
-    columns["group"].fill_(PADDING)
+    columns["strip"].fill_(PADDING)
 
     target_index = []
     shifted_index = []
@@ -243,7 +243,7 @@ def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int)
             span = slice(start, start + len(strip))
             for name in ("token_ids", "sequence", "position", "view"):
                 columns[name][r, span] = getattr(strip, name)
-            columns["group"][r, span] = i
+            columns["strip"][r, span] = i
             target_index.append(strip.target_index + r * width + start)
             shifted_index.append(strip.shifted_index + r * width + start)
             order.append(i)

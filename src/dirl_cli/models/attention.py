@@ -35,9 +35,9 @@ def block_mask(coordinates: Coordinates) -> "BlockMask":
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    padding = (0, -coordinates.group.shape[1] % TILE)
-    group, *rest_of_token = (c.int() for c in coordinates)
-    padded = Coordinates(pad(group, padding, value=PADDING), *(pad(c, padding) for c in rest_of_token))
+    padding = (0, -coordinates.strip.shape[1] % TILE)
+    strip, *rest_of_token = (c.int() for c in coordinates)
+    padded = Coordinates(pad(strip, padding, value=PADDING), *(pad(c, padding) for c in rest_of_token))
 
     def rule(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         query = Coordinates(*(c[row, q] for c in padded))
@@ -52,7 +52,7 @@ def block_mask(coordinates: Coordinates) -> "BlockMask":
 
 def seen_in_tiles(coordinates: Coordinates) -> Tensor:
     """Count the pairs of a query and a key that it sees in each pair of tiles: (R, T, T). coordinates: (R, L)."""
-    rows, length = coordinates.group.shape
+    rows, length = coordinates.strip.shape
     keys = Coordinates(*(c[:, None, :] for c in coordinates))
     # So many tiles of queries at a time that no more than PAIRS are held.
     queries_at_once = max(PAIRS // (rows * length * TILE), 1) * TILE

@@ -53,10 +53,10 @@ def objective_rows(
     else:
         lengths = [trained_length(trajectory) for trajectory in trajectories]
 
-    # Which answer each scored token belongs to, and which of its answer's tokens it is: (N,) each. `rows.group` numbers
-    # strips, not groups of RL: of a group too long for a row there are several.
+    # Which answer each scored token belongs to, and which of its answer's tokens it is: (N,) each. Of a group that is
+    # too long for a row there are several strips.
     first_of_strip = torch.tensor([0, *accumulate(sizes)])
-    sample = first_of_strip[rows.at_targets(rows.group)] + rows.at_targets(rows.sequence) - 1
+    sample = first_of_strip[rows.at_targets(rows.strip)] + rows.at_targets(rows.sequence) - 1
     prompt_lengths = torch.tensor([len(trajectory.prompt_ids) for trajectory in trajectories])
     index = rows.at_targets(rows.position) - prompt_lengths[sample]
     length = torch.tensor(lengths)[sample]

@@ -234,10 +234,10 @@ def trajectory_logprobs(
     strips = [trajectory_strip(trajectory, lm.block_size, lm.mask_token_id) for trajectory in trajectories]
     for rows in pack(strips, row_tokens, lm.block_size, lm.pad_token_id).split(rows_each):
         logprobs, *_ = model(rows.to(lm.device))
-        # Packing mixes trajectories: a scored token tells by group and position whose it is, and which.
-        groups = rows.at_targets(rows.group).tolist()
+        # Packing mixes trajectories: a scored token tells by strip and position whose it is, and which.
+        strip_indices = rows.at_targets(rows.strip).tolist()
         positions = rows.at_targets(rows.position).tolist()
-        for group, position, logprob in zip(groups, positions, logprobs.tolist(), strict=True):
-            prompt_length = len(trajectories[group].prompt_ids)
-            logprobs_of[group][position - prompt_length] = logprob
+        for i, position, logprob in zip(strip_indices, positions, logprobs.tolist(), strict=True):
+            prompt_length = len(trajectories[i].prompt_ids)
+            logprobs_of[i][position - prompt_length] = logprob
     return logprobs_of
