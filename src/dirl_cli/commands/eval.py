@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,6 +29,9 @@ from dirl_cli.evaluation.run import graded, tracked
 from dirl_cli.files import write_json, write_text
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Decoding, Instruction, Problem
+
+if TYPE_CHECKING:
+    from dirl_cli.models.load import DiffusionLM
 
 GRADERS = ("dirl", "math-verify", "latex2sympy2_extended", "sympy")
 PROBE = Problem("probe", "How many legs have two cats?", "8")  # shows how questions are put
@@ -51,7 +54,7 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
     from dirl_cli.data.chat import answer_text, encode_problems
     from dirl_cli.distributed import Processes, split_by_cost
     from dirl_cli.evaluation.questions import sample
-    from dirl_cli.models.load import DiffusionLM, fingerprint
+    from dirl_cli.models.load import fingerprint
 
     # Parts: all of them are checked before the model takes its time to load.
     processes = Processes(cfg.gpus * cfg.nodes, cfg.device)
@@ -76,13 +79,15 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
     earlier = requested_answers(read_answers(out / ANSWERS), problems, cfg.samples)
     processes.wait()  # nobody appends before all have read
     finished = {(answer.problem, answer.sample) for answer in earlier}
-    runs = list(missing([problem.id for problem in problems], cfg.samples, finished))
+    problem_ids = [problem.id for problem in problems]
+    runs = list(missing(problem_ids, cfg.samples, finished))
     if earlier and runs:
         console.print(f"continue after {len(earlier)} answers in {out / ANSWERS}", soft_wrap=True)
 
     # Sample and grade this process's share, split by prompt tokens.
     costs = [len(prompts[run.problem_index]) * (run.end - run.first) for run in runs]
-    runs = [runs[i] for i in split_by_cost(costs, processes.count)[processes.rank]]
+    share = split_by_cost(costs, processes.count)[processes.rank]
+    runs = [runs[i] for i in share]
     total = len(earlier) + sum(run.end - run.first for run in runs)
     try:
         with Grader(cfg.grade_workers, cfg.grade_timeout) as grader, AnswerLog(out / ANSWERS) as log:
@@ -99,24 +104,30 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
     # The first process reports, from the file that all have appended to.
     processes.wait()
     if processes.is_first:
-        facts = {
-            "model": {**to_dict(cfg.model), "block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
-            "samples": cfg.samples,
-            "decoding": {**asdict(decoding), "block_size": lm.block_size},
-            "instruction": asdict(instruction),
-            "dtype": cfg.dtype,
-            "device": str(lm.device),
-            "sampled_from": {**source, "problems": hash_values(source["problems"])},
-            "versions": {package: version(package) for package in ("torch", "transformers")},
-        }
+        facts = sampling_facts(cfg, lm, decoding, instruction)
+        facts["sampled_from"] = {**source, "problems": hash_values(source["problems"])}
+        facts["versions"] = versions("torch", "transformers")
         all_answers = requested_answers(read_answers(out / ANSWERS), problems, cfg.samples)
         metrics = conclude(cfg, out, cfg.model.name, all_answers, problems, facts)
         speed = f"{metrics.tokens_per_second or 0:,.0f} tokens/s"
         console.print(f"{speed} · {out / CARD} · {out / ANSWERS}", soft_wrap=True)
 
 
+def sampling_facts(cfg: DictConfig, lm: "DiffusionLM", decoding: Decoding, instruction: Instruction) -> dict[str, Any]:
+    """What the card says of how a model was asked."""
+    return {
+        "model": {**to_dict(cfg.model), "block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
+        "samples": cfg.samples,
+        "decoding": {**asdict(decoding), "block_size": lm.block_size},
+        "instruction": asdict(instruction),
+        "dtype": cfg.dtype,
+        "device": str(lm.device),
+    }
+
+
 def grade_predictions(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:
     """Grade the answers in cfg.predictions: verdicts go to `out`/graded.jsonl in the file's order."""
+    # A line's index counts all problems of the benchmark, also those that cannot be graded.
     index = {problem.id: i for i, problem in enumerate(problems)}
     rows = ((row.location, row.fields) for row in read_rows(cfg.predictions))
     answers = read_predictions(rows, problems)
@@ -140,7 +151,9 @@ def grade_predictions(cfg: DictConfig, out: Path, problems: Sequence[Problem], r
     write_text(out / ANSWERS, (json.dumps(asdict(answer)) + "\n" for answer in answers))
     write_json(out / SOURCE, {"problems": digests(problems)})
     conclude(cfg, out, cfg.predictions, answers, problems, {"predictions": cfg.predictions})
-    unanswered = len(gradable_ids - {answer.problem for answer in answers})
+
+    answered = {answer.problem for answer in answers}
+    unanswered = len(gradable_ids - answered)
     if unanswered:
         console.print(f"{unanswered} of {len(problems)} problems have no answer in the file and do not count")
     speed = f"{len(answers):,} answers graded in {seconds:.1f} s, {len(answers) / seconds:,.0f} a second"
@@ -161,18 +174,20 @@ def conclude(
     """
     overall = measure(answers)
     subsets = measure_subsets(answers, problems)
-    bench = {key: value for key, value in to_dict(cfg.bench).items() if key != "published"}
+    bench = to_dict(cfg.bench)
+    all_published = bench.pop("published", {})
     card = {
         **facts,
         "bench": {**bench, "limit": cfg.limit, "ids": cfg.ids and list(cfg.ids)},
         "grade_timeout": cfg.grade_timeout,
-        "versions": facts.get("versions", {}) | {package: version(package) for package in GRADERS},
+        "versions": facts.get("versions", {}) | versions(*GRADERS),
         "metrics": asdict(overall),
         "subsets": {subset: asdict(metrics) for subset, metrics in subsets.items()},
     }
 
-    published = to_dict(cfg.bench).get("published", {}).get(name, {})
-    if figures := published.get(facts.get("decoding", {}).get("strategy")):
+    # The papers give a figure for a model and a decoding strategy; a file of predictions does not say how it decoded.
+    strategy = facts.get("decoding", {}).get("strategy")
+    if figures := all_published.get(name, {}).get(strategy):
         card["published"] = report.beside(figures, overall, compare.settings(card))
     write_json(out / CARD, card)
 
@@ -187,14 +202,17 @@ def show_comparison(names: Sequence[str]) -> None:
     """Print how much two evaluations differ, and whether that is more than chance would have it."""
     if len(names) != 2:
         raise DirlError("compare takes two evaluations: compare=[A,B]")
-    a, b = (read_evaluation(name) for name in names)
+    a = read_evaluation(names[0])
+    b = read_evaluation(names[1])
     common = compare.common_problems(a, b)
     if len(common) > 1:
         how = f"paired over the {len(common)} problems that both answered"
     else:
         how = "not paired, since they have no problems in common that both hold answers to"
-    differences = compare.compare(a, b, common)
-    rows = {name: compare.difference_cells(name, difference) for name, difference in differences}
+    rows = {}
+    for name, difference in compare.compare(a, b, common):
+        rows[name] = compare.difference_cells(name, difference)
+
     for letter, evaluation in (("A", a), ("B", b)):
         console.print(f"{letter}: {evaluation.of} · {evaluation.name}", soft_wrap=True)
     console.print(report.draw(f"B against A, {how}", rows, caption=compare.CAPTION))
@@ -210,12 +228,16 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
     """
     from dirl_cli.report.plot import scatter
 
+    # A picture is passed around without its folder: its name says what all have in common, unless the folder did.
     members = [sweep.Member(sweep.overrides(job), read_evaluation(out)) for job, out in jobs]
     folder = sweep.folder_of(jobs)
     names = [name for name in sweep.common_names(members) if name not in folder.name]
     title = "-".join([*names, title])
+
     rows = sweep.rows(members)
-    console.print(report.draw(title, rows, ", ".join(members[0].overrides), sweep.caption(members, list(rows))))
+    header = ", ".join(members[0].overrides)
+    console.print(report.draw(title, rows, header, sweep.caption(members, list(rows))))
+
     files = [folder / f"{title}.csv"]
     write_text(files[0], sweep.as_csv(members))
     if curves := sweep.speed_curves(members):
@@ -242,13 +264,18 @@ def chosen_problems(cfg: DictConfig) -> tuple[list[Problem], list[str]]:
 
 def gradable(name: str, problems: Sequence[Problem], remarks: Sequence[str]) -> list[Problem]:
     """The problems that have a reference answer. Prints how many have none, and the remarks."""
-    with_answer = [problem for problem in problems if problem.answer.strip()]
+    with_answer: list[Problem] = []
+    left_out: list[Problem] = []
+    for problem in problems:
+        if problem.answer.strip():
+            with_answer.append(problem)
+        else:
+            left_out.append(problem)
     if not with_answer:
         raise DirlError(f"no problem of {name} has a reference answer: fill in ground_truth_answer, or map it")
-    left_out = [problem.id for problem in problems if not problem.answer.strip()]
     if left_out:
         summary = f"{len(left_out)} of {len(problems)} problems have no answer and are left out"
-        console.print(f"{summary} (first {left_out[0]})", soft_wrap=True)
+        console.print(f"{summary} (first {left_out[0].id})", soft_wrap=True)
     for remark in remarks:
         console.print(f"{name}: {remark}", soft_wrap=True)
     return with_answer
@@ -269,6 +296,11 @@ def print_ungraded(grader: Grader) -> None:
     """Print how many answers could not be graded in time or memory, if any."""
     if grader.gave_up:
         console.print(f"{grader.gave_up} answers took too long or too much to compare and count as wrong")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of packages, by name."""
+    return {package: version(package) for package in packages}
 
 
 def digests(problems: Sequence[Problem]) -> dict[str, str]:

@@ -105,7 +105,10 @@ def is_a(value: Any, kind: Any) -> bool:
         return any(is_a(value, alternative) for alternative in arguments)
     if origin is dict:
         key_kind, value_kind = arguments
-        return isinstance(value, dict) and all(is_a(k, key_kind) and is_a(v, value_kind) for k, v in value.items())
+        if not isinstance(value, dict):
+            return False
+        return all(is_a(key, key_kind) and is_a(item, value_kind) for key, item in value.items())
+    # JSON does not tell 1.0 from 1: a whole number will do where a float belongs.
     return type(value) is kind or (kind is float and type(value) is int)
 
 

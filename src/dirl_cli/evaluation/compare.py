@@ -1,6 +1,5 @@
 """Two evaluations side by side: whether they differ by more than chance would have it."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, sqrt
@@ -8,7 +7,7 @@ from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
 from dirl_cli.evaluation.answers import GradedAnswer
-from dirl_cli.evaluation.metrics import Metrics
+from dirl_cli.evaluation.metrics import Metrics, by_problem
 from dirl_cli.evaluation.report import number
 from dirl_cli.evaluation.result_card import Evaluation
 
@@ -27,22 +26,30 @@ class Measure(NamedTuple):
     digits: int
 
 
+def accuracy_terms(group: Sequence[GradedAnswer]) -> tuple[float, float]:
+    """Problems weigh alike, however many answers each has: a share of each problem, over one."""
+    return 100 * fmean(answer.correct for answer in group), 1
+
+
+def length_terms(group: Sequence[GradedAnswer]) -> tuple[float, float]:
+    return sum(answer.length for answer in group), len(group)
+
+
+def speed_terms(group: Sequence[GradedAnswer]) -> tuple[float, float]:
+    return sum(answer.tokens for answer in group), sum(answer.forwards for answer in group)
+
+
+def accuracy_from_card(card: Metrics) -> tuple[float, float | None]:
+    error = None
+    if card.standard_error:
+        error = 100 * card.standard_error
+    return 100 * card.accuracy, error
+
+
 MEASURES = {
-    "accuracy %": Measure(
-        lambda group: (100 * fmean(answer.correct for answer in group), 1),
-        lambda card: (100 * card.accuracy, 100 * card.standard_error if card.standard_error else None),
-        digits=1,
-    ),
-    "length": Measure(
-        lambda group: (sum(answer.length for answer in group), len(group)),
-        lambda card: (card.length, None),
-        digits=1,
-    ),
-    "tok/fwd": Measure(
-        lambda group: (sum(answer.tokens for answer in group), sum(answer.forwards for answer in group)),
-        lambda card: (card.tokens_per_forward, None),
-        digits=2,
-    ),
+    "accuracy %": Measure(accuracy_terms, accuracy_from_card, digits=1),
+    "length": Measure(length_terms, lambda card: (card.length, None), digits=1),
+    "tok/fwd": Measure(speed_terms, lambda card: (card.tokens_per_forward, None), digits=2),
 }
 
 
@@ -67,7 +74,12 @@ class Difference:
 def common_problems(a: Evaluation, b: Evaluation) -> list[str]:
     """The problems that both have answers to; one of the same id but with another question or answer is not common."""
     answered = {answer.problem for answer in a.answers} & {answer.problem for answer in b.answers}
-    return sorted(i for i in answered if i in a.problems and a.problems[i] == b.problems.get(i))
+    common = []
+    for problem in sorted(answered):
+        # A directory may lack the digests, as a card alone does: what an id stands for is then not known.
+        if problem in a.problems and a.problems[problem] == b.problems.get(problem):
+            common.append(problem)
+    return common
 
 
 def compare(a: Evaluation, b: Evaluation, common: Sequence[str]) -> Iterator[tuple[str, Difference]]:
@@ -82,6 +94,7 @@ def compare(a: Evaluation, b: Evaluation, common: Sequence[str]) -> Iterator[tup
         if a_value is None or b_value is None:
             continue
         if len(common) > 1:
+            # Of each evaluation: the measure over all problems, then without each of them in turn.
             a_all, *a_without = without_each(sums_by_problem(a, common, measure))
             b_all, *b_without = without_each(sums_by_problem(b, common, measure))
             error = jackknife([y - x for x, y in zip(a_without, b_without, strict=True)])
@@ -95,9 +108,7 @@ def compare(a: Evaluation, b: Evaluation, common: Sequence[str]) -> Iterator[tup
 
 def sums_by_problem(evaluation: Evaluation, problems: Sequence[str], measure: Measure) -> list[tuple[float, float]]:
     """Both sums of a measure for each of the problems."""
-    groups: dict[str, list[GradedAnswer]] = defaultdict(list)
-    for answer in evaluation.answers:
-        groups[answer.problem].append(answer)
+    groups = by_problem(evaluation.answers)
     return [measure.terms(groups[problem]) for problem in problems]
 
 
@@ -115,7 +126,8 @@ def jackknife(values: Sequence[float]) -> float:
 
 def differing_settings(a: Evaluation, b: Evaluation) -> list[str]:
     """What is known of both and not the same about how their answers came about, as `key: A's → B's`."""
-    a_settings, b_settings = settings(a.card), settings(b.card)
+    a_settings = settings(a.card)
+    b_settings = settings(b.card)
     differing = []
     for key, value in a_settings.items():
         if key in b_settings and b_settings[key] != value:
@@ -140,16 +152,16 @@ def settings(card: Mapping[str, Any]) -> dict[str, Any]:
 def difference_cells(name: str, difference: Difference) -> dict[str, str]:
     """A row of the table that shows a comparison."""
     digits = MEASURES[name].digits
-    z = difference.z
-    error = "" if difference.error is None else f" ± {number(difference.error, digits)}"
-    beyond = dict.fromkeys(["> 1 s.e.", "> 2 s.e."], "")
-    if z is not None:
-        for n in (1, 2):
-            beyond[f"> {n} s.e."] = "yes" if abs(z) > n else "no"
-    return {
+    cells = {
         "A": number(difference.a, digits),
         "B": number(difference.b, digits),
-        "B - A": f"{difference.b - difference.a:+.{digits}f}{error}",
-        "z": number(z, 1),
-        **beyond,
+        "B - A": f"{difference.b - difference.a:+.{digits}f}",
+        "z": number(difference.z, 1),
+        "> 1 s.e.": "",
+        "> 2 s.e.": "",
     }
+    if difference.error is not None and difference.z is not None:
+        cells["B - A"] += f" ± {number(difference.error, digits)}"
+        for n in (1, 2):
+            cells[f"> {n} s.e."] = "yes" if abs(difference.z) > n else "no"
+    return cells

@@ -41,14 +41,18 @@ class HeldOutEval:
             return {}
 
         tokenizer = self.lm.require_tokenizer()
-        shares = split_by_cost([len(prompt) for prompt in self.prompts], self.accelerator.num_processes)
-        share = shares[self.accelerator.process_index]
-        own, prompts = [self.problems[i] for i in share], [self.prompts[i] for i in share]
+        lengths = [len(prompt) for prompt in self.prompts]
+        share = split_by_cost(lengths, self.accelerator.num_processes)[self.accelerator.process_index]
+        problems = [self.problems[i] for i in share]
+        prompts = [self.prompts[i] for i in share]
+
+        # A stop ends the answering, but not yet the function: the other processes wait in the reduce below, and learn
+        # from its sum that one of them has stopped.
         answered = right = 0
-        showing = self.progress.working("answering held-out problems", len(own))
+        showing = self.progress.working("answering held-out problems", len(problems))
         with showing as done, suppress(Interrupted), self.stoppable(), self.accelerator.autocast():
             answers = sampler.stream(prompts, 1, replace(self.decoding, temperature=0.0))
-            for answer in graded(answers, own, partial(answer_text, tokenizer), grader):
+            for answer in graded(answers, problems, partial(answer_text, tokenizer), grader):
                 right += int(answer.correct)
                 answered += 1
                 done(answered)

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain
 from math import comb, sqrt
 from statistics import NormalDist, fmean, stdev
 
@@ -51,45 +52,61 @@ class Metrics:
 
 def measure(answers: Iterable[GradedAnswer]) -> Metrics:
     """The metrics of at least one answer."""
-    groups: dict[str, list[GradedAnswer]] = defaultdict(list)
-    for answer in answers:
-        groups[answer.problem].append(answer)
-    k = min(len(group) for group in groups.values())
-    flat: list[GradedAnswer] = []
-    shares = []  # aᵢ: of right answers, by problem
-    for group in groups.values():
-        flat += group
-        shares.append(correct_in(group) / len(group))
+    groups = list(by_problem(answers).values())
+    k = min(len(group) for group in groups)
+    shares = [correct_in(group) / len(group) for group in groups]  # aᵢ: of right answers
+    flat = list(chain.from_iterable(groups))
     low, high = wilson_interval(shares, len(flat))
-    tokens = sum(answer.tokens for answer in flat)
-    is_sampled = any(answer.forwards for answer in flat)  # else nothing but the texts is known
 
     pass_at_m = {}
     for m in powers(k):
-        pass_at_m[m] = fmean(pass_at(m, len(group), correct_in(group)) for group in groups.values())
+        pass_at_m[m] = fmean(pass_at(m, len(group), correct_in(group)) for group in groups)
+    majorities = None  # of single answers it would be the accuracy again
+    if k > 1:
+        majorities = fmean(majority(group) for group in groups)
 
-    def tokens_per(total: float) -> float | None:
-        return tokens / total if total else None
+    # Answers that came from a file cost no forward: of these nothing but the texts is known.
+    tokens = sum(answer.tokens for answer in flat)
+    denoise_forwards = sum(answer.denoise_forwards for answer in flat)
+    forwards = sum(answer.forwards for answer in flat)
+    seconds = sum(answer.seconds for answer in flat)
+    length = truncated = None
+    if forwards:
+        length = fmean(answer.length for answer in flat)
+        truncated = fmean(answer.stop_reason == "length" for answer in flat)
 
     return Metrics(
         problems=len(groups),
         answers=len(flat),
         accuracy=fmean(shares),
         standard_error=standard_error(shares),
-        length=fmean(answer.length for answer in flat) if is_sampled else None,
-        truncated=fmean(answer.stop_reason == "length" for answer in flat) if is_sampled else None,
-        tokens_per_denoising_forward=tokens_per(sum(answer.denoise_forwards for answer in flat)),
-        tokens_per_forward=tokens_per(sum(answer.forwards for answer in flat)),
-        tokens_per_second=tokens_per(sum(answer.seconds for answer in flat)),
+        length=length,
+        truncated=truncated,
+        tokens_per_denoising_forward=ratio(tokens, denoise_forwards),
+        tokens_per_forward=ratio(tokens, forwards),
+        tokens_per_second=ratio(tokens, seconds),
         pass_at=pass_at_m,
-        majority=fmean(majority(group) for group in groups.values()) if k > 1 else None,
+        majority=majorities,
         low=low,
         high=high,
     )
 
 
+def by_problem(answers: Iterable[GradedAnswer]) -> dict[str, list[GradedAnswer]]:
+    """The answers to each problem, by its id."""
+    groups: dict[str, list[GradedAnswer]] = defaultdict(list)
+    for answer in answers:
+        groups[answer.problem].append(answer)
+    return groups
+
+
 def correct_in(group: Iterable[GradedAnswer]) -> int:
     return sum(answer.correct for answer in group)
+
+
+def ratio(total: float, count: float) -> float | None:
+    """The quotient; None where nothing was counted."""
+    return total / count if count else None
 
 
 def mean_over_seeds(runs: Sequence[Metrics]) -> Metrics:
@@ -151,7 +168,9 @@ def wilson_interval(shares: Sequence[float], answers: int) -> tuple[float, float
     n = len(shares)
     accuracy = fmean(shares)
     error = standard_error(shares)
-    trials = min(max(accuracy * (1 - accuracy) / error**2, n), answers) if error else n
+    trials: float = n
+    if error:  # the mean of t independent trials has the variance a(1 - a)/t: solved for t
+        trials = min(max(accuracy * (1 - accuracy) / error**2, n), answers)
 
     middle = accuracy + Z95**2 / (2 * trials)
     half = Z95 * sqrt(accuracy * (1 - accuracy) / trials + (Z95 / (2 * trials)) ** 2)
@@ -173,7 +192,9 @@ def majority(group: Iterable[GradedAnswer]) -> float:
     if not votes:
         return 0.0
     most = max(len(verdicts) for verdicts in votes.values())
-    return fmean(any(verdicts) for verdicts in votes.values() if len(verdicts) == most)
+    winners = [verdicts for verdicts in votes.values() if len(verdicts) == most]
+    # An answer that was cut off counts as wrong, whatever its box holds: the others tell whether the box is right.
+    return fmean(any(verdicts) for verdicts in winners)
 
 
 def spelling(box: str) -> Fraction | str:
@@ -183,7 +204,9 @@ def spelling(box: str) -> Fraction | str:
     """
     text = tidy(box)
     value = number(text)
-    return "".join(text.split()) if value is None else value
+    if value is None:
+        return "".join(text.split())
+    return value
 
 
 def powers(k: int) -> list[int]:

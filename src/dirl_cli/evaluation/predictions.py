@@ -32,7 +32,9 @@ def read_predictions(lines: Iterable[tuple[str, Mapping[str, Any]]], problems: S
             answer = foreign_answer(location, line, problems)
         if answer.problem not in by_id:
             raise DirlError(f"{location} answers problem {answer.problem}, which the benchmark has not: check bench")
-        answers.append(replace(explained(answer, by_id[answer.problem]), sample=counts[answer.problem]))
+        # Our own files may hold a sample twice, and joined files the same numbers: each line counts as a sample.
+        complete = explained(answer, by_id[answer.problem])
+        answers.append(replace(complete, sample=counts[answer.problem]))
         counts[answer.problem] += 1
     return answers
 
@@ -69,12 +71,15 @@ def foreign_answer(location: str, line: Mapping[str, Any], problems: Sequence[Pr
 
 def instead_of(line: Mapping[str, Any], key: str) -> str:
     """What a line has where something else belongs, in words."""
-    return f"not {json.dumps(line[key])[:40]}" if key in line else "and is missing"
+    if key not in line:
+        return "and is missing"
+    return f"not {json.dumps(line[key])[:40]}"
 
 
 def regraded(answers: Sequence[GradedAnswer], problems: Iterable[Problem], grader: Grader) -> Iterator[GradedAnswer]:
     """The answers with their verdicts, in the order in which those are reached."""
     gold = {problem.id: problem.answer for problem in problems}
     by_key: dict[Hashable, GradedAnswer] = dict(enumerate(answers))
-    for key, correct in grader.grade((key, gold[answer.problem], answer.text) for key, answer in by_key.items()):
+    pairs = ((key, gold[answer.problem], answer.text) for key, answer in by_key.items())
+    for key, correct in grader.grade(pairs):
         yield with_verdict(by_key[key], correct)

@@ -35,8 +35,13 @@ PROTOCOL = {
 def table(title: str, rows: Mapping[str, Metrics], header: str = "") -> "Fitting":
     """A row for each named set of answers, a column for all that is known of any; `header` heads the names."""
     k = common_k(rows.values())
-    caption = CAPTION if any(metrics.tokens_per_forward for metrics in rows.values()) else INTERVAL
-    return draw(title, {name: metric_cells(metrics, k) for name, metrics in rows.items()}, header, caption)
+    cells = {}
+    caption = INTERVAL
+    for name, metrics in rows.items():
+        cells[name] = metric_cells(metrics, k)
+        if metrics.tokens_per_forward:
+            caption = CAPTION
+    return draw(title, cells, header, caption)
 
 
 def draw(title: str, rows: Mapping[str, Mapping[str, str]], header: str = "", caption: str | None = None) -> "Fitting":
@@ -44,18 +49,20 @@ def draw(title: str, rows: Mapping[str, Mapping[str, str]], header: str = "", ca
 
     Where it does not fit, each row is a name and its values in the lines below.
     """
+    first_row = next(iter(rows.values()))
+    columns = [name for name in first_row if any(row[name] for row in rows.values())]
+
+    # Names may be long, as the overrides of a sweep are: they alone are broken where the terminal is narrow.
     drawn = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     drawn.padding = 0
     drawn.add_column(header, overflow="fold")
-    first_row = next(iter(rows.values()))
-    columns = [name for name in first_row if any(row[name] for row in rows.values())]
     for column in columns:
         drawn.add_column(column, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        drawn.add_row(name, *(row[column] for column in columns))
     lines = [title]
     for name, row in rows.items():
-        values = [f"{column} {row[column]}" for column in columns if row[column]]
+        cells = [row[column] for column in columns]
+        drawn.add_row(name, *cells)
+        values = [f"{column} {cell}" for column, cell in zip(columns, cells, strict=True) if cell]
         lines.append(f"{name}: {', '.join(values)}")
     if caption:
         lines.append(caption)
@@ -82,11 +89,12 @@ def common_k(sets: Any) -> str:
 
 def metric_cells(metrics: Metrics, k: str) -> dict[str, str]:
     """A row of a table of evaluations: text by column, empty where nothing is known."""
+    largest = max(metrics.pass_at, default=None)
     return {
         "problems": str(metrics.problems),
         f"avg@{k} %": accuracy_text(metrics),
         "95 %": interval_text(metrics),
-        f"pass@{k}": percent(metrics.pass_at[max(metrics.pass_at)] if metrics.pass_at else None),
+        f"pass@{k}": percent(None if largest is None else metrics.pass_at[largest]),
         f"maj@{k}": percent(metrics.majority),
         "length": number(metrics.length, 0),
         "cut %": percent(metrics.truncated),
@@ -97,21 +105,29 @@ def metric_cells(metrics: Metrics, k: str) -> dict[str, str]:
 
 def accuracy_text(metrics: Metrics) -> str:
     """The accuracy in %, such as 63.2 ± 1.5; the accuracy alone where nothing tells its standard error."""
-    error = f" ± {100 * metrics.standard_error:.1f}" if metrics.standard_error else ""
-    return f"{percent(metrics.accuracy)}{error}"
+    accuracy = percent(metrics.accuracy)
+    if not metrics.standard_error:
+        return accuracy
+    return f"{accuracy} ± {100 * metrics.standard_error:.1f}"
 
 
 def interval_text(metrics: Metrics) -> str:
     """The accuracy's 95 % interval in %, such as 43.9-100.0."""
-    return "" if metrics.low is None else f"{percent(metrics.low)}-{percent(metrics.high)}"
+    if metrics.low is None:
+        return ""
+    return f"{percent(metrics.low)}-{percent(metrics.high)}"
 
 
 def percent(share: float | None) -> str:
-    return number(None if share is None else 100 * share, 1)
+    if share is None:
+        return ""
+    return number(100 * share, 1)
 
 
 def number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}"
 
 
 def beside(published: Sequence[float], ours: Metrics, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,6 +138,10 @@ def beside(published: Sequence[float], ours: Metrics, settings: Mapping[str, Any
     """
     accuracy, tokens_per_step, length = published
     difference = 100 * ours.accuracy - accuracy
+    standard_errors = None
+    if ours.standard_error:
+        standard_errors = difference / (100 * ours.standard_error)
+
     differently = {}
     for key, value in PROTOCOL.items():
         if settings[key] != value:
@@ -131,7 +151,7 @@ def beside(published: Sequence[float], ours: Metrics, settings: Mapping[str, Any
         "tokens_per_step": tokens_per_step,
         "length": length,
         "difference": difference,
-        "standard_errors": difference / (100 * ours.standard_error) if ours.standard_error else None,
+        "standard_errors": standard_errors,
         "differently": differently,
     }
 

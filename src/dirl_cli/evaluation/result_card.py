@@ -34,7 +34,10 @@ class Evaluation:
     @property
     def of(self) -> str:
         """Whose answers they are, and to what."""
-        source = self.card["model"]["name"] if "model" in self.card else self.card["predictions"]
+        if "model" in self.card:
+            source = self.card["model"]["name"]
+        else:
+            source = self.card["predictions"]
         return f"{source} on {self.card['bench']['name']}"
 
 
@@ -50,7 +53,9 @@ def read_evaluation(path: str | Path) -> Evaluation:
         card_file = card_file / CARD
     if not card_file.exists():
         names = [file.parent.relative_to(HOME).as_posix() for file in HOME.glob(f"**/{CARD}")]
-        hint = did_you_mean(str(path), names) if names else "run `dirl eval` first"
+        hint = "run `dirl eval` first"
+        if names:
+            hint = did_you_mean(str(path), names)
         raise DirlError(f"{path} holds no finished evaluation: {hint}")
 
     # A card comes from a file that anybody may have written: every part is checked before it is used.
@@ -79,6 +84,7 @@ def require_same(path: Path, source: dict[str, Any]) -> None:
     Raises DirlError where those that are already there came from something else.
     """
     if path.exists():
+        # The problems may have become more or fewer, by limit or ids: only those of both have to be the same.
         before = json.loads(path.read_text())
         common = before["problems"].keys() & source["problems"].keys()
         changed = [name for name in source if name != "problems" and before[name] != source[name]]

@@ -29,7 +29,8 @@ def graded(
     before = time.perf_counter()
     for index, sample, trajectory in sampled:
         now = time.perf_counter()
-        problem, text = problems[index], decode(trajectory.completion_ids)
+        problem = problems[index]
+        text = decode(trajectory.completion_ids)
         answer = GradedAnswer(
             problem=problem.id,
             sample=sample,
@@ -43,10 +44,13 @@ def graded(
             seconds=now - before,
         )
         ungraded[index, sample] = explained(answer, problem)
+
+        # Other processes grade: verdicts of earlier answers are taken as they are there, none is waited for.
         grader.submit((index, sample), problem.answer, text)
         for key, is_verified in grader.finished():
             yield with_verdict(ungraded.pop(key), is_verified)
         before = now
+
     for key, is_verified in grader.rest():
         yield with_verdict(ungraded.pop(key), is_verified)
 
@@ -73,17 +77,21 @@ def tracked(
 
     total: of this one of `processes`, which is told where it is not the only one.
     """
-    whose = f" · process 1 of {processes}" if processes > 1 else ""
+    # On a terminal a bar moves; a log gets a line for each tenth, and signs of life in between.
+    live = console.is_terminal and not console.quiet
     columns = [BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}")]
     columns += [TimeRemainingColumn(compact=True), TextColumn("left")]
-    live = console.is_terminal and not console.quiet
+    bar = Progress(*columns, console=console, transient=True, disable=not live)
+    signs_of_life = nullcontext(lambda done, printed: None) if live else working(console, "answering", total)
+
+    # The accuracy is over all answers, the speed over this start's: the tokens of earlier ones took no time now.
     earlier = list(earlier)
     done = len(earlier)
     right = sum(answer.correct for answer in earlier)
     tokens = 0
+    whose = f" · process 1 of {processes}" if processes > 1 else ""
     started = time.perf_counter()
-    bar = Progress(*columns, console=console, transient=True, disable=not live)
-    with bar, nullcontext(lambda done, printed: None) if live else working(console, "answering", total) as count:
+    with bar, signs_of_life as count:
         task = bar.add_task("", total=total, completed=done)
         for answer in answers:
             done += 1

@@ -85,7 +85,8 @@ def with_means(jobs: Sequence[J], cells: Callable[[Sequence[J]], dict[str, str]]
 
 def rows(sweep: Sequence[Member]) -> dict[str, dict[str, str]]:
     """The cells of each evaluation, and of the mean of seeds, by label."""
-    return with_means(sweep, partial(member_cells, k=report.common_k(member.evaluation.metrics for member in sweep)))
+    k = report.common_k(member.evaluation.metrics for member in sweep)
+    return with_means(sweep, partial(member_cells, k=k))
 
 
 def member_cells(members: Sequence[Member], k: str) -> dict[str, str]:
@@ -96,6 +97,8 @@ def member_cells(members: Sequence[Member], k: str) -> dict[str, str]:
     else:
         metrics = mean_over_seeds([member.evaluation.metrics for member in members])
         figure = ""
+
+    # A sweep's table is wide already: two columns make room for the published figure.
     cells = {}
     for name, cell in report.metric_cells(metrics, k).items():
         if name not in ("problems", "cut %"):

@@ -40,9 +40,15 @@ def show_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]], columns: 
 
     title: what was swept over. jobs: the overrides that set each run apart, and its directory. columns: by metric.
     """
-    runs = [TrainingRun(overrides(job), out, last_values(read_metrics(out / "metrics.jsonl"))) for job, out in jobs]
+    runs = []
+    for words, out in jobs:
+        metrics = last_values(read_metrics(out / "metrics.jsonl"))
+        runs.append(TrainingRun(overrides(words), out, metrics))
+
     file = folder_of(jobs) / f"{title}.csv"
-    write_text(file, csv_text([{**run.overrides, **run.metrics, "directory": str(run.directory)} for run in runs]))
+    lines = [{**run.overrides, **run.metrics, "directory": str(run.directory)} for run in runs]
+    write_text(file, csv_text(lines))
+
     console = PlainConsole(soft_wrap=True)
     rows = with_means(runs, partial(run_cells, columns=columns))
     console.print(draw(title, rows, ", ".join(runs[0].overrides), CAPTION))
