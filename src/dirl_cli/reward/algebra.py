@@ -35,6 +35,7 @@ def math_verified(gold: str, answer: str) -> bool:
     from math_verify import verify
 
     both = gold + answer
+    # Both texts get the same names, so a letter is told from its capital in both where either has the two.
     letters = {match[1] for match in TOKEN.finditer(both)}
     cased = {letter for letter in letters if letter and letter.isupper() and letter.lower() in letters}
     if TO_THE_T.search(both):
@@ -59,16 +60,21 @@ def spelt_out(text: str, cased: frozenset[str]) -> str:
     for match in TOKEN.finditer(text):
         token = match[0]
         if token == "i" and imaginary:
-            spelt += "(I)" if text[match.end() :].lstrip().startswith("^") else "I"
+            is_power = text[match.end() :].lstrip().startswith("^")
+            spelt += "(I)" if is_power else "I"
         elif match[1]:
             name = distinct_name(match, cased, dummies)
-            spelt += f"{{{name}}}" if spelt.endswith("^") else name
+            if spelt.endswith("^"):  # an exponent without braces ends at its first letter
+                name = f"{{{name}}}"
+            spelt += name
         elif token == "'":  # of a number
             spelt += r" \cdot p_{prime}"
         elif token == "!!":
             spelt += "^{w_{twice}}"
         elif token.startswith("_") and re.search(r"[\d)}]$", spelt):  # an index of a number
-            spelt += rf" \cdot q_{{index{in_letters(token)}}}" + ("{" if token == "_{" else "")
+            spelt += rf" \cdot q_{{index{in_letters(token)}}}"
+            if token == "_{":  # it holds braces of its own, and is closed later
+                spelt += "{"
         else:
             spelt += token
     return spelt
@@ -89,7 +95,9 @@ def distinct_name(match: re.Match[str], cased: frozenset[str], dummies: frozense
         return f"H_{{small{marks}}}"
     if letter in cased and letter.isupper():
         return f"{letter}_{{capital{marks}}}"
-    return f"{letter}_{{{marks}}}" if match[2] else match[0]
+    if match[2]:
+        return f"{letter}_{{{marks}}}"
+    return match[0]
 
 
 def in_letters(index: str) -> str:
@@ -145,19 +153,27 @@ def numbers_equal(original: Judge) -> Judge:
             return original(a, b, *precision)  # calls this one for each element
         if a.free_symbols or b.free_symbols:
             return False  # the other comparison is for these
-        a_has_decimals, b_has_decimals = a.has(Float), b.has(Float)
-        a, b = exact(a).doit(), exact(b).doit()
+        a_has_decimals = a.has(Float)
+        b_has_decimals = b.has(Float)
+        a = exact(a).doit()
+        b = exact(b).doit()
 
         # A decimal may be rounded where the other number is one that no decimal equals.
         if (a_has_decimals and a.is_Rational) != (b_has_decimals and b.is_Rational):
-            p, q = as_fraction(a), as_fraction(b)
+            p = as_fraction(a)
+            q = as_fraction(b)
             if p is not None and q is not None:
                 a_ends = a.is_Rational and has_decimals(p)
                 b_ends = b.is_Rational and has_decimals(q)
-                if not (a_ends and b_ends):
-                    return round_alike(q, p) if a_ends else round_alike(p, q)
+                if a_ends and not b_ends:
+                    return round_alike(q, p)
+                if not a_ends:
+                    return round_alike(p, q)
+
         verdict = same_value(a, b)
-        return bool(a == b) if verdict is None else verdict
+        if verdict is None:
+            return bool(a == b)
+        return verdict
 
     return equal
 
@@ -170,13 +186,18 @@ def formulas_equal(original: Judge) -> Judge:
     def equal(a: Any, b: Any) -> bool:
         if is_matrix(a) or is_matrix(b):
             return original(a, b)
-        a, b = exact(a), exact(b)
+        a = exact(a)
+        b = exact(b)
         without_values = (AppliedUndef, Derivative, Integral, Limit, Product, Sum)
         if a.has(*without_values) or b.has(*without_values):
             return bool(a.as_dummy() == b.as_dummy()) or original(a, b)
+
+        # A formula may have no value at some of the points, as 1/x at 0; where most are such, algebra decides.
         verdicts = [equal_at(point, a, b) for point in range(POINTS)]
         decided = [verdict for verdict in verdicts if verdict is not None]
-        return all(decided) if len(decided) > POINTS // 2 else original(a, b)
+        if len(decided) <= POINTS // 2:
+            return original(a, b)
+        return all(decided)
 
     return equal
 
@@ -208,15 +229,19 @@ def same_value(a: Any, b: Any) -> bool | None:
     """Whether two numbers are equal, exactly if they are rational; None where one is not finite."""
     if a.is_Rational and b.is_Rational:
         return bool(a == b)
-    x, y = value(a), value(b)
-    return None if x is None or y is None else bool(abs(x - y) <= max(abs(x), abs(y)) * SMALL)
+    x = value(a)
+    y = value(b)
+    if x is None or y is None:
+        return None
+    return bool(abs(x - y) <= max(abs(x), abs(y)) * SMALL)
 
 
 def exact(expression: Any) -> Any:
     """The expression with the decimals that were written, not their binary neighbours."""
     from sympy import Float, Rational
 
-    return expression.xreplace({decimal: Rational(str(decimal)) for decimal in expression.atoms(Float)})
+    rationals = {decimal: Rational(str(decimal)) for decimal in expression.atoms(Float)}
+    return expression.xreplace(rationals)
 
 
 def value(expression: Any) -> Any:
@@ -228,7 +253,9 @@ def value(expression: Any) -> Any:
         return None
     if abs(evaluated) < SMALL:
         more = expression.evalf(3 * DIGITS, maxn=9 * DIGITS)
-        return more if abs(more) > abs(evaluated) * SMALL else Integer(0)
+        if abs(more) <= abs(evaluated) * SMALL:
+            return Integer(0)
+        return more
     return evaluated
 
 

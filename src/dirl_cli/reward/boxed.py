@@ -28,7 +28,9 @@ class Box(NamedTuple):
 def last_boxed(text: str) -> str | None:
     r"""What the last closed `\boxed{…}` holds, or None; braces balance, and the time is linear in the text."""
     boxes = closed_boxes(text)
-    return held(text, boxes[-1]) if boxes else None
+    if not boxes:
+        return None
+    return held(text, boxes[-1])
 
 
 def final_answer(text: str) -> str | None:
@@ -37,6 +39,7 @@ def final_answer(text: str) -> str | None:
     if not boxes:
         return None
 
+    # From the last box backwards, as far as nothing is said in between.
     answer = [boxes.pop()]
     while boxes and are_one_answer(text, boxes[-1], answer[-1]):
         answer.append(boxes.pop())
@@ -44,9 +47,13 @@ def final_answer(text: str) -> str | None:
     parts = []
     for box in reversed(answer):
         before = text[max(0, box.start - NEAR) : box.start]
-        name = NAME.search(before) if len(answer) > 1 else None
-        sign = "-" if MINUS.search(before) else ""
-        parts.append((name[1] if name else "") + sign + held(text, box))
+        part = held(text, box)
+        if MINUS.search(before):
+            part = f"-{part}"
+        # Only where there are several values does it matter which is x and which is y.
+        if len(answer) > 1 and (name := NAME.search(before)):
+            part = name[1] + part
+        parts.append(part)
     return ", ".join(parts)
 
 
@@ -60,8 +67,9 @@ def are_one_answer(text: str, first: Box, second: Box) -> bool:
 
 def reference(gold: str) -> str:
     r"""The final answer of a reference, which may be a whole solution that ends in `#### 4` or holds a `\boxed{4}`."""
-    solution = SOLUTION.search(gold)
-    answer = (solution[1] if solution else gold).strip()
+    if solution := SOLUTION.search(gold):
+        gold = solution[1]
+    answer = gold.strip()
     return final_answer(answer) or answer
 
 
@@ -86,4 +94,6 @@ def held(text: str, box: Box) -> str:
     r"""The content of a box, without space around it; of a space that is written `\ ` the backslash goes, too."""
     content = text[box.content : box.end - 1].strip()
     backslashes = len(content) - len(content.rstrip("\\"))
-    return content[:-1].rstrip() if backslashes % 2 else content
+    if backslashes % 2:
+        return content[:-1].rstrip()
+    return content

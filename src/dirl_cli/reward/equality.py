@@ -16,9 +16,7 @@ from dirl_cli.reward.notation import (
     RELATION,
     SPACE,
     bracketed,
-    has_decimals,
     number,
-    round_alike,
     split,
 )
 from dirl_cli.reward.parts import (
@@ -34,31 +32,20 @@ from dirl_cli.reward.parts import (
     without_modulus,
 )
 from dirl_cli.reward.tidy import tidy
+from dirl_cli.reward.values import Judge, Rule, as_based, as_choice, as_endless, as_numbers, as_time, as_words
 from dirl_cli.reward.words import measured
 
 T = TypeVar("T")
-Judge = Callable[[str, str], bool]
-Rule = Callable[[str, str, Judge], bool | None]
 
 PLAIN = 200  # characters; a longer answer is compared in a worker process, whatever it holds
 
 TEXT = re.compile(r"\\text ?\{([^{}]*[\d(][^{}]*)\}")
-WORDS = re.compile(r"(\\text ?\{ ?)?(?:(?:an?|the) )?([A-Za-z][A-Za-z' -]*)\}?")
-BASED = re.compile(r"\(?((?=[A-F]*\d)[\dA-F]+)\)? ?_ ?\{? ?(?:\\text ?\{)?(\d+)\}*$")
-ENDLESS = re.compile(r"(.*[\d}]) ?(?:\.\.\.|\\ldots)")
 AT_INFINITY = re.compile(r"\\infty ?\]|\[ ?[-+]? ?\\infty")
 NUMERIC = re.compile(r"(?:[\d\s.,+*/^(){}!-]|\\(?:frac|sqrt|cdot|times|pi)(?![a-zA-Z]))+")
 LINEAR = re.compile(r"(?=.*[-+\d/])[-+\d.*/ ()]*[A-Za-z](?! ?\()[-+\d.*/ ()]*")  # 2x, x/2 and x - 1, still to be solved
 POINT = re.compile(r"^[A-Z] ?(?=\([^()]*,[^()]*\)$)")
-SPACED = re.compile(r"[-+]?\d+(?: \d+)+")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
-CALLED = "(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)? ?:? ?)?"
-CHOICE = re.compile(rf"{CALLED}(?-i:\(([A-J])\)|([A-J])(?=[).:]|$)) ?[).:]? ?(.*)", re.IGNORECASE)
-UPRIGHT = re.compile(r"\\text ?\{([^{}]*)\}")
-SMALL_CHOICE = re.compile(rf"{CALLED}(?-i:\(([a-hj])\)|([a-hj])(?=[).:])|([a-df-hj])(?=$)) ?[).:]?", re.IGNORECASE)
-OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[A-J](?![A-Za-z])|not\b|or\b|nor\b)")
-TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))? ?(?:\\text ?\{ ?)?(?:([ap])\.? ?m\.?)?(?: ?\})?", re.IGNORECASE)
 MODULO = r"\\[pb]?mod(?![a-z])|\\text ?\{ ?\(?mod(?:ulo)? ?\}?|mod(?:ulo)?(?![a-z])"
 RESIDUE = re.compile(rf"(.*?),? ?\(? ?(?:{MODULO}) ?\{{? ?(\d+|[a-z]) ?\}}? ?\)?\}}?")
 UNEQUAL = r"\\(?:[lg]e|ne|not)(?![a-z])|\\not[a-z]|[<>]"
@@ -73,8 +60,10 @@ def plainly_equal(gold: str, answer: str) -> bool | None:
     """The verdict of `verified` where that takes no math-verify, else None."""
     if gold == answer or not answer:
         return bool(gold and answer)
+    if len(answer) > PLAIN:
+        return None
     try:
-        return compared(gold, answer, unclear) if len(answer) <= PLAIN else None
+        return compared(gold, answer, unclear)
     except Unclear:
         return None
 
@@ -86,39 +75,50 @@ def verified(gold: str, answer: str) -> bool:
 
 def compared(gold: str, answer: str, judge: Judge) -> bool:
     """`same`, of texts as they were written; where ', ' separates, other commas may be those of thousands."""
-    gold, answer = tidy(gold), tidy(answer)
+    gold = tidy(gold)
+    answer = tidy(answer)
     if same(gold, answer, judge):
         return True
     joined_gold = without_thousands(gold)
     joined_answer = without_thousands(answer)
-    return (joined_gold, joined_answer) != (gold, answer) and same(joined_gold, joined_answer, judge)
+    if joined_gold == gold and joined_answer == answer:
+        return False
+    return same(joined_gold, joined_answer, judge)
 
 
 def without_thousands(text: str) -> str:
     """The text without commas inside numbers, where another comma has a space behind it."""
-    return THOUSANDS.sub("", text) if ", " in text else text
+    if ", " not in text:
+        return text
+    return THOUSANDS.sub("", text)
 
 
 def same(gold: str, answer: str, judge: Judge) -> bool:
     """Whether two tidy texts say the same: the first rule that can tell decides, or else the judge."""
     if SPACE.sub("", gold) == SPACE.sub("", answer):
         return bool(gold)
-    gold, answer = unwrapped(gold), unwrapped(answer)
+    gold = unwrapped(gold)
+    answer = unwrapped(answer)
 
     # First the rules for which words count, then those for what is left without units and such.
     verdict = decided(WORDED, gold, answer, judge)
     if verdict is not None:
         return verdict
-    expected, actual = measured(gold), measured(answer)
+    expected = measured(gold)
+    actual = measured(answer)
     if expected.differs(actual):
         return False
     verdict = decided(RULES, expected.text, actual.text, judge)
-    return judge(expected.text, actual.text) if verdict is None else verdict
+    if verdict is not None:
+        return verdict
+    return judge(expected.text, actual.text)
 
 
 def unwrapped(text: str) -> str:
     r"""What a \text{…} holds that is all of the text and has a number or a bracket in it."""
-    return TEXT.sub(r"\1", text) if TEXT.fullmatch(text) else text
+    if not TEXT.fullmatch(text):
+        return text
+    return TEXT.sub(r"\1", text)
 
 
 def decided(rules: Sequence[Rule], gold: str, answer: str, judge: Judge) -> bool | None:
@@ -130,49 +130,11 @@ def decided(rules: Sequence[Rule], gold: str, answer: str, judge: Judge) -> bool
     return None
 
 
-def as_choice(gold: str, answer: str, judge: Judge) -> bool | None:
-    """(A) is (A) 5 and Option A, but not A or B; and a, alone, unless it is e or i, which are numbers."""
-    expected_text = UPRIGHT.sub(r"\1", gold).strip()
-    actual_text = UPRIGHT.sub(r"\1", answer).strip()
-    expected = CHOICE.fullmatch(expected_text)
-    actual = CHOICE.fullmatch(actual_text)
-    if expected is None or OTHER_CHOICE.search(expected[3]):
-        return None
-    if actual is None:
-        small = SMALL_CHOICE.fullmatch(actual_text)
-        return True if small and not expected[3] and letter(small).upper() == letter(expected) else None
-    return None if OTHER_CHOICE.search(actual[3]) else letter(expected) == letter(actual)
-
-
-def letter(choice: re.Match[str]) -> str:
-    return next(filter(None, choice.groups()))
-
-
-def as_time(gold: str, answer: str, judge: Judge) -> bool | None:
-    """4:30 p.m. is 16:30, and 4:30 where only one tells the half of the day."""
-    expected, actual = TIME.fullmatch(gold), TIME.fullmatch(answer)
-    if not (expected and expected[3]) and not (actual and actual[3]):
-        return None
-    if expected is None or actual is None:
-        return False if ":" in gold + answer else None
-    expected_minutes, expected_half = clock(expected)
-    actual_minutes, actual_half = clock(actual)
-    halves_agree = expected_half == actual_half or not expected_half or not actual_half
-    return expected_minutes == actual_minutes and halves_agree
-
-
-def clock(time: re.Match[str]) -> tuple[int, str]:
-    """Minutes since noon or midnight, and which: a, p, or nothing where the time does not tell."""
-    hour, minutes, half = int(time[1]), time[2], (time[3] or "").lower()
-    if minutes and 12 < hour < 24:
-        half = "p"
-    return hour % 12 * 60 + int(minutes or 0), half
-
-
 def as_percent(gold: str, answer: str, judge: Judge) -> bool | None:
     """50% is 0.5, or 50 where the question asks for percent."""
-    expected, actual = gold.removesuffix(r"\%"), answer.removesuffix(r"\%")
-    if (expected, actual) == (gold, answer):
+    expected = gold.removesuffix(r"\%")
+    actual = answer.removesuffix(r"\%")
+    if expected == gold and actual == answer:
         return None
     if expected.endswith(r"\%") or actual.endswith(r"\%"):
         return False
@@ -181,80 +143,38 @@ def as_percent(gold: str, answer: str, judge: Judge) -> bool | None:
 
 def as_share(text: str) -> str:
     """A percentage as a fraction; any other text is itself."""
-    number_of_percent = text.removesuffix(r"\%")
-    return text if number_of_percent == text else rf"\frac{{{number_of_percent}}}{{100}}"
-
-
-def as_numbers(gold: str, answer: str, judge: Judge) -> bool | None:
-    """Exactly equal; a decimal may be rounded where none is exact."""
-    expected, actual = number(gold), number(answer)
-    if expected is None or actual is None:
-        return False if SPACED.fullmatch(answer) else None
-    gold_ends, answer_ends = has_decimals(expected), has_decimals(actual)
-    if "." in gold + answer and gold_ends != answer_ends:
-        # One of them has no decimal that equals it: the other is its rounding.
-        return round_alike(actual, expected) if gold_ends else round_alike(expected, actual)
-    return expected == actual
-
-
-def as_endless(gold: str, answer: str, judge: Judge) -> bool | None:
-    r"""0.333\ldots is the number of which these are the first digits, and no decimal."""
-    endless, expected = ENDLESS.fullmatch(answer), number(gold)
-    if endless is None or expected is None:
-        return None
-    actual = number(endless[1])
-    return actual is not None and not has_decimals(expected) and round_alike(expected, actual)
-
-
-def as_words(gold: str, answer: str, judge: Judge) -> bool | None:
-    r"""Words are not products of letters, so that east is not seat; short ones are words where one is in \text."""
-    expected, actual = WORDS.fullmatch(gold), WORDS.fullmatch(answer)
-    if not expected or not actual:
-        return None
-    expected_word = expected[2].replace(" ", "")
-    actual_word = actual[2].replace(" ", "")
-    is_upright = bool(expected[1] or actual[1])
-    if not is_upright and min(len(expected_word), len(actual_word)) <= 3:
-        return None
-    if max(len(expected_word), len(actual_word)) > 1:  # a letter alone is another one than its capital
-        return expected_word.lower() == actual_word.lower()
-    return expected_word == actual_word
-
-
-def as_based(gold: str, answer: str, judge: Judge) -> bool | None:
-    """52_8 is 52_8, and 52 where the question asks for base 8; 42 is the same number in a base not asked for."""
-    expected, actual = without_name(gold), without_name(answer)
-    if not BASED.match(expected) and not BASED.match(actual):
-        return None
-    expected, actual = plainly_based(expected), plainly_based(actual)
-    return actual in (expected, expected.partition("_")[0], f"{expected}_10")
-
-
-def plainly_based(text: str) -> str:
-    """A number with its base as 52_8, without brackets and braces."""
-    return BASED.sub(r"\1_\2", text) if "_" in text else text
+    if not text.endswith(r"\%"):
+        return text
+    percent = text.removesuffix(r"\%")
+    return rf"\frac{{{percent}}}{{100}}"
 
 
 def as_residues(gold: str, answer: str, judge: Judge) -> bool | None:
     """10 is 3 modulo 7; where only one tells the modulus, it is what the question tells."""
-    expected, actual = RESIDUE.fullmatch(gold), RESIDUE.fullmatch(answer)
+    expected = RESIDUE.fullmatch(gold)
+    actual = RESIDUE.fullmatch(answer)
     if expected and actual:
-        expected_value = number(without_name(expected[1]))
-        actual_value = number(without_name(actual[1]))
         if expected[2] != actual[2]:
             return False
+        expected_value = number(without_name(expected[1]))
+        actual_value = number(without_name(actual[1]))
         has_modulus = expected[2].isdigit() and int(expected[2]) > 0
         if expected_value is not None and actual_value is not None and has_modulus:
             return (expected_value - actual_value) % int(expected[2]) == 0
         return same(expected[1], actual[1], judge)
 
-    either = expected or actual
-    if either is None:
+    # One of them tells its modulus, the other is compared as it stands.
+    if expected:
+        gold = expected[1]
+    if actual:
+        answer = actual[1]
+    stated = expected or actual
+    if stated is None:
         return None
-    residue = number(without_name(either[1]))
-    if residue is not None and either[2].isdigit() and residue >= int(either[2]):
+    residue = number(without_name(stated[1]))
+    if residue is not None and stated[2].isdigit() and residue >= int(stated[2]):
         return None  # the remainder is still to be taken
-    return same(expected[1] if expected else gold, actual[1] if actual else answer, judge) or None
+    return same(gold, answer, judge) or None
 
 
 def as_conditioned(gold: str, answer: str, judge: Judge) -> bool | None:
@@ -270,10 +190,11 @@ def as_conditioned(gold: str, answer: str, judge: Judge) -> bool | None:
 
 def as_cases(gold: str, answer: str, judge: Judge) -> bool | None:
     """Each case with its condition, in any order."""
-    expected, actual = CASES.fullmatch(gold), CASES.fullmatch(answer)
+    expected = CASES.fullmatch(gold)
+    actual = CASES.fullmatch(answer)
     if not expected or not actual:
         return None
-    return paired(cases(expected[1]), cases(actual[1]), lambda gold, answer: each_same(gold, answer, judge))
+    return paired(cases(expected[1]), cases(actual[1]), lambda row, other: each_same(row, other, judge))
 
 
 def paired(golds: Sequence[T], answers: Sequence[T], alike: Callable[[T, T], bool]) -> bool:
@@ -295,9 +216,12 @@ def as_solutions(gold: str, answer: str, judge: Judge) -> bool | None:
             return False
         return all(same(expected[name], actual[name], judge) for name in expected)
 
-    golds, answers = solutions(gold), solutions(answer)
+    golds = solutions(gold)
+    answers = solutions(answer)
     if golds and answers:
         return paired(golds, answers, alike)
+
+    # Without names on one side, the other's values are written as that side may have them: in tuples, or in a row.
     if golds:
         if same(tuples(golds), answer, judge):
             return True
@@ -310,58 +234,83 @@ def as_solutions(gold: str, answer: str, judge: Judge) -> bool | None:
 def as_brackets(gold: str, answer: str, judge: Judge) -> bool | None:
     """Tuples, columns and intervals in their order; the kind of bracket counts for two elements, as in an interval."""
     if AT_INFINITY.search(answer) and not AT_INFINITY.search(gold):
-        return False
-    gold, answer = POINT.sub("", gold), POINT.sub("", answer)
+        return False  # an interval that contains infinity is none
+    gold = POINT.sub("", gold)
+    answer = POINT.sub("", answer)
     gold_kind, golds = kind_and_elements(gold)
     answer_kind, answers = kind_and_elements(answer)
+    if gold_kind and answer_kind:
+        if len(golds) == 2 and gold_kind != answer_kind:
+            return False
+        return each_same(golds, answers, judge)
+
+    # Round brackets may be left out on either side; square ones say something.
     if answer_kind.startswith("[") and not gold_kind and (len(answers) == 1 or NUMERIC.fullmatch(gold)):
         return False  # [5] is a list, an integral part or an interval, and no 5
-    if gold_kind and answer_kind:
-        return (len(golds) != 2 or gold_kind == answer_kind) and each_same(golds, answers, judge)
     if gold_kind == "()" and len(golds) == len(answers):
         return each_same(golds, answers, judge)
-    return same(gold, answers[0], judge) if answer_kind == "()" and len(answers) == 1 else None
+    if answer_kind == "()" and len(answers) == 1:
+        return same(gold, answers[0], judge)
+    return None
 
 
 def as_ratio(gold: str, answer: str, judge: Judge) -> bool | None:
     """Term by term if there are three and more; one of two is a quotient."""
-    golds, answers = split(without_name(gold), RATIO), split(without_name(answer), RATIO)
-    return each_same(golds, answers, judge) if max(len(golds), len(answers)) > 2 else None
+    golds = split(without_name(gold), RATIO)
+    answers = split(without_name(answer), RATIO)
+    if max(len(golds), len(answers)) <= 2:
+        return None
+    return each_same(golds, answers, judge)
 
 
 def each_same(golds: Sequence[str], answers: Sequence[str], judge: Judge) -> bool:
     """Whether two lists say the same, term by term in their order."""
-    return len(golds) == len(answers) and all(same(*pair, judge) for pair in zip(golds, answers, strict=True))
+    if len(golds) != len(answers):
+        return False
+    return all(same(gold, answer, judge) for gold, answer in zip(golds, answers, strict=True))
 
 
 def as_lists(gold: str, answer: str, judge: Judge) -> bool | None:
     """The same elements in any order, each in the answer at least as often as in the gold."""
     if holds_sets(gold) != holds_sets(answer):
         return False
-    golds, answers = elements(gold), elements(answer)
-    if len(golds) > 1 == len(answers):  # 8,221 are two numbers where two are asked for
-        brackets = None if bracketed(gold, r"\{") else bracketed(answer, "(")  # (1,2) is no set
-        answers = elements(brackets[1]) if brackets else split(answer, LIST)
+    golds = elements(gold)
+    answers = elements(answer)
+    if len(golds) > 1 and len(answers) == 1:
+        # Several are asked for: 8,221 are then two numbers, and (1,2) are, too, unless the gold is a set.
+        brackets = bracketed(answer, "(")
+        if brackets and not bracketed(gold, r"\{"):
+            answers = elements(brackets[1])
+        else:
+            answers = split(answer, LIST)
     if [*golds, *answers] == [gold, answer]:
         return None
 
-    # An element that repeats another of the answer's is no mistake; one that is in no gold is.
+    if covers(golds, answers, judge):
+        return True
+    # A union may be cut into other intervals.
+    return r"\cup" in gold + answer and judge(gold, answer)
+
+
+def covers(golds: Sequence[str], answers: Sequence[str], judge: Judge) -> bool:
+    """Whether the answers are the golds: one that repeats another is no mistake, one that is no gold is."""
     remaining = list(golds)
     for element in answers:
         match = next((candidate for candidate in remaining if same(candidate, element, judge)), None)
         if match is not None:
             remaining.remove(match)
         elif not any(same(candidate, element, judge) for candidate in golds):
-            return r"\cup" in gold + answer and judge(gold, answer)
-    return not remaining or (r"\cup" in gold + answer and judge(gold, answer))
+            return False
+    return not remaining
 
 
 def as_moduli(gold: str, answer: str, judge: Judge) -> bool | None:
     """|x| < 2 is -2 < x < 2, and |x| > 2 is x < -2 or x > 2, where one says it in inequalities."""
     if "|" not in gold + answer or not (re.search(RELATION, gold) and re.search(RELATION, answer)):
         return None
-    expected, actual = without_modulus(gold), without_modulus(answer)
-    if (expected, actual) == (gold, answer):
+    expected = without_modulus(gold)
+    actual = without_modulus(answer)
+    if expected == gold and actual == answer:
         return None
     return same(expected, actual, judge)
 
@@ -378,9 +327,13 @@ def as_inequalities(gold: str, answer: str, judge: Judge) -> bool | None:
 def as_approximate(gold: str, answer: str, judge: Judge) -> bool | None:
     r"""x \approx 5 is judged as x = 5 is, by its digits: they are right where they are the gold's."""
     name, sign, value = map(str.strip, answer.partition(r"\approx"))
+    if sign and not value:
+        return False
     if not sign or not is_name(name) or r"\approx" in gold:
-        return False if sign and not value else None
-    return bool(value) and same(gold, f"{name} = {value}" if name else value, judge)
+        return None
+    if name:
+        value = f"{name} = {value}"
+    return same(gold, value, judge)
 
 
 def as_equations(gold: str, answer: str, judge: Judge) -> bool | None:
@@ -390,18 +343,24 @@ def as_equations(gold: str, answer: str, judge: Judge) -> bool | None:
     if not gold_names and not answer_names:
         return None
     if not gold_names:
-        numbers = all(same(gold, side, judge) for side in answer_names if NUMERIC.fullmatch(side))
+        # What is not solved for, as in 2x = 10, gives no value, and each number of a chain is the value already.
+        if not all(same(gold, side, judge) for side in answer_names if NUMERIC.fullmatch(side)):
+            return False
         is_linear = LINEAR.fullmatch(without_fractions(answer_names[0])) is not None
-        is_unsolved = is_linear or any(re.search(UNEQUAL, side) for side in answer_names)
-        return numbers and not is_unsolved and same(gold, actual, judge)
+        if is_linear or any(re.search(UNEQUAL, side) for side in answer_names):
+            return False
+        return same(gold, actual, judge)
     if not answer_names:
         return is_name(gold_names[0]) and same(expected, answer, judge)
 
     # Both have names. With another index or argument the answer's formula may still be the gold's, renamed.
-    name, other = gold_names[0], answer_names[0]
+    name = gold_names[0]
+    other = answer_names[0]
     if not is_name(name) or spelt(name) != spelt(other) or differ(INDEX, name, other):
         renamed = with_index(actual, name, other)
-        return judge(gold, answer) if renamed is None else same(expected, renamed, judge)
+        if renamed is None:
+            return judge(gold, answer)
+        return same(expected, renamed, judge)
     if differ(ARGUMENT, name, other):
         renamed = with_argument(actual, ARGUMENT.findall(other), ARGUMENT.findall(name))
         return renamed is not None and same(expected, renamed, judge)
@@ -420,14 +379,17 @@ def as_rounded(gold: str, answer: str, judge: Judge) -> bool | None:
         if not sign or is_name(exact):
             return None
         return rounds(rounded, exact) is not False and same(gold, exact, judge)
+
     if rounds(rounded, answer):
         return True
-    return same(rounded if is_name(exact) else exact, answer, judge)
+    expected = rounded if is_name(exact) else exact  # x \approx 3 has but the one value
+    return same(expected, answer, judge)
 
 
 def rounds(rounded: str, exact: str) -> bool | None:
     """Whether a decimal is what a number rounds to; None where they are no numbers."""
-    decimal, value = number(rounded), number(exact)
+    decimal = number(rounded)
+    value = number(exact)
     if decimal is None or value is None:
         return None
     places = len(rounded.partition(".")[2])

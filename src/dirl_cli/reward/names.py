@@ -13,7 +13,9 @@ NAME = re.compile(r"[A-Za-z|\\':/]*(?:\^-1)?")
 def without_name(text: str) -> str:
     """What is said of a name, or the text."""
     *names, value = split(text, EQUALS)
-    return value if all(map(is_name, names)) else text
+    if not all(map(is_name, names)):
+        return text
+    return value
 
 
 def is_name(text: str) -> bool:
@@ -28,12 +30,14 @@ def spelt(name: str) -> str:
 
 def full(name: str) -> str:
     """A name with its index."""
-    return spelt(name) + "".join(re.sub(r"\\text|[{}\s]", "", index) for index in INDEX.findall(name))
+    indices = "".join(INDEX.findall(name))
+    return spelt(name) + re.sub(r"\\text|[{}\s]", "", indices)
 
 
 def differ(pattern: re.Pattern[str], name: str, other: str) -> bool:
     """Whether two names have different indices or arguments; a name may do without. pattern: INDEX or ARGUMENT."""
-    matches, other_matches = plain_matches(pattern, name), plain_matches(pattern, other)
+    matches = plain_matches(pattern, name)
+    other_matches = plain_matches(pattern, other)
     return bool(matches and other_matches and matches != other_matches)
 
 
@@ -44,22 +48,27 @@ def plain_matches(pattern: re.Pattern[str], name: str) -> list[str]:
 
 def with_index(formula: str, name: str, other: str) -> str | None:
     """The formula of a sequence of another index, as 2^k of a_k becomes 2^n; None where it is no such formula."""
-    new, old = INDEX.findall(name), INDEX.findall(other)
-    if spelt(name) != spelt(other) or len(new) != 1 or len(old) != 1:
+    new_indices = INDEX.findall(name)
+    old_indices = INDEX.findall(other)
+    if spelt(name) != spelt(other) or len(new_indices) != 1 or len(old_indices) != 1:
         return None
-    letters = [re.sub(r"[_{}\s]", "", index) for index in (new[0], old[0])]
-    if not all(re.fullmatch("[a-z]", letter) for letter in letters):
+    new = re.sub(r"[_{}\s]", "", new_indices[0])
+    old = re.sub(r"[_{}\s]", "", old_indices[0])
+    if not re.fullmatch("[a-z]", new) or not re.fullmatch("[a-z]", old):
         return None
-    if not re.search(rf"(?<![a-zA-Z\\]){letters[1]}", formula):
+    if not re.search(rf"(?<![a-zA-Z\\]){old}", formula):
         return None  # as in x_i = 5, where it tells which
-    return with_argument(formula, [letters[1]], [letters[0]])
+    return with_argument(formula, [old], [new])
 
 
 def with_argument(formula: str, old: list[str], new: list[str]) -> str | None:
     """The formula of other variables, as t^2 of t becomes x^2; None where x has a meaning already."""
-    before, after = (re.sub(r"\s", "", ",".join(names)).split(",") for names in (old, new))
+    before = re.sub(r"\s", "", ",".join(old)).split(",")
+    after = re.sub(r"\s", "", ",".join(new)).split(",")
     if len(before) != len(after) or not all(re.fullmatch("[a-zA-Z]", name) for name in (*before, *after)):
         return None
+
+    # Commands are one token each, so that the a of \alpha is no variable.
     renamed = dict(zip(before, after, strict=True))
     tokens = re.findall(r"\\[a-zA-Z]+|.", formula, re.DOTALL)
     if any(name in tokens and name not in renamed for name in after):

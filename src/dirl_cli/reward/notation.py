@@ -11,7 +11,9 @@ MIXED = rf"([-+]?) *(?:(\d{{1,60}}) +)?([-+]? ?{DECIMAL})(?: ?/ ?({DECIMAL}))?"
 NUMBER = re.compile(rf"{MIXED} ?(?:(?:\\times|\\cdot) ?10 ?\^ ?\{{?([-+]?\d{{1,2}})\}}?)?")
 REPEATING = re.compile(r"(-?) ?(\d{0,60})\.(\d{0,60})\\(?:overline|bar|dot) ?\{? ?(\d{1,60}) ?\}?")
 
-LIST, EQUALS, RATIO = r"[,;]|\\cup(?![a-zA-Z])", r"(?<![<>!])=|\\(?:in|equiv)(?![a-zA-Z])", ":"
+LIST = r"[,;]|\\cup(?![a-zA-Z])"
+EQUALS = r"(?<![<>!])=|\\(?:in|equiv)(?![a-zA-Z])"
+RATIO = ":"
 RELATION = r"\\[lg]e(?![a-zA-Z])|<|>"
 SPACE = re.compile(r"(?<!\d) | (?!\d)")  # but 5 4 is not 54
 BRACKET = re.compile(r"(\\begin|\\?[({\[])|\\end|\\?[)}\]]")
@@ -26,11 +28,14 @@ def number(text: str) -> Fraction | None:
     match = NUMBER.fullmatch(re.sub(FRACTION, r" \1\2/\3\4 ", text).strip())
     if match is None or (match[2] and not match[4]):
         return None
-    top, bottom = decimal_value(match[3]), decimal_value(match[4] or "1")
+    top = decimal_value(match[3])
+    bottom = decimal_value(match[4] or "1")
     if not bottom:
         return None
     value = (int(match[2] or 0) + top / bottom) * Fraction(10) ** int(match[5] or 0)
-    return -value if match[1] == "-" else value
+    if match[1] == "-":
+        return -value
+    return value
 
 
 def decimal_value(decimal: str) -> Fraction:
@@ -49,7 +54,9 @@ def fraction(value: Fraction) -> str:
     """The number as it is written."""
     sign = "-" if value < 0 else ""
     size = abs(value)
-    return f"{sign}{size}" if size.denominator == 1 else rf"{sign}\frac{{{size.numerator}}}{{{size.denominator}}}"
+    if size.denominator == 1:
+        return f"{sign}{size}"
+    return rf"{sign}\frac{{{size.numerator}}}{{{size.denominator}}}"
 
 
 def has_decimals(value: Fraction) -> bool:
@@ -67,7 +74,8 @@ def round_alike(exact: Fraction, other: Fraction) -> bool:
 
 def split(text: str, separator: str) -> list[str]:
     """The parts between separators that stand in no bracket."""
-    parts, depth, start = [], 0, 0
+    parts = []
+    depth = start = 0
     for token in re.finditer(f"{BRACKET.pattern}|(?P<separator>{separator})", text):
         if not token["separator"]:
             depth += 1 if token[1] else -1
@@ -79,10 +87,14 @@ def split(text: str, separator: str) -> list[str]:
 
 def bracketed(text: str, opening: str = "([") -> tuple[str, str, str] | None:
     """The opening bracket, what it holds and the closing one, where one such pair holds the whole text."""
-    column = COLUMN.fullmatch(text)
-    match = BRACKETED.fullmatch("(" + column[1].replace(r"\\", ",") + ")" if column else text)
+    if column := COLUMN.fullmatch(text):  # a vector, written upright
+        coordinates = column[1].replace(r"\\", ",")
+        text = f"({coordinates})"
+    match = BRACKETED.fullmatch(text)
     if match is None or match[1] not in opening:
         return None
+
+    # The first bracket is closed by the last, and not before, as it is in (1, 2), (3, 4).
     depth = 1
     for token in BRACKET.finditer(match[2]):
         depth += 1 if token[1] else -1

@@ -36,7 +36,8 @@ def cases(rows: str) -> list[list[str]]:
     cells_by_row = []
     for row in rows.split(r"\\"):
         if row.strip():
-            cells_by_row.append([IF.sub("", IF.sub("", cell.strip())) for cell in row.split("&")])
+            cells = [cell.strip() for cell in row.split("&")]
+            cells_by_row.append([IF.sub("", IF.sub("", cell)) for cell in cells])  # an if before, a comma behind
     return cells_by_row
 
 
@@ -57,26 +58,40 @@ def solutions(text: str) -> list[dict[str, str]] | None:
             continue
 
         # Tuples of values in the order of the names, one by one or in a set.
-        rows = bracketed(right, r"\{")
-        for row in split(rows[1], LIST) if rows else [right]:
-            values = bracketed(row, "(")
-            if not names or not values or len(split(values[1], LIST)) != len(names):
+        rows = [right]
+        if braces := bracketed(right, r"\{"):
+            rows = split(braces[1], LIST)
+        for row in rows:
+            brackets = bracketed(row, "(")
+            if not names or not brackets:
                 return None
-            solved.append(dict(zip(names, split(values[1], LIST), strict=True)))
+            values = split(brackets[1], LIST)
+            if len(values) != len(names):
+                return None
+            solved.append(dict(zip(names, values, strict=True)))
+
     solved = [solution for solution in solved if solution]
-    return solved if all(len(solution) > 1 for solution in solved) else None
+    if any(len(solution) == 1 for solution in solved):
+        return None
+    return solved
 
 
 def ordered(solution: dict[str, str]) -> list[str]:
     """Its values, by the alphabet where the names follow one another there, as x and y; otherwise as written."""
     names = sorted(solution)
-    neighbours = all(len(a) == len(b) == 1 and ord(b) == ord(a) + 1 for a, b in pairwise(names))
-    return [solution[name] for name in (names if neighbours else solution)]
+    are_neighbours = all(len(a) == len(b) == 1 and ord(b) == ord(a) + 1 for a, b in pairwise(names))
+    if not are_neighbours:
+        return list(solution.values())
+    return [solution[name] for name in names]
 
 
 def tuples(solved: list[dict[str, str]]) -> str:
     """Solutions as tuples of their values."""
-    return ", ".join(f"({', '.join(ordered(solution))})" for solution in solved)
+    texts = []
+    for solution in solved:
+        values = ", ".join(ordered(solution))
+        texts.append(f"({values})")
+    return ", ".join(texts)
 
 
 def kind_and_elements(text: str) -> tuple[str, list[str]]:
@@ -90,15 +105,21 @@ def kind_and_elements(text: str) -> tuple[str, list[str]]:
 
 def elements(text: str) -> list[str]:
     r"""What a list, a set or a union of intervals holds, ± as two; a text that is none of these holds itself."""
-    listed = split(text, LIST) if number(text) is None else [text]  # 1,000 is one
+    listed = [text]
+    if number(text) is None:  # 1,000 is one
+        listed = split(text, LIST)
     *names, value = split(text, EQUALS)
     if len(listed) == 1 and all(map(is_name, names)) and (braces := bracketed(value, r"\{")):
         return elements(braces[1])
+
+    # The signs of one element go together: 1 \pm a \mp b are 1 + a - b and 1 - a + b.
     signed = []
     for element in listed:
         upper = element.replace(r"\pm", "+").replace(r"\mp", "-")
         lower = element.replace(r"\pm", "-").replace(r"\mp", "+")
-        signed += [upper] if upper == lower else [upper, lower]
+        signed.append(upper)
+        if lower != upper:
+            signed.append(lower)
     return signed
 
 
@@ -114,11 +135,13 @@ def holds_sets(text: str) -> bool:
 
 def ascending(text: str) -> tuple[list[str], list[str]]:
     """The terms and the signs of a chain of inequalities, the least first."""
-    terms, signs = split(text, RELATION), re.findall(RELATION, text)
+    terms = split(text, RELATION)
+    signs = re.findall(RELATION, text)
     if len(terms) != len(signs) + 1:
         return [text], []
     if all(sign in (">", r"\ge") for sign in signs):
-        return terms[::-1], [sign.replace(">", "<").replace("ge", "le") for sign in reversed(signs)]
+        turned = [sign.replace(">", "<").replace("ge", "le") for sign in reversed(signs)]
+        return terms[::-1], turned
     return terms, signs
 
 
@@ -127,11 +150,19 @@ def without_modulus(text: str) -> str:
     (small, *rest), signs = ascending(text)
     if len(rest) != 1 or len(signs) != 1:
         return text
-    [large], [sign] = rest, signs
-    bounded, beyond = MODULUS.fullmatch(small), MODULUS.fullmatch(large)
-    bound = number(large if bounded else small)
-    if bound is None or bound <= 0:
-        return text
-    if bounded:
+    large = rest[0]
+    sign = signs[0]
+    if bounded := MODULUS.fullmatch(small):
+        if not is_positive(large):
+            return text
         return f"-{large} {sign} {bounded[1]} {sign} {large}"
-    return f"{beyond[1]} {sign} -{small}, {small} {sign} {beyond[1]}" if beyond else text
+    if beyond := MODULUS.fullmatch(large):
+        if not is_positive(small):
+            return text
+        return f"{beyond[1]} {sign} -{small}, {small} {sign} {beyond[1]}"
+    return text
+
+
+def is_positive(text: str) -> bool:
+    value = number(text)
+    return value is not None and value > 0

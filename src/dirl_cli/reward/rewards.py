@@ -127,14 +127,17 @@ def cosine(
     """Right: 1 → 0.5, wrong: -0.5 → 0 as the length goes 0 → max_new_tokens; truncated: -0.5 (arXiv 2502.03373)."""
     if answer.truncated:
         return truncated
-    return between(right if answer.correct else wrong, answer.length, answer.max_new_tokens)
+    ends = right if answer.correct else wrong
+    return between(ends, answer.length, answer.max_new_tokens)
 
 
 def repetition(answer: Answer, *, n: Count = 3) -> float:
     """-(1 - distinct/all n-grams of words), in any case of letters; 0 for fewer than n words."""
     words = answer.completion.lower().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) - 1 if grams else 0.0
+    if not grams:
+        return 0.0
+    return len(set(grams)) / len(grams) - 1
 
 
 def soft_overlong(answer: Answer, *, cache: Count) -> float:
@@ -144,7 +147,8 @@ def soft_overlong(answer: Answer, *, cache: Count) -> float:
 
 def speed(answer: Answer, *, right: Ends = (0.5, 1.0), wrong: Ends = (0.0, -0.5)) -> float:
     """Right: 0.5 → 1, wrong: 0 → -0.5 as a step reveals 1 → block_size tokens."""
-    return between(right if answer.correct else wrong, steps_ahead(answer), answer.block_size - 1)
+    ends = right if answer.correct else wrong
+    return between(ends, steps_ahead(answer), answer.block_size - 1)
 
 
 def speed_penalty(answer: Answer, *, right: Finite = 0.5, wrong: Ends = (0.0, -0.5)) -> float:
@@ -159,7 +163,9 @@ def length(answer: Answer) -> float:
     longest answer of the group, so that it is a function of one answer.
     """
     share = 0.5 - min(answer.length / answer.max_new_tokens, 1.0)
-    return share if answer.correct else min(share, 0.0)
+    if answer.correct:
+        return share
+    return min(share, 0.0)
 
 
 FORMULAS = (accuracy, binary, boxed, format, cosine, repetition, soft_overlong, speed, speed_penalty, length)
@@ -200,7 +206,9 @@ def built_in_hint(name: str) -> str:
     """The built-in reward that a mistyped name is nearest to, and all of them."""
     hint = did_you_mean(name, BUILT_IN)
     names = ", ".join(BUILT_IN)
-    return hint if names in hint else f"{hint} There are {names}"
+    if names in hint:
+        return hint
+    return f"{hint} There are {names}"
 
 
 def load_file(path: Path) -> ModuleType:
@@ -220,6 +228,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         inspect.signature(reward).bind(None, **options)
     except TypeError as error:
         raise DirlError(f"reward.options.{name} does not fit the reward {name}: {error}") from error
+    # Only of our own do we know that the annotations say which values they take.
     if reward in BUILT_IN.values():
         types = get_type_hints(reward, include_extras=True)
         for option, value in options.items():

@@ -172,7 +172,10 @@ def in_fraction(match: re.Match[str]) -> str:
 
 
 def in_root(match: re.Match[str]) -> str:
-    return ROOTS[match[1]] + (f"{{{match[2]}}}" if match[2] else "")
+    root = ROOTS[match[1]]
+    if not match[2]:  # of a bracket
+        return root
+    return f"{root}{{{match[2]}}}"
 
 
 def with_plain_environments(answer: str) -> str:
@@ -185,7 +188,9 @@ def with_plain_environments(answer: str) -> str:
 def system(match: re.Match[str]) -> str:
     """Equations that hold at once as a list; cases, which have a condition each, stay what they are."""
     inside = re.sub(r"& ?(?==)", "", match[1] or match[2] or "")
-    return rf"\begin{{cases}}{inside}\end{{cases}}" if "&" in inside else as_list(inside)
+    if "&" not in inside:
+        return as_list(inside)
+    return rf"\begin{{cases}}{inside}\end{{cases}}"
 
 
 def as_list(rows: str) -> str:

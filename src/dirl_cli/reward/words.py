@@ -11,20 +11,33 @@ from typing import NamedTuple
 from dirl_cli.reward.notation import fraction, number
 
 # Units make an answer wrong when they are mixed up; the first name of each is the one compared.
-UNITS = {
-    name: names.split()[0]
-    for names in (
-        *("mm millimeter millimetre", "cm centimeter centimetre", "dm decimeter", "meter metre m", "km kilometer"),
-        *("inch in", "foot feet ft", "yard yd", "mile mi", "mg milligram", "gram g gm", "kg kilogram kilo", "tonne"),
-        *("ounce oz", "pound lb gbp £", "ml milliliter millilitre", "cl centiliter", "liter litre l", "gallon gal"),
-        *("ms millisecond", "second sec s", "minute min", "hour hr h", "day", "week", "month", "year yr", "am", "pm"),
-        *("cent ¢", "dollar usd $", "euro eur €", "yen jpy", "yuan cny rmb", "rupee inr rs ₹"),
-        *("degree deg", "radian rad", "celsius", "fahrenheit", "kelvin k", "mph", "kph kmh kmph"),
-        *("newton n", "joule j", "watt w", "volt v", "kw kilowatt", "kj kilojoule", "hz hertz", "pascal pa"),
-    )
-    for name in names.split()
-}
-UNITS |= {f"{name}{plural}": unit for name, unit in UNITS.items() if len(name) > 1 for plural in ("s", "es")}
+UNIT_NAMES = """
+    mm millimeter millimetre, cm centimeter centimetre, dm decimeter, meter metre m, km kilometer
+    inch in, foot feet ft, yard yd, mile mi, mg milligram, gram g gm, kg kilogram kilo, tonne
+    ounce oz, pound lb gbp £, ml milliliter millilitre, cl centiliter, liter litre l, gallon gal
+    ms millisecond, second sec s, minute min, hour hr h, day, week, month, year yr, am, pm
+    cent ¢, dollar usd $, euro eur €, yen jpy, yuan cny rmb, rupee inr rs ₹
+    degree deg, radian rad, celsius, fahrenheit, kelvin k, mph, kph kmh kmph
+    newton n, joule j, watt w, volt v, kw kilowatt, kj kilojoule, hz hertz, pascal pa
+"""
+
+
+def units_by_name() -> dict[str, str]:
+    """The first name of a unit by each of its names, in the singular and, of longer ones, the plural."""
+    units = {}
+    for line in UNIT_NAMES.strip().splitlines():
+        for unit_names in line.split(","):
+            unit, *synonyms = unit_names.split()
+            for name in (unit, *synonyms):
+                units[name] = unit
+    for name, unit in list(units.items()):
+        if len(name) > 1:  # ms are milliseconds, not metres
+            units[f"{name}s"] = unit
+            units[f"{name}es"] = unit
+    return units
+
+
+UNITS = units_by_name()
 SPELT = {"mph": ["mile", "hour"], "kph": ["km", "hour"]}
 ONE_LETTER = "mgslLhNJWVK"  # the units among upright letters; any other is a variable
 SIZES = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "cubed": "3"}
@@ -103,21 +116,26 @@ def measured(text: str) -> Measured:
         return Measured(text)
     if sure := SURE.match(text):  # what is said to be exactly so is so
         text = text[sure.end() :]
-    text, units = without_currency(text)
-    found = TAIL.search(text)
-    if found is None or not is_wordy(found[0]):
-        return Measured(text, units)
+    text, currency = without_currency(text)
+    tail = TAIL.search(text)
+    if tail is None or not is_wordy(tail[0]):
+        return Measured(text, currency)
 
-    value = text[: found.start()].rstrip()
-    words = WORD.findall(COMMAND.sub("", found[0]).lower().replace(".", ""))
+    value = text[: tail.start()].rstrip()
+    words = WORD.findall(COMMAND.sub("", tail[0]).lower().replace(".", ""))
     value, words = multiplied(value, words)
     if any(map(qualifies, words)) or (words and words[0] in ONLY_FIRST):
-        return Measured(value, units, qualified=" ".join(words))
+        return Measured(value, currency, qualified=" ".join(words))
 
+    # All other words only say what is counted; of them the units and their powers have to agree.
     named = [UNITS[word] for word in words if word in UNITS]
-    spelt = [name for unit in named for name in SPELT.get(unit, [unit]) if unit != "degree" or len(named) == 1]
-    powers = [SIZES[word] for word in words if word in SIZES] + EXPONENT.findall(found[0])
-    return Measured(value, (*units, *spelt), tuple(powers))
+    if len(named) > 1:  # degrees celsius are celsius
+        named = [unit for unit in named if unit != "degree"]
+    units = list(currency)
+    for unit in named:
+        units += SPELT.get(unit, [unit])
+    powers = [SIZES[word] for word in words if word in SIZES] + EXPONENT.findall(tail[0])
+    return Measured(value, tuple(units), tuple(powers))
 
 
 def qualifies(word: str) -> bool:
@@ -128,13 +146,17 @@ def qualifies(word: str) -> bool:
 def without_currency(text: str) -> tuple[str, tuple[str, ...]]:
     """The amount, and the currency that its sign or name tells."""
     if before := BEFORE.fullmatch(text):
-        name, amount = before[2] or before[3], before[1] + before[4]
+        name = before[2] or before[3]
+        amount = before[1] + before[4]
     elif after := AFTER.fullmatch(text):
-        amount, name = after[1], after[2]
+        name = after[2]
+        amount = after[1]
     else:
         return text, ()
+    if name == "¥":  # a yen or a yuan
+        return amount, ()
     unit = UNITS.get(name.lower().strip("\\. "), "dollar")
-    return amount, () if name == "¥" else (unit,)  # a yen or a yuan
+    return amount, (unit,)
 
 
 def is_wordy(tail: str) -> bool:
@@ -150,6 +172,8 @@ def is_wordy(tail: str) -> bool:
         return len(word) > 1 or word in ONE_LETTER
     if len(word) == 1:
         return word in ONE_LETTER and (RATE.fullmatch(tail) is not None or tail == " L")
+
+    # In italics, letters may be a product of variables, as in 2 ab: only what can hardly be one is a word.
     spaced = tail.startswith(" ")
     if word.lower() in UNITS or (spaced and word.lower() in BESIDE):
         return True
@@ -162,14 +186,16 @@ def is_wordy(tail: str) -> bool:
 
 def multiplied(value: str, words: list[str]) -> tuple[str, list[str]]:
     """The value times or plus what the first words say, as in 5 million and 12 and a half, and the other words."""
-    factor, more = Fraction(1), Fraction(0)
+    factor = Fraction(1)
+    more = Fraction(0)
     while words and words[0] in MULTIPLIERS:
         factor *= MULTIPLIERS[words[0]]
         words = words[1:]
     if len(words) > 2 and words[0] == "and" and words[2].removesuffix("s") in PARTS:
         count = COUNTS.get(words[1], 0)
-        more = count * MULTIPLIERS[words[2]]
-        words = words[3:] if count else words
+        if count:
+            more = count * MULTIPLIERS[words[2]]
+            words = words[3:]
     if factor == 1 and more == 0:
         return value, words
     amount = number(value)
