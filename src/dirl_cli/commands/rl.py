@@ -4,7 +4,7 @@ The training is rl/train.py.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -149,6 +149,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     parts.engine.require()
 
     lm = load_model(cfg, parts.model, parts.peft, accelerator, progress)
+    parts = replace(parts, decoding=lm.decoding(parts.decoding))  # settled for all that follows
     session = reinforce(cfg, out, parts, pools, lm, accelerator, progress)
     if cfg.rl.rollout_only:
         progress.print_line(
@@ -156,7 +157,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         )
         return
     session.trainer.require_update(f"no group held a signal; {REMEDIES}")
-    leave_model(cfg, out, session, lm, parts.peft, lm.decoding(parts.decoding), RECIPE)
+    leave_model(cfg, out, session, lm, parts.peft, parts.decoding, RECIPE)
 
 
 def read_and_plan(cfg: DictConfig, parts: RlParts, accelerator: Accelerator, progress: StepProgress) -> Pools | None:
@@ -225,8 +226,10 @@ def reinforce(
         writes = accelerator.is_main_process and rollouts.is_new
         report = RolloutReport(out / "rollouts" if writes else None, cfg.show_every, learns, progress)
 
-        questions, decoding = pools.held_out, lm.decoding(parts.decoding)
-        held_out = HeldOutEval(questions.problems, questions.prompts, lm, decoding, accelerator, progress, stop.raising)
+        questions = pools.held_out
+        held_out = HeldOutEval(
+            questions.problems, questions.prompts, lm, parts.decoding, accelerator, progress, stop.raising
+        )
         evaluation = None
         if questions.problems and learns:
             evaluation = SamplerEvaluation(held_out, sampler, reward_computer.grader)
@@ -316,13 +319,12 @@ def policy_update(
     cfg: DictConfig, parts: RlParts, lm: DiffusionLM, accelerator: Accelerator, updates: int
 ) -> PolicyUpdate:
     """What updates the model, `updates` times in all, and keeps it near what it began as where that is asked for."""
-    decoding = lm.decoding(parts.decoding)
     reference = None
     if parts.objective.beta:
-        reference = reference_model(parts.peft.reference(lm), decoding)
+        reference = reference_model(parts.peft.reference(lm), parts.decoding)
     trainer = Trainer(
         accelerator,
-        LogprobModel(lm.model, lm.unsampled_ids, decoding),
+        LogprobModel(lm.model, lm.unsampled_ids, parts.decoding),
         parts.optim.build(lm.model),
         partial(parts.schedule, steps=updates),
         cfg.clip_norm,
@@ -341,7 +343,7 @@ def policy_update(
         train_tail=cfg.rl.train_tail,
         row_tokens=cfg.row_tokens,
         micro_rows=cfg.micro_rows,
-        longest=decoding.max_new_tokens,
+        longest=parts.decoding.max_new_tokens,
         seed=cfg.seed,
         peft=parts.peft,
     )
@@ -366,9 +368,8 @@ def rollout_source(
     accelerator: Accelerator,
 ) -> RolloutSource:
     """Where groups of answers come from: the sampler, or an earlier run's rollouts."""
-    decoding = lm.decoding(parts.decoding)
     if cfg.rl.replay:
-        rescorer = Rescorer(reward_computer, cfg.rl.filter, decoding.max_new_tokens, lm.block_size)
+        rescorer = Rescorer(reward_computer, cfg.rl.filter, parts.decoding.max_new_tokens, lm.block_size)
         files = rollouts_of(Path(cfg.rl.replay), cfg.steps)
         return ReplayedRollouts(files, lm, rescorer if cfg.rl.rescore else None)
     return SampledRollouts(
@@ -377,7 +378,7 @@ def rollout_source(
         lm,
         sampler,
         reward_computer,
-        decoding,
+        parts.decoding,
         accelerator,
         problems_per_step=cfg.rl.problems,
         group_size=cfg.rl.group_size,
