@@ -1,6 +1,7 @@
 """Decoding strategies: which candidates of a block are revealed.
 
-A strategy maps a `State` to (N, B) bool. Whatever it returns, the sampler reveals masked positions only and at
+A strategy maps a `State` to (N, B) bool. What it chooses is written into the running answers by the `Unmasker` of
+rollout/sequences.py. Whatever it returns, the sampler reveals masked positions only and at
 least one of them, the most confident, in every forward.
 
 Shapes: N blocks of B tokens, M of them masked.

@@ -1,4 +1,6 @@
-"""Forwards in plain torch, for any device: what a slot has not cached yet goes in with the block it denoises.
+"""What a forward is to the scheduler, and forwards in plain torch for any device.
+
+What a slot has not cached yet goes in with the block it denoises.
 
 Shapes: S slots, N blocks of B tokens in a forward (one a running slot), T tokens in its packed row, D hidden size,
 H query heads, K key heads, E head size.
@@ -6,7 +8,7 @@ H query heads, K key heads, E head size.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,10 +19,28 @@ from transformers import PreTrainedModel
 from dirl_cli.models.kv_cache import SLOTS, Attend, KVCache
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.low_precision import inference_model
-from dirl_cli.rollout.reveal import SequenceState, Unmasker
+from dirl_cli.rollout.sequences import SequenceState, Unmasker
 
 Integers = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+
+
+class Forward(Protocol):
+    """The slots of a model and its forwards of them: `EagerForward`, or `GraphForward` of forward_gpu.py."""
+
+    lm: DiffusionLM
+    sequences: SequenceState
+    cache: KVCache
+
+    def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
+        """Reveal some tokens of N blocks, first computing what their slots have not cached yet.
+
+        blocks: (4, N): slot (ascending), first position, denoising step from 1, request's key.
+        cached: (N,) positions of each slot whose keys and values are final, whole blocks.
+        count: tokens still masked in all blocks.
+        Returns the tokens, -1 where still masked: (N, B).
+        """
+        ...
 
 
 def slot_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -93,7 +113,7 @@ class EqualWidthSlots:
 
 
 class EagerForward:
-    """See `scheduler.Forward`: one packed row a forward, with each slot's tokens from what it has cached on."""
+    """See `Forward`: one packed row a forward, with each slot's tokens from what it has cached on."""
 
     def __init__(self, lm: DiffusionLM, slots: int, length: int) -> None:
         self.lm = lm

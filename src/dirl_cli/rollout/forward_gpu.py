@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dirl_cli.models.kv_cache import KVCache
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.forward import Integers, decode, previous_states, slot_model
-from dirl_cli.rollout.reveal import SequenceState, Unmasker
+from dirl_cli.rollout.sequences import SequenceState, Unmasker
 from dirl_cli.types import Decoding
 
 PREFILL = 16384  # tokens of prompts in one forward
@@ -75,7 +75,7 @@ class GraphCache:
 
 
 class GraphForward:
-    """See `scheduler.Forward`: forwards of whole blocks, replayed by size.
+    """See `forward.Forward`: forwards of whole blocks, replayed by size.
 
     All that a graph reads or writes stays where it is as long as this lives. attention: `block_attention` or what
     computes the same. replay: see `Replay`.

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.low_precision import cast_linear_weights, recast
-from dirl_cli.rollout.forward import EagerForward
+from dirl_cli.rollout.forward import EagerForward, Forward
 from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attention, run_eagerly
 from dirl_cli.rollout.sampler import Watch, collect_samples
-from dirl_cli.rollout.scheduler import Finished, Forward, Scheduler, make_requests
+from dirl_cli.rollout.scheduler import Finished, Scheduler, make_requests
 from dirl_cli.types import Decoding, Trajectory
 
 

@@ -8,37 +8,16 @@ Shapes: S slots, N blocks of B tokens in a forward, one a running slot.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from dirl_cli.diffusion.sampling import request_key
-from dirl_cli.models.kv_cache import KVCache
-from dirl_cli.models.load import DiffusionLM
-from dirl_cli.rollout.forward import Integers
-from dirl_cli.rollout.reveal import SequenceState, Unmasker
+from dirl_cli.rollout.forward import Forward, Integers
 from dirl_cli.rollout.sampler import Watch
+from dirl_cli.rollout.sequences import Unmasker
 from dirl_cli.types import Decoding
 
 SLOT, START, STEP, KEY = range(4)  # the rows of `Scheduler.blocks`
-
-
-class Forward(Protocol):
-    """The slots of a model and its forwards of them; `EagerForward` and `GraphForward` are the two there are."""
-
-    lm: DiffusionLM
-    sequences: SequenceState
-    cache: KVCache
-
-    def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
-        """Reveal some tokens of N blocks, first computing what their slots have not cached yet.
-
-        blocks: (4, N): slot (ascending), first position, denoising step from 1, request's key.
-        cached: (N,) positions of each slot whose keys and values are final, whole blocks.
-        count: tokens still masked in all blocks.
-        Returns the tokens, -1 where still masked: (N, B).
-        """
-        ...
 
 
 @dataclass(frozen=True)

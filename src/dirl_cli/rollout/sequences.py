@@ -1,4 +1,6 @@
-"""The sequences of a running batch on the device, and what one forward reveals of them.
+"""The sequences of a running batch on the device, and the unmasker that reveals tokens of them after a forward.
+
+Which tokens that are is decided by the strategies of diffusion/unmasking.py.
 
 Shapes: S slots, N blocks of B tokens in a forward, D hidden size.
 """
