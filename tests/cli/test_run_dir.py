@@ -73,6 +73,7 @@ def test_a_class_is_found_where_an_earlier_version_had_it():
         ("models.lora.Whole", "FullFinetune"),
         ("diffusion.masking.Cosine", "CosineRate"),
         ("diffusion.masking.Count", "CountPerBlock"),
+        ("reward.scoring.Rewards", "RewardSettings"),
     ],
 )
 def test_a_class_is_found_under_the_name_that_an_earlier_version_gave_it(tmp_path, earlier, today):

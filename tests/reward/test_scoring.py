@@ -12,7 +12,7 @@ from pytest import approx
 from dirl_cli.cli.build import build
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.rewards import Answer
-from dirl_cli.reward.scoring import RewardComputer, RewardResult, Rewards
+from dirl_cli.reward.scoring import RewardComputer, RewardResult, RewardSettings
 from dirl_cli.types import Problem
 from tests.helpers.paths import ROOT
 
@@ -75,7 +75,7 @@ ANSWERS = {
 }
 
 
-def scores(rewards: Rewards, answers=ANSWERS) -> dict[tuple[str, int], RewardResult | None]:
+def scores(rewards: RewardSettings, answers=ANSWERS) -> dict[tuple[str, int], RewardResult | None]:
     with RewardComputer(rewards) as reward_computer:
         found = list(reward_computer.compute(answers.items()))
     assert len(found) == len(answers)
@@ -83,7 +83,7 @@ def scores(rewards: Rewards, answers=ANSWERS) -> dict[tuple[str, int], RewardRes
 
 
 def test_the_total_is_the_weighted_sum_and_the_parts_are_not_weighted():
-    found = scores(Rewards({"accuracy": 1.0, "speed": 0.2, "boxed": 0.0}))
+    found = scores(RewardSettings({"accuracy": 1.0, "speed": 0.2, "boxed": 0.0}))
     assert found == {
         ("a", 0): RewardResult(approx(1.15), {"accuracy": 1.0, "speed": approx(0.75), "boxed": 0.1}, True),
         ("a", 1): RewardResult(approx(-0.05), {"accuracy": 0.0, "speed": approx(-0.25), "boxed": 0.1}, False),
@@ -93,7 +93,7 @@ def test_the_total_is_the_weighted_sum_and_the_parts_are_not_weighted():
 
 
 def test_options_reach_their_reward(own):
-    rewards = Rewards(
+    rewards = RewardSettings(
         {"soft_overlong": 1.0, f"{own}:words": 1.0},
         options={"soft_overlong": {"cache": 95}, f"{own}:words": {"times": 2.0}},
     )
@@ -103,13 +103,13 @@ def test_options_reach_their_reward(own):
 
 def test_a_users_rewards_see_the_verdict_by_file_and_by_import_path(own, monkeypatch):
     monkeypatch.syspath_prepend(Path(own).parent)
-    found = scores(Rewards({f"{own}:verdict": 1.0, "rewards.words": 10.0}))
+    found = scores(RewardSettings({f"{own}:verdict": 1.0, "rewards.words": 10.0}))
     assert {key: one.total for key, one in found.items()} == {("a", 0): 131, ("a", 1): 10, ("b", 0): 111, ("b", 1): 11}
     assert [one.correct for one in found.values()].count(True) == 2
 
 
 def test_scores_do_not_depend_on_the_order_of_arrival(own):
-    rewards = Rewards({"cosine": 0.1, f"{own}:words": 0.2, "repetition": 0.3, f"{own}:verdict": 0.7})
+    rewards = RewardSettings({"cosine": 0.1, f"{own}:words": 0.2, "repetition": 0.3, f"{own}:verdict": 0.7})
     shuffled = list(ANSWERS.items())
     Random(1).shuffle(shuffled)
     first, second = scores(rewards), scores(rewards, dict(shuffled))
@@ -125,15 +125,15 @@ def test_answers_are_scored_while_others_are_sampled():
             yield key, one
             seen.append(key)
 
-    with RewardComputer(Rewards({"accuracy": 1.0})) as reward_computer:
+    with RewardComputer(RewardSettings({"accuracy": 1.0})) as reward_computer:
         next(iter(reward_computer.compute(sampled())))
     assert len(seen) < len(ANSWERS)
 
 
 def test_a_reward_computer_serves_one_step_after_another():
-    with RewardComputer(Rewards({"accuracy": 1.0})) as reward_computer:
+    with RewardComputer(RewardSettings({"accuracy": 1.0})) as reward_computer:
         assert [dict(reward_computer.compute(ANSWERS.items())) for _ in range(2)] == [
-            scores(Rewards({"accuracy": 1.0}))
+            scores(RewardSettings({"accuracy": 1.0}))
         ] * 2
 
 
@@ -149,23 +149,23 @@ def test_a_reward_computer_serves_one_step_after_another():
 )
 def test_a_reward_that_fails_stops_the_run_with_the_problem(own, function, reason):
     with pytest.raises(DirlError, match=rf"rewards.py:{function} failed on problem a: .*{reason}.*on_error=exclude"):
-        scores(Rewards({"accuracy": 1.0, f"{own}:{function}": 1.0}), {("a", 0): ANSWERS["a", 0]})
+        scores(RewardSettings({"accuracy": 1.0, f"{own}:{function}": 1.0}), {("a", 0): ANSWERS["a", 0]})
 
 
 def test_a_builtin_reward_given_nonsense_is_refused():
     with pytest.raises(DirlError, match=r"reward.options.soft_overlong.cache=0: give a whole number of at least 1"):
-        Rewards({"soft_overlong": 1.0}, {"soft_overlong": {"cache": 0}})
+        RewardSettings({"soft_overlong": 1.0}, {"soft_overlong": {"cache": 0}})
 
 
 def test_a_reward_that_hangs_costs_its_timeout(own):
     start = time.monotonic()
     with pytest.raises(DirlError, match=r"hangs_on_b failed on problem b: it took longer than 0.5 s"):
-        scores(Rewards({f"{own}:hangs_on_b": 1.0}, timeout=0.5), {("b", 0): ANSWERS["b", 0]})
+        scores(RewardSettings({f"{own}:hangs_on_b": 1.0}, timeout=0.5), {("b", 0): ANSWERS["b", 0]})
     assert time.monotonic() - start < 20
 
 
 def test_failing_answers_are_counted_and_left_out_where_the_user_says_so(own):
-    rewards = Rewards({"accuracy": 1.0, f"{own}:hangs_on_b": 1.0}, on_error="exclude", timeout=1.0)
+    rewards = RewardSettings({"accuracy": 1.0, f"{own}:hangs_on_b": 1.0}, on_error="exclude", timeout=1.0)
     with RewardComputer(rewards) as reward_computer:
         found = dict(reward_computer.compute(ANSWERS.items()))
         assert reward_computer.excluded == {f"{own}:hangs_on_b": 2}
@@ -180,7 +180,7 @@ def test_failing_answers_are_counted_and_left_out_where_the_user_says_so(own):
 def test_importing_a_reward_is_not_on_the_clock(tmp_path):
     slow = tmp_path / "slow.py"
     slow.write_text("import time\ntime.sleep(1)\ndef reward(answer):\n    return 1")
-    found = scores(Rewards({f"{slow}:reward": 1.0}, timeout=0.5), {("a", 0): ANSWERS["a", 0]})
+    found = scores(RewardSettings({f"{slow}:reward": 1.0}, timeout=0.5), {("a", 0): ANSWERS["a", 0]})
     assert found["a", 0].total == 1
 
 
@@ -188,7 +188,7 @@ def test_a_reward_that_cannot_be_imported_again_fails_by_name(tmp_path):
     fussy = tmp_path / "fussy.py"
     fussy.write_text(f"import os\nassert os.getpid() == {os.getpid()}\ndef reward(answer):\n    return 1")
     with pytest.raises(DirlError, match=r"fussy.py:reward failed on problem a: AssertionError.*fussy.py line 2"):
-        scores(Rewards({f"{fussy}:reward": 1.0}), {("a", 0): ANSWERS["a", 0]})
+        scores(RewardSettings({f"{fussy}:reward": 1.0}), {("a", 0): ANSWERS["a", 0]})
 
 
 @pytest.mark.parametrize(
@@ -213,20 +213,20 @@ def test_a_reward_that_cannot_be_imported_again_fails_by_name(tmp_path):
 )
 def test_bad_settings_are_one_sentence(settings, message):
     with pytest.raises(DirlError, match=message):
-        build(OmegaConf.create({"_target_": "dirl_cli.reward.scoring.Rewards", **settings}))
+        build(OmegaConf.create({"_target_": "dirl_cli.reward.scoring.RewardSettings", **settings}))
 
 
 def test_a_file_without_the_function_names_those_it_has(own):
     for name in ("word", "constant"):
         with pytest.raises(DirlError, match=f"has no function {name}: .*words"):
-            Rewards({f"{own}:{name}": 1.0})
+            RewardSettings({f"{own}:{name}": 1.0})
 
 
 def test_a_file_that_is_not_python_is_one_sentence(tmp_path):
     (tmp_path / "broken.py").write_text("def f(:")
     for name in ("broken.py", "missing.py", "rewards.txt"):
         with pytest.raises(DirlError, match=f"{name}:f cannot be loaded"):
-            Rewards({f"{tmp_path / name}:f": 1.0})
+            RewardSettings({f"{tmp_path / name}:f": 1.0})
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
@@ -235,6 +235,6 @@ def test_every_ready_reward_composes_and_scores(name):
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         rewards = build(compose(name))
-    assert isinstance(rewards, Rewards)
+    assert isinstance(rewards, RewardSettings)
     found = scores(rewards)
     assert found["a", 0].total > found["a", 1].total

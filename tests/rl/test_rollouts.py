@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dirl_cli.errors import DirlError
-from dirl_cli.reward.scoring import RewardComputer, Rewards
+from dirl_cli.reward.scoring import RewardComputer, RewardSettings
 from dirl_cli.rl.advantages import mean_only, normalised
 from dirl_cli.rl.rollout_metrics import answer_table, records, rollout_metrics
 from dirl_cli.rl.rollouts import (
@@ -200,7 +200,7 @@ def test_a_replay_may_be_rewarded_anew():
     trajectory = Trajectory([1], [9], [1], [0.0], "stop", denoise_forwards=1)
     problem = Problem("a", "1+1?", "2")
     right, wrong = (Record(problem, k, rf"\boxed{{{n}}}", trajectory) for k, n in enumerate((2, 3)))
-    with RewardComputer(Rewards({"binary": 1.0}, workers=1, timeout=30.0)) as reward_computer:
+    with RewardComputer(RewardSettings({"binary": 1.0}, workers=1, timeout=30.0)) as reward_computer:
         [[first, second]] = Rescorer(reward_computer, "accuracy", longest=8, block_size=4).reward([[right, wrong]])
     assert (first.reward, first.correct, second.reward, second.correct) == (1.0, True, -1.0, False)
     assert first.trajectory is trajectory

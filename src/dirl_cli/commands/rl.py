@@ -37,7 +37,7 @@ from dirl_cli.models.save import require_pushable
 from dirl_cli.plan.forecast import PROMPT, RL, rl_budget
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
-from dirl_cli.reward.scoring import RewardComputer, Rewards
+from dirl_cli.reward.scoring import RewardComputer, RewardSettings
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.reporting import REMEDIES, RolloutReport
 from dirl_cli.rl.rollouts import (
@@ -109,7 +109,7 @@ class RlParts:
     schedule: Any
     engine: Any
     objective: Objective
-    rewards: Rewards
+    reward_settings: RewardSettings
     decoding: Decoding
     instruction: Instruction
 
@@ -218,7 +218,7 @@ def reinforce(
     update.publish(sampler)
 
     learns = not cfg.rl.rollout_only
-    with RewardComputer(parts.rewards) as reward_computer:
+    with RewardComputer(parts.reward_settings) as reward_computer:
         rollouts = rollout_source(cfg, parts, pools, lm, sampler, reward_computer, accelerator)
         if remembered:
             rollouts.state = RolloutState.from_json(remembered)
@@ -248,7 +248,7 @@ def build_rl_parts(cfg: DictConfig) -> RlParts:
         schedule=build(cfg.schedule),
         engine=build(cfg.rollout),
         objective=build(cfg.algo, Objective),
-        rewards=build(cfg.reward, Rewards),
+        reward_settings=build(cfg.reward, RewardSettings),
         decoding=build(cfg.decoding, Decoding),
         instruction=build(cfg.instruction, Instruction),
     )

@@ -17,8 +17,8 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Rewards:
-    """A weighted sum of rewards.
+class RewardSettings:
+    """Which rewards are summed up, by what weights, and what computes them.
 
     weights: by a reward's name, its import path or its file; a weight of 0 reports a reward without paying it.
     options: keyword arguments of the rewards that take any, by the same names.
@@ -73,12 +73,12 @@ class RewardComputer:
     excluded: answers left out so far, by the reward that failed.
     """
 
-    def __init__(self, rewards: Rewards) -> None:
-        self.rewards = rewards
-        self.grader = Grader(rewards.workers, rewards.timeout)
+    def __init__(self, settings: RewardSettings) -> None:
+        self.settings = settings
+        self.grader = Grader(settings.workers, settings.timeout)
         self.excluded: Counter[str] = Counter()
-        self._own = [name for name in rewards.weights if name not in BUILT_IN]
-        self._pool = RewardPool(self._own, rewards.workers, rewards.timeout)
+        self._own = [name for name in settings.weights if name not in BUILT_IN]
+        self._pool = RewardPool(self._own, settings.workers, settings.timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -114,8 +114,8 @@ class RewardComputer:
             key = cast(Key, verdict_key)
             graded = Pending(replace(pending[key].answer, verified=verified))
             pending[key] = graded
-            for name in self.rewards.weights:
-                options = self.rewards.options.get(name, {})
+            for name in self.settings.weights:
+                options = self.settings.options.get(name, {})
                 if name in BUILT_IN:
                     graded.outcomes[name] = attempt(name, graded.answer, options)
                 else:
@@ -130,17 +130,17 @@ class RewardComputer:
         for outcome_key, outcome in outcomes:
             key, name = cast(tuple[Key, str], outcome_key)
             pending[key].outcomes[name] = outcome
-            if len(pending[key].outcomes) == len(self.rewards.weights):
+            if len(pending[key].outcomes) == len(self.settings.weights):
                 yield key, self._result(pending.pop(key))
 
     def _result(self, computed: Pending) -> RewardResult | None:
         """The weighted sum, or None where a reward failed and such answers are excluded."""
         parts: dict[str, float] = {}
-        for name in self.rewards.weights:  # whatever came first, so that sums are the same to the last bit
+        for name in self.settings.weights:  # whatever came first, so that sums are the same to the last bit
             outcome = computed.outcomes[name]
             if isinstance(outcome, float) and isfinite(outcome):
                 parts[name] = outcome
-            elif self.rewards.on_error == "exclude":
+            elif self.settings.on_error == "exclude":
                 self.excluded[name] += 1
                 return None
             else:
@@ -149,5 +149,5 @@ class RewardComputer:
                     f"the reward {name} failed on problem {computed.answer.problem.id}: {reason};"
                     " correct it, or leave such answers out with reward.on_error=exclude"
                 )
-        total = sum(weight * parts[name] for name, weight in self.rewards.weights.items())
+        total = sum(weight * parts[name] for name, weight in self.settings.weights.items())
         return RewardResult(total, parts, computed.answer.correct)
