@@ -31,8 +31,12 @@ def redact(text: str) -> str:
 
 def known_secrets() -> list[str]:
     """The values of environment variables whose names say that they are secret; a path is none, nor a short text."""
-    values = (value for name, value in os.environ.items() if SECRET_VARIABLE.search(name))
-    return [value for value in values if len(value) >= 8 and not value.startswith(("/", "~", "."))]
+    values = []
+    for name, value in os.environ.items():
+        is_path = value.startswith(("/", "~", "."))
+        if SECRET_VARIABLE.search(name) and len(value) >= 8 and not is_path:
+            values.append(value)
+    return values
 
 
 def is_secret(key: str, value: object) -> bool:

@@ -23,8 +23,8 @@ from dirl_cli.files import conf_dir
 from dirl_cli.models.load import SavedModel
 from dirl_cli.rl.reporting import why_without_signal
 from dirl_cli.rollout.storage import Record, read_rollout
-from dirl_cli.training.checkpoint import sha256
 from dirl_cli.training.logprobs import LogprobModel
+from dirl_cli.training.stored_checkpoint import sha256
 from dirl_cli.types import Problem, Trajectory
 from tests.helpers.rl_runs import (
     ARITHMETIC,

@@ -18,7 +18,7 @@ import torch
 from dirl_cli.cli.run_dir import open_run
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.grading import Grader
-from dirl_cli.training.checkpoint import complete_checkpoints, damage
+from dirl_cli.training.stored_checkpoint import complete_checkpoints, damage
 from tests.faults.faulty_reward import due
 from tests.faults.trials import SFT, TRACEBACK, Child, config, finished, result, save_random_model
 

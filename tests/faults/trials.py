@@ -19,7 +19,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.report.metrics_log import MetricsLog
-from dirl_cli.training.checkpoint import SUMS, complete_checkpoints
+from dirl_cli.training.stored_checkpoint import SUMS, complete_checkpoints
 
 DATA = (
     "data.train=40",

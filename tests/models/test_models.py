@@ -29,7 +29,7 @@ from dirl_cli.models.low_precision import inference_model
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from dirl_cli.models.tiny import Tiny, train_tokenizer
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.checkpoint import save_model
+from dirl_cli.training.export import save_model
 from dirl_cli.training.logprobs import trajectory_logprobs
 from tests.helpers.answers import slopes
 from tests.helpers.small import EXPERTS, MASK, PAD, SIZES, small_lm

@@ -22,7 +22,8 @@ from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM, SavedModel
 from dirl_cli.models.peft import LoraFinetune, trainable_parameters
-from dirl_cli.plan.memory import Memory, architecture
+from dirl_cli.plan.architecture import architecture
+from dirl_cli.plan.memory import Memory
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
 from dirl_cli.sft.validation import cross_entropy

@@ -26,10 +26,11 @@ from dirl_cli.hub import configured_repositories
 from dirl_cli.models.load import SavedModel
 from dirl_cli.models.sdar import SDARMoeConfig
 from dirl_cli.models.shapes import PUBLISHED, outline
+from dirl_cli.plan.architecture import Architecture, architecture
 from dirl_cli.plan.budget import Budget, Machine, halvings
 from dirl_cli.plan.duration import Duration, update_operations
 from dirl_cli.plan.forecast import UPDATE, rl_budget, update_knobs, worst_case_trajectory
-from dirl_cli.plan.memory import Architecture, Memory, MicroBatch, Parallelism, architecture, parallelism
+from dirl_cli.plan.memory import Memory, MicroBatch, Parallelism, parallelism
 from dirl_cli.rollout.engines import Lmdeploy, Native
 from dirl_cli.training.optim import Muon
 from dirl_cli.types import Decoding

@@ -25,20 +25,19 @@ from torch.distributed.tensor import DTensor
 from dirl_cli.errors import DirlError
 from dirl_cli.files import atomic_directory
 from dirl_cli.models.peft import trainable_parameters
-from dirl_cli.training.checkpoint import (
-    STATE,
+from dirl_cli.training.checkpoint import RunCheckpoints, require_measured
+from dirl_cli.training.export import save_model
+from dirl_cli.training.optim import AdamW, Muon
+from dirl_cli.training.shards import Shard, read_shards, write_shards
+from dirl_cli.training.stored_checkpoint import (
     SUMS,
-    RunCheckpoints,
     damage,
     find_checkpoint,
     load_checkpoint,
     optimizer_states,
-    require_measured,
     require_same_run,
-    save_model,
 )
-from dirl_cli.training.optim import AdamW, Muon
-from dirl_cli.training.shards import Shard, read_shards, write_shards
+from dirl_cli.types import STATE
 from tests.helpers.processes import run_together
 from tests.helpers.small import small_lm
 

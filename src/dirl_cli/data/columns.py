@@ -57,11 +57,10 @@ def rename_row(row: Row, columns: Mapping[str, str]) -> Row:
                 renamed_turns.append(turn)
         fields["messages"] = renamed_turns
 
-    notes = [
-        f"`{columns[name]}` is taken for `{name}`, and its own `{name}` is not read"
-        for name in dict.fromkeys(overwritten)
-    ]
-    return row._replace(fields=fields, notes=(*row.notes, *notes))
+    notes = list(row.notes)
+    for name in dict.fromkeys(overwritten):  # once, though all turns may have it
+        notes.append(f"`{columns[name]}` is taken for `{name}`, and its own `{name}` is not read")
+    return row._replace(fields=fields, notes=tuple(notes))
 
 
 def rename_fields(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -211,7 +210,9 @@ def single(answer: Any) -> Any:
             answer = json.loads(answer)
         except ValueError:
             return answer
-    return answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+    if isinstance(answer, list) and len(answer) == 1:
+        return answer[0]
+    return answer
 
 
 def problem(row: Row, default_id: str, setting: str = "data.columns=") -> Problem:
@@ -294,6 +295,6 @@ def summarize_notes(rows: Iterable[Row]) -> list[str]:
 
     lines = [f"{counted(n, 'row')}: {note} (first {first[note]})" for note, n in note_counts.items()]
     if unread_counts:
-        columns = ", ".join(f"{name} ({counted(n, 'row')})" for name, n in unread_counts.items())
-        lines.append(f"not read: {columns}; {example}")
+        columns = [f"{name} ({counted(n, 'row')})" for name, n in unread_counts.items()]
+        lines.append(f"not read: {', '.join(columns)}; {example}")
     return lines

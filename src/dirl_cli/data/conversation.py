@@ -53,10 +53,16 @@ def read_turn(location: str, message: dict) -> tuple[dict, list[str]]:
 
     # A role that nobody knows stays as it is written: the chat template may know it.
     lower = role.lower()
-    read_as = ROLES.get(lower, lower if lower in TEMPLATE_ROLES else role)
+    read_as = role
+    if lower in ROLES:
+        read_as = ROLES[lower]
+    elif lower in TEMPLATE_ROLES:
+        read_as = lower
     if read_as != role:
         notes.append(f"role {role} is read as {read_as}")
-    notes += [f"`{key}` of a turn is only for a chat template to read" for key in fields if key not in TURN_KEYS]
+    for key in fields:
+        if key not in TURN_KEYS:
+            notes.append(f"`{key}` of a turn is only for a chat template to read")
     return {**fields, "role": read_as, "content": content}, notes
 
 

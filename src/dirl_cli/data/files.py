@@ -79,12 +79,21 @@ class TrainingFile:
     def _splits(self) -> tuple[list[Row], list[Row]]:
         """The rows to train on and those held out, each in the file's order."""
         rows = rename_columns(read_rows(self.path, self.split, self.config), self.columns or {}, self.setting)
-        size = round(self.held_out * len(rows)) if self.held_out < 1 else int(self.held_out)
+        size = int(self.held_out)
+        if self.held_out < 1:
+            size = round(self.held_out * len(rows))
         if not 0 <= size < len(rows):
             raise DirlError(f"{self.path} has {len(rows)} rows, so {size} cannot be held out: lower data.held_out")
+
         held_out = set(Random(self.seed).sample(range(len(rows)), size))
-        training_rows = [row for i, row in enumerate(rows) if i not in held_out]
-        return training_rows, [rows[i] for i in sorted(held_out)]
+        training_rows: list[Row] = []
+        held_out_rows: list[Row] = []
+        for i, row in enumerate(rows):
+            if i in held_out:
+                held_out_rows.append(row)
+            else:
+                training_rows.append(row)
+        return training_rows, held_out_rows
 
 
 @dataclass(frozen=True)
@@ -98,14 +107,17 @@ class Mix:
         if not self.sources:
             raise DirlError("data.sources must name at least one file")
         named = [replace(source, name=source.name or source.path, setting="columns: ") for source in self.sources]
-        if len({source.name for source in named}) < len(named):
+        names = {source.name for source in named}
+        if len(names) < len(named):
             raise DirlError("two of data.sources go by the same name: give each a name=")
         object.__setattr__(self, "sources", named)
 
     def problems(self) -> list[Problem]:
         """The problems held out, of each file in turn."""
-        rounds = zip_longest(*(source.problems() for source in self.sources))
-        return [problem for problem in chain.from_iterable(rounds) if problem]
+        # One of each at a time, so that the first few, which is what a limit leaves, are of all files.
+        by_source = [source.problems() for source in self.sources]
+        in_turn = chain.from_iterable(zip_longest(*by_source))
+        return [problem for problem in in_turn if problem]
 
 
 def sources_of(data: Any) -> tuple[list[Source], list[float]]:

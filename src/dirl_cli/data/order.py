@@ -57,8 +57,11 @@ class MixtureOrder:
         shares = torch.tensor(self.weights, dtype=torch.double) / sum(self.weights)
         counts = torch.arange(1, LONGEST_ROUND + 1)[:, None] * shares  # (lengths, sources)
         is_exact = ((counts.round() - counts).abs() < 1e-6).all(1) & (counts > 0.5).all(1)  # (lengths,)
-        row = int(is_exact.nonzero()[0]) if is_exact.any() else -1
-        return torch.arange(len(shares)).repeat_interleave(counts[row].round().long().clamp(min=1))
+        row = -1
+        if is_exact.any():
+            row = int(is_exact.nonzero()[0])
+        repeats = counts[row].round().long().clamp(min=1)  # (sources,); a source of the smallest share comes up, too
+        return torch.arange(len(shares)).repeat_interleave(repeats)
 
     def _arranged(self, round_number: int) -> Tensor:
         """The source of each example of a round, as this round arranges them: (length,)."""
@@ -86,5 +89,7 @@ def epochs(order: MixtureOrder, names: Sequence[str], index: int) -> dict[str, f
 
     names: of the sources; where there is one, the metric does without.
     """
-    metrics = [f"epoch/{name}" for name in names] if len(names) > 1 else ["epoch"]
+    metrics = ["epoch"]
+    if len(names) > 1:
+        metrics = [f"epoch/{name}" for name in names]
     return dict(zip(metrics, order.epochs(index), strict=True))

@@ -27,15 +27,17 @@ def cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTraine
 
     All other tensors share their storage with the first. `recast` follows changes of the first.
     """
+    casts = {}
     with torch.inference_mode(False), torch.no_grad():  # `recast` writes to them outside too
-        cast = {
-            id(layer.weight): nn.Parameter(layer.weight.to(dtype), requires_grad=False)
-            for layer in model.modules()
-            if isinstance(layer, nn.Linear) and layer.weight.dtype.itemsize > dtype.itemsize
-        }
-    embedding = model.get_input_embeddings()  # whose weight may be the head's too
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and layer.weight.dtype.itemsize > dtype.itemsize:
+                casts[id(layer.weight)] = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+
+    # As in `inference_model`, deepcopy shares what is in its memo; of a weight that was cast it finds the cast there.
+    # The embedding is shared as a module, since its weight may be the head's too.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    second = copy.deepcopy(model, {**shared, **cast, id(embedding): embedding})
+    embedding = model.get_input_embeddings()
+    second = copy.deepcopy(model, {**shared, **casts, id(embedding): embedding})
     return second.eval()
 
 

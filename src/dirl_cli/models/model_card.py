@@ -67,7 +67,8 @@ def model_card(
     if decoding:
         sections["## Decoding"] = markdown_table(["", ""], [*decoding.items()])
     sections["## Use"] = usage(repository or ".", config)
-    sections["## Versions"] = ", ".join(f"{package} {installed(package) or 'of a checkout'}" for package in PACKAGES)
+    versions = [f"{package} {installed(package) or 'of a checkout'}" for package in PACKAGES]
+    sections["## Versions"] = ", ".join(versions)
     body = "\n\n".join(f"{heading}\n\n{text}" for heading, text in sections.items() if text)
     return f"---\n{header.to_yaml()}\n---\n\n{body}\n"
 
@@ -114,7 +115,9 @@ def inherited(base: str | None) -> dict[str, Any]:
     is_repository = list(repositories(base)) == [base]
     metadata = None
     with suppress(ValueError, YAMLError):  # a broken card is no reason to fail
-        file = try_to_load_from_cache(base, "README.md") if is_repository else Path(base, "README.md")
+        file: Any = Path(base, "README.md")
+        if is_repository:
+            file = try_to_load_from_cache(base, "README.md")  # without asking the Hub, which may be out of reach
         if isinstance(file, str | Path) and Path(file).is_file():
             metadata = metadata_load(file)
     settings = {key: value for key, value in (metadata or {}).items() if key in INHERITED}
@@ -139,7 +142,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     """Rows as a table of Markdown, each cell on one line."""
     lines = [header, ["---"] * len(header)]
     for row in rows:
-        lines.append([" ".join(format_setting(cell).replace("|", "\\|").split()) for cell in row])
+        cells = [format_setting(cell).replace("|", "\\|") for cell in row]
+        lines.append([" ".join(cell.split()) for cell in cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -149,7 +153,9 @@ def format_setting(value: object) -> str:
         kind = str(value.get("_target_", "")).rpartition(".")[2]
         settings = {key: inner for key, inner in value.items() if key != "_target_" and inner is not None}
         inside = ", ".join(f"{key}={format_setting(inner)}" for key, inner in settings.items())
-        return f"{kind}({inside})" if kind and inside else kind or inside
+        if kind and inside:
+            return f"{kind}({inside})"
+        return kind or inside
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(format_setting, value))}]"
     if isinstance(value, float):

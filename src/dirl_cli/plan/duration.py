@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dirl_cli.plan.memory import Architecture, MicroBatch
+from dirl_cli.plan.architecture import Architecture
+from dirl_cli.plan.memory import MicroBatch
 
 EFFICIENCY = 0.2  # of a large matrix product's speed, in a step with all that is not one
 SMALL = 10_000_000  # parameters of a model that the embedded one's recipe is for

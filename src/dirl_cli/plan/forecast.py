@@ -15,6 +15,7 @@ from dirl_cli.diffusion.masking import Masking, example, noised_strip
 from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.models.peft import FullFinetune, Peft
+from dirl_cli.plan.architecture import architecture
 from dirl_cli.plan.budget import Budget, Machine, Settings, halvings
 from dirl_cli.plan.duration import SMALL, Duration, sampling_operations, update_operations
 from dirl_cli.plan.memory import (
@@ -22,7 +23,6 @@ from dirl_cli.plan.memory import (
     Bytes,
     Memory,
     MicroBatch,
-    architecture,
     largest_micro_batch,
     logit_bytes,
     parallelism,

@@ -9,20 +9,13 @@ two the forward computes in; other factors count tensors of one shape, which the
 """
 
 import math
-from contextlib import suppress
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-
 from dirl_cli.diffusion.layout import Strip
-from dirl_cli.models.peft import FullFinetune, Peft, trainable_parameters
+from dirl_cli.plan.architecture import Architecture
 from dirl_cli.rollout.forward_gpu import PREFILL
 from dirl_cli.text import counted
 from dirl_cli.training.logprobs import tokens_at_once
-from dirl_cli.training.optim import Optim
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding
 
 Bytes = dict[str, int]
@@ -51,102 +44,6 @@ def logit_bytes(decoding: Decoding) -> int:
 def to_whole_blocks(tokens: int, block_size: int) -> int:
     """The least multiple of `block_size` that is not below `tokens`."""
     return math.ceil(tokens / block_size) * block_size
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a model's memory depends on.
-
-    vocabulary_parameters, layer_parameters: in embedding and head, and in all else, without an adapter.
-    trained: parameters with a gradient. weight_bytes: of all of them, as they are kept. merged_bytes: of the weights
-    that a sampler has instead of adapted ones. state_bytes: of its optimizer.
-    queries, keys: heads × head_dim. inner: the MLP's width, or that of all `experts` a token goes to (0: there are
-    none).
-    """
-
-    vocabulary_parameters: int
-    layer_parameters: int
-    trained: int
-    weight_bytes: int
-    merged_bytes: int
-    state_bytes: int
-    vocabulary: int
-    layers: int
-    hidden: int
-    queries: int
-    keys: int
-    inner: int
-    experts: int
-
-    @property
-    def parameters(self) -> int:
-        return self.vocabulary_parameters + self.layer_parameters
-
-    @property
-    def is_full_finetune(self) -> bool:
-        """Whether all parameters are trained."""
-        return self.trained == self.parameters
-
-
-def architecture(
-    config: PreTrainedConfig, optim: Optim, peft: Peft = FullFinetune(), dtype: torch.dtype = torch.float32
-) -> Architecture:
-    """Count a model's parameters and its optimizer's states, on tensors without storage.
-
-    dtype: of the weights as they are kept.
-    """
-    # Shapes alone: a model of any size takes no memory here.
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        peft.adapt(model)
-
-    # An optimizer is built and stepped, so that whatever states it has are counted.
-    with FakeTensorMode():
-        use_fake_parameters(model)
-        state_bytes = optimizer_bytes(model, optim)
-        ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # one where they are tied
-        vocabulary_parameters = sum(weight.numel() for weight in ends)
-
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    experts = getattr(config, "num_experts_per_tok", 0)
-    return Architecture(
-        vocabulary_parameters=vocabulary_parameters,
-        layer_parameters=parameters - vocabulary_parameters,
-        trained=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
-        weight_bytes=peft.weight_bytes(model),
-        merged_bytes=peft.merged_bytes(model),
-        state_bytes=state_bytes,
-        vocabulary=config.vocab_size,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        queries=config.num_attention_heads * head_dim,
-        keys=config.num_key_value_heads * head_dim,
-        inner=experts * config.moe_intermediate_size if experts else config.intermediate_size,
-        experts=experts,
-    )
-
-
-def use_fake_parameters(model: nn.Module) -> None:
-    """Replace parameters on `meta` by fake ones that say they are on a CPU, where optimizers can step them."""
-    fakes = {p: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in model.parameters()}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, fakes[parameter])
-
-
-def optimizer_bytes(model: PreTrainedModel, optim: Optim) -> int:
-    """Bytes of an optimizer's states, which its first step makes. The parameters have to be fake ones."""
-    for parameter in trainable_parameters(model).values():
-        parameter.grad = torch.empty_like(parameter)
-
-    total = 0
-    for optimizer in optim.build(model):
-        with suppress(RuntimeError):  # one that looks at values finds none, but has made its states by then
-            optimizer.step()
-        for states in optimizer.state.values():
-            total += sum(state.nbytes for state in states.values() if isinstance(state, Tensor))
-    return total
 
 
 @dataclass(frozen=True)
@@ -312,8 +209,12 @@ class Memory:
         # the hidden states between layers, in fp32 where the embedding is
         number = 4 if self.model.is_full_finetune else self.value
         between = number * self.model.hidden * tokens
-        of_layer = between if self.checkpointing else tokens * self.layer()
-        mask = self.value * tokens * width if self.dense else 0
+        of_layer = tokens * self.layer()
+        if self.checkpointing:  # a layer keeps what comes in, and computes the rest again
+            of_layer = between
+        mask = 0
+        if self.dense:  # a row's tokens by its tokens
+            mask = self.value * tokens * width
         return self.model.layers * of_layer + 2 * between + mask
 
     def layer(self) -> int:
@@ -330,9 +231,11 @@ class Memory:
             heads += value * (model.queries + model.keys)
 
         # what goes from the norms to five linear layers, each of which casts it for itself under autocast
-        linear_inputs = 5 * 2 * model.hidden if self.bf16 else 2 * 4 * model.hidden
-        if self.bf16 and not model.is_full_finetune:
-            linear_inputs += value * model.queries  # to the output projection's factors, cast up by PEFT and down again
+        linear_inputs = 2 * 4 * model.hidden
+        if self.bf16:
+            linear_inputs = 5 * 2 * model.hidden
+            if not model.is_full_finetune:  # to the output projection's factors, cast up by PEFT and down again
+                linear_inputs += value * model.queries
 
         # rotated queries, keys, values, what comes out; under a dense mask keys and values stand once per query head
         attention = value * (2 * model.queries + 2 * model.keys)
@@ -382,11 +285,13 @@ class Memory:
         """Bytes of parameters and gradients that a process has gathered from the others at a time."""
         if not self.parallelism.gathers:
             return 0
-        two_layers = 2 * self.model.layer_parameters // self.model.layers
         # FSDP2 gathers the next layer while it computes one, and both layers' gradients are whole until reduced.
-        at_once = self.model.vocabulary_parameters + two_layers
-        parameters = self.model.parameters if self.parallelism.keeps_gathered else at_once
-        return 4 * at_once + 4 * parameters
+        two_layers = 2 * self.model.layer_parameters // self.model.layers
+        gradients = self.model.vocabulary_parameters + two_layers
+        parameters = gradients
+        if self.parallelism.keeps_gathered:
+            parameters = self.model.parameters
+        return 4 * gradients + 4 * parameters
 
     # Sampling
 
@@ -396,7 +301,6 @@ class Memory:
         slots: answers at once. prompt: tokens of the longest prompt. longest: also of its answer.
         """
         model = self.model
-        gathers = self.parallelism.gathers
         length = to_whole_blocks(longest, block_size)
         entering = prompt + block_size
         # a token that enters: the MLP, or attention with keys and values once per query head
@@ -411,9 +315,13 @@ class Memory:
             attention = 8 * length * model.queries  # keys and values once per query head, all that are cached
             busiest = slots * max(prefill, attention, self.drawing(block_size, decoding))
 
-        sampler_copy = self.sampler_copy() if gathers or self.copy_stays else 0
-        copies = self.linear_copies() if self.cuda and not gathers else 0  # instead of a cast in every forward
-        cache = slots * length * model.layers * 2 * model.keys * self.value
+        # A sampler on a GPU keeps casts of the linear weights, instead of casting in every forward.
+        sampler_copy = copies = 0
+        if self.parallelism.gathers or self.copy_stays:
+            sampler_copy = self.sampler_copy()
+        if self.cuda and not self.parallelism.gathers:
+            copies = self.linear_copies()
+        cache = slots * length * model.layers * 2 * model.keys * self.value  # keys and values
         return self.resident() | {
             "sampler's copy": sampler_copy,
             "bf16 copies": copies,

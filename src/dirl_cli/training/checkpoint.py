@@ -1,19 +1,9 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
+"""The checkpoints of a run: when its best is, which of them stay, written whole or not at all, also in background.
 
-What is random depends on the seed and the step alone, so that parameters, optimizer states and the step are all
-there is to keep, and what a command wants to remember besides. Where the model is sharded, every process writes what
-it holds; any number of processes reads any checkpoint.
-
-    checkpoints/step-000012/
-        model.safetensors       trained parameters in fp32, or model-00001-of-00002.safetensors, … where sharded
-        optimizer.safetensors   states by parameter, such as layers.0.weight.exp_avg; likewise
-        state.json              step, optimizers, measured metrics, and what the command remembers
-        SHA256SUMS              of the files above, written last
+What is in one, and how it is read, is in stored_checkpoint.py.
 """
 
-import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,22 +17,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.files import atomic_directory, partial_path, remove, sync, writing
-from dirl_cli.models.load import DiffusionLM, pick_dtype
 from dirl_cli.models.peft import trainable_parameters
-from dirl_cli.training.shards import Shard, read_shards, stored_shapes, write_shards
+from dirl_cli.training.shards import Shard, write_shards
+from dirl_cli.training.stored_checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    SUMS,
+    Optimizers,
+    complete_checkpoints,
+    damage,
+    find_checkpoint,
+    optimizer_names,
+    optimizer_states,
+    sha256,
+)
 from dirl_cli.types import STATE
 
-MODEL = "model"
-OPTIMIZER = "optimizer"
-SUMS = "SHA256SUMS"  # written last; `sha256sum --check` reads it too
-FORMER = {"beside": "base_fingerprint", "began_as": "base_fingerprint"}  # what keys of a state.json were once called
-UNSHARDED_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
-Optimizers = Sequence[torch.optim.Optimizer]
 Files = dict[str, dict[str, Shard]]  # what a process writes: tensors by name, by the name of their file
 
 
@@ -69,7 +63,9 @@ class RunCheckpoints:
         self._in_background = in_background
         self._pending_write: Future[None] | None = None
         # The thread's own group, so that its messages do not get between the training's.
-        self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._group = None
+        if accelerator.num_processes > 1:
+            self._group = torch.distributed.new_group(backend="gloo")
         if accelerator.is_main_process:
             for unfinished in directory.glob(".step-*"):  # by a crash
                 shutil.rmtree(unfinished)
@@ -109,6 +105,7 @@ class RunCheckpoints:
         records = [self._record_of(path) for path in checkpoints if path not in damaged]
         self._record = max((record for record in records if record is not None), default=None)
 
+        # What this run saved itself comes before what `resume` names, so that the same command goes on after a stop.
         if latest is None:
             latest = find_checkpoint(resume)
             if latest and self._is_damaged(latest, damaged):
@@ -117,7 +114,9 @@ class RunCheckpoints:
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
         """Whether the metric that tells the best is here, and better than in every checkpoint."""
-        best_so_far = self._record[0] if self._record else -inf
+        best_so_far = -inf
+        if self._record:
+            best_so_far, _ = self._record
         return self._goodness(metrics) > best_so_far
 
     def save(
@@ -130,11 +129,14 @@ class RunCheckpoints:
         self.wait()
         if self.is_best(metrics):
             self._record = self._goodness(metrics), -step
-        measured = {name: metrics[name] for name in [self.best] if name and name in metrics}
+        measured = {}
+        if self.best and self.best in metrics:
+            measured[self.best] = metrics[self.best]
         state = {"step": step, "optimizers": optimizer_names(optimizers), "measured": measured, **remembered}
         files = self._own_files(MODEL, trainable_parameters(model))
         files |= self._own_files(OPTIMIZER, optimizer_states(model, optimizers))
 
+        # Training goes on to change the tensors while a thread writes: it writes copies.
         path = self.directory / f"step-{step:06d}"
         if self._in_background:
             copies = {}
@@ -168,7 +170,9 @@ class RunCheckpoints:
         if is_sharded:
             number = f"{self.accelerator.process_index + 1:05d}-of-{self.accelerator.num_processes:05d}"
             return {f"{kind}-{number}.safetensors": own}
-        return {f"{kind}.safetensors": own} if is_main else {}
+        if is_main:
+            return {f"{kind}.safetensors": own}
+        return {}
 
     def _write(self, path: Path, files: Files, state: Mapping[str, Any]) -> None:
         """Write all processes' files into one directory, which gets its name when the last is on the disk."""
@@ -179,14 +183,18 @@ class RunCheckpoints:
             sums = self._write_files(partial, files)
             (partial / STATE).write_text(json.dumps(state) + "\n")
             sums[STATE] = sha256(partial / STATE)
-            (partial / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+            lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
+            (partial / SUMS).write_text("".join(lines))
         self._drop_old()
 
     def _drop_old(self) -> None:
         """Remove all but the last `keep` checkpoints and the best one."""
         if self.keep == 0:
             return
-        best = self.directory / f"step-{-self._record[1]:06d}" if self._record else None
+        best = None
+        if self._record:
+            _, minus_step = self._record
+            best = self.directory / f"step-{-minus_step:06d}"
         for path in complete_checkpoints(self.directory)[: -self.keep]:
             if path != best:
                 remove(path)
@@ -231,9 +239,10 @@ class RunCheckpoints:
     def _is_damaged(self, path: Path, reasons: dict[Path, str]) -> bool:
         """Whether a checkpoint is damaged, with the reason noted. Each process looks at its share of the files."""
         accelerator = self.accelerator
-        own = [damage(path, accelerator.process_index, accelerator.num_processes)]
-        every = gather_object(own) if accelerator.num_processes > 1 else own
-        damages = [reason for reason in every if reason]
+        findings = [damage(path, accelerator.process_index, accelerator.num_processes)]
+        if accelerator.num_processes > 1:
+            findings = gather_object(findings)
+        damages = [reason for reason in findings if reason]
         if damages:
             reasons[path] = damages[0]
         return bool(damages)
@@ -241,9 +250,11 @@ class RunCheckpoints:
     def _goodness(self, metrics: Mapping[str, float]) -> float:
         """The metric that decides which checkpoint is best, the higher the better; -inf where it is not finite."""
         value = metrics.get(self.best or "", nan)
+        if not isfinite(value):
+            return -inf
         if self.best and "loss" in self.best:
-            value = -value
-        return value if isfinite(value) else -inf
+            return -value
+        return value
 
     def _record_of(self, path: Path) -> tuple[float, int] | None:
         """How good a checkpoint is, if that was measured, and minus its step, so that the first of equals is best."""
@@ -258,161 +269,3 @@ def require_measured(best: str | None, measured: Collection[str]) -> None:
     """Refuse to keep the best by what this run does not measure."""
     if best and best not in measured:
         raise DirlError(f"keep_best={best} is not measured in this run: {did_you_mean(best, measured)}")
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint remembers: `step`, `command`, `base_fingerprint` and what else its command wants to know.
-
-    Checkpoints of earlier versions did not name their command: those of `dirl rl` count `updates`.
-    """
-    stored = json.loads((path / STATE).read_text())
-    state = {FORMER.get(key, key): value for key, value in stored.items()}
-    return {"command": "rl" if "updates" in state else "sft", **state}
-
-
-def require_same_run(path: Path, command: str, base_fingerprint: str | None) -> None:
-    """Refuse to go on from a checkpoint of the other command, or of a run that started from other weights.
-
-    base_fingerprint: of the weights this run starts from, where it needs them besides those in the checkpoint, such as
-    under an adapter or as a reference; else None.
-    """
-    state = read_state(path)
-    if state["command"] != command:
-        raise DirlError(
-            f"{path} is a checkpoint of `dirl {state['command']}`, which `dirl {command}` cannot resume:"
-            f" to start from its weights, give model={path}"
-        )
-    if base_fingerprint not in (None, state["base_fingerprint"]):
-        raise DirlError(
-            f"the base model's weights differ from those that the run of {path} started from:"
-            " restore them, or start a new run with another name="
-        )
-
-
-def load_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
-    """Put a good checkpoint into the model and its optimizers; returns `step` and what else was remembered.
-
-    Raises DirlError where it is one of another model or of other optimizers.
-    """
-    state = read_state(path)
-    writers = " and ".join(state["optimizers"])
-    readers = " and ".join(optimizer_names(optimizers))
-    if writers != readers:
-        raise DirlError(f"{path} was written by {writers}, not {readers}: give the optim= of its run")
-    parameters = trainable_parameters(model)
-    read_shards(checkpoint_files(path, MODEL), parameters)
-
-    # An optimizer without steps has no states yet: make empty ones, read into them, then hand them over.
-    files = checkpoint_files(path, OPTIMIZER)
-    states = empty_states(stored_shapes(files), parameters)
-    tensors = {}
-    for name, values in states.items():
-        for key, value in values.items():
-            tensors[f"{name}.{key}"] = value
-    read_shards(files, tensors)
-
-    name_of = {parameter: name for name, parameter in parameters.items()}
-    for optimizer in optimizers:
-        # Rates and betas are the configuration's, states the checkpoint's. A state dict numbers the parameters.
-        groups = optimizer.state_dict()["param_groups"]
-        by_number = {}
-        for numbered, group in zip(groups, optimizer.param_groups, strict=True):
-            for number, parameter in zip(numbered["params"], group["params"], strict=True):
-                name = name_of[parameter]
-                if name in states:
-                    by_number[number] = states[name]
-        optimizer.load_state_dict({"state": by_number, "param_groups": groups})
-    return state
-
-
-def empty_states(shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors for optimizer states by parameter and key, sharded as their parameter where they have its shape.
-
-    shapes: by parameter and key, such as `layers.0.weight.exp_avg`.
-    """
-    states: dict[str, dict[str, Tensor]] = {}
-    for full_name, shape in shapes.items():
-        name, key = full_name.rsplit(".", 1)
-        parameter = parameters[name].detach()
-        empty = torch.empty_like(parameter) if shape == parameter.shape else torch.empty(shape)
-        states.setdefault(name, {})[key] = empty
-    return states
-
-
-def checkpoint_files(path: Path, kind: str) -> list[Path]:
-    """The safetensors files of a checkpoint. kind: MODEL or OPTIMIZER."""
-    return sorted(path.glob(f"{kind}*.safetensors"))
-
-
-def find_checkpoint(resume: str) -> Path | None:
-    """The checkpoint that `resume` names: itself or the last of its run's directory; none for auto and never."""
-    if resume in ("auto", "never"):
-        return None
-    path = Path(resume).expanduser()
-    if (path / STATE).exists():
-        return path
-    checkpoints = complete_checkpoints(path / "checkpoints")
-    if not checkpoints:
-        raise DirlError(f"{path} holds no checkpoint: give resume= a directory that holds {STATE}, or that of a run")
-    return checkpoints[-1]
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in `directory` by step; what a crash left half-written has another name."""
-    with_files = {path.parent for path in directory.glob("step-*/*")}
-    checkpoints = [path for path in with_files if step_digits(path).isdigit()]
-    return sorted(checkpoints, key=lambda path: int(step_digits(path)))
-
-
-def step_digits(path: Path) -> str:
-    return path.name.removeprefix("step-")
-
-
-def damage(path: Path, reader: int = 0, readers: int = 1) -> str | None:
-    """Why a checkpoint is not as it was written, in a few words. Each of several readers looks at some of its files."""
-    lines = []
-    if (path / SUMS).is_file():
-        lines = (path / SUMS).read_text(errors="replace").splitlines()
-    sums = []
-    for line in lines:
-        match = re.fullmatch(r"(\w{64})  ([\w.-]+)", line)
-        if match is None:
-            return f"{SUMS} is missing or damaged"
-        sums.append((match[1], match[2]))
-    if STATE not in {name for _, name in sums}:
-        return f"{SUMS} is missing or damaged"
-
-    for digest, name in sums[reader::readers]:
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if sha256(path / name) != digest:
-            return f"{name} is not what {SUMS} says"
-    return None
-
-
-def save_model(lm: DiffusionLM, dtype: str, directory: Path, card: str, accelerator: Accelerator) -> None:
-    """Write the trained model in the published layout, its weights as `dtype`, which they keep from now on."""
-    nn.Module.to(lm.model, dtype=pick_dtype(dtype, str(lm.device)))
-    state: Any = get_model_state_dict(lm.model, options=UNSHARDED_ON_CPU)
-    if accelerator.is_main_process:
-        lm.save(directory, card, state)
-    accelerator.wait_for_everyone()
-
-
-def optimizer_states(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """The optimizers' states by parameter and key, such as `layers.0.weight.exp_avg`."""
-    states = {}
-    for name, parameter in trainable_parameters(model).items():
-        for optimizer in optimizers:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                states[f"{name}.{key}"] = value
-    return states
-
-
-def optimizer_names(optimizers: Optimizers) -> list[str]:
-    return [type(optimizer).__name__ for optimizer in optimizers]
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.load import DiffusionLM, pick_dtype
 from dirl_cli.models.model_card import adapter_card, model_card
 from dirl_cli.models.peft import Peft
 from dirl_cli.models.save import push
@@ -15,8 +17,9 @@ from dirl_cli.report.metrics_log import metric_curves
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.text import shell_word
-from dirl_cli.training.checkpoint import save_model
 from dirl_cli.types import Decoding
+
+UNSHARDED_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 def export_model(
@@ -35,26 +38,60 @@ def export_model(
 
     What `peft` trained beside the weights is saved in `run`/adapter, too.
     """
-    repository, saved, base = settings["push_to_hub"], run / "model", settings["model"].get("path")
-    chosen = {name: settings[name] for name in recipe}
+    base = settings["model"].get("path")
+    shown_settings = {name: settings[name] for name in recipe}
     if accelerator.is_main_process:
-        merged_first = settings["model"].get("adapter")
-        told = f"{summary} It stands beside {base} with {merged_first} merged into it." if merged_first else summary
-        beside = settings["model"] if base and not merged_first else None
-        readme = adapter_card(settings["name"], told, beside, chosen)
-        peft.save(lm, run / "adapter", base if beside else None, readme)
+        save_adapter(lm, peft, run / "adapter", summary, settings, shown_settings)
+
+    repository = settings["push_to_hub"]
     card = model_card(
         settings["name"],
         repository,
         summary,
         base,
-        chosen,
+        shown_settings,
         metric_curves(run / "metrics.jsonl", panels),
         asdict(decoding) | {"block_size": lm.block_size, "mask_token_id": lm.mask_token_id},
         lm.model.config,
     )
-    where = "cpu" if accelerator.is_main_process else "meta"  # one process saves
-    save_model(peft.merged(lm, where), settings["dtype"], saved, card, accelerator)
+
+    # Where the weights are sharded all processes give theirs, but one saves: the others need no memory for them.
+    saved = run / "model"
+    device = "cpu" if accelerator.is_main_process else "meta"
+    save_model(peft.merged(lm, device), settings["dtype"], saved, card, accelerator)
     progress.print_line(f"the model is in {saved}: run `dirl eval {shell_word('model', saved)}`")
     if repository and accelerator.is_main_process:
         progress.print_line(f"and at {push(saved, repository)}")
+
+
+def save_adapter(
+    lm: DiffusionLM,
+    peft: Peft,
+    directory: Path,
+    summary: str,
+    settings: Mapping[str, Any],
+    shown_settings: Mapping[str, Any],
+) -> None:
+    """Save what `peft` trained beside the weights, if anything, with a card. shown_settings: those that the card shows.
+
+    The adapter names the base model that it is loaded onto, unless that was changed before training: weights with
+    another adapter merged into them have no name.
+    """
+    model = settings["model"]
+    base = model.get("path")
+    merged_first = model.get("adapter")
+    if merged_first:
+        summary = f"{summary} It stands beside {base} with {merged_first} merged into it."
+    if not base or merged_first:
+        peft.save(lm, directory, None, adapter_card(settings["name"], summary, None, shown_settings))
+    else:
+        peft.save(lm, directory, base, adapter_card(settings["name"], summary, model, shown_settings))
+
+
+def save_model(lm: DiffusionLM, dtype: str, directory: Path, card: str, accelerator: Accelerator) -> None:
+    """Write the trained model in the published layout, its weights as `dtype`, which they keep from now on."""
+    nn.Module.to(lm.model, dtype=pick_dtype(dtype, str(lm.device)))
+    state: Any = get_model_state_dict(lm.model, options=UNSHARDED_ON_CPU)
+    if accelerator.is_main_process:
+        lm.save(directory, card, state)
+    accelerator.wait_for_everyone()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +65,12 @@ def adamw(
     """AdamW with weight decay on matrices only; a group without parameters is left out."""
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True
-    )
+    groups: list[dict[str, Any]] = []
+    if matrices:
+        groups.append({"params": matrices, "weight_decay": weight_decay})
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
 
 
 def layer_matrices(model: PreTrainedModel) -> list[Tensor]:
@@ -129,7 +131,9 @@ def warmup_remark(schedule: Schedule, steps: int) -> str | None:
 
 def warmup_steps(warmup: float, steps: int) -> int:
     """How many steps the warm-up takes: a number below 1 is a fraction of the run, any other a number of steps."""
-    return round(warmup * steps) if warmup < 1 else int(warmup)
+    if warmup < 1:
+        return round(warmup * steps)
+    return int(warmup)
 
 
 def rise(step: int, warmup: int) -> float:

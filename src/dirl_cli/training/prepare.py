@@ -54,6 +54,8 @@ class Reader:
             return TokenTable.of([])
         tokenizer = self.lm.require_tokenizer()
         self._warn_of_unknown_turn_end(tokenizer)
+
+        # One process tokenises, and the others read what it wrote.
         answered = [row for row in rows if has_answer(row.fields)]
         file = tokens_file(tokenizer, answered, self.instruction)
         remark = ", tokenised before" if file.exists() else ""
@@ -68,7 +70,8 @@ class Reader:
         limit = f"max_tokens={longest}" if longest == self.max_tokens else f"the model's {longest} positions"
         left_out = {"answer nothing": len(rows) - len(answered), f"are longer than {limit}": len(tokens) - len(fitting)}
         summary = f"{len(fitting):,} {kind}, {fitting.lengths.sum():,} tokens{remark}"
-        self._say(summary, len(rows), left_out, int(max(tokens.lengths, default=0)), summarize_notes(rows))
+        longest_row = int(max(tokens.lengths, default=0))
+        self._say(summary, len(rows), left_out, longest_row, summarize_notes(rows))
         return fitting
 
     def problems(self, kind: str, problems: Sequence[Problem], remarks: Sequence[str] = ()) -> Questions:
@@ -77,19 +80,26 @@ class Reader:
         with self.progress.working(f"tokenising {len(answered):,} {kind}"):
             prompts = encode_questions(self.lm.require_tokenizer(), answered, self.instruction)
 
+        # A prompt has to leave room for an answer among the model's positions.
         capacity = self.lm.longest_prompt
         longest = min(self.max_prompt_tokens or capacity, capacity)
         limit = f"rl.max_prompt_tokens={longest}"
         if longest == capacity:
             limit = f"the {capacity} tokens there is room for"
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
+        fitting = Questions([], [])
+        for problem, prompt in zip(answered, prompts, strict=True):
+            if len(prompt) <= longest:
+                fitting.problems.append(problem)
+                fitting.prompts.append(prompt)
+
         left_out = {
             "have no answer": len(problems) - len(answered),
-            f"have prompts longer than {limit}": len(answered) - len(fitting),
+            f"have prompts longer than {limit}": len(answered) - len(fitting.problems),
         }
         if problems:
-            self._say(f"{len(fitting):,} {kind}", len(problems), left_out, max(map(len, prompts), default=0), remarks)
-        return Questions([answered[i] for i in fitting], [prompts[i] for i in fitting])
+            longest_prompt = max(map(len, prompts), default=0)
+            self._say(f"{len(fitting.problems):,} {kind}", len(problems), left_out, longest_prompt, remarks)
+        return fitting
 
     def _warn_of_unknown_turn_end(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Warn where sampling would not stop at the token that answers are learned to end in."""
@@ -106,18 +116,22 @@ class Reader:
         left_out: how many, by the reason, in words. longest: tokens of the longest row, 0 where that is not known.
         """
         reasons = [f"{n:,} left out that {why}" for why, n in left_out.items() if n]
-        share = sum(left_out.values()) / count
         self.progress.print_line("; ".join([summary, *reasons]))
+
+        share = sum(left_out.values()) / count
         if share > LARGE_SHARE:
-            tokens = f"; the longest has {longest:,} tokens" if longest else ""
-            self.progress.warn(f"warning: {share:.0%} of {count:,} rows are not learned from{tokens}")
+            warning = f"warning: {share:.0%} of {count:,} rows are not learned from"
+            if longest:
+                warning += f"; the longest has {longest:,} tokens"
+            self.progress.warn(warning)
         for remark in remarks:
             self.progress.print_line(f"  {remark}")
 
 
 def fingerprint_of(sources: Sequence[TokenTable | Questions]) -> str:
     """A SHA-256 that changes with anything that a run learns from."""
-    return hashlib.sha256("".join(source.digest for source in sources).encode()).hexdigest()
+    digests = "".join(source.digest for source in sources)
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def require_same_data(name: str, began_with: str, now: str) -> None:
@@ -131,6 +145,10 @@ def require_same_data(name: str, began_with: str, now: str) -> None:
 
 def has_answer(row: dict) -> bool:
     """Whether there is an answer in a demonstration."""
-    messages = [message for message in row.get("messages", ()) if message["role"] == "assistant"]
-    texts = [message["content"] for message in messages] or [row.get("response", "")]
-    return any(map(str.strip, texts)) or any(message.get("tool_calls") for message in messages)
+    if "messages" not in row:
+        return bool(row.get("response", "").strip())
+    for message in row["messages"]:
+        # The call of a tool is an answer, too: its text may be empty.
+        if message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls")):
+            return True
+    return False

@@ -14,9 +14,10 @@ from dirl_cli.errors import Interrupted
 from dirl_cli.report.metrics_log import MetricsLog, NoLog
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress, due
-from dirl_cli.training.checkpoint import RunCheckpoints, load_checkpoint, require_same_run
+from dirl_cli.training.checkpoint import RunCheckpoints
 from dirl_cli.training.prepare import require_same_data
 from dirl_cli.training.stop_signal import StopSignal
+from dirl_cli.training.stored_checkpoint import load_checkpoint, require_same_run
 from dirl_cli.training.trainer import Trainer
 
 Metrics = dict[str, float]

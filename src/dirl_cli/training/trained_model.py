@@ -11,8 +11,8 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merge_adapter
 from dirl_cli.models.load import DiffusionLM, pick_device, pick_dtype
 from dirl_cli.models.peft import trainable_parameters
-from dirl_cli.training.checkpoint import MODEL, checkpoint_files
 from dirl_cli.training.shards import read_shards
+from dirl_cli.training.stored_checkpoint import MODEL, checkpoint_files
 
 
 @dataclass(frozen=True)
