@@ -11,6 +11,7 @@ from itertools import islice, product
 from pathlib import Path
 
 from dirl_cli.reward.grading import Grader
+from dirl_cli.types import Problem
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 BENCHES = ("MATH500", "GSM8K", "AIME2024", "AIME2025", "OlympiadBench")
@@ -39,8 +40,8 @@ def main() -> None:
         print(f"| {count:,} | {workers} | {seconds:.1f} | {count / seconds:,.0f} | {shares} |", flush=True)
 
 
-def answers(count: int) -> tuple[list[tuple[int, str, str]], list[bool | None]]:
-    """(key, gold, completion) of each, and whether it is right; None for a neighbour's whose text is the same."""
+def answers(count: int) -> tuple[list[tuple[int, Problem, str]], list[bool | None]]:
+    """(key, problem, completion) of each, and whether it is right; None for a neighbour's whose text is the same."""
     golds = [row["ground_truth_answer"] for name in BENCHES for row in json.loads((DATA / f"{name}.json").read_text())]
     made = (
         (
@@ -53,7 +54,9 @@ def answers(count: int) -> tuple[list[tuple[int, str, str]], list[bool | None]]:
         for given in (gold, neighbour)
     )
     chosen = list(islice(made, count))
-    return [(key, gold, text) for key, (gold, text, _) in enumerate(chosen)], [right for _, _, right in chosen]
+    return [(key, Problem("", "", gold), text) for key, (gold, text, _) in enumerate(chosen)], [
+        right for _, _, right in chosen
+    ]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.storage import Record, from_json, read_rollout, to_json, write_rollout
 from dirl_cli.text import escape_controls, redact
 from dirl_cli.types import Decoding, Problem, Trajectory
+from tests.helpers.asked import asked
 
 settings.register_profile(
     "same", derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)
@@ -240,9 +241,9 @@ def test_numbers_are_equal_in_either_order(top, bottom, other):
 @settings(max_examples=25)
 @given(some.lists(some.tuples(maths, maths), max_size=3))
 def test_grading_reaches_a_verdict_on_anything(grader, pairs):
-    items = [(i, gold, rf"so \boxed{{{answer}}}") for i, (gold, answer) in enumerate(pairs)]
+    items = [(i, asked(gold), rf"so \boxed{{{answer}}}") for i, (gold, answer) in enumerate(pairs)]
     verdicts = dict(grader.grade(items))
-    assert verdicts.keys() == set(range(len(pairs))) and set(verdicts.values()) <= {True, False}
+    assert verdicts.keys() == set(range(len(pairs))) and set(verdicts.values()) <= {0.0, 1.0}
 
 
 @given(some.text(alphabet=r"\boxed{} 5", max_size=60))

@@ -1,7 +1,7 @@
 """Dataclasses that several rooms exchange: plain values that a test can write by hand and another process can send."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import Count, Natural, NotNegative, OneOf, Seed, SomeShare, require_fields
@@ -20,6 +20,8 @@ class Problem:
     """A question with a verifiable answer; `id` is unique in its source, `subset` a label to report apart.
 
     system: what stands before the question as a system turn.
+    verifier: how answers are verified, a name of reward/verifiers.py. details: what that needs besides `answer`, which
+    is one right answer; values of JSON.
     """
 
     id: str
@@ -27,6 +29,8 @@ class Problem:
     answer: str
     subset: str = ""
     system: str = ""
+    verifier: str = "math"
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 
 from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.metrics import majority, measure, measure_subsets, pass_at, standard_error, wilson_interval
+from dirl_cli.evaluation.report import metric_cells
 from dirl_cli.types import Problem
 
 ANSWER = GradedAnswer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
@@ -130,6 +131,27 @@ def test_problems_may_have_different_numbers_of_answers() -> None:
 def test_of_answers_that_are_only_text_no_speed_is_known() -> None:
     metrics = measure([replace(ANSWER, length=0, tokens=0, denoise_forwards=0, forwards=0, seconds=0.0)])
     assert metrics.length is metrics.truncated is metrics.tokens_per_forward is metrics.tokens_per_second is None
+
+
+def test_credit_is_the_mean_over_problems_where_every_answer_was_given_some() -> None:
+    credits = {"a": [1.0, 0.5], "b": [0.25]}
+    partly = [
+        replace(ANSWER, problem=name, sample=i, credit=c) for name in credits for i, c in enumerate(credits[name])
+    ]
+    assert measure(partly).credit == 0.5
+    assert measure([*partly, ANSWER]).credit is None
+
+
+def test_credit_is_shown_where_it_is_not_the_accuracy() -> None:
+    whole = replace(ANSWER, correct=True, credit=1.0)
+    assert metric_cells(measure([whole, replace(ANSWER, problem="b", credit=0.5)]), "1")["credit %"] == "75.0"
+    assert metric_cells(measure([whole, replace(ANSWER, problem="b", credit=0.0)]), "1")["credit %"] == ""
+    assert metric_cells(measure([ANSWER]), "1")["credit %"] == ""
+
+
+def test_an_answer_without_a_box_votes_as_its_verifier_reads_it() -> None:
+    right = replace(ANSWER, text="7*(3+5)", extracted="7*(3+5)", correct=True)
+    assert majority([right, replace(right, sample=1), replace(ANSWER, text="3", extracted="3")]) == 1
 
 
 def test_subsets_are_measured_apart_and_without_a_speed_of_their_own() -> None:

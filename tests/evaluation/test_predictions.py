@@ -99,7 +99,9 @@ def test_our_own_answers_are_graded_anew_and_stay_wrong_where_they_were_cut_off(
     read = read_predictions([("line 1", asdict(whole)), ("line 2", asdict(cut))], PROBLEMS)
     why = {"question": "1+1?", "reference": "2", "extracted": "2"}
     assert read == [replace(whole, **why), replace(cut, **why)]
-    old = {key: value for key, value in asdict(whole).items() if key not in why}  # as earlier versions wrote it
+    old = {
+        key: value for key, value in asdict(whole).items() if key not in (*why, "credit")
+    }  # as earlier versions wrote it
     assert read_predictions([("line 1", old)], PROBLEMS) == read[:1]
     with Grader(1, 30.0) as grader:
         assert {answer.sample: answer.correct for answer in regraded(read, PROBLEMS, grader)} == {0: True, 1: False}

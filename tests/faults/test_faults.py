@@ -21,6 +21,7 @@ from dirl_cli.reward.grading import Grader
 from dirl_cli.training.stored_checkpoint import complete_checkpoints, damage
 from tests.faults.faulty_reward import due
 from tests.faults.trials import SFT, TRACEBACK, Child, config, finished, result, save_random_model
+from tests.helpers.asked import asked
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 KILLS = 30
@@ -234,10 +235,10 @@ def test_a_grading_process_that_is_killed(tell):
     with Grader(workers=1) as grader:
         right = 0
         for n in range(5):
-            grader.submit(n, r"\frac{1}{2}", rf"\boxed{{\frac{{{n + 1}}}{{{2 * n + 2}}}+0}}")
+            grader.submit(n, asked(r"\frac{1}{2}"), rf"\boxed{{\frac{{{n + 1}}}{{{2 * n + 2}}}+0}}")
             if n:
                 os.kill(grader._processes[0]._process.pid, signal.SIGKILL)
-            right += sum(correct for _, correct in grader.rest())
+            right += sum(credit for _, credit in grader.rest())
     tell("a grading process is killed", 5, right)
 
 

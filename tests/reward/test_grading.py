@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import pytest
 from dirl_cli.reward import grading
 from dirl_cli.reward.boxed import final_answer, last_boxed, reference
 from dirl_cli.reward.grading import Grader, cores, serve
+from dirl_cli.reward.verifiers import VERIFIERS
+from dirl_cli.types import Problem
+from tests.helpers.asked import asked
 
 
 @pytest.mark.parametrize(
@@ -114,8 +118,9 @@ def test_of_a_reference_that_is_a_solution_the_final_answer_counts(gold: str, an
 
 
 def test_a_reference_may_be_a_whole_solution() -> None:
-    items = [("gsm8k", "2+2=4\n#### 4", r"\boxed{4}"), ("math", r"We get $\boxed{4}$.", r"\boxed{4.0}")]
-    items += [("wrong", "2+2=4\n#### 4", r"\boxed{2}"), ("sign", "5", r"$-\boxed{5}$")]
+    gsm8k, math = asked("2+2=4\n#### 4"), asked(r"We get $\boxed{4}$.")
+    items = [("gsm8k", gsm8k, r"\boxed{4}"), ("math", math, r"\boxed{4.0}")]
+    items += [("wrong", gsm8k, r"\boxed{2}"), ("sign", asked("5"), r"$-\boxed{5}$")]
     with Grader(workers=1) as grader:
         assert dict(grader.grade(items)) == {"gsm8k": True, "math": True, "wrong": False, "sign": False}
 
@@ -138,8 +143,8 @@ HOSTILE = [
 
 
 def test_hostile_answers_cost_their_timeout_and_no_other_verdict() -> None:
-    items = [(i, "5", text) for i, (text, _) in enumerate(HOSTILE)]
-    fair = [(f"fair {i}", r"\sqrt{8}", rf"\boxed{{\sqrt{{{i}}} \cdot \sqrt{{2}}}}") for i in range(8)]
+    items = [(i, asked("5"), text) for i, (text, _) in enumerate(HOSTILE)]
+    fair = [(f"fair {i}", asked(r"\sqrt{8}"), rf"\boxed{{\sqrt{{{i}}} \cdot \sqrt{{2}}}}") for i in range(8)]
     with Grader(workers=2, timeout=4.0) as grader:
         verdicts = dict(grader.grade([*items, *fair]))
         assert [verdicts[i] for i in range(len(HOSTILE))] == [right for _, right in HOSTILE]
@@ -149,8 +154,8 @@ def test_hostile_answers_cost_their_timeout_and_no_other_verdict() -> None:
 
 def test_verdicts_come_under_their_keys_while_others_are_submitted() -> None:
     with Grader(workers=1, timeout=30.0) as grader:
-        grader.submit("slow", r"\sqrt{8}", r"\boxed{2\sqrt{2}}")
-        grader.submit("quick", "5", r"\boxed{5}")
+        grader.submit("slow", asked(r"\sqrt{8}"), r"\boxed{2\sqrt{2}}")
+        grader.submit("quick", asked("5"), r"\boxed{5}")
         assert dict(grader.finished()) == {"quick": True}
         assert dict(grader.rest()) == {"slow": True}
         assert not list(grader.finished()) and not list(grader.rest())
@@ -158,7 +163,7 @@ def test_verdicts_come_under_their_keys_while_others_are_submitted() -> None:
 
 def test_plain_answers_start_no_process() -> None:
     with Grader() as grader:
-        assert all(right for _, right in grader.grade((i, str(i), rf"\boxed{{{i}.0}}") for i in range(100)))
+        assert all(right for _, right in grader.grade((i, asked(str(i)), rf"\boxed{{{i}.0}}") for i in range(100)))
         assert multiprocessing.active_children() == []
 
 
@@ -171,23 +176,23 @@ def test_a_grader_that_is_left_early_leaves_no_process_and_does_not_wait() -> No
     began = time.monotonic()
     with Grader(workers=2, timeout=60.0) as grader:
         for key in range(6):
-            grader.submit(key, "5", r"\boxed{9^{9^{9^{9}}}}")
+            grader.submit(key, asked("5"), r"\boxed{9^{9^{9^{9}}}}")
         while len(multiprocessing.active_children()) < 2:
             time.sleep(0.01)
     assert multiprocessing.active_children() == []
     assert time.monotonic() - began < 20
 
 
-def answers(n: int, plain: int) -> Iterator[tuple[int, str, str]]:
+def answers(n: int, plain: int) -> Iterator[tuple[int, Problem, str]]:
     """Answers, of which the even ones are right, and all but one in `plain` are plain."""
     for i in range(n):
         if i % plain:
-            yield i, str(i), rf"so it is \boxed{{{i + i % 2}}}."
+            yield i, asked(str(i)), rf"so it is \boxed{{{i + i % 2}}}."
         else:
-            yield i, rf"{i + 2}\sqrt{{2}}", rf"so it is \boxed{{\sqrt{{{2 * (i + 2) ** 2 + i % 2}}}}}."
+            yield i, asked(rf"{i + 2}\sqrt{{2}}"), rf"so it is \boxed{{\sqrt{{{2 * (i + 2) ** 2 + i % 2}}}}}."
 
 
-def grade_and_kill(n: int, plain: int, every: int) -> tuple[list[tuple[int, bool]], int]:
+def grade_and_kill(n: int, plain: int, every: int) -> tuple[list[tuple[int, float]], int]:
     """The verdicts on `answers`, a worker chosen at random being killed after every so many that needed one."""
     chance, verdicts, killed, needed = random.Random(0), [], 0, 0
     with Grader(workers=2, timeout=30.0) as grader:
@@ -218,7 +223,7 @@ def test_ten_thousand_answers_have_one_verdict_each_whoever_is_killed() -> None:
 
 def test_an_answer_under_which_every_worker_dies_is_given_up() -> None:
     with Grader(workers=1, timeout=30.0) as grader:
-        grader.submit("deadly", "5", r"\boxed{9^{9^{9^{9}}}}")
+        grader.submit("deadly", asked("5"), r"\boxed{9^{9^{9^{9}}}}")
         for _ in range(grading.ATTEMPTS):
             while not (alive := multiprocessing.active_children()):
                 time.sleep(0.01)
@@ -231,12 +236,12 @@ def test_an_answer_under_which_every_worker_dies_is_given_up() -> None:
 
 @pytest.mark.parametrize("error", [MemoryError, RecursionError])
 def test_running_out_of_memory_or_stack_is_giving_up(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    def swollen(gold: str, answer: str) -> bool:
+    def swollen(problem: Problem, answer: str) -> float:
         if answer == "bomb":
             raise error
-        return True
+        return 1.0
 
-    monkeypatch.setattr(grading, "verified", swollen)
+    monkeypatch.setitem(VERIFIERS, "math", replace(VERIFIERS["math"], credit=swollen))
     monkeypatch.setattr(grading, "prepare_grading_worker", lambda: None)
     ours, theirs = multiprocessing.Pipe()
     thread = threading.Thread(target=serve, args=(theirs, 60.0))
@@ -244,7 +249,7 @@ def test_running_out_of_memory_or_stack_is_giving_up(error: type[Exception], mon
     assert ours.recv() is None  # ready
     verdicts = []
     for answer in ("bomb", "5"):
-        ours.send(("5", answer))
+        ours.send((asked("5"), answer))
         verdicts.append(ours.recv())
     ours.close()
     thread.join(10)
@@ -259,17 +264,18 @@ def test_a_worker_that_cannot_start_stops_the_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(grading, "serve", stillborn)
     with Grader(workers=1) as grader:
         with pytest.raises(EOFError):
-            list(grader.grade([("key", r"\sqrt{8}", r"\boxed{2\sqrt{2}}")]))
+            list(grader.grade([("key", asked(r"\sqrt{8}"), r"\boxed{2\sqrt{2}}")]))
         assert grader._processes[0]._pipe.closed
 
 
 ORPHAN = r"""
 import os, signal, time
 from dirl_cli.reward.grading import Grader
+from dirl_cli.types import Problem
 
 if __name__ == "__main__":
     grader = Grader(workers=1)
-    grader.submit("key", r"\sqrt{8}", r"\boxed{2\sqrt{2}}")
+    grader.submit("key", Problem("", "", r"\sqrt{8}"), r"\boxed{2\sqrt{2}}")
     time.sleep({seconds})
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dirl_cli.reward.grading import Grader
+from tests.helpers.asked import asked
 
 ROWS = {"MATH500": 500, "GSM8K": 1319, "AIME2024": 30, "AIME2025": 30, "OlympiadBench": 675}
 
@@ -125,11 +126,14 @@ def benchmark(request: pytest.FixtureRequest, shared: Path) -> Benchmark:
 
 def judged(golds: list[str], answers: list[tuple[int, str]]) -> tuple[set[int], set[int]]:
     """The rows of which an answer, boxed in prose, is right, and those of which one is wrong."""
-    items = [((i, k), golds[i], rf"So it is $\boxed{{{answer} }}$, as asked.") for k, (i, answer) in enumerate(answers)]
+    items = [
+        ((i, k), asked(golds[i]), rf"So it is $\boxed{{{answer} }}$, as asked.")
+        for k, (i, answer) in enumerate(answers)
+    ]
     with Grader(timeout=60.0) as grader:
         verdicts = dict(grader.grade(items))
         assert len(verdicts) == len(items) and grader.gave_up == 0
-    rows = {verdict: {i for (i, k), _, _ in items if verdicts[i, k] is verdict} for verdict in (True, False)}
+    rows = {verdict: {i for (i, k), _, _ in items if verdicts[i, k] == verdict} for verdict in (True, False)}
     return rows[True], rows[False]
 
 

@@ -61,6 +61,20 @@ def test_an_answer_of_before_its_block_size_was_noted_is_read(tmp_path):
     assert read_rollout(path) == [RECORD]
 
 
+def test_how_a_puzzle_is_verified_comes_back_and_old_answers_are_mathematics(tmp_path):
+    path = tmp_path / "step-000001.jsonl"
+    puzzle = replace(RECORD.problem, verifier="countdown", details={"numbers": [7, 5], "target": 12})
+    write_rollout(path, [replace(RECORD, problem=puzzle)])
+    assert read_rollout(path)[0].problem == puzzle
+    line = json.loads(path.read_text())
+    path.write_text(json.dumps(line | {"details": [7, 5]}))
+    with pytest.raises(DirlError, match="line 1: details is not dict"):
+        read_rollout(path)
+    del line["verifier"], line["details"]
+    path.write_text(json.dumps(line))
+    assert read_rollout(path) == [RECORD]
+
+
 def test_a_line_holds_what_people_look_for(tmp_path):
     write_rollout(tmp_path / "step-000001.jsonl", [RECORD])
     (line,) = (tmp_path / "step-000001.jsonl").read_text().splitlines()

@@ -310,6 +310,8 @@ def digests(problems: Sequence[Problem]) -> dict[str, str]:
         texts = [problem.question, problem.answer]
         if problem.system:  # otherwise left out, so that digests of earlier evaluations stay valid
             texts.append(problem.system)
+        if problem.verifier != PROBE.verifier:
+            texts += [problem.verifier, json.dumps(problem.details)]
         result[problem.id] = hash_values(*texts)[:16]
     return result
 

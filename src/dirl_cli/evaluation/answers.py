@@ -20,8 +20,9 @@ class GradedAnswer:
 
     length: tokens before the stop token. tokens: all that were revealed, whole blocks.
     seconds: sampling time since the answer before it, so that an evaluation's sum is its sampling time.
-    question, reference, extracted: what was asked, the right answer and what the text's box holds, None without a box;
-    files of earlier versions lack them.
+    question, reference, extracted: what was asked, a right answer and the final answer in the text, None without one;
+    credit: what the verifier gives, from 0 to 1, which is correct, None of an answer that is not graded.
+    Files of earlier versions lack these.
     """
 
     problem: str
@@ -37,6 +38,7 @@ class GradedAnswer:
     question: str = ""
     reference: str = ""
     extracted: str | None = None
+    credit: float | None = None
 
 
 class AnswerLog:

@@ -24,12 +24,14 @@ class Metrics:
     standard_error: of the accuracy over problems, s/√n with s² = Σ(aᵢ - mean)²/(n - 1) and aᵢ problem i's share of
         right answers; None for a single problem. It is 0 where all are alike, from which no spread can be told.
     low, high: the accuracy's 95 % wilson_interval, which holds there too; cards of earlier versions lack it.
+    credit: the mean over problems of what the verifier gives, partial credit included; None where it is not known of
+        every answer, as of earlier versions.
     length: mean tokens before the stop token. truncated: share of answers that never stopped.
     tokens_per_denoising_forward, tokens_per_forward: revealed tokens over forwards, both summed over all answers.
     tokens_per_second: revealed tokens over sampling time (of each process where there are several); None of a
         subset, which is sampled among others.
     pass_at: for each power of two up to k, and k, the chance that at least one of so many samples is right.
-    majority: share of problems whose most frequent boxed answer is right (maj@k); ties count their average.
+    majority: share of problems whose most frequent final answer is right (maj@k); ties count their average.
 
     Length, truncation and speeds are None of answers that nothing but the text is known of. Where problems have
     different numbers of answers, k is the smallest.
@@ -48,6 +50,7 @@ class Metrics:
     majority: float | None
     low: float | None = None
     high: float | None = None
+    credit: float | None = None
 
 
 def measure(answers: Iterable[GradedAnswer]) -> Metrics:
@@ -89,6 +92,7 @@ def measure(answers: Iterable[GradedAnswer]) -> Metrics:
         majority=majorities,
         low=low,
         high=high,
+        credit=mean_credit(groups),
     )
 
 
@@ -107,6 +111,17 @@ def correct_in(group: Iterable[GradedAnswer]) -> int:
 def ratio(total: float, count: float) -> float | None:
     """The quotient; None where nothing was counted."""
     return total / count if count else None
+
+
+def mean_credit(groups: Iterable[Sequence[GradedAnswer]]) -> float | None:
+    """The mean over problems of their answers' mean credit; None where one has none."""
+    means = []
+    for group in groups:
+        credits = [answer.credit for answer in group if answer.credit is not None]
+        if len(credits) < len(group):
+            return None
+        means.append(fmean(credits))
+    return fmean(means)
 
 
 def mean_over_seeds(runs: Sequence[Metrics]) -> Metrics:
@@ -137,6 +152,7 @@ def mean_over_seeds(runs: Sequence[Metrics]) -> Metrics:
         majority=mean([run.majority for run in runs]),
         low=None,
         high=None,
+        credit=mean([run.credit for run in runs]),
     )
 
 
@@ -184,11 +200,11 @@ def pass_at(m: int, k: int, right: int) -> float:
 
 
 def majority(group: Iterable[GradedAnswer]) -> float:
-    """1 if the most frequent boxed answer is right, 0 if not, the average over those that tie; no box is no vote."""
+    """1 if the most frequent final answer is right, 0 if not, the average over those that tie; none is no vote."""
     votes: dict[Fraction | str, list[bool]] = defaultdict(list)
     for answer in group:
-        if box := final_answer(answer.text):
-            votes[spelling(box)].append(answer.correct)
+        if final := answer.extracted or final_answer(answer.text):
+            votes[spelling(final)].append(answer.correct)
     if not votes:
         return 0.0
     most = max(len(verdicts) for verdicts in votes.values())
@@ -197,12 +213,12 @@ def majority(group: Iterable[GradedAnswer]) -> float:
     return fmean(any(verdicts) for verdicts in winners)
 
 
-def spelling(box: str) -> Fraction | str:
+def spelling(final: str) -> Fraction | str:
     """What equal answers share: their exact value where they are numbers, otherwise the text without its formatting.
 
     The reference answer has no part in it: to merge what it calls right, and nothing else, would favour the right.
     """
-    text = tidy(box)
+    text = tidy(final)
     value = number(text)
     if value is None:
         return "".join(text.split())

@@ -8,7 +8,7 @@ from typing import Any
 
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import GradedAnswer, checked
-from dirl_cli.evaluation.run import explained, with_verdict
+from dirl_cli.evaluation.run import explained, with_credit
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Problem
 
@@ -78,8 +78,8 @@ def instead_of(line: Mapping[str, Any], key: str) -> str:
 
 def regraded(answers: Sequence[GradedAnswer], problems: Iterable[Problem], grader: Grader) -> Iterator[GradedAnswer]:
     """The answers with their verdicts, in the order in which those are reached."""
-    gold = {problem.id: problem.answer for problem in problems}
+    by_id = {problem.id: problem for problem in problems}
     by_key: dict[Hashable, GradedAnswer] = dict(enumerate(answers))
-    pairs = ((key, gold[answer.problem], answer.text) for key, answer in by_key.items())
-    for key, correct in grader.grade(pairs):
-        yield with_verdict(by_key[key], correct)
+    items = ((key, by_id[answer.problem], answer.text) for key, answer in by_key.items())
+    for key, credit in grader.grade(items):
+        yield with_credit(by_key[key], credit)

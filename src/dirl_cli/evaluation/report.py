@@ -96,6 +96,7 @@ def metric_cells(metrics: Metrics, k: str) -> dict[str, str]:
         "95 %": interval_text(metrics),
         f"pass@{k}": percent(None if largest is None else metrics.pass_at[largest]),
         f"maj@{k}": percent(metrics.majority),
+        "credit %": credit_text(metrics),
         "length": number(metrics.length, 0),
         "cut %": percent(metrics.truncated),
         "tok/step": number(metrics.tokens_per_denoising_forward, 2),
@@ -116,6 +117,11 @@ def interval_text(metrics: Metrics) -> str:
     if metrics.low is None:
         return ""
     return f"{percent(metrics.low)}-{percent(metrics.high)}"
+
+
+def credit_text(metrics: Metrics) -> str:
+    """The mean credit in %, where it is not the accuracy."""
+    return "" if metrics.credit == metrics.accuracy else percent(metrics.credit)
 
 
 def percent(share: float | None) -> str:

@@ -10,8 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dirl_cli.console import working
 from dirl_cli.evaluation.answers import GradedAnswer
-from dirl_cli.reward.boxed import final_answer, reference
+from dirl_cli.reward.boxed import reference
 from dirl_cli.reward.grading import Grader
+from dirl_cli.reward.verifiers import verifier_of
 from dirl_cli.types import Problem, Trajectory
 
 
@@ -46,28 +47,30 @@ def graded(
         ungraded[index, sample] = explained(answer, problem)
 
         # Other processes grade: verdicts of earlier answers are taken as they are there, none is waited for.
-        grader.submit((index, sample), problem.answer, text)
-        for key, is_verified in grader.finished():
-            yield with_verdict(ungraded.pop(key), is_verified)
+        grader.submit((index, sample), problem, text)
+        for key, credit in grader.finished():
+            yield with_credit(ungraded.pop(key), credit)
         before = now
 
-    for key, is_verified in grader.rest():
-        yield with_verdict(ungraded.pop(key), is_verified)
+    for key, credit in grader.rest():
+        yield with_credit(ungraded.pop(key), credit)
 
 
 def explained(answer: GradedAnswer, problem: Problem) -> GradedAnswer:
-    """The answer with its question, its reference and what its box holds."""
+    """The answer with its question, its reference and the final answer in it."""
     return replace(
         answer,
         question=problem.question,
         reference=reference(problem.answer),
-        extracted=final_answer(answer.text),
+        extracted=verifier_of(problem).extract(answer.text),
     )
 
 
-def with_verdict(answer: GradedAnswer, is_verified: bool) -> GradedAnswer:
-    """The answer graded: correct where it is verified and complete."""
-    return replace(answer, correct=is_verified and answer.stop_reason == "stop")
+def with_credit(answer: GradedAnswer, credit: float) -> GradedAnswer:
+    """The answer graded: what does not stop has no credit; correct is what has all of it."""
+    if answer.stop_reason != "stop":
+        credit = 0.0
+    return replace(answer, correct=credit == 1, credit=credit)
 
 
 def tracked(

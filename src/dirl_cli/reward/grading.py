@@ -1,4 +1,4 @@
-"""Grading: what is boxed at the end of a completion against the reference answer, in processes that may be killed."""
+"""Grading: the final answer of a completion by its problem's verifier, in processes that may be killed."""
 
 import logging
 import multiprocessing
@@ -13,28 +13,28 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
 
-from dirl_cli.reward.boxed import final_answer, reference
-from dirl_cli.reward.equality import plainly_equal, verified
+from dirl_cli.reward.verifiers import verifier_of
+from dirl_cli.types import Problem
 
-LONGEST_ANSWER = 2000  # characters; no reference answer comes near, and parsing time grows faster than length
 MEMORY = 4 * 2**30  # bytes of address space per worker, of which math-verify needs a tenth
 ATTEMPTS = 3  # a worker that dies may have been killed for what others did
 
-Verdict = bool | None  # None: it took too long or too much memory
+Credit = float | None  # from 0 to 1, which is right; None: it took too long or too much memory
 
 
 class Grader:
     """Grades completions in `workers` processes, by default one per core, giving each at most `timeout` seconds.
 
-    Giving up counts as wrong. Submit as completions arrive and collect from `finished` on the way and from `rest` at
-    the end, or call `grade`. Processes start when answers wait for them; most answers are plain and need none.
+    What is graded has credit from 0 to 1, which is right; giving up has none. Submit as completions arrive and collect
+    from `finished` on the way and from `rest` at the end, or call `grade`. Processes start when answers wait for them;
+    most answers are plain and need none.
     """
 
     def __init__(self, workers: int | None = None, timeout: float = 5.0) -> None:
         self.workers = workers or cores()
         self.gave_up = 0  # answers that took too long or too much memory
         self._open = 0
-        self._results: queue.SimpleQueue[tuple[Hashable, Future[Verdict] | bool]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[Hashable, Future[Credit] | float]] = queue.SimpleQueue()
         self._processes = [Worker(timeout) for _ in range(self.workers)]
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()  # the last first: the others need not start
         for worker in self._processes:
@@ -54,58 +54,58 @@ class Grader:
         for worker in self._processes:
             worker.end()
 
-    def submit(self, key: Hashable, gold: str, completion: str) -> None:
-        """Begin to grade a completion; its verdict comes back under `key`."""
+    def submit(self, key: Hashable, problem: Problem, completion: str) -> None:
+        """Begin to grade a completion; its credit comes back under `key`."""
         self._open += 1
-        answer = final_answer(completion)
-        gold = reference(gold)
+        verifier = verifier_of(problem)
+        answer = verifier.extract(completion)
         if answer is None:
-            self._results.put((key, False))
+            self._results.put((key, 0.0))
             return
 
-        # Most answers are plain numbers, which take no process; None stands for those that need math-verify.
-        verdict = plainly_equal(gold, answer)
-        if verdict is None and len(answer) <= LONGEST_ANSWER:
-            future = self._threads.submit(self._compare, gold, answer)
+        # Most answers are plain numbers, which take no process; None stands for those that need one.
+        credit = verifier.quick(problem, answer)
+        if credit is None:
+            future = self._threads.submit(self._compare, problem, answer)
             future.add_done_callback(lambda done: self._results.put((key, done)))
         else:
-            self._results.put((key, bool(verdict)))
+            self._results.put((key, credit))
 
-    def finished(self) -> Iterator[tuple[Hashable, bool]]:
-        """The verdicts there are, without waiting for more."""
+    def finished(self) -> Iterator[tuple[Hashable, float]]:
+        """The credits there are, without waiting for more."""
         while not self._results.empty():
             yield self._next()
 
-    def rest(self) -> Iterator[tuple[Hashable, bool]]:
-        """Every verdict still due, as it comes."""
+    def rest(self) -> Iterator[tuple[Hashable, float]]:
+        """Every credit still due, as it comes."""
         while self._open:
             yield self._next()
 
-    def grade(self, items: Iterable[tuple[Hashable, str, str]]) -> Iterator[tuple[Hashable, bool]]:
-        """The verdict under each key of (key, gold, completion), in the order in which they are reached."""
-        for key, gold, completion in items:
-            self.submit(key, gold, completion)
+    def grade(self, items: Iterable[tuple[Hashable, Problem, str]]) -> Iterator[tuple[Hashable, float]]:
+        """The credit under each key of (key, problem, completion), in the order in which they are reached."""
+        for key, problem, completion in items:
+            self.submit(key, problem, completion)
             yield from self.finished()
         yield from self.rest()
 
-    def _compare(self, gold: str, answer: str) -> Verdict:
+    def _compare(self, problem: Problem, answer: str) -> Credit:
         """Compare in the first idle process, in one of the threads that wait for them."""
         worker = self._idle.get()
         try:
-            return worker.compare(gold, answer)
+            return worker.compare(problem, answer)
         finally:
             self._idle.put(worker)
 
-    def _next(self) -> tuple[Hashable, bool]:
-        """Wait for the next verdict."""
-        key, verdict = self._results.get()
+    def _next(self) -> tuple[Hashable, float]:
+        """Wait for the next credit."""
+        key, result = self._results.get()
         self._open -= 1
-        if isinstance(verdict, bool):
-            return key, verdict
-        compared = verdict.result()
-        if compared is None:
+        if isinstance(result, float):
+            return key, result
+        credit = result.result()
+        if credit is None:
             self.gave_up += 1
-        return key, bool(compared)
+        return key, credit or 0.0
 
 
 class Worker:
@@ -117,17 +117,17 @@ class Worker:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection
 
-    def compare(self, gold: str, answer: str) -> Verdict:
-        """Whether the answer says what the gold says. Raises EOFError where the process does not start."""
+    def compare(self, problem: Problem, answer: str) -> Credit:
+        """The credit of an answer by its problem's verifier. Raises EOFError where the process does not start."""
         for _ in range(ATTEMPTS):
             if self._process is None:
                 self._start()
             if self._dismissed:
                 break
             with suppress(EOFError, ConnectionError):  # it ended
-                self._pipe.send((gold, answer))
-                verdict: Verdict = self._pipe.recv()
-                return verdict
+                self._pipe.send((problem, answer))
+                credit: Credit = self._pipe.recv()
+                return credit
             if self.end() == -signal.SIGALRM:
                 break
         return None
@@ -169,19 +169,20 @@ class Worker:
 
 
 def serve(pipe: Connection, seconds: float) -> None:
-    """Answer each (gold, answer) with a verdict, in a process that ends when one takes longer or the parent is gone."""
+    """Answer each (problem, answer) with a credit, in a process that ends when one takes longer or its parent has."""
     prepare_grading_worker()
     with suppress(EOFError, ConnectionError):
         pipe.send(None)
         while True:
-            gold, answer = pipe.recv()
+            problem, answer = pipe.recv()
+            verifier = verifier_of(problem)
             signal.setitimer(signal.ITIMER_REAL, seconds)
             try:
-                verdict: Verdict = verified(gold, answer)
+                credit: Credit = verifier.credit(problem, answer)
             except (MemoryError, RecursionError):
-                verdict = None
+                credit = None
             signal.setitimer(signal.ITIMER_REAL, 0)
-            pipe.send(verdict)
+            pipe.send(credit)
 
 
 def prepare_grading_worker() -> None:

@@ -26,7 +26,8 @@ class Answer:
     """One completion of a problem, as a reward sees it.
 
     completion: the text up to the stop token. length: its tokens, the stop token not counted.
-    truncated: it ran into the length limit. verified: its last box equals the reference, truncated or not.
+    truncated: it ran into the length limit. verified: its final answer is right, truncated or not.
+    credit: what its problem's verifier gives, from 0 to 1, which is verified.
     tokens_per_step: tokens revealed per denoising forward, from 1 to block_size.
     """
 
@@ -38,6 +39,7 @@ class Answer:
     max_new_tokens: int
     block_size: int
     verified: bool = False
+    credit: float = 0.0
 
     @classmethod
     def of(
@@ -93,6 +95,11 @@ def steps_ahead(answer: Answer) -> float:
 def accuracy(answer: Answer) -> float:
     """1 if correct, else 0; a truncated answer is never correct."""
     return float(answer.correct)
+
+
+def credit(answer: Answer) -> float:
+    """What the verifier gives: 1 if correct, between 0 and 1 if partly so, where it tells; 0 if truncated."""
+    return 0.0 if answer.truncated else answer.credit
 
 
 def binary(answer: Answer) -> float:
@@ -168,7 +175,7 @@ def length(answer: Answer) -> float:
     return min(share, 0.0)
 
 
-FORMULAS = (accuracy, binary, boxed, format, cosine, repetition, soft_overlong, speed, speed_penalty, length)
+FORMULAS = (accuracy, credit, binary, boxed, format, cosine, repetition, soft_overlong, speed, speed_penalty, length)
 BUILT_IN: dict[str, Reward] = {formula.__name__: formula for formula in FORMULAS}
 
 

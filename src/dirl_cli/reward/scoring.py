@@ -100,19 +100,19 @@ class RewardComputer:
             if key in pending:
                 raise ValueError(f"two answers under the key {key}")
             pending[key] = Pending(answer)
-            self.grader.submit(key, answer.problem.answer, answer.completion)
+            self.grader.submit(key, answer.problem, answer.completion)
             yield from self._after_grading(pending, self.grader.finished())
             yield from self._after_rewards(pending, self._pool.finished())
         yield from self._after_grading(pending, self.grader.rest())
         yield from self._after_rewards(pending, self._pool.rest())
 
     def _after_grading(
-        self, pending: dict[Key, Pending], verdicts: Iterator[tuple[Hashable, bool]]
+        self, pending: dict[Key, Pending], credits: Iterator[tuple[Hashable, float]]
     ) -> Iterator[tuple[Key, RewardResult | None]]:
         """Begin to compute the rewards of graded answers; yields results where no worker has a part in them."""
-        for verdict_key, verified in verdicts:
-            key = cast(Key, verdict_key)
-            graded = Pending(replace(pending[key].answer, verified=verified))
+        for graded_key, credit in credits:
+            key = cast(Key, graded_key)
+            graded = Pending(replace(pending[key].answer, verified=credit == 1, credit=credit))
             pending[key] = graded
             for name in self.settings.weights:
                 options = self.settings.options.get(name, {})

@@ -136,6 +136,8 @@ def to_json(record: Record) -> dict[str, Any]:
         "correct": record.correct,
         "advantage": record.advantage,
         "kept": record.learned_from,
+        "verifier": record.problem.verifier,
+        "details": record.problem.details,
         **vars(record.trajectory),
     }
 
@@ -151,6 +153,7 @@ def from_json(line: Any) -> Record:
             question=value_of_type(line, "question", str),
             answer=value_of_type(line, "answer", str),
             subset=value_of_type(line, "subset", str),
+            **verification_from_json(line),
         ),
         sample=integer(line, "sample"),
         completion=value_of_type(line, "completion", str),
@@ -161,6 +164,13 @@ def from_json(line: Any) -> Record:
         advantage=finite_number(line, "advantage", float, int, NoneType),
         learned_from=value_of_type(line, "kept", bool),
     )
+
+
+def verification_from_json(line: dict[str, Any]) -> dict[str, Any]:
+    """How the answer is verified; nothing where earlier versions did not write that down."""
+    if "verifier" not in line:
+        return {}
+    return {"verifier": value_of_type(line, "verifier", str), "details": value_of_type(line, "details", dict)}
 
 
 def trajectory_from_json(line: dict[str, Any]) -> Trajectory:

@@ -1,0 +1,54 @@
+"""How answers are verified: by mathematics, or by the rules of what a problem is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.reward.boxed import final_answer, reference
+from dirl_cli.reward.equality import plainly_equal, verified
+from dirl_cli.reward.puzzles import countdown_credit, expression_in, grid_in, sudoku_credit
+from dirl_cli.types import Problem
+
+LONGEST_ANSWER = 2000  # characters; no reference answer comes near, and parsing time grows faster than length
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """Gives an answer credit from 0 to 1; 1 is right.
+
+    extract: the final answer in a completion, None where there is none, which has no credit.
+    credit: of a problem and a final answer; it may hang or eat memory, and runs in a process that may be killed.
+    quick: the same at once, whatever the text; None where that takes `credit`.
+    """
+
+    extract: Callable[[str], str | None]
+    credit: Callable[[Problem, str], float]
+    quick: Callable[[Problem, str], float | None]
+
+
+def plain_math_credit(problem: Problem, answer: str) -> float | None:
+    """Whether an answer is the reference where that is plain; None where it takes math-verify."""
+    verdict = plainly_equal(reference(problem.answer), answer)
+    if verdict is None and len(answer) <= LONGEST_ANSWER:
+        return None
+    return float(bool(verdict))
+
+
+def math_credit(problem: Problem, answer: str) -> float:
+    """Whether math-verify takes an answer for the reference."""
+    return float(verified(reference(problem.answer), answer))
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "math": Verifier(final_answer, math_credit, plain_math_credit),
+    "sudoku": Verifier(grid_in, sudoku_credit, sudoku_credit),
+    "countdown": Verifier(expression_in, countdown_credit, countdown_credit),
+}
+
+
+def verifier_of(problem: Problem) -> Verifier:
+    """The verifier that a problem names. Raises DirlError where there is none of that name."""
+    if problem.verifier not in VERIFIERS:
+        hint = did_you_mean(problem.verifier, VERIFIERS)
+        raise DirlError(f"problem {problem.id}: no verifier is called {problem.verifier}: {hint}")
+    return VERIFIERS[problem.verifier]
