@@ -18,7 +18,7 @@ from dirl_cli.models.load import DiffusionLM, diffusion_lm, pick_attention
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.plan.budget import Budget, Machine
-from dirl_cli.plan.forecast import rl_budget, sft_budget, worst_case_trajectory
+from dirl_cli.plan.forecast import TrainingSetup, rl_budget, sft_budget, worst_case_trajectory
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.update import PolicyUpdate, reference_model
 from dirl_cli.rollout.engines import Native
@@ -165,9 +165,8 @@ class Trial:
         for step in range(2):
             rows, answer_tokens = noise.rows([demonstration] * 4, step)
             trainer.step(trainer.cut(rows, self.micro_rows), cross_entropy, answer_tokens)
-        return sft_budget(
-            lm, self.optim, masking, Decoding(), self.machine, self.settings, np.array([self.tokens]), [], self.peft
-        )
+        setup = TrainingSetup(lm, self.optim, self.machine, self.settings, self.peft)
+        return sft_budget(setup, masking, Decoding(), np.array([self.tokens]), [])
 
     def reinforce(self, lm: DiffusionLM) -> Budget:
         """Two updates on two groups of four answers, as the slowest decoding gives them."""
@@ -195,18 +194,16 @@ class Trial:
         for step in range(2):
             group = [Record(PROBLEM, i, "", answer, advantage=i - 1.5) for i in range(4)]
             update.run([group, group], step)
-        return rl_budget(
-            lm, self.optim, objective, decoding, self.machine, self.settings, self.prompt, None, True, self.peft
-        )
+        setup = TrainingSetup(lm, self.optim, self.machine, self.settings, self.peft)
+        return rl_budget(setup, objective, decoding, self.prompt, None, learns=True)
 
     def sample(self, lm: DiffusionLM) -> Budget:
         """Eight answers at once, with a model that has not learned yet."""
         decoding = Decoding(temperature=1.0, top_p=self.top_p, max_new_tokens=self.tokens)
         with start_accelerator(self.device, self.dtype).autocast():
             NativeSampler(lm, 8).sample([[1] * self.prompt] * 8, 1, decoding)
-        return rl_budget(
-            lm, Untrained(), dipo(0.0), decoding, self.machine, self.settings, self.prompt, Native(8), learns=False
-        )
+        setup = TrainingSetup(lm, Untrained(), self.machine, self.settings)
+        return rl_budget(setup, dipo(0.0), decoding, self.prompt, Native(8), learns=False)
 
 
 def measured(trial: Trial, work: str) -> tuple[int, int]:

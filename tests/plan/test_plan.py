@@ -29,7 +29,7 @@ from dirl_cli.models.shapes import PUBLISHED, outline
 from dirl_cli.plan.architecture import Architecture, architecture
 from dirl_cli.plan.budget import Budget, Machine, halvings
 from dirl_cli.plan.duration import Duration, update_operations
-from dirl_cli.plan.forecast import UPDATE, rl_budget, update_knobs, worst_case_trajectory
+from dirl_cli.plan.forecast import UPDATE, TrainingSetup, rl_budget, update_knobs, worst_case_trajectory
 from dirl_cli.plan.memory import Memory, MicroBatch, Parallelism, parallelism
 from dirl_cli.rollout.engines import Lmdeploy, Native
 from dirl_cli.training.optim import Muon
@@ -323,7 +323,8 @@ def test_longer_rollouts_want_fewer_at_once(shared, tmp_path):
         "rl.async_rollout": False,
     }
     machine = replace(LAPTOP, memory_gb=0.006)
-    budget = rl_budget(lm, ADAMW, dipo(0.0), Decoding(temperature=1.0), machine, asked, 20, Native(64), learns=False)
+    setup = TrainingSetup(lm, ADAMW, machine, asked)
+    budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 20, Native(64), learns=False)
     assert list(budget.smallest_fitting_change()) == ["rollout.max_batch"]
     assert set(UPDATE) <= set(asked)
 
@@ -364,7 +365,8 @@ def test_a_run_with_lmdeploy_may_be_told_to_give_it_a_smaller_share():
     }
     asked["rollout.cache_share"] = engine.cache_share
     machine = replace(BIG_GPU, memory_gb=0.001)
-    budget = rl_budget(lm, ADAMW, dipo(0.0), Decoding(temperature=1.0), machine, asked, 4, engine, learns=True)
+    setup = TrainingSetup(lm, ADAMW, machine, asked)
+    budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 4, engine, learns=True)
     assert budget.smallest_fitting_change() == {"rollout.cache_share": 0.45}
     assert "KV cache" not in budget.phases(asked)["update"]
 
@@ -383,8 +385,8 @@ def test_what_samples_while_the_model_learns_is_counted_beside_it():
 
     def phases(prefetches: bool) -> dict[str, dict[str, int]]:
         settings, engine = asked | {"rl.async_rollout": prefetches}, Native(2)
-        decoding = Decoding(temperature=1.0)
-        budget = rl_budget(small_lm(), ADAMW, dipo(0.0), decoding, LAPTOP, settings, 4, engine, learns=True)
+        setup = TrainingSetup(small_lm(), ADAMW, LAPTOP, settings)
+        budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 4, engine, learns=True)
         return budget.phases(settings)
 
     turns, [both] = phases(False), phases(True).values()

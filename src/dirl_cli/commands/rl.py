@@ -21,9 +21,9 @@ from dirl_cli.commands.start import (
     load_model,
     open_run_log,
     open_session,
-    planner,
     shapes_of,
     show_budget,
+    training_setup,
 )
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show_examples
@@ -166,18 +166,18 @@ def read_and_plan(cfg: DictConfig, parts: RlParts, accelerator: Accelerator, pro
     engine = None if cfg.rl.replay else parts.engine
     learns = not cfg.rl.rollout_only
     decoding = lm.decoding(parts.decoding)
-    plan = planner(cfg, rl_budget, RL, parts.peft, lm, parts.optim, parts.objective, decoding)
+    setup = training_setup(cfg, lm, parts.optim, parts.peft, RL)
     if cfg.dry_run and lm.tokenizer is None:
         longest = cfg.rl.max_prompt_tokens or PROMPT
         progress.print_line(
             f"no tokenizer of {cfg.model.name} is here, so nothing is known of the data: prompts are taken to be"
             f" {longest:,} tokens"
         )
-        show_budget(plan(longest, engine, learns), cfg, progress)
+        show_budget(rl_budget(setup, parts.objective, decoding, longest, engine, learns), cfg, progress)
         return None
 
     pools = read_problems(cfg, parts, lm, accelerator, progress)
-    budget = plan(pools.longest_prompt, engine, learns)
+    budget = rl_budget(setup, parts.objective, decoding, pools.longest_prompt, engine, learns)
     if cfg.dry_run:
         show_budget(budget, cfg, progress)
         return None

@@ -18,9 +18,9 @@ from dirl_cli.commands.start import (
     load_model,
     open_run_log,
     open_session,
-    planner,
     shapes_of,
     show_budget,
+    training_setup,
 )
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.order import MixtureOrder, epochs, generator
@@ -124,20 +124,23 @@ def run(cfg: DictConfig, out: Path) -> None:
     lm = shapes_of(cfg, parts.model)
     parts.annealing.check(lm.block_size)
     decoding = lm.decoding(parts.decoding)
-    plan = planner(cfg, sft_budget, SFT, parts.peft, lm, parts.optim, parts.masking, decoding)
+    setup = training_setup(cfg, lm, parts.optim, parts.peft, SFT)
     if cfg.dry_run and lm.tokenizer is None:
         progress.print_line(
             f"no tokenizer of {cfg.model.name} is here, so nothing is known of the data: demonstrations are taken to be"
             f" as long as max_tokens={cfg.max_tokens:,}, and prompts to be {PROMPT:,} tokens"
         )
-        show_budget(plan(np.array([cfg.max_tokens]), [[0] * PROMPT] * cfg.eval_problems), cfg, progress)
+        lengths = np.array([cfg.max_tokens])
+        prompts = [[0] * PROMPT] * cfg.eval_problems
+        show_budget(sft_budget(setup, parts.masking, decoding, lengths, prompts), cfg, progress)
         return
     data = read_demonstrations(cfg, source, parts.instruction, lm, accelerator, progress)
     del source  # and its rows
     if cfg.dry_run:
         preview(cfg, data, lm, progress)
     require_measured(cfg.keep_best, sft_metrics(cfg, data))
-    budget = plan(np.concatenate([tokens.lengths for tokens in data.training]), data.problems.prompts)
+    lengths = np.concatenate([tokens.lengths for tokens in data.training])
+    budget = sft_budget(setup, parts.masking, decoding, lengths, data.problems.prompts)
     if cfg.dry_run:
         show_budget(budget, cfg, progress)
         return

@@ -1,6 +1,6 @@
 """What `dirl sft` and `dirl rl` do alike around their training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +14,14 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import ModelSource, Peft
 from dirl_cli.models.shapes import outline, shapes
 from dirl_cli.plan.budget import Budget, Machine
+from dirl_cli.plan.forecast import TrainingSetup
 from dirl_cli.report.metrics_log import open_log
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.text import shell_word
 from dirl_cli.training.checkpoint import RunCheckpoints
 from dirl_cli.training.export import export_model
+from dirl_cli.training.optim import Optim
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.session import Session
 from dirl_cli.training.stop_signal import StopSignal
@@ -53,14 +55,12 @@ def shapes_of(cfg: DictConfig, model: ModelSource) -> DiffusionLM:
     return lm
 
 
-def planner(
-    cfg: DictConfig, budget: Callable[..., Budget], keys: Sequence[str], peft: Peft, *parts: object
-) -> Callable[..., Budget]:
-    """Makes the memory budget of the run on this machine. keys: the settings it may propose to change."""
+def training_setup(cfg: DictConfig, lm: DiffusionLM, optim: Optim, peft: Peft, keys: Sequence[str]) -> TrainingSetup:
+    """What the memory budget of the run on this machine depends on. keys: the settings it may propose to change."""
     machine = Machine(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
     settings = {key: OmegaConf.select(cfg, key) for key in keys}
     adapter = partial(build_choice, "peft") if find_spec("peft") else None
-    return partial(budget, *parts, machine, settings, peft=peft, adapter=adapter)
+    return TrainingSetup(lm, optim, machine, settings, peft, adapter)
 
 
 def show_budget(budget: Budget, cfg: DictConfig, progress: StepProgress) -> None:

@@ -44,58 +44,68 @@ PROMPT = 1024  # tokens of prompts of which nothing is known
 LEAST = 64  # tokens of a row, a demonstration or an answer that are worth proposing
 
 
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What is trained, how and on which machine, in SFT and RL alike.
+
+    lm: the model, without its weights. settings: those named in SFT or RL. adapter: makes the choices of `peft` that
+    may be proposed instead, by name; None if there is nothing else to propose.
+    """
+
+    lm: DiffusionLM
+    optim: Optim
+    machine: Machine
+    settings: Settings
+    peft: Peft = FullFinetune()
+    adapter: Callable[[str], Peft] | None = None
+
+
 def sft_budget(
-    lm: DiffusionLM,
-    optim: Optim,
+    setup: TrainingSetup,
     masking: Masking,
     decoding: Decoding,
-    machine: Machine,
-    settings: Settings,
     lengths: NDArray[np.int64],
     prompts: Sequence[Sequence[int]],
-    peft: Peft = FullFinetune(),
-    adapter: Callable[[str], Peft] | None = None,
 ) -> Budget:
     """Memory budget of an SFT run.
 
-    lm: the model, without its weights. settings: those named in SFT. lengths: tokens of each demonstration (N,).
-    prompts: token ids of each problem that may be answered meanwhile, in order. adapter: makes the choices of `peft`
-    that may be proposed instead, by name; None if there is nothing else to propose.
+    lengths: tokens of each demonstration (N,). prompts: token ids of each problem that may be answered meanwhile, in
+    order.
     """
-    memories = MemoryByPeft(lm, optim, peft, adapter, machine)
-    forecast = SftForecast(lm, masking, decoding, machine, lengths, prompts, memories)
+    settings = setup.settings
+    memories = MemoryByPeft(setup)
+    forecast = SftForecast(setup, masking, decoding, lengths, prompts, memories)
     batch = forecast.batch(settings)
     # Keys first whose change costs least: evaluation and long demonstrations go last.
     knobs = {
-        **sharding_knobs(settings, machine, peft),
+        **sharding_knobs(settings, setup.machine, setup.peft),
         **update_knobs(settings, batch),
         "eval_problems": halvings(settings["eval_problems"], 1),
         "max_tokens": halvings(settings["max_tokens"], LEAST),
     }
-    return budget_of(forecast, settings, knobs, facts=f"{memories.of({})}\nabout {batch}")
+    return budget_of(forecast, knobs, facts=f"{memories.of({})}\nabout {batch}")
 
 
 @dataclass(frozen=True)
 class SftForecast:
     """What the phases of an SFT run hold under any settings. The fields are `sft_budget`'s parameters."""
 
-    lm: DiffusionLM
+    setup: TrainingSetup
     masking: Masking
     decoding: Decoding
-    machine: Machine
     lengths: NDArray[np.int64]
     prompts: Sequence[Sequence[int]]
     memories: "MemoryByPeft"
 
     def batch(self, settings: Settings) -> MicroBatch:
         """The largest micro-batch: steps of demonstrations of average length, rows that the longest fits into."""
-        lm = self.lm
+        lm = self.setup.lm
         lengths = self.lengths[self.lengths <= max(settings["max_tokens"], self.lengths.min())]
         longest = int(lengths.max())
         demonstration = example([0] * longest, [True] * longest, lm.block_size, lm.pad_token_id)
         strip = noised_strip(demonstration, self.masking, lm.block_size, lm.mask_token_id, generator(0))
         strips = settings["batch_size"] * float(lengths.mean()) / longest
-        return micro_batch_of(strip, strips, settings, self.machine)
+        return micro_batch_of(strip, strips, settings, self.setup.machine)
 
     def phases(self, settings: Settings) -> dict[str, Bytes]:
         """What loading, updates and evaluations hold."""
@@ -108,11 +118,11 @@ class SftForecast:
 
     def evaluation(self, memory: Memory, prompts: Sequence[Sequence[int]], settings: Settings) -> Bytes:
         """What is held while prompts are answered greedily."""
-        of_process = math.ceil(len(prompts) / processes(settings, self.machine))
-        slots = min(NativeSampler(self.lm).max_batch, of_process)
+        of_process = math.ceil(len(prompts) / processes(settings, self.setup.machine))
+        slots = min(NativeSampler(self.setup.lm).max_batch, of_process)
         greedy = replace(self.decoding, temperature=0.0)
         longest = max(len(prompt) for prompt in prompts)
-        return rollout_phase(replace(memory, samples=True), slots, longest, self.lm, greedy, settings)
+        return rollout_phase(replace(memory, samples=True), slots, longest, self.setup.lm, greedy, settings)
 
     def duration(self, settings: Settings) -> Duration:
         """What the updates compute; evaluations are left out."""
@@ -130,47 +140,41 @@ class SftForecast:
 
 
 def rl_budget(
-    lm: DiffusionLM,
-    optim: Optim,
+    setup: TrainingSetup,
     objective: Objective,
     decoding: Decoding,
-    machine: Machine,
-    settings: Settings,
     longest_prompt: int,
     engine: Engine | None,
     learns: bool,
-    peft: Peft = FullFinetune(),
-    adapter: Callable[[str], Peft] | None = None,
 ) -> Budget:
     """Memory budget of an RL run.
 
     All answers are taken to be as long as they may be, and revealed in as many steps as they may take.
-    lm: the model, without its weights. settings: those named in RL. longest_prompt: tokens of it. engine: what samples;
-    None where rollouts are read from files. learns: whether there are updates. adapter: makes the choices of `peft`
-    that may be proposed instead, by name; None if there is nothing else to propose.
+    longest_prompt: tokens of it. engine: what samples; None where rollouts are read from files. learns: whether there
+    are updates.
     """
-    memories = MemoryByPeft(lm, optim, peft, adapter, machine, reference=objective.beta > 0, samples=engine is not None)
-    forecast = RlForecast(lm, objective, decoding, machine, longest_prompt, engine, learns, memories)
+    settings = setup.settings
+    memories = MemoryByPeft(setup, reference=objective.beta > 0, samples=engine is not None)
+    forecast = RlForecast(setup, objective, decoding, longest_prompt, engine, learns, memories)
     batch = forecast.batch(settings)
     # Keys first whose change costs least: what makes answers shorter changes the result, and goes last.
     knobs = {
-        **sharding_knobs(settings, machine, peft),
+        **sharding_knobs(settings, setup.machine, setup.peft),
         "rollout.max_batch": halvings(settings["rollout.max_batch"], 1),
         "rollout.cache_share": [engine.cache_share / 2, engine.cache_share / 4] if isinstance(engine, Lmdeploy) else [],
         **update_knobs(settings, batch),
         "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
     }
-    return budget_of(forecast, settings, knobs, facts=f"{memories.of({})}\nat most {batch}")
+    return budget_of(forecast, knobs, facts=f"{memories.of({})}\nat most {batch}")
 
 
 @dataclass(frozen=True)
 class RlForecast:
     """What the phases of an RL run hold under any settings. The fields are `rl_budget`'s parameters."""
 
-    lm: DiffusionLM
+    setup: TrainingSetup
     objective: Objective
     decoding: Decoding
-    machine: Machine
     longest_prompt: int
     engine: Engine | None
     learns: bool
@@ -178,12 +182,12 @@ class RlForecast:
 
     def batch(self, settings: Settings) -> MicroBatch:
         """The largest micro-batch: all answers are the longest there may be, in the states that take most tokens."""
-        lm = self.lm
+        lm = self.setup.lm
         answer = with_answer(self.longest_prompt, lm, settings) - self.longest_prompt
         longest = worst_case_trajectory(self.longest_prompt, answer, self.decoding.denoising_steps, lm.block_size)
         strip = self.objective.views(longest, BlockSpec(lm.block_size, lm.mask_token_id), generator(0))
         answers = settings["rl.problems"] * settings["rl.group_size"] / settings["rl.mini_batches"]
-        return micro_batch_of(strip, answers, settings, self.machine)
+        return micro_batch_of(strip, answers, settings, self.setup.machine)
 
     def phases(self, settings: Settings) -> dict[str, Bytes]:
         """What loading, rollouts and updates hold, the latter two at once where they are asynchronous."""
@@ -206,12 +210,13 @@ class RlForecast:
 
     def rollout(self, memory: Memory, engine: Engine, settings: Settings) -> Bytes:
         """What is held while `engine` answers a process's problems."""
-        problems = math.ceil(settings["rl.problems"] / processes(settings, self.machine))
+        problems = math.ceil(settings["rl.problems"] / processes(settings, self.setup.machine))
         slots = min(settings["rollout.max_batch"], problems * settings["rl.group_size"])
         if isinstance(engine, Lmdeploy):
-            share = settings["rollout.cache_share"]
-            return memory.lmdeploy(self.machine.free_bytes(), share, slots * self.lm.block_size, self.decoding)
-        return rollout_phase(memory, slots, self.longest_prompt, self.lm, self.decoding, settings)
+            free = self.setup.machine.free_bytes()
+            tokens = slots * self.setup.lm.block_size
+            return memory.lmdeploy(free, settings["rollout.cache_share"], tokens, self.decoding)
+        return rollout_phase(memory, slots, self.longest_prompt, self.setup.lm, self.decoding, settings)
 
     def duration(self, settings: Settings) -> Duration:
         """What rollouts and updates compute."""
@@ -223,7 +228,7 @@ class RlForecast:
             passes = settings["rl.mini_batches"] * settings["rl.epochs"]
             operations += passes * update_operations(model, batch)
         if self.engine:
-            steps = self.decoding.denoising_steps or self.lm.block_size
+            steps = self.decoding.denoising_steps or self.setup.lm.block_size
             operations += sampling_operations(model, sampled_tokens, steps)
         return Duration(
             settings["steps"],
@@ -236,35 +241,29 @@ class RlForecast:
         )
 
 
-def budget_of(
-    forecast: SftForecast | RlForecast, settings: Settings, knobs: Mapping[str, Sequence[Any]], facts: str
-) -> Budget:
-    """What a forecast comes to under `settings`. knobs, facts: see `Budget`."""
-    memories = forecast.memories
+def budget_of(forecast: SftForecast | RlForecast, knobs: Mapping[str, Sequence[Any]], facts: str) -> Budget:
+    """What a forecast comes to under the settings of its run. knobs, facts: see `Budget`."""
+    setup = forecast.setup
     return Budget(
         forecast.phases,
-        settings,
+        setup.settings,
         knobs,
-        memories.machine,
+        setup.machine,
         facts,
-        alternatives=alternatives(settings, memories.machine, memories.peft) if memories.adapter else [],
-        duration=forecast.duration(settings),
+        alternatives=alternatives(setup.settings, setup.machine, setup.peft) if setup.adapter else [],
+        duration=forecast.duration(setup.settings),
     )
 
 
 @dataclass(frozen=True)
 class MemoryByPeft:
-    """A model's memory by what of it is trained: as `peft` says, or an adapter in its place.
+    """A model's memory by what of it is trained: as `setup.peft` says, or an adapter in its place.
 
     reference: whether a frozen model is there. samples: whether a sampler is. counted: by the name of an adapter, or
-    None for `peft`, what was counted before, since that takes a while.
+    None for `setup.peft`, what was counted before, since that takes a while.
     """
 
-    lm: DiffusionLM
-    optim: Optim
-    peft: Peft
-    adapter: Callable[[str], Peft] | None
-    machine: Machine
+    setup: TrainingSetup
     reference: bool = False
     samples: bool = False
     counted: dict[str | None, Memory] = field(default_factory=dict)
@@ -273,15 +272,16 @@ class MemoryByPeft:
         """The memory under settings, of which `peft` may name an adapter to propose."""
         name = settings.get("peft")
         if name not in self.counted:
-            peft = self.adapter(name) if name and self.adapter else self.peft
+            peft = self.setup.adapter(name) if name and self.setup.adapter else self.setup.peft
             self.counted[name] = self._count(peft)
         launch = settings.get("launch", "auto")
-        return replace(self.counted[name], parallelism=parallelism(launch, processes(settings, self.machine)))
+        return replace(self.counted[name], parallelism=parallelism(launch, processes(settings, self.setup.machine)))
 
     def _count(self, peft: Peft) -> Memory:
-        machine = self.machine
+        machine = self.setup.machine
+        base_dtype = peft.base_dtype(machine.dtype, machine.kind)
         return Memory(
-            architecture(self.lm.model.config, self.optim, peft, peft.base_dtype(machine.dtype, machine.kind)),
+            architecture(self.setup.lm.model.config, self.setup.optim, peft, base_dtype),
             bf16=pick_dtype(machine.dtype, machine.kind) == torch.bfloat16,
             dense=pick_attention(machine.attention, machine.kind) == "sdpa",
             reference=self.reference,
