@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -55,13 +55,33 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
 
     config_tree.prepare(config_dir)
     try:
-        compose(name, flags, words)
+        run_jobs(name, rewrite_words(name, flags, words))
     except explain.COMPLAINTS as error:
         raise DirlError(explain.explain(error, name, words)) from error
 
 
-def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
-    """Let Hydra compose the config, or those of a sweep, and run the command on it."""
+@dataclass(frozen=True)
+class HydraCommand:
+    """What Hydra is given for a command line.
+
+    fixed: the keys that do not tell a sweep's jobs apart. title: a sweep as the name of a file.
+    """
+
+    flags: Sequence[str]
+    words: Sequence[str]
+    fixed: Sequence[str]
+    title: str
+
+    @property
+    def is_sweep(self) -> bool:
+        return "--multirun" in self.flags
+
+
+def rewrite_words(name: str, flags: Sequence[str], words: Sequence[str]) -> HydraCommand:
+    """The command line in Hydra's own grammar.
+
+    Raises DirlError for a word that no config may hold.
+    """
     refuse_secrets(word.partition("=")[::2] for word in words)
     if any(word.startswith("-") for word in words):
         raise DirlError(explain.explain_options(name, words))
@@ -82,9 +102,13 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
 
     fixed = overrides.fixed_keys(words) if is_sweep else []
     swept = [short_words.get(word, word) for word in words if word.partition("=")[0] not in fixed]
-    title = schema.slug(",".join(swept))
+    return HydraCommand(flags, words, fixed, schema.slug(",".join(swept)))
+
+
+def run_jobs(name: str, command: HydraCommand) -> None:
+    """Let Hydra compose the config, or those of a sweep, and run the command on each."""
     ledger = Path("runs", name, f".sweep-{os.getpid()}").absolute()  # a file, since jobs may be other processes
-    if is_sweep:
+    if command.is_sweep:
         begin_sweep(ledger)
         # Where it logs at DEBUG (hydra.verbose=true), Hydra lists a sweep's config as if it were one job's, and fails.
         logging.getLogger("hydra").setLevel(logging.INFO)
@@ -94,7 +118,7 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
 
     def task(cfg: DictConfig) -> None:
         try:
-            run_job(name, cfg, fixed, ledger)
+            run_job(name, cfg, command.fixed, ledger)
         except DirlError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 print(f"dirl {name}: {error}", file=sys.stderr)
@@ -103,21 +127,21 @@ def compose(name: str, flags: Sequence[str], words: Sequence[str]) -> None:
                 raise  # the launcher, perhaps in another process, marks the job as failed and goes on
             errors.append(error)
 
-    sys.argv = [f"dirl {name}", *flags, *words, f"hydra.job.name={name}"]
+    sys.argv = [f"dirl {name}", *command.flags, *command.words, f"hydra.job.name={name}"]
     sys.excepthook = report_bug
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of reporting by itself
     try:
         hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(task)()
     except explain.COMPLAINTS as error:
-        raise DirlError(explain.explain(error, name, words)) from error
+        raise DirlError(explain.explain(error, name, command.words)) from error
     except DirlError as error:
-        sum_up(name, title, ledger)
+        sum_up(name, command.title, ledger)
         raise DirlError("the sweep is over, and not every run of it succeeded") from error
 
     if errors:
         raise errors[0]
-    if is_sweep:
-        sum_up(name, title, ledger)
+    if command.is_sweep:
+        sum_up(name, command.title, ledger)
 
 
 def begin_sweep(ledger: Path) -> None:
