@@ -35,7 +35,8 @@ def main() -> None:
 def clean_only(ids: torch.Tensor) -> Rows:
     zeros = torch.zeros(1, len(ids), dtype=torch.long)
     nothing = zeros[0, :0]
-    return Rows(ids[None], zeros, zeros, torch.arange(len(ids))[None], zeros, nothing, nothing, nothing, BLOCK)
+    position = torch.arange(len(ids))[None]
+    return Rows(ids[None], zeros, zeros, position, zeros, nothing, nothing, nothing, nothing.float(), BLOCK)
 
 
 def draw(axes, title: str, rows: Rows) -> None:
