@@ -97,7 +97,9 @@ def local_snapshot(repo_id: str, kind: Kind) -> Path:
 def cached_config_directory(repo_id: str) -> Path | None:
     """The snapshot with a model's config.json, whatever else of it is missing; None where that is missing too."""
     file = try_to_load_from_cache(repo_id, "config.json")
-    return Path(file).parent if isinstance(file, str) else None
+    if not isinstance(file, str):  # nor is it when the Hub has said that there is none
+        return None
+    return Path(file).parent
 
 
 def snapshot(repo_id: str, kind: Kind, to: Path | None, here: bool = False) -> Path:

@@ -58,9 +58,12 @@ class Range:
                 bounds.append(f"{words} {digits}")
         if self.whole_from_one:
             noun = "share below 1, or a whole number"
-        adjective = "" if bounds else "finite "
-        remark = f"; {self.remark}" if self.remark else ""
-        return f"a {adjective}{noun} {' and '.join(bounds)}".rstrip() + remark
+        sentence = f"a finite {noun}"
+        if bounds:
+            sentence = f"a {noun} {' and '.join(bounds)}"
+        if self.remark:
+            sentence += f"; {self.remark}"
+        return sentence
 
 
 class OneOf:
@@ -188,7 +191,8 @@ def describe_type(hint: Any) -> str:
     if inner is not hint:
         return f"{describe_type(inner)}, or null"
     if isinstance(limit, Range):
-        return limit.describe("whole number" if get_args(inner)[0] is int else "number")
+        noun = "whole number" if get_args(inner)[0] is int else "number"
+        return limit.describe(noun)
     if isinstance(limit, OneOf):
         return f"one of {', '.join(limit.words)}"
     if get_origin(inner) in (list, tuple):
@@ -231,13 +235,17 @@ def without_none(hint: Any) -> Any:
 def limit_of(hint: Any) -> Any:
     """The Range or OneOf of a type, null aside; None if it has none."""
     inner = without_none(hint)
-    return get_args(inner)[1] if get_origin(inner) is Annotated else None
+    if get_origin(inner) is not Annotated:
+        return None
+    return get_args(inner)[1]
 
 
 def required_length(hint: Any) -> int | None:
     """How many items a list must have; None if any number will do."""
     items = get_args(hint)
-    return len(items) if get_origin(hint) is tuple and items[-1] is not ... else None
+    if get_origin(hint) is not tuple or items[-1] is ...:
+        return None
+    return len(items)
 
 
 def format_value(value: object) -> str:
@@ -246,4 +254,6 @@ def format_value(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

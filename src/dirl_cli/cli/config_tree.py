@@ -38,8 +38,15 @@ def require_tree(directory: Path) -> None:
     groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
     commands = {path.name for path in conf_dir().glob("*.yaml")}
     files = sorted(directory.rglob("*.yaml"))
-    if not any(file.parent.name in groups or (file.parent == directory and file.name in commands) for file in files):
+    has_config = False
+    for file in files:
+        is_command = file.parent == directory and file.name in commands
+        if file.parent.name in groups or is_command:
+            has_config = True
+    if not has_config:
         raise DirlError(f"{directory} is no config tree: it holds no GROUP/NAME.yaml such as experiment/mine.yaml")
+
+    # Hydra would report a broken file only once it is chosen, and then by its own words.
     for file in files:
         require_yaml(file)
 
@@ -71,8 +78,9 @@ class UserConfigs(SearchPathPlugin):
 
 def preset(command: str) -> str | None:
     """The experiment that a command runs when it is told nothing else, if any."""
-    trees = [UserConfigs.directory, conf_dir()] if UserConfigs.directory else [conf_dir()]
-    file = next(file for tree in trees if (file := tree / f"{command}.yaml").exists())
+    file = conf_dir() / f"{command}.yaml"
+    if UserConfigs.directory and (UserConfigs.directory / file.name).exists():
+        file = UserConfigs.directory / file.name
     config: Any = OmegaConf.to_container(OmegaConf.load(file))
     for entry in config.get("defaults", []):
         if isinstance(entry, dict) and "experiment" in entry:

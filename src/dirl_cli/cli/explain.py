@@ -57,8 +57,10 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
         valid = known_keys(command, words)
         if key not in valid:
             return f"{key}: no such key; {hint(command, key, valid)}"
-        as_list = f", or write {key}=[{values}] for a list" if config_tree.is_list(command, words, key) else ""
-        return f"{match[1]}: add -m to run each of them{as_list}"
+        sentence = f"{match[1]}: add -m to run each of them"
+        if config_tree.is_list(command, words, key):
+            sentence += f", or write {key}=[{values}] for a list"
+        return sentence
     if match := re.search(r"An item is already at '(.+?)'", text):
         return f"+{match[1]}: the key is there already; write {match[1]}=… without the +"
     if match := re.search(r"Sweep parameters '(.+?)' requires", text):
@@ -79,8 +81,10 @@ def explain_type_error(error: Exception, command: str) -> str:
     setting = type_at(schema.SCHEMAS[command], str(cause.full_key))
     if not setting:
         return ""
-    override = re.match(r"Error merging override (.+)", str(error))
-    return f"{override[1] if override else cause.full_key}: give {describe_type(setting)}"
+    name = cause.full_key
+    if override := re.match(r"Error merging override (.+)", str(error)):
+        name = override[1]
+    return f"{name}: give {describe_type(setting)}"
 
 
 def first_line(text: str) -> str:
@@ -135,8 +139,9 @@ def explain_options(command: str, words: Sequence[str]) -> str:
 
         # `--steps 10` takes the next word for its value; `--watch` alone means true.
         if not equals:
-            has_value = remaining and not remaining[0].startswith("-") and "=" not in remaining[0]
-            value = remaining.pop(0) if has_value else "true"
+            value = "true"
+            if remaining and not remaining[0].startswith("-") and "=" not in remaining[0]:
+                value = remaining.pop(0)
 
         keys = [key for key in (name, ELSEWHERE.get(name)) if key in valid]
         if not keys:

@@ -47,19 +47,24 @@ def expand_all(words: Sequence[str], members: Callable[[str], list[str]]) -> lis
     """Spell `bench=all` as the choices that it stands for. members: those of a group, nothing if it has no `all`."""
     expanded = []
     for word in words:
-        group = word.removesuffix("=all")
-        choices = members(group) if word.endswith("=all") else []
-        expanded.append(f"{group}={','.join(choices)}" if choices else word)
+        group, _, choice = word.partition("=")
+        if choice == "all" and (choices := members(group)):
+            word = f"{group}={','.join(choices)}"
+        expanded.append(word)
     return expanded
 
 
 def collect_bare_words(words: Sequence[str], key: str) -> list[str]:
     """Spell the words that are no overrides as one list, the value of `key`."""
-    bare = [word for word in words if "=" not in word and not word.startswith("~")]
-    overrides = [word for word in words if word not in bare]
+    bare = []
+    overrides = []
+    for word in words:
+        if "=" in word or word.startswith("~"):
+            overrides.append(word)
+        else:
+            bare.append(QuotedString(word, Quote.single).with_quotes())
     if bare:
-        quoted = [QuotedString(word, Quote.single).with_quotes() for word in bare]
-        overrides.append(f"{key}=[{','.join(quoted)}]")
+        overrides.append(f"{key}=[{','.join(bare)}]")
     return overrides
 
 
@@ -117,7 +122,10 @@ def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) ->
 
 def offered(group: str, choices: Callable[[str], list[str]]) -> list[str]:
     """What to choose from in a group, in words: its choices, and a path where the group takes one."""
-    return [*choices(group), "a path"] if group in PATH_CHOICE else choices(group)
+    names = choices(group)
+    if group in PATH_CHOICE:
+        return [*names, "a path"]
+    return names
 
 
 def rewrite_choice(word: str, choices: Callable[[str], list[str]], sweep: bool) -> list[str]:
@@ -133,8 +141,9 @@ def rewrite_choice(word: str, choices: Callable[[str], list[str]], sweep: bool) 
         raise DirlError(f"{word}: {one_at_a_time(group, split_paths(value[1:-1]))}")
 
     # Without -m a comma between names stays: Hydra says what it needs. Any other belongs to a path.
-    has_values = sweep or all(name in names for name in value.split(","))
-    values = split_paths(value) if has_values else [value]
+    values = [value]
+    if sweep or all(name in names for name in value.split(",")):
+        values = split_paths(value)
     paths = [value for value in values if value not in names]
     if not paths:
         return [word]
@@ -151,11 +160,12 @@ def rewrite_choice(word: str, choices: Callable[[str], list[str]], sweep: bool) 
 
 def one_at_a_time(group: str, values: Sequence[str]) -> str:
     """How to write several choices of a group instead of as a list, in words."""
+    names = [value.strip() for value in values]
     if group == "data":
-        names = [QuotedString(value.strip(), Quote.double).with_quotes() for value in values]
-        sources = ", ".join(f"{{path: {name}}}" for name in names)
+        quoted = [QuotedString(name, Quote.double).with_quotes() for name in names]
+        sources = ", ".join(f"{{path: {name}}}" for name in quoted)
         return f"several files are a mixture: data=mix {shell_word('data.sources', f'[{sources}]')}"
-    return f"{group} is one at a time: `-m {shell_word(group, ','.join(value.strip() for value in values))}` runs each"
+    return f"{group} is one at a time: `-m {shell_word(group, ','.join(names))}` runs each"
 
 
 def is_call(value: str) -> bool:
@@ -166,10 +176,12 @@ def is_call(value: str) -> bool:
 def quote_paths(value: str, sweep: bool) -> str:
     """A path in Hydra's quotes; several each in its own, in a list as in `compare=[A,B]` or where -m sweeps them."""
     as_list = re.fullmatch(r"\[(.*)\]", value)
-    if as_list and not exists(value):
-        return f"[{','.join(quote_path(path) for path in split_paths(as_list[1]))}]"
-    paths = split_paths(value) if sweep else [value]
-    return ",".join(quote_path(path) for path in paths)
+    if as_list and not exists(value):  # a file's name, too, may be in brackets
+        paths = split_paths(as_list[1])
+        return f"[{','.join(map(quote_path, paths))}]"
+    if sweep:
+        return ",".join(map(quote_path, split_paths(value)))
+    return quote_path(value)
 
 
 def split_paths(text: str) -> list[str]:
@@ -201,8 +213,9 @@ def exists(value: str) -> bool:
 
 def unquote(value: str) -> str:
     """The path a user meant, `~` and the quotes that Hydra needs around odd characters included."""
-    quoted = re.fullmatch(r"""(['"])(.*)\1""", value)
-    return str(Path(os.path.expanduser(quoted[2] if quoted else value)))
+    if quoted := re.fullmatch(r"""(['"])(.*)\1""", value):
+        value = quoted[2]
+    return str(Path(os.path.expanduser(value)))
 
 
 def quote(text: str) -> str:
@@ -213,7 +226,9 @@ def quote(text: str) -> str:
 def quote_path(value: str) -> str:
     """A path in Hydra's quotes. `${…}` in it is what the config says, unless it is part of an existing path's name."""
     path = unquote(value)
-    return quote(path) if exists(value) else QuotedString(path, Quote.single).with_quotes()
+    if exists(value):
+        return quote(path)
+    return QuotedString(path, Quote.single).with_quotes()
 
 
 def fixed_keys(words: Sequence[str]) -> list[str]:

@@ -54,8 +54,10 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     for kind, repo_id in requests:
         if not to and Path(repo_id).exists():
             raise DirlError(f"{repo_id} is here, and commands read it: there is nothing to download")
+        directory = to
+        if to and len(requests) > 1:  # several cannot share one
+            directory = to / repo_id
         with explain_hub_errors(repo_id, kind):
-            directory = to / repo_id if to and len(requests) > 1 else to  # several cannot share one
             repository = hub.inspect_repository(repo_id, kind, directory)
             require_loadable(repository)
         console.print(format_repository(repository))
@@ -74,7 +76,8 @@ def run(cfg: DictConfig, out: Path | None) -> None:
             fetch_all(large, console)
             hub.snapshot(repository.id, repository.kind, repository.to)
         console.print(f"{repository.id} is in {repository.directory}")
-    console.print(*(f"Next: {command}" for command in next_commands(repositories)), sep="\n")
+    for command in next_commands(repositories):
+        console.print(f"Next: {command}")
 
 
 def convert_packaged_model(cfg: DictConfig, console: PlainConsole) -> None:
@@ -116,7 +119,10 @@ def requested_repositories(cfg: DictConfig) -> Iterator[tuple[hub.Kind, str]]:
         meant = [choice for choice in choices if choice.endswith(f"={repo_id}")]
         if meant:
             raise DirlError(f"{repo_id}: did you mean {' or '.join(meant)}?")
-        yield "dataset" if repo_id.startswith("datasets/") else "model", repo_id.removeprefix("datasets/")
+        if repo_id.startswith("datasets/"):
+            yield "dataset", repo_id.removeprefix("datasets/")
+        else:
+            yield "model", repo_id
 
 
 def require_loadable(repository: Repository) -> None:
@@ -137,8 +143,10 @@ def format_repository(repository: Repository) -> str:
     here = sum(file.bytes_here for file in repository.files)
     if here == total:
         state = "all here"
+    elif here:
+        state = f"{decimal(here)} of it here"
     else:
-        state = f"{decimal(here)} of it here" if here else "none of it here"
+        state = "none of it here"
     return f"{repository.id}: {len(repository.files)} files, {decimal(total)}, {state}"
 
 
@@ -173,6 +181,8 @@ def fetch_all(files: Sequence[File], console: PlainConsole) -> None:
     files = list({file.partial: file for file in files}.values())  # of two with the same content one
     if not files:
         return
+
+    # What an earlier start left here is done, but no part of this one's speed.
     total = sum(file.size for file in files)
     before = sum(file.bytes_here for file in files)  # bytes
     here = before
@@ -204,8 +214,8 @@ def next_commands(repositories: Sequence[Repository]) -> Iterator[str]:
         choice = hub.download_argument(repository.id, repository.kind)
         to = repository.to
         if "=" not in choice:  # no config of ours names it
-            key = "model" if repository.kind == "model" else "data"
-            choice = f"{key}={to or repository.id}"
+            path = to or repository.id
+            choice = f"model={path}" if repository.kind == "model" else f"data={path}"
             to = None
         group = choice.partition("=")[0]
         if group == "data":
@@ -216,8 +226,9 @@ def next_commands(repositories: Sequence[Repository]) -> Iterator[str]:
         if to:
             words[group].append(f"{group}.path={to}")
 
-    model, data, bench = (words.get(group, []) for group in KINDS)
-    model = model or ["model=sdar8b"]
+    model = words.get("model", ["model=sdar8b"])
+    data = words.get("data", [])
+    bench = words.get("bench", [])
     if data:
         yield shlex.join(["dirl", command, *model, *data])
     if bench or not data:

@@ -56,16 +56,19 @@ def run(cfg: DictConfig, out: Path) -> None:
     sampler = engine.start(lm)
     screen = Screen(console, lm, cfg.pace) if cfg.watch else None
 
+    # Completions of an earlier start count if nothing that they depend on has changed.
     file = out / "completions.jsonl"
     total = len(prompts) * cfg.samples
+    seeded_prompts = [(prompt.prompt_ids, prompt.seed) for prompt in prompts]
     source = {
         "model": to_dict(cfg.model),
         "decoding": asdict(decoding),
         "samples": cfg.samples,
-        "digest": hash_values(fingerprint(lm.model), [(prompt.prompt_ids, prompt.seed) for prompt in prompts]),
+        "digest": hash_values(fingerprint(lm.model), seeded_prompts),
     }
     done = resume_or_begin(file, source, total, console, resumes=bool(cfg.input))
 
+    # A sampler goes on from the first that is missing, behind which others may be finished.
     answers = sampler.stream(
         [prompt.prompt_ids for prompt in prompts],
         cfg.samples,
@@ -74,10 +77,10 @@ def run(cfg: DictConfig, out: Path) -> None:
         seeds=[prompt.seed for prompt in prompts],
         watch=screen.show if screen else None,
     )
-    # A sampler goes on from the first that is missing, behind which others may be finished.
-    missing = ((i, sample, trajectory) for i, sample, trajectory in answers if (i, sample) not in done)
+    missing = (answer for answer in answers if answer[:2] not in done)
     written = write(file, missing, prompts, lm.tokenizer)
 
+    # Those of a file are counted; any other is read by somebody who waits for it.
     finished = len(done)
     try:
         if cfg.input and not screen:
@@ -123,8 +126,11 @@ def finished_completions(file: Path, source: dict[str, Any]) -> set[tuple[int, i
     if not (file.exists() and note.exists() and note.read_text() == source_text(source)):
         return set()
     drop_torn_line(file)
+    done = set()
     with file.open() as lines:
-        return {(line["index"], line["sample"]) for line in map(json.loads, lines)}
+        for line in map(json.loads, lines):
+            done.add((line["index"], line["sample"]))
+    return done
 
 
 def first_missing(index: int, samples: int, done: set[tuple[int, int]]) -> int:
@@ -163,11 +169,14 @@ def write(
     """
     with writing(file), file.open("a", encoding="utf-8") as lines:
         for index, sample, trajectory in answers:
+            text = None  # of prompts that were given as token ids, to a model without a tokenizer
+            if tokenizer:
+                text = answer_text(tokenizer, trajectory.completion_ids)
             line = {
                 **prompts[index].fields,
                 "index": index,
                 "sample": sample,
-                "text": answer_text(tokenizer, trajectory.completion_ids) if tokenizer else None,
+                "text": text,
                 "prompt_ids": trajectory.prompt_ids,
                 "token_ids": trajectory.token_ids,
                 "reveal_step": trajectory.reveal_step,
@@ -204,8 +213,9 @@ class Screen:
         self.previous[prompt, sample] = self.answers.get((prompt, sample), [])
         self.answers[prompt, sample] = token_ids
         watched = list(self.answers)[:PANELS]
-        pictures = (Panel(self.picture(key), title=f"{key[0]}.{key[1]}") for key in watched)
+        pictures = [Panel(self.picture(key), title=f"{key[0]}.{key[1]}") for key in watched]
         self.live.update(Group(*pictures), refresh=True)
+        # All that are watched move on in one forward, so that one pause does for them.
         if (prompt, sample) == watched[-1]:
             time.sleep(self.pace)
 
@@ -223,5 +233,6 @@ class Screen:
                 text.append(HIDDEN * 2, style="dim")
             else:
                 is_new = i >= len(before) or before[i] == self.lm.mask_token_id
-                text.append(str(self.tokenizer.decode([token])), style="bold green" if is_new else "")
+                style = "bold green" if is_new else ""
+                text.append(str(self.tokenizer.decode([token])), style=style)
         return text

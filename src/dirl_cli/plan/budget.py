@@ -95,7 +95,8 @@ class Budget:
 
     def need(self, changes: Settings) -> int:
         """Bytes of the phase that holds most, with some settings changed."""
-        return max(sum(sizes.values()) for sizes in self.phases({**self.settings, **changes}).values())
+        phases = self.phases({**self.settings, **changes})
+        return max(sum(sizes.values()) for sizes in phases.values())
 
     def fits(self, changes: Settings) -> bool:
         return self.need(changes) <= SPARE * self.free_bytes
@@ -174,10 +175,10 @@ class Budget:
         may = "may" if need <= ERROR * self.free_bytes else "does"
         takes = f"this {may} not fit: {takes}"
         anyway = f"(memory_gb={math.ceil(need / SPARE / 1e9)} starts it all the same)"
-        if proposals := self.proposals():
-            choices = [
-                f"{format_settings(changes)}, which takes {format_bytes(self.need(changes))}" for changes in proposals
-            ]
+        choices = []
+        for changes in self.proposals():
+            choices.append(f"{format_settings(changes)}, which takes {format_bytes(self.need(changes))}")
+        if choices:
             return f"{takes}: give {'; or '.join(choices)} {anyway}"
 
         # Nothing helps: what the model itself takes grows with its parameters, and so tells how many would fit.
@@ -223,8 +224,10 @@ class Budget:
         for name in names:
             row = [sizes.get(name, 0) for sizes in phases.values()]
             if any(row):
-                table.add_row(name, *(format_bytes(size) if size else "" for size in row))
-        table.add_row("together", *(format_bytes(sum(sizes.values())) for sizes in phases.values()), style="bold")
+                cells = [format_bytes(size) if size else "" for size in row]
+                table.add_row(name, *cells)
+        totals = [sum(sizes.values()) for sizes in phases.values()]
+        table.add_row("together", *map(format_bytes, totals), style="bold")
         return table
 
 
