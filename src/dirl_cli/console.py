@@ -46,6 +46,7 @@ def working(console: Console, what: str, total: int = 0) -> Iterator[Callable[..
     Yields a function `count(done, printed)`: how many of `total` are done, and whether the caller just printed a line
     that says so.
     """
+    # Most of what is shown ends sooner than a sign of life is due, and then leaves nothing on the screen.
     began = time.perf_counter()
     done = 0
     over = Event()
@@ -75,6 +76,7 @@ def working(console: Console, what: str, total: int = 0) -> Iterator[Callable[..
                 console.print(text, soft_wrap=True)
                 due += max(PATIENCE, elapsed / 2)
 
+    # A thread, since the block is busy; a daemon, so that it never keeps the process from ending.
     thread = Thread(target=show_signs, daemon=True)
     thread.start()
     try:

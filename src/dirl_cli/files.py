@@ -61,6 +61,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         try:
             yield partial
+            # Contents are on the disk before the name is: else a crash of the machine may leave a name without them.
             for file in partial.iterdir():
                 sync(file)
             sync(partial)

@@ -198,12 +198,14 @@ def download_and_verify(file: File) -> bool:
     """
     file.partial.parent.mkdir(parents=True, exist_ok=True)
     with file.partial.open("a+b", buffering=0) as partial:
+        # Two that append to one file would mix their bytes.
         try:
             fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DirlError(f"{file.name} is being downloaded by another process: wait for it") from error
         fill(file, partial)
 
+        # What an earlier start left is read again, too: only the whole file has a digest.
         partial.seek(0)
         is_intact = hashlib.file_digest(partial, "sha256").hexdigest() == file.sha256
         if is_intact:

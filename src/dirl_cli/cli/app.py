@@ -115,6 +115,7 @@ def run_command(
     if cfg or info:
         flags.append(str(cfg or info))
 
+    # Read before the launch, which sets the variable itself.
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         launch(name, flags, words, config_dir)

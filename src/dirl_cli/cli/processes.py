@@ -25,6 +25,7 @@ def check_launch(name: str, cfg: DictConfig) -> None:
 
     Raises DirlError where `launch` does not go with the command, `gpus` or `nodes`.
     """
+    # Said here, in one process: each of several would say it again, and wait for the others first.
     processes = cfg.gpus * cfg.nodes
     if cfg.launch == "single" and processes > 1:
         raise DirlError("launch=single is one process: leave gpus and nodes at 1, or launch at auto")

@@ -46,12 +46,15 @@ def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
     if resume not in ("auto", "never") and not Path(resume).expanduser().exists():
         raise DirlError(f"resume={resume}: there is no such checkpoint; give auto, never or the path of one")
     config = OmegaConf.to_yaml(cfg)  # where texts with `${…}` in them are read back as they are
+
+    # Locked while it is moved, so that no run goes on writing under the new name.
     if resume == "never" and (out / "config.yaml").exists():
         with locked(out):
             earlier = unused_name(out)
             out.rename(earlier)
         print(f"the earlier run is in {earlier}", flush=True)
 
+    # A new start may change what is free to change: what is there then describes the last one.
     with locked(out) as lock:
         refuse_other(out, config)
         write_text(out / "config.yaml", config)
@@ -69,11 +72,13 @@ def model_of_run(model: dict[str, Any]) -> dict[str, Any]:
     Raises DirlError where the run has not ended, or where a checkpoint is not in its run.
     """
     path = Path(model["path"]).expanduser()
+    # config.yaml makes it a run of ours, config.json a model in the published layout.
     if (path / "config.yaml").is_file() and not (path / "config.json").exists():
         return model | {"path": str(finished_model(path))}
     if not (path / STATE).is_file():
         return model
 
+    # A checkpoint holds what was trained and no more: the rest is put together from its run's own settings.
     run = path.resolve().parents[1]
     if not (run / "config.yaml").is_file():
         raise DirlError(f"{path} is a checkpoint without its run: put it back into RUN/checkpoints, beside config.yaml")
@@ -133,7 +138,8 @@ def refuse_other(out: Path, config: str) -> None:
     """Raises DirlError where the run in `out` has another configuration and is more than begun."""
     if not (out / "config.yaml").exists() or {path.name for path in out.iterdir()} <= BEGINNINGS:
         return
-    changed = differences(flatten((out / "config.yaml").read_text(encoding="utf-8")), flatten(config))
+    earlier = (out / "config.yaml").read_text(encoding="utf-8")
+    changed = differences(flatten(earlier), flatten(config))
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise DirlError(

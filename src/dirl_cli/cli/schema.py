@@ -116,6 +116,7 @@ class ReinforcementConfig:
     rescore: bool
 
     def __post_init__(self) -> None:
+        # What each key may be is in its type; here is which do not go together.
         if self.group_size < 2 and not (self.rollout_only or self.replay):
             raise DirlError(
                 f"rl.group_size={self.group_size}: an answer is worth what it is beside the others to its problem,"

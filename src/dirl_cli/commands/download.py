@@ -102,6 +102,7 @@ def requested_repositories(cfg: DictConfig) -> Iterator[tuple[hub.Kind, str]]:
     """
     choices = hub.configured_repositories()
     for group in filter(cfg.get, KINDS):
+        # A choice has its repository as `path`; `all` lists choices, of which an embedded one has no repository.
         choice = cfg[group]
         if choice.get("package"):
             continue  # it comes from a package
@@ -114,6 +115,8 @@ def requested_repositories(cfg: DictConfig) -> Iterator[tuple[hub.Kind, str]]:
             yield KINDS[group], choice.path
         else:
             raise DirlError(f"{group}={choice.name} names no repository of the Hub: there is nothing to download")
+
+    # A repository that a choice names is to be asked for by it, whose config knows what the files do not say.
     for word in cfg.ids:
         repo_id = word.removeprefix(f"{constants.ENDPOINT}/")
         meant = [choice for choice in choices if choice.endswith(f"={repo_id}")]
@@ -213,6 +216,7 @@ def next_commands(repositories: Sequence[Repository]) -> Iterator[str]:
     for repository in repositories:
         choice = hub.download_argument(repository.id, repository.kind)
         to = repository.to
+        # What lies in the Hub's cache is found by the choice alone; elsewhere the path has to be told.
         if "=" not in choice:  # no config of ours names it
             path = to or repository.id
             choice = f"model={path}" if repository.kind == "model" else f"data={path}"

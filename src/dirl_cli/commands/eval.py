@@ -204,6 +204,8 @@ def show_comparison(names: Sequence[str]) -> None:
         raise DirlError("compare takes two evaluations: compare=[A,B]")
     a = read_evaluation(names[0])
     b = read_evaluation(names[1])
+
+    # Pairs differ less by chance than two independent samples do: problems in common decide how it is compared.
     common = compare.common_problems(a, b)
     if len(common) > 1:
         how = f"paired over the {len(common)} problems that both answered"

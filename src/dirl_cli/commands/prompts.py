@@ -141,6 +141,8 @@ def encode_row(lm: DiffusionLM, row: Row, instruction: Instruction) -> list[int]
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
             raise DirlError(f"{row.location}: prompt_ids must be a list of token ids below {vocabulary}")
         return ids
+
+    # Of several fields the most literal one counts: a text as it stands, then turns, then a question.
     tokenizer = lm.require_tokenizer()
     if "prompt" in fields:
         return encode_prompt(tokenizer, text_field(row, "prompt", ""))

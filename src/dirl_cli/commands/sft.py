@@ -92,9 +92,8 @@ class Demonstrations:
 
     def order(self, seed: int) -> MixtureOrder:
         """The endless order in which the training demonstrations come."""
-        return MixtureOrder(
-            tuple(len(tokens) for tokens in self.training), tuple(self.weights), partial(generator, seed)
-        )
+        sizes = tuple(len(tokens) for tokens in self.training)
+        return MixtureOrder(sizes, tuple(self.weights), partial(generator, seed))
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,15 @@ def run(cfg: DictConfig, out: Path) -> None:
 
     # Everything that can be refused is refused before the weights are read.
     require_pushable(cfg.push_to_hub)
-    source, parts = build(cfg.data), build_sft_parts(cfg)
+    source = build(cfg.data)
+    parts = build_sft_parts(cfg)
     parts.peft.require(cfg.launch)
     lm = shapes_of(cfg, parts.model)
     parts.annealing.check(lm.block_size)
     decoding = lm.decoding(parts.decoding)
     setup = training_setup(cfg, lm, parts.optim, parts.peft, SFT)
+
+    # A model that is not here yet can be planned for, by the most that each demonstration may take.
     if cfg.dry_run and lm.tokenizer is None:
         progress.print_line(
             f"no tokenizer of {cfg.model.name} is here, so nothing is known of the data: demonstrations are taken to be"
@@ -134,6 +136,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         prompts = [[0] * PROMPT] * cfg.eval_problems
         show_budget(sft_budget(setup, parts.masking, decoding, lengths, prompts), cfg, progress)
         return
+
     data = read_demonstrations(cfg, source, parts.instruction, lm, accelerator, progress)
     del source  # and its rows
     if cfg.dry_run:
@@ -186,6 +189,8 @@ def read_demonstrations(
     reader = Reader(lm, instruction, accelerator, progress, cfg.max_tokens)
     training = [reader.demonstrations(f"training demonstrations of {s.name}", s.demonstrations()) for s in sources]
     held_out = [reader.demonstrations(f"held-out demonstrations of {s.name}", s.validation()) for s in sources]
+
+    # Without one of its sources a mixture would be another than was asked for.
     for name, tokens in zip(names, training, strict=True):
         if not len(tokens):
             raise DirlError(f"nothing of {name} is left to learn from: raise max_tokens, or give other data")
@@ -197,7 +202,8 @@ def preview(cfg: DictConfig, data: Demonstrations, lm: DiffusionLM, progress: St
     """Show the first demonstrations of each source as the model sees them, and how often each will be gone through."""
     show_examples(dict(zip(data.names, data.training, strict=True)), lm.require_tokenizer(), progress.console)
     reached = epochs(data.order(cfg.seed), data.names, cfg.steps * cfg.batch_size)
-    progress.print_line(f"after {cfg.steps} steps: {' · '.join(f'{name} {n:.2f}' for name, n in reached.items())}")
+    counts = " · ".join(f"{name} {n:.2f}" for name, n in reached.items())
+    progress.print_line(f"after {cfg.steps} steps: {counts}")
 
 
 def sft_metrics(cfg: DictConfig, data: Demonstrations) -> list[str]:
@@ -238,6 +244,7 @@ def open_training(
         "base_fingerprint": fingerprint(lm.model),
         "data_fingerprint": fingerprint_of([*data.training, *data.held_out]),
     }
+    # A batch is a function of its number alone, so that a run goes on with what it would have seen.
     noise = Noise(parts.masking, lm.block_size, lm.mask_token_id, lm.pad_token_id, cfg.row_tokens)
     batches = NoisedBatches(
         Padded(data.training, lm.block_size, lm.pad_token_id),
@@ -258,6 +265,7 @@ def open_training(
         stop.raising_if_alone,
     )
 
+    # Held-out demonstrations are hidden once, under the noise of the run's end, so that their losses compare.
     unseen = Padded(data.held_out, lm.block_size, lm.pad_token_id)
     validation = None
     if len(unseen):
@@ -272,6 +280,7 @@ def open_training(
             validation, held_out, trainer, lm, parts.peft, grader, dtype, cfg.micro_rows, progress
         )
 
+    # The log is opened last: where the run goes on tells which of its lines stay.
     by_rate = {metric(rate): f"{rate:.0%} masked" for rate in cfg.mask_rates}
     panels = (*PANELS, Panel("Denoising accuracy, held out", by_rate, percent=True))
     noted = ("validation_loss", "greedy_accuracy", *by_rate)

@@ -51,15 +51,19 @@ def is_finished(cfg: DictConfig, out: Path, progress: StepProgress) -> bool:
 
 def shapes_of(cfg: DictConfig, model: ModelSource) -> DiffusionLM:
     """The model without its weights, which come once they are known to fit."""
-    lm: DiffusionLM = (outline if cfg.dry_run else shapes)(model, cfg.attention)
-    return lm
+    if cfg.dry_run:  # which plans for a model that is still to be downloaded, too
+        return outline(model, cfg.attention)
+    return shapes(model, cfg.attention)
 
 
 def training_setup(cfg: DictConfig, lm: DiffusionLM, optim: Optim, peft: Peft, keys: Sequence[str]) -> TrainingSetup:
     """What the memory budget of the run on this machine depends on. keys: the settings it may propose to change."""
     machine = Machine(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
     settings = {key: OmegaConf.select(cfg, key) for key in keys}
-    adapter = partial(build_choice, "peft") if find_spec("peft") else None
+    # Where the package for it is installed, an adapter may be proposed instead of full fine-tuning.
+    adapter = None
+    if find_spec("peft"):
+        adapter = partial(build_choice, "peft")
     return TrainingSetup(lm, optim, machine, settings, peft, adapter)
 
 
@@ -127,8 +131,11 @@ def leave_model(
     cfg: DictConfig, out: Path, run: Session, lm: DiffusionLM, peft: Peft, decoding: Decoding, recipe: Sequence[str]
 ) -> None:
     """Write the run's model and its card. recipe: the settings that are on the card."""
-    how = "fine-tuned" if run.command == "sft" else "reinforced"
-    given = "" if run.command == "sft" else f" algo={cfg.algo.name}"
-    summary = f"{cfg.model.name}, {how} on {cfg.data.name} with `dirl {run.command}{given}`."
+    how = "fine-tuned"
+    command = f"dirl {run.command}"
+    if run.command == "rl":
+        how = "reinforced"
+        command += f" algo={cfg.algo.name}"
+    summary = f"{cfg.model.name}, {how} on {cfg.data.name} with `{command}`."
     settings: Any = OmegaConf.to_container(cfg)
     export_model(lm, peft, out, summary, settings, recipe, run.panels, decoding, run.trainer.accelerator, run.progress)

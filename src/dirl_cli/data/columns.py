@@ -46,6 +46,8 @@ def rename_row(row: Row, columns: Mapping[str, str]) -> Row:
     """The row, and the turns of its messages, with the columns under our names."""
     fields = rename_fields(row.fields, columns)
     overwritten = overwritten_columns(row.fields, columns)
+
+    # `role` and `content` are columns of a turn, wherever the turns stand.
     turns = fields.get("messages")
     if isinstance(turns, list):
         renamed_turns = []
@@ -167,6 +169,7 @@ def question(row: Row, setting: str = "data.columns=") -> Row:
 def recognise_problem(row: Row) -> Row:
     """The row under our names where it has a chat for its question, or verl's or a plain column for its answer."""
     fields = dict(row.fields)
+    # The question first, which may be in either layout; then the answer, in whichever column it stands.
     chat = fields.get("question", fields.get("prompt"))
     if isinstance(chat, list) and all(isinstance(turn, dict) for turn in chat):
         fields |= one_question(row.location, chat)

@@ -85,6 +85,7 @@ class TrainingFile:
         if not 0 <= size < len(rows):
             raise DirlError(f"{self.path} has {len(rows)} rows, so {size} cannot be held out: lower data.held_out")
 
+        # Drawn by the rows' number and the seed alone: two runs on a file hold out the same ones.
         held_out = set(Random(self.seed).sample(range(len(rows)), size))
         training_rows: list[Row] = []
         held_out_rows: list[Row] = []

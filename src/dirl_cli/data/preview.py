@@ -56,6 +56,7 @@ def length_table(sources: Mapping[str, TokenTable]) -> Table:
     has_trained = any(tokens.answer_tokens for tokens in sources.values())
     if has_trained:
         columns.insert(2, "trained")
+    # A source's name may be a long path: it alone is broken where the terminal is narrow.
     table = Table(Column("tokens", overflow="fold"), box=None, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -65,5 +66,6 @@ def length_table(sources: Mapping[str, TokenTable]) -> Table:
         counts = [len(tokens), tokens.lengths.sum(), *quantiles]
         if has_trained:
             counts.insert(2, tokens.answer_tokens)
-        table.add_row(name, *(f"{int(count):,}" for count in counts))
+        cells = [f"{int(count):,}" for count in counts]
+        table.add_row(name, *cells)
     return table

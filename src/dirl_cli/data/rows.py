@@ -58,6 +58,7 @@ def read_rows(source: str | Path, split: str | None = None, config: str | None =
     split, config: which part of a directory or data set; None takes its only one.
     Raises DirlError that names the line that is malformed, or says what is missing.
     """
+    # What is on the disk goes before a data set of the same name.
     path = Path(source)
     if path.is_dir():
         rows = data_set_rows(str(source), path, split, config)
@@ -80,6 +81,7 @@ def data_set_rows(source: str, directory: Path, split: str | None, config: str |
     """The rows of a directory laid out as data sets of the Hub are, the names of its files telling the splits."""
     import datasets  # takes a second to import
 
+    # `datasets` follows what a description says, so that this is looked at first; only formats that run no code pass.
     datasets.disable_progress_bars()
     require_inside(directory)
     try:
@@ -91,6 +93,8 @@ def data_set_rows(source: str, directory: Path, split: str | None, config: str |
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise DirlError(f"{source} cannot be read as a data set ({reason}): correct it, or give one file") from error
+
+    # One split needs no name; of several none is taken by guess.
     if split not in splits and (split or len(splits) > 1):
         raise DirlError(f"{source} has the splits {' and '.join(splits)}: choose one with bench.split= or data.split=")
     name = split or next(iter(splits))
@@ -249,6 +253,7 @@ def spread_objects(path: Path, content: str) -> list[Row] | None:
     while match := NOT_BLANK.search(content, position):
         start = match.start()
         line += content.count("\n", position, start)
+        # raw_decode tells where the value ends, and so where the next begins.
         try:
             value, end = decoder.raw_decode(content, start)
         except (ValueError, RecursionError):

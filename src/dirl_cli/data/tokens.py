@@ -108,6 +108,7 @@ def tokens_file(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], instruc
 
 def write_tokens(file: Path, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], instruction: Instruction) -> None:
     """Tokenise the rows, a thousand at a time, and write them atomically. Raises DirlError for a full disk."""
+    # Several runs may tokenise the same rows at once: each writes a file of its own, and renames it to the same.
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

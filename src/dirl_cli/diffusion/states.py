@@ -79,6 +79,7 @@ class AnswerMasked:
         token_ids = torch.tensor([*trajectory.prompt_ids, *trajectory.token_ids])
         position = torch.arange(len(token_ids))
         masked = (torch.rand(len(token_ids), generator=generator) < self.prompt_rate) | (position >= start)  # (L,)
+        # The masked sequence stands in the clean copy's place, so that later blocks read masks where an answer was.
         return Strip(
             token_ids=torch.where(masked, spec.mask_id, token_ids),
             sequence=torch.full_like(position, SHARED),

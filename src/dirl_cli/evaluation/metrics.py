@@ -138,6 +138,7 @@ def mean_over_seeds(runs: Sequence[Metrics]) -> Metrics:
     mean_pass_at = {}
     for m in runs[0].pass_at:
         mean_pass_at[m] = fmean(run.pass_at[m] for run in runs)
+    # Wilson's interval is of one evaluation's problems: over seeds there is the standard error alone.
     return replace(
         runs[0],
         answers=sum(run.answers for run in runs),

@@ -55,6 +55,7 @@ def foreign_answer(location: str, line: Mapping[str, Any], problems: Sequence[Pr
         raise DirlError(f"{location}: index must be {expected}, {instead_of(line, 'index')}")
     if not isinstance(completion, str):
         raise DirlError(f"{location}: completion must be the text of an answer, {instead_of(line, 'completion')}")
+    # It counts as complete, since nothing tells that it was cut off; 0 forwards say that it was not sampled here.
     return GradedAnswer(
         problem=problems[index].id,
         sample=0,

@@ -148,6 +148,7 @@ def beside(published: Sequence[float], ours: Metrics, settings: Mapping[str, Any
     if ours.standard_error:
         standard_errors = difference / (100 * ours.standard_error)
 
+    # Figures compare only under one protocol: where it was another, the card says in what.
     differently = {}
     for key, value in PROTOCOL.items():
         if settings[key] != value:

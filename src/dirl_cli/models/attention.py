@@ -35,6 +35,7 @@ def block_mask(coordinates: Coordinates) -> "BlockMask":
     """
     from torch.nn.attention.flex_attention import BlockMask
 
+    # Padding has a strip of its own, which no token of another sees.
     padding = (0, -coordinates.strip.shape[1] % TILE)
     strip, *rest_of_token = (c.int() for c in coordinates)
     padded = Coordinates(pad(strip, padding, value=PADDING), *(pad(c, padding) for c in rest_of_token))
@@ -44,6 +45,7 @@ def block_mask(coordinates: Coordinates) -> "BlockMask":
         key = Coordinates(*(c[row, k] for c in padded))
         return attends(query, key)
 
+    # Tiles that are seen in whole need no rule, tiles that are not seen no work.
     seen = seen_in_tiles(padded)
     full = seen == TILE**2
     mixed = (seen > 0) & ~full
@@ -106,7 +108,10 @@ def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
             raise DirlError("attention=flex cannot learn on a CPU: leave it at auto")
         padding = (0, -length % TILE)  # as `block_mask` pads coordinates
 
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    # The queries come in the dtype of the forward, and SDPA wants its mask in theirs.
+    dtype = model.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     output = model.get_decoder()(
         input_ids=pad(rows.token_ids, padding),
         position_ids=pad(rows.position, padding),

@@ -112,6 +112,7 @@ def inherited(base: str | None) -> dict[str, Any]:
     """The base model's Hub name and licence, as far as its own card tells. base: a path, a Hub name, or None."""
     if not base:
         return {}
+    # A licence goes on with what is made of a model; the base's own card is where it stands.
     is_repository = list(repositories(base)) == [base]
     metadata = None
     with suppress(ValueError, YAMLError):  # a broken card is no reason to fail

@@ -106,6 +106,7 @@ class ModelDirectory:
 
     def _require_complete(self, loading_info: dict[str, Any]) -> None:
         """Raises DirlError where files and configuration differ. loading_info: what transformers reports of it."""
+        # transformers only warns, and fills what it lacks with random numbers.
         mismatched = sorted(loading_info["mismatched_keys"])
         if mismatched:
             name, shape, expected_shape = mismatched[0]

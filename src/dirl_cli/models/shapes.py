@@ -61,6 +61,7 @@ def outline(model: ModelSource, attention: str) -> DiffusionLM:
         if not isinstance(model, SavedModel):
             raise
 
+        # An interrupted download may have left the configuration, which tells more than our table.
         stored = ModelDirectory(model.path)
         directory = hub.cached_config_directory(model.path)
         if directory is not None:

@@ -221,6 +221,7 @@ class Budget:
             table.add_column(phase, justify="right")
             names |= dict.fromkeys(sizes)
 
+        # A part that a run of this kind never has is no row of its table.
         for name in names:
             row = [sizes.get(name, 0) for sizes in phases.values()]
             if any(row):

@@ -145,6 +145,7 @@ class Memory:
 
     def resident(self) -> Bytes:
         """Bytes that every phase holds."""
+        # All parts are named, also those of which there is nothing: phases and their table have one order.
         sizes = {
             "parameters": self.model.weight_bytes // self.parallelism.parameters,
             "merged weights": 0,

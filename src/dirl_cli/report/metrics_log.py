@@ -71,8 +71,10 @@ class NoLog:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics file; one that a crash cut short ends it."""
+    if not path.exists():
+        return []
     lines: list[dict[str, float]] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text().splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:
@@ -145,6 +147,7 @@ class Wandb:
 
     def open(self, out: Path, config: Mapping[str, Any], step: int) -> Tracker:
         wandb = import_tracker("wandb", "wandb")
+        # A run that begins anew in the same directory is another one there.
         id_file = out / "wandb_run_id"
         is_resumed = step > 0 and id_file.exists()
         run = wandb.init(

@@ -65,6 +65,8 @@ def draw_panel(axes: "Axes", panel: Panel, history: Sequence[Mapping[str, float]
         points = [(line["step"], line[name]) for line in history if name in line]
         if not points:
             continue
+
+        # Few points are seen one by one; of many the noise is faint behind their running mean.
         steps, values = zip(*points, strict=True)
         if len(points) < SPARSE:
             axes.plot(steps, values, color=color, linewidth=1.8, marker="o", markersize=4, label=label, clip_on=False)

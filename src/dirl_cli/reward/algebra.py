@@ -82,6 +82,7 @@ def spelt_out(text: str, cased: frozenset[str]) -> str:
 
 def distinct_name(match: re.Match[str], cased: frozenset[str], dummies: frozenset[str]) -> str:
     """A letter with its primes and index, under a name that math-verify keeps apart from others."""
+    # What tells the letter apart from others is written as letters of an index, the one place where all are kept.
     letter = match[1]
     index = match[3] or match[4] or ""
     marks = "prime" * len(match[2])

@@ -17,6 +17,8 @@ def conditioned(text: str) -> tuple[str, list[str]]:
     r"""A formula and what stands after it of its letters alone, as c \in \mathbb{R} and n \ge 1."""
     text = FOR.sub(lambda match: ", \\forall " if match[1] or match[2] else ", ", text)
     text = re.sub(r" ?\(([a-zA-Z] ?(?:\\in|\\ge|\\ne|>)[^()]*)\)$", r", \1", text)
+
+    # What stands behind commas is a condition if all of it is, and of letters in the formula; else part of a list.
     formula, *conditions = split(text, ",")
     if re.search(rf"{RELATION}|\\(?:in|ne)(?![a-zA-Z])", formula):
         return text, []  # it is a condition itself

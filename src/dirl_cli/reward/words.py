@@ -198,6 +198,8 @@ def multiplied(value: str, words: list[str]) -> tuple[str, list[str]]:
             words = words[3:]
     if factor == 1 and more == 0:
         return value, words
+
+    # A formula, as in \sqrt{2} million, is left to algebra with its factor.
     amount = number(value)
     if amount is None:
         return rf"({value}) \cdot {fraction(factor)} + {fraction(more)}", words

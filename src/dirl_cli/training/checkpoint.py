@@ -158,6 +158,7 @@ class RunCheckpoints:
 
     def _own_files(self, kind: str, tensors: Mapping[str, Tensor]) -> Files:
         """What this process writes: its shards, and the main process all tensors that are not sharded."""
+        # A tensor may stay whole beside sharded ones, as a count of steps does: it is written once.
         is_main = self.accelerator.is_main_process
         own = {}
         is_sharded = False

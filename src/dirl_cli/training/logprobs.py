@@ -67,6 +67,7 @@ class LinearLogprobs(torch.autograd.Function):
         ctx.chunk = chunk
         cast_weight = weight.to(hidden.dtype)
 
+        # Only the normaliser of each softmax stays, from which the backward makes its gradient.
         chunks = []
         for chunk_hidden, chunk_targets in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = tempered_logits(chunk_hidden, cast_weight, temperature, unsampled_ids)
@@ -86,6 +87,7 @@ class LinearLogprobs(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         cast_weight = weight.to(hidden.dtype)
 
+        # Logits are computed again, chunk by chunk as in the forward, and turned into their gradient in place.
         for start in range(0, len(hidden), ctx.chunk):
             chunk = slice(start, start + ctx.chunk)
             of_logits = logit_gradient(

@@ -37,7 +37,9 @@ def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelera
     device = pick_device(device)
     AcceleratorState._reset_state(reset_partial_state=True)  # another run of this process may have had other settings
     is_sharded = launch in SHARDED_LAUNCHES
-    plugin = fsdp2(keeps_gathered=launch == "zero2") if is_sharded else None
+    plugin = None
+    if is_sharded:
+        plugin = fsdp2(keeps_gathered=launch == "zero2")
     single_copy = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else every gradient is there twice
     uncached = AutocastKwargs(cache_enabled=not is_sharded)  # a cached cast would outlive the layer that was gathered
     accelerator = Accelerator(
@@ -78,7 +80,9 @@ def reshard(model: nn.Module) -> None:
 def unsharded(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The named tensors, one by one as full tensors. Every process has to iterate over all: gathering is collective."""
     for name, tensor in named:
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        yield name, tensor
 
 
 def unsharded_model(lm: DiffusionLM, dtype: torch.dtype = torch.float32) -> DiffusionLM:

@@ -78,6 +78,7 @@ class Session:
         if path.parent == self.checkpoints.directory:  # another run's checkpoint may have seen other data
             require_same_data(data, remembered.get("data_fingerprint", rows), rows)
 
+        # Checkpoints of earlier versions did not count all of these: what they lack follows from the step.
         self.step = self.saved_at = remembered["step"]
         self.saved_in = path
         self.unevaluated = remembered.get("unevaluated")
@@ -152,6 +153,7 @@ class Session:
 
     def save(self, metrics: Metrics, **more: Any) -> None:
         """Save the last whole step, of which these are the metrics."""
+        # What training depends on besides the tensors, then what the command itself remembers.
         trainer = self.trainer
         remembered = {
             "command": self.command,

@@ -41,6 +41,7 @@ class TrainedModel:
         except (SafetensorError, OSError) as error:
             raise DirlError(f"{self.path} cannot be read ({error}): give another checkpoint of the run") from error
 
+        # As any other model from here on: no adapter of its own, in the dtype that was asked for, free to be trained.
         lm = self.peft.merged(lm)
         nn.Module.to(lm.model, dtype=pick_dtype(dtype, device))
         if self.adapter:

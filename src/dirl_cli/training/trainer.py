@@ -74,6 +74,7 @@ class Trainer:
         self.optimizers: list[torch.optim.Optimizer] = [wrapped.optimizer for wrapped in prepared]
         self.schedule = schedule
         self.clip_norm = clip_norm
+        # The schedule multiplies these: an optimizer's own rates are overwritten at every step.
         self.full_rates: list[list[float]] = []  # of each optimizer's parameter groups
         for optimizer in self.optimizers:
             self.full_rates.append([group["lr"] for group in optimizer.param_groups])
