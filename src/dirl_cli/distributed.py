@@ -28,6 +28,7 @@ class Processes:
     """
 
     def __init__(self, count: int, device: str) -> None:
+        # One process neither imports torch for this nor opens a port.
         self.rank = 0
         self.count = 1
         self.device = device

@@ -39,7 +39,8 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
+            lines = [text] if isinstance(text, str) else text
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

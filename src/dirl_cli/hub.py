@@ -221,6 +221,7 @@ def fill(file: File, partial: IO[bytes]) -> None:
 
     Raises httpx.TransportError after ATTEMPTS connections in a row that brought nothing.
     """
+    # A connection that brought anything was worth it, however often they break: only the fruitless are counted.
     failures = 0
     while (size := partial.seek(0, 2)) < file.size:
         try:

@@ -145,6 +145,7 @@ def survey(command: str, words: Sequence[str]) -> tuple[dict[str, list[str]], di
         names = [str(group) for group in cfg.hydra.runtime.choices]
         groups = {name: group_options(name) for name in names if not name.startswith("hydra/")}
 
+    # What Hydra itself and the classes behind a choice are called is nothing to set.
     values = {}
     for key, value in leaves(OmegaConf.to_container(cfg)):
         if not key.startswith("hydra.") and not key.endswith("_target_"):

@@ -143,6 +143,7 @@ def explain_options(command: str, words: Sequence[str]) -> str:
             if remaining and not remaining[0].startswith("-") and "=" not in remaining[0]:
                 value = remaining.pop(0)
 
+        # As for an override: the key itself, another toolkit's name of it, or its last part.
         keys = [key for key in (name, ELSEWHERE.get(name)) if key in valid]
         if not keys:
             keys = [key for key in valid if key.rpartition(".")[2] == name]

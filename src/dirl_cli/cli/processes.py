@@ -54,11 +54,13 @@ def start_workers(name: str, cfg: DictConfig, out: Path, locks: Sequence[int]) -
     on_cpu = cfg.device == "cpu" or not is_cuda_available()
     if not on_cpu:
         require_gpus(cfg.gpus)
+
+    # One thread a process, since the processes share the cores; who knows better sets the variable.
     environment = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVING, **os.environ}
     if on_cpu:
         environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     failure = out / FAILURE
-    failure.unlink(missing_ok=True)
+    failure.unlink(missing_ok=True)  # of an earlier start
     command = [sys.executable, "-m", "dirl_cli.cli.worker", "start", name, str(out), *accelerate_options(cfg)]
     print(starting(cfg, os.cpu_count() if on_cpu else None), flush=True)
 

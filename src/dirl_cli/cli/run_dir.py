@@ -188,6 +188,7 @@ def git_state(checkout: Path) -> dict[str, Any] | None:
     """The commit of a checkout and whether files differ from it; None for an installed package."""
     if not (checkout / ".git").exists():
         return None
+    # Nothing of it may keep a run from starting: git may be missing, or refuse a checkout of another user.
     git = ["git", "-C", str(checkout)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

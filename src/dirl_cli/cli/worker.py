@@ -66,6 +66,7 @@ def require_gpus(count: int) -> None:
 
 def run_under_launcher(name: str, out: str) -> None:
     """Run a command as one of the processes of another launcher, such as torchrun; rank 0 holds the run directory."""
+    # How many processes there are is the launcher's to say, whatever the run was prepared with.
     cfg = saved_config(out)
     cfg.gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cfg.nodes = int(os.environ.get("WORLD_SIZE", 1)) // cfg.gpus

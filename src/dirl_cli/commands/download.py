@@ -165,6 +165,7 @@ def format_file(file: File) -> str:
 
 def room_for(missing_bytes: int, directory: Path) -> str:
     """A line on what is to be fetched and what is free. Raises DirlError where it does not fit."""
+    # The directory may not be there yet: the disk is that of the nearest one above it.
     existing = directory.absolute()
     while not existing.exists():
         existing = existing.parent

@@ -191,7 +191,8 @@ def conclude(
         card["published"] = report.beside(figures, overall, compare.settings(card))
     write_json(out / CARD, card)
 
-    header = (bench.get("columns") or {}).get("subset", "")  # what the file calls its subsets, such as level
+    # A table's first column is called what the file calls its subsets, such as level.
+    header = (bench.get("columns") or {}).get("subset", "")
     console.print(report.table(f"{name} on {cfg.bench.name}", {"all": overall, **subsets}, header))
     if "published" in card:
         console.print(report.spell_published(card["published"]))

@@ -132,6 +132,7 @@ def draw_items(rng: Random, size: int, used: set[str]) -> list[Item]:
 
 def draw_chain(rng: Random) -> Chain:
     """A number and two or three changes of 1 to 9, never falling below 1."""
+    # Something is left to lose only above 1, and never more than is there.
     total = pick(rng, range(1, 10))
     chain = [total]
     for _ in range(pick(rng, (2, 3))):

@@ -238,9 +238,10 @@ def text_field(row: Row, key: str, expected: str, setting: str = "data.columns="
     """
     value = row.fields.get(key)
     if key not in row.fields:
-        columns = ", ".join(row.fields)
-        hint = f"; map yours ({columns}) with '{setting}{{{key}: …}}'" if columns else ""
-        raise DirlError(f"{row.location} has no {key}: {expected}{hint}")
+        sentence = f"{row.location} has no {key}: {expected}"
+        if columns := ", ".join(row.fields):
+            sentence += f"; map yours ({columns}) with '{setting}{{{key}: …}}'"
+        raise DirlError(sentence)
     if value is None and key in ANSWERS:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):

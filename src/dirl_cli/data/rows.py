@@ -184,10 +184,12 @@ def table_rows(path: Path) -> list[Row]:
             first_line = lines.line_num + 1
             if not cells:
                 continue
+            # A row of another length hints at a separator inside a cell: every cell behind it would be misread.
             if len(cells) != len(header):
                 quote = "put a cell that holds the separator or a line break between double quotes"
                 raise DirlError(f"{location} has {len(cells)} cells, and the first line names {len(header)}: {quote}")
-            rows.append(Row(location, {name: cell or None for name, cell in zip(header, cells, strict=True)}))
+            fields = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            rows.append(Row(location, fields))
     except csv.Error as error:
         raise DirlError(f"{path} line {lines.line_num} is not valid CSV ({error}): correct or remove it") from error
     return rows
@@ -234,6 +236,7 @@ def json_lines(path: Path, content: str) -> list[Row]:
         if not line.strip():
             continue
         location = f"{path} line {number}"
+        # A line that is no value may be the first of an object over several: then all of the file is read that way.
         try:
             rows.append(Row(location, json.loads(line, parse_float=VerbatimFloat.read)))
         except (ValueError, RecursionError) as error:

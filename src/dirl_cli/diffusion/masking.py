@@ -163,6 +163,7 @@ def noised_strip(
 
 def causal_strip(demonstration: Example, weight: float) -> Strip:
     """A demonstration as a causal model learns it, in rows whose blocks are single tokens: each predicts the next."""
+    # One view and blocks of one token: the attention rule is then the causal mask.
     answer = demonstration.trained.nonzero().squeeze(1)
     answer = answer[answer > 0]  # nothing predicts the very first token
     position = torch.arange(len(demonstration.token_ids))

@@ -26,6 +26,7 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
+    # Of what top-k left, a token stays if those before it in order of probability do not reach top_p yet.
     if top_p < 1:
         ordered, ids = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)

@@ -137,6 +137,7 @@ def differing_settings(a: Evaluation, b: Evaluation) -> list[str]:
 
 def settings(card: Mapping[str, Any]) -> dict[str, Any]:
     """What a card says of how its answers came about, by dotted name."""
+    # A benchmark's name stands for where its file lies and how that is read.
     dotted = {}
     for group in ("bench", "instruction", "decoding"):
         for key, value in card.get(group, {}).items():

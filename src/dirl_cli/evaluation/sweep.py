@@ -69,6 +69,7 @@ def common_names(sweep: Sequence[Member]) -> list[str]:
 
 def with_means(jobs: Sequence[J], cells: Callable[[Sequence[J]], dict[str, str]]) -> dict[str, dict[str, str]]:
     """The cells of each job by its label; below jobs that differ in their seeds alone, those of their mean."""
+    # Jobs whose overrides differ in the seed alone are runs of one setting.
     by_settings: dict[tuple[str, ...], list[J]] = defaultdict(list)
     for job in jobs:
         settings = tuple(value for key, value in job.overrides.items() if key != "seed")

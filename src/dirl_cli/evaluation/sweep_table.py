@@ -71,7 +71,7 @@ def run_cells(runs: Sequence[TrainingRun], columns: Mapping[str, Column]) -> dic
         if len(values) < len(runs):  # a mean of only some of them would be another number
             cells[column.header] = ""
             continue
-        mean = number(fmean(values), column.digits)
-        error = standard_error(values)
-        cells[column.header] = f"{mean} ± {number(error, column.digits)}" if error else mean
+        cells[column.header] = number(fmean(values), column.digits)
+        if error := standard_error(values):
+            cells[column.header] += f" ± {number(error, column.digits)}"
     return cells

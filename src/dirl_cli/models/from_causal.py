@@ -64,6 +64,7 @@ class FromCausal:
         if self.package and not Path(self.path).is_dir():
             raise DirlError(f"{self.path} is not there: run `dirl download model={self.name}` first")
 
+        # What no weight is needed for is refused before any is read.
         stored = ModelDirectory(self.path)
         directory = stored.directory()
         config = stored.config(directory, pick_attention(attention, device))
@@ -201,6 +202,7 @@ def convert_gguf(package: str, file: str, directory: Path) -> None:
         raise DirlError("the package gguf, which reads the model's file, is not installed: pip install gguf")
     from gguf import GGUFReader
 
+    # A model made anew of the same configuration and weights knows nothing of the file that they came from.
     loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     del loaded.config.quantization_config  # of what it was; as it is, it would refuse to be saved
     model = type(loaded)(loaded.config)

@@ -134,6 +134,7 @@ class SavedModel:
 
         Raises DirlError for a mask token that is not the model's, or outside of its vocabulary.
         """
+        # Another block size can be learned, another mask token cannot: its embedding is what all was learned with.
         block_size = first_set(self.block_size, getattr(config, "block_size", None), DEFAULT_BLOCK_SIZE)
         stored_mask = getattr(config, "mask_token_id", None)
         mask_id = first_set(self.mask_token_id, stored_mask, DEFAULT_MASK_TOKEN_ID)

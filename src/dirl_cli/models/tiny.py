@@ -82,6 +82,7 @@ CHATML = (
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Train a tokenizer of at most 373 tokens that reads any text; ids 0 to 3: pad, turn start, turn end and mask."""
+    # As Qwen's tokenizers split text, so that what reads one of theirs reads this one.
     pad, start, end, mask = SPECIAL
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

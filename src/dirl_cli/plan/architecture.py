@@ -101,6 +101,7 @@ def use_fake_parameters(model: nn.Module) -> None:
 
 def optimizer_bytes(model: PreTrainedModel, optim: Optim) -> int:
     """Bytes of an optimizer's states, which its first step makes. The parameters have to be fake ones."""
+    # A first step needs gradients; of what shape they are is all that counts.
     for parameter in trainable_parameters(model).values():
         parameter.grad = torch.empty_like(parameter)
 

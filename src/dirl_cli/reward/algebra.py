@@ -154,6 +154,8 @@ def numbers_equal(original: Judge) -> Judge:
             return original(a, b, *precision)  # calls this one for each element
         if a.free_symbols or b.free_symbols:
             return False  # the other comparison is for these
+
+        # Whether it was written with decimals is seen no longer when they are exact fractions.
         a_has_decimals = a.has(Float)
         b_has_decimals = b.has(Float)
         a = exact(a).doit()

@@ -75,6 +75,7 @@ def reference(gold: str) -> str:
 
 def closed_boxes(text: str) -> list[Box]:
     """Every box that is closed, in the order in which they begin."""
+    # Boxes close before those that they stand in: a stack of the groups that are open tells which one a brace closes.
     open_groups: list[tuple[int, int]] = []  # where a box and its content begin, -1 for any other group
     boxes = []
     for token in TOKENS.finditer(text):

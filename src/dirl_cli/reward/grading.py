@@ -119,6 +119,7 @@ class Worker:
 
     def compare(self, problem: Problem, answer: str) -> Credit:
         """The credit of an answer by its problem's verifier. Raises EOFError where the process does not start."""
+        # A process that its own alarm ended took too long; any other may have been killed for what others did.
         for _ in range(ATTEMPTS):
             if self._process is None:
                 self._start()

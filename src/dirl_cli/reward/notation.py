@@ -25,6 +25,7 @@ def number(text: str) -> Fraction | None:
     """The exact value of an integer, a decimal, a fraction or a mixed number, also times a power of ten."""
     if repeating := REPEATING.fullmatch(text):
         return repeated(*repeating.groups())
+    # A fraction becomes a/b, so that one pattern reads it alone and behind a whole number, as in 2 3/4.
     match = NUMBER.fullmatch(re.sub(FRACTION, r" \1\2/\3\4 ", text).strip())
     if match is None or (match[2] and not match[4]):
         return None

@@ -202,6 +202,7 @@ def find_reward(name: str) -> Reward:
         module = load_file(Path(path).expanduser().resolve()) if is_file else import_module(path)
     except (ImportError, OSError, SyntaxError, ValueError) as error:
         raise DirlError(f"the reward {name} cannot be loaded ({error}): check its path or its code") from error
+
     reward = getattr(module, function, None)
     if not callable(reward):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]

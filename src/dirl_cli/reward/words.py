@@ -165,6 +165,7 @@ def is_wordy(tail: str) -> bool:
     first = WORD.search(plain)
     if first is None or re.search(r"[\d=<>+*\\]", plain):
         return False
+    # What is set upright is text; a letter alone in it may still be a variable's name.
     word = first[0]
     if not word.isascii():
         return True

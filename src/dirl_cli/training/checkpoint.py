@@ -66,8 +66,9 @@ class RunCheckpoints:
         self._group = None
         if accelerator.num_processes > 1:
             self._group = torch.distributed.new_group(backend="gloo")
+        # What a crash left half-written has a name of its own, and is of no use.
         if accelerator.is_main_process:
-            for unfinished in directory.glob(".step-*"):  # by a crash
+            for unfinished in directory.glob(".step-*"):
                 shutil.rmtree(unfinished)
 
     def __enter__(self) -> Self:

@@ -120,6 +120,7 @@ def score_targets(logits: Tensor, targets: Tensor, unsampled_ids: Tensor) -> tup
 
     With z = logits - max and Z = Σ exp(z): log-prob = z[target] - log Z, entropy = log Z - Σ exp(z) z / Z.
     """
+    # With the largest logit at 0 no exponential overflows, and the largest is 1: no sum of them is 0.
     peak, argmax = logits.max(1, keepdim=True)  # (C, 1)
     target_logit = logits.sub_(peak).gather(1, targets[:, None]).squeeze(1)
     weights = logits.exp()  # (C, V)

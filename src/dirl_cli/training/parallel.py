@@ -48,6 +48,8 @@ def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelera
         fsdp_plugin=plugin,
         kwargs_handlers=[single_copy, uncached],
     )
+
+    # Under a launcher of the user's own only the accelerator knows how many processes there are.
     if is_sharded and accelerator.num_processes == 1:
         raise DirlError(f"launch={launch} shares a model among processes: give gpus=2 or more, or launch=single")
     if is_sharded and device == "cpu":  # where Accelerate ignores its plugin, though torch shards over gloo too

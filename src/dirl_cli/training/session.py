@@ -186,6 +186,7 @@ class Session:
             self.progress.note(0, metrics, *self.noted)
 
     def _finish_step(self, metrics: Metrics) -> None:
+        # The last step is always evaluated, so that what the run left is measured.
         is_last = self.step == self.steps
         evaluation = self.evaluation if is_last or due(self.step, self.eval_every) else None
         if evaluation:
@@ -201,6 +202,7 @@ class Session:
 
         # While updates are skipped no checkpoint is written that would push out one from before the bad steps.
         is_due = due(self.step, self.save_every) and not self.trainer.skipped
+        # One that is asked to stop at its last step simply ends.
         must_stop = bool(self.stop) and not is_last
         if is_last or must_stop or is_due or self.checkpoints.is_best(metrics):
             self.save(metrics)

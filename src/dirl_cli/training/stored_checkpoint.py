@@ -147,6 +147,7 @@ def step_digits(path: Path) -> str:
 
 def damage(path: Path, reader: int = 0, readers: int = 1) -> str | None:
     """Why a checkpoint is not as it was written, in a few words. Each of several readers looks at some of its files."""
+    # The checksums are written last: without them, or without the state among them, it is not whole.
     lines = []
     if (path / SUMS).is_file():
         lines = (path / SUMS).read_text(errors="replace").splitlines()
