@@ -1,17 +1,25 @@
 """In which states each kind of views scores an answer: written out on answers small enough to check by eye."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Generator
 
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.diffusion.states import (
+    GAUSS_LEGENDRE,
     AnswerMasked,
+    BlockMasks,
     BlockSpec,
     ComplementaryMasks,
+    CoupledMasks,
     LeftToRight,
     MergedTrace,
+    QuadratureMasks,
     RandomMasks,
+    SampledTrace,
     Trace,
 )
 from dirl_cli.errors import DirlError
@@ -128,6 +136,106 @@ def test_a_mask_and_its_complement_score_each_token_once_weighted_by_their_rates
         (strip.weight == first)
         == (strip.view[strip.target_index] == strip.view[strip.target_index][strip.weight == first][0])
     ).all()
+
+
+def mean_weight(views, one: Trajectory, draws: int) -> torch.Tensor:
+    """What each answer token counts on average over draws."""
+    total = torch.zeros(len(one.token_ids))
+    rng = generator()
+    for _ in range(draws):
+        strip = views(one, TOKENS, rng)
+        total.index_add_(0, strip.position[strip.target_index] - len(one.prompt_ids), strip.weight)
+    return total / draws
+
+
+UNLIKELY_LAST = replace(MIXED, logprobs=[-0.1, -0.1, -0.1, -3.0, -0.5, -0.1])  # the token of step 3
+
+
+def test_sampled_steps_are_scored_as_the_trace_does_and_the_rest_is_not_laid_out():
+    strip = SampledTrace(steps=1, choose="most_surprising")(UNLIKELY_LAST, TOKENS, generator())
+    assert shown(strip) == [[10, 11, 20, 21], [22, M, 24, 25]]
+    assert scored(strip) == [(23, 1)]
+    assert strip.weight.tolist() == [5.0]  # of five steps
+
+
+def test_as_many_steps_as_there_are_make_the_whole_trace():
+    for choose in ("uniform", "surprisal", "most_surprising"):
+        strip = SampledTrace(steps=5, choose=choose)(UNLIKELY_LAST, TOKENS, generator())
+        assert scored(strip) == scored(Trace()(MIXED, TOKENS, generator()))
+        assert strip.weight.tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize("choose", ["uniform", "surprisal"])
+def test_sampled_steps_weigh_each_token_once_on_average(choose):
+    weights = mean_weight(SampledTrace(steps=2, choose=choose), UNLIKELY_LAST, 4000)
+    assert weights.tolist() == pytest.approx([1.0] * 6, abs=0.08)  # five standard errors
+
+
+def test_a_step_is_drawn_more_often_for_its_surprisal_and_at_most_weighs_twice_the_uniform_weight():
+    rng = generator()
+    taken = [SampledTrace(2, "surprisal")(UNLIKELY_LAST, TOKENS, rng) for _ in range(500)]
+    unlikely = sum(23 in strip.targets.tolist() for strip in taken)
+    assert unlikely > 400  # two of five would be 200
+    assert max(strip.weight.max().item() for strip in taken) <= 2 * 5 / 2
+
+
+def test_several_tokens_from_left_to_right_are_scored_in_one_state():
+    strip = LeftToRight(tokens=3)(MIXED, TOKENS, generator())
+    assert shown(strip) == [[10, 11, 20, 21], [10, 11, M, M], [M, M, M, M], [22, 23, 24, M]]
+    assert scored(strip) == [(20, 1), (21, 1), (22, 2), (23, 2), (24, 2), (25, 3)]
+
+
+def test_coupled_masks_score_every_token_under_the_whole_mask_and_under_one_of_two():
+    one = trajectory([10] * 6, list(range(20, 34)), [1] * 14)
+    strip = CoupledMasks(low=0.2, high=0.8)(one, TOKENS, generator(3))
+    assert sorted(strip.targets.tolist()) == sorted(2 * list(range(20, 34)))
+    view = strip.view[strip.target_index]
+    assert strip.weight[view == 1].tolist() == [0.5] * 14
+    first, second = strip.weight[view == 2].unique().item(), strip.weight[view == 3].unique().item()
+    assert 1 / (2 * first) + 1 / (2 * second) == pytest.approx(1)  # ρ and 1 - ρ
+
+
+def test_block_masks_hide_some_of_every_block_and_weigh_each_token_once_on_average():
+    strip = BlockMasks(draws=3)(MIXED, TOKENS, generator(1))
+    hidden = [(block.count(M), weight) for block, weight in zip(shown(strip)[1:], block_weights(strip), strict=True)]
+    sizes = [2, 4, 2, 4, 2, 4]  # the first block holds two answer tokens
+    assert [weight for _, weight in hidden] == pytest.approx(
+        [n / k / 3 for n, (k, _) in zip(sizes, hidden, strict=True)]
+    )
+    assert mean_weight(BlockMasks(draws=2), MIXED, 3000).tolist() == pytest.approx([1.0] * 6, abs=0.08)
+
+
+def block_weights(strip: Strip) -> list[float]:
+    """The one weight of each noised block's scored tokens."""
+    weights: dict[int, set[float]] = {}
+    for index, weight in zip((strip.target_index // 4).tolist(), strip.weight.tolist(), strict=True):
+        weights.setdefault(index, set()).add(weight)
+    assert all(len(values) == 1 for values in weights.values())
+    return [weight for _, (weight,) in sorted(weights.items())]
+
+
+def test_block_masks_take_every_number_of_tokens_equally_often():
+    one = trajectory([], list(range(20, 36)), [1] * 16)
+    strip = BlockMasks(draws=8)(one, TOKENS, generator())  # 32 blocks, one level of noise in each 32nd
+    hidden = Counter(block.count(M) for block in shown(strip) if M in block)
+    assert hidden == {1: 8, 2: 8, 3: 8, 4: 8}
+
+
+def test_quadrature_masks_hide_a_fixed_share_of_the_answer():
+    one = trajectory([10] * 4, list(range(20, 40)), [1] * 20)
+    strip = QuadratureMasks(nodes=2)(one, TOKENS, generator())
+    view = strip.view[strip.target_index]
+    assert [(view == 1).sum(), (view == 2).sum()] == [4, 16]  # of 20 at rates 0.21 and 0.79
+    assert strip.weight[view == 1].tolist() == pytest.approx([0.5 / 0.2113249] * 4)
+    assert strip.weight[view == 2].tolist() == pytest.approx([0.5 / 0.7886751] * 16)
+    with pytest.raises(DirlError, match="give 2 or 3"):
+        QuadratureMasks(nodes=4)
+
+
+@pytest.mark.parametrize("nodes", GAUSS_LEGENDRE)
+def test_quadrature_is_exact_for_polynomials(nodes):
+    for power in range(2 * nodes):
+        assert sum(w * t**power for t, w in GAUSS_LEGENDRE[nodes]) == pytest.approx(1 / (power + 1))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from dirl_cli.diffusion.layout import SHARED, Strip, lay_out
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.ranges import Count, InnerShare, Share
 from dirl_cli.types import Trajectory
 
@@ -53,15 +53,83 @@ class MergedTrace:
 
 
 @dataclass(frozen=True)
+class SampledTrace:
+    """Some of the trace's denoising steps, each in the very state that revealed its tokens (AGRPO, arXiv 2510.04019).
+
+    steps: how many of an answer's S steps; of no more than that, all. choose: `uniform`; `surprisal`, more often the
+    steps whose tokens had low log-probs when they were drawn; or `most_surprising`, those with the lowest mean.
+    The first two weigh a step by one over how often it is expected to be taken, so that the sums over the tokens
+    taken are those of the whole trace on average; the last weighs each S / steps, and is biased.
+    """
+
+    steps: Count
+    choose: str
+
+    def __post_init__(self) -> None:
+        if self.choose not in STEP_CHOICES:
+            raise DirlError(f"algo.views.choose={self.choose}: {did_you_mean(self.choose, STEP_CHOICES)}")
+
+    def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
+        start = len(trajectory.prompt_ids)
+        block = torch.arange(start, start + len(trajectory.token_ids)) // spec.block_size
+        step_of_token = torch.stack([block, torch.tensor(trajectory.reveal_step)])  # (2, A)
+        steps, index = step_of_token.unique(dim=1, return_inverse=True)  # (2, S) and (A,)
+        step_weight = self._weights(mean_surprisals(trajectory, index, steps.shape[1]), generator)  # (S,)
+        return trajectory_strip(trajectory, spec.block_size, spec.mask_id, step_weight[index])
+
+    def _weights(self, surprisal: Tensor, generator: Generator) -> Tensor:
+        """What each step's tokens count (S,), 0 for steps not taken, from its tokens' mean surprisal (S,)."""
+        total = len(surprisal)
+        if self.steps >= total:
+            return torch.ones(total)
+        if self.choose == "most_surprising":
+            weights = torch.zeros(total)
+            weights[surprisal.topk(self.steps).indices] = total / self.steps
+            return weights
+
+        # Half of the chance is shared out evenly, so that no weight is above twice the uniform one.
+        chance = torch.full((total,), 1 / total, dtype=torch.float64)
+        if self.choose == "surprisal" and surprisal.sum() > 0:
+            chance = (chance + surprisal / surprisal.sum()) / 2
+        expected = self.steps * chance
+        return (systematic_counts(expected, generator) / expected).float()
+
+
+STEP_CHOICES = ("uniform", "surprisal", "most_surprising")
+
+
+def mean_surprisals(trajectory: Trajectory, index: Tensor, steps: int) -> Tensor:
+    """-log p of the tokens that each step revealed, their mean in nats: (S,). index: (A,), each token's step."""
+    surprisal = -torch.tensor(trajectory.logprobs, dtype=torch.float64)
+    totals = torch.zeros(steps, dtype=torch.float64).index_add(0, index, surprisal)
+    return (totals / index.bincount(minlength=steps)).clamp(min=0)
+
+
+def systematic_counts(expected: Tensor, generator: Generator) -> Tensor:
+    """How often each of S is drawn (S,), on average `expected`, and never one or more away from it.
+
+    Systematic sampling: points at distance 1 from a random start, each counted where the running sum passes it.
+    """
+    offset = torch.rand(1, generator=generator, dtype=torch.float64)
+    passed = (expected.cumsum(0) + offset).floor()
+    return passed.diff(prepend=torch.zeros(1, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
 class LeftToRight:
-    """Each token given all before it, the rest of its block masked, however it was sampled (arXiv 2601.15165)."""
+    """The next `tokens` of a block at once, given all before them and the rest of the block masked.
+
+    However they were sampled; one token at a time is JustGRPO (arXiv 2601.15165).
+    """
+
+    tokens: Count = 1
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         start = len(trajectory.prompt_ids)
         reveal_step = []
         for position in range(start, start + len(trajectory.token_ids)):
             first = max(position // spec.block_size * spec.block_size, start)  # of the block's answer tokens
-            reveal_step.append(position - first + 1)
+            reveal_step.append((position - first) // self.tokens + 1)
         return Trace()(replace(trajectory, reveal_step=reveal_step), spec, generator)
 
 
@@ -124,6 +192,84 @@ class ComplementaryMasks:
         return masked_strip(trajectory, spec, torch.stack([masked, ~masked]), weight)
 
 
+@dataclass(frozen=True)
+class CoupledMasks:
+    """The answer masked whole, and a mask of rate ρ in [low, high] with its complement (DiffuCoder, arXiv 2506.20639).
+
+    Weighted 1/2, 1/2ρ and 1/2(1-ρ), so that each token is scored twice: as DiffuCoder's authors released it. A block
+    sees clean blocks before it in all three.
+    """
+
+    low: InnerShare
+    high: InnerShare
+
+    def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
+        rate = self.low + (self.high - self.low) * torch.rand(1, generator=generator)
+        masked = torch.rand(len(trajectory.token_ids), generator=generator) < rate
+        weight = 0.5 / torch.stack([torch.ones(1), rate, 1 - rate]).expand(3, len(masked))
+        return masked_strip(trajectory, spec, torch.stack([torch.ones_like(masked), masked, ~masked]), weight)
+
+
+@dataclass(frozen=True)
+class BlockMasks:
+    """In each draw k of the n tokens of every block masked, k uniform in 1 … n, weighted n/k: the evidence bound.
+
+    The sum of the weighted log-probs is on average the ELBO of block diffusion, every order equally likely (EBPO,
+    arXiv 2602.08676). k is stratified over draws and blocks. Several draws are averaged.
+    """
+
+    draws: Count
+
+    def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
+        start = len(trajectory.prompt_ids)
+        position = torch.arange(start, start + len(trajectory.token_ids))
+        block, sizes = (position // spec.block_size).unique_consecutive(return_inverse=True, return_counts=True)[1:]
+
+        # One level of noise for each draw and block, one in each of as many equal intervals.
+        cells = self.draws * len(sizes)
+        noise = torch.randperm(cells, generator=generator) + torch.rand(cells, generator=generator)
+        hidden = (noise.view(self.draws, -1) / cells * sizes).long().clamp(max=sizes - 1) + 1  # (V, blocks), the k
+
+        # A random order of each block's tokens: those of block b sort between b and b + 1.
+        keys = block + torch.rand(self.draws, len(position), generator=generator, dtype=torch.float64)  # (V, A)
+        first_of_block = sizes.cumsum(0) - sizes
+        rank = keys.argsort(1).argsort(1) - first_of_block[block]
+        masked = rank < hidden[:, block]
+        weight = (sizes / hidden / self.draws)[:, block]
+        return masked_strip(trajectory, spec, masked, weight)
+
+
+@dataclass(frozen=True)
+class QuadratureMasks:
+    """The ELBO's integral over the masking rate by `nodes` Gauss-Legendre points (GDPO, arXiv 2510.08554).
+
+    At a point t of weight w, round(t A) of the A answer tokens are masked, at least one, and weighted w/t. The rates
+    are not drawn, so that the error of two or three points is a bias that is the same for every answer.
+    """
+
+    nodes: Count
+
+    def __post_init__(self) -> None:
+        if self.nodes not in GAUSS_LEGENDRE:
+            raise DirlError(f"algo.views.nodes={self.nodes}: give {' or '.join(map(str, GAUSS_LEGENDRE))}")
+
+    def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
+        length = len(trajectory.token_ids)
+        masked = []
+        weight = []
+        for rate, share in GAUSS_LEGENDRE[self.nodes]:
+            rank = torch.rand(length, generator=generator).argsort().argsort()
+            masked.append(rank < max(round(rate * length), 1))
+            weight.append(torch.full((length,), share / rate))
+        return masked_strip(trajectory, spec, torch.stack(masked), torch.stack(weight))
+
+
+GAUSS_LEGENDRE = {  # nodes and weights on [0, 1]
+    2: ((0.5 - 0.5 / 3**0.5, 0.5), (0.5 + 0.5 / 3**0.5, 0.5)),
+    3: ((0.5 - 0.5 * 0.6**0.5, 5 / 18), (0.5, 8 / 18), (0.5 + 0.5 * 0.6**0.5, 5 / 18)),
+}
+
+
 def masked_strip(trajectory: Trajectory, spec: BlockSpec, masked: Tensor, weight: Tensor) -> Strip:
     """The trajectory in V views, each with these answer tokens masked and scored. masked, weight: (V, A)."""
     prompt = torch.zeros(len(masked), len(trajectory.prompt_ids))  # nothing of it is masked
@@ -133,8 +279,10 @@ def masked_strip(trajectory: Trajectory, spec: BlockSpec, masked: Tensor, weight
     return lay_out(token_ids, masked, masked, weight, spec.block_size, spec.mask_id)
 
 
-def trajectory_strip(trajectory: Trajectory, block_size: int, mask_id: int) -> Strip:
+def trajectory_strip(trajectory: Trajectory, block_size: int, mask_id: int, weight: Tensor | None = None) -> Strip:
     """One view per denoising step: what step s revealed is scored where all of step ≥ s is masked.
+
+    weight: (A,) of each answer token, 1 unless given; what has none is not scored, and its state not laid out.
 
     Raises DirlError where the answer is not whole blocks of this size, since any other was never a state of the
     sampler's.
@@ -154,6 +302,9 @@ def trajectory_strip(trajectory: Trajectory, block_size: int, mask_id: int) -> S
     prompt_steps = [0] * len(trajectory.prompt_ids)  # before the first
     reveal_step = torch.tensor([*prompt_steps, *trajectory.reveal_step])  # (L,)
     step = torch.arange(1, int(reveal_step.max()) + 1)[:, None]  # (V, 1), a view a step
-    scored = reveal_step == step  # (V, L)
+    token_weight = torch.ones(len(token_ids))  # (L,)
+    if weight is not None:
+        token_weight[len(prompt_steps) :] = weight
+    scored = (reveal_step == step) & (token_weight > 0)  # (V, L)
     masked = reveal_step >= step
-    return lay_out(token_ids, masked, scored, torch.ones(scored.shape), block_size, mask_id)
+    return lay_out(token_ids, masked, scored, token_weight.expand(scored.shape), block_size, mask_id)
