@@ -38,7 +38,7 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 def entropy(logprobs: Tensor) -> Tensor:
     """Entropy in nats of normalised log-probabilities, -inf allowed: (…, V) to (…)."""
-    return -logprobs.exp().mul_(logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 @dataclass(frozen=True)

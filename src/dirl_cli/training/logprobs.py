@@ -41,7 +41,7 @@ def tokens_at_once(vocabulary: int) -> int:
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, unsampled_ids: Tensor, chunk: int
 ) -> Scores:
-    """Scores of `targets` under softmax(hidden · weightᵀ / temperature); only the log-probs have a gradient.
+    """Scores of `targets` under softmax(hidden · weightᵀ / temperature); log-probs and entropies have a gradient.
 
     hidden: (N, D). weight: (V, D). targets: (N,). temperature: 0 counts as 1.
     unsampled_ids: (U,), left out of the softmax. chunk: tokens whose logits exist at once.
@@ -65,6 +65,7 @@ class LinearLogprobs(torch.autograd.Function):
     ) -> Scores:
         ctx.temperature = temperature
         ctx.chunk = chunk
+        ctx.set_materialize_grads(False)  # so that entropies that nothing is learned from cost nothing
         cast_weight = weight.to(hidden.dtype)
 
         # Only the normaliser of each softmax stays, from which the backward makes its gradient.
@@ -75,14 +76,18 @@ class LinearLogprobs(torch.autograd.Function):
             del logits  # before there are the next chunk's
         logprobs, entropies, is_likeliest, normalisers = (torch.cat(column) for column in zip(*chunks, strict=True))
 
-        ctx.save_for_backward(hidden, weight, targets, unsampled_ids, normalisers)
-        ctx.mark_non_differentiable(entropies, is_likeliest)
+        ctx.save_for_backward(hidden, weight, targets, unsampled_ids, normalisers, entropies)
+        ctx.mark_non_differentiable(is_likeliest)
         return logprobs, entropies, is_likeliest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, unsampled_ids, normalisers = ctx.saved_tensors
+    def backward(
+        ctx: Any, logprob_gradient: Tensor | None, entropy_gradient: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, unsampled_ids, normalisers, entropies = ctx.saved_tensors
+        if logprob_gradient is None:
+            logprob_gradient = torch.zeros_like(normalisers)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         cast_weight = weight.to(hidden.dtype)
@@ -90,11 +95,17 @@ class LinearLogprobs(torch.autograd.Function):
         # Logits are computed again, chunk by chunk as in the forward, and turned into their gradient in place.
         for start in range(0, len(hidden), ctx.chunk):
             chunk = slice(start, start + ctx.chunk)
+            of_entropies = None
+            if entropy_gradient is not None:
+                of_entropies = entropy_gradient[chunk] / ctx.temperature
             of_logits = logit_gradient(
-                tempered_logits(hidden[chunk], cast_weight, ctx.temperature, unsampled_ids),
+                tempered_logits(hidden[chunk], cast_weight, ctx.temperature, unsampled_ids).sub_(
+                    normalisers[chunk, None]
+                ),
                 targets[chunk],
-                normalisers[chunk],
-                gradient[chunk] / ctx.temperature,
+                entropies[chunk],
+                logprob_gradient[chunk] / ctx.temperature,
+                of_entropies,
             ).to(hidden.dtype)
             if hidden_gradient is not None:
                 torch.mm(of_logits, cast_weight, out=hidden_gradient[chunk])
@@ -134,15 +145,25 @@ def score_targets(logits: Tensor, targets: Tensor, unsampled_ids: Tensor) -> tup
     return logprobs, entropies, is_likeliest, peak.squeeze(1) + log_mass
 
 
-def logit_gradient(logits: Tensor, targets: Tensor, normalisers: Tensor, logprob_gradient: Tensor) -> Tensor:
-    """Gradient of the loss with respect to hidden · weightᵀ, (C, V), in the memory of `logits`.
+def logit_gradient(
+    log_distribution: Tensor, targets: Tensor, entropies: Tensor, of_logprobs: Tensor, of_entropies: Tensor | None
+) -> Tensor:
+    """Gradient of the loss with respect to hidden · weightᵀ, (C, V), in the memory of `log_distribution`.
 
-    logits: (C, V), tempered. targets, normalisers: (C,). logprob_gradient: (C,), that of the log-probs ÷ temperature.
-    The log-prob of target t has the gradient 1[v = t] - softmax(logits)[v].
+    log_distribution: (C, V), -inf for ids that are never sampled. targets, entropies: (C,).
+    of_logprobs, of_entropies: (C,), gradients of the loss with respect to these, ÷ temperature.
+    The log-prob of target t has the gradient 1[v = t] - p[v], the entropy H that of -p[v] (log p[v] + H).
     """
-    upstream = logprob_gradient[:, None]
-    probabilities = logits.sub_(normalisers[:, None]).exp_()
-    return probabilities.mul_(-upstream).scatter_add_(1, targets[:, None], upstream)
+    entropy_part = None
+    if of_entropies is not None:
+        finite = log_distribution.clamp(min=torch.finfo(log_distribution.dtype).min / 2)  # 0 × -inf would be nan
+        entropy_part = log_distribution.exp().mul_(finite.add_(entropies[:, None])).mul_(-of_entropies[:, None])
+
+    upstream = of_logprobs[:, None]
+    gradient = log_distribution.exp_().mul_(-upstream).scatter_add_(1, targets[:, None], upstream)
+    if entropy_part is not None:
+        gradient.add_(entropy_part)
+    return gradient
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -207,7 +228,7 @@ class LogprobModel(nn.Module):
 
         logprobs = logits.log_softmax(-1)  # (C, V)
         target_logprobs = logprobs.gather(-1, targets[:, None]).squeeze(-1)
-        return target_logprobs, entropy(logprobs.detach()), logprobs.argmax(-1) == targets
+        return target_logprobs, entropy(logprobs), logprobs.argmax(-1) == targets
 
 
 def is_plain(head: nn.Module) -> bool:
