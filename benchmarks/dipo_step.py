@@ -16,16 +16,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from dirl_cli.cli.build import build
 from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.types import Trajectory
+from tests.helpers.algorithms import algorithm
 from tests.reference.expanded import dipo_sum, expand, expanded_logprobs
 
 REPOSITORY = Path(__file__).parents[1]
@@ -34,7 +33,7 @@ BLOCK, GROUP, PROMPT, BUFFER = 4, 8, 46, 98  # the prompt ends inside a block, t
 VOCABULARY, MASK = 4096, 4095
 ROW_TOKENS = 576
 REPEATS = 5
-DIPO = build(OmegaConf.load(REPOSITORY / "conf" / "algo" / "dipo.yaml"))
+DIPO = algorithm("dipo")
 
 
 def model() -> DiffusionLM:

@@ -18,6 +18,7 @@ from dirl_cli.cli.schema import SCHEMAS, slug
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.types import Decoding, Instruction
+from tests.helpers.algorithms import ALGORITHMS
 from tests.helpers.command_line import dirl, refusal
 
 
@@ -102,6 +103,20 @@ def test_a_tree_of_ones_own_says_what_its_commands_do_by_default(jobs, here):
     for words in ([], ["model=sdar8b"]):
         assert dirl("generate", "-cd", "my", *words).exit_code == 0
     assert [(job["model"]["name"], job["samples"]) for job in jobs] == [("dirl8b", 3), ("sdar8b", 1)]
+
+
+def test_a_groups_choices_are_told_a_line_each():
+    shown = dirl("rl", "algo=help").stdout
+    for name in ALGORITHMS:
+        [line] = [line for line in shown.splitlines() if line.startswith(f"algo={name} ")]
+        assert len(line.split()) > 3
+    assert "gdpo" not in dirl("sft", "masking=help").stdout
+
+
+def test_an_unknown_choice_is_answered_with_what_each_is():
+    error = dirl("rl", "algo=ppo")
+    assert error.exit_code == 1
+    assert error.stderr.startswith("dirl rl: algo=ppo: ") and "algo=spg" in error.stderr
 
 
 @pytest.mark.parametrize(

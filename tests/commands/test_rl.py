@@ -253,8 +253,10 @@ def test_every_algorithm_takes_steps(model, tmp_path, algo):
     assert apart(tmp_path, model) > 1e-3
 
 
-def test_the_reference_is_the_starting_model_also_for_a_run_that_goes_on(model, tmp_path):
-    words = ("algo.beta=0.5", "steps=4", "save_every=1")
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_run_that_goes_on_has_the_reference_that_it_had(model, tmp_path, every):
+    """The starting model, or one that follows the policy every second update."""
+    words = ("algo.beta=0.5", f"algo.reference_every={every}", "steps=4", "save_every=1")
     run(config(model, *words), tmp_path / "through")
     divergence = [line["kl"] for line in lines(tmp_path / "through") if "kl" in line]
     assert divergence[0] == pytest.approx(0, abs=1e-9) and divergence[-1] > 1e-4

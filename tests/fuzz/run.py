@@ -250,14 +250,10 @@ def rollouts(home: Path) -> tuple[list[bytes], Target]:
 def replays(home: Path) -> tuple[list[bytes], Target]:
     """Rollout files, as far as the optimizer step that learns from them."""
     import torch
-    from omegaconf import OmegaConf
 
-    from dirl_cli.cli.build import build
-    from dirl_cli.files import conf_dir
     from dirl_cli.models.load import diffusion_lm
     from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
-    from dirl_cli.rl.advantages import ADVANTAGES
-    from dirl_cli.rl.objective import Objective
+    from dirl_cli.rl.corrections import Correction
     from dirl_cli.rl.rollout_metrics import rollout_metrics
     from dirl_cli.rl.rollouts import ReplayedRollouts, add_advantages, rollouts_of
     from dirl_cli.rl.update import PolicyUpdate
@@ -267,6 +263,7 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
     from dirl_cli.training.parallel import start_accelerator
     from dirl_cli.training.trainer import Trainer
     from dirl_cli.types import Decoding, Problem
+    from tests.helpers.algorithms import ALGORITHMS, algorithm
 
     config = SDARConfig(
         vocab_size=50,
@@ -281,7 +278,7 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
     torch.manual_seed(0)
     lm = diffusion_lm(SDARForCausalLM(config), None, 4, 49)
     begun = {name: value.clone() for name, value in lm.model.state_dict().items()}
-    objectives = [build(OmegaConf.load(file), Objective) for file in sorted((conf_dir() / "algo").glob("*.yaml"))]
+    objectives = [algorithm(name) for name in ALGORITHMS]
     optimizer = torch.optim.SGD(lm.model.parameters(), lr=1e-3)
     accelerator = start_accelerator("cpu", "float32")
     trainer = Trainer(accelerator, LogprobModel(lm.model, lm.unsampled_ids), [optimizer], lambda step: 1.0, 1.0)
@@ -292,15 +289,16 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
         trainer.skipped = 0
         objective = objectives[len(data) % len(objectives)]
         rollout = ReplayedRollouts(rollouts_of(here, 1), lm).collect(0)
-        groups = add_advantages(rollout.groups, ADVANTAGES[objective.advantage])
+        groups = add_advantages(rollout.groups, objective.estimator({}))
         rollout_metrics(rollout, 0)
         update = PolicyUpdate(
             trainer,
             objective,
+            objective.estimator({}),
             lm,
             reference=LogprobModel(lm.model, lm.unsampled_ids) if objective.beta else None,
             old_from_sampler=objective.is_exact,
-            correction_cap=0.0,
+            correction=Correction(cap=0.0),
             mini_batches=1,
             epochs=1,
             train_tail=len(data) % 2 == 0,

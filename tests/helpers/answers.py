@@ -11,6 +11,7 @@ from dirl_cli.diffusion.states import BlockSpec, trajectory_strip
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
 from dirl_cli.rl.objective import Objective
+from dirl_cli.rl.update import self_normalised_weights
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.types import Trajectory
 from tests.helpers.small import MASK, PAD
@@ -75,20 +76,36 @@ def packed(
     norm = objective.denominator(lengths, LONGEST)
     scorer = LogprobModel(lm.model, lm.unsampled_ids)
     lm.model.zero_grad()
+    answer_weights = None
+    if objective.self_normalised and old is not None:
+        trained = torch.arange(old.shape[1]) < torch.tensor(lengths)[:, None]
+        answer_weights = weights_in_groups(rows, groups, torch.where(trained, -old, 0.0), objective.clip_high)
     sums: dict[str, float] = {}
     for part in rows.split(rows_each):
         logprobs, entropy, _ = scorer(widened(part, padding))
+        if answer_weights is not None:
+            part.extras["answer_weight"] = answer_weights[part.extras["sample"]]
         place = part.at_targets(part.position) - prompt_lengths(groups)[part.extras["sample"]]
         for name, shift in (("old_logprobs", old), ("ref_logprobs", reference)):
             if shift is not None:
                 part.extras[name] = logprobs.detach() + shift[part.extras["sample"], place]
         if correction is not None:
             part.extras["importance_weight"] = correction[part.extras["sample"]]
+            part.extras["is_cut"] = torch.zeros_like(logprobs)
         for name, value in objective.loss(part, logprobs, entropy).items():
             sums[name] = sums.get(name, 0) + value.item() / norm
             if name == "loss":
                 (value / norm).backward()
     return sums.pop("loss"), gradient(lm), sums
+
+
+def weights_in_groups(rows: Rows, groups: Sequence[TrajectoryGroup], log_ratios: Tensor, clip_high: float) -> Tensor:
+    """Each answer's weight among those to its problem: (A,), from log-ratios by answer and token (A, T)."""
+    sample = rows.extras["sample"]
+    index = rows.at_targets(rows.position) - prompt_lengths(groups)[sample]
+    terms = rows.weight * log_ratios[sample, index] / rows.extras["length"]
+    by_answer = torch.zeros(len(log_ratios)).index_add(0, sample, terms)
+    return self_normalised_weights(by_answer, [len(group.trajectories) for group in groups], 1 + clip_high)
 
 
 def widened(rows: Rows, columns: int) -> Rows:

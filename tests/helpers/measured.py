@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from dirl_cli.diffusion.masking import PerBlock, example
-from dirl_cli.diffusion.states import Trace
 from dirl_cli.models.load import DiffusionLM, diffusion_lm, pick_attention
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.plan.budget import Budget, Machine
 from dirl_cli.plan.forecast import TrainingSetup, rl_budget, sft_budget, worst_case_trajectory
+from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.update import PolicyUpdate, reference_model
 from dirl_cli.rollout.engines import Native
@@ -31,6 +31,7 @@ from dirl_cli.training.optim import AdamW, Optim
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding, Problem
+from tests.helpers.algorithms import algorithm
 
 
 class Live(TorchDispatchMode):
@@ -98,7 +99,7 @@ PROBLEM = Problem("1", "", "")
 
 
 def dipo(beta: float) -> Objective:
-    return Objective("dipo", Trace(), "normalised", "token", "token", 0.2, 0.28, beta, "k3")
+    return algorithm("dipo", beta=beta)
 
 
 class Untrained:
@@ -177,10 +178,11 @@ class Trial:
         update = PolicyUpdate(
             trainer,
             objective,
+            objective.estimator({}),
             lm,
             reference=reference,
             old_from_sampler=True,
-            correction_cap=0.0,
+            correction=Correction(cap=0.0),
             mini_batches=1,
             epochs=1,
             train_tail=True,

@@ -13,11 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dirl_cli.cli.build import build
 from dirl_cli.diffusion.masking import CountPerBlock, example
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.rl.advantages import normalised
-from dirl_cli.rl.objective import Objective
+from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.rollouts import add_advantages
 from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.native import NativeSampler
@@ -28,12 +26,11 @@ from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.parallel import start_accelerator, unsharded, unsharded_model
 from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Problem
-from tests.helpers.paths import ROOT
+from tests.helpers.algorithms import algorithm
 from tests.helpers.processes import run_together
 from tests.helpers.small import MASK, PAD, small_lm
 
 STEPS = 5
-DIPO = OmegaConf.load(ROOT / "conf/algo/dipo.yaml")
 OPTIMIZERS = {
     "adamw": AdamW(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
     "muon": Muon(lr=1e-2, momentum=0.95, adamw_lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
@@ -69,13 +66,15 @@ def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[s
     """Groups of 1 to 4 answers, sampled from a model that stays as it is, in two mini-batches a step."""
     still = small_lm(seed=1)
     still.model.to(trainer.accelerator.device)
+    objective = algorithm("dipo", beta=0.1)
     update = PolicyUpdate(
         trainer,
-        build(OmegaConf.merge(DIPO, {"beta": 0.1}), Objective),
+        objective,
+        objective.estimator({}),
         lm,
         reference=LogprobModel(still.model.requires_grad_(False)).to(still.device),
         old_from_sampler=False,
-        correction_cap=2.0,
+        correction=Correction(cap=2.0),
         mini_batches=2,
         epochs=1,
         train_tail=True,
@@ -95,7 +94,7 @@ def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[s
             ]
             for i, group in enumerate(answers)
         ]
-        found.append(update.run(add_advantages(groups, normalised), step))
+        found.append(update.run(add_advantages(groups, update.advantages), step))
     return found
 
 

@@ -7,8 +7,9 @@ no prompt is shared, nothing is padded. The papers are named in conf/algo/NAME.y
 Shapes: L tokens of a state, V of the vocabulary, A answers, T tokens of the longest answer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import exp, inf, log
 
 import torch
 from torch import Generator, Tensor
@@ -17,8 +18,9 @@ from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Trajectory
 
-# A state: its tokens, and the weight of each answer token that is scored in it, by its index in the answer.
-State = tuple[list[int], dict[int, float]]
+# A state: its tokens, the weight of each answer token that is scored in it, by its index in the answer, and a label
+# that the states of one random mask have in common.
+State = tuple[list[int], dict[int, float], object]
 States = Callable[[Trajectory, BlockSpec, Generator], Iterator[State]]
 RewardedGroup = tuple[Sequence[Trajectory], Sequence[float]]
 
@@ -49,7 +51,7 @@ def as_sampled(answer: Trajectory, tokens: BlockSpec, generator: Generator, merg
         for step in sorted(set(step_of.values())):
             masked = {position for position in positions if step_of[position] >= step}
             scored = {position - start: 1.0 for position in positions if step_of[position] == step}
-            yield masked_state(answer, positions, masked, tokens.mask_id), scored
+            yield masked_state(answer, positions, masked, tokens.mask_id), scored, (positions, step)
 
 
 def two_steps_as_one(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
@@ -62,7 +64,33 @@ def left_to_right(answer: Trajectory, tokens: BlockSpec, generator: Generator) -
     for positions in answer_blocks(answer, tokens.block_size):
         for position in positions:
             masked = set(range(position, positions.stop))
-            yield masked_state(answer, positions, masked, tokens.mask_id), {position - start: 1.0}
+            yield masked_state(answer, positions, masked, tokens.mask_id), {position - start: 1.0}, position
+
+
+def three_of_the_steps(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
+    """Three steps of the trace, or all if there are no more: points at equal distances from a random start."""
+    states = list(as_sampled(answer, tokens, generator))
+    if len(states) <= 3:
+        yield from states
+        return
+    start = torch.rand(1, generator=generator, dtype=torch.float64).item()
+    share = 3 / len(states)
+    for number, (state, scored, label) in enumerate(states):
+        passed = int((number + 1) * share + start) - int(number * share + start)
+        if passed:
+            yield state, dict.fromkeys(scored, passed / share), label
+
+
+def two_most_surprising_steps(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
+    """The two steps whose tokens had the lowest log-probs on average, standing for all of them."""
+    states = list(as_sampled(answer, tokens, generator))
+    if len(states) <= 2:
+        yield from states
+        return
+    means = [sum(answer.logprobs[k] for k in scored) / len(scored) for _, scored, _ in states]
+    for mean, (state, scored, label) in zip(means, states, strict=True):
+        if mean in sorted(means)[:2]:
+            yield state, dict.fromkeys(scored, len(states) / 2), label
 
 
 def whole_answer(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
@@ -71,7 +99,7 @@ def whole_answer(answer: Trajectory, tokens: BlockSpec, generator: Generator) ->
     lost = torch.rand(length, generator=generator) < 0.15
     masked = {position for position in range(length) if position >= start or lost[position]}
     state = masked_state(answer, range(length), masked, tokens.mask_id)
-    yield state, dict.fromkeys(range(len(answer.token_ids)), 1.0)
+    yield state, dict.fromkeys(range(len(answer.token_ids)), 1.0), "all"
 
 
 def one_random_mask(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
@@ -79,7 +107,7 @@ def one_random_mask(answer: Trajectory, tokens: BlockSpec, generator: Generator)
     rate = 0.1 + 0.8 * torch.rand(1, 1, generator=generator)
     drawn = (torch.rand(1, len(answer.token_ids), generator=generator) < rate)[0]
     masked = {k for k in range(len(drawn)) if drawn[k] or not drawn.any()}
-    yield from under_mask(answer, tokens, masked, 1.0)
+    yield from under_mask(answer, tokens, masked, dict.fromkeys(masked, 1.0))
 
 
 def mask_and_complement(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
@@ -88,18 +116,58 @@ def mask_and_complement(answer: Trajectory, tokens: BlockSpec, generator: Genera
     drawn = torch.rand(len(answer.token_ids), generator=generator) < rate
     masked = {k for k in range(len(drawn)) if drawn[k]}
     complement = {k for k in range(len(drawn)) if not drawn[k]}
-    yield from under_mask(answer, tokens, masked, 1 / (2 * rate))
-    yield from under_mask(answer, tokens, complement, 1 / (2 * (1 - rate)))
+    yield from under_mask(answer, tokens, masked, dict.fromkeys(masked, 1 / (2 * rate)), "mask")
+    yield from under_mask(answer, tokens, complement, dict.fromkeys(complement, 1 / (2 * (1 - rate))), "complement")
 
 
-def under_mask(answer: Trajectory, tokens: BlockSpec, masked: set[int], weight: float) -> Iterator[State]:
+def whole_mask_and_complement(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
+    """Every block masked whole at weight 1/2, then a mask and its complement."""
+    whole = set(range(len(answer.token_ids)))
+    yield from under_mask(answer, tokens, whole, dict.fromkeys(whole, 0.5), "whole")
+    yield from mask_and_complement(answer, tokens, generator)
+
+
+def some_of_every_block(answer: Trajectory, tokens: BlockSpec, generator: Generator, draws: int = 2) -> Iterator[State]:
+    """In each draw k of the n answer tokens of every block, weighted n / (k · draws)."""
+    start = len(answer.prompt_ids)
+    blocks = list(answer_blocks(answer, tokens.block_size))
+    cells = draws * len(blocks)
+    noise = (torch.randperm(cells, generator=generator) + torch.rand(cells, generator=generator)) / cells
+    keys = torch.rand(draws, len(answer.token_ids), generator=generator, dtype=torch.float64)
+    for draw in range(draws):
+        masked: set[int] = set()
+        weights: dict[int, float] = {}
+        for number, positions in enumerate(blocks):
+            inside = sorted((position - start for position in positions), key=lambda k: keys[draw, k].item())
+            hidden = int(noise[draw * len(blocks) + number] * len(inside)) + 1
+            masked |= set(inside[:hidden])
+            weights |= dict.fromkeys(inside[:hidden], len(inside) / hidden / draws)
+        yield from under_mask(answer, tokens, masked, weights, draw)
+
+
+def four_draws_of_every_block(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
+    return some_of_every_block(answer, tokens, generator, draws=4)
+
+
+def two_masking_rates(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
+    """21 % and 79 % of the answer masked, weighted by one half over the rate."""
+    length = len(answer.token_ids)
+    for rate in (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5):
+        order = torch.rand(length, generator=generator).argsort().tolist()
+        masked = set(order[: max(1, round(rate * length))])
+        yield from under_mask(answer, tokens, masked, dict.fromkeys(masked, 0.5 / rate), rate)
+
+
+def under_mask(
+    answer: Trajectory, tokens: BlockSpec, masked: set[int], weights: dict[int, float], label: object = "mask"
+) -> Iterator[State]:
     """Each block in which answer tokens of `masked` are; blocks before it are shown clean."""
     start = len(answer.prompt_ids)
     for positions in answer_blocks(answer, tokens.block_size):
         inside = {start + k for k in masked} & set(positions)
         if inside:
-            scored = {position - start: weight for position in inside}
-            yield masked_state(answer, positions, inside, tokens.mask_id), scored
+            scored = {position - start: weights[position - start] for position in inside}
+            yield masked_state(answer, positions, inside, tokens.mask_id), scored, label
 
 
 def state_logprobs(lm: DiffusionLM, state: list[int]) -> Tensor:
@@ -127,7 +195,50 @@ def leave_one_out(rewards: Sequence[float]) -> list[float]:
     return [reward - (sum(rewards) - reward) / (len(rewards) - 1) for reward in rewards]
 
 
-# Terms of a token or an answer ----------------------------------------------------------------------------------------
+def softmax_contrast(rewards: Sequence[float]) -> list[float]:
+    centre = sum(rewards) / len(rewards)
+    up, down = [exp(reward - centre) for reward in rewards], [exp(centre - reward) for reward in rewards]
+    return [good / sum(up) - bad / sum(down) for good, bad in zip(up, down, strict=True)]
+
+
+# Losses of an answer --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer token in a state: its log-prob, by the old and the reference policy too, and its weight."""
+
+    token: int
+    label: object
+    weight: float
+    logprob: Tensor
+    old: Tensor
+    reference: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        return self.logprob - self.old
+
+    @property
+    def to_reference(self) -> Tensor:
+        return self.reference - self.logprob
+
+
+def weighted(values: Iterable[tuple[float, Tensor]]) -> Tensor:
+    return sum((weight * value for weight, value in values), start=torch.zeros(()))
+
+
+def of(scored: Sequence[Scored], what: str) -> Tensor:
+    """The weighted sum of log-probs, log-ratios or distances."""
+    return weighted((one.weight, getattr(one, what)) for one in scored)
+
+
+def together(scored: Sequence[Scored], key: str) -> list[list[Scored]]:
+    """Those with the same label, or of the same token."""
+    groups: dict[object, list[Scored]] = {}
+    for one in scored:
+        groups.setdefault(getattr(one, key), []).append(one)
+    return list(groups.values())
 
 
 def surrogate(log_ratio: Tensor, advantage: float, clip_low: float, clip_high: float) -> Tensor:
@@ -146,32 +257,135 @@ def k3(to_reference: Tensor) -> Tensor:
     return to_reference.exp() - to_reference - 1
 
 
+def each_token(formula: "Formula", scored: Sequence[Scored], length: int, advantage: float, beta: float) -> Tensor:
+    """A ratio for each scored token."""
+    terms = []
+    for one in scored:
+        term = surrogate(one.log_ratio, advantage, formula.clip_low, formula.clip_high)
+        terms.append((one.weight, term + beta * formula.divergence(one.to_reference)))
+    return weighted(terms)
+
+
+def each_position(formula: "Formula", scored: Sequence[Scored], length: int, advantage: float, beta: float) -> Tensor:
+    """A ratio for each token of the answer, from the weighted sum of its log-probs in all states."""
+    terms = []
+    for same in together(scored, "token"):
+        term = surrogate(of(same, "log_ratio"), advantage, formula.clip_low, formula.clip_high)
+        terms.append((1.0, term + beta * formula.divergence(of(same, "to_reference"))))
+    return weighted(terms)
+
+
+def each_step(formula: "Formula", scored: Sequence[Scored], length: int, advantage: float, beta: float) -> Tensor:
+    """A ratio for each step: the product over its tokens."""
+    terms = []
+    for same in together(scored, "label"):
+        log_ratio, distance = sum(one.log_ratio for one in same), sum(one.to_reference for one in same)
+        term = surrogate(log_ratio, advantage, formula.clip_low, formula.clip_high)
+        terms.append((same[0].weight, term + beta * formula.divergence(distance)))
+    return weighted(terms)
+
+
+def each_draw(formula: "Formula", scored: Sequence[Scored], length: int, advantage: float, beta: float) -> Tensor:
+    """A ratio for each of four draws: 1 + Δ for a good answer, e^Δ for a bad one, whose loss is 3 |A| at most."""
+    terms = []
+    for same in together(scored, "label"):
+        delta = 4 * of(same, "log_ratio") / length
+        ratio = 1 + delta if advantage > 0 else delta.exp()
+        term = -torch.minimum(ratio * advantage, ratio.clamp(1 - formula.clip_low, 1 + formula.clip_high) * advantage)
+        if advantage < 0:
+            term = term.clamp(max=-3 * advantage)
+        terms.append((length / 4, term + beta * formula.divergence(4 * of(same, "to_reference") / length)))
+    return weighted(terms)
+
+
+def whole_answer_ratio(
+    formula: "Formula", scored: Sequence[Scored], length: int, advantage: float, beta: float
+) -> Tensor:
+    """One ratio, the weighted geometric mean."""
+    term = surrogate(of(scored, "log_ratio") / length, advantage, formula.clip_low, formula.clip_high)
+    return length * (term + beta * formula.divergence(of(scored, "to_reference") / length))
+
+
+def product_ratio(formula: "Formula", scored: Sequence[Scored], length: int, advantage: float, beta: float) -> Tensor:
+    """One ratio, the weighted product."""
+    term = surrogate(of(scored, "log_ratio"), advantage, formula.clip_low, formula.clip_high)
+    return length * (term + beta * formula.divergence(of(scored, "to_reference")))
+
+
+def token_likelihood(
+    formula: "Formula", scored: Sequence[Scored], length: int, advantage: float, beta: float
+) -> Tensor:
+    return weighted(
+        (one.weight, -advantage * one.logprob + beta * formula.divergence(one.to_reference)) for one in scored
+    )
+
+
+def answer_likelihood(
+    formula: "Formula", scored: Sequence[Scored], length: int, advantage: float, beta: float
+) -> Tensor:
+    distance = of(scored, "to_reference") / length
+    return -advantage * of(scored, "logprob") + length * beta * formula.divergence(distance)
+
+
+def bounded_likelihood(
+    formula: "Formula", scored: Sequence[Scored], length: int, advantage: float, beta: float
+) -> Tensor:
+    """SPG's bound from below, and of bad answers half of it and half of the one from above. Of two draws."""
+    bound = torch.stack([one.logprob for one in scored]).mean()
+    if advantage < 0:
+        uppers = []
+        for same in together(scored, "token"):
+            # the weight is 1/(n ρ): n the draws, ρ the share of the block that was masked
+            uppers.append(weighted((one.weight, (1.5 * one.logprob).exp()) for one in same).log() / 1.5)
+        bound = 0.5 * bound + 0.5 * torch.stack(uppers).mean()
+    return length * (-advantage * bound + beta * formula.divergence(of(scored, "to_reference") / length))
+
+
 # Formulas -------------------------------------------------------------------------------------------------------------
+
+
+AnswerLoss = Callable[["Formula", Sequence[Scored], int, float, float], Tensor]
 
 
 @dataclass(frozen=True)
 class Formula:
-    """mean_over: tokens, answers, the longest allowed, or one ratio an answer (which is a mean over answers)."""
+    """loss: of an answer, summed over its tokens. mean_over: tokens, answers, or the longest allowed.
+
+    weighs_answers: by the softmax of their log-ratios, each at most log 5, in their group.
+    """
 
     states: States
     advantages: Callable[[Sequence[float]], list[float]]
+    loss: AnswerLoss
     mean_over: str
     clip_low: float
     clip_high: float
     divergence: Callable[[Tensor], Tensor]
+    weighs_answers: bool = False
 
 
 FORMULAS = {
-    "dipo": Formula(as_sampled, normalised, "tokens", 0.2, 0.28, k3),
-    "dr_grpo": Formula(as_sampled, centred, "the longest allowed", 0.2, 0.2, k2),
-    "grpo": Formula(as_sampled, normalised, "answers", 0.2, 0.2, k3),
-    "tracerl": Formula(two_steps_as_one, normalised, "tokens", 0.2, 0.2, k2),
-    "diffu_grpo": Formula(whole_answer, centred, "tokens", 0.2, 0.2, k3),
-    "unigrpo": Formula(one_random_mask, normalised, "answers", 0.2, 0.2, k3),
-    "coupled_masks": Formula(mask_and_complement, leave_one_out, "answers", 0.2, 0.2, k3),
-    "justgrpo": Formula(left_to_right, normalised, "answers", 0.2, 0.2, k3),
-    "gspo": Formula(as_sampled, normalised, "one ratio an answer", 3e-4, 4e-4, k3),
-    "espo": Formula(mask_and_complement, normalised, "one ratio an answer", 0.2, 0.2, k2),
+    "dipo": Formula(as_sampled, normalised, each_token, "tokens", 0.2, 0.28, k3),
+    "dr_grpo": Formula(as_sampled, centred, each_token, "the longest allowed", 0.2, 0.2, k2),
+    "grpo": Formula(as_sampled, normalised, each_token, "answers", 0.2, 0.2, k3),
+    "tracerl": Formula(two_steps_as_one, normalised, each_token, "tokens", 0.2, 0.2, k2),
+    "diffu_grpo": Formula(whole_answer, centred, each_token, "tokens", 0.2, 0.2, k3),
+    "unigrpo": Formula(one_random_mask, normalised, each_token, "answers", 0.2, 0.2, k3),
+    "coupled_masks": Formula(mask_and_complement, leave_one_out, each_token, "answers", 0.2, 0.2, k3),
+    "coupled_grpo": Formula(whole_mask_and_complement, leave_one_out, each_position, "tokens", 0.5, 0.5, k3),
+    "justgrpo": Formula(left_to_right, normalised, each_token, "answers", 0.2, 0.2, k3),
+    "blockjustgrpo": Formula(left_to_right, normalised, each_token, "tokens", 0.2, 0.2, k3),
+    "gspo": Formula(as_sampled, normalised, whole_answer_ratio, "answers", 3e-4, 4e-4, k3),
+    "espo": Formula(mask_and_complement, normalised, whole_answer_ratio, "answers", 0.2, 0.2, k2),
+    "gdpo": Formula(two_masking_rates, centred, whole_answer_ratio, "answers", 3e-4, 4e-4, k2),
+    "bgpo": Formula(four_draws_of_every_block, normalised, each_draw, "tokens", 0.2, 0.2, k2),
+    "ebpo": Formula(four_draws_of_every_block, normalised, product_ratio, "answers", 0.2, 0.2, k2),
+    "agrpo": Formula(three_of_the_steps, centred, each_token, "answers", 0.2, 0.2, k2),
+    "egspo": Formula(two_most_surprising_steps, centred, each_step, "answers", 0.2, 0.5, k3),
+    "wd1": Formula(whole_answer, softmax_contrast, token_likelihood, "the longest allowed", inf, inf, k2),
+    "rspo": Formula(as_sampled, centred, answer_likelihood, "answers", inf, inf, k2),
+    "spg": Formula(some_of_every_block, centred, bounded_likelihood, "tokens", inf, inf, k2),
+    "stabledrl": Formula(some_of_every_block, centred, bounded_likelihood, "answers", inf, inf, k2, True),
 }
 
 
@@ -197,35 +411,47 @@ def algorithm_loss(
     sum_of_sums, sum_of_means = torch.zeros(()), torch.zeros(())
 
     for answers, rewards in groups:
-        for answer, advantage in zip(answers, formula.advantages(rewards), strict=True):
-            trained = len(answer.token_ids) if train_tail else up_to_stop_token(answer)
-            answer_sum, log_ratio, to_reference = torch.zeros(()), torch.zeros(()), torch.zeros(())
-            for state, scored in formula.states(answer, tokens, generator):
-                logprobs = state_logprobs(lm, state)
-                for k, weight in scored.items():
-                    if k >= trained:
-                        continue
-                    logprob = logprobs[len(answer.prompt_ids) + k, answer.token_ids[k]]
-                    difference = logprob - (logprob.detach() + old[sample, k])
-                    distance = logprob.detach() + reference[sample, k] - logprob
-                    term = surrogate(difference, advantage, formula.clip_low, formula.clip_high)
-                    answer_sum = answer_sum + weight * (term + beta * formula.divergence(distance))
-                    log_ratio = log_ratio + weight * difference / trained
-                    to_reference = to_reference + weight * distance / trained
-
-            if formula.mean_over == "one ratio an answer":
-                term = surrogate(log_ratio, advantage, formula.clip_low, formula.clip_high)
-                answer_sum = trained * (term + beta * formula.divergence(to_reference))
-            sum_of_sums = sum_of_sums + answer_sum
-            sum_of_means = sum_of_means + answer_sum / trained
-            token_count += trained
+        lengths = [len(answer.token_ids) if train_tail else up_to_stop_token(answer) for answer in answers]
+        scores = []
+        for answer, length in zip(answers, lengths, strict=True):
+            states = formula.states(answer, tokens, generator)
+            scores.append(list(score_states(lm, answer, states, length, old[sample], reference[sample])))
             sample += 1
+
+        answer_weights = [1.0] * len(answers)
+        if formula.weighs_answers:
+            log_ratios = [of(scored, "log_ratio").item() / n for scored, n in zip(scores, lengths, strict=True)]
+            bounded = [exp(min(log_ratio, log(5))) for log_ratio in log_ratios]
+            answer_weights = [len(answers) * one / sum(bounded) for one in bounded]
+
+        for scored, n, advantage, answer_weight in zip(
+            scores, lengths, formula.advantages(rewards), answer_weights, strict=True
+        ):
+            without_kl = formula.loss(formula, scored, n, advantage, 0.0)
+            kl = formula.loss(formula, scored, n, advantage, beta) - without_kl
+            answer_sum = answer_weight * without_kl + kl
+            sum_of_sums = sum_of_sums + answer_sum
+            sum_of_means = sum_of_means + answer_sum / n
+            token_count += n
 
     if formula.mean_over == "tokens":
         return sum_of_sums / token_count
     if formula.mean_over == "the longest allowed":
         return sum_of_sums / (sample * longest)
     return sum_of_means / sample
+
+
+def score_states(
+    lm: DiffusionLM, answer: Trajectory, states: Iterator[State], length: int, old: Tensor, reference: Tensor
+) -> Iterator[Scored]:
+    """The first `length` answer tokens in each of the states that scores them."""
+    for state, scored, label in states:
+        logprobs = state_logprobs(lm, state)
+        for k, weight in scored.items():
+            if k < length:
+                logprob = logprobs[len(answer.prompt_ids) + k, answer.token_ids[k]]
+                before = logprob.detach() + old[k]
+                yield Scored(k, label, weight, logprob, before, logprob.detach() + reference[k])
 
 
 def up_to_stop_token(answer: Trajectory) -> int:
@@ -247,7 +473,7 @@ def policy_gradient_loss(
     total, token_count = torch.zeros(()), 0
     for answer, advantage in zip(answers, advantages, strict=True):
         answer_logprob = torch.zeros(())
-        for state, scored in as_sampled(answer, tokens, Generator()):
+        for state, scored, _ in as_sampled(answer, tokens, Generator()):
             logprobs = state_logprobs(lm, state)
             for k in scored:
                 answer_logprob = answer_logprob + logprobs[len(answer.prompt_ids) + k, answer.token_ids[k]]

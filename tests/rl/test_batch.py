@@ -4,16 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from dirl_cli.cli.build import build
 from dirl_cli.diffusion.layout import SHARED, common_blocks, join_strips, pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.rl.advantages import normalised
 from dirl_cli.rl.batch import TrajectoryGroup, fitting, joined_length, objective_rows
-from dirl_cli.rl.objective import Objective
+from tests.helpers.algorithms import algorithm
 from tests.helpers.answers import ANSWERS, BLOCK, EIGHT, REWARDS, SIX, TOKENS, answer, assert_same, packed
-from tests.helpers.paths import ROOT
 from tests.helpers.small import MASK, PAD, small_lm
 
 GROUPS = [TrajectoryGroup(a, normalised(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
@@ -23,10 +20,6 @@ ALONE = [
     for one, worth in zip(group.trajectories, group.advantages, strict=True)
 ]
 OLD = 0.3 * torch.randn(9, 10, generator=torch.Generator().manual_seed(2))
-
-
-def algorithm(name: str, **changed) -> Objective:
-    return build(OmegaConf.merge(OmegaConf.load(ROOT / "conf" / "algo" / f"{name}.yaml"), changed))
 
 
 def rows_of(groups: list[TrajectoryGroup], row_tokens: int):

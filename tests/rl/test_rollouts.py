@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
 
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.scoring import RewardComputer, RewardSettings
-from dirl_cli.rl.advantages import mean_only, normalised
+from dirl_cli.rl.advantages import AdvantageEstimator
 from dirl_cli.rl.rollout_metrics import answer_table, records, rollout_metrics
 from dirl_cli.rl.rollouts import (
     ReplayedRollouts,
@@ -130,7 +131,7 @@ def test_metrics_tell_what_was_sampled_and_what_was_kept():
 def test_only_what_a_step_learned_from_is_replayed(tmp_path):
     first, second, third, fourth, *_ = order()
     rollout = source({**each(MIXED), first: SAME}).collect(0)
-    groups = add_advantages(rollout.groups, mean_only)
+    groups = add_advantages(rollout.groups, AdvantageEstimator("mean_only", inf, 1.0, {}))
     write_rollout(rollout_path(tmp_path / "rollouts", 1), records(groups, rollout.sampled))
     replayed = ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm(block_size=3)).collect(0)
     assert replayed.groups == groups == replayed.sampled[:2]
@@ -192,7 +193,7 @@ def test_what_the_model_cannot_have_answered_is_not_replayed(tmp_path):
 
 def test_advantages_are_taken_within_groups():
     groups = source(each([1.0, 0.0, 0.0, 0.0]), group_size=4).collect(0).groups
-    found = [record.advantage for record in add_advantages(groups, normalised)[0]]
+    found = [record.advantage for record in add_advantages(groups, AdvantageEstimator("normalised", inf, 1.0, {}))[0]]
     assert torch.allclose(torch.tensor(found), torch.tensor([3.0, -1.0, -1.0, -1.0]) / 3**0.5)
 
 

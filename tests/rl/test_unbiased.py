@@ -16,16 +16,17 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from dirl_cli.cli.build import build
 from dirl_cli.diffusion.layout import Rows
-from dirl_cli.diffusion.states import BlockSpec, Trace
+from dirl_cli.diffusion.states import BlockSpec, LeftToRight, MergedTrace, Trace
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.advantages import ADVANTAGES
 from dirl_cli.rl.batch import TrajectoryGroup, objective_rows, trained_length
-from dirl_cli.rl.objective import LEVELS, Objective
+from dirl_cli.rl.objective import Objective
+from dirl_cli.rl.units import LEVELS
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.training.logprobs import LogprobModel
+from dirl_cli.training.logprobs import LogprobModel, trajectory_logprobs
 from dirl_cli.types import Decoding, Trajectory
+from tests.helpers.algorithms import algorithm
 from tests.helpers.paths import ROOT
 from tests.reference.enumerated import answers, toy
 
@@ -33,12 +34,9 @@ THRESHOLD = {"sampled": 0.7, "max": 0.9, "entropy": 0.75}  # at which a dynamic 
 PROMPT = [0, 1, 1, 0]
 STOP, LONGEST = 2, 5
 GROUP_SIZE = 3
+DRAWS = 32  # of random states for each answer
 
 Reward = Callable[[Sequence[int]], float]
-
-
-def algorithm(name: str, **changed: object) -> Objective:
-    return build(OmegaConf.merge(OmegaConf.load(ROOT / f"conf/algo/{name}.yaml"), changed))
 
 
 def options(strategy: str, confidence: str, steps: int, **more: object) -> Decoding:
@@ -104,16 +102,41 @@ class Enumerated:
         for kind, chance in zip(kinds, chances, strict=True):
             chance_of[kind] += chance
 
-        # What an answer is worth depends on its own reward and length, and on those of the others.
-        worth: dict[tuple[float, int], float] = defaultdict(float)
+        # What an answer is worth depends on its own reward and length, and on those of the others. An objective may
+        # treat good and bad answers differently, so that they are summed apart.
+        worth: dict[bool, dict[tuple[float, int], float]] = {True: defaultdict(float), False: defaultdict(float)}
         for group in product(chance_of, repeat=GROUP_SIZE):
             rewards, lengths = zip(*group, strict=True)
             advantage = ADVANTAGES[objective.advantage](torch.tensor(rewards))[0].item()
             chance = 1.0
             for other in group[1:]:
                 chance *= chance_of[other]
-            worth[group[0]] += chance * advantage * GROUP_SIZE / objective.denominator(lengths, LONGEST)
-        return self.estimated(objective, [chance * worth[kind] for kind, chance in zip(kinds, chances, strict=True)])
+            share = chance * advantage * GROUP_SIZE / objective.denominator(lengths, LONGEST)
+            worth[advantage >= 0][group[0]] += share
+        parts = []
+        for of_kind in worth.values():
+            parts.append(
+                self.estimated(objective, [chance * of_kind[kind] for kind, chance in zip(kinds, chances, strict=True)])
+            )
+        return torch.stack(parts).sum(0)
+
+    def in_views(self, objective: Objective, train_tail: bool) -> "Enumerated":
+        """The same answers in an objective's states, each in many draws of them where they are random."""
+        draws = 1 if isinstance(objective.views, Trace | MergedTrace | LeftToRight) else DRAWS
+        with torch.no_grad():
+            logprobs = trajectory_logprobs(self.lm, self.trajectories)
+        ways = [replace(one, logprobs=own) for one, own in zip(self.trajectories, logprobs, strict=True)]
+        everything = [TrajectoryGroup(ways, [0.0] * len(ways)) for _ in range(draws)]
+        rows, scored = score(self.lm, everything, objective, train_tail)
+        return Enumerated(self.lm, ways * draws, self.probability.repeat(draws) / draws, rows, scored)
+
+
+def score(
+    lm: DiffusionLM, groups: Sequence[TrajectoryGroup], objective: Objective, train_tail: bool
+) -> tuple[Rows, Tensor]:
+    spec = BlockSpec(lm.block_size, lm.mask_token_id)
+    rows, _ = objective_rows(groups, objective, spec, 0, 512, train_tail, torch.Generator().manual_seed(0))
+    return rows, LogprobModel(lm.model, lm.unsampled_ids)(rows)[0]
 
 
 @cache
@@ -134,11 +157,9 @@ def enumerated(lm_size: tuple[int, int], prompt: tuple[int, ...], decoding: Deco
         for way in ways
     ]
     everything = [TrajectoryGroup(trajectories, [0.0] * len(trajectories))]
-    tokens = BlockSpec(lm.block_size, lm.mask_token_id)
     exact = algorithm("dipo")
     assert exact.views == Trace()
-    rows, _ = objective_rows(everything, exact, tokens, 0, 4096, train_tail, torch.Generator())
-    logprobs, *_ = LogprobModel(lm.model, lm.unsampled_ids)(rows)
+    rows, logprobs = score(lm, everything, exact, train_tail)
     return Enumerated(lm, trajectories, probability, rows, logprobs)
 
 
@@ -247,6 +268,8 @@ def test_answers_end_with_the_block_of_their_stop_token():
 def test_with_a_constant_baseline_dividing_by_a_constant_is_exact_at_every_level(level):
     found = ragged("low_confidence_static", "max")
     objective = algorithm("dipo", level=level)  # whose normaliser is here 1 for all
+    if level == "answer":  # one term an answer, which counts once where answers are averaged
+        objective = algorithm("dipo", level=level, normalizer="sequence")
     true = found.true_gradient(right)
     for baseline in (0.0, 0.5):
         estimated = found.with_baseline(objective, right, baseline)
@@ -309,11 +332,12 @@ def page() -> dict[str, list[str]]:
 @pytest.mark.parametrize("words", page())
 def test_the_page_tells_the_cosines_that_are_found(words):
     chosen = dict(word.split("=") for word in words.split())
-    changes = {key.removeprefix("algo."): value for key, value in chosen.items() if key.startswith("algo.")}
+    changes = OmegaConf.from_dotlist([word.removeprefix("algo.") for word in words.split() if "algo." in word])
     train_tail = chosen.get("rl.train_tail") != "false"
     strategy, confidence = chosen.get("decoding", "low_confidence_static"), chosen.get("decoding.confidence", "max")
     found = ragged(strategy, confidence, train_tail)
     objective = algorithm(chosen["algo"], **changes)
+    found = found.in_views(objective, train_tail)
     for reward, told in zip(REWARDS.values(), page()[words], strict=True):
         estimated, true = found.expected(objective, reward, train_tail), found.true_gradient(reward)
         assert is_along(estimated, true) == (told == "exact"), f"cosine {cosine(estimated, true):.4f}"

@@ -109,7 +109,10 @@ class ReinforcementConfig:
     max_prompt_tokens: Count | None
     async_rollout: bool
     old: Annotated[str, OneOf("auto", "sampler", "trainer")]
+    correction: Annotated[str, OneOf("truncate", "mask")]
     correction_cap: Annotated[float, Range(at_least=0, infinite=True, remark="0 is off")] | None
+    correction_floor: NotNegative
+    correction_level: Annotated[str, OneOf("token", "step", "sequence", "answer")]
     train_tail: bool
     rollout_only: bool
     replay: str | None

@@ -38,6 +38,7 @@ from dirl_cli.plan.forecast import PROMPT, RL, rl_budget
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.scoring import RewardComputer, RewardSettings
+from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.reporting import REMEDIES, RolloutReport
 from dirl_cli.rl.rollouts import (
@@ -208,9 +209,10 @@ def reinforce(
     fingerprints = {"base_fingerprint": fingerprint(lm.model), "data_fingerprint": fingerprint_of(pools.training)}
     inference_lm = parts.peft.merged(lm)  # before processes share the parameters
     stop = StopSignal(accelerator)
-    update = policy_update(cfg, parts, lm, accelerator, updates_of(cfg))
+    update = policy_update(cfg, parts, lm, inference_lm, accelerator, updates_of(cfg))
     noted = ("greedy_accuracy",)
     session = open_session(cfg, out, "rl", update.trainer, lm, progress, stop, PANELS, noted, fingerprints)
+    session.further = update.tensors
     needs_base = parts.objective.beta > 0 or parts.peft != FullFinetune()
     remembered = session.resume(cfg.resume, needs_base, cfg.data.name)
     open_run_log(cfg, out, session)
@@ -316,11 +318,22 @@ def preview(pools: Mapping[str, Questions], lm: DiffusionLM, progress: StepProgr
 
 
 def policy_update(
-    cfg: DictConfig, parts: RlParts, lm: DiffusionLM, accelerator: Accelerator, updates: int
+    cfg: DictConfig,
+    parts: RlParts,
+    lm: DiffusionLM,
+    inference_lm: DiffusionLM,
+    accelerator: Accelerator,
+    updates: int,
 ) -> PolicyUpdate:
-    """What updates the model, `updates` times in all, and keeps it near what it began as where that is asked for."""
+    """What updates the model, `updates` times in all, and keeps it near a reference where that is asked for.
+
+    inference_lm: the model without an adapter, whose copy a reference that moves is.
+    """
+    objective = parts.objective
     reference = None
-    if parts.objective.beta:
+    if objective.beta and objective.reference_every:
+        reference = reference_model(FullFinetune().reference(inference_lm), parts.decoding)
+    elif objective.beta:
         reference = reference_model(parts.peft.reference(lm), parts.decoding)
     trainer = Trainer(
         accelerator,
@@ -333,11 +346,14 @@ def policy_update(
     )
     return PolicyUpdate(
         trainer,
-        parts.objective,
+        objective,
+        objective.estimator(parts.reward_settings.weights),
         lm,
         reference=reference,
-        old_from_sampler=cfg.rl.old == "sampler" and parts.objective.is_exact,
-        correction_cap=cfg.rl.correction_cap,
+        old_from_sampler=cfg.rl.old == "sampler" and objective.is_exact,
+        correction=Correction(
+            cfg.rl.correction_cap, cfg.rl.correction_floor, cfg.rl.correction_level, cfg.rl.correction
+        ),
         mini_batches=cfg.rl.mini_batches,
         epochs=cfg.rl.epochs,
         train_tail=cfg.rl.train_tail,

@@ -99,7 +99,12 @@ STEP_CHOICES = ("uniform", "surprisal", "most_surprising")
 
 
 def mean_surprisals(trajectory: Trajectory, index: Tensor, steps: int) -> Tensor:
-    """-log p of the tokens that each step revealed, their mean in nats: (S,). index: (A,), each token's step."""
+    """-log p of the tokens that each step revealed, their mean in nats: (S,). index: (A,), each token's step.
+
+    All 0 for a trajectory without log-probs, such as one that is only counted.
+    """
+    if not trajectory.logprobs:
+        return torch.zeros(steps, dtype=torch.float64)
     surprisal = -torch.tensor(trajectory.logprobs, dtype=torch.float64)
     totals = torch.zeros(steps, dtype=torch.float64).index_add(0, index, surprisal)
     return (totals / index.bincount(minlength=steps)).clamp(min=0)

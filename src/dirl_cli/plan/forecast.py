@@ -154,7 +154,12 @@ def rl_budget(
     are updates.
     """
     settings = setup.settings
-    memories = MemoryByPeft(setup, reference=objective.beta > 0, samples=engine is not None)
+    memories = MemoryByPeft(
+        setup,
+        reference=objective.beta > 0,
+        reference_moves=objective.reference_every > 0,
+        samples=engine is not None,
+    )
     forecast = RlForecast(setup, objective, decoding, longest_prompt, engine, learns, memories)
     batch = forecast.batch(settings)
     # Keys first whose change costs least: what makes answers shorter changes the result, and goes last.
@@ -259,12 +264,14 @@ def budget_of(forecast: SftForecast | RlForecast, knobs: Mapping[str, Sequence[A
 class MemoryByPeft:
     """A model's memory by what of it is trained: as `setup.peft` says, or an adapter in its place.
 
-    reference: whether a frozen model is there. samples: whether a sampler is. counted: by the name of an adapter, or
-    None for `setup.peft`, what was counted before, since that takes a while.
+    reference: whether a model to stay near is there. reference_moves: whether it follows the policy.
+    samples: whether a sampler is there. counted: by the name of an adapter, or None for `setup.peft`, what was counted
+    before, since that takes a while.
     """
 
     setup: TrainingSetup
     reference: bool = False
+    reference_moves: bool = False
     samples: bool = False
     counted: dict[str | None, Memory] = field(default_factory=dict)
 
@@ -285,6 +292,7 @@ class MemoryByPeft:
             bf16=pick_dtype(machine.dtype, machine.kind) == torch.bfloat16,
             dense=pick_attention(machine.attention, machine.kind) == "sdpa",
             reference=self.reference,
+            reference_moves=self.reference_moves,
             samples=self.samples,
             cuda=machine.kind == "cuda",
         )

@@ -105,8 +105,9 @@ class Memory:
     """Bytes on each process's device, by part, in the phases of a run.
 
     bf16: whether the forward is autocast. dense: whether attention takes a dense mask (sdpa) or coordinates (flex).
-    reference: whether a frozen model is there. samples: whether a sampler is. copy_stays: whether its own copy of the
-    weights does during an update. cuda: whether the device is a GPU.
+    reference: whether a model to stay near is there. reference_moves: whether it follows the policy.
+    samples: whether a sampler is there. copy_stays: whether its own copy of the weights does during an update.
+    cuda: whether the device is a GPU.
     """
 
     model: Architecture
@@ -114,6 +115,7 @@ class Memory:
     dense: bool
     checkpointing: bool = False
     reference: bool = False
+    reference_moves: bool = False
     samples: bool = False
     copy_stays: bool = False
     cuda: bool = False
@@ -162,6 +164,8 @@ class Memory:
             sizes["gradients"] = self.gradients()
         if self.reference and self.model.is_full_finetune:  # an adapter's is the model without it
             sizes["reference model"] = 4 * self.model.parameters
+        elif self.reference_moves:  # and so is none of the weights beside the adapter
+            sizes["reference model"] = self.value * self.model.parameters
         return sizes
 
     def gradients(self) -> int:

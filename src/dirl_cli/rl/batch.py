@@ -48,10 +48,14 @@ def objective_rows(
 
     trajectories = list(chain.from_iterable(group.trajectories for group in groups))
     advantages = list(chain.from_iterable(group.advantages for group in groups))
-    if train_tail:
-        lengths = [len(trajectory.token_ids) for trajectory in trajectories]
-    else:
-        lengths = [trained_length(trajectory) for trajectory in trajectories]
+    lengths = []
+    for trajectory in trajectories:
+        if objective.mask_overlong and trajectory.stop_reason == "length":
+            lengths.append(0)
+        elif train_tail:
+            lengths.append(len(trajectory.token_ids))
+        else:
+            lengths.append(trained_length(trajectory))
 
     # Which answer each scored token belongs to, and which of its answer's tokens it is: (N,) each. Of a group that is
     # too long for a row there are several strips.
@@ -62,7 +66,7 @@ def objective_rows(
     length = torch.tensor(lengths)[sample]
     extras = {
         "sample": sample,
-        "length": length.float(),
+        "length": length.clamp(min=1).float(),
         "advantage": torch.tensor(advantages)[sample],
         "version": torch.tensor([trajectory.weights_version for trajectory in trajectories])[sample],
         "sampler_logprobs": padded([trajectory.logprobs for trajectory in trajectories])[sample, index],

@@ -1,12 +1,13 @@
-"""What an RL objective is: views × advantage × ratio level × clip × normaliser × KL.
+"""What an RL objective is: views × advantage × ratio level × surrogate × normaliser × KL.
 
-    loss = Σ_tokens w · [ -min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) + β · k(π ‖ π_ref) ] / denominator
+    loss = Σ_tokens w · [ surrogate(ρ, A) + β · k(π ‖ π_ref) - c · entropy ] / denominator
 
-with ρ the probability ratio against the recorded log-probs of the same tokens in the same states. The files of
-conf/algo choose; each states its formula and source.
+with ρ the probability ratio against the recorded log-probs of the same tokens in the same states, and the surrogate
+-min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) unless an objective says otherwise. The files of conf/algo choose; each
+states its formula and source.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,26 +15,36 @@ import torch
 from torch import Tensor
 
 from dirl_cli.diffusion.layout import Rows
-from dirl_cli.diffusion.states import Trace
+from dirl_cli.diffusion.states import SampledTrace, Trace
 from dirl_cli.errors import DirlError, did_you_mean
-from dirl_cli.ranges import NotNegative, Range
-from dirl_cli.rl.advantages import ADVANTAGES
+from dirl_cli.ranges import Natural, NotNegative, Positive, Range, Share
+from dirl_cli.rl.advantages import ADVANTAGES, BATCH_ADVANTAGES, AdvantageEstimator
+from dirl_cli.rl.evidence_bounds import bound_score
+from dirl_cli.rl.units import LEVELS, at_level, bounded, ratio_of, token_weights
 
 Divergence = Callable[[Tensor], Tensor]
 Clip = Annotated[float, Range(at_least=0, infinite=True, remark="inf switches it off")]
+Cap = Annotated[float, Range(above=0, infinite=True, remark="inf switches it off")]
 NORMALIZERS = ("token", "sequence", "constant")
-LARGEST_LOG_RATIO = 10.0  # nats either way, as in TraceRL's code; from 88 on exp is infinite in fp32
+SURROGATES = ("clipped", "linear", "likelihood", "bounds")
 
 
 @dataclass(frozen=True)
 class Objective:
     """An RL objective; conf/algo/ holds those that have a name.
 
-    views: see diffusion/states.py. advantage: see advantages.py. level: of the ratio, `token`, `step` (all that one
-    denoising step revealed) or `sequence` (the answer's mean). clip_low, clip_high: ε on either side of 1.
+    views: see diffusion/states.py. advantage: see advantages.py. level: of the ratio, see units.py.
+    surrogate: `clipped` is PPO's; `linear` clips 1 + log ρ in place of ρ where the advantage is positive (BGPO);
+    `likelihood` is -A log p without a ratio; `bounds` puts bounds of log p from below and above in its place (SPG).
+    clip_low, clip_high: ε on either side of 1. dual_clip: the loss of a bad answer is at most this times -A.
     normalizer: `token` divides by all tokens of the global batch, `sequence` takes each answer's mean and then the
     mean of answers, `constant` divides by the answers times the longest allowed. beta: weight of the divergence
-    from a frozen reference, estimated as `kl` says (k1, k2, k3).
+    from a reference, estimated as `kl` says (k1, k2, k3). reference_every: optimizer steps after which the reference
+    moves by `reference_rate` towards the policy; 0 leaves it what the policy began as.
+    self_normalised: answers are weighted by the softmax of their log-ratios in their group (StableDRL).
+    advantage_clip: bounds |A|. negative_weight: times the advantages below 0. entropy_bonus: c, per nat.
+    mask_overlong: nothing is learned from answers that did not stop, whose rewards still count in their group.
+    upper_power, upper_share: of `bounds`, see evidence_bounds.py.
 
     Where the policy is still the one that sampled, every level has the same gradient; which choices make that the
     expected reward's own is told in docs/exactness.md.
@@ -43,104 +54,114 @@ class Objective:
     views: Any
     advantage: str
     level: str
+    surrogate: str
     normalizer: str
     clip_low: Clip
     clip_high: Clip
+    dual_clip: Cap
     beta: NotNegative
     kl: str
+    reference_every: Natural
+    reference_rate: Share
+    self_normalised: bool
+    advantage_clip: Cap
+    negative_weight: NotNegative
+    entropy_bonus: NotNegative
+    mask_overlong: bool
+    upper_power: Positive = 1.5
+    upper_share: Share = 0.5
 
     def __post_init__(self) -> None:
-        choices = {"advantage": ADVANTAGES, "level": LEVELS, "normalizer": NORMALIZERS, "kl": KL}
+        choices = {
+            "advantage": (*ADVANTAGES, *BATCH_ADVANTAGES),
+            "level": LEVELS,
+            "surrogate": SURROGATES,
+            "normalizer": NORMALIZERS,
+            "kl": KL,
+        }
         for name, names in choices.items():
             value = getattr(self, name)
             if value not in names:
                 raise DirlError(f"algo.{name}={value}: {did_you_mean(value, names)}")
+        if self.surrogate == "bounds" and self.level != "sequence":
+            raise DirlError("algo.surrogate=bounds bounds the log-prob of an answer: give algo.level=sequence")
 
     @property
     def is_exact(self) -> bool:
         """Whether tokens are scored in the states that revealed them, so that the sampler's log-probs are the same."""
-        return isinstance(self.views, Trace)
+        return isinstance(self.views, Trace | SampledTrace)
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the policy that sampled enters the loss once the present one has moved on from it."""
+        return self.surrogate in ("clipped", "linear") or self.self_normalised
 
     def loss(self, rows: Rows, logprobs: Tensor, entropy: Tensor) -> dict[str, Tensor]:
         """Sums over the scored tokens (N,) of `rows`: the loss, and what is worth watching.
 
         rows.extras: `sample` (which answer a token belongs to), `length` (its answer's tokens), `advantage`,
         `old_logprobs` (without them these are taken for it, and the ratio is 1), `ref_logprobs` where beta is not 0,
-        and `importance_weight` (truncated) where the sampler's probabilities were not the trainer's.
+        `importance_weight` and `is_cut` where the sampler's probabilities were not the trainer's, and `answer_weight`
+        where answers are weighted in their group.
         """
         extras = rows.extras
-        token_weight = self.token_weight(rows)
-
-        # The clipped surrogate: of the two the lower, so that nothing is gained beyond the clip.
-        ratio = ratio_of(at_level(self.level, logprobs - extras.get("old_logprobs", logprobs.detach()), rows))
         advantage = extras["advantage"]
-        free = ratio * advantage
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage
-        loss = -torch.minimum(free, clipped)
-        if "importance_weight" in extras:
-            loss = loss * extras["importance_weight"]
+        watched = {"entropy": entropy}
 
-        watched = {"entropy": entropy, "ratio": ratio, "clipped": (free > clipped).float()}
+        if self.surrogate == "likelihood":
+            loss = -advantage * at_level(self.level, logprobs, rows)
+        elif self.surrogate == "bounds":
+            loss = -advantage * bound_score(rows, logprobs, self.upper_power, self.upper_share)
+        else:
+            log_ratio = at_level(self.level, logprobs - extras.get("old_logprobs", logprobs.detach()), rows)
+            ratio = ratio_of(log_ratio)
+            if self.surrogate == "linear":
+                ratio = torch.where(advantage > 0, 1 + bounded(log_ratio), ratio)
+            loss, is_clipped = self.clipped_loss(ratio, advantage)
+            watched |= {"ratio": ratio, "clipped": is_clipped.float()}
+
+        if "answer_weight" in extras:
+            loss = loss * extras["answer_weight"]
+        if "importance_weight" in extras:
+            importance = extras["importance_weight"]
+            loss = loss * importance
+            watched |= {"correction": importance, "correction_square": importance**2}
+            watched["correction_cut"] = extras["is_cut"]
         if self.beta:
             kl = KL[self.kl](at_level(self.level, extras["ref_logprobs"] - logprobs, rows))
             loss = loss + self.beta * kl
             watched["kl"] = kl
+        if self.entropy_bonus:
+            loss = loss - self.entropy_bonus * entropy
 
-        watched = {name: (token_weight * value).detach().sum() for name, value in watched.items()}
-        return {"loss": (token_weight * loss).sum(), "total_weight": token_weight.sum(), **watched}
+        token_weight = token_weights(self.level, rows)
+        if self.normalizer == "sequence":
+            token_weight = token_weight / extras["length"]
+        sums = {name: (token_weight * value).detach().sum() for name, value in watched.items()}
+        return {"loss": (token_weight * loss).sum(), "total_weight": token_weight.sum(), **sums}
 
-    def token_weight(self, rows: Rows) -> Tensor:
-        """What each scored token counts (N,), so that the sum divided by `denominator` is the normaliser's mean.
+    def clipped_loss(self, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        """-min(ρ A, clip(ρ) A), of bad answers at most -c A, and where either clip holds: (N,) each."""
+        free = ratio * advantage
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage
+        gain = torch.minimum(free, clipped)  # the lower, so that nothing is gained beyond the clip
+        is_clipped = free > clipped
 
-        It begins with `rows.weight`, what the views let a token count.
-        """
-        is_scored = (rows.weight > 0).float()
-        if self.level == "token":
-            token_weight = rows.weight
-        elif self.level == "step":  # a step has one term, shared out evenly among its tokens; so has an answer
-            token_weight = rows.weight / summed(is_scored, step_index(rows)).clamp(min=1)
-        else:
-            sample = rows.extras["sample"]
-            token_weight = is_scored * rows.extras["length"] / summed(is_scored, sample).clamp(min=1)
-        return token_weight / rows.extras["length"] if self.normalizer == "sequence" else token_weight
+        # The minimum leaves a bad answer's loss free to grow with its ratio; the dual clip (arXiv 1912.09729) does not.
+        if self.dual_clip < torch.inf:
+            floor = torch.where(advantage < 0, self.dual_clip * advantage, -torch.inf)
+            is_clipped = is_clipped | (gain < floor)
+            gain = torch.maximum(gain, floor)
+        return -gain, is_clipped
+
+    def estimator(self, reward_weights: Mapping[str, float]) -> AdvantageEstimator:
+        """What makes advantages of rewards. reward_weights: by a reward's name."""
+        return AdvantageEstimator(self.advantage, self.advantage_clip, self.negative_weight, reward_weights)
 
     def denominator(self, lengths: Sequence[int], longest: int) -> float:
         """The normaliser of a global batch of answers with these numbers of tokens, at most `longest` allowed."""
         denominators = {"token": sum(lengths), "sequence": len(lengths), "constant": len(lengths) * longest}
-        return float(denominators[self.normalizer])
-
-
-def at_level(level: str, log_ratio: Tensor, rows: Rows) -> Tensor:
-    """A log-ratio for each token (N,): its own, the sum over its denoising step, or its answer's weighted mean."""
-    if level == "token":
-        return log_ratio
-    if level == "step":
-        return summed(log_ratio * (rows.weight > 0), step_index(rows))
-    return summed(rows.weight * log_ratio, rows.extras["sample"]) / rows.extras["length"]
-
-
-def step_index(rows: Rows) -> Tensor:
-    """A number for each scored token (N,), the same for those revealed together."""
-    coordinates = (rows.extras["sample"], rows.at_targets(rows.coordinates.block), rows.at_targets(rows.view))
-    return torch.stack(coordinates).unique(dim=1, return_inverse=True)[1]
-
-
-def summed(values: Tensor, index: Tensor) -> Tensor:
-    """Each value's sum over all that share its index. (N,), (N,) to (N,)."""
-    return values.new_zeros(int(index.max()) + 1).index_add(0, index, values)[index]
-
-
-def ratio_of(log_ratio: Tensor) -> Tensor:
-    """π/π_old of log-ratios (N,), of which those beyond ±10 nats count as ±10.
-
-    Out there a ratio has no gradient, as in TraceRL's code. That matters for bad tokens alone, which have become e^10
-    times as likely: the clip has stopped all others long before, or their gradient has vanished with the ratio.
-    """
-    return bounded(log_ratio).exp()
-
-
-def bounded(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+        return float(max(denominators[self.normalizer], 1))
 
 
 def k1(log_ref_ratio: Tensor) -> Tensor:
@@ -163,5 +184,4 @@ def k3(log_ref_ratio: Tensor) -> Tensor:
     return log_ref_ratio.exp() - 1 - log_ref_ratio
 
 
-LEVELS = ("token", "step", "sequence")
 KL: dict[str, Divergence] = {f.__name__: f for f in (k1, k2, k3)}

@@ -18,7 +18,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import RewardComputer, RewardResult
-from dirl_cli.rl.advantages import Advantage, has_signal
+from dirl_cli.rl.advantages import AdvantageEstimator, GroupRewards, has_signal
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.rollout.storage import Record, from_json, read_lines, require_learnable, rollout_files, to_json
 from dirl_cli.types import Decoding, Problem
@@ -323,14 +323,30 @@ def continues(last: Record, record: Record) -> bool:
     return record.problem == last.problem and record.sample > last.sample and record.learned_from == last.learned_from
 
 
-def add_advantages(groups: Sequence[Group], advantage: Advantage) -> list[Group]:
+def add_advantages(groups: Sequence[Group], estimator: AdvantageEstimator) -> list[Group]:
     """The groups with each answer's advantage over the others to its problem."""
+    advantages = estimator([rewards_of(group, estimator.parts) for group in groups])
     with_advantages = []
-    for group in groups:
-        values = advantage(torch.tensor([record.reward for record in group])).tolist()
-        pairs = zip(group, values, strict=True)
+    for group, values in zip(groups, advantages, strict=True):
+        pairs = zip(group, values.tolist(), strict=True)
         with_advantages.append([replace(record, advantage=value, learned_from=True) for record, value in pairs])
     return with_advantages
+
+
+def rewards_of(group: Group, parts: Sequence[str]) -> GroupRewards:
+    """What a group's answers earned. parts: the names of the rewards that are compared one by one.
+
+    Raises DirlError for a replayed answer that lacks one of them.
+    """
+    for record in group:
+        missing = [name for name in parts if name not in record.parts]
+        if missing:
+            raise DirlError(f"an answer on record has no reward {missing[0]}: reward it anew with rl.rescore=true")
+    return GroupRewards(
+        total=torch.tensor([record.reward for record in group]),
+        parts=torch.tensor([[record.parts[name] for name in parts] for record in group]),
+        tokens=torch.tensor([len(record.trajectory.token_ids) for record in group]),
+    )
 
 
 def problem_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> MixtureOrder:

@@ -1,6 +1,5 @@
 """Reinforcement learning, from top to bottom: sample groups of answers, reward them, and update the policy."""
 
-from dirl_cli.rl.advantages import ADVANTAGES
 from dirl_cli.rl.during_update import sampler_during_update
 from dirl_cli.rl.reporting import RolloutReport
 from dirl_cli.rl.rollout_metrics import rollout_metrics
@@ -25,7 +24,7 @@ def train(
         # Where the run is asked to stop, a rollout is given up; an update that has begun is finished.
         with run.timed("rollout"), run.showing("rollout"), run.stop.raising_if_alone():
             rollout = rollouts.collect(step)
-        groups = add_advantages(rollout.groups, ADVANTAGES[update.objective.advantage])
+        groups = add_advantages(rollout.groups, update.advantages)
         metrics = rollout_metrics(rollout, rollouts.answers_per_problem) | rollouts.epochs()
 
         # Update: optimizer steps on the groups, each token in the state in which it was revealed. Meanwhile the

@@ -1,11 +1,13 @@
 """What is learned from a step's groups: packed rows, recorded log-probs, and the optimizer steps on them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from statistics import fmean
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dirl_cli.data.order import generator
@@ -13,16 +15,20 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import FullFinetune, Peft
+from dirl_cli.rl.advantages import AdvantageEstimator
 from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
-from dirl_cli.rl.objective import Objective, k3, ratio_of
+from dirl_cli.rl.corrections import Correction
+from dirl_cli.rl.objective import Objective, k3
 from dirl_cli.rl.rollouts import Group
+from dirl_cli.rl.units import at_level
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.parallel import reshard, unsharded
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding
 
-TOKEN_SUMS = ("entropy", "ratio", "clipped", "kl")  # of `Objective.loss`, over tokens by weight
+# Of `Objective.loss`, over tokens by weight.
+TOKEN_SUMS = ("entropy", "ratio", "clipped", "kl", "correction", "correction_square", "correction_cut")
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class MiniBatch:
 
     micro_batches: list[Rows]
     denominator: float  # of the loss: see `Objective.denominator`
+    group_sizes: list[int]  # answers in each group, in order
 
     @property
     def num_tokens(self) -> int:
@@ -41,17 +48,18 @@ class MiniBatch:
 class PolicyUpdate:
     """Takes the optimizer steps of a rollout.
 
-    reference: a frozen model to stay near. old_from_sampler: the ratio's denominator is the sampler's log-prob; else
-    it is the trainer's at the first pass, and `correction_cap` above 0 bounds the importance weights that make up for
-    the difference. longest: answer tokens allowed.
+    advantages: from the rewards of a step's groups. reference: a model to stay near.
+    old_from_sampler: the ratio's denominator is the sampler's log-prob; else it is the trainer's at the first pass, and
+    `correction` makes up for the difference. longest: answer tokens allowed.
     """
 
     trainer: Trainer
     objective: Objective
+    advantages: AdvantageEstimator
     lm: DiffusionLM
-    reference: nn.Module | None
+    reference: LogprobModel | None
     old_from_sampler: bool
-    correction_cap: float
+    correction: Correction
     mini_batches: int
     epochs: int
     train_tail: bool
@@ -78,7 +86,11 @@ class PolicyUpdate:
             for batch in batches:
                 is_first = not sums
                 loss = mismatch.loss if is_first and self.objective.is_exact else self.objective.loss
-                sums.append(self.trainer.step(batch.micro_batches, loss, batch.denominator))
+                micro_batches = batch.micro_batches
+                if self.objective.self_normalised:
+                    micro_batches = self.add_answer_weights(batch)
+                sums.append(self.trainer.step(micro_batches, loss, batch.denominator))
+                self.move_reference()
 
         metrics = self.take_mismatch(sums[0], mismatch)
         metrics |= mean_metrics(sums)
@@ -86,6 +98,13 @@ class PolicyUpdate:
         metrics["staleness"] = version - fmean(versions)
         metrics["token_forwards"] = sum(batch.num_tokens for batch in batches)
         return metrics
+
+    @property
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps besides the policy, by the name of its file."""
+        if self.reference is None or not self.objective.reference_every:
+            return {}
+        return {"reference": dict(self.reference.model.named_parameters())}
 
     def take_mismatch(self, sums: dict[str, float], mismatch: "Mismatch") -> dict[str, float]:
         """How far the sampler was from the trainer at the first optimizer step, whose sums lose what they had of it."""
@@ -121,25 +140,55 @@ class PolicyUpdate:
         # The ratio's denominator: what the sampler recorded, or what the trainer says before its first step.
         if self.old_from_sampler:
             micro_batches = [with_extras(rows, old_logprobs=rows.extras["sampler_logprobs"]) for rows in micro_batches]
-        elif self.mini_batches * self.epochs > 1 or self.correction_cap:
+        elif (self.objective.needs_old_logprobs and self.mini_batches * self.epochs > 1) or self.correction.cap:
             micro_batches = self.add_logprobs(micro_batches, self.trainer.model, "old_logprobs")
-        if self.correction_cap and not self.old_from_sampler:
+        if self.correction.cap and not self.old_from_sampler:
             micro_batches = [self.add_importance_weights(rows) for rows in micro_batches]
 
         if self.reference is not None:
             micro_batches = self.add_logprobs(micro_batches, self.reference, "ref_logprobs")
-        return MiniBatch(micro_batches, self.objective.denominator(lengths, self.longest))
+        group_sizes = [len(group) for group in groups]
+        return MiniBatch(micro_batches, self.objective.denominator(lengths, self.longest), group_sizes)
 
     def add_importance_weights(self, rows: Rows) -> Rows:
-        """The rows with the weights that make up for a sampler that was not the trainer; see `corrections`."""
+        """The rows with the weights that make up for a sampler that was not the trainer; see corrections.py."""
         if "old_logprobs" not in rows.extras:  # another process's share
             return rows
-        return with_extras(
-            rows,
-            importance_weight=corrections(
-                rows.extras["old_logprobs"], rows.extras["sampler_logprobs"], self.correction_cap
-            ),
-        )
+        extras = rows.extras
+        weights, is_cut = self.correction.weights(rows, extras["old_logprobs"], extras["sampler_logprobs"])
+        return with_extras(rows, importance_weight=weights, is_cut=is_cut.float())
+
+    def add_answer_weights(self, batch: MiniBatch) -> list[Rows]:
+        """The micro-batches with each answer's weight in its group; see `self_normalised_weights`.
+
+        One more pass, since an answer's weight depends on all answers of its group, wherever they are computed.
+        """
+        if not any("old_logprobs" in rows.extras for rows in batch.micro_batches):
+            return batch.micro_batches  # the policy is still the one that sampled
+        micro_batches = self.add_logprobs(batch.micro_batches, self.trainer.model, "present_logprobs")
+        own: dict[int, float] = {}  # log-ratios by answer
+        for rows in micro_batches:
+            if "present_logprobs" in rows.extras:
+                log_ratio = at_level("sequence", rows.extras["present_logprobs"] - rows.extras["old_logprobs"], rows)
+                own |= dict(zip(rows.extras["sample"].tolist(), log_ratio.tolist(), strict=True))
+
+        log_ratios = own
+        if self.trainer.accelerator.num_processes > 1:
+            log_ratios = dict(gather_object(list(own.items())))
+        by_answer = torch.tensor([log_ratios.get(sample, 0.0) for sample in range(sum(batch.group_sizes))])
+        weights = self_normalised_weights(by_answer, batch.group_sizes, 1 + self.objective.clip_high)
+        return [with_extras(rows, answer_weight=weights[rows.extras["sample"]]) for rows in micro_batches]
+
+    @torch.no_grad()
+    def move_reference(self) -> None:
+        """Move the reference towards the policy, every `reference_every` optimizer steps by `reference_rate`."""
+        every = self.objective.reference_every
+        if self.reference is None or not every or self.trainer.steps_taken % every:
+            return
+        reference = dict(self.reference.model.named_parameters())
+        for name, weight in unsharded(self.peft.pushed(self.lm)):
+            if name in reference:
+                reference[name].lerp_(weight.to(reference[name]), self.objective.reference_rate)
 
     @torch.no_grad()
     def add_logprobs(self, micro_batches: Sequence[Rows], model: nn.Module, name: str) -> list[Rows]:
@@ -169,19 +218,25 @@ def split_evenly(groups: Sequence[Group], mini_batches: int) -> list[Sequence[Gr
 
 
 def mean_metrics(sums: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over optimizer steps; what is a sum over tokens is divided by their total weight first."""
+    """Means over optimizer steps; what is a sum over tokens is divided by their total weight first.
+
+    correction_ess: the effective sample size (Σw)²/Σw² of importance weights, as a share of their number.
+    """
     steps = []
     for step in sums:
         total_weight = step["total_weight"]
-        token_means = {name: step[name] / total_weight for name in TOKEN_SUMS if name in step}
-        steps.append({name: value for name, value in step.items() if name != "total_weight"} | token_means)
+        means = {name: step[name] / total_weight for name in TOKEN_SUMS if name in step}
+        if "correction" in means:
+            square = means.pop("correction_square")
+            means["correction_ess"] = means["correction"] ** 2 / max(square, 1e-12)
+        steps.append({name: value for name, value in step.items() if name not in ("total_weight", *TOKEN_SUMS)} | means)
     metrics = {name: fmean([step[name] for step in steps]) for name in steps[0]}
     metrics["skipped"] = sum(step["skipped"] for step in steps)
     return metrics
 
 
-def reference_model(lm: DiffusionLM, decoding: Decoding) -> nn.Module:
-    """What gives the log-probs of a frozen model to stay near, its tokens drawn as `decoding` says."""
+def reference_model(lm: DiffusionLM, decoding: Decoding) -> LogprobModel:
+    """What gives the log-probs of a model to stay near, its tokens drawn as `decoding` says."""
     return LogprobModel(lm.model, lm.unsampled_ids, decoding).to(lm.device)
 
 
@@ -213,6 +268,12 @@ class Mismatch:
         }
 
 
-def corrections(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """Truncated importance weights min(π_old / π_sampler, cap) (N,) for what an engine sampled a little differently."""
-    return ratio_of(old_logprobs - sampler_logprobs).clamp(max=cap)
+def self_normalised_weights(log_ratios: Tensor, group_sizes: Sequence[int], cap: float) -> Tensor:
+    """softmax over each group of min(log-ratio, log cap), times the group's size so that the mean is 1: (A,).
+
+    log_ratios: (A,) of all answers, group by group. cap: of a ratio (StableDRL, arXiv 2603.06743).
+    """
+    weights = []
+    for group in log_ratios.clamp(max=math.log(cap)).split(list(group_sizes)):
+        weights.append(group.softmax(0) * len(group))
+    return torch.cat(weights)
