@@ -24,6 +24,14 @@ class NotDownloaded(DirlError):  # noqa: N818
     """A model or data set of the Hub is not, or not completely, on this machine."""
 
 
+class UnknownChoice(DirlError):  # noqa: N818
+    """A config group has no such choice. group: its name."""
+
+    def __init__(self, sentence: str, group: str) -> None:
+        super().__init__(sentence)
+        self.group = group
+
+
 class DoesNotFit(DirlError):  # noqa: N818
     """A run needs clearly more memory than the machine has."""
 

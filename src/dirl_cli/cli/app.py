@@ -95,8 +95,9 @@ def add(name: str, summary: str, example: str) -> None:
 
 def hints(name: str, example: str) -> str:
     """The lines below a command's options in its help."""
+    group = "algo" if name == "rl" else "model"
     codes = "\n\ndry_run=true looks first. Exit code 3: it does not fit" if name in TRAINING else ""
-    return f"Such as: dirl {name} {example}\n\nEvery key: dirl {name} --cfg job{codes}"
+    return f"Such as: dirl {name} {example}\n\nEvery key: dirl {name} --cfg job. A group's choices: {group}=help{codes}"
 
 
 def run_command(

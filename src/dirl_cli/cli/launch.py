@@ -24,10 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dirl_cli.cli import config_tree, explain, overrides, schema
 from dirl_cli.cli.build import build
+from dirl_cli.cli.group_help import show_asked_groups, show_choices
 from dirl_cli.cli.processes import check_launch, start_workers
 from dirl_cli.cli.run_dir import PATH_MODEL, model_of_run, open_run
 from dirl_cli.console import replace_unencodable
-from dirl_cli.errors import DirlError, Interrupted, Stopped, stop_code
+from dirl_cli.errors import DirlError, Interrupted, Stopped, UnknownChoice, stop_code
 from dirl_cli.files import conf_dir
 from dirl_cli.ranges import format_value, require, types_of
 from dirl_cli.text import is_secret, literal, redact
@@ -54,8 +55,13 @@ def launch(name: str, flags: Sequence[str], words: Sequence[str], config_dir: Pa
             )
 
     config_tree.prepare(config_dir)
+    if show_asked_groups(words, config_dir):
+        return
     try:
         run_jobs(name, rewrite_words(name, flags, words))
+    except UnknownChoice as error:
+        show_choices(error.group, config_dir, stderr=True)
+        raise
     except explain.COMPLAINTS as error:
         raise DirlError(explain.explain(error, name, words)) from error
 

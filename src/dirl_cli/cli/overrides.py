@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
-from dirl_cli.errors import DirlError, did_you_mean, pip_install
+from dirl_cli.errors import DirlError, UnknownChoice, did_you_mean, pip_install
 from dirl_cli.text import literal, shell_word
 
 PATH_CHOICE = {"data": "file", "bench": "file", "model": "path"}  # the choice whose `path` takes any path
@@ -21,6 +21,7 @@ TEXTS = ("prompt", "messages", "instruction.text")  # their whole value, also wi
 PATHS = ("adapter", "compare", "input", "name", "out", "path", "predictions", "replay", "resume", "to")  # last parts
 MAPPINGS = ("options", "weights")  # whose keys are the user's: a new mapping replaces the old one
 MOST_COMMAS = 20  # in the name of a path; a longer list is taken for separate paths
+MANY_CHOICES = 8  # more are told with a line each, where none is like the one that was typed
 LONGEST_KEY = 200  # characters; a file name, as Hydra looks for, may have few more
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
 
@@ -151,7 +152,10 @@ def rewrite_choice(word: str, choices: Callable[[str], list[str]], sweep: bool) 
     if group == "hydra/launcher":
         raise DirlError(f"{word} is in no package that is installed: {pip_install('launchers')}")
     if group not in PATH_CHOICE or not all(looks_like_path(path) for path in paths):
-        raise DirlError(f"{group}={paths[0]}: {did_you_mean(paths[0], offered(group, choices))}")
+        sentence = f"{group}={paths[0]}: {did_you_mean(paths[0], offered(group, choices))}"
+        if len(names) > MANY_CHOICES and "choose one" in sentence:  # whose names alone say little
+            raise UnknownChoice(sentence, group)
+        raise DirlError(sentence)
     if len(paths) < len(values):
         raise DirlError(f"{word} mixes names and paths: sweep over the names, then over the paths")
     quoted = ",".join(quote(unquote(path)) for path in paths)

@@ -27,6 +27,7 @@ from dirl_cli.training.stored_checkpoint import (
     MODEL,
     OPTIMIZER,
     SUMS,
+    NamedTensors,
     Optimizers,
     complete_checkpoints,
     damage,
@@ -121,11 +122,18 @@ class RunCheckpoints:
         return self._goodness(metrics) > best_so_far
 
     def save(
-        self, step: int, model: nn.Module, optimizers: Optimizers, metrics: Mapping[str, float], **remembered: Any
+        self,
+        step: int,
+        model: nn.Module,
+        optimizers: Optimizers,
+        metrics: Mapping[str, float],
+        further: NamedTensors | None = None,
+        **remembered: Any,
     ) -> Path:
         """Write a checkpoint, whole or not at all, then drop those that are not to be kept.
 
-        remembered: plain values, which `load_checkpoint` gives back.
+        further: more tensors to keep, by the name of their file. remembered: plain values, which `load_checkpoint`
+        gives back.
         """
         self.wait()
         if self.is_best(metrics):
@@ -136,6 +144,8 @@ class RunCheckpoints:
         state = {"step": step, "optimizers": optimizer_names(optimizers), "measured": measured, **remembered}
         files = self._own_files(MODEL, trainable_parameters(model))
         files |= self._own_files(OPTIMIZER, optimizer_states(model, optimizers))
+        for name, tensors in (further or {}).items():
+            files |= self._own_files(name, tensors)
 
         # Training goes on to change the tensors while a thread writes: it writes copies.
         path = self.directory / f"step-{step:06d}"

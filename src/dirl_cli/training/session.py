@@ -17,7 +17,7 @@ from dirl_cli.report.progress import StepProgress, due
 from dirl_cli.training.checkpoint import RunCheckpoints
 from dirl_cli.training.prepare import require_same_data
 from dirl_cli.training.stop_signal import StopSignal
-from dirl_cli.training.stored_checkpoint import load_checkpoint, require_same_run
+from dirl_cli.training.stored_checkpoint import NamedTensors, load_checkpoint, require_same_run
 from dirl_cli.training.trainer import Trainer
 
 Metrics = dict[str, float]
@@ -36,7 +36,8 @@ class Session:
     """A training run from its first step to its last, however often it is stopped in between.
 
     command: `sft` or `rl`. steps: of the whole run. picture: where its curves are drawn. noted: the metrics of an
-    evaluation that get a line of their own. state: what the command itself remembers, to be kept in checkpoints.
+    evaluation that get a line of their own. state: what the command itself remembers, to be kept in checkpoints;
+    further: and tensors, by the name of their file, which are read into on resuming.
     """
 
     command: str
@@ -55,6 +56,7 @@ class Session:
     noted: Sequence[str]
     fingerprints: Mapping[str, str]  # base_fingerprint: of the weights it began with; data_fingerprint: of its rows
     state: Callable[[], Mapping[str, Any]] = dict
+    further: NamedTensors = field(default_factory=dict)
     log: MetricsLog | NoLog = field(default_factory=NoLog)
     step: int = 0  # steps that are finished
     saved_at: int = 0
@@ -73,7 +75,7 @@ class Session:
             return None
 
         require_same_run(path, self.command, self.fingerprints["base_fingerprint"] if needs_base else None)
-        remembered = load_checkpoint(path, self.model, self.trainer.optimizers)
+        remembered = load_checkpoint(path, self.model, self.trainer.optimizers, self.further)
         rows = self.fingerprints["data_fingerprint"]
         if path.parent == self.checkpoints.directory:  # another run's checkpoint may have seen other data
             require_same_data(data, remembered.get("data_fingerprint", rows), rows)
@@ -165,7 +167,9 @@ class Session:
             **more,
         }
         with trainer.times("saving"):
-            self.saved_in = self.checkpoints.save(self.step, self.model, trainer.optimizers, metrics, **remembered)
+            self.saved_in = self.checkpoints.save(
+                self.step, self.model, trainer.optimizers, metrics, self.further, **remembered
+            )
             self.draw()
         self.saved_at = self.step
 

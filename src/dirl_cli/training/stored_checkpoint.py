@@ -7,6 +7,7 @@ it holds; any number of processes reads any checkpoint.
     checkpoints/step-000012/
         model.safetensors       trained parameters in fp32, or model-00001-of-00002.safetensors, … where sharded
         optimizer.safetensors   states by parameter, such as layers.0.weight.exp_avg; likewise
+        reference.safetensors   of a reference model that moves, and whatever else a command keeps
         state.json              step, optimizers, measured metrics, and what the command remembers
         SHA256SUMS              of the files above, written last
 """
@@ -31,6 +32,7 @@ OPTIMIZER = "optimizer"
 SUMS = "SHA256SUMS"  # written last; `sha256sum --check` reads it too
 FORMER = {"beside": "base_fingerprint", "began_as": "base_fingerprint"}  # what keys of a state.json were once called
 Optimizers = Sequence[torch.optim.Optimizer]
+NamedTensors = Mapping[str, Mapping[str, Tensor]]  # by the name of their file and their own
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -62,9 +64,12 @@ def require_same_run(path: Path, command: str, base_fingerprint: str | None) -> 
         )
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizers: Optimizers, further: NamedTensors | None = None
+) -> dict[str, Any]:
     """Put a good checkpoint into the model and its optimizers; returns `step` and what else was remembered.
 
+    further: more tensors, by the name of their file; those of a file that the checkpoint has not stay as they are.
     Raises DirlError where it is one of another model or of other optimizers.
     """
     state = read_state(path)
@@ -75,6 +80,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> dic
 
     parameters = trainable_parameters(model)
     read_shards(checkpoint_files(path, MODEL), parameters)
+    for name, kept in (further or {}).items():
+        if checkpoint_files(path, name):
+            read_shards(checkpoint_files(path, name), kept)
 
     # An optimizer without steps has no states yet: make empty ones, read into them, then hand them over.
     files = checkpoint_files(path, OPTIMIZER)
@@ -117,7 +125,7 @@ def empty_states(shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tens
 
 
 def checkpoint_files(path: Path, kind: str) -> list[Path]:
-    """The safetensors files of a checkpoint. kind: MODEL or OPTIMIZER."""
+    """The safetensors files of a checkpoint. kind: MODEL, OPTIMIZER, or another that its command keeps."""
     return sorted(path.glob(f"{kind}*.safetensors"))
 
 
