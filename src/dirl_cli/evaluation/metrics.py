@@ -163,9 +163,13 @@ def measure_subsets(answers: Sequence[GradedAnswer], problems: Iterable[Problem]
     names = sorted(set(subset.values()))
     if len(names) < 2:
         return {}
+    by_subset: dict[str, list[GradedAnswer]] = {name: [] for name in names}
+    for answer in answers:
+        by_subset[subset[answer.problem]].append(answer)
+
+    # Subsets are sampled among each other: the time of one is not known.
     metrics = {}
-    for name in names:
-        own = [answer for answer in answers if subset[answer.problem] == name]
+    for name, own in by_subset.items():
         metrics[name] = replace(measure(own), tokens_per_second=None)
     return metrics
 

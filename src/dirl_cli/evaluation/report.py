@@ -49,8 +49,10 @@ def draw(title: str, rows: Mapping[str, Mapping[str, str]], header: str = "", ca
 
     Where it does not fit, each row is a name and its values in the lines below.
     """
-    first_row = next(iter(rows.values()))
-    columns = [name for name in first_row if any(row[name] for row in rows.values())]
+    columns = []
+    for name in next(iter(rows.values())):  # all rows have the same
+        if any(row[name] for row in rows.values()):
+            columns.append(name)
 
     # Names may be long, as the overrides of a sweep are: they alone are broken where the terminal is narrow.
     drawn = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
