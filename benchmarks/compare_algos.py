@@ -1,77 +1,102 @@
-"""Every algorithm on the embedded task: same rollout budget, three seeds, one table and one plot.
+"""Every algorithm on two embedded tasks: same rollout budget, three seeds, tables and plots; and who collapses.
 
-make compare-algos                      # about 25 minutes on two cores; continues where it was stopped
+make compare-algos                      # about six hours on two cores; continues where it was stopped
+python -m benchmarks.compare_algos words dipo,grpo      # one task, some algorithms
+
+A run three times as long, without KL, shows who collapses: whose rollouts end at less than half of their best.
 """
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks.experiment import (
-    ROOT,
-    SEEDS,
-    at_once,
-    card,
-    evaluated,
-    fine_tuned,
-    history,
-    late,
-    mean_and_error,
-    percent,
-)
+from benchmarks.experiment import ROOT, SEEDS, at_once, card, evaluated, history, late, mean_and_error, percent
 
-ALGORITHMS = (
-    "dipo",
-    "dr_grpo",
-    "grpo",
-    "gspo",
-    "tracerl",
-    "justgrpo",
-    "unigrpo",
-    "coupled_masks",
-    "espo",
-    "diffu_grpo",
-)
+ALGORITHMS = sorted(path.stem for path in Path("conf/algo").glob("*.yaml"))
+TASKS = {"words": ("tiny_sft", "tiny_rl", 120), "sudoku": ("sudoku_sft", "sudoku_rl", 100)}  # presets, steps of RL
+WINDOW = 15  # steps over which rollouts are averaged
 
 
 def main() -> None:
-    at_once(fine_tuned(seed)[1] for seed in SEEDS)
-    at_once(
-        ["rl", "experiment=tiny_rl", f"algo={name}", f"seed={seed}", f"model={fine_tuned(seed)[0]}",
-         f"out={run(name, seed)}", "show_every=0"]
-        for name in ALGORITHMS
-        for seed in SEEDS
-    )  # fmt: skip
-    at_once(evaluated(run(name, seed) / "model")[1] for name in ALGORITHMS for seed in SEEDS)
-    print("| algo | rollouts at T = 1, last 15 steps | greedy | tokens per forward | token-forwards a step |")
-    print("|---|--:|--:|--:|--:|")
-    for name in sorted(ALGORITHMS, key=lambda name: -sum(late(run(name, seed), "accuracy") for seed in SEEDS)):
-        runs = [run(name, seed) for seed in SEEDS]
-        cards = [card(one / "model")["metrics"] for one in runs]
+    tasks = sys.argv[1].split(",") if len(sys.argv) > 1 else list(TASKS)
+    algorithms = sys.argv[2].split(",") if len(sys.argv) > 2 else ALGORITHMS
+    for task in tasks:
+        compare(task, algorithms)
+
+
+def compare(task: str, algorithms: Sequence[str]) -> None:
+    """Run what is not there yet of a task, print its table and draw its plot."""
+    sft, rl, steps = TASKS[task]
+    at_once(["sft", f"experiment={sft}", f"seed={seed}", f"out={start(task, seed).parent}"] for seed in SEEDS)
+    commands = []
+    for name in algorithms:
+        words = ["rl", f"experiment={rl}", f"algo={name}", "show_every=0"]
+        for seed in SEEDS:
+            out = run(task, name, seed)
+            commands.append([*words, f"seed={seed}", f"model={start(task, seed)}", f"out={out}"])
+        long = [f"steps={3 * steps}", "seed=0", f"model={start(task, 0)}", f"out={long_run(task, name)}"]
+        commands.append([*words, "algo.beta=0", *long])
+    at_once(commands)
+    at_once(evaluated(run(task, name, seed) / "model", task)[1] for name in algorithms for seed in SEEDS)
+
+    print(f"\n{task}\n")
+    print(
+        "| algo | rollouts at T = 1, last 15 steps | greedy | tokens per forward | token-forwards a step | 3× as long |"
+    )
+    print("|---|--:|--:|--:|--:|--:|")
+    for name in sorted(algorithms, key=lambda name: -sum(late(run(task, name, seed), "accuracy") for seed in SEEDS)):
+        runs = [run(task, name, seed) for seed in SEEDS]
+        cards = [card(one / "model", task)["metrics"] for one in runs]
         print(
             f"| {name} | {percent([late(one, 'accuracy') for one in runs])}"
             f" | {percent([found['accuracy'] for found in cards])}"
             f" | {mean_and_error([found['tokens_per_forward'] for found in cards], 2)}"
-            f" | {mean_and_error([late(one, 'token_forwards', 60) for one in runs], 0)} |"
+            f" | {mean_and_error([late(one, 'token_forwards', 60) for one in runs], 0)}"
+            f" | {ending(long_run(task, name))} |"
         )
-    draw(Path(__file__).parent / "compare_algos.png")
+    draw(task, algorithms, Path(__file__).parent / f"compare_algos_{task}.png")
 
 
-def run(name: str, seed: int) -> Path:
-    return ROOT / f"algo-{name}-{seed}"
+def start(task: str, seed: int) -> Path:
+    """The fine-tuned model that reinforcement begins with."""
+    return ROOT / f"{task}-sft-{seed}" / "model"
 
 
-def draw(file: Path) -> None:
+def run(task: str, name: str, seed: int) -> Path:
+    return ROOT / f"{task}-{name}-{seed}"
+
+
+def long_run(task: str, name: str) -> Path:
+    return ROOT / f"{task}-{name}-long"
+
+
+def ending(directory: Path) -> str:
+    """How a long run ended: its last rollouts' accuracy, and whether it collapsed."""
+    accuracy = [line["accuracy"] for line in history(directory) if "accuracy" in line]
+    windows = [sum(accuracy[i : i + WINDOW]) / WINDOW for i in range(len(accuracy) - WINDOW + 1)]
+    verdict = "collapsed" if windows[-1] < max(windows) / 2 else "stable"
+    return f"{100 * windows[-1]:.1f} %, {verdict}"
+
+
+def draw(task: str, algorithms: Sequence[str], file: Path) -> None:
     """Rollout accuracy over steps, mean of the seeds, smoothed over 9 steps."""
+    colors = colormaps["tab20"]
     figure = Figure(figsize=(10, 5.5), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    for i, name in enumerate(ALGORITHMS):
-        curves = [[line["accuracy"] for line in history(run(name, seed)) if "accuracy" in line] for seed in SEEDS]
-        mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-        smooth = [sum(mean[max(0, j - 4) : j + 5]) / len(mean[max(0, j - 4) : j + 5]) for j in range(len(mean))]
-        axes.plot(range(1, len(smooth) + 1), smooth, label=name, linewidth=1.8, color=f"C{i}")
+    for i, name in enumerate(algorithms):
+        curves = [[line["accuracy"] for line in history(run(task, name, seed)) if "accuracy" in line] for seed in SEEDS]
+        means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+        smooth = []
+        for step in range(len(means)):
+            window = means[max(0, step - 4) : step + 5]
+            smooth.append(sum(window) / len(window))
+        style = {"color": colors(i % 20), "linestyle": ("-", "--", ":")[i % 3]}
+        axes.plot(range(1, len(smooth) + 1), smooth, label=name, linewidth=1.8, **style)
     axes.set_xlabel("step")
-    axes.set_title("Accuracy of rollouts at temperature 1", loc="left")
+    axes.set_title(f"{task}: accuracy of rollouts at temperature 1", loc="left")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.grid(color="#d9dce1", linewidth=0.6)
     axes.legend(frameon=False, ncols=3)

@@ -34,7 +34,7 @@ THRESHOLD = {"sampled": 0.7, "max": 0.9, "entropy": 0.75}  # at which a dynamic 
 PROMPT = [0, 1, 1, 0]
 STOP, LONGEST = 2, 5
 GROUP_SIZE = 3
-DRAWS = 32  # of random states for each answer
+DRAWS = 64  # of random states for each answer
 
 Reward = Callable[[Sequence[int]], float]
 
@@ -329,14 +329,24 @@ def page() -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:3] for row in cells}
 
 
-@pytest.mark.parametrize("words", page())
+def rows_of_the_page() -> list[object]:
+    """The commands of the page; those whose states are random take a while."""
+    rows = []
+    for words in page():
+        name = words.split()[0].removeprefix("algo=")
+        is_random = not isinstance(algorithm(name).views, Trace | MergedTrace | LeftToRight)
+        rows.append(pytest.param(words, marks=pytest.mark.slow) if is_random else words)
+    return rows
+
+
+@pytest.mark.parametrize("words", rows_of_the_page())
 def test_the_page_tells_the_cosines_that_are_found(words):
     chosen = dict(word.split("=") for word in words.split())
     changes = OmegaConf.from_dotlist([word.removeprefix("algo.") for word in words.split() if "algo." in word])
     train_tail = chosen.get("rl.train_tail") != "false"
     strategy, confidence = chosen.get("decoding", "low_confidence_static"), chosen.get("decoding.confidence", "max")
     found = ragged(strategy, confidence, train_tail)
-    objective = algorithm(chosen["algo"], **changes)
+    objective = algorithm(chosen["algo"], **changes, beta=0.0)  # the reference is the policy
     found = found.in_views(objective, train_tail)
     for reward, told in zip(REWARDS.values(), page()[words], strict=True):
         estimated, true = found.expected(objective, reward, train_tail), found.true_gradient(reward)
