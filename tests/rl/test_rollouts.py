@@ -10,6 +10,8 @@ import torch
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.scoring import RewardComputer, RewardSettings
 from dirl_cli.rl.advantages import AdvantageEstimator
+from dirl_cli.rl.curriculum import Curriculum
+from dirl_cli.rl.during_update import prefetch_rollout
 from dirl_cli.rl.rollout_metrics import answer_table, records, rollout_metrics
 from dirl_cli.rl.rollouts import (
     ReplayedRollouts,
@@ -61,6 +63,31 @@ def test_the_surplus_is_for_the_next_step_also_after_a_checkpoint():
     assert ids(rollout.groups) == [fourth, order()[4]]
     assert ids(rollout.sampled) == order()[4:]
     assert ids(ours.state.surplus) == [order()[5]]
+
+
+def test_problems_that_are_always_or_never_solved_are_passed_over_until_they_have_rested():
+    solved, hard, *others = order()
+    ours = source(
+        {**each(MIXED), solved: [1.0, 1.0], hard: SAME}, curriculum=Curriculum(0.1, 0.9, rest=1), max_rounds=1
+    )
+    asked = []
+    for step in range(7):  # of two problems each: two epochs and a third of the six
+        asked += ids(ours.collect(step).sampled)
+        ours.state = RolloutState.from_json(json.loads(json.dumps(ours.state.to_json())))
+    assert asked[:6] == order(0)
+    assert asked[6:10] == [problem for problem in order(1) if problem in others]
+    assert asked[10:14] == order(2)[:4]
+    assert ours.epochs()["resting"] == len({solved, hard} & set(order(2)[:4]))
+
+
+def test_what_is_prefetched_is_what_the_curriculum_asks_next():
+    curriculum = Curriculum(0.1, 0.9, rest=1)
+    plain, ahead = (source({**each(MIXED), order()[0]: SAME}, curriculum=curriculum, max_rounds=1) for _ in range(2))
+    for step in range(6):
+        rollout = ahead.collect(step)
+        assert ids(rollout.sampled) == ids(plain.collect(step).sampled)
+        with prefetch_rollout(ahead, step + 1):
+            pass
 
 
 def test_nothing_is_sampled_while_the_surplus_suffices():

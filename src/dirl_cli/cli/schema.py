@@ -24,6 +24,7 @@ from dirl_cli.ranges import (
     Positive,
     Range,
     Seed,
+    Share,
     SomeShare,
 )
 from dirl_cli.types import SHARDED_LAUNCHES, UNSHARDED_LAUNCHES, Decoding, Instruction
@@ -98,6 +99,10 @@ class SftConfig(TrainConfig):
     mask_rates: list[SomeShare]
 
 
+def is_interval(values: list[float]) -> bool:
+    return len(values) == 2 and values[0] <= values[1]
+
+
 @dataclass
 class ReinforcementConfig:
     problems: Count
@@ -107,6 +112,8 @@ class ReinforcementConfig:
     filter: Annotated[str, OneOf("accuracy", "reward", "none")]
     max_rounds: Count
     max_prompt_tokens: Count | None
+    curriculum: list[Share] | None
+    curriculum_rest: Count
     async_rollout: bool
     old: Annotated[str, OneOf("auto", "sampler", "trainer")]
     correction: Annotated[str, OneOf("truncate", "mask")]
@@ -130,6 +137,13 @@ class ReinforcementConfig:
                 f"rl.mini_batches={self.mini_batches}: there are at most rl.problems={self.problems} groups to cut into"
                 " parts, so give no more"
             )
+        if self.curriculum is not None and not is_interval(self.curriculum):
+            raise DirlError(
+                f"rl.curriculum={list(self.curriculum)}: give the lowest and the highest pass rate of what is asked,"
+                " such as [0.1, 0.9]"
+            )
+        if self.curriculum is not None and self.replay:
+            raise DirlError("rl.curriculum chooses what is asked, and rl.replay asks nothing: leave one out")
         if self.rescore and not self.replay:
             raise DirlError("rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR")
         if self.async_rollout and (self.replay or self.rollout_only):

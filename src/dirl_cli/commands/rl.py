@@ -39,6 +39,7 @@ from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.scoring import RewardComputer, RewardSettings
 from dirl_cli.rl.corrections import Correction
+from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.reporting import REMEDIES, RolloutReport
 from dirl_cli.rl.rollouts import (
@@ -388,6 +389,10 @@ def rollout_source(
         rescorer = Rescorer(reward_computer, cfg.rl.filter, parts.decoding.max_new_tokens, lm.block_size)
         files = rollouts_of(Path(cfg.rl.replay), cfg.steps)
         return ReplayedRollouts(files, lm, rescorer if cfg.rl.rescore else None)
+    curriculum = EVERYTHING
+    if cfg.rl.curriculum:
+        hardest, easiest = cfg.rl.curriculum
+        curriculum = Curriculum(hardest, easiest, cfg.rl.curriculum_rest)
     return SampledRollouts(
         list(chain.from_iterable(pool.problems for pool in pools.training)),
         list(chain.from_iterable(pool.prompts for pool in pools.training)),
@@ -404,6 +409,7 @@ def rollout_source(
         seed=cfg.seed,
         sources=pools.names,
         prefetches=cfg.rl.async_rollout,
+        curriculum=curriculum,
     )
 
 

@@ -40,7 +40,7 @@ def prefetch_rollout(rollouts: SampledRollouts, step: int) -> Iterator[None]:
         yield
         return
 
-    indices = range(state.drawn, state.drawn + rollouts.problems_per_step)
+    indices, _ = rollouts.next_indices(state.drawn, state.rests_until)
     device = rollouts.accelerator.device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream:

@@ -1,6 +1,6 @@
 """Where groups of scored answers come from: sampled with dynamic sampling, or read back from an earlier run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import RewardComputer, RewardResult
 from dirl_cli.rl.advantages import AdvantageEstimator, GroupRewards, has_signal
+from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.rollout.storage import Record, from_json, read_lines, require_learnable, rollout_files, to_json
 from dirl_cli.types import Decoding, Problem
@@ -32,24 +33,28 @@ class RolloutState:
     """How far into the endless order of problems a run is, which its checkpoints keep.
 
     drawn: problems drawn so far. surplus: groups left over for the next step. prefetched: the answers to the next
-    step's first problems, where they are sampled while the policy is updated.
+    step's first problems, where they are sampled while the policy is updated. rests_until: see curriculum.py.
     """
 
     drawn: int = 0
     surplus: list[Group] = field(default_factory=list)
     prefetched: list[Group] = field(default_factory=list)
+    rests_until: dict[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "drawn": self.drawn,
             "surplus": groups_to_json(self.surplus),
             "prefetched": groups_to_json(self.prefetched),
+            "rests_until": {str(problem): index for problem, index in self.rests_until.items()},
         }
 
     @staticmethod
     def from_json(saved: dict[str, Any]) -> "RolloutState":
         prefetched = saved["ahead"] if "ahead" in saved else saved["prefetched"]  # "ahead" in earlier versions
-        return RolloutState(saved["drawn"], groups_from_json(saved["surplus"]), groups_from_json(prefetched))
+        rests_until = {int(problem): index for problem, index in saved.get("rests_until", {}).items()}
+        surplus = groups_from_json(saved["surplus"])
+        return RolloutState(saved["drawn"], surplus, groups_from_json(prefetched), rests_until)
 
 
 def groups_to_json(groups: Sequence[Group]) -> list[list[dict[str, Any]]]:
@@ -106,7 +111,7 @@ class SampledRollouts:
 
     pool, prompts: the problems and their prompts. sources: the names of what they come from. filter: see `has_signal`.
     max_rounds: draws in which to find a step's problems. seed: of the answers. prefetches: whether the next step's
-    answers are sampled while the policy is updated.
+    answers are sampled while the policy is updated. curriculum: which problems are passed over.
     """
 
     pool: Sequence[Problem]
@@ -124,6 +129,7 @@ class SampledRollouts:
     seed: int
     sources: Sequence[str] = ("",)
     prefetches: bool = False
+    curriculum: Curriculum = EVERYTHING
     state: RolloutState = field(default_factory=RolloutState)
     lengths: dict[int, float] = field(default_factory=dict)  # by problem: the mean of its last answers, in tokens
     is_new = True
@@ -135,6 +141,7 @@ class SampledRollouts:
     def collect(self, step: int) -> Rollout:
         """See `RolloutSource.collect`; groups left over from earlier steps come first."""
         drawn = self.state.drawn
+        rests_until = dict(self.state.rests_until)
         prefetched = self.state.prefetched
         selected = list(self.state.surplus)
         sampled: list[Group] = []
@@ -144,10 +151,10 @@ class SampledRollouts:
         for round_number in range(self.max_rounds):
             if len(selected) >= self.problems_per_step:
                 break
-            indices = range(drawn, drawn + self.problems_per_step)
-            drawn = indices.stop
+            indices, drawn = self.next_indices(drawn, rests_until)
             groups = prefetched or self.sample(indices, step, round_number)
             prefetched = []
+            rests_until |= self.curriculum.rests(self.order, indices, [pass_rate(group) for group in groups])
 
             passing = [group for group in groups if group_has_signal(group, self.filter)]
             selected += passing
@@ -155,17 +162,25 @@ class SampledRollouts:
             num_with_signal += len(passing)
 
         # Set at the end alone: a rollout that is interrupted has not happened.
-        self.state = RolloutState(drawn, selected[self.problems_per_step :], prefetched)
+        resting = {problem: index for problem, index in rests_until.items() if index > drawn}
+        self.state = RolloutState(drawn, selected[self.problems_per_step :], prefetched, resting)
         return Rollout(selected[: self.problems_per_step], sampled, num_with_signal)
 
     def epochs(self) -> dict[str, float]:
-        return epochs(self.order, self.sources, self.state.drawn)
+        metrics = epochs(self.order, self.sources, self.state.drawn)
+        if self.curriculum != EVERYTHING:
+            metrics["resting"] = len(self.state.rests_until)
+        return metrics
 
-    def sample(self, indices: range, step: int, round_number: int) -> list[Group]:
+    def next_indices(self, drawn: int, rests_until: Mapping[int, int]) -> tuple[list[int], int]:
+        """The next problems of the endless order, from `drawn` on, and where it goes on."""
+        return self.curriculum.indices(self.order, drawn, self.problems_per_step, rests_until)
+
+    def sample(self, indices: Sequence[int], step: int, round_number: int) -> list[Group]:
         """The answers to some problems of the endless order, of which every process samples its share."""
         return self.gather(list(self.sample_share(indices, step, round_number)), indices)
 
-    def sample_share(self, indices: range, step: int, round_number: int) -> Iterator[Indexed]:
+    def sample_share(self, indices: Sequence[int], step: int, round_number: int) -> Iterator[Indexed]:
         """The answers to this process's share of the problems; all shares take about as long."""
         costs = [self.cost(self.order[index]) for index in indices]
         shares = split_by_cost(costs, self.accelerator.num_processes)
@@ -173,7 +188,7 @@ class SampledRollouts:
         with self.accelerator.autocast():
             yield from self.answers(own_indices, step, round_number)
 
-    def gather(self, own_answers: list[Indexed], indices: range) -> list[Group]:
+    def gather(self, own_answers: list[Indexed], indices: Sequence[int]) -> list[Group]:
         """Every process's answers as groups, in the order of their problems and samples."""
         answers = own_answers
         if self.accelerator.num_processes > 1:
@@ -312,6 +327,11 @@ def group_has_signal(group: Group, rule: str) -> bool:
     """Whether a group is worth learning from; see `has_signal`."""
     rewards = [record.reward or 0.0 for record in group]
     return len(group) > 0 and has_signal(rewards, [record.correct for record in group], rule)
+
+
+def pass_rate(group: Group) -> float | None:
+    """The share of a group's answers that are correct; None where none is left."""
+    return fmean(record.correct for record in group) if group else None
 
 
 def with_reward(record: Record, result: RewardResult) -> Record:
