@@ -249,7 +249,10 @@ def test_the_forwards_of_old_and_reference_log_probs_have_a_phase_of_their_own(f
 
 @pytest.mark.parametrize("algo", [p.stem for p in sorted((conf_dir() / "algo").glob("*.yaml")) if p.stem != "dipo"])
 def test_every_algorithm_takes_steps(model, tmp_path, algo):
-    run(config(model, f"algo={algo}", "steps=2", "eval_problems=0", "show_every=0"), tmp_path)
+    words = ["steps=2", "eval_problems=0", "show_every=0"]
+    if algo == "opd":
+        words.append(f"algo.teacher={save_sharp_model(tmp_path / 'teacher', seed=1)}")
+    run(config(model, f"algo={algo}", *words), tmp_path)
     assert apart(tmp_path, model) > 1e-3
 
 
@@ -268,6 +271,20 @@ def test_a_run_that_goes_on_has_the_reference_that_it_had(model, tmp_path, every
     assert [line.get("kl") for line in lines(tmp_path / "again")] == [
         line.get("kl") for line in lines(tmp_path / "through")
     ]
+
+
+def test_a_policy_comes_nearer_to_its_teacher_whatever_the_rewards(model, tmp_path):
+    teacher = save_sharp_model(tmp_path / "teacher", seed=1)
+    words = (f"algo.teacher={teacher}", "rl.filter=none", "rl.problems=8", "steps=16", "eval_problems=0")
+    run(config(model, "algo=opd", *words), tmp_path)
+    divergences = [line["kl"] for line in lines(tmp_path) if "kl" in line]
+    assert divergences[-1] < 0.5 * divergences[0]
+
+
+def test_a_teacher_of_other_blocks_is_refused(model, tmp_path):
+    teacher = save_sharp_model(tmp_path / "teacher", block_size=2)
+    with pytest.raises(DirlError, match="the teacher has blocks of 2, and the policy of 4"):
+        run(config(model, "algo=opd", f"algo.teacher={teacher}"), tmp_path)
 
 
 def test_a_policy_held_by_its_reference_stays_nearer(model, tmp_path):

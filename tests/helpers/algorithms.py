@@ -16,6 +16,8 @@ def algorithm_config(name: str, **changed: Any) -> DictConfig:
     """A file of conf/algo over the options that every objective has, with some values changed."""
     file = OmegaConf.load(ALGO / f"{name}.yaml")
     assert file.pop("defaults")[0] == {"options@_here_": "default"}
+    if OmegaConf.is_missing(file, "teacher"):  # which a run has to give
+        changed = {"teacher": "models/teacher", **changed}
     return OmegaConf.merge(OmegaConf.load(ALGO / "options" / "default.yaml"), file, changed)
 
 

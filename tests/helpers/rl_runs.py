@@ -42,9 +42,10 @@ SMALL = (
 UPDATE = ("loss", "grad_norm", "entropy", "ratio", "token_forwards")
 
 
-def save_sharp_model(directory: Path) -> Path:
+def save_sharp_model(directory: Path, seed: int = 0, block_size: int = 4) -> Path:
     """Save a random model whose distributions are sharp enough for its answers to differ in length."""
-    lm = Tiny(hidden_size=32, num_hidden_layers=1, intermediate_size=32).load("float32", "cpu", "sdpa")
+    tiny = Tiny(block_size=block_size, hidden_size=32, num_hidden_layers=1, intermediate_size=32, seed=seed)
+    lm = tiny.load("float32", "cpu", "sdpa")
     with torch.no_grad():
         for parameter in lm.model.parameters():
             if parameter.ndim == 2:

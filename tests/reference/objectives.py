@@ -195,6 +195,10 @@ def leave_one_out(rewards: Sequence[float]) -> list[float]:
     return [reward - (sum(rewards) - reward) / (len(rewards) - 1) for reward in rewards]
 
 
+def nothing(rewards: Sequence[float]) -> list[float]:
+    return [0.0] * len(rewards)
+
+
 def softmax_contrast(rewards: Sequence[float]) -> list[float]:
     centre = sum(rewards) / len(rewards)
     up, down = [exp(reward - centre) for reward in rewards], [exp(centre - reward) for reward in rewards]
@@ -383,6 +387,7 @@ FORMULAS = {
     "agrpo": Formula(three_of_the_steps, centred, each_token, "answers", 0.2, 0.2, k2),
     "egspo": Formula(two_most_surprising_steps, centred, each_step, "answers", 0.2, 0.5, k3),
     "wd1": Formula(whole_answer, softmax_contrast, token_likelihood, "the longest allowed", inf, inf, k2),
+    "opd": Formula(as_sampled, nothing, token_likelihood, "tokens", inf, inf, k2),
     "rspo": Formula(as_sampled, centred, answer_likelihood, "answers", inf, inf, k2),
     "spg": Formula(some_of_every_block, centred, bounded_likelihood, "tokens", inf, inf, k2),
     "stabledrl": Formula(some_of_every_block, centred, bounded_likelihood, "answers", inf, inf, k2, True),

@@ -31,7 +31,7 @@ from dirl_cli.data.tokens import TokenTable
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.held_out import HeldOutEval, SamplerEvaluation
 from dirl_cli.evaluation.sweep_table import Column, show_sweep
-from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
+from dirl_cli.models.load import DiffusionLM, SavedModel, fingerprint, pick_dtype
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.models.save import require_pushable
 from dirl_cli.plan.forecast import PROMPT, RL, rl_budget
@@ -169,17 +169,22 @@ def read_and_plan(cfg: DictConfig, parts: RlParts, accelerator: Accelerator, pro
     learns = not cfg.rl.rollout_only
     decoding = lm.decoding(parts.decoding)
     setup = training_setup(cfg, lm, parts.optim, parts.peft, RL)
+    teacher = 0
+    if parts.objective.teacher:
+        teacher_shapes = shapes_of(cfg, SavedModel("teacher", parts.objective.teacher))
+        require_same_tokens(teacher_shapes, lm)
+        teacher = sum(parameter.numel() for parameter in teacher_shapes.model.parameters())
     if cfg.dry_run and lm.tokenizer is None:
         longest = cfg.rl.max_prompt_tokens or PROMPT
         progress.print_line(
             f"no tokenizer of {cfg.model.name} is here, so nothing is known of the data: prompts are taken to be"
             f" {longest:,} tokens"
         )
-        show_budget(rl_budget(setup, parts.objective, decoding, longest, engine, learns), cfg, progress)
+        show_budget(rl_budget(setup, parts.objective, decoding, longest, engine, learns, teacher), cfg, progress)
         return None
 
     pools = read_problems(cfg, parts, lm, accelerator, progress)
-    budget = rl_budget(setup, parts.objective, decoding, pools.longest_prompt, engine, learns)
+    budget = rl_budget(setup, parts.objective, decoding, pools.longest_prompt, engine, learns, teacher)
     if cfg.dry_run:
         show_budget(budget, cfg, progress)
         return None
@@ -332,7 +337,11 @@ def policy_update(
     """
     objective = parts.objective
     reference = None
-    if objective.beta and objective.reference_every:
+    if objective.teacher:
+        teacher = SavedModel("teacher", objective.teacher).load(cfg.dtype, str(lm.device), cfg.attention)
+        teacher.model.requires_grad_(False)
+        reference = reference_model(teacher, parts.decoding)
+    elif objective.beta and objective.reference_every:
         reference = reference_model(FullFinetune().reference(inference_lm), parts.decoding)
     elif objective.beta:
         reference = reference_model(parts.peft.reference(lm), parts.decoding)
@@ -364,6 +373,19 @@ def policy_update(
         seed=cfg.seed,
         peft=parts.peft,
     )
+
+
+def require_same_tokens(teacher: DiffusionLM, lm: DiffusionLM) -> None:
+    """Raises DirlError for a teacher with other tokens, blocks or mask, which could not score the policy's states."""
+    reason = None
+    if teacher.block_size != lm.block_size:
+        reason = f"blocks of {teacher.block_size}, and the policy of {lm.block_size}"
+    elif teacher.mask_token_id != lm.mask_token_id:
+        reason = f"the mask token {teacher.mask_token_id}, and the policy {lm.mask_token_id}"
+    elif teacher.tokenizer and lm.tokenizer and teacher.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        reason = "other tokens than the policy"
+    if reason:
+        raise DirlError(f"the teacher has {reason}: give algo.teacher a model of the same family")
 
 
 def start_sampler(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> Sampler:

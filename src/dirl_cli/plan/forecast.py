@@ -146,18 +146,20 @@ def rl_budget(
     longest_prompt: int,
     engine: Engine | None,
     learns: bool,
+    teacher: int = 0,
 ) -> Budget:
     """Memory budget of an RL run.
 
     All answers are taken to be as long as they may be, and revealed in as many steps as they may take.
     longest_prompt: tokens of it. engine: what samples; None where rollouts are read from files. learns: whether there
-    are updates.
+    are updates. teacher: parameters of a model to stay near that is not the one it begins as.
     """
     settings = setup.settings
     memories = MemoryByPeft(
         setup,
         reference=objective.beta > 0,
         reference_moves=objective.reference_every > 0,
+        teacher=teacher,
         samples=engine is not None,
     )
     forecast = RlForecast(setup, objective, decoding, longest_prompt, engine, learns, memories)
@@ -264,7 +266,8 @@ def budget_of(forecast: SftForecast | RlForecast, knobs: Mapping[str, Sequence[A
 class MemoryByPeft:
     """A model's memory by what of it is trained: as `setup.peft` says, or an adapter in its place.
 
-    reference: whether a model to stay near is there. reference_moves: whether it follows the policy.
+    reference: whether a model to stay near is there. reference_moves: whether it follows the policy. teacher: the
+    parameters of another model that it is.
     samples: whether a sampler is there. counted: by the name of an adapter, or None for `setup.peft`, what was counted
     before, since that takes a while.
     """
@@ -272,6 +275,7 @@ class MemoryByPeft:
     setup: TrainingSetup
     reference: bool = False
     reference_moves: bool = False
+    teacher: int = 0
     samples: bool = False
     counted: dict[str | None, Memory] = field(default_factory=dict)
 
@@ -293,6 +297,7 @@ class MemoryByPeft:
             dense=pick_attention(machine.attention, machine.kind) == "sdpa",
             reference=self.reference,
             reference_moves=self.reference_moves,
+            teacher=self.teacher,
             samples=self.samples,
             cuda=machine.kind == "cuda",
         )

@@ -105,7 +105,8 @@ class Memory:
     """Bytes on each process's device, by part, in the phases of a run.
 
     bf16: whether the forward is autocast. dense: whether attention takes a dense mask (sdpa) or coordinates (flex).
-    reference: whether a model to stay near is there. reference_moves: whether it follows the policy.
+    reference: whether a model to stay near is there. reference_moves: whether it follows the policy. teacher: the
+    parameters of another model that it is; 0 where it is what the policy began as.
     samples: whether a sampler is there. copy_stays: whether its own copy of the weights does during an update.
     cuda: whether the device is a GPU.
     """
@@ -116,6 +117,7 @@ class Memory:
     checkpointing: bool = False
     reference: bool = False
     reference_moves: bool = False
+    teacher: int = 0
     samples: bool = False
     copy_stays: bool = False
     cuda: bool = False
@@ -162,7 +164,9 @@ class Memory:
             sizes["sampler's copy"] = self.sampler_copy()
         if self.parallelism.gradients_stay:
             sizes["gradients"] = self.gradients()
-        if self.reference and self.model.is_full_finetune:  # an adapter's is the model without it
+        if self.teacher:
+            sizes["reference model"] = self.value * self.teacher
+        elif self.reference and self.model.is_full_finetune:  # an adapter's is the model without it
             sizes["reference model"] = 4 * self.model.parameters
         elif self.reference_moves:  # and so is none of the weights beside the adapter
             sizes["reference model"] = self.value * self.model.parameters

@@ -43,7 +43,14 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean()) * (n / (n - 1)) if n > 1 else torch.zeros_like(rewards)
 
 
-ADVANTAGES: dict[str, Advantage] = {f.__name__: f for f in (normalised, mean_only, leave_one_out, softmax_contrast)}
+def nothing(rewards: Tensor) -> Tensor:
+    """0 for every answer: rewards are reported, and something else is learned, such as a teacher's probabilities."""
+    return torch.zeros_like(rewards)
+
+
+ADVANTAGES: dict[str, Advantage] = {
+    f.__name__: f for f in (normalised, mean_only, leave_one_out, softmax_contrast, nothing)
+}
 BATCH_ADVANTAGES = ("batch_normalised", "each_normalised")  # which all groups of a step are needed for
 
 

@@ -40,7 +40,8 @@ class Objective:
     normalizer: `token` divides by all tokens of the global batch, `sequence` takes each answer's mean and then the
     mean of answers, `constant` divides by the answers times the longest allowed. beta: weight of the divergence
     from a reference, estimated as `kl` says (k1, k2, k3). reference_every: optimizer steps after which the reference
-    moves by `reference_rate` towards the policy; 0 leaves it what the policy began as.
+    moves by `reference_rate` towards the policy; 0 leaves it what the policy began as. teacher: the path of another
+    model of the same tokens that is the reference instead.
     self_normalised: answers are weighted by the softmax of their log-ratios in their group (StableDRL).
     advantage_clip: bounds |A|. negative_weight: times the advantages below 0. entropy_bonus: c, per nat.
     mask_overlong: nothing is learned from answers that did not stop, whose rewards still count in their group.
@@ -63,6 +64,7 @@ class Objective:
     kl: str
     reference_every: Natural
     reference_rate: Share
+    teacher: str | None
     self_normalised: bool
     advantage_clip: Cap
     negative_weight: NotNegative
@@ -83,6 +85,10 @@ class Objective:
             value = getattr(self, name)
             if value not in names:
                 raise DirlError(f"algo.{name}={value}: {did_you_mean(value, names)}")
+        if self.teacher and not self.beta:
+            raise DirlError("algo.teacher is what algo.beta above 0 stays near: give algo.beta=1, or leave it out")
+        if self.teacher and self.reference_every:
+            raise DirlError("algo.teacher stays as it is, and algo.reference_every moves the reference: leave one out")
         if self.surrogate == "bounds" and self.level != "sequence":
             raise DirlError("algo.surrogate=bounds bounds the log-prob of an answer: give algo.level=sequence")
 
