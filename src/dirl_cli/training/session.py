@@ -17,7 +17,13 @@ from dirl_cli.report.progress import StepProgress, due
 from dirl_cli.training.checkpoint import RunCheckpoints
 from dirl_cli.training.prepare import require_same_data
 from dirl_cli.training.stop_signal import StopSignal
-from dirl_cli.training.stored_checkpoint import NamedTensors, load_checkpoint, require_same_run
+from dirl_cli.training.stored_checkpoint import (
+    NamedTensors,
+    load_checkpoint,
+    load_other,
+    require_same_run,
+    tensors_of,
+)
 from dirl_cli.training.trainer import Trainer
 
 Metrics = dict[str, float]
@@ -37,7 +43,8 @@ class Session:
 
     command: `sft` or `rl`. steps: of the whole run. picture: where its curves are drawn. noted: the metrics of an
     evaluation that get a line of their own. state: what the command itself remembers, to be kept in checkpoints;
-    further: and tensors, by the name of their file, which are read into on resuming.
+    further: and tensors, by the name of their file, which are read into on resuming. others: what learns beside the
+    model, by the name of its file, such as a critic.
     """
 
     command: str
@@ -57,6 +64,7 @@ class Session:
     fingerprints: Mapping[str, str]  # base_fingerprint: of the weights it began with; data_fingerprint: of its rows
     state: Callable[[], Mapping[str, Any]] = dict
     further: NamedTensors = field(default_factory=dict)
+    others: Mapping[str, Trainer] = field(default_factory=dict)
     log: MetricsLog | NoLog = field(default_factory=NoLog)
     step: int = 0  # steps that are finished
     saved_at: int = 0
@@ -76,6 +84,9 @@ class Session:
 
         require_same_run(path, self.command, self.fingerprints["base_fingerprint"] if needs_base else None)
         remembered = load_checkpoint(path, self.model, self.trainer.optimizers, self.further)
+        for name, other in self.others.items():
+            if load_other(path, name, other.unwrapped, other.optimizers):
+                other.restore(remembered[name], remembered["step"])
         rows = self.fingerprints["data_fingerprint"]
         if path.parent == self.checkpoints.directory:  # another run's checkpoint may have seen other data
             require_same_data(data, remembered.get("data_fingerprint", rows), rows)
@@ -84,9 +95,7 @@ class Session:
         self.step = self.saved_at = remembered["step"]
         self.saved_in = path
         self.unevaluated = remembered.get("unevaluated")
-        self.trainer.steps_taken = remembered.get("updates", self.step)
-        self.trainer.skipped = remembered["skipped"]
-        self.trainer.updates_applied = remembered.get("updates_applied", self.trainer.steps_taken)
+        self.trainer.restore(remembered, self.step)
         self.progress.print_line(f"going on after step {self.step}, from {path}")
         return remembered
 
@@ -160,15 +169,17 @@ class Session:
         remembered = {
             "command": self.command,
             **self.fingerprints,
-            "updates": trainer.steps_taken,
-            "skipped": trainer.skipped,
-            "updates_applied": trainer.updates_applied,
+            **trainer.counts,
             **self.state(),
             **more,
         }
+        further = dict(self.further)
+        for name, other in self.others.items():
+            remembered[name] = other.counts
+            further |= tensors_of(name, other.unwrapped, other.optimizers)
         with trainer.times("saving"):
             self.saved_in = self.checkpoints.save(
-                self.step, self.model, trainer.optimizers, metrics, self.further, **remembered
+                self.step, self.model, trainer.optimizers, metrics, further, **remembered
             )
             self.draw()
         self.saved_at = self.step

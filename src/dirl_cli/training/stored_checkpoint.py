@@ -8,6 +8,7 @@ it holds; any number of processes reads any checkpoint.
         model.safetensors       trained parameters in fp32, or model-00001-of-00002.safetensors, … where sharded
         optimizer.safetensors   states by parameter, such as layers.0.weight.exp_avg; likewise
         reference.safetensors   of a reference model that moves, and whatever else a command keeps
+        critic.safetensors      of what learns beside the model, with critic_optimizer.safetensors
         state.json              step, optimizers, measured metrics, and what the command remembers
         SHA256SUMS              of the files above, written last
 """
@@ -84,8 +85,30 @@ def load_checkpoint(
         if checkpoint_files(path, name):
             read_shards(checkpoint_files(path, name), kept)
 
+    read_optimizer_states(checkpoint_files(path, OPTIMIZER), parameters, optimizers)
+    return state
+
+
+def load_other(path: Path, name: str, model: nn.Module, optimizers: Optimizers) -> bool:
+    """Put what learned beside the model into `model` and its optimizers; returns whether the checkpoint has it."""
+    files = checkpoint_files(path, name)
+    if files:
+        parameters = trainable_parameters(model)
+        read_shards(files, parameters)
+        read_optimizer_states(checkpoint_files(path, f"{name}_{OPTIMIZER}"), parameters, optimizers)
+    return bool(files)
+
+
+def tensors_of(name: str, model: nn.Module, optimizers: Optimizers) -> NamedTensors:
+    """What a checkpoint keeps of what learns beside the model, by the name of its file."""
+    return {name: trainable_parameters(model), f"{name}_{OPTIMIZER}": optimizer_states(model, optimizers)}
+
+
+def read_optimizer_states(
+    files: Sequence[Path], parameters: Mapping[str, nn.Parameter], optimizers: Optimizers
+) -> None:
+    """Put the states in some files, by parameter and key, into the optimizers of these parameters."""
     # An optimizer without steps has no states yet: make empty ones, read into them, then hand them over.
-    files = checkpoint_files(path, OPTIMIZER)
     states = empty_states(stored_shapes(files), parameters)
     tensors = {}
     for name, values in states.items():
@@ -104,7 +127,6 @@ def load_checkpoint(
                 if name in states:
                     by_number[number] = states[name]
         optimizer.load_state_dict({"state": by_number, "param_groups": groups})
-    return state
 
 
 def empty_states(shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -126,7 +148,7 @@ def empty_states(shapes: Mapping[str, torch.Size], parameters: Mapping[str, Tens
 
 def checkpoint_files(path: Path, kind: str) -> list[Path]:
     """The safetensors files of a checkpoint. kind: MODEL, OPTIMIZER, or another that its command keeps."""
-    return sorted(path.glob(f"{kind}*.safetensors"))
+    return sorted([*path.glob(f"{kind}.safetensors"), *path.glob(f"{kind}-*.safetensors")])
 
 
 def find_checkpoint(resume: str) -> Path | None:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -43,8 +43,11 @@ class PhaseTimes:
 
 
 Sums = dict[str, Tensor]
-Loss = Callable[[Rows, Tensor, Tensor], Sums]
-"""From rows and their N scored tokens' log-probs (N,) and entropies (N,) to `loss` and any metrics, each a sum."""
+Loss = Callable[..., Sums]
+"""From rows and their N scored tokens' log-probs (N,) and entropies (N,) to `loss` and any metrics, each a sum.
+
+Where the model gives another score, from that alone.
+"""
 
 
 class Trainer:
@@ -55,7 +58,7 @@ class Trainer:
 
     model: gives a micro-batch's scores, such as LogprobModel. schedule: the factor on every learning rate at a step.
     clip_norm: the gradient is scaled down to this norm. max_skipped, skip_norm: see `step`. stoppable: surrounds what
-    may be given up by raising.
+    may be given up by raising. rate: the key of the learning rate, for the sentence where steps cannot be taken.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Trainer:
         max_skipped: int = 0,
         skip_norm: float = math.inf,
         stoppable: Callable[[], AbstractContextManager[None]] = nullcontext,
+        rate: str = "optim.lr",
     ) -> None:
         self.accelerator = accelerator
         self.model, *prepared = accelerator.prepare(model, *optimizers)
@@ -84,6 +88,7 @@ class Trainer:
         self.max_skipped = max_skipped
         self.skip_norm = skip_norm
         self.stoppable = stoppable
+        self.rate = rate
         self.skipped = 0  # updates in a row
         self.steps_taken = 0
         self.updates_applied = 0  # that moved the parameters: not skipped, and neither gradient nor rate is 0
@@ -130,9 +135,26 @@ class Trainer:
         self.steps_taken += 1
         return {**metrics, "grad_norm": norm, **rates, "skipped": float(skip)}
 
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The model without what data parallelism puts around it."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a checkpoint remembers of the steps so far."""
+        return {"updates": self.steps_taken, "skipped": self.skipped, "updates_applied": self.updates_applied}
+
+    def restore(self, counts: Mapping[str, int], step: int) -> None:
+        """Go on from what `counts` was; checkpoints of earlier versions lack some, and `step` stands for them."""
+        self.steps_taken = counts.get("updates", step)
+        self.skipped = counts["skipped"]
+        self.updates_applied = counts.get("updates_applied", self.steps_taken)
+
     def too_many_skipped(self, loss: float, norm: float) -> DirlError:
         """What ends a run whose updates are skipped more often in a row than `max_skipped` allows."""
-        remedy = "lower optim.lr in a run with another out= that resumes from a checkpoint of this one"
+        remedy = f"lower {self.rate} in a run with another out= that resumes from a checkpoint of this one"
         if math.isfinite(loss) and math.isfinite(norm):
             remedy = f"raise skip_norm={self.skip_norm:g}, which the gradient is longer than"
         return DirlError(
@@ -176,10 +198,10 @@ class Trainer:
         """The loss and its metrics of a micro-batch, times `scale`; `likeliest` besides where nothing is learned."""
         rows = rows.to(self.accelerator.device)
         with self.accelerator.autocast():
-            logprobs, entropy, is_likeliest = self.model(rows)  # (N,) each
-        sums = loss(rows, logprobs, entropy)
+            scores = self.model(rows)  # (N,) each: log-probs, entropies and is_likeliest, or values alone
+        sums = loss(rows, *scores[:2])
         if not self.model.training:
-            sums["likeliest"] = is_likeliest.sum()
+            sums["likeliest"] = scores[2].sum()
         return {name: value * scale for name, value in sums.items()}
 
     def reduce(self, totals: Sequence[Sums]) -> dict[str, float]:
