@@ -72,6 +72,7 @@ def test_the_config_choices_that_pages_name_exist():
     ("name", "head", "group"),
     [
         ("rl", "`algo=`", "algo"),
+        ("rl", "`critic=`", "critic"),
         ("sft", "`masking=`", "masking"),
         ("eval", "`decoding=`", "decoding"),
         ("data", "`instruction=`", "instruction"),

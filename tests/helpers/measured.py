@@ -19,6 +19,7 @@ from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.plan.budget import Budget, Machine
 from dirl_cli.plan.forecast import TrainingSetup, rl_budget, sft_budget, worst_case_trajectory
 from dirl_cli.rl.corrections import Correction
+from dirl_cli.rl.critic import Critic, LearnedCritic
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.update import PolicyUpdate, reference_model
 from dirl_cli.rollout.engines import Native
@@ -119,6 +120,7 @@ class Trial:
     optim: Optim = ADAMW
     checkpointing: bool = False
     beta: float = 0.0
+    critic: str = "none"
     top_p: float = 1.0
     tokens: int = 128
     prompt: int = 21
@@ -175,6 +177,12 @@ class Trial:
         decoding = Decoding(temperature=1.0, top_p=self.top_p, max_new_tokens=self.tokens)
         trainer = self.trainer(lm, decoding)
         reference = reference_model(self.peft.reference(lm), decoding) if self.beta else None
+        critic = None
+        if self.critic != "none":
+            settings = LearnedCritic(self.critic == "model", 1.0, 1.0, 0.2, 1e-3, (0.9, 0.95), 1e-8, 0.0)
+            model = settings.model(lm)
+            optimizers = [settings.optimizer(model)]
+            critic = Critic(Trainer(trainer.accelerator, model, optimizers, lambda step: 1.0, 1.0), 0.2)
         update = PolicyUpdate(
             trainer,
             objective,
@@ -190,6 +198,7 @@ class Trial:
             micro_rows=self.micro_rows,
             longest=self.tokens,
             seed=0,
+            critic=critic,
         )
         answer = worst_case_trajectory(self.prompt, self.tokens, decoding.denoising_steps, lm.block_size)
         answer = replace(answer, logprobs=[-1.0] * len(answer.token_ids))
@@ -197,7 +206,7 @@ class Trial:
             group = [Record(PROBLEM, i, "", answer, advantage=i - 1.5) for i in range(4)]
             update.run([group, group], step)
         setup = TrainingSetup(lm, self.optim, self.machine, self.settings, self.peft)
-        return rl_budget(setup, objective, decoding, self.prompt, None, learns=True)
+        return rl_budget(setup, objective, decoding, self.prompt, None, learns=True, critic=self.critic)
 
     def sample(self, lm: DiffusionLM) -> Budget:
         """Eight answers at once, with a model that has not learned yet."""

@@ -1,11 +1,12 @@
 """Five optimizer steps of one process among several, on what is the same everywhere: what it sees and ends with.
 
-python -m tests.helpers.steps FILE LAUNCH sft+rl [KEY=VALUE …]    # with RANK, WORLD_SIZE, … as torchrun sets them
+python -m tests.helpers.steps FILE LAUNCH sft+rl+critic [KEY=VALUE …]  # RANK, WORLD_SIZE, … as torchrun has them
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from dirl_cli.diffusion.masking import CountPerBlock, example
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.corrections import Correction
+from dirl_cli.rl.critic import Critic, LearnedCritic, StepAdvantages
 from dirl_cli.rl.rollouts import add_advantages
 from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.native import NativeSampler
@@ -62,7 +64,16 @@ def sft(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[
     return found
 
 
-def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
+def with_critic(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
+    """As `rl`, with a second model that learns values, some of whose losses are clipped."""
+    settings = LearnedCritic(True, 0.9, 0.8, 0.02, 1e-2, (0.9, 0.95), 1e-8, 0.0)
+    model = settings.model(lm)
+    learner = Trainer(trainer.accelerator, model, [settings.optimizer(model)], lambda step: 1.0, clip_norm=0.5)
+    critic, advantages = Critic(learner, settings.value_clip), StepAdvantages(settings.gamma, settings.gae_lambda)
+    return rl(lm, trainer, micro_rows, critic=critic, step_advantages=advantages)
+
+
+def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None, **options: Any) -> list[dict[str, float]]:
     """Groups of 1 to 4 answers, sampled from a model that stays as it is, in two mini-batches a step."""
     still = small_lm(seed=1)
     still.model.to(trainer.accelerator.device)
@@ -82,6 +93,7 @@ def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[s
         micro_rows=micro_rows,
         longest=16,
         seed=0,
+        **options,
     )
     decoding = Decoding(temperature=1.0, max_new_tokens=16, denoising_steps=3, stop_token_ids=tuple(range(2, 12)))
     found = []
@@ -115,7 +127,7 @@ def take(
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizers = OPTIMIZERS[optimizer].build(lm.model)
     trainer = Trainer(accelerator, LogprobModel(lm.model), optimizers, lambda step: 1.0, clip_norm=0.5)
-    found = {"sft": sft, "rl": rl}[task](lm, trainer, micro_rows)
+    found = {"sft": sft, "rl": rl, "critic": with_critic}[task](lm, trainer, micro_rows)
     assert all(isinstance(one, DTensor) == (launch in SHARDED_LAUNCHES) for one in lm.model.parameters())
     copied = {name: tensor.detach().cpu().clone() for name, tensor in unsharded(lm.model.named_parameters())}
     sampler_lm = unsharded_model(lm)
@@ -146,11 +158,12 @@ def among(processes: int, directory: Path, launch: str, tasks: str = "sft+rl", *
 
 
 def differences(one: tuple, other: tuple) -> dict[str, float]:
-    """The largest relative difference of loss, gradient norm and, by its length, of a parameter."""
+    """The largest relative difference of loss, gradient norm, value loss and, by its length, of a parameter."""
     (steps, parameters), (other_steps, others) = one, other
+    names = [name for name in ("loss", "grad_norm", "value_loss", "value_grad_norm") if name in steps[0]]
     found = {
         name: max(abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(steps, other_steps, strict=True))
-        for name in ("loss", "grad_norm")
+        for name in names
     }
     apart = [float((value - others[name]).norm() / value.norm()) for name, value in parameters.items()]
     return found | {"parameters": max(apart)}

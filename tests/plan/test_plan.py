@@ -80,6 +80,12 @@ def test_reinforcement_takes_the_bytes_that_were_planned(dtype, checkpointing, b
     assert planned == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.parametrize(("critic", "dtype"), [("model", "float32"), ("model", "bfloat16"), ("head", "float32")])
+def test_a_critic_takes_the_bytes_that_were_planned(critic, dtype):
+    found, planned = measured(Trial(GROUPED, dtype, critic=critic, tokens=64), "reinforce")
+    assert planned == pytest.approx(found, rel=0.1)
+
+
 @pytest.mark.parametrize("work", ["reinforce", "sample"])
 def test_top_p_takes_the_bytes_that_were_planned(work):
     found, planned = measured(Trial(replace(GROUPED, layers=1, vocabulary=6000), top_p=0.9, tokens=64), work)

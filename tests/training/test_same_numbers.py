@@ -41,6 +41,13 @@ def test_how_many_rows_a_micro_batch_has_changes_nothing(alone, rows):
     assert_same(alone, [{task: take(task, micro_rows=rows) for task in alone}])
 
 
+@pytest.mark.timeout(300)
+def test_a_critic_learns_the_same_however_its_rows_are_cut_and_shared_out(tmp_path):
+    alone = {"critic": take("critic")}
+    assert_same(alone, [{"critic": take("critic", micro_rows=1)}])
+    assert_same(alone, among(2, tmp_path, "ddp", "critic", micro_rows=1))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("launch", ["ddp", "fsdp2", "zero2"])

@@ -155,6 +155,7 @@ class ReinforcementConfig:
 @dataclass
 class RlConfig(TrainConfig):
     algo: Any
+    critic: Any
     reward: Any
     rollout: Any
     rl: ReinforcementConfig

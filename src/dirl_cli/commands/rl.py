@@ -3,7 +3,7 @@
 The training is rl/train.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -25,6 +25,7 @@ from dirl_cli.commands.start import (
     show_budget,
     training_setup,
 )
+from dirl_cli.data.chat import answer_text
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show_examples
 from dirl_cli.data.tokens import TokenTable
@@ -39,6 +40,7 @@ from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.scoring import RewardComputer, RewardSettings
 from dirl_cli.rl.corrections import Correction
+from dirl_cli.rl.critic import Critic, LearnedCritic, NoCritic, StepAdvantages, require_whole_trace
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.reporting import REMEDIES, RolloutReport
@@ -73,6 +75,7 @@ PANELS = (
     Panel("Answer length", {"length": "tokens"}),
     Panel("Entropy", {"entropy": "nats"}),
     Panel("Sampler against trainer", {"mismatch_mean": "mean", "mismatch_max": "largest"}),
+    Panel("Critic", {"explained_variance": "explained variance", "value_loss": "loss"}),
     Panel("Divergence from the reference", {"kl": "nats"}),
 )
 COLUMNS = {
@@ -90,6 +93,7 @@ RECIPE = (
     "data",
     "instruction",
     "algo",
+    "critic",
     "reward",
     "rl",
     "optim",
@@ -111,6 +115,7 @@ class RlParts:
     schedule: Any
     engine: Any
     objective: Objective
+    critic: NoCritic | LearnedCritic
     reward_settings: RewardSettings
     decoding: Decoding
     instruction: Instruction
@@ -143,6 +148,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     settle_ratio(cfg.rl)
     parts = build_rl_parts(cfg)
     check(cfg.rl, parts.objective, parts.decoding)
+    require_steps(parts, cfg.launch)
     parts.peft.require(cfg.launch)
     require_measured(cfg.keep_best, rl_metrics(cfg))
     pools = read_and_plan(cfg, parts, accelerator, progress)
@@ -174,17 +180,20 @@ def read_and_plan(cfg: DictConfig, parts: RlParts, accelerator: Accelerator, pro
         teacher_shapes = shapes_of(cfg, SavedModel("teacher", parts.objective.teacher))
         require_same_tokens(teacher_shapes, lm)
         teacher = sum(parameter.numel() for parameter in teacher_shapes.model.parameters())
+    critic = parts.critic.kind
     if cfg.dry_run and lm.tokenizer is None:
         longest = cfg.rl.max_prompt_tokens or PROMPT
         progress.print_line(
             f"no tokenizer of {cfg.model.name} is here, so nothing is known of the data: prompts are taken to be"
             f" {longest:,} tokens"
         )
-        show_budget(rl_budget(setup, parts.objective, decoding, longest, engine, learns, teacher), cfg, progress)
+        show_budget(
+            rl_budget(setup, parts.objective, decoding, longest, engine, learns, teacher, critic), cfg, progress
+        )
         return None
 
     pools = read_problems(cfg, parts, lm, accelerator, progress)
-    budget = rl_budget(setup, parts.objective, decoding, pools.longest_prompt, engine, learns, teacher)
+    budget = rl_budget(setup, parts.objective, decoding, pools.longest_prompt, engine, learns, teacher, critic)
     if cfg.dry_run:
         show_budget(budget, cfg, progress)
         return None
@@ -219,6 +228,8 @@ def reinforce(
     noted = ("greedy_accuracy",)
     session = open_session(cfg, out, "rl", update.trainer, lm, progress, stop, PANELS, noted, fingerprints)
     session.further = update.tensors
+    if update.critic:
+        session.others = {"critic": update.critic.trainer}
     needs_base = parts.objective.beta > 0 or parts.peft != FullFinetune()
     remembered = session.resume(cfg.resume, needs_base, cfg.data.name)
     open_run_log(cfg, out, session)
@@ -256,6 +267,7 @@ def build_rl_parts(cfg: DictConfig) -> RlParts:
         schedule=build(cfg.schedule),
         engine=build(cfg.rollout),
         objective=build(cfg.algo, Objective),
+        critic=build(cfg.critic),
         reward_settings=build(cfg.reward, RewardSettings),
         decoding=build(cfg.decoding, Decoding),
         instruction=build(cfg.instruction, Instruction),
@@ -278,6 +290,17 @@ def check(rl: DictConfig, objective: Objective, decoding: Decoding) -> None:
         )
     if decoding.temperature == 0 and not rl.replay:
         raise DirlError("decoding.temperature=0 gives a group equal answers, from which there is nothing to learn")
+
+
+def require_steps(parts: RlParts, launch: str) -> None:
+    """Raises DirlError where steps have values or rewards and the algorithm does not score them all."""
+    if isinstance(parts.critic, LearnedCritic):
+        parts.critic.require(parts.peft, launch)
+        require_whole_trace(parts.objective, "a critic")
+    if parts.critic.gamma < 1:
+        require_whole_trace(parts.objective, f"critic.gamma={parts.critic.gamma:g}")
+    if parts.reward_settings.process:
+        require_whole_trace(parts.objective, "reward.process")
 
 
 def rl_metrics(cfg: DictConfig) -> list[str]:
@@ -345,11 +368,18 @@ def policy_update(
         reference = reference_model(FullFinetune().reference(inference_lm), parts.decoding)
     elif objective.beta:
         reference = reference_model(parts.peft.reference(lm), parts.decoding)
+
+    schedule = partial(parts.schedule, steps=updates)
+    critic = None
+    gae_lambda = 1.0
+    if isinstance(parts.critic, LearnedCritic):
+        critic = start_critic(cfg, parts.critic, lm, accelerator, schedule)
+        gae_lambda = parts.critic.gae_lambda
     trainer = Trainer(
         accelerator,
         LogprobModel(lm.model, lm.unsampled_ids, parts.decoding),
         parts.optim.build(lm.model),
-        partial(parts.schedule, steps=updates),
+        schedule,
         cfg.clip_norm,
         cfg.max_skipped,
         cfg.skip_norm,
@@ -372,6 +402,8 @@ def policy_update(
         longest=parts.decoding.max_new_tokens,
         seed=cfg.seed,
         peft=parts.peft,
+        critic=critic,
+        step_advantages=StepAdvantages(parts.critic.gamma, gae_lambda),
     )
 
 
@@ -386,6 +418,22 @@ def require_same_tokens(teacher: DiffusionLM, lm: DiffusionLM) -> None:
         reason = "other tokens than the policy"
     if reason:
         raise DirlError(f"the teacher has {reason}: give algo.teacher a model of the same family")
+
+
+def start_critic(
+    cfg: DictConfig,
+    settings: LearnedCritic,
+    lm: DiffusionLM,
+    accelerator: Accelerator,
+    schedule: Callable[[int], float],
+) -> Critic:
+    """The critic of a policy that has not learned yet, which takes a step with every one of the policy's."""
+    model = settings.model(lm)
+    optimizers = [settings.optimizer(model)]
+    trainer = Trainer(
+        accelerator, model, optimizers, schedule, cfg.clip_norm, cfg.max_skipped, cfg.skip_norm, rate="critic.lr"
+    )
+    return Critic(trainer, settings.value_clip)
 
 
 def start_sampler(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> Sampler:
@@ -407,8 +455,9 @@ def rollout_source(
     accelerator: Accelerator,
 ) -> RolloutSource:
     """Where groups of answers come from: the sampler, or an earlier run's rollouts."""
+    decode = partial(answer_text, lm.require_tokenizer()) if parts.reward_settings.process else None
     if cfg.rl.replay:
-        rescorer = Rescorer(reward_computer, cfg.rl.filter, parts.decoding.max_new_tokens, lm.block_size)
+        rescorer = Rescorer(reward_computer, cfg.rl.filter, parts.decoding.max_new_tokens, lm.block_size, decode)
         files = rollouts_of(Path(cfg.rl.replay), cfg.steps)
         return ReplayedRollouts(files, lm, rescorer if cfg.rl.rescore else None)
     curriculum = EVERYTHING
@@ -432,6 +481,7 @@ def rollout_source(
         sources=pools.names,
         prefetches=cfg.rl.async_rollout,
         curriculum=curriculum,
+        decode=decode,
     )
 
 

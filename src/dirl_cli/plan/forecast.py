@@ -147,12 +147,14 @@ def rl_budget(
     engine: Engine | None,
     learns: bool,
     teacher: int = 0,
+    critic: str = "none",
 ) -> Budget:
     """Memory budget of an RL run.
 
     All answers are taken to be as long as they may be, and revealed in as many steps as they may take.
     longest_prompt: tokens of it. engine: what samples; None where rollouts are read from files. learns: whether there
-    are updates. teacher: parameters of a model to stay near that is not the one it begins as.
+    are updates. teacher: parameters of a model to stay near that is not the one it begins as. critic: what learns
+    values: none, head or model.
     """
     settings = setup.settings
     memories = MemoryByPeft(
@@ -160,16 +162,18 @@ def rl_budget(
         reference=objective.beta > 0,
         reference_moves=objective.reference_every > 0,
         teacher=teacher,
+        critic=critic,
         samples=engine is not None,
     )
     forecast = RlForecast(setup, objective, decoding, longest_prompt, engine, learns, memories)
     batch = forecast.batch(settings)
     # Keys first whose change costs least: what makes answers shorter changes the result, and goes last.
     knobs = {
-        **sharding_knobs(settings, setup.machine, setup.peft),
+        **(sharding_knobs(settings, setup.machine, setup.peft) if critic == "none" else {}),
         "rollout.max_batch": halvings(settings["rollout.max_batch"], 1),
         "rollout.cache_share": [engine.cache_share / 2, engine.cache_share / 4] if isinstance(engine, Lmdeploy) else [],
         **update_knobs(settings, batch),
+        "critic": ["head"] if critic == "model" else [],
         "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
     }
     return budget_of(forecast, knobs, facts=f"{memories.of({})}\nat most {batch}")
@@ -233,7 +237,8 @@ class RlForecast:
         operations = 0.0
         if self.learns:
             passes = settings["rl.mini_batches"] * settings["rl.epochs"]
-            operations += passes * update_operations(model, batch)
+            models = 2 if self.memories.critic == "model" else 1
+            operations += models * passes * update_operations(model, batch)
         if self.engine:
             steps = self.decoding.denoising_steps or self.setup.lm.block_size
             operations += sampling_operations(model, sampled_tokens, steps)
@@ -257,7 +262,7 @@ def budget_of(forecast: SftForecast | RlForecast, knobs: Mapping[str, Sequence[A
         knobs,
         setup.machine,
         facts,
-        alternatives=alternatives(setup.settings, setup.machine, setup.peft) if setup.adapter else [],
+        alternatives=alternatives(setup, forecast.memories.critic) if setup.adapter else [],
         duration=forecast.duration(setup.settings),
     )
 
@@ -267,7 +272,7 @@ class MemoryByPeft:
     """A model's memory by what of it is trained: as `setup.peft` says, or an adapter in its place.
 
     reference: whether a model to stay near is there. reference_moves: whether it follows the policy. teacher: the
-    parameters of another model that it is.
+    parameters of another model that it is. critic: what learns values: none, head or model.
     samples: whether a sampler is there. counted: by the name of an adapter, or None for `setup.peft`, what was counted
     before, since that takes a while.
     """
@@ -276,6 +281,7 @@ class MemoryByPeft:
     reference: bool = False
     reference_moves: bool = False
     teacher: int = 0
+    critic: str = "none"
     samples: bool = False
     counted: dict[str | None, Memory] = field(default_factory=dict)
 
@@ -286,7 +292,11 @@ class MemoryByPeft:
             peft = self.setup.adapter(name) if name and self.setup.adapter else self.setup.peft
             self.counted[name] = self._count(peft)
         launch = settings.get("launch", "auto")
-        return replace(self.counted[name], parallelism=parallelism(launch, processes(settings, self.setup.machine)))
+        return replace(
+            self.counted[name],
+            parallelism=parallelism(launch, processes(settings, self.setup.machine)),
+            critic=settings.get("critic", self.critic) == "model",
+        )
 
     def _count(self, peft: Peft) -> Memory:
         machine = self.setup.machine
@@ -382,15 +392,20 @@ def sharding_knobs(settings: Settings, machine: Machine, peft: Peft) -> dict[str
     return {"launch": ["fsdp2"] if can_shard else []}
 
 
-def alternatives(settings: Settings, machine: Machine, peft: Peft) -> list[list[Settings]]:
-    """Other ways to train the same model, each from the least change on: more GPUs that share it, and adapters."""
-    if not isinstance(peft, FullFinetune):
+def alternatives(setup: TrainingSetup, critic: str) -> list[list[Settings]]:
+    """Other ways to train the same model, each from the least change on: more GPUs that share it, and adapters.
+
+    critic: none, head or model. With any no model is shared, and with an adapter there is no second model.
+    """
+    if not isinstance(setup.peft, FullFinetune):
         return []
 
     more_gpus: list[Settings] = []
-    if machine.kind == "cuda":
-        more_gpus = [{"gpus": count, "launch": "fsdp2"} for count in GPUS if count > machine.gpus]
+    if setup.machine.kind == "cuda" and critic == "none":
+        more_gpus = [{"gpus": count, "launch": "fsdp2"} for count in GPUS if count > setup.machine.gpus]
     adapters: list[Settings] = [{"peft": name} for name in ADAPTERS]
-    if settings["launch"] in SHARDED_LAUNCHES:  # which adapters leave too little for
+    if setup.settings["launch"] in SHARDED_LAUNCHES:  # which adapters leave too little for
         adapters = [{**adapter, "launch": "auto"} for adapter in adapters]
+    if critic == "model":
+        adapters = [{**adapter, "critic": "head"} for adapter in adapters]
     return [more_gpus, adapters]

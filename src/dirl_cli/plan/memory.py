@@ -106,7 +106,8 @@ class Memory:
 
     bf16: whether the forward is autocast. dense: whether attention takes a dense mask (sdpa) or coordinates (flex).
     reference: whether a model to stay near is there. reference_moves: whether it follows the policy. teacher: the
-    parameters of another model that it is; 0 where it is what the policy began as.
+    parameters of another model that it is; 0 where it is what the policy began as. critic: whether a second model
+    learns values, with AdamW.
     samples: whether a sampler is there. copy_stays: whether its own copy of the weights does during an update.
     cuda: whether the device is a GPU.
     """
@@ -118,6 +119,7 @@ class Memory:
     reference: bool = False
     reference_moves: bool = False
     teacher: int = 0
+    critic: bool = False
     samples: bool = False
     copy_stays: bool = False
     cuda: bool = False
@@ -157,6 +159,7 @@ class Memory:
             "gradients": 0,
             "optimizer states": self.model.state_bytes // self.parallelism.states,
             "reference model": 0,
+            "critic": 0,
         }
         if self.samples:
             sizes["merged weights"] = self.model.merged_bytes
@@ -170,7 +173,16 @@ class Memory:
             sizes["reference model"] = 4 * self.model.parameters
         elif self.reference_moves:  # and so is none of the weights beside the adapter
             sizes["reference model"] = self.value * self.model.parameters
+        if self.critic:  # its weights and the two states of each; its own update holds less than the policy's
+            sizes["critic"] = 3 * 4 * self.critic_parameters()
+            if self.parallelism.gradients_stay:
+                sizes["critic"] += 4 * self.critic_parameters()
         return sizes
+
+    def critic_parameters(self) -> int:
+        """The number of parameters of a second model that has no language-model head, and a value for each state."""
+        model = self.model
+        return model.layer_parameters + model.vocabulary * model.hidden + model.hidden
 
     def gradients(self) -> int:
         """Bytes of this process's gradients."""
@@ -360,6 +372,12 @@ class Memory:
         """
         weights = 2 * self.model.parameters
         resident = self.resident()
-        held = resident["parameters"] + resident["merged weights"] + resident["reference model"] + weights
+        held = (
+            resident["parameters"]
+            + resident["merged weights"]
+            + resident["reference model"]
+            + resident["critic"]
+            + weights
+        )
         cache = max(0, int(cache_share * (free_bytes - held)))
         return resident | {"engine's weights": weights, "KV cache": cache, "sampling": self.drawing(tokens, decoding)}

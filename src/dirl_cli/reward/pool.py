@@ -14,8 +14,8 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from dirl_cli.reward.rewards import Answer, find_reward
 
-Outcome = float | str
-"""A reward's value, or in a few words why there is none."""
+Outcome = float | list[float] | str
+"""A reward's value, those of a process reward, or in a few words why there is none."""
 
 
 class RewardPool:
@@ -90,7 +90,10 @@ def attempt_within(name: str, answer: Answer, options: Mapping[str, Any], second
 def attempt(name: str, answer: Answer, options: Mapping[str, Any]) -> Outcome:
     """The reward's value, or what it raised and where."""
     try:
-        return float(find_reward(name)(answer, **options))
+        value: Any = find_reward(name)(answer, **options)
+        if isinstance(value, list | tuple):
+            return [float(one) for one in value]
+        return float(value)
     except Exception as error:  # a reward may raise anything, and not every exception travels between processes
         frame = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {error} ({frame.filename} line {frame.lineno})"

@@ -18,6 +18,7 @@ from typing import Any, Self, get_type_hints
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.ranges import Count, Finite, require
 from dirl_cli.reward.boxed import last_boxed
+from dirl_cli.reward.process import RevealedBlock
 from dirl_cli.types import Problem, Trajectory
 
 
@@ -29,6 +30,7 @@ class Answer:
     truncated: it ran into the length limit. verified: its final answer is right, truncated or not.
     credit: what its problem's verifier gives, from 0 to 1, which is verified.
     tokens_per_step: tokens revealed per denoising forward, from 1 to block_size.
+    blocks: how it was filled, in order; only where process rewards are computed.
     """
 
     problem: Problem
@@ -40,10 +42,17 @@ class Answer:
     block_size: int
     verified: bool = False
     credit: float = 0.0
+    blocks: tuple[RevealedBlock, ...] = ()
 
     @classmethod
     def of(
-        cls, problem: Problem, trajectory: Trajectory, completion: str, max_new_tokens: int, block_size: int
+        cls,
+        problem: Problem,
+        trajectory: Trajectory,
+        completion: str,
+        max_new_tokens: int,
+        block_size: int,
+        blocks: tuple[RevealedBlock, ...] = (),
     ) -> Self:
         """The answer that a trajectory holds, not graded yet; `completion` is the text of its completion_ids."""
         return cls(
@@ -54,6 +63,7 @@ class Answer:
             tokens_per_step=len(trajectory.token_ids) / trajectory.denoise_forwards,
             max_new_tokens=max_new_tokens,
             block_size=block_size,
+            blocks=blocks,
         )
 
     @property

@@ -11,6 +11,7 @@ from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.ranges import Count, Finite, OneOf, Positive
 from dirl_cli.reward.grading import Grader
 from dirl_cli.reward.pool import Outcome, RewardPool, attempt
+from dirl_cli.reward.process import by_step
 from dirl_cli.reward.rewards import BUILT_IN, Answer, check_options
 
 Key = TypeVar("Key", bound=Hashable)
@@ -26,6 +27,7 @@ class RewardSettings:
         `exclude` counts the answer and leaves it out.
     workers: processes that compare answers, and as many for rewards of the user's own.
     timeout: seconds, for each answer and each such reward.
+    process: what is paid to denoising steps or blocks, by import path or file, and their weights; each gives a list.
     """
 
     weights: dict[str, Finite]
@@ -33,28 +35,40 @@ class RewardSettings:
     on_error: Annotated[str, OneOf("stop", "exclude")] = "stop"
     workers: Count = 2
     timeout: Positive = 5.0
+    process: dict[str, Finite] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.weights:
             raise DirlError("reward.weights is empty: name at least one reward")
-        for name, weight in self.weights.items():
-            # A dotted name on the command line is read as a path into the config, so that its weight is a mapping.
-            if not isinstance(weight, int | float):
-                raise DirlError(f"reward.weights.{name} is no number: give a dotted name in braces, as {{{name}.…: 1}}")
+        for key, weights in (("weights", self.weights), ("process", self.process)):
+            for name, weight in weights.items():
+                # A dotted name on the command line is read as a path into the config, so that its weight is a mapping.
+                if not isinstance(weight, int | float):
+                    raise DirlError(
+                        f"reward.{key}.{name} is no number: give a dotted name in braces, as {{{name}.…: 1}}"
+                    )
+        for name in self.process:
+            if name in BUILT_IN or name in self.weights:
+                raise DirlError(f"reward.process.{name} is a reward of whole answers: name it in reward.weights alone")
+        names = [*self.weights, *self.process]
         for name in self.options:
-            if name not in self.weights:
-                raise DirlError(f"reward.options.{name} has no weight: {did_you_mean(name, self.weights)}")
-        for name in self.weights:
+            if name not in names:
+                raise DirlError(f"reward.options.{name} has no weight: {did_you_mean(name, names)}")
+        for name in names:
             check_options(name, self.options.get(name, {}))
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """An answer's reward, its parts before weighting in the order of the weights, and whether it is correct."""
+    """An answer's reward, its parts before weighting in the order of the weights, and whether it is correct.
+
+    process: what each denoising step earned besides, in order; empty where process rewards are not computed.
+    """
 
     total: float
     parts: dict[str, float]
     correct: bool
+    process: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,8 @@ class RewardComputer:
         self.settings = settings
         self.grader = Grader(settings.workers, settings.timeout)
         self.excluded: Counter[str] = Counter()
-        self._own = [name for name in settings.weights if name not in BUILT_IN]
+        self._names = [*settings.weights, *settings.process]
+        self._own = [name for name in self._names if name not in BUILT_IN]
         self._pool = RewardPool(self._own, settings.workers, settings.timeout)
 
     def __enter__(self) -> Self:
@@ -114,7 +129,7 @@ class RewardComputer:
             key = cast(Key, graded_key)
             graded = Pending(replace(pending[key].answer, verified=credit == 1, credit=credit))
             pending[key] = graded
-            for name in self.settings.weights:
+            for name in self._names:
                 options = self.settings.options.get(name, {})
                 if name in BUILT_IN:
                     graded.outcomes[name] = attempt(name, graded.answer, options)
@@ -130,24 +145,40 @@ class RewardComputer:
         for outcome_key, outcome in outcomes:
             key, name = cast(tuple[Key, str], outcome_key)
             pending[key].outcomes[name] = outcome
-            if len(pending[key].outcomes) == len(self.settings.weights):
+            if len(pending[key].outcomes) == len(self._names):
                 yield key, self._result(pending.pop(key))
 
     def _result(self, computed: Pending) -> RewardResult | None:
         """The weighted sum, or None where a reward failed and such answers are excluded."""
+        answer = computed.answer
         parts: dict[str, float] = {}
         for name in self.settings.weights:  # whatever came first, so that sums are the same to the last bit
             outcome = computed.outcomes[name]
-            if isinstance(outcome, float) and isfinite(outcome):
-                parts[name] = outcome
-            elif self.settings.on_error == "exclude":
-                self.excluded[name] += 1
-                return None
-            else:
-                reason = outcome if isinstance(outcome, str) else f"it gave {outcome}"
-                raise DirlError(
-                    f"the reward {name} failed on problem {computed.answer.problem.id}: {reason};"
-                    " correct it, or leave such answers out with reward.on_error=exclude"
-                )
+            if not (isinstance(outcome, float) and isfinite(outcome)):
+                return self._left_out(name, answer, outcome)
+            parts[name] = outcome
+
+        process = [0.0] * sum(len(block.steps) for block in answer.blocks)
+        for name, weight in self.settings.process.items():
+            outcome = computed.outcomes[name]
+            if not (isinstance(outcome, list) and all(map(isfinite, outcome))):
+                return self._left_out(name, answer, outcome)
+            try:
+                values = by_step(outcome, [len(block.steps) for block in answer.blocks])
+            except ValueError as error:
+                return self._left_out(name, answer, f"it gave {error}")
+            process = [total + weight * value for total, value in zip(process, values, strict=True)]
+
         total = sum(weight * parts[name] for name, weight in self.settings.weights.items())
-        return RewardResult(total, parts, computed.answer.correct)
+        return RewardResult(total, parts, answer.correct, process)
+
+    def _left_out(self, name: str, answer: Answer, outcome: Outcome) -> RewardResult | None:
+        """None, counted, for an answer of which a reward failed. Raises DirlError where none may be left out."""
+        if self.settings.on_error == "exclude":
+            self.excluded[name] += 1
+            return None
+        reason = outcome if isinstance(outcome, str) else f"it gave {outcome}"
+        raise DirlError(
+            f"the reward {name} failed on problem {answer.problem.id}: {reason};"
+            " correct it, or leave such answers out with reward.on_error=exclude"
+        )

@@ -1,5 +1,6 @@
 """From sampled groups and their advantages to packed rows with everything an objective asks of each token."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
@@ -9,16 +10,21 @@ from torch import Generator, Tensor
 
 from dirl_cli.diffusion.layout import Rows, Strip, common_blocks, join_strips, pack
 from dirl_cli.diffusion.states import BlockSpec
+from dirl_cli.reward.process import by_step
 from dirl_cli.rl.objective import Objective
 from dirl_cli.types import Trajectory
 
 
 @dataclass(frozen=True)
 class TrajectoryGroup:
-    """The answers to one problem, and what each is worth beside the others."""
+    """The answers to one problem, and what each is worth beside the others.
+
+    process: what each answer's denoising steps or blocks earned, see reward/process.py; nothing where none did.
+    """
 
     trajectories: Sequence[Trajectory]
     advantages: Sequence[float]
+    process: Sequence[Sequence[float]] = ()
 
 
 def objective_rows(
@@ -35,7 +41,7 @@ def objective_rows(
     What the answers of a group begin with in common is laid out once, as long as they fit into a row together.
     train_tail: whether the tokens after the stop token, which fill up its block, are trained too.
     Extras of each scored token: sample, length, advantage, sampler_logprobs and the version of the weights that it was
-    sampled from.
+    sampled from; and process_reward where there are any.
     """
     strips: list[Strip] = []
     sizes = []  # answers in each strip
@@ -71,6 +77,10 @@ def objective_rows(
         "version": torch.tensor([trajectory.weights_version for trajectory in trajectories])[sample],
         "sampler_logprobs": padded([trajectory.logprobs for trajectory in trajectories])[sample, index],
     }
+    process = list(chain.from_iterable(group.process for group in groups))
+    if any(process):
+        shares = [reward_shares(*pair, spec.block_size) for pair in zip(trajectories, process, strict=True)]
+        extras["process_reward"] = padded(shares)[sample, index]
     return replace(rows, weight=rows.weight * (index < length), extras=extras), lengths
 
 
@@ -87,6 +97,27 @@ def fitting(strips: Sequence[Strip], row_tokens: int, block_size: int) -> list[l
 
 def joined_length(strips: Sequence[Strip], block_size: int) -> int:
     return sum(map(len, strips)) - (len(strips) - 1) * common_blocks(strips, block_size)
+
+
+def reward_shares(trajectory: Trajectory, values: Sequence[float], block_size: int) -> list[float]:
+    """Each token's share of what its denoising step earned. values: of steps or blocks, see reward/process.py."""
+    if not values:
+        return [0.0] * len(trajectory.token_ids)
+    tokens_of_step = Counter(steps_of_tokens(trajectory, block_size))
+    steps = sorted(tokens_of_step)
+    reward = dict(zip(steps, by_step(values, steps_of_blocks(trajectory, block_size)), strict=True))
+    return [reward[step] / tokens_of_step[step] for step in steps_of_tokens(trajectory, block_size)]
+
+
+def steps_of_blocks(trajectory: Trajectory, block_size: int) -> list[int]:
+    """The number of denoising steps in each block of the answer."""
+    return list(Counter(block for block, _ in sorted(set(steps_of_tokens(trajectory, block_size)))).values())
+
+
+def steps_of_tokens(trajectory: Trajectory, block_size: int) -> list[tuple[int, int]]:
+    """Each answer token's block and the step of it that revealed it; steps happened in the order of these pairs."""
+    first = len(trajectory.prompt_ids)
+    return [((first + i) // block_size, step) for i, step in enumerate(trajectory.reveal_step)]
 
 
 def trained_length(trajectory: Trajectory) -> int:

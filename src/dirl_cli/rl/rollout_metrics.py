@@ -40,6 +40,9 @@ def rollout_metrics(rollout: Rollout, group_size: int) -> dict[str, float]:
     for name in answers[0].parts:
         metrics[f"reward/{name}"] = fmean(record.parts[name] for record in answers)
 
+    if any(record.process for record in answers):
+        metrics["process_reward"] = fmean(sum(record.process) for record in answers)
+
     learned_from = list(chain.from_iterable(rollout.groups))
     if learned_from:
         metrics["kept_reward"] = fmean(record.reward or 0.0 for record in learned_from)

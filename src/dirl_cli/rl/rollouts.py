@@ -1,6 +1,6 @@
 """Where groups of scored answers come from: sampled with dynamic sampling, or read back from an earlier run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -16,16 +16,19 @@ from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.distributed import split_by_cost
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.reward.process import RevealedBlock, by_step
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import RewardComputer, RewardResult
 from dirl_cli.rl.advantages import AdvantageEstimator, GroupRewards, has_signal
+from dirl_cli.rl.batch import steps_of_blocks, steps_of_tokens
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.rollout.storage import Record, from_json, read_lines, require_learnable, rollout_files, to_json
-from dirl_cli.types import Decoding, Problem
+from dirl_cli.types import Decoding, Problem, Trajectory
 
 Group = list[Record]  # the group of one problem: the answers to it, with what they earned
 Indexed = tuple[int, Record]  # an answer, and where in the endless order its problem stands
+Decode = Callable[[list[int]], str]
 
 
 @dataclass
@@ -111,7 +114,8 @@ class SampledRollouts:
 
     pool, prompts: the problems and their prompts. sources: the names of what they come from. filter: see `has_signal`.
     max_rounds: draws in which to find a step's problems. seed: of the answers. prefetches: whether the next step's
-    answers are sampled while the policy is updated. curriculum: which problems are passed over.
+    answers are sampled while the policy is updated. curriculum: which problems are passed over. decode: the text of
+    tokens, where steps are rewarded by it.
     """
 
     pool: Sequence[Problem]
@@ -130,6 +134,7 @@ class SampledRollouts:
     sources: Sequence[str] = ("",)
     prefetches: bool = False
     curriculum: Curriculum = EVERYTHING
+    decode: Decode | None = None
     state: RolloutState = field(default_factory=RolloutState)
     lengths: dict[int, float] = field(default_factory=dict)  # by problem: the mean of its last answers, in tokens
     is_new = True
@@ -221,7 +226,8 @@ class SampledRollouts:
                 text = answer_text(tokenizer, trajectory.completion_ids)
                 waiting[i, sample] = Record(problems[i], sample, text, trajectory)
                 longest, block_size = self.decoding.max_new_tokens, self.lm.block_size
-                yield (i, sample), Answer.of(problems[i], trajectory, text, longest, block_size)
+                blocks = revealed_blocks(self.decode, trajectory, block_size)
+                yield (i, sample), Answer.of(problems[i], trajectory, text, longest, block_size, blocks)
 
         # `compute` draws from the answers, so that sampling goes on while earlier answers are graded.
         for key, result in self.reward_computer.compute(sampled_answers()):
@@ -257,6 +263,7 @@ class ReplayedRollouts:
             require_learnable(line, record.trajectory, self.lm)
             if not self.rescorer:
                 require_rewarded(line, record, groups[0][0] if groups else record)
+                require_rewards_of_steps(line, record, self.lm.block_size)
             if not groups or not continues(groups[-1][-1], record):
                 groups.append([])
             groups[-1].append(record)
@@ -274,12 +281,16 @@ class ReplayedRollouts:
 
 @dataclass(frozen=True)
 class Rescorer:
-    """Rewards answers anew. filter: see `has_signal`. longest: tokens allowed in an answer."""
+    """Rewards answers anew. filter: see `has_signal`. longest: tokens allowed in an answer.
+
+    decode: the text of tokens, where steps are rewarded by it.
+    """
 
     reward_computer: RewardComputer
     filter: str
     longest: int
     block_size: int
+    decode: Decode | None = None
 
     def reward(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with their new rewards, without answers that have none and groups that have no answer."""
@@ -299,7 +310,37 @@ class Rescorer:
         for i, group in enumerate(groups):
             for k, record in enumerate(group):
                 problem, trajectory, text = record.problem, record.trajectory, record.completion
-                yield (i, k), Answer.of(problem, trajectory, text, self.longest, self.block_size)
+                blocks = revealed_blocks(self.decode, trajectory, self.block_size)
+                yield (i, k), Answer.of(problem, trajectory, text, self.longest, self.block_size, blocks)
+
+
+def revealed_blocks(decode: Decode | None, trajectory: Trajectory, block_size: int) -> tuple[RevealedBlock, ...]:
+    """An answer's blocks with the texts that their steps revealed; none without `decode`."""
+    if decode is None:
+        return ()
+    by_block: dict[int, dict[int, list[int]]] = {}  # token ids by block and step
+    for token, (block, step) in zip(trajectory.token_ids, steps_of_tokens(trajectory, block_size), strict=True):
+        by_block.setdefault(block, {}).setdefault(step, []).append(token)
+
+    first = len(trajectory.prompt_ids)
+    blocks = []
+    for block, steps in by_block.items():
+        own = slice(max(block * block_size - first, 0), (block + 1) * block_size - first)
+        texts = [tuple(decode([token]) for token in steps[step]) for step in sorted(steps)]
+        blocks.append(RevealedBlock(decode(trajectory.token_ids[own]), tuple(texts)))
+    return tuple(blocks)
+
+
+def require_rewards_of_steps(line: str, record: Record, block_size: int) -> None:
+    """Raises DirlError for an answer on record whose process rewards are neither of its steps nor of its blocks.
+
+    line: the file and the number of the line that holds the record.
+    """
+    try:
+        if record.process:
+            by_step(record.process, steps_of_blocks(record.trajectory, block_size))
+    except ValueError as error:
+        raise DirlError(f"{line}: process holds {error}; give as many as there are of either") from error
 
 
 def require_rewarded(line: str, record: Record, first: Record) -> None:
@@ -335,7 +376,7 @@ def pass_rate(group: Group) -> float | None:
 
 
 def with_reward(record: Record, result: RewardResult) -> Record:
-    return replace(record, reward=result.total, parts=result.parts, correct=result.correct)
+    return replace(record, reward=result.total, parts=result.parts, process=result.process, correct=result.correct)
 
 
 def continues(last: Record, record: Record) -> bool:

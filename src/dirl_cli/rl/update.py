@@ -1,4 +1,4 @@
-"""What is learned from a step's groups: packed rows, recorded log-probs, and the optimizer steps on them."""
+"""What is learned from a step's groups: packed rows, recorded log-probs and values, and the optimizer steps on them."""
 
 import math
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.rl.advantages import AdvantageEstimator
 from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
 from dirl_cli.rl.corrections import Correction
+from dirl_cli.rl.critic import Critic, StepAdvantages, require_whole_trace, value_metrics
 from dirl_cli.rl.objective import Objective, k3
 from dirl_cli.rl.rollouts import Group
 from dirl_cli.rl.units import at_level
@@ -50,7 +51,8 @@ class PolicyUpdate:
 
     advantages: from the rewards of a step's groups. reference: a model to stay near.
     old_from_sampler: the ratio's denominator is the sampler's log-prob; else it is the trainer's at the first pass, and
-    `correction` makes up for the difference. longest: answer tokens allowed.
+    `correction` makes up for the difference. longest: answer tokens allowed. critic: learns the values of states, on
+    the same rows. step_advantages: what it makes of them.
     """
 
     trainer: Trainer
@@ -68,6 +70,8 @@ class PolicyUpdate:
     longest: int
     seed: int
     peft: Peft = FullFinetune()
+    critic: Critic | None = None
+    step_advantages: StepAdvantages = field(default_factory=StepAdvantages)
 
     def run(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Learn from the groups of step `step` (from 0); returns the mean metrics of the optimizer steps.
@@ -82,6 +86,7 @@ class PolicyUpdate:
         # Only at the first optimizer step is the policy still the sampler's, so only there can the two be compared.
         mismatch = Mismatch(self.objective, version)
         sums: list[dict[str, float]] = []  # of each optimizer step
+        value_sums: list[dict[str, float]] = []
         for _ in range(self.epochs):
             for batch in batches:
                 is_first = not sums
@@ -91,9 +96,14 @@ class PolicyUpdate:
                     micro_batches = self.add_answer_weights(batch)
                 sums.append(self.trainer.step(micro_batches, loss, batch.denominator))
                 self.move_reference()
+                if self.critic:
+                    with self.trainer.times("critic"):
+                        value_sums.append(self.critic.step(batch.micro_batches))
 
         metrics = self.take_mismatch(sums[0], mismatch)
         metrics |= mean_metrics(sums)
+        if value_sums:
+            metrics |= value_metrics(value_sums)
         versions = [record.trajectory.weights_version for record in chain.from_iterable(groups)]
         metrics["staleness"] = version - fmean(versions)
         metrics["token_forwards"] = sum(batch.num_tokens for batch in batches)
@@ -124,7 +134,8 @@ class PolicyUpdate:
         annotated = []
         for group in groups:
             advantages = [record.advantage or 0.0 for record in group]
-            annotated.append(TrajectoryGroup([record.trajectory for record in group], advantages))
+            process = [record.process for record in group]
+            annotated.append(TrajectoryGroup([record.trajectory for record in group], advantages, process))
         with self.trainer.times("rows"):
             rows, lengths = objective_rows(
                 annotated,
@@ -141,14 +152,26 @@ class PolicyUpdate:
         if self.old_from_sampler:
             micro_batches = [with_extras(rows, old_logprobs=rows.extras["sampler_logprobs"]) for rows in micro_batches]
         elif (self.objective.needs_old_logprobs and self.mini_batches * self.epochs > 1) or self.correction.cap:
-            micro_batches = self.add_logprobs(micro_batches, self.trainer.model, "old_logprobs")
+            micro_batches = self.add_scores(micro_batches, self.trainer.model, "old_logprobs")
         if self.correction.cap and not self.old_from_sampler:
             micro_batches = [self.add_importance_weights(rows) for rows in micro_batches]
 
         if self.reference is not None:
-            micro_batches = self.add_logprobs(micro_batches, self.reference, "ref_logprobs")
+            micro_batches = self.add_scores(micro_batches, self.reference, "ref_logprobs")
+        micro_batches = self.add_step_advantages(micro_batches)
         group_sizes = [len(group) for group in groups]
         return MiniBatch(micro_batches, self.objective.denominator(lengths, self.longest), group_sizes)
+
+    def add_step_advantages(self, micro_batches: list[Rows]) -> list[Rows]:
+        """The micro-batches with an advantage for each token where steps differ: in value, reward or distance to it."""
+        if self.critic:
+            micro_batches = self.add_scores(micro_batches, self.critic.trainer.model, "values")
+            return [self.step_advantages(rows) if "values" in rows.extras else rows for rows in micro_batches]
+        if any("process_reward" in rows.extras for rows in micro_batches):
+            require_whole_trace(self.objective, "a process reward")
+        elif self.step_advantages.gamma == 1:
+            return micro_batches
+        return [self.step_advantages(rows) for rows in micro_batches]
 
     def add_importance_weights(self, rows: Rows) -> Rows:
         """The rows with the weights that make up for a sampler that was not the trainer; see corrections.py."""
@@ -165,7 +188,7 @@ class PolicyUpdate:
         """
         if not any("old_logprobs" in rows.extras for rows in batch.micro_batches):
             return batch.micro_batches  # the policy is still the one that sampled
-        micro_batches = self.add_logprobs(batch.micro_batches, self.trainer.model, "present_logprobs")
+        micro_batches = self.add_scores(batch.micro_batches, self.trainer.model, "present_logprobs")
         own: dict[int, float] = {}  # log-ratios by answer
         for rows in micro_batches:
             if "present_logprobs" in rows.extras:
@@ -191,21 +214,21 @@ class PolicyUpdate:
                 reference[name].lerp_(weight.to(reference[name]), self.objective.reference_rate)
 
     @torch.no_grad()
-    def add_logprobs(self, micro_batches: Sequence[Rows], model: nn.Module, name: str) -> list[Rows]:
-        """The micro-batches with a model's log-probs under `name`, by each process on its share of them."""
+    def add_scores(self, micro_batches: Sequence[Rows], model: nn.Module, name: str) -> list[Rows]:
+        """The micro-batches with a model's log-probs or values as `name`, by each process on its share of them."""
         accelerator = self.trainer.accelerator
         model.eval()
         with self.trainer.times("logprobs"):
-            logprobs = {}
+            scores = {}
             with accelerator.autocast():
                 for rows, _ in self.trainer.share(micro_batches):
-                    logprobs[id(rows)] = model(rows.to(accelerator.device))[0]
+                    scores[id(rows)] = model(rows.to(accelerator.device))[0]
             reshard(model)
 
             annotated = []
             for rows in micro_batches:
-                if id(rows) in logprobs:
-                    rows = with_extras(rows, **{name: logprobs[id(rows)].to(rows.target_index.device)})
+                if id(rows) in scores:
+                    rows = with_extras(rows, **{name: scores[id(rows)].to(rows.target_index.device)})
                 annotated.append(rows)
         return annotated
 

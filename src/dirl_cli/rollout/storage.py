@@ -24,6 +24,7 @@ class Record:
 
     sample: its index among the answers to its problem. completion: its text up to the stop token.
     reward, parts: the weighted sum and the rewards before weighting; None and empty where there are none.
+    process: what each of its denoising steps or blocks earned besides; empty where that was not computed.
     correct: verified and complete. learned_from: its group is one that its step learns from; `kept` in files.
     """
 
@@ -33,6 +34,7 @@ class Record:
     trajectory: Trajectory
     reward: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
+    process: list[float] = field(default_factory=list)
     correct: bool = False
     advantage: float | None = None
     learned_from: bool = False
@@ -133,6 +135,7 @@ def to_json(record: Record) -> dict[str, Any]:
         "completion": record.completion,
         "reward": record.reward,
         "parts": record.parts,
+        **({"process": record.process} if record.process else {}),
         "correct": record.correct,
         "advantage": record.advantage,
         "kept": record.learned_from,
@@ -160,6 +163,7 @@ def from_json(line: Any) -> Record:
         trajectory=trajectory_from_json(line),
         reward=finite_number(line, "reward", float, int, NoneType),
         parts={name: finite_number(parts, name, float, int) for name in parts},
+        process=finite_numbers(line, "process") if "process" in line else [],
         correct=value_of_type(line, "correct", bool),
         advantage=finite_number(line, "advantage", float, int, NoneType),
         learned_from=value_of_type(line, "kept", bool),
@@ -229,6 +233,14 @@ def finite_number(line: dict[str, Any], name: str, *types: type) -> Any:
     if value is not None and not abs(value) < FLOAT_LIMIT:
         raise ValueError(f"{name} is no finite number, or beyond {FLOAT_LIMIT:.0e}")
     return value
+
+
+def finite_numbers(line: dict[str, Any], name: str) -> list[float]:
+    """The value of a key, a list of numbers that float32 can hold and square."""
+    values = list_of_type(line, name, float, int)
+    if not all(abs(value) < FLOAT_LIMIT for value in values):
+        raise ValueError(f"{name} holds no finite number, or one beyond {FLOAT_LIMIT:.0e}")
+    return values
 
 
 def integer(line: dict[str, Any], name: str, least: int = 0) -> int:
