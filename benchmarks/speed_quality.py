@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.experiment import at_once
-from dirl_cli.evaluation.report import accuracy_text, number
+from dirl_cli.evaluation.report import accuracy_text, with_digits
 from dirl_cli.evaluation.result_card import Evaluation, read_evaluation
 from dirl_cli.report.plot import Point, scatter
 
@@ -64,7 +64,11 @@ def home(name: str) -> Path:
 
 def cells(evaluation: Evaluation) -> list[str]:
     metrics = evaluation.metrics
-    speeds = (number(metrics.tokens_per_forward, 2), number(metrics.tokens_per_second, 0), number(metrics.length, 0))
+    speeds = (
+        with_digits(metrics.tokens_per_forward, 2),
+        with_digits(metrics.tokens_per_second, 0),
+        with_digits(metrics.length, 0),
+    )
     return [accuracy_text(metrics), *speeds]
 
 

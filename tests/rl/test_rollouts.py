@@ -68,7 +68,7 @@ def test_the_surplus_is_for_the_next_step_also_after_a_checkpoint():
 def test_problems_that_are_always_or_never_solved_are_passed_over_until_they_have_rested():
     solved, hard, *others = order()
     ours = source(
-        {**each(MIXED), solved: [1.0, 1.0], hard: SAME}, curriculum=Curriculum(0.1, 0.9, rest=1), max_rounds=1
+        {**each(MIXED), solved: [1.0, 1.0], hard: SAME}, curriculum=Curriculum(0.1, 0.9, skips=1), max_rounds=1
     )
     asked = []
     for step in range(7):  # of two problems each: two epochs and a third of the six
@@ -81,7 +81,7 @@ def test_problems_that_are_always_or_never_solved_are_passed_over_until_they_hav
 
 
 def test_what_is_prefetched_is_what_the_curriculum_asks_next():
-    curriculum = Curriculum(0.1, 0.9, rest=1)
+    curriculum = Curriculum(0.1, 0.9, skips=1)
     plain, ahead = (source({**each(MIXED), order()[0]: SAME}, curriculum=curriculum, max_rounds=1) for _ in range(2))
     for step in range(6):
         rollout = ahead.collect(step)

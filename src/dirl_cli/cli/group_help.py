@@ -19,10 +19,10 @@ def show_asked_groups(words: Sequence[str], directory: Path | None) -> bool:
     directory: the user's config tree, if any.
     """
     groups = [word.removesuffix(f"={HELP}") for word in words if word.endswith(f"={HELP}")]
-    asked = [group for group in groups if config_tree.choices(group) and HELP not in config_tree.choices(group)]
-    for group in asked:
+    listed = [group for group in groups if config_tree.choices(group) and HELP not in config_tree.choices(group)]
+    for group in listed:
         show_choices(group, directory)
-    return bool(asked)
+    return bool(listed)
 
 
 def show_choices(group: str, directory: Path | None, stderr: bool = False) -> None:
@@ -42,11 +42,11 @@ def table_of(group: str, directory: Path | None) -> Table:
 def summaries(group: str, directory: Path | None) -> dict[str, str]:
     """By the name of each choice, what its file says first; "" where that is nothing."""
     trees = [tree for tree in (directory, conf_dir()) if tree]
-    found = {}
+    summary_of = {}
     for name in config_tree.choices(group):
         files = [tree / group / f"{name}.yaml" for tree in trees]
-        found[name] = next((first_sentence(file.read_text()) for file in files if file.exists()), "")
-    return found
+        summary_of[name] = next((first_sentence(file.read_text()) for file in files if file.exists()), "")
+    return summary_of
 
 
 def first_sentence(text: str) -> str:

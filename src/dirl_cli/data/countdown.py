@@ -72,27 +72,27 @@ def targets_of(numbers: tuple[int, ...]) -> dict[int, Computed]:
     Of several ways the one whose last operator comes first in + - * / is taken.
     """
     reached: dict[int, dict[int, Computed]] = {}  # by the set of numbers used, as bits of their places
-    for chosen in range(1, 1 << len(numbers)):
-        if chosen & (chosen - 1) == 0:
-            number = numbers[chosen.bit_length() - 1]
-            reached[chosen] = {number: Computed(number)}
+    for subset in range(1, 1 << len(numbers)):
+        if subset & (subset - 1) == 0:
+            number = numbers[subset.bit_length() - 1]
+            reached[subset] = {number: Computed(number)}
         else:
-            reached[chosen] = joined(chosen, reached)
+            reached[subset] = joined(subset, reached)
     return reached[(1 << len(numbers)) - 1]
 
 
-def joined(chosen: int, reached: dict[int, dict[int, Computed]]) -> dict[int, Computed]:
+def joined(subset: int, reached: dict[int, dict[int, Computed]]) -> dict[int, Computed]:
     """What a set of numbers reaches from what each two parts of it do."""
     ways: dict[int, Computed] = {}
     for operator in OPERATORS:
-        part = (chosen - 1) & chosen
-        while part:
-            for left in reached[part].values():
-                for right in reached[chosen ^ part].values():
+        half = (subset - 1) & subset
+        while half:
+            for left in reached[half].values():
+                for right in reached[subset ^ half].values():
                     value = applied(operator, left.value, right.value)
                     if value is not None and value not in ways:
                         ways[value] = Computed(value, operator, left, right)
-            part = (part - 1) & chosen
+            half = (half - 1) & subset
     return ways
 
 

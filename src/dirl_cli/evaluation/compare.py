@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.metrics import Metrics, by_problem
-from dirl_cli.evaluation.report import number
+from dirl_cli.evaluation.report import with_digits
 from dirl_cli.evaluation.result_card import Evaluation
 
 CAPTION = (
@@ -154,15 +154,15 @@ def difference_cells(name: str, difference: Difference) -> dict[str, str]:
     """A row of the table that shows a comparison."""
     digits = MEASURES[name].digits
     cells = {
-        "A": number(difference.a, digits),
-        "B": number(difference.b, digits),
+        "A": with_digits(difference.a, digits),
+        "B": with_digits(difference.b, digits),
         "B - A": f"{difference.b - difference.a:+.{digits}f}",
-        "z": number(difference.z, 1),
+        "z": with_digits(difference.z, 1),
         "> 1 s.e.": "",
         "> 2 s.e.": "",
     }
     if difference.error is not None and difference.z is not None:
-        cells["B - A"] += f" ± {number(difference.error, digits)}"
+        cells["B - A"] += f" ± {with_digits(difference.error, digits)}"
         for n in (1, 2):
             cells[f"> {n} s.e."] = "yes" if abs(difference.z) > n else "no"
     return cells

@@ -99,10 +99,10 @@ def metric_cells(metrics: Metrics, k: str) -> dict[str, str]:
         f"pass@{k}": percent(None if largest is None else metrics.pass_at[largest]),
         f"maj@{k}": percent(metrics.majority),
         "credit %": credit_text(metrics),
-        "length": number(metrics.length, 0),
+        "length": with_digits(metrics.length, 0),
         "cut %": percent(metrics.truncated),
-        "tok/step": number(metrics.tokens_per_denoising_forward, 2),
-        "tok/fwd": number(metrics.tokens_per_forward, 2),
+        "tok/step": with_digits(metrics.tokens_per_denoising_forward, 2),
+        "tok/fwd": with_digits(metrics.tokens_per_forward, 2),
     }
 
 
@@ -129,10 +129,10 @@ def credit_text(metrics: Metrics) -> str:
 def percent(share: float | None) -> str:
     if share is None:
         return ""
-    return number(100 * share, 1)
+    return with_digits(100 * share, 1)
 
 
-def number(value: float | None, digits: int) -> str:
+def with_digits(value: float | None, digits: int) -> str:
     if value is None:
         return ""
     return f"{value:.{digits}f}"

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from dirl_cli.console import PlainConsole
 from dirl_cli.evaluation.metrics import standard_error
-from dirl_cli.evaluation.report import draw, number
+from dirl_cli.evaluation.report import draw, with_digits
 from dirl_cli.evaluation.sweep import csv_text, folder_of, overrides, with_means
 from dirl_cli.files import write_text
 from dirl_cli.report.metrics_log import read_metrics
@@ -71,7 +71,7 @@ def run_cells(runs: Sequence[TrainingRun], columns: Mapping[str, Column]) -> dic
         if len(values) < len(runs):  # a mean of only some of them would be another number
             cells[column.header] = ""
             continue
-        cells[column.header] = number(fmean(values), column.digits)
+        cells[column.header] = with_digits(fmean(values), column.digits)
         if error := standard_error(values):
-            cells[column.header] += f" ± {number(error, column.digits)}"
+            cells[column.header] += f" ± {with_digits(error, column.digits)}"
     return cells

@@ -11,12 +11,12 @@ from dirl_cli.data.order import MixtureOrder
 class Curriculum:
     """Problems rest whose answers were last right more often than `easiest` or more rarely than `hardest`.
 
-    rest: how many times such a problem is passed over before it is asked again; what was too hard may no longer be.
+    skips: how many times such a problem is passed over before it is asked again; what was too hard may no longer be.
     """
 
     hardest: float
     easiest: float
-    rest: int
+    skips: int
 
     def indices(
         self, order: MixtureOrder, start: int, number: int, rests_until: Mapping[int, int]
@@ -25,12 +25,12 @@ class Curriculum:
 
         rests_until: by problem, the index of the order before which it is passed over.
         """
-        chosen: list[int] = []
+        selected: list[int] = []
         for index in count(start):
-            if len(chosen) == number:
-                return chosen, index
+            if len(selected) == number:
+                return selected, index
             if rests_until.get(order[index], 0) <= index:
-                chosen.append(index)
+                selected.append(index)
         raise AssertionError  # never: the order is endless, and so is no rest
 
     def rests(self, order: MixtureOrder, indices: Sequence[int], pass_rates: Sequence[float | None]) -> dict[int, int]:
@@ -42,8 +42,8 @@ class Curriculum:
                 if self.hardest <= pass_rate <= self.easiest:
                     rests_until[order[index]] = 0
                 else:  # it comes up once in each epoch
-                    rests_until[order[index]] = (index // epoch + 1 + self.rest) * epoch
+                    rests_until[order[index]] = (index // epoch + 1 + self.skips) * epoch
         return rests_until
 
 
-EVERYTHING = Curriculum(hardest=0.0, easiest=1.0, rest=0)
+EVERYTHING = Curriculum(hardest=0.0, easiest=1.0, skips=0)

@@ -189,15 +189,15 @@ class PolicyUpdate:
         if not any("old_logprobs" in rows.extras for rows in batch.micro_batches):
             return batch.micro_batches  # the policy is still the one that sampled
         micro_batches = self.add_scores(batch.micro_batches, self.trainer.model, "present_logprobs")
-        own: dict[int, float] = {}  # log-ratios by answer
+        own_log_ratios: dict[int, float] = {}  # by answer
         for rows in micro_batches:
             if "present_logprobs" in rows.extras:
                 log_ratio = at_level("sequence", rows.extras["present_logprobs"] - rows.extras["old_logprobs"], rows)
-                own |= dict(zip(rows.extras["sample"].tolist(), log_ratio.tolist(), strict=True))
+                own_log_ratios |= dict(zip(rows.extras["sample"].tolist(), log_ratio.tolist(), strict=True))
 
-        log_ratios = own
+        log_ratios = own_log_ratios
         if self.trainer.accelerator.num_processes > 1:
-            log_ratios = dict(gather_object(list(own.items())))
+            log_ratios = dict(gather_object(list(own_log_ratios.items())))
         by_answer = torch.tensor([log_ratios.get(sample, 0.0) for sample in range(sum(batch.group_sizes))])
         weights = self_normalised_weights(by_answer, batch.group_sizes, 1 + self.objective.clip_high)
         return [with_extras(rows, answer_weight=weights[rows.extras["sample"]]) for rows in micro_batches]
