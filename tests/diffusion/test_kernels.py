@@ -128,7 +128,7 @@ for logits in ("*bf16", "*fp32"):
     assert compiled(kernels._sum_up, [logits, "*i1", *sums, *sizes], width=kernels.CHUNK).asm["cubin"]
     for greedy, uniform in ((False, "*fp64"), (True, logits)):
         types = [logits, "*i1", uniform, *sums, *found, *sizes, "i32"]
-        assert compiled(kernels._find, types, greedy=greedy, width=kernels.CHUNK, lanes=64).asm["cubin"]
+        assert compiled(kernels._draw, types, greedy=greedy, width=kernels.CHUNK, lanes=64).asm["cubin"]
 """
 
 
