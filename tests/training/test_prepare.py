@@ -18,7 +18,7 @@ from dirl_cli.files import conf_dir
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.report.progress import StepProgress
-from dirl_cli.training.prepare import Reader
+from dirl_cli.training.prepare import Questions, Reader
 from dirl_cli.types import Instruction, Problem
 from tests.helpers.small import paid_by_the_letter, published_vocabulary
 
@@ -112,6 +112,17 @@ def sources(tmp_path) -> list[str]:
     first, second = save(tmp_path / "a.jsonl", ours), save(tmp_path / "b.jsonl", theirs)
     parts = f"[{{path: {first}, weight: 3}}, {{path: {second}, name: b, weight: 1, held_out: 2, columns: {columns}}}]"
     return ["data=mix", f"data.sources={parts}"]
+
+
+def test_the_digest_of_problems_changes_with_how_they_are_verified():
+    def digest(problem: Problem) -> str:
+        return Questions([problem], [[1, 2]]).digest
+
+    plain = Problem("1", "?", "4")
+    puzzle = replace(plain, verifier="countdown", details={"numbers": [1, 3], "target": 4})
+    other = replace(puzzle, details={"numbers": [2, 2], "target": 4})
+    assert len({digest(plain), digest(puzzle), digest(other)}) == 3
+    assert digest(replace(plain, id="2")) == digest(plain)
 
 
 def test_a_mix_is_learned_from_by_weight_with_epochs_of_each(sources, tmp_path, capsys):

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
@@ -29,8 +30,13 @@ class Questions:
 
     @property
     def digest(self) -> str:
-        """A SHA-256 that changes with any of the prompts and answers, and their order."""
-        answers = [problem.answer for problem in self.problems]
+        """A SHA-256 that changes with any of the prompts and answers, how these are verified, and their order."""
+        answers: list[Any] = []
+        for problem in self.problems:
+            answer: Any = problem.answer
+            if problem.verifier != "math" or problem.details:  # mathematics has the digest that it always had
+                answer = [problem.answer, problem.verifier, problem.details]
+            answers.append(answer)
         return hashlib.sha256(json.dumps([self.prompts, answers]).encode()).hexdigest()
 
 
