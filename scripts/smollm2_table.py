@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from dirl_cli.evaluation.compare import Difference, common_problems, compare
-from dirl_cli.evaluation.report import accuracy_text, number, percent
+from dirl_cli.evaluation.report import accuracy_text, percent, with_digits
 from dirl_cli.evaluation.result_card import Evaluation, read_evaluation
 from dirl_cli.files import writing
 from dirl_cli.report.metrics_log import read_metrics
@@ -58,7 +58,7 @@ def cells(evaluation: Evaluation | None) -> list[str]:
     if evaluation is None:
         return ["", "", ""]
     metrics = evaluation.metrics
-    return [accuracy_text(metrics), number(metrics.tokens_per_forward, 2), number(metrics.length, 0)]
+    return [accuracy_text(metrics), with_digits(metrics.tokens_per_forward, 2), with_digits(metrics.length, 0)]
 
 
 def said(evaluation: Evaluation) -> str:

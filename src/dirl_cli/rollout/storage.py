@@ -24,8 +24,8 @@ class Record:
 
     sample: its index among the answers to its problem. completion: its text up to the stop token.
     reward, parts: the weighted sum and the rewards before weighting; None and empty where there are none.
-    process: what each of its denoising steps or blocks earned besides; empty where that was not computed.
     correct: verified and complete. learned_from: its group is one that its step learns from; `kept` in files.
+    process: what each of its denoising steps or blocks earned besides; empty where that was not computed.
     """
 
     problem: Problem
@@ -34,10 +34,10 @@ class Record:
     trajectory: Trajectory
     reward: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
-    process: list[float] = field(default_factory=list)
     correct: bool = False
     advantage: float | None = None
     learned_from: bool = False
+    process: list[float] = field(default_factory=list)
 
 
 def rollout_path(directory: Path, step: int) -> Path:
