@@ -1,5 +1,6 @@
 """Every algorithm against its formula written out: one forward a state, one term a token, no packing."""
 
+from dataclasses import replace
 from math import exp, inf, log
 from statistics import mean, stdev
 
@@ -15,7 +16,7 @@ from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.objective import KL, NORMALIZERS, Objective
 from dirl_cli.rl.units import LEVELS, ratio_of
-from dirl_cli.rl.update import self_normalised_weights
+from dirl_cli.rl.update import mean_metrics, self_normalised_weights
 from dirl_cli.training.logprobs import LogprobModel, trajectory_logprobs
 from tests.helpers.algorithms import ALGORITHMS, algorithm
 from tests.helpers.answers import ANSWERS, BLOCK, LONGEST, REWARDS, TOKENS, answer, assert_same, gradient, packed
@@ -204,6 +205,14 @@ def test_nothing_is_learned_from_answers_that_did_not_stop_where_they_are_masked
     assert_same(masked[:2], packed(lm, algorithm("grpo"), without)[:2])
     by_token = packed(lm, algorithm("dipo", mask_overlong=True), groups())[2]
     assert by_token["total_weight"] == pytest.approx(1)  # of the tokens that are learned from
+
+
+def test_a_step_of_overlong_answers_alone_has_metrics_and_no_gradient():
+    lm = small_lm(scale=3.0)
+    overlong = [TrajectoryGroup([replace(ANSWERS[0][0], stop_reason="length")], [1.0])]
+    loss, grad, watched = packed(lm, algorithm("dipo", mask_overlong=True), overlong)
+    assert (loss, grad.norm()) == (0, 0)
+    assert mean_metrics([watched | {"loss": loss, "skipped": 0.0}])["entropy"] == 0
 
 
 def test_the_dual_clip_bounds_what_a_bad_answer_costs():

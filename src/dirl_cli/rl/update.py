@@ -247,7 +247,7 @@ def mean_metrics(sums: Sequence[dict[str, float]]) -> dict[str, float]:
     """
     steps = []
     for step in sums:
-        total_weight = step["total_weight"]
+        total_weight = step["total_weight"] or 1.0  # 0 where no token counts, such as of answers that are all overlong
         means = {name: step[name] / total_weight for name in TOKEN_SUMS if name in step}
         if "correction" in means:
             square = means.pop("correction_square")
