@@ -8,14 +8,14 @@ Shapes: V views of L tokens, prompt and answer; A answer tokens.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from dirl_cli.diffusion.layout import SHARED, Strip, lay_out
-from dirl_cli.errors import DirlError, did_you_mean
-from dirl_cli.ranges import Count, InnerShare, Share
+from dirl_cli.errors import DirlError
+from dirl_cli.ranges import Count, InnerShare, OneOf, Share
 from dirl_cli.types import Trajectory
 
 
@@ -63,11 +63,7 @@ class SampledTrace:
     """
 
     steps: Count
-    choose: str
-
-    def __post_init__(self) -> None:
-        if self.choose not in STEP_CHOICES:
-            raise DirlError(f"algo.views.choose={self.choose}: {did_you_mean(self.choose, STEP_CHOICES)}")
+    choose: Annotated[str, OneOf("uniform", "surprisal", "most_surprising")]
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         start = len(trajectory.prompt_ids)
@@ -93,9 +89,6 @@ class SampledTrace:
             chance = (chance + surprisal / surprisal.sum()) / 2
         expected = self.steps * chance
         return (systematic_counts(expected, generator) / expected).float()
-
-
-STEP_CHOICES = ("uniform", "surprisal", "most_surprising")
 
 
 def mean_surprisals(trajectory: Trajectory, index: Tensor, steps: int) -> Tensor:

@@ -32,6 +32,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.ranges import NotNegative, Positive, Share, ShareBelowOne, SomeShare
 from dirl_cli.rl.objective import Cap, Objective
+from dirl_cli.rl.units import unit_index
 from dirl_cli.training.optim import Rate, adamw
 from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.types import SHARDED_LAUNCHES
@@ -174,9 +175,10 @@ class StepAdvantages:
         of what its step earned.
         """
         extras = rows.extras
-        place = [extras["sample"], rows.at_targets(rows.coordinates.block), rows.at_targets(rows.view)]
-        steps, step = torch.stack(place).unique(dim=1, return_inverse=True)  # (3, S), in order; (N,)
-        is_last = pad(steps[0].diff() != 0, (0, 1), value=True)  # (S,)
+        sample = extras["sample"]
+        step = unit_index("step", rows)  # (N,), in the order in which steps happened
+        sample_of_step = sample.new_zeros(int(step.max()) + 1).scatter(0, step, sample)  # (S,)
+        is_last = pad(sample_of_step.diff() != 0, (0, 1), value=True)  # (S,)
         values = extras.get("values", torch.zeros_like(extras["advantage"]))
 
         reward = torch.where(is_last, mean_of_step(extras["advantage"], step), 0.0)  # (S,), the same for its tokens

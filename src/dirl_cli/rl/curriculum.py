@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 from dirl_cli.data.order import MixtureOrder
 
@@ -26,12 +25,12 @@ class Curriculum:
         rests_until: by problem, the index of the order before which it is passed over.
         """
         selected: list[int] = []
-        for index in count(start):
-            if len(selected) == number:
-                return selected, index
+        index = start
+        while len(selected) < number:  # the order is endless, and no rest is
             if rests_until.get(order[index], 0) <= index:
                 selected.append(index)
-        raise AssertionError  # never: the order is endless, and so is no rest
+            index += 1
+        return selected, index
 
     def rests(self, order: MixtureOrder, indices: Sequence[int], pass_rates: Sequence[float | None]) -> dict[int, int]:
         """By problem, until when those just asked rest; 0 for those that do not. None where nothing was answered."""
