@@ -12,16 +12,9 @@ from dirl_cli.reward.scoring import RewardComputer, RewardSettings
 from dirl_cli.rl.advantages import AdvantageEstimator
 from dirl_cli.rl.curriculum import Curriculum
 from dirl_cli.rl.during_update import prefetch_rollout
+from dirl_cli.rl.replay import ReplayedRollouts, Rescorer, continues, rollouts_of
 from dirl_cli.rl.rollout_metrics import answer_table, records, rollout_metrics
-from dirl_cli.rl.rollouts import (
-    ReplayedRollouts,
-    Rescorer,
-    Rollout,
-    RolloutState,
-    add_advantages,
-    continues,
-    rollouts_of,
-)
+from dirl_cli.rl.rollouts import Rollout, RolloutState, add_advantages
 from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
 from dirl_cli.types import Problem, Trajectory
 from tests.helpers.fake_rollouts import MIXED, POOL, SAME, FakeScorer, each, ids, order, source

@@ -1,8 +1,7 @@
-"""Where groups of scored answers come from: sampled with dynamic sampling, or read back from an earlier run."""
+"""Groups of answers with what they earned, and where they come from: sampled, with dynamic sampling."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -16,14 +15,14 @@ from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.distributed import split_by_cost
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.reward.process import RevealedBlock, by_step
+from dirl_cli.reward.process import RevealedBlock
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import RewardComputer, RewardResult
 from dirl_cli.rl.advantages import AdvantageEstimator, GroupRewards, has_signal
-from dirl_cli.rl.batch import steps_of_blocks, steps_of_tokens
+from dirl_cli.rl.batch import steps_of_tokens
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
 from dirl_cli.rollout.sampler import Sampler
-from dirl_cli.rollout.storage import Record, from_json, read_lines, require_learnable, rollout_files, to_json
+from dirl_cli.rollout.storage import Record, from_json, to_json
 from dirl_cli.types import Decoding, Problem, Trajectory
 
 Group = list[Record]  # the group of one problem: the answers to it, with what they earned
@@ -236,84 +235,6 @@ class SampledRollouts:
                 yield indices[key[0]], with_reward(record, result)
 
 
-@dataclass
-class ReplayedRollouts:
-    """The groups of an earlier run, step by step: those it learned from, and all that a step has on record.
-
-    lm: what is to learn from them. rescorer: rewards them anew; None leaves their rewards as they are.
-    """
-
-    files: dict[int, Path]
-    lm: DiffusionLM
-    rescorer: "Rescorer | None" = None
-    state: RolloutState = field(default_factory=RolloutState)
-    answers_per_problem = 0
-
-    @property
-    def is_new(self) -> bool:
-        return self.rescorer is not None
-
-    def collect(self, step: int) -> Rollout:
-        """See `RolloutSource.collect`.
-
-        Raises DirlError, with file and line, for an answer that nothing can be learned from.
-        """
-        groups: list[Group] = []
-        for line, record in read_lines(self.files[step + 1]):
-            require_learnable(line, record.trajectory, self.lm)
-            if not self.rescorer:
-                require_rewarded(line, record, groups[0][0] if groups else record)
-                require_rewards_of_steps(line, record, self.lm.block_size)
-            if not groups or not continues(groups[-1][-1], record):
-                groups.append([])
-            groups[-1].append(record)
-
-        if self.rescorer:
-            groups = self.rescorer.reward(groups)
-            selected = [group for group in groups if group_has_signal(group, self.rescorer.filter)]
-        else:
-            selected = [group for group in groups if group[0].learned_from]
-        return Rollout(selected, groups, len(selected))
-
-    def epochs(self) -> dict[str, float]:
-        return {}
-
-
-@dataclass(frozen=True)
-class Rescorer:
-    """Rewards answers anew. filter: see `has_signal`. longest: tokens allowed in an answer.
-
-    decode: the text of tokens, where steps are rewarded by it.
-    """
-
-    reward_computer: RewardComputer
-    filter: str
-    longest: int
-    block_size: int
-    decode: Decode | None = None
-
-    def reward(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with their new rewards, without answers that have none and groups that have no answer."""
-        results = dict(self.reward_computer.compute(self._answers(groups)))
-        rewarded_groups = []
-        for i, group in enumerate(groups):
-            rewarded = []
-            for k, record in enumerate(group):
-                result = results.get((i, k))
-                if result is not None:
-                    rewarded.append(with_reward(record, result))
-            if rewarded:
-                rewarded_groups.append(rewarded)
-        return rewarded_groups
-
-    def _answers(self, groups: Sequence[Group]) -> Iterator[tuple[tuple[int, int], Answer]]:
-        for i, group in enumerate(groups):
-            for k, record in enumerate(group):
-                problem, trajectory, text = record.problem, record.trajectory, record.completion
-                blocks = revealed_blocks(self.decode, trajectory, self.block_size)
-                yield (i, k), Answer.of(problem, trajectory, text, self.longest, self.block_size, blocks)
-
-
 def revealed_blocks(decode: Decode | None, trajectory: Trajectory, block_size: int) -> tuple[RevealedBlock, ...]:
     """An answer's blocks with the texts that their steps revealed; none without `decode`."""
     if decode is None:
@@ -331,39 +252,6 @@ def revealed_blocks(decode: Decode | None, trajectory: Trajectory, block_size: i
     return tuple(blocks)
 
 
-def require_rewards_of_steps(line: str, record: Record, block_size: int) -> None:
-    """Raises DirlError for an answer on record whose process rewards are neither of its steps nor of its blocks.
-
-    line: the file and the number of the line that holds the record.
-    """
-    try:
-        if record.process:
-            by_step(record.process, steps_of_blocks(record.trajectory, block_size))
-    except ValueError as error:
-        raise DirlError(f"{line}: process holds {error}; give as many as there are of either") from error
-
-
-def require_rewarded(line: str, record: Record, first: Record) -> None:
-    """Raises DirlError for an answer without a reward, or with others than the `first` of its step.
-
-    line: the file and the number of the line that holds the record.
-    """
-    if record.reward is None:
-        raise DirlError(f"{line} has no reward: reward it anew with rl.rescore=true")
-    if record.parts.keys() != first.parts.keys():
-        names = f"{' + '.join(record.parts) or 'none'} and {' + '.join(first.parts) or 'none'}"
-        raise DirlError(f"{line} has other rewards than the first line ({names}): reward it anew with rl.rescore=true")
-
-
-def rollouts_of(directory: Path, steps: int) -> dict[int, Path]:
-    """The files of a run's rollouts by step. Raises DirlError if there is none for one of the steps."""
-    files = rollout_files(directory)
-    missing = [step for step in range(1, steps + 1) if step not in files]
-    if missing:
-        raise DirlError(f"{directory} holds no rollout of step {missing[0]}: replay fewer with steps={missing[0] - 1}")
-    return files
-
-
 def group_has_signal(group: Group, rule: str) -> bool:
     """Whether a group is worth learning from; see `has_signal`."""
     rewards = [record.reward or 0.0 for record in group]
@@ -377,11 +265,6 @@ def pass_rate(group: Group) -> float | None:
 
 def with_reward(record: Record, result: RewardResult) -> Record:
     return replace(record, reward=result.total, parts=result.parts, process=result.process, correct=result.correct)
-
-
-def continues(last: Record, record: Record) -> bool:
-    """Whether a record belongs to the group of the one before it; a problem may be drawn twice in a step."""
-    return record.problem == last.problem and record.sample > last.sample and record.learned_from == last.learned_from
 
 
 def add_advantages(groups: Sequence[Group], estimator: AdvantageEstimator) -> list[Group]:

@@ -1,0 +1,125 @@
+"""What learns: the policy's update with its reference or teacher, and its critic."""
+
+from collections.abc import Callable
+from functools import partial
+
+from accelerate import Accelerator
+from omegaconf import DictConfig
+
+from dirl_cli.commands.rl_parts import RlParts
+from dirl_cli.commands.start import shapes_of
+from dirl_cli.errors import DirlError
+from dirl_cli.models.load import DiffusionLM, SavedModel
+from dirl_cli.models.peft import FullFinetune
+from dirl_cli.rl.corrections import Correction
+from dirl_cli.rl.critic import Critic, LearnedCritic, StepAdvantages
+from dirl_cli.rl.objective import Objective
+from dirl_cli.rl.update import PolicyUpdate, reference_model
+from dirl_cli.training.logprobs import LogprobModel
+from dirl_cli.training.trainer import Trainer
+
+
+def policy_update(
+    cfg: DictConfig,
+    parts: RlParts,
+    lm: DiffusionLM,
+    inference_lm: DiffusionLM,
+    accelerator: Accelerator,
+    updates: int,
+) -> PolicyUpdate:
+    """What updates the model, `updates` times in all, and keeps it near a reference where that is asked for.
+
+    inference_lm: the model without an adapter.
+    """
+    objective = parts.objective
+    schedule = partial(parts.schedule, steps=updates)
+    critic = None
+    gae_lambda = 1.0
+    if isinstance(parts.critic, LearnedCritic):
+        critic = start_critic(cfg, parts.critic, lm, accelerator, schedule)
+        gae_lambda = parts.critic.gae_lambda
+    trainer = Trainer(
+        accelerator,
+        LogprobModel(lm.model, lm.unsampled_ids, parts.decoding),
+        parts.optim.build(lm.model),
+        schedule,
+        cfg.clip_norm,
+        cfg.max_skipped,
+        cfg.skip_norm,
+    )
+    return PolicyUpdate(
+        trainer,
+        objective,
+        objective.estimator(parts.reward_settings.weights),
+        lm,
+        reference=start_reference(cfg, parts, lm, inference_lm),
+        old_from_sampler=cfg.rl.old == "sampler" and objective.is_exact,
+        correction=Correction(
+            cfg.rl.correction_cap, cfg.rl.correction_floor, cfg.rl.correction_level, cfg.rl.correction
+        ),
+        mini_batches=cfg.rl.mini_batches,
+        epochs=cfg.rl.epochs,
+        train_tail=cfg.rl.train_tail,
+        row_tokens=cfg.row_tokens,
+        micro_rows=cfg.micro_rows,
+        longest=parts.decoding.max_new_tokens,
+        seed=cfg.seed,
+        peft=parts.peft,
+        critic=critic,
+        step_advantages=StepAdvantages(parts.critic.gamma, gae_lambda),
+    )
+
+
+def start_reference(cfg: DictConfig, parts: RlParts, lm: DiffusionLM, inference_lm: DiffusionLM) -> LogprobModel | None:
+    """The model to stay near, where the objective asks for one.
+
+    inference_lm: the model without an adapter, whose copy a reference that moves is.
+    """
+    objective = parts.objective
+    if objective.teacher:
+        teacher = SavedModel("teacher", objective.teacher).load(cfg.dtype, str(lm.device), cfg.attention)
+        teacher.model.requires_grad_(False)
+        return reference_model(teacher, parts.decoding)
+    if objective.beta and objective.reference_every:
+        return reference_model(FullFinetune().reference(inference_lm), parts.decoding)
+    if objective.beta:
+        return reference_model(parts.peft.reference(lm), parts.decoding)
+    return None
+
+
+def teacher_parameters(cfg: DictConfig, objective: Objective, lm: DiffusionLM) -> int:
+    """How many parameters a teacher has; 0 without one. Raises DirlError for one that could not teach `lm`."""
+    if not objective.teacher:
+        return 0
+    teacher = shapes_of(cfg, SavedModel("teacher", objective.teacher))
+    require_same_tokens(teacher, lm)
+    return sum(parameter.numel() for parameter in teacher.model.parameters())
+
+
+def require_same_tokens(teacher: DiffusionLM, lm: DiffusionLM) -> None:
+    """Raises DirlError for a teacher with other tokens, blocks or mask, which could not score the policy's states."""
+    reason = None
+    if teacher.block_size != lm.block_size:
+        reason = f"blocks of {teacher.block_size}, and the policy of {lm.block_size}"
+    elif teacher.mask_token_id != lm.mask_token_id:
+        reason = f"the mask token {teacher.mask_token_id}, and the policy {lm.mask_token_id}"
+    elif teacher.tokenizer and lm.tokenizer and teacher.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        reason = "other tokens than the policy"
+    if reason:
+        raise DirlError(f"the teacher has {reason}: give algo.teacher a model of the same family")
+
+
+def start_critic(
+    cfg: DictConfig,
+    settings: LearnedCritic,
+    lm: DiffusionLM,
+    accelerator: Accelerator,
+    schedule: Callable[[int], float],
+) -> Critic:
+    """The critic of a policy that has not learned yet, which takes a step with every one of the policy's."""
+    model = settings.model(lm)
+    optimizers = [settings.optimizer(model)]
+    trainer = Trainer(
+        accelerator, model, optimizers, schedule, cfg.clip_norm, cfg.max_skipped, cfg.skip_norm, rate="critic.lr"
+    )
+    return Critic(trainer, settings.value_clip)

@@ -1,0 +1,77 @@
+"""What an rl config's groups describe, and which of them exclude each other."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dirl_cli.cli.build import build
+from dirl_cli.errors import DirlError
+from dirl_cli.models.peft import Peft
+from dirl_cli.reward.scoring import RewardSettings
+from dirl_cli.rl.critic import LearnedCritic, NoCritic, require_whole_trace
+from dirl_cli.rl.objective import Objective
+from dirl_cli.types import Decoding, Instruction
+
+
+@dataclass(frozen=True)
+class RlParts:
+    """What the config's groups describe."""
+
+    model: Any
+    peft: Peft
+    data: Any
+    optim: Any
+    schedule: Any
+    engine: Any
+    objective: Objective
+    critic: NoCritic | LearnedCritic
+    reward_settings: RewardSettings
+    decoding: Decoding
+    instruction: Instruction
+
+
+def build_rl_parts(cfg: DictConfig) -> RlParts:
+    """What the config's groups describe."""
+    return RlParts(
+        model=build(cfg.model),
+        peft=build(cfg.peft),
+        data=build(cfg.data),
+        optim=build(cfg.optim),
+        schedule=build(cfg.schedule),
+        engine=build(cfg.rollout),
+        objective=build(cfg.algo, Objective),
+        critic=build(cfg.critic),
+        reward_settings=build(cfg.reward, RewardSettings),
+        decoding=build(cfg.decoding, Decoding),
+        instruction=build(cfg.instruction, Instruction),
+    )
+
+
+def settle_ratio(rl: DictConfig) -> None:
+    """Put what an on-policy or an off-policy rollout wants in the place of `old: auto` and of no `correction_cap`."""
+    if rl.old == "auto":
+        rl.old = "trainer" if rl.async_rollout else "sampler"
+    if rl.correction_cap is None:
+        rl.correction_cap = 2.0 if rl.async_rollout else 0.0
+
+
+def require_compatible(rl: DictConfig, objective: Objective, decoding: Decoding) -> None:
+    """Raises DirlError for choices that exclude each other, before anything is loaded."""
+    if rl.correction_cap and not (rl.old == "trainer" and objective.is_exact):
+        raise DirlError(
+            "rl.correction_cap wants rl.old=trainer and an algorithm that scores the true trace, as dipo: set it to 0"
+        )
+    if decoding.temperature == 0 and not rl.replay:
+        raise DirlError("decoding.temperature=0 gives a group equal answers, from which there is nothing to learn")
+
+
+def require_steps(parts: RlParts, launch: str) -> None:
+    """Raises DirlError where steps have values or rewards and the algorithm does not score them all."""
+    if isinstance(parts.critic, LearnedCritic):
+        parts.critic.require(parts.peft, launch)
+        require_whole_trace(parts.objective, "a critic")
+    if parts.critic.gamma < 1:
+        require_whole_trace(parts.objective, f"critic.gamma={parts.critic.gamma:g}")
+    if parts.reward_settings.process:
+        require_whole_trace(parts.objective, "reward.process")

@@ -1,0 +1,70 @@
+"""Where groups of answers come from: the sampler and the curriculum, or an earlier run's rollouts."""
+
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from accelerate import Accelerator
+from omegaconf import DictConfig
+
+from dirl_cli.commands.problems import Pools
+from dirl_cli.commands.rl_parts import RlParts
+from dirl_cli.data.chat import answer_text
+from dirl_cli.models.load import DiffusionLM, pick_dtype
+from dirl_cli.models.peft import FullFinetune
+from dirl_cli.reward.scoring import RewardComputer
+from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
+from dirl_cli.rl.replay import ReplayedRollouts, Rescorer, rollouts_of
+from dirl_cli.rl.rollouts import RolloutSource, SampledRollouts, problem_order
+from dirl_cli.rollout.engines import Native
+from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.training.parallel import unsharded_model
+
+
+def rollout_source(
+    cfg: DictConfig,
+    parts: RlParts,
+    pools: Pools,
+    lm: DiffusionLM,
+    sampler: Sampler,
+    reward_computer: RewardComputer,
+    accelerator: Accelerator,
+) -> RolloutSource:
+    """Where groups of answers come from: the sampler, or an earlier run's rollouts."""
+    decode = partial(answer_text, lm.require_tokenizer()) if parts.reward_settings.process else None
+    if cfg.rl.replay:
+        rescorer = Rescorer(reward_computer, cfg.rl.filter, parts.decoding.max_new_tokens, lm.block_size, decode)
+        files = rollouts_of(Path(cfg.rl.replay), cfg.steps)
+        return ReplayedRollouts(files, lm, rescorer if cfg.rl.rescore else None)
+    curriculum = EVERYTHING
+    if cfg.rl.curriculum:
+        hardest, easiest = cfg.rl.curriculum
+        curriculum = Curriculum(hardest, easiest, cfg.rl.curriculum_rest)
+    return SampledRollouts(
+        list(chain.from_iterable(pool.problems for pool in pools.training)),
+        list(chain.from_iterable(pool.prompts for pool in pools.training)),
+        lm,
+        sampler,
+        reward_computer,
+        parts.decoding,
+        accelerator,
+        problems_per_step=cfg.rl.problems,
+        group_size=cfg.rl.group_size,
+        filter=cfg.rl.filter,
+        max_rounds=cfg.rl.max_rounds,
+        order=problem_order([len(pool.problems) for pool in pools.training], pools.weights, cfg.seed),
+        seed=cfg.seed,
+        sources=pools.names,
+        prefetches=cfg.rl.async_rollout,
+        curriculum=curriculum,
+        decode=decode,
+    )
+
+
+def start_sampler(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> Sampler:
+    """The engine with weights to sample from; a copy of them where they would change while it samples."""
+    sampler_lm = unsharded_model(lm, pick_dtype(cfg.dtype, lm.device.type))
+    if cfg.rl.async_rollout and sampler_lm is lm and isinstance(parts.engine, Native):
+        sampler_lm = FullFinetune().reference(lm)
+    sampler: Sampler = parts.engine.start(sampler_lm, own_weights=sampler_lm is not lm)
+    return sampler
