@@ -28,7 +28,7 @@ from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.sft.batches import Noise, NoisedBatches
-from dirl_cli.sft.validation import SftEvaluation, cross_entropy, hold_out, metric
+from dirl_cli.sft.validation import FinetuneEvaluation, cross_entropy, hold_out, metric
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.trainer import Trainer
 from tests.helpers.sft_runs import config
@@ -252,17 +252,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
 
 def test_an_evaluation_that_was_cut_short_is_made_up_for(finished, tmp_path, monkeypatch):
     """And the line of its step is written then, as an undisturbed run writes it."""
-    measure, cut = SftEvaluation.measure, []
+    measure, cut = FinetuneEvaluation.measure, []
 
     def interrupted(self):
         if not cut:
             cut.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
-            with self.trainer.stoppable():
+            with self.held_out.stoppable():
                 pass
         return measure(self)
 
-    monkeypatch.setattr(SftEvaluation, "measure", interrupted)
+    monkeypatch.setattr(FinetuneEvaluation, "measure", interrupted)
     with pytest.raises(Stopped, match="stopped after step"):
         run(config("eval_every=3"), tmp_path)
     step = int(max((tmp_path / "checkpoints").iterdir()).name[5:])

@@ -39,7 +39,7 @@ from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.grading import Grader
 from dirl_cli.sft.batches import Noise, NoisedBatches, Padded
 from dirl_cli.sft.train import train
-from dirl_cli.sft.validation import SftEvaluation, hold_out, metric
+from dirl_cli.sft.validation import FinetuneEvaluation, cross_entropy, hold_out, metric
 from dirl_cli.training.checkpoint import require_measured
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, warmup_remark
@@ -238,7 +238,7 @@ def open_training(
     grader: Grader,
     accelerator: Accelerator,
     progress: StepProgress,
-) -> tuple[Session, NoisedBatches, SftEvaluation | None]:
+) -> tuple[Session, NoisedBatches, FinetuneEvaluation | None]:
     """The run where it goes on, its batches, and what it is measured by."""
     fingerprints = {
         "base_fingerprint": fingerprint(lm.model),
@@ -269,15 +269,16 @@ def open_training(
     unseen = Padded(data.held_out, lm.block_size, lm.pad_token_id)
     validation = None
     if len(unseen):
-        validation = hold_out([unseen[i] for i in range(len(unseen))], noise, cfg.mask_rates, cfg.seed)
+        unseen_rows = hold_out([unseen[i] for i in range(len(unseen))], noise, cfg.mask_rates, cfg.seed)
+        validation = partial(unseen_rows.measure, trainer, cross_entropy, cfg.micro_rows)
     questions = data.problems
     decoding = lm.decoding(parts.decoding)
     held_out = HeldOutEval(questions.problems, questions.prompts, lm, decoding, accelerator, progress, stop.raising)
     dtype = pick_dtype(cfg.dtype, lm.device.type)
     evaluation = None
     if validation or questions.problems:
-        evaluation = SftEvaluation(
-            validation, held_out, trainer, lm, parts.peft, grader, dtype, cfg.micro_rows, progress
+        evaluation = FinetuneEvaluation(
+            validation, "held-out demonstrations", held_out, lm, parts.peft, grader, dtype, progress
         )
 
     # The log is opened last: where the run goes on tells which of its lines stay.

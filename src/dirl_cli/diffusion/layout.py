@@ -95,6 +95,10 @@ class Rows:
         """`coordinate`, of shape (R, L), at the scored tokens: (N,)."""
         return coordinate.flatten()[self.target_index]
 
+    def with_extras(self, **extras: Tensor) -> "Rows":
+        """The same rows with more about each scored token: (N,) each."""
+        return replace(self, extras={**self.extras, **extras})
+
     def to(self, device: torch.device | str) -> "Rows":
         """The same rows on another device; masks are made there anew."""
         tensors: dict[str, Any] = {}

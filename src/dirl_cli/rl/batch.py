@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from dirl_cli.diffusion.layout import Rows, Strip, common_blocks, join_strips, pack
-from dirl_cli.diffusion.states import BlockSpec
+from dirl_cli.diffusion.states import BlockSpec, Views
 from dirl_cli.reward.process import by_step
 from dirl_cli.rl.objective import Objective
 from dirl_cli.types import Trajectory
@@ -38,41 +38,21 @@ def objective_rows(
 ) -> tuple[Rows, list[int]]:
     """Packed rows of the groups' trajectories in the objective's views, and each answer's number of trained tokens.
 
-    What the answers of a group begin with in common is laid out once, as long as they fit into a row together.
-    train_tail: whether the tokens after the stop token, which fill up its block, are trained too.
-    Extras of each scored token: sample, length, advantage, sampler_logprobs and the version of the weights that it was
-    sampled from; and process_reward where there are any.
+    Extras of each scored token: those of `answer_rows`, its advantage, sampler_logprobs and the version of the weights
+    that it was sampled from; and process_reward where there are any.
     """
-    strips: list[Strip] = []
-    sizes = []  # answers in each strip
-    for group in groups:
-        answers = [objective.views(trajectory, spec, generator) for trajectory in group.trajectories]
-        for joined in fitting(answers, row_tokens, spec.block_size):
-            strips.append(join_strips(joined, spec.block_size))
-            sizes.append(len(joined))
-    rows = pack(strips, row_tokens, spec.block_size, pad_id)
-
     trajectories = list(chain.from_iterable(group.trajectories for group in groups))
     advantages = list(chain.from_iterable(group.advantages for group in groups))
-    lengths = []
-    for trajectory in trajectories:
-        if objective.mask_overlong and trajectory.stop_reason == "length":
-            lengths.append(0)
-        elif train_tail:
-            lengths.append(len(trajectory.token_ids))
-        else:
-            lengths.append(trained_length(trajectory))
+    lengths = trained_lengths(trajectories, train_tail)
+    if objective.mask_overlong:
+        for i, trajectory in enumerate(trajectories):
+            if trajectory.stop_reason == "length":
+                lengths[i] = 0
 
-    # Which answer each scored token belongs to, and which of its answer's tokens it is: (N,) each. Of a group that is
-    # too long for a row there are several strips.
-    first_of_strip = torch.tensor([0, *accumulate(sizes)])
-    sample = first_of_strip[rows.at_targets(rows.strip)] + rows.at_targets(rows.sequence) - 1
-    prompt_lengths = torch.tensor([len(trajectory.prompt_ids) for trajectory in trajectories])
-    index = rows.at_targets(rows.position) - prompt_lengths[sample]
-    length = torch.tensor(lengths)[sample]
+    answers = [group.trajectories for group in groups]
+    rows = answer_rows(answers, lengths, objective.views, spec, pad_id, row_tokens, generator)
+    sample, index = rows.extras["sample"], rows.extras["index"]
     extras = {
-        "sample": sample,
-        "length": length.clamp(min=1).float(),
         "advantage": torch.tensor(advantages)[sample],
         "version": torch.tensor([trajectory.weights_version for trajectory in trajectories])[sample],
         "sampler_logprobs": padded([trajectory.logprobs for trajectory in trajectories])[sample, index],
@@ -81,7 +61,55 @@ def objective_rows(
     if any(process):
         shares = [reward_shares(*pair, spec.block_size) for pair in zip(trajectories, process, strict=True)]
         extras["process_reward"] = padded(shares)[sample, index]
-    return replace(rows, weight=rows.weight * (index < length), extras=extras), lengths
+    return rows.with_extras(**extras), lengths
+
+
+def answer_rows(
+    groups: Sequence[Sequence[Trajectory]],
+    lengths: Sequence[int],
+    views: Views,
+    spec: BlockSpec,
+    pad_id: int,
+    row_tokens: int,
+    generator: Generator,
+    keeps_groups: bool = False,
+) -> Rows:
+    """Packed rows of groups of answers in these views.
+
+    What the answers of a group begin with in common is laid out once, as long as they fit into a row together; with
+    `keeps_groups` they are in one row in any case.
+    lengths: the trained tokens of each answer, from its first; those after them weigh 0.
+    Extras of each scored token: `sample`, the answer it belongs to, counted over all groups; `index`, which of its
+    tokens it is; and `length`, the trained tokens of its answer, or 1 where there are none.
+    """
+    strips: list[Strip] = []
+    sizes = []  # answers in each strip
+    for group in groups:
+        answers = [views(trajectory, spec, generator) for trajectory in group]
+        runs = [answers] if keeps_groups else fitting(answers, row_tokens, spec.block_size)
+        for joined in runs:
+            strips.append(join_strips(joined, spec.block_size))
+            sizes.append(len(joined))
+    rows = pack(strips, row_tokens, spec.block_size, pad_id)
+
+    # Of a group that is too long for a row there are several strips.
+    first_of_strip = torch.tensor([0, *accumulate(sizes)])
+    sample = first_of_strip[rows.at_targets(rows.strip)] + rows.at_targets(rows.sequence) - 1  # (N,)
+    prompt_lengths = torch.tensor([len(trajectory.prompt_ids) for trajectory in chain.from_iterable(groups)])
+    index = rows.at_targets(rows.position) - prompt_lengths[sample]  # (N,)
+    length = torch.tensor(lengths)[sample]  # (N,)
+    extras = {"sample": sample, "index": index, "length": length.clamp(min=1).float()}
+    return replace(rows, weight=rows.weight * (index < length), extras=extras)
+
+
+def trained_lengths(trajectories: Sequence[Trajectory], train_tail: bool) -> list[int]:
+    """How many tokens of each answer are trained.
+
+    train_tail: whether those after the stop token, which fill up its block, are among them.
+    """
+    if train_tail:
+        return [len(trajectory.token_ids) for trajectory in trajectories]
+    return [trained_length(trajectory) for trajectory in trajectories]
 
 
 def fitting(strips: Sequence[Strip], row_tokens: int, block_size: int) -> list[list[Strip]]:

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from statistics import fmean
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from dirl_cli.data.order import generator
 from dirl_cli.diffusion.layout import Rows
@@ -24,7 +24,7 @@ from dirl_cli.rl.rollouts import Group
 from dirl_cli.rl.units import at_level
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.logprobs import LogprobModel
-from dirl_cli.training.parallel import reshard, unsharded
+from dirl_cli.training.parallel import unsharded
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding
 
@@ -150,14 +150,14 @@ class PolicyUpdate:
 
         # The ratio's denominator: what the sampler recorded, or what the trainer says before its first step.
         if self.old_from_sampler:
-            micro_batches = [with_extras(rows, old_logprobs=rows.extras["sampler_logprobs"]) for rows in micro_batches]
+            micro_batches = [rows.with_extras(old_logprobs=rows.extras["sampler_logprobs"]) for rows in micro_batches]
         elif (self.objective.needs_old_logprobs and self.mini_batches * self.epochs > 1) or self.correction.cap:
-            micro_batches = self.add_scores(micro_batches, self.trainer.model, "old_logprobs")
+            micro_batches = self.trainer.add_scores(micro_batches, self.trainer.model, "old_logprobs")
         if self.correction.cap and not self.old_from_sampler:
             micro_batches = [self.add_importance_weights(rows) for rows in micro_batches]
 
         if self.reference is not None:
-            micro_batches = self.add_scores(micro_batches, self.reference, "ref_logprobs")
+            micro_batches = self.trainer.add_scores(micro_batches, self.reference, "ref_logprobs")
         micro_batches = self.add_step_advantages(micro_batches)
         group_sizes = [len(group) for group in groups]
         return MiniBatch(micro_batches, self.objective.denominator(lengths, self.longest), group_sizes)
@@ -165,7 +165,7 @@ class PolicyUpdate:
     def add_step_advantages(self, micro_batches: list[Rows]) -> list[Rows]:
         """The micro-batches with an advantage for each token where steps differ: in value, reward or distance to it."""
         if self.critic:
-            micro_batches = self.add_scores(micro_batches, self.critic.trainer.model, "values")
+            micro_batches = self.trainer.add_scores(micro_batches, self.critic.trainer.model, "values")
             return [self.step_advantages(rows) if "values" in rows.extras else rows for rows in micro_batches]
         if any("process_reward" in rows.extras for rows in micro_batches):
             require_whole_trace(self.objective, "a process reward")
@@ -179,7 +179,7 @@ class PolicyUpdate:
             return rows
         extras = rows.extras
         weights, is_cut = self.correction.weights(rows, extras["old_logprobs"], extras["sampler_logprobs"])
-        return with_extras(rows, importance_weight=weights, is_cut=is_cut.float())
+        return rows.with_extras(importance_weight=weights, is_cut=is_cut.float())
 
     def add_answer_weights(self, batch: MiniBatch) -> list[Rows]:
         """The micro-batches with each answer's weight in its group; see `self_normalised_weights`.
@@ -188,7 +188,7 @@ class PolicyUpdate:
         """
         if not any("old_logprobs" in rows.extras for rows in batch.micro_batches):
             return batch.micro_batches  # the policy is still the one that sampled
-        micro_batches = self.add_scores(batch.micro_batches, self.trainer.model, "present_logprobs")
+        micro_batches = self.trainer.add_scores(batch.micro_batches, self.trainer.model, "present_logprobs")
         own_log_ratios: dict[int, float] = {}  # by answer
         for rows in micro_batches:
             if "present_logprobs" in rows.extras:
@@ -200,7 +200,7 @@ class PolicyUpdate:
             log_ratios = dict(gather_object(list(own_log_ratios.items())))
         by_answer = torch.tensor([log_ratios.get(sample, 0.0) for sample in range(sum(batch.group_sizes))])
         weights = self_normalised_weights(by_answer, batch.group_sizes, 1 + self.objective.clip_high)
-        return [with_extras(rows, answer_weight=weights[rows.extras["sample"]]) for rows in micro_batches]
+        return [rows.with_extras(answer_weight=weights[rows.extras["sample"]]) for rows in micro_batches]
 
     @torch.no_grad()
     def move_reference(self) -> None:
@@ -212,25 +212,6 @@ class PolicyUpdate:
         for name, weight in unsharded(self.peft.pushed(self.lm)):
             if name in reference:
                 reference[name].lerp_(weight.to(reference[name]), self.objective.reference_rate)
-
-    @torch.no_grad()
-    def add_scores(self, micro_batches: Sequence[Rows], model: nn.Module, name: str) -> list[Rows]:
-        """The micro-batches with a model's log-probs or values as `name`, by each process on its share of them."""
-        accelerator = self.trainer.accelerator
-        model.eval()
-        with self.trainer.times("logprobs"):
-            scores = {}
-            with accelerator.autocast():
-                for rows, _ in self.trainer.share(micro_batches):
-                    scores[id(rows)] = model(rows.to(accelerator.device))[0]
-            reshard(model)
-
-            annotated = []
-            for rows in micro_batches:
-                if id(rows) in scores:
-                    rows = with_extras(rows, **{name: scores[id(rows)].to(rows.target_index.device)})
-                annotated.append(rows)
-        return annotated
 
 
 def split_evenly(groups: Sequence[Group], mini_batches: int) -> list[Sequence[Group]]:
@@ -261,10 +242,6 @@ def mean_metrics(sums: Sequence[dict[str, float]]) -> dict[str, float]:
 def reference_model(lm: DiffusionLM, decoding: Decoding) -> LogprobModel:
     """What gives the log-probs of a model to stay near, its tokens drawn as `decoding` says."""
     return LogprobModel(lm.model, lm.unsampled_ids, decoding).to(lm.device)
-
-
-def with_extras(rows: Rows, **extras: Tensor) -> Rows:
-    return replace(rows, extras={**rows.extras, **extras})
 
 
 @dataclass

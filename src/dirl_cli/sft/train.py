@@ -4,7 +4,7 @@ import time
 
 from dirl_cli.sft.annealing import Annealing
 from dirl_cli.sft.batches import NoisedBatches
-from dirl_cli.sft.validation import SftEvaluation, cross_entropy
+from dirl_cli.sft.validation import FinetuneEvaluation, cross_entropy
 from dirl_cli.training.session import Session
 
 
@@ -12,7 +12,7 @@ def train(
     run: Session,
     batches: NoisedBatches,
     annealing: Annealing,
-    evaluation: SftEvaluation | None,
+    evaluation: FinetuneEvaluation | None,
     micro_rows: int | None,
 ) -> None:
     """Take the steps that are left of a run. micro_rows: rows in a forward; None for all of a step."""

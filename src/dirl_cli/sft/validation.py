@@ -1,6 +1,6 @@
 """What a model makes of held-out demonstrations, whose noise is always the same."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,28 +43,28 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class SftEvaluation:
-    """What is measured while a model is fine-tuned.
+class FinetuneEvaluation:
+    """What is measured while a model is fine-tuned, on demonstrations or on preferences.
 
-    validation: None without held-out demonstrations. dtype: of the weights that answer. micro_rows: rows in a forward.
+    validation: what held-out rows give; None where there are none. shown: what they are called. dtype: of the weights
+    that answer the held-out problems.
     """
 
-    validation: Validation | None
+    validation: Callable[[], dict[str, float]] | None
+    shown: str
     held_out: HeldOutEval
-    trainer: Trainer
     lm: DiffusionLM
     peft: Peft
     grader: Grader
     dtype: torch.dtype
-    micro_rows: int | None
     progress: StepProgress
 
     def before_training(self) -> dict[str, float]:
-        """How well hidden tokens of held-out demonstrations are filled in. Raises Interrupted where it was stopped."""
+        """What the held-out rows give. Raises Interrupted where it was stopped."""
         if not self.validation:
             return {}
-        with self.progress.working("measuring held-out demonstrations"):
-            return self.validation.measure(self.trainer, cross_entropy, self.micro_rows)
+        with self.progress.working(f"measuring {self.shown}"):
+            return self.validation()
 
     def measure(self) -> dict[str, float]:
         """That, and how many of the held-out problems are answered right. Raises Interrupted where it was stopped."""

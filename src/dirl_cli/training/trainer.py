@@ -176,6 +176,25 @@ class Trainer:
         reshard(self.model)
         return self.reduce(totals)
 
+    @torch.no_grad()
+    def add_scores(self, micro_batches: Sequence[Rows], model: nn.Module, name: str) -> list[Rows]:
+        """The micro-batches with a model's log-probs or values as `name`, by each process on its share of them."""
+        accelerator = self.accelerator
+        model.eval()
+        with self.times("logprobs"):
+            scores = {}
+            with accelerator.autocast():
+                for rows, _ in self.share(micro_batches):
+                    scores[id(rows)] = model(rows.to(accelerator.device))[0]
+            reshard(model)
+
+            annotated = []
+            for rows in micro_batches:
+                if id(rows) in scores:
+                    rows = rows.with_extras(**{name: scores[id(rows)].to(rows.target_index.device)})
+                annotated.append(rows)
+        return annotated
+
     def cut(self, rows: Rows, micro_rows: int | None) -> list[Rows]:
         """Micro-batches of at most `micro_rows` rows, one for every process at least where the rows allow it."""
         rows_per_process = -(-len(rows.token_ids) // self.accelerator.num_processes)  # rounded up
