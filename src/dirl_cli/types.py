@@ -9,6 +9,7 @@ from dirl_cli.ranges import Count, Natural, NotNegative, OneOf, Seed, SomeShare,
 StopReason = Literal["stop", "length"]
 Confidence = Literal["sampled", "max", "entropy"]
 STATE = "state.json"  # in every checkpoint of a training run
+HELD = 0  # as a reveal step, of a token that stood in the answer from the start: see `Trajectory`
 
 # Ways to launch a run: in the first every process holds the whole model, in the others the processes share it.
 UNSHARDED_LAUNCHES = ("auto", "single", "ddp", "cpu_gloo")
@@ -19,7 +20,7 @@ SHARDED_LAUNCHES = ("fsdp2", "zero2")
 class Problem:
     """A question with a verifiable answer; `id` is unique in its source, `subset` a label to report apart.
 
-    system: what stands before the question as a system turn.
+    system: what stands before the question as a system turn. solution: a worked one, from which hints are taken, or "".
     verifier: how answers are verified, a name of reward/verifiers.py. details: what that needs besides `answer`, which
     is one right answer; values of JSON.
     """
@@ -31,6 +32,7 @@ class Problem:
     system: str = ""
     verifier: str = "math"
     details: dict[str, Any] = field(default_factory=dict)
+    solution: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ class Decoding:
 class Trajectory:
     """A completion and how it came about; one entry per answer token, whole blocks, stop token and tail included.
 
-    reveal_step: the denoising step inside its block, from 1, at which a token was revealed.
+    reveal_step: the denoising step inside its block, from 1, at which a token was revealed; HELD for a token of a hint,
+        which stood there from the start.
     logprobs: its log-probability then, under the distribution it was drawn from
-        (under the model's own at temperature 0).
+        (under the model's own at temperature 0); 0 for a token that was held.
     denoise_forwards: forwards that revealed tokens; forwards: those and the ones that only cached.
     weights_version: optimizer steps that the weights had taken.
     block_size: tokens per block; None where that was not noted.
@@ -122,6 +125,16 @@ class Trajectory:
     weights_version: int = 0
     stop_token_ids: tuple[int, ...] = ()
     block_size: int | None = None
+
+    @property
+    def revealed(self) -> list[int]:
+        """The indices of the answer tokens that denoising steps revealed: all but those that were held."""
+        return [i for i, step in enumerate(self.reveal_step) if step != HELD]
+
+    @property
+    def is_hinted(self) -> bool:
+        """Whether any of its tokens were held."""
+        return HELD in self.reveal_step
 
     @property
     def completion_ids(self) -> list[int]:

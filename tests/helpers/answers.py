@@ -39,6 +39,12 @@ def answer(prompt: list[int], length: int, seed: int, steps: int = 4, stop_at: i
     )
 
 
+def with_hint(one: Trajectory, held: set[int]) -> Trajectory:
+    """The answer with the tokens of these indices held from the start; its other steps as they were."""
+    steps = [0 if i in held else step for i, step in enumerate(one.reveal_step)]
+    return replace(one, reveal_step=steps, logprobs=[p if s else 0.0 for p, s in zip(one.logprobs, steps, strict=True)])
+
+
 SIX, SEVEN, EIGHT, TWO = [5, 6, 7, 8, 9, 10], [11] * 7, [12] * 8, [13, 14]
 ANSWERS = [
     [
@@ -49,6 +55,14 @@ ANSWERS = [
     [answer(SEVEN, 1, seed=3), answer(SEVEN, 9, seed=4, stop_at=0)],  # a single token; nothing but a stop token
     [answer(EIGHT, 8, seed=5, steps=2), answer(EIGHT, 4, seed=6, stop_at=3)],  # whole blocks
     [answer(TWO, 6, seed=7), answer(TWO, 2, seed=8, stop_at=0)],  # a prompt shorter than a block
+]
+
+# The same with hints: chunks inside blocks and over their borders, a whole block (the second of the first answer), and
+# some of a tail.
+HELD_TOKENS = [[{2, 3, 4, 5, 8}, {0}, {0, 4, 5}], [set(), {3, 4, 5, 6}], [{0, 1, 2, 3}, {0}], [{1, 2}, {1}]]
+HINTED = [
+    [with_hint(one, held) for one, held in zip(group, of_group, strict=True)]
+    for group, of_group in zip(ANSWERS, HELD_TOKENS, strict=True)
 ]
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 1.0], [1.0, 0.25], [0.0, 1.0]]
 
@@ -78,8 +92,7 @@ def packed(
     lm.model.zero_grad()
     answer_weights = None
     if objective.self_normalised and old is not None:
-        trained = torch.arange(old.shape[1]) < torch.tensor(lengths)[:, None]
-        answer_weights = weights_in_groups(rows, groups, torch.where(trained, -old, 0.0), objective.clip_high)
+        answer_weights = weights_in_groups(rows, groups, -old, objective.clip_high)
     sums: dict[str, float] = {}
     for part in rows.split(rows_each):
         logprobs, entropy, _ = scorer(widened(part, padding))

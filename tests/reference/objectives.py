@@ -1,8 +1,8 @@
 """The specification, as code, of every RL algorithm: its formula as the paper writes it, one forward a state.
 
-A state is a sequence, up to the end of one of its blocks, in which some answer tokens are masked. An algorithm chooses
-states, takes the log-prob of each answer token in one or more of them, and puts it into a formula. No rows are packed,
-no prompt is shared, nothing is padded. The papers are named in conf/algo/NAME.yaml.
+A state is a sequence, up to the end of one of its blocks, in which some answer tokens are masked; those that a hint
+held never are. An algorithm chooses states, takes the log-prob of each answer token in one or more of them, and puts it
+into a formula. No rows are packed, no prompt is shared, nothing is padded. The papers are named in conf/algo/NAME.yaml.
 
 Shapes: L tokens of a state, V of the vocabulary, A answers, T tokens of the longest answer.
 """
@@ -28,6 +28,11 @@ RewardedGroup = tuple[Sequence[Trajectory], Sequence[float]]
 # Which states ---------------------------------------------------------------------------------------------------------
 
 
+def drawn_tokens(answer: Trajectory) -> list[int]:
+    """The indices of the answer tokens that the model drew: those that no hint held."""
+    return [k for k in range(len(answer.token_ids)) if answer.reveal_step[k] > 0]
+
+
 def answer_blocks(answer: Trajectory, block_size: int) -> Iterator[range]:
     """The positions of answer tokens in each block of the sequence that holds any."""
     start, end = len(answer.prompt_ids), len(answer.prompt_ids) + len(answer.token_ids)
@@ -47,10 +52,11 @@ def as_sampled(answer: Trajectory, tokens: BlockSpec, generator: Generator, merg
     """Each block as it was before each of its denoising steps; `merged` steps in a row count as one."""
     start = len(answer.prompt_ids)
     for positions in answer_blocks(answer, tokens.block_size):
-        step_of = {position: -(-answer.reveal_step[position - start] // merged) for position in positions}
+        drawn = [position for position in positions if position - start in drawn_tokens(answer)]
+        step_of = {position: -(-answer.reveal_step[position - start] // merged) for position in drawn}
         for step in sorted(set(step_of.values())):
-            masked = {position for position in positions if step_of[position] >= step}
-            scored = {position - start: 1.0 for position in positions if step_of[position] == step}
+            masked = {position for position in drawn if step_of[position] >= step}
+            scored = {position - start: 1.0 for position in drawn if step_of[position] == step}
             yield masked_state(answer, positions, masked, tokens.mask_id), scored, (positions, step)
 
 
@@ -62,8 +68,9 @@ def left_to_right(answer: Trajectory, tokens: BlockSpec, generator: Generator) -
     """Each token with all that follow it in its block masked."""
     start = len(answer.prompt_ids)
     for positions in answer_blocks(answer, tokens.block_size):
-        for position in positions:
-            masked = set(range(position, positions.stop))
+        drawn = [position for position in positions if position - start in drawn_tokens(answer)]
+        for position in drawn:
+            masked = {other for other in drawn if other >= position}
             yield masked_state(answer, positions, masked, tokens.mask_id), {position - start: 1.0}, position
 
 
@@ -97,48 +104,56 @@ def whole_answer(answer: Trajectory, tokens: BlockSpec, generator: Generator) ->
     """The answer masked as a whole, and 15 % of its prompt."""
     start, length = len(answer.prompt_ids), len(answer.prompt_ids) + len(answer.token_ids)
     lost = torch.rand(length, generator=generator) < 0.15
-    masked = {position for position in range(length) if position >= start or lost[position]}
+    drawn = drawn_tokens(answer)
+    masked = {position for position in range(start) if lost[position]} | {start + k for k in drawn}
     state = masked_state(answer, range(length), masked, tokens.mask_id)
-    yield state, dict.fromkeys(range(len(answer.token_ids)), 1.0), "all"
+    yield state, dict.fromkeys(drawn, 1.0), "all"
 
 
 def one_random_mask(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
     """Answer tokens masked at a rate between 10 and 90 %; all of them where chance took none."""
     rate = 0.1 + 0.8 * torch.rand(1, 1, generator=generator)
-    drawn = (torch.rand(1, len(answer.token_ids), generator=generator) < rate)[0]
-    masked = {k for k in range(len(drawn)) if drawn[k] or not drawn.any()}
+    drawn = drawn_tokens(answer)
+    hit = (torch.rand(1, len(drawn), generator=generator) < rate)[0]
+    masked = {k for k, is_hit in zip(drawn, hit, strict=True) if is_hit or not hit.any()}
     yield from under_mask(answer, tokens, masked, dict.fromkeys(masked, 1.0))
 
 
 def mask_and_complement(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
     """Answer tokens masked at a rate between 20 and 80 %, then all the others; weights are 1 / (2 · rate)."""
     rate = (0.2 + 0.6 * torch.rand(1, generator=generator)).item()
-    drawn = torch.rand(len(answer.token_ids), generator=generator) < rate
-    masked = {k for k in range(len(drawn)) if drawn[k]}
-    complement = {k for k in range(len(drawn)) if not drawn[k]}
+    drawn = drawn_tokens(answer)
+    hit = torch.rand(len(drawn), generator=generator) < rate
+    masked = {k for k, is_hit in zip(drawn, hit, strict=True) if is_hit}
+    complement = {k for k in drawn if k not in masked}
     yield from under_mask(answer, tokens, masked, dict.fromkeys(masked, 1 / (2 * rate)), "mask")
     yield from under_mask(answer, tokens, complement, dict.fromkeys(complement, 1 / (2 * (1 - rate))), "complement")
 
 
 def whole_mask_and_complement(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
     """Every block masked whole at weight 1/2, then a mask and its complement."""
-    whole = set(range(len(answer.token_ids)))
-    yield from under_mask(answer, tokens, whole, dict.fromkeys(whole, 0.5), "whole")
+    whole = drawn_tokens(answer)
+    yield from under_mask(answer, tokens, set(whole), dict.fromkeys(whole, 0.5), "whole")
     yield from mask_and_complement(answer, tokens, generator)
 
 
 def some_of_every_block(answer: Trajectory, tokens: BlockSpec, generator: Generator, draws: int = 2) -> Iterator[State]:
     """In each draw k of the n answer tokens of every block, weighted n / (k · draws)."""
     start = len(answer.prompt_ids)
-    blocks = list(answer_blocks(answer, tokens.block_size))
+    drawn = drawn_tokens(answer)
+    blocks = []
+    for positions in answer_blocks(answer, tokens.block_size):
+        inside = [position - start for position in positions if position - start in drawn]
+        if inside:
+            blocks.append(inside)
     cells = draws * len(blocks)
     noise = (torch.randperm(cells, generator=generator) + torch.rand(cells, generator=generator)) / cells
-    keys = torch.rand(draws, len(answer.token_ids), generator=generator, dtype=torch.float64)
+    keys = torch.rand(draws, len(drawn), generator=generator, dtype=torch.float64)
     for draw in range(draws):
         masked: set[int] = set()
         weights: dict[int, float] = {}
-        for number, positions in enumerate(blocks):
-            inside = sorted((position - start for position in positions), key=lambda k: keys[draw, k].item())
+        for number, inside in enumerate(blocks):
+            inside.sort(key=lambda k: keys[draw, drawn.index(k)].item())
             hidden = int(noise[draw * len(blocks) + number] * len(inside)) + 1
             masked |= set(inside[:hidden])
             weights |= dict.fromkeys(inside[:hidden], len(inside) / hidden / draws)
@@ -151,10 +166,11 @@ def four_draws_of_every_block(answer: Trajectory, tokens: BlockSpec, generator: 
 
 def two_masking_rates(answer: Trajectory, tokens: BlockSpec, generator: Generator) -> Iterator[State]:
     """21 % and 79 % of the answer masked, weighted by one half over the rate."""
-    length = len(answer.token_ids)
+    drawn = drawn_tokens(answer)
+    length = len(drawn)
     for rate in (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5):
         order = torch.rand(length, generator=generator).argsort().tolist()
-        masked = set(order[: max(1, round(rate * length))])
+        masked = {drawn[i] for i in order[: max(1, round(rate * length))]}
         yield from under_mask(answer, tokens, masked, dict.fromkeys(masked, 0.5 / rate), rate)
 
 
@@ -416,11 +432,13 @@ def algorithm_loss(
     sum_of_sums, sum_of_means = torch.zeros(()), torch.zeros(())
 
     for answers, rewards in groups:
-        lengths = [len(answer.token_ids) if train_tail else up_to_stop_token(answer) for answer in answers]
+        lengths = []  # of what the model drew and learns from
         scores = []
-        for answer, length in zip(answers, lengths, strict=True):
+        for answer in answers:
+            end = len(answer.token_ids) if train_tail else up_to_stop_token(answer)
+            lengths.append(len([k for k in drawn_tokens(answer) if k < end]))
             states = formula.states(answer, tokens, generator)
-            scores.append(list(score_states(lm, answer, states, length, old[sample], reference[sample])))
+            scores.append(list(score_states(lm, answer, states, end, old[sample], reference[sample])))
             sample += 1
 
         answer_weights = [1.0] * len(answers)
@@ -447,13 +465,13 @@ def algorithm_loss(
 
 
 def score_states(
-    lm: DiffusionLM, answer: Trajectory, states: Iterator[State], length: int, old: Tensor, reference: Tensor
+    lm: DiffusionLM, answer: Trajectory, states: Iterator[State], end: int, old: Tensor, reference: Tensor
 ) -> Iterator[Scored]:
-    """The first `length` answer tokens in each of the states that scores them."""
+    """The first `end` answer tokens in each of the states that scores them."""
     for state, scored, label in states:
         logprobs = state_logprobs(lm, state)
         for k, weight in scored.items():
-            if k < length:
+            if k < end:
                 logprob = logprobs[len(answer.prompt_ids) + k, answer.token_ids[k]]
                 before = logprob.detach() + old[k]
                 yield Scored(k, label, weight, logprob, before, logprob.detach() + reference[k])

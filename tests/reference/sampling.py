@@ -4,6 +4,8 @@ No cache, no batch, no stop tokens. The engines must write the same answers, fas
 vocabulary.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -69,24 +71,32 @@ def greedy_answer(lm: DiffusionLM, prompt_ids: list[int], decoding: Decoding) ->
     return Trajectory(prompt_ids, sequence[start:], reveal_step, logprobs, "length", forwards, forwards)
 
 
-def sequential_answer(lm: DiffusionLM, prompt_ids: list[int], decoding: Decoding) -> tuple[list[int], list[int]]:
-    """Tokens drawn one by one, from left to right, with the sampler's own random numbers, and their reveal steps."""
+def sequential_answer(
+    lm: DiffusionLM, prompt_ids: list[int], decoding: Decoding, hint: Mapping[int, int] | None = None
+) -> tuple[list[int], list[int]]:
+    """Tokens drawn one by one, from left to right, with the sampler's own random numbers, and their reveal steps.
+
+    hint: tokens that stand in the answer from the start, by their index in it; their step is 0.
+    """
     start, size = len(prompt_ids), lm.block_size
     end = -(-(start + decoding.max_new_tokens) // size) * size
     key = torch.tensor(request_key(decoding.seed, prompt_ids, 0))
-    sequence = list(prompt_ids)
-    reveal_step = []
+    sequence = [*prompt_ids, *[lm.mask_token_id] * (end - start)]
+    for index, token in (hint or {}).items():
+        sequence[start + index] = token
+    reveal_step = [0] * (end - start)
 
-    for position in range(start, end):
-        block_start = position // size * size
-        masks = [lm.mask_token_id] * (block_start + size - position)
-        logits = last_block_logits(lm, sequence + masks)[position - block_start].double()
-        logits[list(lm.unsampled_ids)] = -torch.inf
-
-        step = position - max(block_start, start) + 1
-        u = uniform(key, torch.tensor(position), torch.tensor(step))
-        probabilities = (logits / decoding.temperature).softmax(-1)
-        sequence.append(int((probabilities.cumsum(-1) <= u).sum()))
-        reveal_step.append(step)
+    for block_start in range(start // size * size, end, size):
+        step = 0
+        for position in range(max(block_start, start), block_start + size):
+            if position - start in (hint or {}):
+                continue
+            step += 1
+            logits = last_block_logits(lm, sequence[: block_start + size])[position - block_start].double()
+            logits[list(lm.unsampled_ids)] = -torch.inf
+            u = uniform(key, torch.tensor(position), torch.tensor(step))
+            probabilities = (logits / decoding.temperature).softmax(-1)
+            sequence[position] = int((probabilities.cumsum(-1) <= u).sum())
+            reveal_step[position - start] = step
 
     return sequence[start:], reveal_step

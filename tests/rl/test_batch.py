@@ -8,9 +8,9 @@ import torch
 from dirl_cli.diffusion.layout import SHARED, common_blocks, join_strips, pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.rl.advantages import normalised
-from dirl_cli.rl.batch import TrajectoryGroup, fitting, joined_length, objective_rows
+from dirl_cli.rl.batch import TrajectoryGroup, fitting, joined_length, objective_rows, reward_shares, steps_of_blocks
 from tests.helpers.algorithms import algorithm
-from tests.helpers.answers import ANSWERS, BLOCK, EIGHT, REWARDS, SIX, TOKENS, answer, assert_same, packed
+from tests.helpers.answers import ANSWERS, BLOCK, EIGHT, REWARDS, SIX, TOKENS, answer, assert_same, packed, with_hint
 from tests.helpers.small import MASK, PAD, small_lm
 
 GROUPS = [TrajectoryGroup(a, normalised(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
@@ -119,6 +119,21 @@ def test_what_follows_the_stop_token_is_context_and_not_loss():
     place = rows.at_targets(rows.position) - 8
     assert torch.equal(rows.weight, (place < 6).float())
     assert (rows.extras["length"] == 6).all()
+
+
+def test_held_tokens_are_not_scored_and_count_in_no_length():
+    group = TrajectoryGroup([with_hint(answer(SIX, 10, seed=0), {2, 3, 4, 5, 8})], [1.0])
+    rows, lengths = objective_rows([group], algorithm("dipo"), TOKENS, PAD, 100, True, torch.Generator())
+    assert lengths == [5]
+    assert sorted((rows.at_targets(rows.position) - 6).tolist()) == [0, 1, 6, 7, 9]
+    assert (rows.extras["length"] == 5).all()
+
+
+def test_a_step_earns_what_it_revealed_and_a_block_that_was_held_earns_nothing():
+    one = replace(answer(SIX, 10, seed=0), reveal_step=[1, 2, 0, 0, 0, 0, 2, 1, 0, 1])  # blocks of 2, 4 and 4
+    assert steps_of_blocks(one, BLOCK) == [2, 0, 2]
+    assert reward_shares(one, [3.0, 4.0, 5.0], BLOCK) == [0, 3.0, 0, 0, 0, 0, 5.0, 0, 0, 0]
+    assert reward_shares(one, [1.0, 2.0, 3.0, 4.0], BLOCK) == [1.0, 2.0, 0, 0, 0, 0, 4.0, 1.5, 0, 1.5]
 
 
 def test_rows_of_one_token_budget_hold_strips_of_several_groups():

@@ -1,5 +1,6 @@
 """Every algorithm against its formula written out: one forward a state, one term a token, no packing."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import exp, inf, log
 from statistics import mean, stdev
@@ -18,8 +19,20 @@ from dirl_cli.rl.objective import KL, NORMALIZERS, Objective
 from dirl_cli.rl.units import LEVELS, ratio_of
 from dirl_cli.rl.update import mean_metrics, self_normalised_weights
 from dirl_cli.training.logprobs import LogprobModel, trajectory_logprobs
+from dirl_cli.types import HELD, Trajectory
 from tests.helpers.algorithms import ALGORITHMS, algorithm
-from tests.helpers.answers import ANSWERS, BLOCK, LONGEST, REWARDS, TOKENS, answer, assert_same, gradient, packed
+from tests.helpers.answers import (
+    ANSWERS,
+    BLOCK,
+    HINTED,
+    LONGEST,
+    REWARDS,
+    TOKENS,
+    answer,
+    assert_same,
+    gradient,
+    packed,
+)
 from tests.helpers.small import MASK, PAD, small_lm
 from tests.reference.expanded import dipo_sum, expand, expanded_logprobs
 from tests.reference.objectives import (
@@ -45,16 +58,22 @@ def for_short_answers(name: str, **changed) -> Objective:
     return algorithm(name, **changed)
 
 
-def groups(advantage: str = "normalised") -> list[TrajectoryGroup]:
+def groups(advantage: str = "normalised", answers: Sequence[Sequence[Trajectory]] = ANSWERS) -> list[TrajectoryGroup]:
     worth = ADVANTAGES[advantage]
-    return [TrajectoryGroup(a, worth(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
+    return [TrajectoryGroup(a, worth(torch.tensor(r)).tolist()) for a, r in zip(answers, REWARDS, strict=True)]
 
 
 def by_formula(
-    name: str, lm: DiffusionLM, old: Tensor, reference: Tensor, beta: float, train_tail: bool
+    name: str,
+    lm: DiffusionLM,
+    old: Tensor,
+    reference: Tensor,
+    beta: float,
+    train_tail: bool,
+    answers: Sequence[Sequence[Trajectory]] = ANSWERS,
 ) -> tuple[float, Tensor]:
     """Loss and gradient of an algorithm as its paper writes it, on the answers written by hand."""
-    rewarded = list(zip(ANSWERS, REWARDS, strict=True))
+    rewarded = list(zip(answers, REWARDS, strict=True))
     generator = Generator().manual_seed(7)
     loss = algorithm_loss(name, lm, rewarded, old, reference, beta, train_tail, LONGEST, generator)
     return loss_and_gradient(lm, loss)
@@ -92,6 +111,24 @@ def test_an_algorithm_equals_its_formula_in_loss_and_gradient(name, beta, train_
     if "clipped" in watched:
         assert 0.05 < watched["clipped"] / watched["total_weight"] < 0.95  # both branches of the minimum are met
     assert_same((loss, grad), by_formula(name, lm, old, reference, beta, train_tail))
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_held_tokens_are_in_no_term_no_ratio_and_no_length_of_any_algorithm(name):
+    lm = small_lm(scale=3.0)
+    objective = for_short_answers(name, beta=0.5)
+    old, reference = shifts(name)
+    hinted = groups(objective.advantage, HINTED)
+    loss, grad, _ = packed(lm, objective, hinted, old, reference, row_tokens=64, train_tail=False)
+    assert_same((loss, grad), by_formula(name, lm, old, reference, 0.5, False, HINTED))
+
+    # Whatever is made of a held token's log-prob, such as by another old policy, changes nothing.
+    moved = old.clone()
+    for sample, one in enumerate(one for group in HINTED for one in group):
+        for k, step in enumerate(one.reveal_step):
+            if step == HELD:
+                moved[sample, k] += 5
+    assert packed(lm, objective, hinted, moved, reference, row_tokens=64, train_tail=False)[0] == loss
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)

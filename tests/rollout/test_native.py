@@ -10,7 +10,7 @@ import torch
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import trajectory_logprobs
-from dirl_cli.types import Decoding
+from dirl_cli.types import HELD, Decoding
 from tests.helpers.small import MASK, VOCABULARY, small_lm
 from tests.reference.sampling import sequential_answer
 
@@ -143,6 +143,63 @@ def test_every_step_reveals_and_steps_count_from_one():
                 blocks[i // 4].add(step)
             assert all(steps == set(range(1, max(steps) + 1)) for steps in blocks.values())
             assert t.denoise_forwards == sum(max(steps) for steps in blocks.values())
+
+
+HINTS = [{}, {1: 30}, {0: 30, 1: 31, 2: 32, 3: 33}, {i: 30 + i for i in range(11)}, {2: 30, 5: 31, 6: 32, 12: 33}]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("by_blocks", [False, True])
+@pytest.mark.parametrize("logit_shift", [False, True])
+def test_held_tokens_stay_where_they_are_and_the_others_are_drawn_beside_them(
+    prompt, block_size, by_blocks, logit_shift
+):
+    if logit_shift and not prompt:
+        return  # nothing stands before the first token
+    lm = small_lm(block_size)
+    lm.model.config.logit_shift = logit_shift
+    options = decoding("sequential", denoising_steps=block_size)
+    requests = {"seeds": [0] * len(HINTS), "hints": [[hint] for hint in HINTS]}
+    sampler = NativeSampler(lm, max_batch=3, by_blocks=by_blocks)  # some wait, some copy the prompt of another
+    for i, _, one in sampler.stream([prompt] * len(HINTS), 1, options, **requests):
+        hint = HINTS[i]
+        assert {k: one.token_ids[k] for k in hint} == hint
+        assert [k for k in range(len(one.token_ids)) if one.reveal_step[k] == HELD] == sorted(hint)
+        assert one.revealed == [k for k in range(len(one.token_ids)) if k not in hint]
+        assert all(one.logprobs[k] == 0 for k in hint)
+        assert one.forwards == len(one.revealed)  # a token each, and none for a block that is held whole
+        if not logit_shift:
+            assert (one.token_ids, one.reveal_step) == sequential_answer(lm, prompt, options, hint)
+        scored = trajectory_logprobs(lm, [one], options)
+        assert one.logprobs == pytest.approx(scored[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_reveals_around_a_hint_and_scores_what_it_reveals(strategy):
+    lm, options = small_lm(), decoding(strategy, stop_token_ids=(1,))
+    hints = [[hint] * 2 for hint in HINTS]
+    for i, _, one in NativeSampler(lm).stream([PROMPTS[0]] * len(HINTS), 2, options, hints=hints):
+        assert {k: one.token_ids[k] for k in HINTS[i] if k < len(one.token_ids)} == {
+            k: token for k, token in HINTS[i].items() if k < len(one.token_ids)
+        }
+        assert one.logprobs == pytest.approx(trajectory_logprobs(lm, [one], options)[0], abs=1e-5)
+
+
+def test_an_empty_hint_is_none():
+    sampler, options = NativeSampler(small_lm()), decoding("low_confidence_dynamic")
+    hinted = list(sampler.stream(PROMPTS[:2], 2, options, hints=[[{}, {}], [{}, {}]]))
+    assert hinted == list(sampler.stream(PROMPTS[:2], 2, options))
+
+
+def test_a_hint_that_leaves_nothing_to_draw_or_ends_the_answer_is_refused():
+    sampler, options = NativeSampler(small_lm()), decoding("sequential", stop_token_ids=(1,))
+    with pytest.raises(DirlError, match="holds token 14 of an answer of at most 14: leave the last one free"):
+        list(sampler.stream([[5]], 1, options, hints=[[{13: 30}]]))
+    with pytest.raises(DirlError, match="of an answer of at most 3: leave"):
+        list(sampler.stream([[5] * 253], 1, options, hints=[[{2: 30}]]))
+    with pytest.raises(DirlError, match="holds a stop token"):
+        list(sampler.stream([[5]], 1, options, hints=[[{3: 1}]]))
 
 
 def test_it_shows_the_blocks_filling():

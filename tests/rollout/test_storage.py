@@ -128,7 +128,7 @@ def write_lines(path, **changed):
         ({"forwards": 1}, "denoise_forwards is 2 of 1 forwards"),
         ({"token_ids": [7, 8, 9, -2]}, "token_ids holds -2, and counts from 0 on"),
         ({"prompt_ids": [10**30]}, "prompt_ids holds 10000000000000000000, and counts from 0 on"),
-        ({"reveal_step": [1, 2, 2, 0]}, "reveal_step holds 0, and counts from 1 on"),
+        ({"reveal_step": [1, 2, 2, -1]}, "reveal_step holds -1, and counts from 0 on"),
         ({"token_ids": [], "reveal_step": [], "logprobs": []}, "token_ids is empty"),
         ({"logprobs": [-0.1, 0.5, 0.0, 0.0]}, "logprobs holds what is no logarithm of a probability"),
         ({"logprobs": [-0.1, math.nan, 0.0, 0.0]}, "logprobs holds what is no logarithm of a probability"),

@@ -4,7 +4,10 @@ Views map a trajectory to a strip whose scored tokens are answer tokens (see dif
 scores each token in the state that the sampler was in; the others trade exactness for forwards, or follow a paper
 written for models without a trace.
 
-Shapes: V views of L tokens, prompt and answer; A answer tokens.
+Tokens that were held (the hint of an answer, see rl/hints.py) are given: shown in every view, and scored in none.
+
+Shapes: V views of L tokens, prompt and answer; A answer tokens, F of them revealed by denoising steps: all but those
+held.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +19,7 @@ from torch import Generator, Tensor
 from dirl_cli.diffusion.layout import SHARED, Strip, lay_out
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import Count, InnerShare, OneOf, Share
-from dirl_cli.types import Trajectory
+from dirl_cli.types import HELD, Trajectory
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,14 @@ class SampledTrace:
     choose: Annotated[str, OneOf("uniform", "surprisal", "most_surprising")]
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
-        start = len(trajectory.prompt_ids)
-        block = torch.arange(start, start + len(trajectory.token_ids)) // spec.block_size
-        step_of_token = torch.stack([block, torch.tensor(trajectory.reveal_step)])  # (2, A)
-        steps, index = step_of_token.unique(dim=1, return_inverse=True)  # (2, S) and (A,)
+        revealed = torch.tensor(trajectory.revealed)  # (F,)
+        block = (len(trajectory.prompt_ids) + revealed) // spec.block_size
+        step_of_token = torch.stack([block, torch.tensor(trajectory.reveal_step)[revealed]])  # (2, F)
+        steps, index = step_of_token.unique(dim=1, return_inverse=True)  # (2, S) and (F,)
         step_weight = self._weights(mean_surprisals(trajectory, index, steps.shape[1]), generator)  # (S,)
-        return trajectory_strip(trajectory, spec.block_size, spec.mask_id, step_weight[index])
+        weight = torch.zeros(len(trajectory.token_ids))
+        weight[revealed] = step_weight[index]
+        return trajectory_strip(trajectory, spec.block_size, spec.mask_id, weight)
 
     def _weights(self, surprisal: Tensor, generator: Generator) -> Tensor:
         """What each step's tokens count (S,), 0 for steps not taken, from its tokens' mean surprisal (S,)."""
@@ -92,13 +97,13 @@ class SampledTrace:
 
 
 def mean_surprisals(trajectory: Trajectory, index: Tensor, steps: int) -> Tensor:
-    """-log p of the tokens that each step revealed, their mean in nats: (S,). index: (A,), each token's step.
+    """-log p of the tokens that each step revealed, their mean in nats: (S,). index: (F,), each token's step.
 
     All 0 for a trajectory without log-probs, such as one that is only counted.
     """
     if not trajectory.logprobs:
         return torch.zeros(steps, dtype=torch.float64)
-    surprisal = -torch.tensor(trajectory.logprobs, dtype=torch.float64)
+    surprisal = -torch.tensor(trajectory.logprobs, dtype=torch.float64)[trajectory.revealed]
     totals = torch.zeros(steps, dtype=torch.float64).index_add(0, index, surprisal)
     return (totals / index.bincount(minlength=steps)).clamp(min=0)
 
@@ -123,11 +128,16 @@ class LeftToRight:
     tokens: Count = 1
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
-        start = len(trajectory.prompt_ids)
         reveal_step = []
-        for position in range(start, start + len(trajectory.token_ids)):
-            first = max(position // spec.block_size * spec.block_size, start)  # of the block's answer tokens
-            reveal_step.append((position - first) // self.tokens + 1)
+        number = 0  # tokens so far of the block that are not held
+        for position, step in enumerate(trajectory.reveal_step, start=len(trajectory.prompt_ids)):
+            if position % spec.block_size == 0:
+                number = 0
+            if step == HELD:
+                reveal_step.append(HELD)
+            else:
+                reveal_step.append(number // self.tokens + 1)
+                number += 1
         return Trace()(replace(trajectory, reveal_step=reveal_step), spec, generator)
 
 
@@ -144,17 +154,19 @@ class AnswerMasked:
         start = len(trajectory.prompt_ids)
         token_ids = torch.tensor([*trajectory.prompt_ids, *trajectory.token_ids])
         position = torch.arange(len(token_ids))
-        masked = (torch.rand(len(token_ids), generator=generator) < self.prompt_rate) | (position >= start)  # (L,)
+        masked = (torch.rand(len(token_ids), generator=generator) < self.prompt_rate) & (position < start)  # (L,)
+        scored = start + torch.tensor(trajectory.revealed)  # (F,)
+        masked[scored] = True
         # The masked sequence stands in the clean copy's place, so that later blocks read masks where an answer was.
         return Strip(
             token_ids=torch.where(masked, spec.mask_id, token_ids),
             sequence=torch.full_like(position, SHARED),
             position=position,
             view=torch.zeros_like(position),
-            target_index=position[start:],
-            shifted_index=position[start:] - 1,
-            targets=token_ids[start:],
-            weight=torch.ones(len(token_ids) - start),
+            target_index=scored,
+            shifted_index=scored - 1,
+            targets=token_ids[scored],
+            weight=torch.ones(len(scored)),
         )
 
 
@@ -171,7 +183,7 @@ class RandomMasks:
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         rates = self.low + (self.high - self.low) * torch.rand(self.draws, 1, generator=generator)  # (V, 1)
-        masked = torch.rand(self.draws, len(trajectory.token_ids), generator=generator) < rates
+        masked = torch.rand(self.draws, len(trajectory.revealed), generator=generator) < rates
         masked[0] |= ~masked.any()  # an answer without a scored token would not be trained at all
         return masked_strip(trajectory, spec, masked, torch.full(masked.shape, 1 / self.draws))
 
@@ -185,7 +197,7 @@ class ComplementaryMasks:
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         rate = self.low + (self.high - self.low) * torch.rand(1, generator=generator)
-        masked = torch.rand(len(trajectory.token_ids), generator=generator) < rate
+        masked = torch.rand(len(trajectory.revealed), generator=generator) < rate
         weight = 0.5 / torch.stack([rate, 1 - rate]).expand(2, len(masked))
         return masked_strip(trajectory, spec, torch.stack([masked, ~masked]), weight)
 
@@ -203,7 +215,7 @@ class CoupledMasks:
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         rate = self.low + (self.high - self.low) * torch.rand(1, generator=generator)
-        masked = torch.rand(len(trajectory.token_ids), generator=generator) < rate
+        masked = torch.rand(len(trajectory.revealed), generator=generator) < rate
         weight = 0.5 / torch.stack([torch.ones(1), rate, 1 - rate]).expand(3, len(masked))
         return masked_strip(trajectory, spec, torch.stack([torch.ones_like(masked), masked, ~masked]), weight)
 
@@ -219,8 +231,7 @@ class BlockMasks:
     draws: Count
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
-        start = len(trajectory.prompt_ids)
-        position = torch.arange(start, start + len(trajectory.token_ids))
+        position = len(trajectory.prompt_ids) + torch.tensor(trajectory.revealed)  # (F,)
         block, sizes = (position // spec.block_size).unique_consecutive(return_inverse=True, return_counts=True)[1:]
 
         # One level of noise for each draw and block, one in each of as many equal intervals.
@@ -229,7 +240,7 @@ class BlockMasks:
         hidden = (noise.view(self.draws, -1) / cells * sizes).long().clamp(max=sizes - 1) + 1  # (V, blocks), the k
 
         # A random order of each block's tokens: those of block b sort between b and b + 1.
-        keys = block + torch.rand(self.draws, len(position), generator=generator, dtype=torch.float64)  # (V, A)
+        keys = block + torch.rand(self.draws, len(position), generator=generator, dtype=torch.float64)  # (V, F)
         first_of_block = sizes.cumsum(0) - sizes
         rank = keys.argsort(1).argsort(1) - first_of_block[block]
         masked = rank < hidden[:, block]
@@ -252,7 +263,7 @@ class QuadratureMasks:
             raise DirlError(f"algo.views.nodes={self.nodes}: give {' or '.join(map(str, GAUSS_LEGENDRE))}")
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
-        length = len(trajectory.token_ids)
+        length = len(trajectory.revealed)
         masked = []
         weight = []
         for rate, share in GAUSS_LEGENDRE[self.nodes]:
@@ -269,12 +280,14 @@ GAUSS_LEGENDRE = {  # nodes and weights on [0, 1]
 
 
 def masked_strip(trajectory: Trajectory, spec: BlockSpec, masked: Tensor, weight: Tensor) -> Strip:
-    """The trajectory in V views, each with these answer tokens masked and scored. masked, weight: (V, A)."""
-    prompt = torch.zeros(len(masked), len(trajectory.prompt_ids))  # nothing of it is masked
-    masked = torch.cat([prompt.bool(), masked], 1)  # (V, L)
-    weight = torch.cat([prompt, weight], 1)
+    """The trajectory in V views, each with these answer tokens masked and scored. masked, weight: (V, F)."""
     token_ids = torch.tensor([*trajectory.prompt_ids, *trajectory.token_ids])
-    return lay_out(token_ids, masked, masked, weight, spec.block_size, spec.mask_id)
+    position = len(trajectory.prompt_ids) + torch.tensor(trajectory.revealed)  # nothing else is masked
+    everywhere = torch.zeros(len(masked), len(token_ids), dtype=torch.bool)  # (V, L)
+    everywhere[:, position] = masked
+    weights = torch.zeros(everywhere.shape)
+    weights[:, position] = weight
+    return lay_out(token_ids, everywhere, everywhere, weights, spec.block_size, spec.mask_id)
 
 
 def trajectory_strip(trajectory: Trajectory, block_size: int, mask_id: int, weight: Tensor | None = None) -> Strip:
@@ -297,7 +310,7 @@ def trajectory_strip(trajectory: Trajectory, block_size: int, mask_id: int, weig
         )
 
     # What step s revealed was hidden up to then, and so was all that came later.
-    prompt_steps = [0] * len(trajectory.prompt_ids)  # before the first
+    prompt_steps = [HELD] * len(trajectory.prompt_ids)  # before the first
     reveal_step = torch.tensor([*prompt_steps, *trajectory.reveal_step])  # (L,)
     step = torch.arange(1, int(reveal_step.max()) + 1)[:, None]  # (V, 1), a view a step
     token_weight = torch.ones(len(token_ids))  # (L,)

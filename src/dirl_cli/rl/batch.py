@@ -12,7 +12,7 @@ from dirl_cli.diffusion.layout import Rows, Strip, common_blocks, join_strips, p
 from dirl_cli.diffusion.states import BlockSpec, Views
 from dirl_cli.reward.process import by_step
 from dirl_cli.rl.objective import Objective
-from dirl_cli.types import Trajectory
+from dirl_cli.types import HELD, Trajectory
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def objective_rows(
     if any(process):
         shares = [reward_shares(*pair, spec.block_size) for pair in zip(trajectories, process, strict=True)]
         extras["process_reward"] = padded(shares)[sample, index]
-    return rows.with_extras(**extras), lengths
+    return rows.with_extras(**extras), revealed_lengths(trajectories, lengths)
 
 
 def answer_rows(
@@ -74,13 +74,13 @@ def answer_rows(
     generator: Generator,
     keeps_groups: bool = False,
 ) -> Rows:
-    """Packed rows of groups of answers in these views.
+    """Packed rows of groups of answers in these views. Tokens that were held are context, like a prompt's.
 
     What the answers of a group begin with in common is laid out once, as long as they fit into a row together; with
     `keeps_groups` they are in one row in any case.
-    lengths: the trained tokens of each answer, from its first; those after them weigh 0.
+    lengths: how many tokens of each answer are trained, from its first on; those after them weigh 0.
     Extras of each scored token: `sample`, the answer it belongs to, counted over all groups; `index`, which of its
-    tokens it is; and `length`, the trained tokens of its answer, or 1 where there are none.
+    tokens it is; and `length`, the trained tokens of its answer that were not held, or 1 where there are none.
     """
     strips: list[Strip] = []
     sizes = []  # answers in each strip
@@ -95,11 +95,12 @@ def answer_rows(
     # Of a group that is too long for a row there are several strips.
     first_of_strip = torch.tensor([0, *accumulate(sizes)])
     sample = first_of_strip[rows.at_targets(rows.strip)] + rows.at_targets(rows.sequence) - 1  # (N,)
-    prompt_lengths = torch.tensor([len(trajectory.prompt_ids) for trajectory in chain.from_iterable(groups)])
+    trajectories = list(chain.from_iterable(groups))
+    prompt_lengths = torch.tensor([len(trajectory.prompt_ids) for trajectory in trajectories])
     index = rows.at_targets(rows.position) - prompt_lengths[sample]  # (N,)
-    length = torch.tensor(lengths)[sample]  # (N,)
+    length = torch.tensor(revealed_lengths(trajectories, lengths))[sample]  # (N,)
     extras = {"sample": sample, "index": index, "length": length.clamp(min=1).float()}
-    return replace(rows, weight=rows.weight * (index < length), extras=extras)
+    return replace(rows, weight=rows.weight * (index < torch.tensor(lengths)[sample]), extras=extras)
 
 
 def trained_lengths(trajectories: Sequence[Trajectory], train_tail: bool) -> list[int]:
@@ -110,6 +111,12 @@ def trained_lengths(trajectories: Sequence[Trajectory], train_tail: bool) -> lis
     if train_tail:
         return [len(trajectory.token_ids) for trajectory in trajectories]
     return [trained_length(trajectory) for trajectory in trajectories]
+
+
+def revealed_lengths(trajectories: Sequence[Trajectory], lengths: Sequence[int]) -> list[int]:
+    """How many of the first `lengths` tokens of each answer were not held."""
+    pairs = zip(trajectories, lengths, strict=True)
+    return [length - trajectory.reveal_step[:length].count(HELD) for trajectory, length in pairs]
 
 
 def fitting(strips: Sequence[Strip], row_tokens: int, block_size: int) -> list[list[Strip]]:
@@ -132,18 +139,24 @@ def reward_shares(trajectory: Trajectory, values: Sequence[float], block_size: i
     if not values:
         return [0.0] * len(trajectory.token_ids)
     tokens_of_step = Counter(steps_of_tokens(trajectory, block_size))
-    steps = sorted(tokens_of_step)
+    steps = sorted(step for step in tokens_of_step if step[1] != HELD)
     reward = dict(zip(steps, by_step(values, steps_of_blocks(trajectory, block_size)), strict=True))
-    return [reward[step] / tokens_of_step[step] for step in steps_of_tokens(trajectory, block_size)]
+    return [reward.get(step, 0.0) / tokens_of_step[step] for step in steps_of_tokens(trajectory, block_size)]
 
 
 def steps_of_blocks(trajectory: Trajectory, block_size: int) -> list[int]:
-    """The number of denoising steps in each block of the answer."""
-    return list(Counter(block for block, _ in sorted(set(steps_of_tokens(trajectory, block_size)))).values())
+    """The number of denoising steps in each block of the answer; 0 of one that was held whole."""
+    steps: dict[int, set[int]] = {}
+    for block, step in steps_of_tokens(trajectory, block_size):
+        steps.setdefault(block, set()).add(step)
+    return [len(of_block - {HELD}) for of_block in steps.values()]
 
 
 def steps_of_tokens(trajectory: Trajectory, block_size: int) -> list[tuple[int, int]]:
-    """Each answer token's block and the step of it that revealed it; steps happened in the order of these pairs."""
+    """Each answer token's block and the step of it that revealed it; steps happened in the order of these pairs.
+
+    The step is HELD for a token that none revealed.
+    """
     first = len(trajectory.prompt_ids)
     return [((first + i) // block_size, step) for i, step in enumerate(trajectory.reveal_step)]
 

@@ -26,7 +26,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.save import published_weights
 from dirl_cli.rollout.lmdeploy_strategies import KeyedSampling, TracedSequences, UnmaskingAgent
-from dirl_cli.rollout.sampler import Watch, collect_samples
+from dirl_cli.rollout.sampler import Hint, Watch, collect_samples
 from dirl_cli.rollout.scheduler import Request, make_requests
 from dirl_cli.types import Decoding, Trajectory
 
@@ -69,9 +69,12 @@ class LmdeploySampler:
         first: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
         watch: Watch | None = None,
+        hints: Sequence[Sequence[Hint]] | None = None,
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """See `Sampler.stream`. Raises DirlError for what LMDeploy cannot do."""
         check_prompts(prompts, decoding, self.lm, watch)
+        if hints:
+            raise DirlError("hints want rollout=native: LMDeploy begins every answer with nothing but masked tokens")
         self.strategy.decoding = decoding
         requests = make_requests(prompts, n, decoding, first, seeds)
         finished: queue.SimpleQueue[tuple[Request, Trajectory | BaseException]] = queue.SimpleQueue()

@@ -16,8 +16,8 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.low_precision import cast_linear_weights, recast
 from dirl_cli.rollout.forward import EagerForward, Forward
 from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attention, run_eagerly
-from dirl_cli.rollout.sampler import Watch, collect_samples
-from dirl_cli.rollout.scheduler import Finished, Scheduler, make_requests
+from dirl_cli.rollout.sampler import Hint, Watch, collect_samples
+from dirl_cli.rollout.scheduler import Finished, Scheduler, make_requests, require_free_end
 from dirl_cli.types import Decoding, Trajectory
 
 
@@ -54,10 +54,11 @@ class NativeSampler:
         first: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
         watch: Watch | None = None,
+        hints: Sequence[Sequence[Hint]] | None = None,
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """See `Sampler.stream`."""
         block_size = self._block_size(decoding)
-        queue = list(reversed(make_requests(prompts, n, decoding, first, seeds)))
+        queue = list(reversed(make_requests(prompts, n, decoding, first, seeds, hints)))
         if not queue:
             return
         longest = max(len(request.prompt_ids) for request in queue)
@@ -65,6 +66,9 @@ class NativeSampler:
             raise DirlError(
                 f"a prompt has {longest} tokens and the model has room for {self.lm.longest_prompt}: shorten it"
             )
+        for request in queue:
+            room = self.lm.longest_prompt + 1 - len(request.prompt_ids)
+            require_free_end(request.hint, min(decoding.max_new_tokens, room), decoding.stop_token_ids)
 
         # The slots are as long as the longest answer may become, and no more of them than there are answers.
         end = min(longest + decoding.max_new_tokens, self.lm.longest_prompt + 1)

@@ -1,6 +1,6 @@
 """What every engine offers: prompts in, trajectories out, weights replaced between calls."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -10,6 +10,9 @@ from dirl_cli.types import Decoding, Trajectory
 
 Watch = Callable[[int, int, list[int]], None]
 """Called after each forward with prompt index, sample index and the tokens so far, the mask token where masked."""
+
+Hint = Mapping[int, int]
+"""Tokens that are held in an answer, which stand there from the start: by their index in it, the token id."""
 
 
 class Sampler(Protocol):
@@ -26,6 +29,7 @@ class Sampler(Protocol):
         first: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
         watch: Watch | None = None,
+        hints: Sequence[Sequence[Hint]] | None = None,
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """Sample `n` answers to each prompt; yields (prompt index, sample index, trajectory) as they finish.
 
@@ -34,6 +38,7 @@ class Sampler(Protocol):
         first: the sample index each prompt's answers start from (default 0), to ask for missing ones only; a
             prompt then gets those from first[i] up to `n`.
         seeds: one per prompt, in place of decoding.seed.
+        hints: for each prompt one per answer, in order; what follows the answer's end of it is left out.
         """
         ...
 

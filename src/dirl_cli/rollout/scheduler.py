@@ -7,13 +7,14 @@ Shapes: S slots, N blocks of B tokens in a forward, one a running slot.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from dirl_cli.diffusion.sampling import request_key
+from dirl_cli.errors import DirlError
 from dirl_cli.rollout.forward import Forward, Integers
-from dirl_cli.rollout.sampler import Watch
+from dirl_cli.rollout.sampler import Hint, Watch
 from dirl_cli.rollout.sequences import Unmasker
 from dirl_cli.types import Decoding
 
@@ -28,10 +29,16 @@ class Request:
     sample: int
     prompt_ids: list[int]
     key: int
+    hint: Hint = field(default_factory=dict)
 
 
 def make_requests(
-    prompts: Sequence[list[int]], n: int, decoding: Decoding, first: Sequence[int] | None, seeds: Sequence[int] | None
+    prompts: Sequence[list[int]],
+    n: int,
+    decoding: Decoding,
+    first: Sequence[int] | None,
+    seeds: Sequence[int] | None,
+    hints: Sequence[Sequence[Hint]] | None = None,
 ) -> list[Request]:
     """The requests of a call of `Sampler.stream`, one a completion, in order."""
     requests = []
@@ -39,8 +46,21 @@ def make_requests(
         seed = seeds[i] if seeds else decoding.seed
         first_sample = first[i] if first else 0
         for sample in range(first_sample, n):
-            requests.append(Request(i, sample, prompt_ids, request_key(seed, prompt_ids, sample)))
+            hint = hints[i][sample] if hints else {}
+            requests.append(Request(i, sample, prompt_ids, request_key(seed, prompt_ids, sample), hint))
     return requests
+
+
+def require_free_end(hint: Hint, longest: int, stop_token_ids: Sequence[int]) -> None:
+    """Raises DirlError for a hint that leaves the sampler nothing to do, or that ends the answer itself.
+
+    longest: tokens that the answer may have.
+    """
+    last = max(hint, default=-1)
+    if last >= longest - 1:
+        raise DirlError(f"a hint holds token {last + 1} of an answer of at most {longest}: leave the last one free")
+    if not set(stop_token_ids).isdisjoint(hint.values()):
+        raise DirlError("a hint holds a stop token, with which an answer ends: cut the hint before it")
 
 
 @dataclass(frozen=True)
@@ -84,15 +104,16 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Give a request a free slot. What its prompt has beyond whole blocks begins its first block."""
-        slot = self.free.pop()
         length = len(request.prompt_ids)
+        slot = self.free.pop()
         start = length // self.block_size * self.block_size
-        self.forward.sequences.open(slot, request.prompt_ids)
+        self.forward.sequences.open(slot, request.prompt_ids, request.hint)
         self.running[slot] = request
         self.blocks[START:, slot] = start, 0, request.key
         self.masked_count[slot] = start + self.block_size - length
         self.prompt_length[slot] = length
         self.forwards[slot] = 0
+        self._begin_block(slot)
 
         # A prompt is computed once: its other answers copy the keys and values, waiting for them if need be.
         holders = [holder for holder, prompt in self.prompt_in.items() if prompt == request.prompt]
@@ -129,9 +150,26 @@ class Scheduler:
         if full.any():
             yield from self._end_blocks(slots[full], tokens[full])
 
+    def _begin_block(self, slot: int) -> None:
+        """Count what a hint holds of the slot's current block, and pass over blocks of which it holds every token.
+
+        These take no forward of their own: they are cached with the next block.
+        """
+        hint = self.running[slot].hint
+        if not hint:
+            return
+        first = -int(self.prompt_length[slot])  # index in the answer of position 0
+        while True:
+            start = first + int(self.blocks[START, slot])
+            free = [i for i in range(max(start, 0), start + self.block_size) if i not in hint]
+            self.masked_count[slot] = len(free)
+            if free:
+                return
+            self.blocks[START, slot] += self.block_size
+
     def _copy_prompt(self, slot: int, source: int) -> None:
         """Let `slot` begin with the keys and values of the prompt's whole blocks in `source`, maybe itself."""
-        length = self.blocks[START, slot]
+        length = int(self.prompt_length[slot]) // self.block_size * self.block_size
         if self.forward.lm.logit_shift:
             length -= self.block_size  # the last one is computed again: its end predicts the first token after it
         self.prompt_in[slot] = self.prompt_in[source]
@@ -155,6 +193,8 @@ class Scheduler:
         self.blocks[START, slots] = end
         self.blocks[STEP, slots] = 0
         self.masked_count[slots] = self.block_size
+        for slot in slots[~is_over].tolist():
+            self._begin_block(slot)
         self.active[slots[is_over]] = False
         for slot, by_stop_token in zip(slots[is_over].tolist(), stopped[is_over].tolist(), strict=True):
             answer = self.forward.sequences.slice(slot, int(self.prompt_length[slot]), int(self.blocks[START, slot]))

@@ -11,15 +11,16 @@ from torch import Tensor
 from dirl_cli.diffusion.sampling import draw_candidates, uniform
 from dirl_cli.diffusion.unmasking import BUILT_IN, State, find_strategy, quota, reveal, spread
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.types import Decoding
+from dirl_cli.rollout.sampler import Hint
+from dirl_cli.types import HELD, Decoding
 
-MASKED, PROMPT = 0, -1  # in `revealed_at`, where no step has revealed the token
+MASKED, GIVEN = 0, -1  # in `revealed_at`, where no step has revealed the token; GIVEN of prompts and hints
 
 
 class SequenceState:
     """The tokens of each slot's sequence and when they were revealed, by position: (S, length) each.
 
-    tokens: the mask token where masked. revealed_at: the denoising step, from 1, or MASKED or PROMPT.
+    tokens: the mask token where masked. revealed_at: the denoising step, from 1, or MASKED or GIVEN.
     logprobs: of revealed tokens, when they were revealed.
     """
 
@@ -27,20 +28,25 @@ class SequenceState:
         self.mask_token_id = lm.mask_token_id
         self.length = length
         self.tokens = torch.full((slots, length), lm.mask_token_id, device=lm.device)
-        self.revealed_at = torch.full((slots, length), PROMPT, device=lm.device)
+        self.revealed_at = torch.full((slots, length), GIVEN, device=lm.device)
         self.logprobs = torch.zeros(slots, length, device=lm.device)
 
-    def open(self, slot: int, prompt_ids: list[int]) -> None:
-        """Begin a sequence in `slot`: the prompt, and nothing but masked tokens after it."""
+    def open(self, slot: int, prompt_ids: list[int], hint: Hint) -> None:
+        """Begin a sequence in `slot`: the prompt, and masked tokens after it but for those that the hint holds."""
         self.tokens[slot, : len(prompt_ids)] = torch.tensor(prompt_ids, dtype=torch.long)
         self.tokens[slot, len(prompt_ids) :] = self.mask_token_id
-        self.revealed_at[slot, : len(prompt_ids)] = PROMPT
+        self.revealed_at[slot, : len(prompt_ids)] = GIVEN
         self.revealed_at[slot, len(prompt_ids) :] = MASKED
+        if hint:
+            position = len(prompt_ids) + torch.tensor(list(hint))
+            self.tokens[slot, position] = torch.tensor(list(hint.values()), device=self.tokens.device)
+            self.revealed_at[slot, position] = GIVEN
+            self.logprobs[slot, position] = 0
 
     def slice(self, slot: int, begin: int, end: int) -> tuple[list[int], list[int], list[float]]:
         """Tokens, reveal steps and log-probs at the positions from `begin` to `end` of a slot."""
         tokens = self.tokens[slot, begin:end].tolist()
-        revealed_at = self.revealed_at[slot, begin:end].tolist()
+        revealed_at = [HELD if step == GIVEN else step for step in self.revealed_at[slot, begin:end].tolist()]
         logprobs = self.logprobs[slot, begin:end].tolist()
         return tokens, revealed_at, logprobs
 

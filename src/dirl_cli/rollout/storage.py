@@ -11,7 +11,7 @@ from typing import Any, get_args
 from dirl_cli.errors import DirlError
 from dirl_cli.files import write_text
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.types import Problem, StopReason, Trajectory
+from dirl_cli.types import HELD, Problem, StopReason, Trajectory
 
 INTEGER_LIMIT = 2**31  # no step, token or count reaches it
 FLOAT_LIMIT = 1e15  # no reward or log-prob reaches it: float32 holds its square
@@ -102,6 +102,8 @@ def require_learnable(location: str, answer: Trajectory, lm: DiffusionLM) -> Non
         reason = f"prompt_ids and token_ids are {length} tokens, which is not whole blocks of {size}"
     elif length > lm.longest_prompt + 1:
         reason = f"prompt_ids and token_ids are {length} tokens, and the model has {lm.max_length} positions"
+    elif largest_step == HELD:
+        reason = "every token of it was held, so that there is nothing to learn from"
     elif largest_step > size:
         reason = f"reveal_step holds {largest_step}, and a block of {size} has no more steps than tokens"
     elif largest_token >= lm.vocab_size:
@@ -185,7 +187,7 @@ def trajectory_from_json(line: dict[str, Any]) -> Trajectory:
     trajectory = Trajectory(
         prompt_ids=integers(line, "prompt_ids"),
         token_ids=integers(line, "token_ids"),
-        reveal_step=integers(line, "reveal_step", least=1),
+        reveal_step=integers(line, "reveal_step"),
         logprobs=list_of_type(line, "logprobs", float, int),
         stop_reason=value_of_type(line, "stop_reason", str),
         denoise_forwards=integer(line, "denoise_forwards", least=1),
