@@ -15,15 +15,21 @@ POOL = [Problem(str(i), f"what is {i}?", str(i)) for i in range(6)]
 
 @dataclass
 class FakeSampler:
-    """Answers are the number of the prompt and of the sample, the last ones first; notes every request."""
+    """Answers are the number of the sample, or the first token of its hint, the last ones first.
+
+    Notes every request.
+    """
 
     asked: list[tuple[int, int]] = field(default_factory=list)  # prompt, seed
 
-    def stream(self, prompts, n, decoding, seeds) -> Iterator[tuple[int, int, Trajectory]]:
+    def stream(self, prompts, n, decoding, seeds, hints=None) -> Iterator[tuple[int, int, Trajectory]]:
         self.asked += [(prompt[0], seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         for i in reversed(range(len(prompts))):
             for sample in reversed(range(n)):
-                yield i, sample, Trajectory(prompts[i], [sample, 9], [1, 1], [-0.5, -0.25], "stop", 1, 2, 3, (9,))
+                hint = hints[i][sample] if hints else {}
+                step = 0 if 0 in hint else 1
+                tokens = [hint.get(0, sample), 9]
+                yield i, sample, Trajectory(prompts[i], tokens, [step, 1], [-0.5, -0.25], "stop", 1, 2, 3, (9,))
 
 
 @dataclass
@@ -40,7 +46,7 @@ class FakeScorer:
 
 def source(rewards: dict[str, list[float | None]], **options) -> SampledRollouts:
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(str, ids)))
-    lm = SimpleNamespace(require_tokenizer=lambda: tokenizer, block_size=2)
+    lm = SimpleNamespace(require_tokenizer=lambda: tokenizer, block_size=2, longest_prompt=99)
     defaults = {"problems_per_step": 2, "group_size": 2, "filter": "accuracy", "max_rounds": 3, "seed": 0}
     defaults["order"] = problem_order([len(POOL)], [1.0], 0)
     decoding, prompts = Decoding(max_new_tokens=4), [[i] for i in range(len(POOL))]

@@ -6,6 +6,7 @@ carry their types in the dataclass that their `_target_` names.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -99,7 +100,7 @@ class SftConfig(TrainConfig):
     mask_rates: list[SomeShare]
 
 
-def is_interval(values: list[float]) -> bool:
+def is_interval(values: Sequence[float]) -> bool:
     return len(values) == 2 and values[0] <= values[1]
 
 
@@ -114,6 +115,9 @@ class ReinforcementConfig:
     max_prompt_tokens: Count | None
     curriculum: list[Share] | None
     curriculum_rest: Count
+    hints: Natural
+    hint_share: list[Share]
+    hint_tokens: list[Count]
     async_rollout: bool
     old: Annotated[str, OneOf("auto", "sampler", "trainer")]
     correction: Annotated[str, OneOf("truncate", "mask")]
@@ -144,6 +148,23 @@ class ReinforcementConfig:
             )
         if self.curriculum is not None and self.replay:
             raise DirlError("rl.curriculum chooses what is asked, and rl.replay asks nothing: leave one out")
+        if self.hints and self.hints >= self.group_size:
+            raise DirlError(
+                f"rl.hints={self.hints}: of rl.group_size={self.group_size} answers some must stay as they are, for the"
+                " others to be compared with, so give less"
+            )
+        if not is_interval(self.hint_share):
+            raise DirlError(
+                f"rl.hint_share={list(self.hint_share)}: give the least and the largest share of a solution that is"
+                " held, such as [0.2, 0.6]"
+            )
+        if not is_interval(self.hint_tokens):
+            raise DirlError(
+                f"rl.hint_tokens={list(self.hint_tokens)}: give the fewest and the most tokens of a chunk, such as"
+                " [5, 10]"
+            )
+        if self.hints and self.replay:
+            raise DirlError("rl.hints samples answers again, and rl.replay samples none: leave one out")
         if self.rescore and not self.replay:
             raise DirlError("rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR")
         if self.async_rollout and (self.replay or self.rollout_only):

@@ -1,6 +1,6 @@
 """The problems that a run learns from and is measured on, with their prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -8,23 +8,35 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 
 from dirl_cli.commands.rl_parts import RlParts
+from dirl_cli.data.chat import tokenize
 from dirl_cli.data.files import sources_of
 from dirl_cli.data.preview import show_examples
 from dirl_cli.data.tokens import TokenTable
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.report.progress import StepProgress
-from dirl_cli.training.prepare import Questions, Reader
+from dirl_cli.rl.hints import require_solutions
+from dirl_cli.training.prepare import Questions, Reader, fingerprint_of
+from dirl_cli.types import Problem
 
 
 @dataclass(frozen=True)
 class Pools:
-    """The problems to learn from, by source, and those to measure on. names, weights: of the sources."""
+    """The problems to learn from, by source, and those to measure on. names, weights: of the sources.
+
+    solutions: of the training problems, in tokens, where hints are taken from them.
+    """
 
     names: list[str]
     weights: list[float]
     training: list[Questions]
     held_out: Questions
+    solutions: list[TokenTable]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that a run learns from."""
+        return fingerprint_of([*self.training, *self.solutions])
 
     @property
     def longest_prompt(self) -> int:
@@ -51,12 +63,24 @@ def read_problems(
                 f"nothing of {source.name} is left to learn from: raise rl.max_prompt_tokens, or give other data"
             )
 
+    solutions = []
+    if cfg.rl.hints:
+        solutions = [solution_tokens(pool.problems, lm, parts.instruction.think) for pool in pools.values()]
     if cfg.dry_run:
         preview(pools, lm, progress)
         held_out = Questions([], [])
     else:
         held_out = reader.problems("held-out problems", parts.data.problems()[: cfg.eval_problems])
-    return Pools(list(pools), list(weights), list(pools.values()), held_out)
+    return Pools(list(pools), list(weights), list(pools.values()), held_out, solutions)
+
+
+def solution_tokens(problems: Sequence[Problem], lm: DiffusionLM, think: bool) -> TokenTable:
+    """The problems' worked solutions. think: whether prompts end in `<think>`. Raises DirlError where one has none."""
+    require_solutions(problems)
+    texts = []
+    for problem in problems:
+        texts.append(problem.solution.removeprefix("<think>") if think else problem.solution)
+    return TokenTable.of([(ids, [False] * len(ids)) for ids in tokenize(lm.require_tokenizer(), texts)])
 
 
 def preview(pools: Mapping[str, Questions], lm: DiffusionLM, progress: StepProgress) -> None:

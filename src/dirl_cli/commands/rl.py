@@ -12,7 +12,14 @@ from omegaconf import DictConfig
 
 from dirl_cli.commands.learner import policy_update, teacher_parameters
 from dirl_cli.commands.problems import Pools, read_problems
-from dirl_cli.commands.rl_parts import RlParts, build_rl_parts, require_compatible, require_steps, settle_ratio
+from dirl_cli.commands.rl_parts import (
+    RlParts,
+    build_rl_parts,
+    require_compatible,
+    require_hints,
+    require_steps,
+    settle_ratio,
+)
 from dirl_cli.commands.rollout_source import rollout_source, start_sampler
 from dirl_cli.commands.start import (
     is_finished,
@@ -40,12 +47,15 @@ from dirl_cli.rl.train import train
 from dirl_cli.text import shell_word
 from dirl_cli.training.checkpoint import require_measured
 from dirl_cli.training.optim import warmup_remark
-from dirl_cli.training.prepare import fingerprint_of
 from dirl_cli.training.session import Session
 from dirl_cli.training.stop_signal import StopSignal
 
 PANELS = (
-    Panel("Accuracy", {"accuracy": "rollouts", "greedy_accuracy": "greedy, held out"}, percent=True),
+    Panel(
+        "Accuracy",
+        {"accuracy": "rollouts", "greedy_accuracy": "greedy, held out", "hinted_accuracy": "with hints"},
+        percent=True,
+    ),
     Panel("Reward", {"reward": "reward"}),
     Panel("Tokens per forward", {"tokens_per_forward": "tokens"}),
     Panel("Answer length", {"length": "tokens"}),
@@ -91,6 +101,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     settle_ratio(cfg.rl)
     parts = build_rl_parts(cfg)
     require_compatible(cfg.rl, parts.objective, parts.decoding)
+    require_hints(cfg.rl, parts.engine)
     require_steps(parts, cfg.launch)
     parts.peft.require(cfg.launch)
     require_measured(cfg.keep_best, rl_metrics(cfg))
@@ -160,7 +171,7 @@ def reinforce(
     progress: StepProgress,
 ) -> Session:
     """Take the steps that are left of the run, with everything they need around them."""
-    fingerprints = {"base_fingerprint": fingerprint(lm.model), "data_fingerprint": fingerprint_of(pools.training)}
+    fingerprints = {"base_fingerprint": fingerprint(lm.model), "data_fingerprint": pools.fingerprint}
     inference_lm = parts.peft.merged(lm)  # before processes share the parameters
     stop = StopSignal(accelerator)
     update = policy_update(cfg, parts, lm, inference_lm, accelerator, updates_of(cfg))

@@ -11,6 +11,7 @@ from dirl_cli.models.peft import Peft
 from dirl_cli.reward.scoring import RewardSettings
 from dirl_cli.rl.critic import LearnedCritic, NoCritic, require_whole_trace
 from dirl_cli.rl.objective import Objective
+from dirl_cli.rollout.engines import Engine, Native
 from dirl_cli.types import Decoding, Instruction
 
 
@@ -64,6 +65,12 @@ def require_compatible(rl: DictConfig, objective: Objective, decoding: Decoding)
         )
     if decoding.temperature == 0 and not rl.replay:
         raise DirlError("decoding.temperature=0 gives a group equal answers, from which there is nothing to learn")
+
+
+def require_hints(rl: DictConfig, engine: Engine) -> None:
+    """Raises DirlError where hints are asked for of an engine that cannot hold tokens."""
+    if rl.hints and not isinstance(engine, Native):
+        raise DirlError("rl.hints wants rollout=native, the engine that can hold parts of a solution in an answer")
 
 
 def require_steps(parts: RlParts, launch: str) -> None:

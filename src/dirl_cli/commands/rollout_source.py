@@ -14,6 +14,7 @@ from dirl_cli.models.load import DiffusionLM, pick_dtype
 from dirl_cli.models.peft import FullFinetune
 from dirl_cli.reward.scoring import RewardComputer
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
+from dirl_cli.rl.hints import Hints, cut_at
 from dirl_cli.rl.replay import ReplayedRollouts, Rescorer, rollouts_of
 from dirl_cli.rl.rollouts import RolloutSource, SampledRollouts, problem_order
 from dirl_cli.rollout.engines import Native
@@ -58,7 +59,18 @@ def rollout_source(
         prefetches=cfg.rl.async_rollout,
         curriculum=curriculum,
         decode=decode,
+        hints=Hints(cfg.rl.hints, tuple(cfg.rl.hint_share), tuple(cfg.rl.hint_tokens)),
+        solutions=hintable_solutions(pools, parts, lm),
     )
+
+
+def hintable_solutions(pools: Pools, parts: RlParts, lm: DiffusionLM) -> list[list[int]]:
+    """The training problems' solutions as an answer may hold them: to the first token that would end it."""
+    ends = {*parts.decoding.stop_token_ids, *lm.unsampled_ids}
+    solutions = []
+    for table in pools.solutions:
+        solutions += [cut_at(table[i][0], ends) for i in range(len(table))]
+    return solutions
 
 
 def start_sampler(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> Sampler:

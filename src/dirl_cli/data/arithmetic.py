@@ -76,7 +76,8 @@ class Arithmetic:
         problems = []
         for i, item in enumerate(getattr(splits, self.split)):
             subset = "seen" if item.chain in seen else "unseen"
-            problems.append(Problem(f"{self.split}-{i}", item.question, item.answer, subset))
+            solution = item.solution(worked=True)
+            problems.append(Problem(f"{self.split}-{i}", item.question, item.answer, subset, solution=solution))
         return problems
 
     def training_problems(self) -> list[Problem]:

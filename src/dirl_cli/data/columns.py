@@ -154,6 +154,8 @@ def with_messages(row: Row, setting: str) -> Row:
 def question(row: Row, setting: str = "data.columns=") -> Row:
     """What of a row is asked, and what it is graded by: `question`, `ground_truth_answer`, `system`, `id`, `subset`.
 
+    And what hints are taken from, where there is any: `solution`.
+
     Raises DirlError where the row has no question or no answer to grade by, or what is no text.
     """
     row = recognise_problem(row._replace(fields=without_nulls(row.fields)))
@@ -162,8 +164,20 @@ def question(row: Row, setting: str = "data.columns=") -> Row:
     if "system" in row.fields:
         keys.append("system")
     fields = {key: text_field(row, key, expected, setting) for key in keys}
-    labels = {key: str(row.fields[key]) for key in ("id", "subset") if key in row.fields}
+    labels: dict[str, str] = {key: str(row.fields[key]) for key in ("id", "subset") if key in row.fields}
+    if solution := worked_solution(row, fields["ground_truth_answer"]):
+        labels["solution"] = solution
     return Row(row.location, fields | labels, row.notes, unread_columns(row, {*fields, "response", "solution"}))
+
+
+def worked_solution(row: Row, answer: str) -> str:
+    """The text of a row's `response` or `solution`, or of an answer that is one down to its ####; "" without any."""
+    for name in ("response", "solution"):
+        text = row.fields.get(name)
+        if isinstance(text, str) and text.strip():
+            return text
+    working, mark, _ = answer.partition("####")
+    return working.rstrip() if mark else ""
 
 
 def recognise_problem(row: Row) -> Row:
@@ -227,6 +241,7 @@ def problem(row: Row, default_id: str, setting: str = "data.columns=") -> Proble
         answer=fields["ground_truth_answer"],
         subset=fields.get("subset", ""),
         system=fields.get("system", ""),
+        solution=fields.get("solution", ""),
     )
 
 

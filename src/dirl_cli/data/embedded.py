@@ -78,6 +78,7 @@ class Puzzles:
                 subset=puzzle.subset,
                 verifier=self.game.verifier,
                 details=puzzle.details,
+                solution=puzzle.response,
             )
             for i, puzzle in enumerate(self._puzzles(self.split))
         ]

@@ -126,5 +126,12 @@ def rollouts_of(directory: Path, steps: int) -> dict[int, Path]:
 
 
 def continues(last: Record, record: Record) -> bool:
-    """Whether a record belongs to the group of the one before it; a problem may be drawn twice in a step."""
-    return record.problem == last.problem and record.sample > last.sample and record.learned_from == last.learned_from
+    """Whether a record belongs to the group of the one before it; a problem may be drawn twice in a step.
+
+    What nothing was learned from was in no group with hinted answers and others.
+    """
+    if record.learned_from != last.learned_from:
+        return False
+    if not record.learned_from and record.trajectory.is_hinted != last.trajectory.is_hinted:
+        return False
+    return record.problem == last.problem and record.sample > last.sample

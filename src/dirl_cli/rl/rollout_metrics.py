@@ -13,12 +13,13 @@ from dirl_cli.rollout.storage import Record
 
 
 def rollout_metrics(rollout: Rollout, group_size: int) -> dict[str, float]:
-    """Means over a step's answers, before the filter and after it (`kept_…`).
+    """Means over a step's answers, before hints and the filter, and after both (`kept_…`).
 
-    kept: the share of sampled groups with a signal. excluded: how many of `group_size` answers to each problem have
-    no reward; 0 where it is not known how many there should be.
+    kept: the share of sampled groups with a signal. hinted: the share that was all wrong, and so sampled again with
+    hints. hinted_accuracy: the share of these further answers that is right. excluded: how many of `group_size` answers
+    to each problem have no reward; 0 where it is not known how many there should be.
     """
-    answers = list(chain.from_iterable(rollout.sampled))
+    answers = [record for record in chain.from_iterable(rollout.sampled) if not record.trajectory.is_hinted]
     metrics: dict[str, float] = {"groups": len(rollout.groups)}
     excluded = len(rollout.sampled) * group_size - len(answers)
     if excluded > 0:
@@ -42,6 +43,11 @@ def rollout_metrics(rollout: Rollout, group_size: int) -> dict[str, float]:
 
     if any(record.process for record in answers):
         metrics["process_reward"] = fmean(sum(record.process) for record in answers)
+
+    if rollout.hinted is not None:
+        metrics["hinted"] = len(rollout.hinted) / len(rollout.sampled)
+    if hinted := list(chain.from_iterable(rollout.hinted or [])):
+        metrics["hinted_accuracy"] = fmean(record.correct for record in hinted)
 
     learned_from = list(chain.from_iterable(rollout.groups))
     if learned_from:

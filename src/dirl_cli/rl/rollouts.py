@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -21,13 +22,15 @@ from dirl_cli.reward.scoring import RewardComputer, RewardResult
 from dirl_cli.rl.advantages import AdvantageEstimator, GroupRewards, has_signal
 from dirl_cli.rl.batch import steps_of_tokens
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
-from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.rl.hints import NO_HINTS, Hints, is_all_wrong
+from dirl_cli.rollout.sampler import Hint, Sampler
 from dirl_cli.rollout.storage import Record, from_json, to_json
-from dirl_cli.types import Decoding, Problem, Trajectory
+from dirl_cli.types import HELD, Decoding, Problem, Trajectory
 
 Group = list[Record]  # the group of one problem: the answers to it, with what they earned
 Indexed = tuple[int, Record]  # an answer, and where in the endless order its problem stands
 Decode = Callable[[list[int]], str]
+HINTING, TAKING_IN = 1, 2  # at the end of a seed's numbers: what it is for
 
 
 @dataclass
@@ -71,13 +74,15 @@ def groups_from_json(groups: list[list[dict[str, Any]]]) -> list[Group]:
 class Rollout:
     """What a step has to learn from.
 
-    groups: those it learns from, what earlier steps left over first. sampled: all that were sampled for it.
-    num_with_signal: how many of `sampled` passed the filter, be it for a later step.
+    groups: those it learns from, what earlier steps left over first. sampled: all that were sampled for it, as they
+    were before hints. num_with_signal: how many of them passed the filter, be it for a later step. hinted: what was
+    sampled again with hints, a group for each that was all wrong; None where that is not done.
     """
 
     groups: list[Group]
     sampled: list[Group]
     num_with_signal: int
+    hinted: list[Group] | None = None
 
 
 class RolloutSource(Protocol):
@@ -114,7 +119,8 @@ class SampledRollouts:
     pool, prompts: the problems and their prompts. sources: the names of what they come from. filter: see `has_signal`.
     max_rounds: draws in which to find a step's problems. seed: of the answers. prefetches: whether the next step's
     answers are sampled while the policy is updated. curriculum: which problems are passed over. decode: the text of
-    tokens, where steps are rewarded by it.
+    tokens, where steps are rewarded by it. hints: for groups that are all wrong, from the problems' `solutions`, in
+    tokens.
     """
 
     pool: Sequence[Problem]
@@ -134,6 +140,8 @@ class SampledRollouts:
     prefetches: bool = False
     curriculum: Curriculum = EVERYTHING
     decode: Decode | None = None
+    hints: Hints = NO_HINTS
+    solutions: Sequence[Sequence[int]] = ()
     state: RolloutState = field(default_factory=RolloutState)
     lengths: dict[int, float] = field(default_factory=dict)  # by problem: the mean of its last answers, in tokens
     is_new = True
@@ -149,6 +157,7 @@ class SampledRollouts:
         prefetched = self.state.prefetched
         selected = list(self.state.surplus)
         sampled: list[Group] = []
+        hinted: list[Group] = []
         num_with_signal = 0
 
         # Dynamic sampling (DAPO): groups without a signal make way for other problems, up to max_rounds times.
@@ -160,15 +169,19 @@ class SampledRollouts:
             prefetched = []
             rests_until |= self.curriculum.rests(self.order, indices, [pass_rate(group) for group in groups])
 
+            sampled += groups
+            if self.hints.most:
+                groups, sampled_again = self.take_in_hinted(groups, indices, step, round_number)
+                hinted += sampled_again
             passing = [group for group in groups if group_has_signal(group, self.filter)]
             selected += passing
-            sampled += groups
             num_with_signal += len(passing)
 
         # Set at the end alone: a rollout that is interrupted has not happened.
         resting = {problem: index for problem, index in rests_until.items() if index > drawn}
         self.state = RolloutState(drawn, selected[self.problems_per_step :], prefetched, resting)
-        return Rollout(selected[: self.problems_per_step], sampled, num_with_signal)
+        with_hints = hinted if self.hints.most else None
+        return Rollout(selected[: self.problems_per_step], sampled, num_with_signal, with_hints)
 
     def epochs(self) -> dict[str, float]:
         metrics = epochs(self.order, self.sources, self.state.drawn)
@@ -180,17 +193,37 @@ class SampledRollouts:
         """The next problems of the endless order, from `drawn` on, and where it goes on."""
         return self.curriculum.indices(self.order, drawn, self.problems_per_step, rests_until)
 
-    def sample(self, indices: Sequence[int], step: int, round_number: int) -> list[Group]:
-        """The answers to some problems of the endless order, of which every process samples its share."""
-        return self.gather(list(self.sample_share(indices, step, round_number)), indices)
+    def take_in_hinted(
+        self, groups: Sequence[Group], indices: Sequence[int], step: int, round_number: int
+    ) -> tuple[list[Group], list[Group]]:
+        """The groups, those that are all wrong with right answers sampled with hints; and all that were sampled so."""
+        all_wrong = [index for index, group in zip(indices, groups, strict=True) if is_all_wrong(group)]
+        if not all_wrong:
+            return list(groups), []
+        sampled_again = self.sample(all_wrong, step, round_number, with_hints=True)
+        by_index = dict(zip(all_wrong, sampled_again, strict=True))
 
-    def sample_share(self, indices: Sequence[int], step: int, round_number: int) -> Iterator[Indexed]:
+        improved = []
+        for index, group in zip(indices, groups, strict=True):
+            if index in by_index:
+                generator = seeded(self.seed, step, round_number, index, TAKING_IN)
+                group = self.hints.take_in(group, by_index[index], generator)
+            improved.append(group)
+        return improved, sampled_again
+
+    def sample(self, indices: Sequence[int], step: int, round_number: int, with_hints: bool = False) -> list[Group]:
+        """The answers to some problems of the endless order, of which every process samples its share."""
+        return self.gather(list(self.sample_share(indices, step, round_number, with_hints)), indices)
+
+    def sample_share(
+        self, indices: Sequence[int], step: int, round_number: int, with_hints: bool = False
+    ) -> Iterator[Indexed]:
         """The answers to this process's share of the problems; all shares take about as long."""
         costs = [self.cost(self.order[index]) for index in indices]
         shares = split_by_cost(costs, self.accelerator.num_processes)
         own_indices = [indices[i] for i in shares[self.accelerator.process_index]]
         with self.accelerator.autocast():
-            yield from self.answers(own_indices, step, round_number)
+            yield from self.answers(own_indices, step, round_number, with_hints)
 
     def gather(self, own_answers: list[Indexed], indices: Sequence[int]) -> list[Group]:
         """Every process's answers as groups, in the order of their problems and samples."""
@@ -211,17 +244,20 @@ class SampledRollouts:
         usual = fmean(self.lengths.values()) if self.lengths else 0.0
         return len(self.prompts[problem]) + self.lengths.get(problem, usual)
 
-    def answers(self, indices: Sequence[int], step: int, round_number: int) -> Iterator[Indexed]:
+    def answers(self, indices: Sequence[int], step: int, round_number: int, with_hints: bool) -> Iterator[Indexed]:
         """Each rewarded answer to the problems at these indices of the endless order, as it is ready."""
         # With the index, step and round make the seed, since a problem may come up again.
-        seeds = [request_key(self.seed, [step, round_number, index], 0) for index in indices]
+        purpose = [HINTING] if with_hints else []
+        seeds = [request_key(self.seed, [step, round_number, index, *purpose], 0) for index in indices]
+        hints = [self.draw_hints(index, step, round_number) for index in indices] if with_hints else None
         problems = [self.pool[self.order[index]] for index in indices]
         prompts = [self.prompts[self.order[index]] for index in indices]
         tokenizer = self.lm.require_tokenizer()
         waiting: dict[tuple[int, int], Record] = {}  # for their rewards
 
         def sampled_answers() -> Iterator[tuple[tuple[int, int], Answer]]:
-            for i, sample, trajectory in self.sampler.stream(prompts, self.group_size, self.decoding, seeds=seeds):
+            stream = self.sampler.stream(prompts, self.group_size, self.decoding, seeds=seeds, hints=hints)
+            for i, sample, trajectory in stream:
                 text = answer_text(tokenizer, trajectory.completion_ids)
                 waiting[i, sample] = Record(problems[i], sample, text, trajectory)
                 longest, block_size = self.decoding.max_new_tokens, self.lm.block_size
@@ -233,6 +269,14 @@ class SampledRollouts:
             record = waiting.pop(key)
             if result is not None:
                 yield indices[key[0]], with_reward(record, result)
+
+    def draw_hints(self, index: int, step: int, round_number: int) -> list[Hint]:
+        """A hint for each answer to the problem at an index of the endless order."""
+        problem = self.order[index]
+        room = self.lm.longest_prompt + 1 - len(self.prompts[problem])
+        longest = min(self.decoding.max_new_tokens, room)
+        generator = seeded(self.seed, step, round_number, index, HINTING)
+        return [self.hints.hint(self.solutions[problem], longest, generator) for _ in range(self.group_size)]
 
 
 def revealed_blocks(decode: Decode | None, trajectory: Trajectory, block_size: int) -> tuple[RevealedBlock, ...]:
@@ -247,7 +291,7 @@ def revealed_blocks(decode: Decode | None, trajectory: Trajectory, block_size: i
     blocks = []
     for block, steps in by_block.items():
         own = slice(max(block * block_size - first, 0), (block + 1) * block_size - first)
-        texts = [tuple(decode([token]) for token in steps[step]) for step in sorted(steps)]
+        texts = [tuple(decode([token]) for token in steps[step]) for step in sorted(steps) if step != HELD]
         blocks.append(RevealedBlock(decode(trajectory.token_ids[own]), tuple(texts)))
     return tuple(blocks)
 
@@ -289,14 +333,15 @@ def rewards_of(group: Group, parts: Sequence[str]) -> GroupRewards:
     return GroupRewards(
         total=torch.tensor([record.reward for record in group]),
         parts=torch.tensor([[record.parts[name] for name in parts] for record in group]),
-        tokens=torch.tensor([len(record.trajectory.token_ids) for record in group]),
+        tokens=torch.tensor([len(record.trajectory.revealed) for record in group]),
     )
 
 
 def problem_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> MixtureOrder:
     """The order in which the problems of some sources are drawn."""
+    return MixtureOrder(tuple(sizes), tuple(weights), partial(seeded, seed))
 
-    def seeded(*numbers: int) -> torch.Generator:
-        return torch.Generator().manual_seed(request_key(seed, list(numbers), 0))
 
-    return MixtureOrder(tuple(sizes), tuple(weights), seeded)
+def seeded(seed: int, *numbers: int) -> torch.Generator:
+    """A generator that depends on nothing but these."""
+    return torch.Generator().manual_seed(request_key(seed, list(numbers), 0))

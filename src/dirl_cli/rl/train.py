@@ -36,5 +36,5 @@ def train(
             update.publish(sampler)
 
         # Report, evaluate and save where it is due; stop where it was asked for.
-        report.write(step + 1, groups, rollout.sampled)
+        report.write(step + 1, groups, rollout.sampled + (rollout.hinted or []))
         run.end_of_step(metrics)
