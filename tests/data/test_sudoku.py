@@ -1,4 +1,4 @@
-"""Sudoku: puzzles of one solution, laid out in rows that are blocks."""
+"""Sudoku: puzzles of one solution or several, laid out in rows that are blocks."""
 
 from itertools import islice, product
 from random import Random
@@ -6,10 +6,10 @@ from random import Random
 import pytest
 
 from dirl_cli.data.arithmetic import Arithmetic
-from dirl_cli.data.sudoku import Sudoku, solutions_of
+from dirl_cli.data.sudoku import Sudoku
 from dirl_cli.errors import DirlError
 from dirl_cli.models.tiny import train_tokenizer
-from dirl_cli.reward.puzzles import is_solved
+from dirl_cli.reward.puzzles import is_solved, solutions_of
 
 
 def brute_force(puzzle: str) -> list[str]:
@@ -35,10 +35,10 @@ def test_a_puzzle_that_contradicts_itself_has_no_solution() -> None:
 
 
 @pytest.mark.parametrize("blanks", [1, 8, 12])
-def test_every_puzzle_has_one_solution_and_as_many_blanks_as_asked(blanks: int) -> None:
+def test_every_unique_puzzle_has_one_solution_and_as_many_blanks_as_asked(blanks: int) -> None:
     rng = Random(0)
     for _ in range(20):
-        puzzle = Sudoku(blanks, blanks).draw(rng)
+        puzzle = Sudoku(blanks, blanks, unique=True).draw(rng)
         assert puzzle.question == puzzle.details["puzzle"] and puzzle.question.count("0") == blanks
         assert list(solutions_of(puzzle.question)) == [puzzle.answer] == [puzzle.response]
         assert is_solved(puzzle.answer)
@@ -55,6 +55,22 @@ def test_each_number_of_blanks_is_drawn_about_as_often() -> None:
 def test_fewer_most_blanks_than_fewest_are_refused() -> None:
     with pytest.raises(DirlError, match="the fewest blanks are 9 and the most 8: give fewest_blanks less"):
         Sudoku(9, 8)
+
+
+def test_a_unique_puzzle_has_at_least_four_clues() -> None:
+    with pytest.raises(DirlError, match="no Sudoku of 13 blanks has one solution alone: give most_blanks no"):
+        Sudoku(9, 13, unique=True)
+
+
+def test_a_puzzle_of_few_clues_has_several_solutions_of_which_the_demonstration_is_any() -> None:
+    rng = Random(2)
+    puzzles = [Sudoku(14, 14).draw(rng) for _ in range(200)]
+    places = []
+    for puzzle in puzzles:
+        solutions = list(solutions_of(puzzle.question))
+        assert len(solutions) > 1
+        places.append(solutions.index(puzzle.response) / (len(solutions) - 1))
+    assert 0.4 < sum(places) / len(places) < 0.6  # of the solutions in order, neither the first ones nor the last
 
 
 def test_a_row_is_a_block_of_the_embedded_model() -> None:

@@ -34,17 +34,17 @@ def grid_in(completion: str) -> str | None:
 
 
 def sudoku_credit(problem: Problem, grid: str) -> float:
-    """1 for a grid that keeps the clues and the rules; otherwise the share of the blanks filled as in the reference.
+    """1 for a grid that keeps the clues and the rules, else the share of the blanks filled as in the nearest solution.
 
-    A clue that was changed counts like a further blank that is filled wrongly. The share is the reward of d1
-    (arXiv 2504.12216), which leaves clues out.
+    A clue that was changed counts like a further blank that is filled wrongly. Where the clues leave one solution
+    alone, the share is the reward of d1 (arXiv 2504.12216), which leaves clues out.
     """
     puzzle = puzzle_of(problem)
     changed = changed_clues(puzzle, grid)
     if is_solved(grid) and not changed:
         return 1.0
     blanks = [i for i, clue in enumerate(puzzle) if clue == BLANK]
-    right = sum(grid[i] == problem.answer[i] for i in blanks)
+    right = max(sum(grid[i] == solution[i] for i in blanks) for solution in solutions_of(puzzle))
     return right / (len(blanks) + changed)
 
 
@@ -67,6 +67,27 @@ def changed_clues(puzzle: str, grid: str) -> int:
 def is_solved(grid: str) -> bool:
     """Whether every row, column and box holds each of the digits 1 to 4."""
     return len(grid) == CELLS and all(sorted(grid[i] for i in unit) == list(DIGITS) for unit in units())
+
+
+def solutions_of(puzzle: str) -> Iterator[str]:
+    """Every solved grid that keeps the clues: of the 288 there are, those in each clue's set."""
+    fitting = (1 << len(solved_grids())) - 1
+    for cell, clue in enumerate(puzzle):
+        if clue != BLANK:
+            fitting &= grids_with()[cell, clue]
+    for i, grid in enumerate(solved_grids()):
+        if fitting >> i & 1:
+            yield grid
+
+
+@lru_cache(maxsize=1)
+def grids_with() -> dict[tuple[int, str], int]:
+    """For each cell and digit the solved grids that have it there, as a set of bits by their place in the list."""
+    sets: dict[tuple[int, str], int] = {}
+    for i, grid in enumerate(solved_grids()):
+        for cell, digit in enumerate(grid):
+            sets[cell, digit] = sets.get((cell, digit), 0) | 1 << i
+    return sets
 
 
 @lru_cache(maxsize=1)
