@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.experiment import ROOT, SEEDS, at_once, card, evaluated, history, late, mean_and_error, percent
 
-ALGORITHMS = sorted(path.stem for path in Path("conf/algo").glob("*.yaml") if path.stem != "opd")  # wants a teacher
+DISTILLATION = {"opd", "opsd"}  # which learn from a teacher and not from rewards
+ALGORITHMS = sorted({path.stem for path in Path("conf/algo").glob("*.yaml")} - DISTILLATION)
 TASKS = {"words": ("tiny_sft", "tiny_rl", 120), "sudoku": ("sudoku_sft", "sudoku_rl", 100)}  # presets, steps of RL
 WINDOW = 15  # steps over which rollouts are averaged
 

@@ -186,8 +186,10 @@ def test_a_prompt_is_taken_as_it_is(jobs, text):
     assert dirl("generate", f"prompt={text}").exit_code == 0
     assert dirl("generate", "-m", f"prompt={text}", "seed=1").exit_code == 0
     assert dirl("generate", f"instruction.text={text}").exit_code == 0
-    assert [job["prompt"] for job in jobs] == [text, text, None]
-    assert jobs[2]["instruction"]["text"] == text
+    told = "{question} " + text
+    assert dirl("rl", "algo=opsd", f"algo.teacher_prompt={told}").exit_code == 0
+    assert [job["prompt"] for job in jobs[:3]] == [text, text, None]
+    assert (jobs[2]["instruction"]["text"], jobs[3]["algo"]["teacher_prompt"]) == (text, told)
 
 
 def test_a_path_is_taken_as_it_is_by_every_key_that_holds_one(jobs, here):

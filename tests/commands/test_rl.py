@@ -256,13 +256,13 @@ def test_every_algorithm_takes_steps(model, tmp_path, algo):
     assert apart(tmp_path, model) > 1e-3
 
 
-@pytest.mark.parametrize("every", [0, 2])
-def test_a_run_that_goes_on_has_the_reference_that_it_had(model, tmp_path, every):
-    """The starting model, or one that follows the policy every second update."""
-    words = ("algo.beta=0.5", f"algo.reference_every={every}", "steps=4", "save_every=1")
+@pytest.mark.parametrize(("algo", "every"), [("dipo", 0), ("dipo", 2), ("opsd", 2)])
+def test_a_run_that_goes_on_has_the_reference_that_it_had(model, tmp_path, algo, every):
+    """The starting model, or one that follows the policy every second update; where it is told the answer, too."""
+    words = (f"algo={algo}", "algo.beta=0.5", f"algo.reference_every={every}", "steps=4", "save_every=1")
     run(config(model, *words), tmp_path / "through")
     divergence = [line["kl"] for line in lines(tmp_path / "through") if "kl" in line]
-    assert divergence[0] == pytest.approx(0, abs=1e-9) and divergence[-1] > 1e-4
+    assert (divergence[0] == pytest.approx(0, abs=1e-9)) == (algo == "dipo") and divergence[-1] > 1e-4
     shutil.copytree(tmp_path / "through", tmp_path / "again")
     shutil.rmtree(tmp_path / "again/model")
     shutil.rmtree(tmp_path / "again/checkpoints/step-000004")
@@ -279,6 +279,30 @@ def test_a_policy_comes_nearer_to_its_teacher_whatever_the_rewards(model, tmp_pa
     run(config(model, "algo=opd", *words), tmp_path)
     divergences = [line["kl"] for line in lines(tmp_path) if "kl" in line]
     assert divergences[-1] < 0.5 * divergences[0]
+
+
+def test_an_unfinished_run_refuses_another_teacher_in_the_same_place(model, tmp_path):
+    words = ("algo=opd", f"algo.teacher={tmp_path}/teacher", "rl.filter=none", "steps=2", "save_every=1")
+    save_sharp_model(tmp_path / "teacher", seed=1)
+    run(config(model, *words), tmp_path / "out")
+    through = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    shutil.rmtree(tmp_path / "out/checkpoints/step-000002")
+    shutil.move(tmp_path / "teacher", tmp_path / "first")
+    save_sharp_model(tmp_path / "teacher", seed=2)
+    with pytest.raises(DirlError, match=r"algo.teacher are not those that this run began with: put them back"):
+        run(config(model, *words), tmp_path / "out")
+    shutil.rmtree(tmp_path / "teacher")
+    shutil.move(tmp_path / "first", tmp_path / "teacher")
+    run(config(model, *words), tmp_path / "out")
+    assert weights(tmp_path / "out") == through
+
+
+def test_a_teacher_that_has_no_room_for_its_prompt_is_refused_before_the_weights_are_read(model, tmp_path):
+    template = "{question} " + 300 * "and so on " + "{answer}"
+    words = ("algo=opsd", f"algo.teacher_prompt='{template}'", "dry_run=true")
+    with pytest.raises(DirlError, match=r"with algo.teacher_prompt, problem .* and the teacher has"):
+        run(config(model, *words), tmp_path)
 
 
 def test_a_teacher_of_other_blocks_is_refused(model, tmp_path):

@@ -404,6 +404,7 @@ FORMULAS = {
     "egspo": Formula(two_most_surprising_steps, centred, each_step, "answers", 0.2, 0.5, k3),
     "wd1": Formula(whole_answer, softmax_contrast, token_likelihood, "the longest allowed", inf, inf, k2),
     "opd": Formula(as_sampled, nothing, token_likelihood, "tokens", inf, inf, k2),
+    "opsd": Formula(as_sampled, nothing, token_likelihood, "tokens", inf, inf, k2),
     "rspo": Formula(as_sampled, centred, answer_likelihood, "answers", inf, inf, k2),
     "spg": Formula(some_of_every_block, centred, bounded_likelihood, "tokens", inf, inf, k2),
     "stabledrl": Formula(some_of_every_block, centred, bounded_likelihood, "answers", inf, inf, k2, True),

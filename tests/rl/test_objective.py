@@ -101,7 +101,7 @@ def test_every_algorithm_has_a_formula_here():
 @pytest.mark.parametrize("name", FORMULAS)
 def test_an_algorithm_equals_its_formula_in_loss_and_gradient(name, beta, train_tail):
     lm = small_lm(scale=3.0)
-    if name == "opd":  # which is nothing else
+    if name in ("opd", "opsd"):  # which are nothing else
         beta = beta or 1.0
     objective = for_short_answers(name, beta=beta)
     old, reference = shifts(name)
@@ -313,7 +313,7 @@ def test_a_mistyped_choice_is_answered_with_the_right_one():
 
 def test_only_the_true_trace_counts_as_exact():
     exact = {name for name in ALGORITHMS if algorithm(name).is_exact}
-    assert exact == {"agrpo", "dipo", "dr_grpo", "egspo", "grpo", "gspo", "opd", "rspo"}
+    assert exact == {"agrpo", "dipo", "dr_grpo", "egspo", "grpo", "gspo", "opd", "opsd", "rspo"}
     assert algorithm("dipo").views == Trace()
 
 

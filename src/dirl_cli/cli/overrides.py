@@ -17,7 +17,7 @@ from dirl_cli.errors import DirlError, UnknownChoice, did_you_mean, pip_install
 from dirl_cli.text import literal, shell_word
 
 PATH_CHOICE = {"data": "file", "bench": "file", "model": "path"}  # the choice whose `path` takes any path
-TEXTS = ("prompt", "messages", "instruction.text")  # their whole value, also with -m
+TEXTS = ("prompt", "messages", "instruction.text", "algo.teacher_prompt")  # their whole value, also with -m
 # Last parts of the keys whose values are paths.
 PATHS = ("adapter", "compare", "input", "name", "out", "path", "predictions", "replay", "resume", "teacher", "to")
 MAPPINGS = ("options", "weights")  # whose keys are the user's: a new mapping replaces the old one

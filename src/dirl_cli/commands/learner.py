@@ -6,6 +6,7 @@ from functools import partial
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
+from dirl_cli.commands.problems import Pools
 from dirl_cli.commands.rl_parts import RlParts
 from dirl_cli.commands.start import shapes_of
 from dirl_cli.errors import DirlError
@@ -14,6 +15,7 @@ from dirl_cli.models.peft import FullFinetune
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, LearnedCritic, StepAdvantages
 from dirl_cli.rl.objective import Objective
+from dirl_cli.rl.teacher import TeacherPrompt
 from dirl_cli.rl.update import PolicyUpdate, reference_model
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.trainer import Trainer
@@ -67,6 +69,7 @@ def policy_update(
         peft=parts.peft,
         critic=critic,
         step_advantages=StepAdvantages(parts.critic.gamma, gae_lambda),
+        teacher_prompt=teacher_prompt_of(cfg, parts, lm),
     )
 
 
@@ -76,8 +79,8 @@ def start_reference(cfg: DictConfig, parts: RlParts, lm: DiffusionLM, inference_
     inference_lm: the model without an adapter, whose copy a reference that moves is.
     """
     objective = parts.objective
-    if objective.teacher:
-        teacher = SavedModel("teacher", objective.teacher).load(cfg.dtype, str(lm.device), cfg.attention)
+    if objective.other_teacher:
+        teacher = SavedModel("teacher", objective.other_teacher).load(cfg.dtype, str(lm.device), cfg.attention)
         teacher.model.requires_grad_(False)
         return reference_model(teacher, parts.decoding)
     if objective.beta and objective.reference_every:
@@ -87,11 +90,38 @@ def start_reference(cfg: DictConfig, parts: RlParts, lm: DiffusionLM, inference_
     return None
 
 
+def teacher_prompt_of(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> TeacherPrompt | None:
+    """How problems are put to a teacher that reads another prompt than the policy."""
+    objective = parts.objective
+    if not objective.teacher_prompt:
+        return None
+    positions = lm.max_length
+    if objective.other_teacher:
+        positions = shapes_of(cfg, SavedModel("teacher", objective.other_teacher)).max_length
+    tokenizer = lm.require_tokenizer()
+    return TeacherPrompt(objective.teacher_prompt, tokenizer, parts.instruction, lm.block_size, positions)
+
+
+def require_teacher_room(teacher_prompt: TeacherPrompt, pools: Pools, lm: DiffusionLM, max_new_tokens: int) -> None:
+    """Raises DirlError for a problem whose longest answer the teacher has no room for behind its own prompt."""
+    for pool in pools.training:
+        prompts = zip(pool.problems, pool.prompts, teacher_prompt.encode(pool.problems), strict=True)
+        for problem, prompt, teachers in prompts:
+            answer = whole_blocks(len(prompt) + max_new_tokens, lm) - len(prompt)
+            filler = teacher_prompt.filler(teachers, len(prompt))
+            teacher_prompt.require_room(problem, filler + len(teachers) + answer)
+
+
+def whole_blocks(length: int, lm: DiffusionLM) -> int:
+    """The tokens of a sequence whose last block is filled up, as far as the model has positions."""
+    return min(-(-length // lm.block_size) * lm.block_size, lm.longest_prompt + 1)
+
+
 def teacher_parameters(cfg: DictConfig, objective: Objective, lm: DiffusionLM) -> int:
     """How many parameters a teacher has; 0 without one. Raises DirlError for one that could not teach `lm`."""
-    if not objective.teacher:
+    if not objective.other_teacher:
         return 0
-    teacher = shapes_of(cfg, SavedModel("teacher", objective.teacher))
+    teacher = shapes_of(cfg, SavedModel("teacher", objective.other_teacher))
     require_same_tokens(teacher, lm)
     return sum(parameter.numel() for parameter in teacher.model.parameters())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from omegaconf import DictConfig
 
-from dirl_cli.commands.learner import policy_update, teacher_parameters
+from dirl_cli.commands.learner import policy_update, require_teacher_room, teacher_parameters, teacher_prompt_of
 from dirl_cli.commands.problems import Pools, read_problems
 from dirl_cli.commands.rl_parts import (
     RlParts,
@@ -143,6 +143,9 @@ def read_and_plan(cfg: DictConfig, parts: RlParts, accelerator: Accelerator, pro
         return None
 
     pools = read_problems(cfg, parts, lm, accelerator, progress)
+    teacher_prompt = teacher_prompt_of(cfg, parts, lm)
+    if teacher_prompt:
+        require_teacher_room(teacher_prompt, pools, lm, decoding.max_new_tokens)
     budget = rl_budget(setup, parts.objective, decoding, pools.longest_prompt, engine, learns, teacher, critic)
     if cfg.dry_run:
         show_budget(budget, cfg, progress)
@@ -175,6 +178,8 @@ def reinforce(
     inference_lm = parts.peft.merged(lm)  # before processes share the parameters
     stop = StopSignal(accelerator)
     update = policy_update(cfg, parts, lm, inference_lm, accelerator, updates_of(cfg))
+    if parts.objective.other_teacher and update.reference:
+        fingerprints["teacher_fingerprint"] = fingerprint(update.reference.model)
     noted = ("greedy_accuracy",)
     session = open_session(cfg, out, "rl", update.trainer, lm, progress, stop, PANELS, noted, fingerprints)
     session.further = update.tensors

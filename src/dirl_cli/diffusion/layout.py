@@ -214,6 +214,26 @@ def join_strips(strips: Sequence[Strip], block_size: int) -> Strip:
     )
 
 
+def without_first(strip: Strip, count: int) -> Strip:
+    """The strip without its first `count` positions, in whichever view; those after them stay where they are.
+
+    None of them may be scored.
+    """
+    if not count:
+        return strip
+    stays = strip.position >= count
+    index = stays.cumsum(0) - 1  # (n,), where each token that stays will stand
+    return replace(
+        strip,
+        token_ids=strip.token_ids[stays],
+        sequence=strip.sequence[stays],
+        position=strip.position[stays],
+        view=strip.view[stays],
+        target_index=index[strip.target_index],
+        shifted_index=index[strip.shifted_index].clamp(min=0),
+    )
+
+
 def common_blocks(strips: Sequence[Strip], block_size: int) -> int:
     """The number of tokens that all strips begin with and that are clean, unscored and whole blocks."""
     longest = min(int((strip.view == 0).sum()) for strip in strips)

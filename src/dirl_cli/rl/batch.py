@@ -8,7 +8,7 @@ from itertools import accumulate, chain
 import torch
 from torch import Generator, Tensor
 
-from dirl_cli.diffusion.layout import Rows, Strip, common_blocks, join_strips, pack
+from dirl_cli.diffusion.layout import Rows, Strip, common_blocks, join_strips, pack, without_first
 from dirl_cli.diffusion.states import BlockSpec, Views
 from dirl_cli.reward.process import by_step
 from dirl_cli.rl.objective import Objective
@@ -20,11 +20,13 @@ class TrajectoryGroup:
     """The answers to one problem, and what each is worth beside the others.
 
     process: what each answer's denoising steps or blocks earned, see reward/process.py; nothing where none did.
+    filler: tokens that every prompt begins with and that nothing sees: they only keep a place.
     """
 
     trajectories: Sequence[Trajectory]
     advantages: Sequence[float]
     process: Sequence[Sequence[float]] = ()
+    filler: int = 0
 
 
 def objective_rows(
@@ -50,7 +52,8 @@ def objective_rows(
                 lengths[i] = 0
 
     answers = [group.trajectories for group in groups]
-    rows = answer_rows(answers, lengths, objective.views, spec, pad_id, row_tokens, generator)
+    fillers = [group.filler for group in groups]
+    rows = answer_rows(answers, lengths, objective.views, spec, pad_id, row_tokens, generator, fillers=fillers)
     sample, index = rows.extras["sample"], rows.extras["index"]
     extras = {
         "advantage": torch.tensor(advantages)[sample],
@@ -73,22 +76,24 @@ def answer_rows(
     row_tokens: int,
     generator: Generator,
     keeps_groups: bool = False,
+    fillers: Sequence[int] | None = None,
 ) -> Rows:
     """Packed rows of groups of answers in these views. Tokens that were held are context, like a prompt's.
 
     What the answers of a group begin with in common is laid out once, as long as they fit into a row together; with
     `keeps_groups` they are in one row in any case.
-    lengths: how many tokens of each answer are trained, from its first on; those after them weigh 0.
+    lengths: how many tokens of each answer are trained, from its first on; those after them weigh 0. fillers: by group,
+    how many tokens at the beginning of its prompts only keep a place and are seen by nothing; none unless given.
     Extras of each scored token: `sample`, the answer it belongs to, counted over all groups; `index`, which of its
     tokens it is; and `length`, the trained tokens of its answer that were not held, or 1 where there are none.
     """
     strips: list[Strip] = []
     sizes = []  # answers in each strip
-    for group in groups:
+    for group, filler in zip(groups, fillers or [0] * len(groups), strict=True):
         answers = [views(trajectory, spec, generator) for trajectory in group]
         runs = [answers] if keeps_groups else fitting(answers, row_tokens, spec.block_size)
         for joined in runs:
-            strips.append(join_strips(joined, spec.block_size))
+            strips.append(without_first(join_strips(joined, spec.block_size), filler))
             sizes.append(len(joined))
     rows = pack(strips, row_tokens, spec.block_size, pad_id)
 

@@ -26,6 +26,7 @@ Divergence = Callable[[Tensor], Tensor]
 Clip = Annotated[float, Range(at_least=0, infinite=True, remark="inf switches it off")]
 Cap = Annotated[float, Range(above=0, infinite=True, remark="inf switches it off")]
 NORMALIZERS = ("token", "sequence", "constant")
+SELF = "self"  # the teacher that is the reference
 SURROGATES = ("clipped", "linear", "likelihood", "bounds")
 
 
@@ -41,7 +42,8 @@ class Objective:
     mean of answers, `constant` divides by the answers times the longest allowed. beta: weight of the divergence
     from a reference, estimated as `kl` says (k1, k2, k3). reference_every: optimizer steps after which the reference
     moves by `reference_rate` towards the policy; 0 leaves it what the policy began as. teacher: the path of another
-    model of the same tokens that is the reference instead.
+    model of the same tokens that is the reference instead, or `self` for the reference. teacher_prompt: what it reads
+    in the place of the question, see teacher.py.
     self_normalised: answers are weighted by the softmax of their log-ratios in their group (StableDRL).
     advantage_clip: bounds |A|. negative_weight: times the advantages below 0. entropy_bonus: c, per nat.
     mask_overlong: nothing is learned from answers that did not stop, whose rewards still count in their group.
@@ -65,6 +67,7 @@ class Objective:
     reference_every: Natural
     reference_rate: Share
     teacher: str | None
+    teacher_prompt: str | None
     self_normalised: bool
     advantage_clip: Cap
     negative_weight: NotNegative
@@ -87,8 +90,14 @@ class Objective:
                 raise DirlError(f"algo.{name}={value}: {did_you_mean(value, names)}")
         if self.teacher and not self.beta:
             raise DirlError("algo.teacher is what algo.beta above 0 stays near: give algo.beta=1, or leave it out")
-        if self.teacher and self.reference_every:
+        if self.other_teacher and self.reference_every:
             raise DirlError("algo.teacher stays as it is, and algo.reference_every moves the reference: leave one out")
+        if self.teacher == SELF and not self.teacher_prompt:
+            raise DirlError("algo.teacher=self reads algo.teacher_prompt: give one that names {question} and {answer}")
+        if self.teacher_prompt and not self.teacher:
+            raise DirlError("algo.teacher_prompt is for a teacher to read: give algo.teacher, such as self")
+        if self.teacher_prompt and "{question}" not in self.teacher_prompt:
+            raise DirlError("algo.teacher_prompt stands in the place of the question: name {question} in it")
         if self.surrogate == "bounds" and self.level != "sequence":
             raise DirlError("algo.surrogate=bounds bounds the log-prob of an answer: give algo.level=sequence")
 
@@ -96,6 +105,11 @@ class Objective:
     def is_exact(self) -> bool:
         """Whether tokens are scored in the states that revealed them, so that the sampler's log-probs are the same."""
         return isinstance(self.views, Trace | SampledTrace)
+
+    @property
+    def other_teacher(self) -> str | None:
+        """The path of a teacher that is another model than the reference."""
+        return None if self.teacher == SELF else self.teacher
 
     @property
     def needs_old_logprobs(self) -> bool:

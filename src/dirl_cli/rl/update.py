@@ -21,6 +21,7 @@ from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, StepAdvantages, require_whole_trace, value_metrics
 from dirl_cli.rl.objective import Objective, k3
 from dirl_cli.rl.rollouts import Group
+from dirl_cli.rl.teacher import TeacherPrompt, of_the_same_tokens
 from dirl_cli.rl.units import at_level
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.logprobs import LogprobModel
@@ -52,7 +53,8 @@ class PolicyUpdate:
     advantages: from the rewards of a step's groups. reference: a model to stay near.
     old_from_sampler: the ratio's denominator is the sampler's log-prob; else it is the trainer's at the first pass, and
     `correction` makes up for the difference. longest: answer tokens allowed. critic: learns the values of states, on
-    the same rows. step_advantages: what it makes of them.
+    the same rows. step_advantages: what it makes of them. teacher_prompt: what the reference reads where that is not
+    what the policy reads.
     """
 
     trainer: Trainer
@@ -72,6 +74,7 @@ class PolicyUpdate:
     peft: Peft = FullFinetune()
     critic: Critic | None = None
     step_advantages: StepAdvantages = field(default_factory=StepAdvantages)
+    teacher_prompt: TeacherPrompt | None = None
 
     def run(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Learn from the groups of step `step` (from 0); returns the mean metrics of the optimizer steps.
@@ -136,17 +139,7 @@ class PolicyUpdate:
             advantages = [record.advantage or 0.0 for record in group]
             process = [record.process for record in group]
             annotated.append(TrajectoryGroup([record.trajectory for record in group], advantages, process))
-        with self.trainer.times("rows"):
-            rows, lengths = objective_rows(
-                annotated,
-                self.objective,
-                BlockSpec(self.lm.block_size, self.lm.mask_token_id),
-                self.lm.pad_token_id,
-                self.row_tokens,
-                self.train_tail,
-                generator(self.seed, step, number),
-            )
-            micro_batches = self.trainer.cut(rows, self.micro_rows)
+        micro_batches, lengths = self.pack_groups(annotated, step, number)
 
         # The ratio's denominator: what the sampler recorded, or what the trainer says before its first step.
         if self.old_from_sampler:
@@ -156,11 +149,30 @@ class PolicyUpdate:
         if self.correction.cap and not self.old_from_sampler:
             micro_batches = [self.add_importance_weights(rows) for rows in micro_batches]
 
-        if self.reference is not None:
+        if self.reference is not None and self.teacher_prompt is None:
             micro_batches = self.trainer.add_scores(micro_batches, self.reference, "ref_logprobs")
+        elif self.reference is not None and self.teacher_prompt is not None:
+            told = self.teacher_prompt.put(annotated, [group[0].problem for group in groups])
+            scored, _ = self.pack_groups(told, step, number)
+            pairs = zip(micro_batches, self.teachers_logprobs(self.reference, scored, micro_batches), strict=True)
+            micro_batches = [rows.with_extras(ref_logprobs=logprobs) for rows, logprobs in pairs]
         micro_batches = self.add_step_advantages(micro_batches)
         group_sizes = [len(group) for group in groups]
         return MiniBatch(micro_batches, self.objective.denominator(lengths, self.longest), group_sizes)
+
+    def pack_groups(self, groups: Sequence[TrajectoryGroup], step: int, number: int) -> tuple[list[Rows], list[int]]:
+        """Micro-batches of a mini-batch in the objective's views, and each answer's number of trained tokens."""
+        with self.trainer.times("rows"):
+            rows, lengths = objective_rows(
+                groups,
+                self.objective,
+                BlockSpec(self.lm.block_size, self.lm.mask_token_id),
+                self.lm.pad_token_id,
+                self.row_tokens,
+                self.train_tail,
+                generator(self.seed, step, number),
+            )
+            return self.trainer.cut(rows, self.micro_rows), lengths
 
     def add_step_advantages(self, micro_batches: list[Rows]) -> list[Rows]:
         """The micro-batches with an advantage for each token where steps differ: in value, reward or distance to it."""
@@ -212,6 +224,20 @@ class PolicyUpdate:
         for name, weight in unsharded(self.peft.pushed(self.lm)):
             if name in reference:
                 reference[name].lerp_(weight.to(reference[name]), self.objective.reference_rate)
+
+    def teachers_logprobs(
+        self, teacher: LogprobModel, scored: Sequence[Rows], micro_batches: Sequence[Rows]
+    ) -> list[Tensor]:
+        """What the teacher says of the tokens of each micro-batch, from the rows in which it sees them itself."""
+        own_logprobs = {}  # by micro-batch of the teacher's
+        for i, rows in enumerate(self.trainer.add_scores(scored, teacher, "ref_logprobs")):
+            if "ref_logprobs" in rows.extras:
+                own_logprobs[i] = rows.extras["ref_logprobs"]
+
+        logprobs = own_logprobs
+        if self.trainer.accelerator.num_processes > 1:
+            logprobs = dict(gather_object(list(own_logprobs.items())))
+        return of_the_same_tokens(torch.cat([logprobs[i] for i in range(len(scored))]), scored, micro_batches)
 
 
 def split_evenly(groups: Sequence[Group], mini_batches: int) -> list[Sequence[Group]]:

@@ -22,6 +22,7 @@ from dirl_cli.training.stored_checkpoint import (
     load_checkpoint,
     load_other,
     require_same_run,
+    require_same_teacher,
     tensors_of,
 )
 from dirl_cli.training.trainer import Trainer
@@ -61,7 +62,7 @@ class Session:
     panels: Sequence[Panel]
     picture: Path
     noted: Sequence[str]
-    fingerprints: Mapping[str, str]  # base_fingerprint: of the weights it began with; data_fingerprint: of its rows
+    fingerprints: Mapping[str, str]  # base_, data_ and teacher_fingerprint: of the weights, rows and teacher at first
     state: Callable[[], Mapping[str, Any]] = dict
     further: NamedTensors = field(default_factory=dict)
     others: Mapping[str, Trainer] = field(default_factory=dict)
@@ -90,6 +91,8 @@ class Session:
         rows = self.fingerprints["data_fingerprint"]
         if path.parent == self.checkpoints.directory:  # another run's checkpoint may have seen other data
             require_same_data(data, remembered.get("data_fingerprint", rows), rows)
+            teacher = self.fingerprints.get("teacher_fingerprint")
+            require_same_teacher(remembered.get("teacher_fingerprint", teacher), teacher)
 
         # Checkpoints of earlier versions did not count all of these: what they lack follows from the step.
         self.step = self.saved_at = remembered["step"]

@@ -65,6 +65,15 @@ def require_same_run(path: Path, command: str, base_fingerprint: str | None) -> 
         )
 
 
+def require_same_teacher(began_with: str | None, now: str | None) -> None:
+    """Raises DirlError where an unfinished run would go on with another teacher. Both are fingerprints of weights."""
+    if now != began_with:
+        raise DirlError(
+            "the weights in algo.teacher are not those that this run began with: put them back, give this run another"
+            " name=, or begin anew with resume=never"
+        )
+
+
 def load_checkpoint(
     path: Path, model: nn.Module, optimizers: Optimizers, further: NamedTensors | None = None
 ) -> dict[str, Any]:
