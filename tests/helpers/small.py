@@ -73,6 +73,15 @@ def published_vocabulary(directory: Path, shared: Path) -> Path:
     return directory
 
 
+class Numbers:
+    """A tokenizer of texts that are numbers of tokens."""
+
+    chat_template = None
+
+    def __call__(self, texts: list[str], **options: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(map(int, text.split())) for text in texts]}
+
+
 def paid_by_the_letter(directory: Path) -> str:
     """An override that rewards answers by their letters, so that a model which has learned nothing has a signal."""
     (directory / "letters.py").write_text("def letters(answer):\n    return len(answer.completion)\n")

@@ -1,6 +1,6 @@
 """Five optimizer steps of one process among several, on what is the same everywhere: what it sees and ends with.
 
-python -m tests.helpers.steps FILE LAUNCH sft+rl+critic [KEY=VALUE …]  # RANK, WORLD_SIZE, … as torchrun has them
+python -m tests.helpers.steps FILE LAUNCH sft+rl+… [KEY=VALUE …]  # RANK, WORLD_SIZE, … as torchrun has them
 """
 
 import json
@@ -18,7 +18,9 @@ from dirl_cli.diffusion.masking import CountPerBlock, example
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, LearnedCritic, StepAdvantages
+from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.rollouts import add_advantages
+from dirl_cli.rl.teacher import TeacherPrompt
 from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.storage import Record
@@ -27,12 +29,22 @@ from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.parallel import start_accelerator, unsharded, unsharded_model
 from dirl_cli.training.trainer import Sums, Trainer
-from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Problem
+from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Instruction, Problem, Trajectory
 from tests.helpers.algorithms import algorithm
 from tests.helpers.processes import run_together
-from tests.helpers.small import MASK, PAD, small_lm
+from tests.helpers.small import MASK, PAD, Numbers, small_lm
 
 STEPS = 5
+COMPARED = (
+    "loss",
+    "grad_norm",
+    "value_loss",
+    "value_grad_norm",
+    "kl",
+    "correction",
+    "correction_ess",
+    "correction_cut",
+)
 OPTIMIZERS = {
     "adamw": AdamW(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
     "muon": Muon(lr=1e-2, momentum=0.95, adamw_lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
@@ -73,11 +85,36 @@ def with_critic(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> li
     return rl(lm, trainer, micro_rows, critic=critic, step_advantages=advantages)
 
 
-def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None, **options: Any) -> list[dict[str, float]]:
+def with_teacher(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
+    """As `rl`, the reference behind a prompt of its own."""
+    told = TeacherPrompt("{question} {answer}", Numbers(), Instruction(), lm.block_size, lm.max_length)
+    return rl(lm, trainer, micro_rows, algorithm("opsd"), teacher_prompt=told)
+
+
+def corrected(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
+    """As `rl`, where steps whose ratio to the sampler is off are left out."""
+    correction = Correction(cap=1.5, floor=0.6, level="step", method="mask")
+    return rl(lm, trainer, micro_rows, correction=correction)
+
+
+def weighted(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
+    """As `rl`, answers weighted by their ratios in their group."""
+    return rl(lm, trainer, micro_rows, algorithm("stabledrl", clip_high=0.5), correction=Correction(cap=0.0), epochs=2)
+
+
+def rl(
+    lm: DiffusionLM,
+    trainer: Trainer,
+    micro_rows: int | None,
+    objective: Objective | None = None,
+    correction: Correction | None = None,
+    epochs: int = 1,
+    **options: Any,
+) -> list[dict[str, float]]:
     """Groups of 1 to 4 answers, sampled from a model that stays as it is, in two mini-batches a step."""
     still = small_lm(seed=1)
     still.model.to(trainer.accelerator.device)
-    objective = algorithm("dipo", beta=0.1)
+    objective = objective or algorithm("dipo", beta=0.1)
     update = PolicyUpdate(
         trainer,
         objective,
@@ -85,9 +122,9 @@ def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None, **options: Any
         lm,
         reference=LogprobModel(still.model.requires_grad_(False)).to(still.device),
         old_from_sampler=False,
-        correction=Correction(cap=2.0),
+        correction=correction or Correction(cap=2.0),
         mini_batches=2,
-        epochs=1,
+        epochs=epochs,
         train_tail=True,
         row_tokens=96,
         micro_rows=micro_rows,
@@ -101,13 +138,27 @@ def rl(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None, **options: Any
         answers = NativeSampler(still).sample([numbers(step + i, 3 + 2 * i) for i in range(5)], 4, decoding)
         groups = [
             [
-                Record(Problem(f"{i}", "?", "!"), k, "", one, reward=float(one.token_ids[0] % (k + 2)))
+                Record(problem(i, one), k, "", one, reward=float(one.token_ids[0] % (k + 2)))
                 for k, one in enumerate(group[: 1 + i % 4])
             ]
             for i, group in enumerate(answers)
         ]
         found.append(update.run(add_advantages(groups, update.advantages), step))
     return found
+
+
+def problem(number: int, one: Trajectory) -> Problem:
+    return Problem(f"{number}", " ".join(map(str, one.prompt_ids)), " ".join(map(str, range(20, 21 + number))))
+
+
+TASKS = {
+    "sft": sft,
+    "rl": rl,
+    "critic": with_critic,
+    "teacher": with_teacher,
+    "corrected": corrected,
+    "weighted": weighted,
+}
 
 
 def take(
@@ -127,7 +178,7 @@ def take(
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizers = OPTIMIZERS[optimizer].build(lm.model)
     trainer = Trainer(accelerator, LogprobModel(lm.model), optimizers, lambda step: 1.0, clip_norm=0.5)
-    found = {"sft": sft, "rl": rl, "critic": with_critic}[task](lm, trainer, micro_rows)
+    found = TASKS[task](lm, trainer, micro_rows)
     assert all(isinstance(one, DTensor) == (launch in SHARDED_LAUNCHES) for one in lm.model.parameters())
     copied = {name: tensor.detach().cpu().clone() for name, tensor in unsharded(lm.model.named_parameters())}
     sampler_lm = unsharded_model(lm)
@@ -158,11 +209,14 @@ def among(processes: int, directory: Path, launch: str, tasks: str = "sft+rl", *
 
 
 def differences(one: tuple, other: tuple) -> dict[str, float]:
-    """The largest relative difference of loss, gradient norm, value loss and, by its length, of a parameter."""
+    """The largest relative difference of each metric that is compared and, by its length, of a parameter.
+
+    Of a metric near 0 as if it were 0.05: it is rounded as the terms that cancelled.
+    """
     (steps, parameters), (other_steps, others) = one, other
-    names = [name for name in ("loss", "grad_norm", "value_loss", "value_grad_norm") if name in steps[0]]
+    names = [name for name in COMPARED if name in steps[0]]
     found = {
-        name: max(abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(steps, other_steps, strict=True))
+        name: max(abs(a[name] - b[name]) / max(abs(a[name]), 0.05) for a, b in zip(steps, other_steps, strict=True))
         for name in names
     }
     apart = [float((value - others[name]).norm() / value.norm()) for name, value in parameters.items()]

@@ -20,21 +20,12 @@ from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Instruction, Problem, Trajectory
 from tests.helpers.algorithms import ALGORITHMS, algorithm
 from tests.helpers.answers import ANSWERS, BLOCK, LONGEST, TOKENS, assert_same, gradient
-from tests.helpers.small import PAD, small_lm
+from tests.helpers.small import PAD, Numbers, small_lm
 from tests.helpers.steps import OPTIMIZERS
 from tests.reference.objectives import as_sampled, state_logprobs
 
 # Longer by 3, 1, 4 and 5 tokens than the questions, so that most prompts begin inside a block.
 REFERENCES = ["20 21 22", "23", "24 25 26 27", "28 29 30 31 32"]
-
-
-class Numbers:
-    """A tokenizer of texts that are numbers of tokens."""
-
-    chat_template = None
-
-    def __call__(self, texts: list[str], **options: bool) -> dict[str, list[list[int]]]:
-        return {"input_ids": [list(map(int, text.split())) for text in texts]}
 
 
 def prompt(template: str, positions: int = 64) -> TeacherPrompt:

@@ -42,10 +42,13 @@ def test_how_many_rows_a_micro_batch_has_changes_nothing(alone, rows):
 
 
 @pytest.mark.timeout(300)
-def test_a_critic_learns_the_same_however_its_rows_are_cut_and_shared_out(tmp_path):
-    alone = {"critic": take("critic")}
-    assert_same(alone, [{"critic": take("critic", micro_rows=1)}])
-    assert_same(alone, among(2, tmp_path, "ddp", "critic", micro_rows=1))
+def test_critic_teacher_and_corrections_are_the_same_however_rows_are_cut_and_shared_out(tmp_path):
+    tasks = ("critic", "teacher", "corrected", "weighted")
+    alone = {task: take(task) for task in tasks}
+    assert 0 < alone["corrected"][0][0]["correction_cut"] < 0.9
+    assert 0.1 < alone["corrected"][0][0]["correction_ess"] < 0.99
+    assert_same(alone, [{task: take(task, micro_rows=1) for task in tasks}])
+    assert_same(alone, among(2, tmp_path, "ddp", "+".join(tasks), micro_rows=1))
 
 
 @pytest.mark.slow
