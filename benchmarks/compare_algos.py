@@ -1,6 +1,6 @@
 """Every algorithm on two embedded tasks: same rollout budget, three seeds, tables and plots; and who collapses.
 
-make compare-algos                      # hours; continues where it was stopped
+make compare-algos                      # a night on 2 cores; continues where it was stopped
 python -m benchmarks.compare_algos words dipo,grpo      # one task, some algorithms
 
 A run three times as long, without KL, shows who collapses: whose rollouts end at less than half of their best.
@@ -9,6 +9,7 @@ A run three times as long, without KL, shows who collapses: whose rollouts end a
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -17,8 +18,29 @@ from benchmarks.experiment import ROOT, SEEDS, at_once, card, evaluated, history
 
 DISTILLATION = {"opd", "opsd"}  # which learn from a teacher and not from rewards
 ALGORITHMS = sorted({path.stem for path in Path("conf/algo").glob("*.yaml")} - DISTILLATION)
-TASKS = {"words": ("tiny_sft", "tiny_rl", 120), "sudoku": ("sudoku_sft", "sudoku_rl", 100)}  # presets, steps of RL
 WINDOW = 15  # steps over which rollouts are averaged
+
+
+class Task(NamedTuple):
+    """What a task adds to the commands of its presets, and to its evaluation."""
+
+    steps: int  # of RL
+    sft: list[str]
+    rl: list[str]
+    eval: list[str]
+    but: dict[str, list[str]]  # what else an algorithm is told
+
+
+TASKS = {
+    "words": Task(120, ["experiment=tiny_sft"], ["experiment=tiny_rl"], [], {}),
+    "sudoku": Task(  # blocks of 8, two tokens a forward
+        80,
+        ["experiment=sudoku_sft", "model.block_size=8"],
+        ["experiment=sudoku_rl", "decoding.denoising_steps=4"],
+        ["bench=sudoku", "decoding=static", "decoding.denoising_steps=4"],
+        {"blockjustgrpo": ["algo.views.tokens=2"]},  # as many as are revealed
+    ),
+}
 
 
 def main() -> None:
@@ -30,27 +52,29 @@ def main() -> None:
 
 def compare(task: str, algorithms: Sequence[str]) -> None:
     """Run what is not there yet of a task, print its table and draw its plot."""
-    sft, rl, steps = TASKS[task]
-    at_once(["sft", f"experiment={sft}", f"seed={seed}", f"out={start(task, seed).parent}"] for seed in SEEDS)
+    steps, sft, rl, evaluation, but = TASKS[task]
+    starts = [start(task, seed) for seed in SEEDS]
+    at_once(["sft", *sft, f"seed={seed}", f"out={start(task, seed).parent}"] for seed in SEEDS)
     commands = []
     for name in algorithms:
-        words = ["rl", f"experiment={rl}", f"algo={name}", "show_every=0"]
+        words = ["rl", *rl, f"algo={name}", *but.get(name, []), "show_every=0"]
         for seed in SEEDS:
             out = run(task, name, seed)
-            commands.append([*words, f"seed={seed}", f"model={start(task, seed)}", f"out={out}"])
+            commands.append([*words, f"steps={steps}", f"seed={seed}", f"model={start(task, seed)}", f"out={out}"])
+    for name in algorithms:
         long = [f"steps={3 * steps}", "seed=0", f"model={start(task, 0)}", f"out={long_run(task, name)}"]
-        commands.append([*words, "algo.beta=0", *long])
+        commands.append(["rl", *rl, f"algo={name}", *but.get(name, []), "show_every=0", "algo.beta=0", *long])
     at_once(commands)
-    at_once(evaluated(run(task, name, seed) / "model", task)[1] for name in algorithms for seed in SEEDS)
+    trained = [run(task, name, seed) / "model" for name in algorithms for seed in SEEDS]
+    at_once(evaluated(model, *evaluation)[1] for model in [*starts, *trained])
 
     print(f"\n{task}\n")
-    print(
-        "| algo | rollouts at T = 1, last 15 steps | greedy | tokens per forward | token-forwards a step | 3× as long |"
-    )
+    print("| algo | rollouts at T = 1, last 15 steps | greedy % | tok/fwd | token-forwards a step | 3× as long |")
     print("|---|--:|--:|--:|--:|--:|")
+    print(f"| fine-tuned | | {percent([card(model)['metrics']['accuracy'] for model in starts])} | | | |")
     for name in sorted(algorithms, key=lambda name: -sum(late(run(task, name, seed), "accuracy") for seed in SEEDS)):
         runs = [run(task, name, seed) for seed in SEEDS]
-        cards = [card(one / "model", task)["metrics"] for one in runs]
+        cards = [card(one / "model")["metrics"] for one in runs]
         print(
             f"| {name} | {percent([late(one, 'accuracy') for one in runs])}"
             f" | {percent([found['accuracy'] for found in cards])}"

@@ -37,17 +37,14 @@ def fine_tuned(seed: int, *words: str, name: str = "sft") -> tuple[Path, list[ob
     return out / "model", ["sft", f"seed={seed}", f"out={out}", *words]
 
 
-def evaluated(model: Path, task: str = "words") -> tuple[Path, list[object]]:
-    """Where the evaluation of a model lies, and its command. task: words, or the name of another benchmark."""
+def evaluated(model: Path, *words: str) -> tuple[Path, list[object]]:
+    """Where the evaluation of a model lies, and its command."""
     out = ROOT / "eval" / "-".join(model.parts[2:-1])
-    words = ["eval", f"model={model}", f"out={out}"]
-    if task != "words":
-        words.append(f"bench={task}")
-    return out / "eval_card.json", words
+    return out / "eval_card.json", ["eval", f"model={model}", f"out={out}", *words]
 
 
-def card(model: Path, task: str = "words") -> dict[str, Any]:
-    return json.loads(evaluated(model, task)[0].read_text())
+def card(model: Path) -> dict[str, Any]:
+    return json.loads(evaluated(model)[0].read_text())
 
 
 def history(run: Path) -> list[dict[str, float]]:
