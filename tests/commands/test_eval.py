@@ -48,7 +48,7 @@ CONFIG = OmegaConf.create(
         "ids": None,
         "predictions": None,
         "compare": None,
-        "rollout": {"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 4},
+        "rollout": {"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 4, "products": "auto"},
         "dtype": "float32",
         "attention": "auto",
         "device": "cpu",
@@ -221,7 +221,9 @@ def test_what_an_interruption_left_is_kept_and_the_rest_is_sampled_the_same(fini
 
 
 def test_the_batch_size_changes_no_answer(finished: Path, tmp_path: Path) -> None:
-    command.run(config(rollout={"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 3}), tmp_path)
+    command.run(
+        config(rollout={"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 3, "products": "auto"}), tmp_path
+    )
     assert by_sample(tmp_path) == by_sample(finished)
 
 
@@ -299,7 +301,7 @@ def test_real_benchmarks_run_to_the_end(shared: Path, tmp_path: Path, name: str,
             bench={"_target_": "dirl_cli.data.files.ProblemFile", "name": name, "path": f"{shared}/data/{name}.json"},
             samples=1,
             limit=limit,
-            rollout={"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 64},
+            rollout={"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 64, "products": "auto"},
             decoding={"max_new_tokens": 8},
         ),
         tmp_path,

@@ -50,16 +50,18 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and tensor.is_mkldnn:  # reordered weights have no storage of torch's
+                self._count(tensor, torch.ops.mkldnn._nbytes(tensor))
+            elif isinstance(tensor, Tensor) and tensor.untyped_storage().device.type != "meta":
+                self._count(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage.device.type != "meta" and storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
+    def _count(self, holder: Any, size: int) -> None:
+        if holder._cdata not in self.sizes:
+            self.sizes[holder._cdata] = size
+            self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, storage._cdata)
+            weakref.finalize(holder, self._forget, holder._cdata)
 
     def _forget(self, address: int) -> None:
         self.now -= self.sizes.pop(address)
@@ -127,6 +129,7 @@ class Trial:
     row_tokens: int = 256
     micro_rows: int = 1
     peft: Peft = FullFinetune()
+    products: str = "auto"
 
     @property
     def machine(self) -> Machine:
@@ -149,6 +152,7 @@ class Trial:
             "rl.problems": 2,
             "rl.group_size": 4,
             "rl.mini_batches": 1,
+            "rollout.products": self.products,
             "rl.async_rollout": False,
         }
 
@@ -212,9 +216,9 @@ class Trial:
         """Eight answers at once, with a model that has not learned yet."""
         decoding = Decoding(temperature=1.0, top_p=self.top_p, max_new_tokens=self.tokens)
         with start_accelerator(self.device, self.dtype).autocast():
-            NativeSampler(lm, 8).sample([[1] * self.prompt] * 8, 1, decoding)
+            NativeSampler(lm, 8, products=self.products).sample([[1] * self.prompt] * 8, 1, decoding)
         setup = TrainingSetup(lm, Untrained(), self.machine, self.settings)
-        return rl_budget(setup, dipo(0.0), decoding, self.prompt, Native(8), learns=False)
+        return rl_budget(setup, dipo(0.0), decoding, self.prompt, Native(8, self.products), learns=False)
 
 
 def measured(trial: Trial, work: str) -> tuple[int, int]:

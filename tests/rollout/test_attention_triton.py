@@ -14,6 +14,7 @@ if DEVICE == "cpu":
 pytest.importorskip("triton")
 
 from dirl_cli.rollout.attention_triton import decode_attention
+from dirl_cli.rollout.decoder import decoder_of
 from dirl_cli.rollout.forward_gpu import GraphForward, block_attention, run_eagerly
 from dirl_cli.rollout.scheduler import Scheduler, make_requests
 from dirl_cli.types import Decoding
@@ -76,7 +77,7 @@ def test_a_model_decodes_with_it():
     found = []
     for attention in (decode_attention, block_attention):
         with torch.inference_mode():
-            scheduler = Scheduler(GraphForward(lm, 2, 16, attention, run_eagerly), options, 2)
+            scheduler = Scheduler(GraphForward(lm, decoder_of(lm.model), 2, 16, attention, run_eagerly), options, 2)
             for request in make_requests([[5] * 6, [7] * 9], 1, options, None, None):
                 scheduler.add(request)
             found.append({one.request.prompt: one.token_ids for _ in range(2) for one in scheduler.step()})

@@ -9,6 +9,7 @@ import torch
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.models.low_precision import cast_linear_weights, recast
+from dirl_cli.rollout.decoder import JoinedDecoder, decoder_of
 from dirl_cli.rollout.forward_gpu import GraphForward, block_attention, bucket
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.scheduler import Scheduler, make_requests
@@ -82,7 +83,7 @@ def answers(forward: GraphForward, options: Decoding, prompts=PROMPTS, n: int = 
 
 def test_work_reads_all_that_changes_from_tensors_that_stay():
     lm, tape = small_lm(), Tape()
-    forward = GraphForward(lm, 4, 32, block_attention, tape)
+    forward = GraphForward(lm, decoder_of(lm.model), 4, 32, block_attention, tape)
     for options in (decoding(), decoding("sequential", temperature=0.0), decoding(seed=1)):
         plain = NativeSampler(lm, 4).sample(PROMPTS, 3, options)
         assert answers(forward, options) == [[one.token_ids for one in group] for group in plain]
@@ -91,7 +92,8 @@ def test_work_reads_all_that_changes_from_tensors_that_stay():
 
 def test_only_blocks_that_are_denoised_or_to_be_cached_are_computed():
     tape = Tape()
-    forward = GraphForward(small_lm(), 3, 32, block_attention, tape)
+    lm = small_lm()
+    forward = GraphForward(lm, decoder_of(lm.model), 3, 32, block_attention, tape)
     options = decoding("low_confidence_static", denoising_steps=2, max_new_tokens=8)
     answers(forward, options, prompts=[[5] * 4, [6] * 4, [7] * 8], n=1)
     # two forwards a block, of which the first caches the block before; the first of a prompt's two goes in before
@@ -99,11 +101,15 @@ def test_only_blocks_that_are_denoised_or_to_be_cached_are_computed():
 
 
 @pytest.mark.parametrize("by_blocks", [False, True])
-def test_a_prompt_is_computed_once_for_all_its_answers(by_blocks):
+def test_a_prompt_is_computed_once_for_all_its_answers(by_blocks, monkeypatch):
     lm, seen = small_lm(), []
-    lm.model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
+    compute = JoinedDecoder.__call__
+
+    def counting(decoder, cache, token_ids, *args):
+        seen.append(token_ids.numel())
+        return compute(decoder, cache, token_ids, *args)
+
+    monkeypatch.setattr(JoinedDecoder, "__call__", counting)
     prompt = list(range(1, 42))  # ten blocks and a token
     answers = NativeSampler(lm, 3, by_blocks).sample([prompt], 6, decoding("sequential", max_new_tokens=7))[0]
     assert [one.forwards for one in answers] == [3 + 4] * 6

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dirl_cli.errors import DirlError
+from dirl_cli.rollout.decoder import JoinedDecoder, ModelDecoder
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import HELD, Decoding
@@ -86,13 +87,19 @@ def test_missing_samples_can_be_asked_for_alone():
 
 
 @pytest.mark.parametrize("by_blocks", [False, True])
-def test_nothing_of_the_model_is_switched_while_its_sampler_decodes(by_blocks):
+@pytest.mark.parametrize("decoder", [JoinedDecoder, ModelDecoder])
+def test_nothing_of_the_model_is_switched_while_its_sampler_decodes(by_blocks, decoder, monkeypatch):
     """Which the model may be learning from in another thread."""
     lm, seen = small_lm(), []
     lm.model.train()
-    lm.model.get_decoder().register_forward_hook(
-        lambda *_: seen.append((lm.model.config._attn_implementation, lm.model.training))
-    )
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def looking(*args, **kwargs):
+        seen.append((lm.model.config._attn_implementation, lm.model.training))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", looking)
+    monkeypatch.setattr("dirl_cli.rollout.native.decoder_of", decoder)
     NativeSampler(lm, by_blocks=by_blocks).sample([PROMPTS[0]], 1, decoding("sequential"))
     assert seen
     assert set(seen) == {("sdpa", True)}

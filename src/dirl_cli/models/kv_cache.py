@@ -5,6 +5,7 @@ Shapes: a forward of T tokens, of any slots; D values of a head (head_dim).
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -45,6 +46,7 @@ class KVCache:
         self.length = length
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.rotations: Tensor | None = None  # of each position, kept by the decoder that computes them
 
     def at(self, index: Tensor) -> "KVCache":
         """Aim the next forward: its tokens go to `index` (T,), each slot * length + position."""
@@ -55,14 +57,23 @@ class KVCache:
         self, keys: Tensor, values: Tensor, layer: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, (1, key heads, T, D), and return all that it has."""
-        # A layer's tensors are made when it first runs, since its heads and dtype are known only then; the dtype is
-        # that of the values, because under autocast a norm leaves the keys wider.
-        if layer == len(self.keys):
-            shape = (self.slots, self.length, *values.shape[1::2])
-            self.keys.append(values.new_zeros(shape))
-            self.values.append(values.new_zeros(shape))
-        for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):
+        key_heads, size = values.shape[1::2]
+        all_keys, all_values = self.of_layer(layer, key_heads, size, values.dtype, values.device)
+        for cached, new in ((all_keys, keys), (all_values, values)):
             cached.flatten(0, 1).index_copy_(0, self.index, new[0].transpose(0, 1).to(cached.dtype))
+        return all_keys, all_values
+
+    def of_layer(
+        self, layer: int, key_heads: int, size: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """All keys and all values of a layer, to read and to write; made when it first runs.
+
+        dtype: that of the values, because under autocast a norm leaves keys wider.
+        """
+        if layer == len(self.keys):
+            shape = (self.slots, self.length, key_heads, size)
+            self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
+            self.values.append(torch.zeros(shape, dtype=dtype, device=device))
         return self.keys[layer], self.values[layer]
 
     def get_seq_length(self, *args: object) -> int:

@@ -29,14 +29,14 @@ from dirl_cli.plan.memory import (
     to_whole_blocks,
 )
 from dirl_cli.rl.objective import Objective
-from dirl_cli.rollout.engines import Engine, Lmdeploy
+from dirl_cli.rollout.engines import Engine, Lmdeploy, Native
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.optim import Optim
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Trajectory
 
 UPDATE = ("micro_rows", "gradient_checkpointing", "row_tokens", "decoding.max_new_tokens")
 SFT = (*UPDATE, "steps", "launch", "batch_size", "max_tokens", "eval_problems")
-ROLLOUT = ("rollout.max_batch", "rollout.cache_share", "rl.async_rollout")
+ROLLOUT = ("rollout.max_batch", "rollout.cache_share", "rollout.products", "rl.async_rollout")
 RL = (*UPDATE, *ROLLOUT, "steps", "launch", "rl.problems", "rl.group_size", "rl.mini_batches", "rl.epochs")
 GPUS = (2, 4, 8)  # of one machine
 ADAPTERS = ("lora", "qlora")
@@ -171,6 +171,7 @@ def rl_budget(
     knobs = {
         **(sharding_knobs(settings, setup.machine, setup.peft) if critic == "none" else {}),
         "rollout.max_batch": halvings(settings["rollout.max_batch"], 1),
+        "rollout.products": ["plain"] if isinstance(engine, Native) and engine.products != "plain" else [],
         "rollout.cache_share": [engine.cache_share / 2, engine.cache_share / 4] if isinstance(engine, Lmdeploy) else [],
         **update_knobs(settings, batch),
         "critic": ["head"] if critic == "model" else [],
@@ -296,6 +297,7 @@ class MemoryByPeft:
             self.counted[name],
             parallelism=parallelism(launch, processes(settings, self.setup.machine)),
             critic=settings.get("critic", self.critic) == "model",
+            products=settings.get("rollout.products") or "auto",
         )
 
     def _count(self, peft: Peft) -> Memory:

@@ -11,9 +11,12 @@ two the forward computes in; other factors count tensors of one shape, which the
 import math
 from dataclasses import dataclass
 
+import torch
+
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.plan.architecture import Architecture
 from dirl_cli.rollout.forward_gpu import PREFILL
+from dirl_cli.rollout.products import Products, is_reordered
 from dirl_cli.text import counted
 from dirl_cli.training.logprobs import tokens_at_once
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding
@@ -109,7 +112,7 @@ class Memory:
     parameters of another model that it is; 0 where it is what the policy began as. critic: whether a second model
     learns values, with AdamW.
     samples: whether a sampler is there. copy_stays: whether its own copy of the weights does during an update.
-    cuda: whether the device is a GPU.
+    products: what the native engine multiplies with on a CPU. cuda: whether the device is a GPU.
     """
 
     model: Architecture
@@ -122,6 +125,7 @@ class Memory:
     critic: bool = False
     samples: bool = False
     copy_stays: bool = False
+    products: Products = "auto"
     cuda: bool = False
     parallelism: Parallelism = Parallelism()
 
@@ -324,31 +328,46 @@ class Memory:
         model = self.model
         length = to_whole_blocks(longest, block_size)
         entering = prompt + block_size
-        # a token that enters: the MLP, or attention with keys and values once per query head
-        entry = 12 * model.hidden + max(4 * model.hidden + 3 * self.value * model.inner, 16 * model.queries)
+        # Of a token that enters, beside the residual stream: the MLP, or queries and keys normed and rotated in fp32.
+        stream = 12 * model.hidden
+        mlp = 4 * model.hidden + 3 * self.value * model.inner
+        rotating = self.value * (model.queries + 2 * model.keys) + 8 * (model.queries + model.keys)
 
         if self.cuda:  # some prompts at a time, keys and values read where they are
-            prefill = min(slots * entering, PREFILL) * entry
+            prefill = min(slots * entering, PREFILL) * (stream + max(mlp, rotating))
             busiest = max(prefill, self.drawing(slots * block_size, decoding))
             slots += 1  # one to spare
         else:
-            prefill = entering * (entry + entering)  # with a token's row of the mask
+            # with a token's row of the mask, which attention makes numbers of
+            attending = self.value * (3 * model.queries + model.keys + entering)
+            prefill = entering * (stream + max(mlp, rotating, attending) + entering)
             attention = 8 * length * model.queries  # keys and values once per query head, all that are cached
             busiest = slots * max(prefill, attention, self.drawing(block_size, decoding))
 
-        # A sampler on a GPU keeps casts of the linear weights, instead of casting in every forward.
+        # A sampler keeps casts of the linear weights, instead of casting in every forward.
         sampler_copy = copies = 0
         if self.parallelism.gathers or self.copy_stays:
             sampler_copy = self.sampler_copy()
-        if self.cuda and not self.parallelism.gathers:
+        if not self.parallelism.gathers:
             copies = self.linear_copies()
         cache = slots * length * model.layers * 2 * model.keys * self.value  # keys and values
         return self.resident() | {
             "sampler's copy": sampler_copy,
             "bf16 copies": copies,
+            "reordered weights": 0 if self.cuda else self.reordered_weights(),
             "KV cache": cache,
             "sampling": busiest,
         }
+
+    def reordered_weights(self) -> int:
+        """Bytes of the copies that a sampler on a CPU multiplies with, of the weights that are large enough."""
+        model = self.model
+        sizes = [model.hidden * (model.queries + 2 * model.keys), model.queries * model.hidden]
+        if not model.experts:  # which are computed as they are
+            sizes += [2 * model.hidden * model.inner, model.inner * model.hidden]
+        sizes = sizes * model.layers + [model.vocabulary * model.hidden]
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return self.value * sum(size for size in sizes if is_reordered(size, dtype, self.products))
 
     def drawing(self, tokens: int, decoding: Decoding) -> int:
         """Bytes at the peak of drawing so many tokens from their logits."""

@@ -13,6 +13,7 @@ from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.ranges import Count, SomeShare
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.products import Products
 from dirl_cli.rollout.sampler import Sampler
 
 LMDEPLOY = "0.18"
@@ -39,12 +40,13 @@ class Native:
     """This toolkit's own engine, on any device; see `NativeSampler`."""
 
     max_batch: Count
+    products: Products
 
     def require(self) -> None:
         """It runs anywhere."""
 
     def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
-        return NativeSampler(lm, self.max_batch, own_weights=own_weights)
+        return NativeSampler(lm, self.max_batch, own_weights=own_weights, products=self.products)
 
 
 @dataclass(frozen=True)

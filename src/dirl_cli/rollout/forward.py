@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from dirl_cli.models.kv_cache import SLOTS, Attend, KVCache
+from dirl_cli.models.kv_cache import KVCache
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.models.low_precision import inference_model
+from dirl_cli.rollout.decoder import Decoder
 from dirl_cli.rollout.sequences import SequenceState, Unmasker
 
 Integers = NDArray[np.int64]
@@ -29,6 +28,7 @@ class Forward(Protocol):
     """The slots of a model and its forwards of them: `EagerForward`, or `GraphForward` of forward_gpu.py."""
 
     lm: DiffusionLM
+    decoder: Decoder
     sequences: SequenceState
     cache: KVCache
 
@@ -43,34 +43,12 @@ class Forward(Protocol):
         ...
 
 
-def slot_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as `decode` takes it, whatever attention it was loaded with. It follows the weights of `model`."""
-    return inference_model(model, SLOTS)
-
-
 def previous_states(hidden: Tensor, edge: Tensor) -> Tensor:
     """For each token of N blocks the hidden state of the token before it, which predicts it under a logit shift.
 
     hidden: (N, B, D). edge: (N, D), of the token before each block. Returns (N, B, D).
     """
     return torch.cat([edge[:, None], hidden[:, :-1]], 1)
-
-
-def decode(
-    model: PreTrainedModel, cache: KVCache, token_ids: Tensor, position: Tensor, index: Tensor, attend: Attend
-) -> Tensor:
-    """Final hidden states (T, D) of T tokens, whose keys and values go into `cache`.
-
-    model: one of `slot_model`. token_ids, position: (T,). index: (T,) where each is cached, slot * length + position.
-    """
-    output = model.get_decoder()(
-        input_ids=token_ids[None],
-        position_ids=position[None],
-        past_key_values=cache.at(index),
-        use_cache=False,
-        attend=attend,
-    )
-    return output.last_hidden_state[0]
 
 
 @dataclass(frozen=True)
@@ -115,10 +93,11 @@ class EqualWidthSlots:
 class EagerForward:
     """See `Forward`: one packed row a forward, with each slot's tokens from what it has cached on."""
 
-    def __init__(self, lm: DiffusionLM, slots: int, length: int) -> None:
+    def __init__(self, lm: DiffusionLM, decoder: Decoder, slots: int, length: int) -> None:
         self.lm = lm
+        self.device = lm.device
+        self.decoder = decoder
         self.length = length
-        self.model = slot_model(lm.model)
         self.sequences = SequenceState(lm, slots, length)
         self.cache = KVCache(slots, length)
         self.offsets = np.arange(lm.block_size)
@@ -152,7 +131,7 @@ class EagerForward:
             attended = [group.attend(q, keys, values, scale) for group, q in zip(groups, queries, strict=True)]
             return torch.cat(attended)
 
-        hidden = decode(self.model, self.cache, self.sequences.tokens.take(row[1]), row[0], row[1], attend)
+        hidden = self.decoder(self.cache, self.sequences.tokens.take(row[1]), row[0], row[1], attend)
 
         # Where more than the current blocks was computed, these are the last tokens of each slot.
         blocks = hidden
@@ -196,4 +175,4 @@ class EagerForward:
         return groups
 
     def _upload(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(self.lm.device)
+        return torch.from_numpy(values).to(self.device)

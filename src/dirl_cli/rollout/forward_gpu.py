@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dirl_cli.models.kv_cache import KVCache
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.rollout.forward import Integers, decode, previous_states, slot_model
+from dirl_cli.rollout.decoder import Decoder
+from dirl_cli.rollout.forward import Integers, previous_states
 from dirl_cli.rollout.sequences import SequenceState, Unmasker
 from dirl_cli.types import Decoding
 
@@ -81,11 +82,13 @@ class GraphForward:
     computes the same. replay: see `Replay`.
     """
 
-    def __init__(self, lm: DiffusionLM, slots: int, length: int, attention: Attention, replay: Replay) -> None:
+    def __init__(
+        self, lm: DiffusionLM, decoder: Decoder, slots: int, length: int, attention: Attention, replay: Replay
+    ) -> None:
         self.lm = lm
+        self.decoder = decoder
         self.slots = slots
         self.length = length
-        self.model = slot_model(lm.model)
         self.attention = attention
         self.replay = replay
         self.sequences = SequenceState(lm, slots + 1, length)  # the spare slot is for blocks that only fill a graph
@@ -161,7 +164,7 @@ class GraphForward:
         def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
             return self.attention(query, keys, values, slots, start + self.lm.block_size, scale)
 
-        return decode(self.model, self.cache, self.sequences.tokens.take(index), position.flatten(), index, attend)
+        return self.decoder(self.cache, self.sequences.tokens.take(index), position.flatten(), index, attend)
 
     def _unmask(self, unmask: Unmasker, count: int) -> None:
         self.tokens.copy_(unmask(self.sequences, self.blocks[:4, : self.slots], self.hidden, count))

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.low_precision import cast_linear_weights, recast
+from dirl_cli.rollout.decoder import Decoder, decoder_of
 from dirl_cli.rollout.forward import EagerForward, Forward
 from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attention, run_eagerly
+from dirl_cli.rollout.products import Products
 from dirl_cli.rollout.sampler import Hint, Watch, collect_samples
 from dirl_cli.rollout.scheduler import Finished, Scheduler, make_requests, require_free_end
 from dirl_cli.types import Decoding, Trajectory
@@ -25,11 +27,16 @@ class NativeSampler:
     """Samples from `lm` with at most `max_batch` sequences at once.
 
     by_blocks: forwards as on a GPU (`GraphForward`), where that is the default. own_weights: nobody else uses those of
-    `lm`, so that they are not kept while it sleeps.
+    `lm`, so that they are not kept while it sleeps. products: what it multiplies with on a CPU.
     """
 
     def __init__(
-        self, lm: DiffusionLM, max_batch: int = 64, by_blocks: bool | None = None, own_weights: bool = False
+        self,
+        lm: DiffusionLM,
+        max_batch: int = 64,
+        by_blocks: bool | None = None,
+        own_weights: bool = False,
+        products: Products = "auto",
     ) -> None:
         if max_batch < 1:
             raise DirlError("max_batch must be at least 1")
@@ -39,6 +46,9 @@ class NativeSampler:
         self.weights_version = 0
         self.by_blocks = lm.device.type == "cuda" if by_blocks is None else by_blocks
         self.idle_forward: GraphForward | None = None  # with its graphs, from one stream to the next
+        self.products = products
+        self.emptied: list[tuple[torch.UntypedStorage, int]] = []  # while it sleeps, with their bytes
+        self.decoder: Decoder | None = None  # with weights that it reordered, from one stream to the next
         self.low_precision_model: PreTrainedModel | None = None
 
     def sample(self, prompts: Sequence[list[int]], n: int, decoding: Decoding) -> list[list[Trajectory]]:
@@ -74,9 +84,13 @@ class NativeSampler:
         end = min(longest + decoding.max_new_tokens, self.lm.longest_prompt + 1)
         length = -(-end // block_size) * block_size  # whole blocks
         slots = min(self.max_batch, len(queue))
-        forward: Forward = (
-            self._graph_forward(slots, length) if self.by_blocks else EagerForward(self.lm, slots, length)
-        )
+        lm = replace(self.lm, model=self._model())
+        decoder = self._decoder(lm.model)
+        forward: Forward
+        if self.by_blocks:
+            forward = self._graph_forward(lm, decoder, slots, length)
+        else:
+            forward = EagerForward(lm, decoder, slots, length)
 
         # Continuous batching: a slot that falls free takes the next request before the next forward.
         scheduler = Scheduler(forward, decoding, slots)
@@ -99,40 +113,50 @@ class NativeSampler:
                     own[name].copy_(tensor)
         if self.low_precision_model:
             recast(self.low_precision_model, self.lm.model)
+        if self.decoder:
+            self.decoder.renew()
         self.weights_version = version
 
     def sleep(self) -> None:
-        """Free own weights, and what the next stream makes anew: KV cache, graphs and low-precision weights."""
+        """Free own weights, and what the next stream makes anew: KV cache, graphs, weights cast or reordered."""
         self.idle_forward = None
+        self.decoder = None
         self.low_precision_model = None
 
         # Emptying the storage keeps the parameter objects, and so the names and shapes that `wake` allocates again.
         if self.own_weights:
-            for parameter in self.lm.model.parameters():
-                parameter.untyped_storage().resize_(0)
+            self.emptied = storages(self.lm.model)
+            for storage, _ in self.emptied:
+                storage.resize_(0)
         if self.lm.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Allocate own weights again, which `update_weights` has to fill."""
         if self.own_weights:
-            for parameter in self.lm.model.parameters():
-                parameter.untyped_storage().resize_(parameter.nbytes)
+            for storage, size in self.emptied:
+                storage.resize_(size)
+            self.emptied = []
 
-    def _graph_forward(self, slots: int, length: int) -> GraphForward:
+    def _decoder(self, model: PreTrainedModel) -> Decoder:
+        """The forward of the model, which that of an earlier stream is too unless the model is another."""
+        if self.decoder is None or self.decoder.model is not model:
+            self.decoder = decoder_of(model, self.products)
+        return self.decoder
+
+    def _graph_forward(self, lm: DiffusionLM, decoder: Decoder, slots: int, length: int) -> GraphForward:
         """The forward of an earlier stream if it has room for these slots, else a new one."""
         idle = self.idle_forward
         self.idle_forward = None  # not for two streams at once
-        lm = replace(self.lm, model=self._model())
-        if idle and idle.lm.model is lm.model and slots <= idle.slots and length <= idle.length:
+        if idle and idle.decoder is decoder and slots <= idle.slots and length <= idle.length:
             return idle
         del idle  # its memory has to be free before there is another
         if lm.device.type != "cuda":
-            return GraphForward(lm, slots, length, block_attention, run_eagerly)
+            return GraphForward(lm, decoder, slots, length, block_attention, run_eagerly)
         from dirl_cli.rollout.attention_triton import decode_attention  # which only a GPU has the package for
 
         torch.cuda.set_device(lm.device)  # on which Triton starts
-        return GraphForward(lm, slots, length, decode_attention, GraphCache())
+        return GraphForward(lm, decoder, slots, length, decode_attention, GraphCache())
 
     def _model(self) -> PreTrainedModel:
         """The model, its linear layers in autocast's dtype: a graph would cast them again in every forward."""
@@ -165,3 +189,12 @@ class NativeSampler:
             stop_token_ids=decoding.stop_token_ids,
             block_size=self.lm.block_size,
         )
+
+
+def storages(model: PreTrainedModel) -> list[tuple[torch.UntypedStorage, int]]:
+    """The storages of a model's parameters with their bytes, each once, though several parameters may share one."""
+    by_address = {}
+    for parameter in model.parameters():
+        storage = parameter.untyped_storage()
+        by_address[storage.data_ptr()] = storage, storage.nbytes()
+    return list(by_address.values())

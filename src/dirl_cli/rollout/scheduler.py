@@ -84,7 +84,7 @@ class Scheduler:
     def __init__(self, forward: Forward, decoding: Decoding, slots: int) -> None:
         self.forward = forward
         self.decoding = decoding
-        self.unmask = Unmasker(forward.lm, decoding)
+        self.unmask = Unmasker(forward.lm, decoding, forward.decoder.head)
         self.block_size = forward.lm.block_size
         self.last_position = forward.lm.longest_prompt + 1
         self.stop_token_ids = np.array(decoding.stop_token_ids, np.int64)

@@ -5,6 +5,8 @@ Which tokens that are is decided by the strategies of diffusion/unmasking.py.
 Shapes: S slots, N blocks of B tokens in a forward, D hidden size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -52,10 +54,13 @@ class SequenceState:
 
 
 class Unmasker:
-    """Draws a candidate for every masked token of some blocks and reveals those that `decoding` chooses."""
+    """Draws a candidate for every masked token of some blocks and reveals those that `decoding` chooses.
 
-    def __init__(self, lm: DiffusionLM, decoding: Decoding) -> None:
-        self.head = lm.model.get_output_embeddings()
+    head: final hidden states (N, D) to logits (N, V).
+    """
+
+    def __init__(self, lm: DiffusionLM, decoding: Decoding, head: Callable[[Tensor], Tensor]) -> None:
+        self.head = head
         self.decoding = decoding
         self.strategy = find_strategy(decoding.strategy)
         self.is_built_in = decoding.strategy in BUILT_IN  # and so never waits for the device
