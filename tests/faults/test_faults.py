@@ -77,6 +77,32 @@ def test_killed_at_random_moments(name, in_background, undisturbed, tmp_path, te
     tell(f"kill -9 at random moments of {name}, checkpoints {how} ({when})", KILLS // 2, survived)
 
 
+# What draws masks of its own, follows the policy with its reference, or learns values beside it.
+OBJECTIVES = {
+    "dipo with a value model": ("algo=dipo", "critic=model", "critic.lr=1e-2", "rl.mini_batches=2"),
+    "spg": ("algo=spg", "rl.epochs=2"),
+    "coupled_grpo with a moving reference": ("algo=coupled_grpo", "algo.reference_every=2", "rl.epochs=2"),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_objective_killed_between_its_steps_goes_on_to_the_same_bytes(objective, undisturbed, tmp_path, tell):
+    cfg = config("rl", undisturbed["rl"][0], *OBJECTIVES[objective])
+    through = Child("rl", cfg, tmp_path / "through")
+    assert through.end() == 0, through.told
+    expected = result(tmp_path / "through")
+    kept = {file.stem for file in complete_checkpoints(tmp_path / "through/checkpoints")[-1].glob("*.safetensors")}
+    assert ("critic_optimizer" in kept, "reference" in kept) == ("value" in objective, "moving" in objective)
+
+    moments, steps, survived = random.Random(objective), (1, 2, 3, 4), 0
+    for step in steps:
+        out = tmp_path / str(step)
+        child = Child("rl", cfg, out).wait_for(f"step {step}/")
+        child.ends_within(moments.random() * through.seconds / 10)  # some time in the next step, or while it saves
+        survived += child.kill() and finished("rl", cfg, out) == expected
+    tell(f"kill -9 in the midst of {objective}", len(steps), survived)
+
+
 @contextmanager
 def disk(path: Path, kilobytes: int):
     """A file system of its own with so much room."""
