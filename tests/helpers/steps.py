@@ -5,6 +5,7 @@ python -m tests.helpers.steps FILE LAUNCH sft+rl+… [KEY=VALUE …]  # RANK, WO
 
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,9 @@ def with_critic(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> li
 
 
 def with_teacher(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
-    """As `rl`, the reference behind a prompt of its own."""
+    """As `rl`, the reference behind a prompt of its own; it follows the policy every second step."""
     told = TeacherPrompt("{question} {answer}", Numbers(), Instruction(), lm.block_size, lm.max_length)
-    return rl(lm, trainer, micro_rows, algorithm("opsd"), teacher_prompt=told)
+    return rl(lm, trainer, micro_rows, algorithm("opsd", reference_every=2), teacher_prompt=told)
 
 
 def corrected(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
@@ -120,7 +121,7 @@ def rl(
         objective,
         objective.estimator({}),
         lm,
-        reference=LogprobModel(still.model.requires_grad_(False)).to(still.device),
+        reference=LogprobModel(deepcopy(still.model).requires_grad_(False)).to(still.device),
         old_from_sampler=False,
         correction=correction or Correction(cap=2.0),
         mini_batches=2,

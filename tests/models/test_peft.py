@@ -21,9 +21,10 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM, SavedModel
-from dirl_cli.models.peft import LoraFinetune, trainable_parameters
+from dirl_cli.models.peft import FullFinetune, LoraFinetune, trainable_parameters
 from dirl_cli.plan.architecture import architecture
 from dirl_cli.plan.memory import Memory
+from dirl_cli.rl.update import move_towards
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
 from dirl_cli.sft.validation import cross_entropy
@@ -211,6 +212,22 @@ def test_a_push_renews_them_in_place_and_shares_what_no_adapter_changes(four_bit
     assert len(shared) == len(storage) - 14  # two layers of seven targets have weights of their own
 
 
+@pytest.mark.parametrize("kind", ["untied", "tied", "moe"])
+@pytest.mark.parametrize(*QLORA)
+def test_a_reference_that_moves_goes_so_far_towards_the_weights_with_their_factors(four_bit, kind):
+    own, lm = peft(four_bit, kind), adapted(four_bit, kind)
+    reference = FullFinetune().reference(own.merged(lm)).model
+    began = {name: weight.clone() for name, weight in reference.named_parameters()}
+    learned(lm)
+    now = dict(own.merged(lm).model.named_parameters())
+    move_towards(reference, own.pushed(lm), 0.25)
+    for name, weight in reference.named_parameters():
+        assert torch.allclose(weight, 0.75 * began[name] + 0.25 * now[name], atol=1e-6), name
+    move_towards(reference, own.pushed(lm), 1.0)
+    assert torch.equal(logits(reference), logits(own.merged(lm).model))
+    assert not torch.allclose(logits(reference), logits(own.reference(lm).model), atol=1e-2)
+
+
 def test_the_reference_is_the_model_without_its_adapter_and_takes_no_memory():
     lm = adapted()
     reference = LORA.reference(lm).model
@@ -364,12 +381,15 @@ def test_a_run_does_not_go_on_beside_another_model(tuned, base, tmp_path):
 RL = (*LEARNING, "steps=3", "save_every=2", "eval_problems=0", "data.train=40", "algo.beta=0.1")
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
-def test_reinforcement_samples_with_merged_weights_and_stays_near_the_base(base, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "every"), [("lora", 0), ("lora", 1), pytest.param("qlora", 0, marks=pytest.mark.slow)]
+)
+def test_reinforcement_samples_with_merged_weights_and_stays_near_the_base(base, tmp_path, kind, every):
+    """Or near what follows the policy every step."""
     if kind == "qlora":
         pytest.importorskip("bitsandbytes")
     words = (f"peft={kind}", f"model.path={base}", "decoding.max_new_tokens=12", "gradient_checkpointing=true")
-    cfg = config("rl", *RL, *words)
+    cfg = config("rl", *RL, *words, f"algo.reference_every={every}")
     rl.run(cfg, tmp_path / "through")
     taken = [line for line in lines(tmp_path / "through") if "loss" in line]
     assert len(taken) == 3 and all(line["mismatch_max"] < 1e-4 for line in taken)

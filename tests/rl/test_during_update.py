@@ -137,6 +137,22 @@ def test_a_run_that_prefetches_goes_on_to_the_same_bytes(model, tmp_path):
     assert updates(tmp_path) == learned
 
 
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_a_critic_learns_from_what_was_prefetched_and_goes_on_to_the_same_bytes(model, tmp_path, critic):
+    words = ("rl.async_rollout=1", f"critic={critic}", "critic.lr=1e-2", "critic.gae_lambda=0.9", "eval_problems=0")
+    cfg = config(model, *words)
+    run(cfg, tmp_path)
+    whole, learned = weights(tmp_path), updates(tmp_path)
+    assert [line["staleness"] for line in lines(tmp_path)] == [0, 1, 1, 1]
+    assert any(line["explained_variance"] != 0 for line in lines(tmp_path)[1:])
+    kept = (tmp_path / "checkpoints/step-000004/critic.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "model")
+    shutil.rmtree(tmp_path / "checkpoints/step-000004")
+    run(cfg, tmp_path)
+    assert (weights(tmp_path), updates(tmp_path)) == (whole, learned)
+    assert (tmp_path / "checkpoints/step-000004/critic.safetensors").read_bytes() == kept
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("launch", ["fsdp2", "zero2"])

@@ -1,14 +1,14 @@
 """What is learned from a step's groups: packed rows, recorded log-probs and values, and the optimizer steps on them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from statistics import fmean
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from dirl_cli.data.order import generator
 from dirl_cli.diffusion.layout import Rows
@@ -214,16 +214,12 @@ class PolicyUpdate:
         weights = self_normalised_weights(by_answer, batch.group_sizes, 1 + self.objective.clip_high)
         return [rows.with_extras(answer_weight=weights[rows.extras["sample"]]) for rows in micro_batches]
 
-    @torch.no_grad()
     def move_reference(self) -> None:
         """Move the reference towards the policy, every `reference_every` optimizer steps by `reference_rate`."""
         every = self.objective.reference_every
         if self.reference is None or not every or self.trainer.steps_taken % every:
             return
-        reference = dict(self.reference.model.named_parameters())
-        for name, weight in unsharded(self.peft.pushed(self.lm)):
-            if name in reference:
-                reference[name].lerp_(weight.to(reference[name]), self.objective.reference_rate)
+        move_towards(self.reference.model, unsharded(self.peft.pushed(self.lm)), self.objective.reference_rate)
 
     def teachers_logprobs(
         self, teacher: LogprobModel, scored: Sequence[Rows], micro_batches: Sequence[Rows]
@@ -238,6 +234,19 @@ class PolicyUpdate:
         if self.trainer.accelerator.num_processes > 1:
             logprobs = dict(gather_object(list(own_logprobs.items())))
         return of_the_same_tokens(torch.cat([logprobs[i] for i in range(len(scored))]), scored, micro_batches)
+
+
+@torch.no_grad()
+def move_towards(reference: nn.Module, weights: Iterable[tuple[str, Tensor]], rate: float) -> None:
+    """Move each parameter of the reference so far towards the weight of its name.
+
+    weights: of all parameters, under the names of a model without an adapter.
+    """
+    parameters = dict(reference.named_parameters())
+    for name, weight in weights:
+        parameter = parameters.pop(name)
+        parameter.lerp_(weight.to(parameter), rate)
+    assert not parameters, f"the policy has no {min(parameters)}"
 
 
 def split_evenly(groups: Sequence[Group], mini_batches: int) -> list[Sequence[Group]]:
