@@ -311,6 +311,22 @@ def test_a_mistyped_choice_is_answered_with_the_right_one():
             algorithm("dipo", **change)
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "sentence"),
+    [
+        ("spg", {"clip_low": 0.2}, "algo.clip_low=0.2 clips a ratio, and algo.surrogate=bounds takes none"),
+        ("wd1", {"clip_high": 0.2}, "algo.surrogate=likelihood takes none: give algo.clip_high=inf"),
+        ("opd", {"dual_clip": 3.0}, "algo.dual_clip=3 clips a ratio"),
+        ("stabledrl", {"clip_low": 0.2}, "algo.clip_low=0.2 clips a ratio"),
+        ("dipo", {"upper_power": 2.0}, "algo.upper_power is of algo.surrogate=bounds"),
+        ("dipo", {"surrogate": "bounds", "clip_low": inf, "clip_high": inf}, "wants .algo.upper_power"),
+    ],
+)
+def test_what_a_surrogate_does_not_read_is_refused(name, changed, sentence):
+    with pytest.raises(DirlError, match=sentence):
+        algorithm(name, **changed)
+
+
 def test_only_the_true_trace_counts_as_exact():
     exact = {name for name in ALGORITHMS if algorithm(name).is_exact}
     assert exact == {"agrpo", "dipo", "dr_grpo", "egspo", "grpo", "gspo", "opd", "opsd", "rspo"}

@@ -47,7 +47,7 @@ class Objective:
     self_normalised: answers are weighted by the softmax of their log-ratios in their group (StableDRL).
     advantage_clip: bounds |A|. negative_weight: times the advantages below 0. entropy_bonus: c, per nat.
     mask_overlong: nothing is learned from answers that did not stop, whose rewards still count in their group.
-    upper_power, upper_share: of `bounds`, see evidence_bounds.py.
+    upper_power, upper_share: of `bounds` alone, see evidence_bounds.py.
 
     Where the policy is still the one that sampled, every level has the same gradient; which choices make that the
     expected reward's own is told in docs/exactness.md.
@@ -73,8 +73,8 @@ class Objective:
     negative_weight: NotNegative
     entropy_bonus: NotNegative
     mask_overlong: bool
-    upper_power: Positive = 1.5
-    upper_share: Share = 0.5
+    upper_power: Positive | None = None
+    upper_share: Share | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -98,8 +98,31 @@ class Objective:
             raise DirlError("algo.teacher_prompt is for a teacher to read: give algo.teacher, such as self")
         if self.teacher_prompt and "{question}" not in self.teacher_prompt:
             raise DirlError("algo.teacher_prompt stands in the place of the question: name {question} in it")
+        self.require_read()
         if self.surrogate == "bounds" and self.level != "sequence":
             raise DirlError("algo.surrogate=bounds bounds the log-prob of an answer: give algo.level=sequence")
+
+    def require_read(self) -> None:
+        """Raises DirlError for a setting that the surrogate does not read, or for one that it lacks."""
+        for name in ("clip_low", "clip_high", "dual_clip"):
+            value = getattr(self, name)
+            is_cap = name == "clip_high" and self.self_normalised  # of the ratios that weigh answers
+            if value < torch.inf and not self.has_ratio and not is_cap:
+                raise DirlError(
+                    f"algo.{name}={value:g} clips a ratio, and algo.surrogate={self.surrogate} takes none: give"
+                    f" algo.{name}=inf"
+                )
+        for name in ("upper_power", "upper_share"):
+            is_there = getattr(self, name) is not None
+            if is_there and self.surrogate != "bounds":
+                raise DirlError(f"algo.{name} is of algo.surrogate=bounds: leave it out, or give that")
+            if not is_there and self.surrogate == "bounds":
+                raise DirlError("algo.surrogate=bounds wants +algo.upper_power=1.5 +algo.upper_share=0.5")
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether the loss has the ratio to the policy that sampled in it."""
+        return self.surrogate in ("clipped", "linear")
 
     @property
     def is_exact(self) -> bool:
@@ -114,7 +137,7 @@ class Objective:
     @property
     def needs_old_logprobs(self) -> bool:
         """Whether the policy that sampled enters the loss once the present one has moved on from it."""
-        return self.surrogate in ("clipped", "linear") or self.self_normalised
+        return self.has_ratio or self.self_normalised
 
     def loss(self, rows: Rows, logprobs: Tensor, entropy: Tensor) -> dict[str, Tensor]:
         """Sums over the scored tokens (N,) of `rows`: the loss, and what is worth watching.
@@ -131,6 +154,7 @@ class Objective:
         if self.surrogate == "likelihood":
             loss = -advantage * at_level(self.level, logprobs, rows)
         elif self.surrogate == "bounds":
+            assert self.upper_power is not None and self.upper_share is not None
             loss = -advantage * bound_score(rows, logprobs, self.upper_power, self.upper_share)
         else:
             log_ratio = at_level(self.level, logprobs - extras.get("old_logprobs", logprobs.detach()), rows)
