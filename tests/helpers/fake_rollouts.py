@@ -21,6 +21,10 @@ class FakeSampler:
     """
 
     asked: list[tuple[int, int]] = field(default_factory=list)  # prompt, seed
+    lm: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(block_size=2))
+
+    def set_block_size(self, block_size: int) -> None:
+        self.lm.block_size = block_size
 
     def stream(self, prompts, n, decoding, seeds, hints=None) -> Iterator[tuple[int, int, Trajectory]]:
         self.asked += [(prompt[0], seed) for prompt, seed in zip(prompts, seeds, strict=True)]

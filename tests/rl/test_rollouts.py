@@ -196,7 +196,7 @@ def test_what_is_replayed_as_it_is_was_rewarded_by_one_rule(tmp_path, changed, s
     write_rollout(rollout_path(tmp_path, 1), [first, replace(first, sample=1, **changed)])
     with pytest.raises(DirlError, match=rf"step-000001.jsonl {sentence}"):
         ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm()).collect(0)
-    rescorer = Rescorer(FakeScorer(each(MIXED)), "none", longest=8, block_size=4)
+    rescorer = Rescorer(FakeScorer(each(MIXED)), "none", longest=8)
     write_rollout(rollout_path(tmp_path, 1), [first, replace(first, sample=1, completion="1", **changed)])
     replayed = ReplayedRollouts(rollouts_of(tmp_path, 1), small_lm(), rescorer).collect(0)
     ((one, other),) = replayed.sampled
@@ -222,6 +222,6 @@ def test_a_replay_may_be_rewarded_anew():
     problem = Problem("a", "1+1?", "2")
     right, wrong = (Record(problem, k, rf"\boxed{{{n}}}", trajectory) for k, n in enumerate((2, 3)))
     with RewardComputer(RewardSettings({"binary": 1.0}, workers=1, timeout=30.0)) as reward_computer:
-        [[first, second]] = Rescorer(reward_computer, "accuracy", longest=8, block_size=4).reward([[right, wrong]])
+        [[first, second]] = Rescorer(reward_computer, "accuracy", longest=8).reward([[right, wrong]], block_size=4)
     assert (first.reward, first.correct, second.reward, second.correct) == (1.0, True, -1.0, False)
     assert first.trajectory is trajectory

@@ -1,6 +1,7 @@
 """A run directory: one configuration, one process at a time, and the same command continues what is there."""
 
 import fcntl
+import json
 import platform
 import shlex
 import shutil
@@ -86,6 +87,9 @@ def model_of_run(model: dict[str, Any]) -> dict[str, Any]:
         raise DirlError(f"{path} has the mask token of its run: leave model.mask_token_id out")
     settings: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     base = settings["model"]
+    remembered = json.loads((path / STATE).read_text())
+    if "block_size" in remembered:  # of a run whose blocks grow
+        base |= {"block_size": remembered["block_size"]}
     if model.get("block_size") is not None:
         base |= {"block_size": model["block_size"]}
     return {

@@ -175,6 +175,7 @@ class ReinforcementConfig:
 
 @dataclass
 class RlConfig(TrainConfig):
+    annealing: Any
     algo: Any
     critic: Any
     reward: Any

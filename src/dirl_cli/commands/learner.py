@@ -12,6 +12,7 @@ from dirl_cli.commands.start import shapes_of
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM, SavedModel
 from dirl_cli.models.peft import FullFinetune
+from dirl_cli.rl.block_growth import BlockGrowth
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, LearnedCritic, StepAdvantages
 from dirl_cli.rl.objective import Objective
@@ -28,6 +29,7 @@ def policy_update(
     inference_lm: DiffusionLM,
     accelerator: Accelerator,
     updates: int,
+    growth: BlockGrowth,
 ) -> PolicyUpdate:
     """What updates the model, `updates` times in all, and keeps it near a reference where that is asked for.
 
@@ -70,6 +72,7 @@ def policy_update(
         critic=critic,
         step_advantages=StepAdvantages(parts.critic.gamma, gae_lambda),
         teacher_prompt=teacher_prompt_of(cfg, parts, lm),
+        growth=growth,
     )
 
 

@@ -14,8 +14,10 @@ from dirl_cli.commands.learner import policy_update, require_teacher_room, teach
 from dirl_cli.commands.problems import Pools, read_problems
 from dirl_cli.commands.rl_parts import (
     RlParts,
+    block_growth,
     build_rl_parts,
     require_compatible,
+    require_growth,
     require_hints,
     require_steps,
     settle_ratio,
@@ -34,7 +36,7 @@ from dirl_cli.commands.start import (
 )
 from dirl_cli.evaluation.held_out import HeldOutEval, SamplerEvaluation
 from dirl_cli.evaluation.sweep_table import Column, show_sweep
-from dirl_cli.models.load import DiffusionLM, fingerprint
+from dirl_cli.models.load import DiffusionLM, fingerprint, in_blocks_of
 from dirl_cli.models.peft import FullFinetune
 from dirl_cli.models.save import require_pushable
 from dirl_cli.plan.forecast import PROMPT, RL, rl_budget
@@ -78,6 +80,7 @@ RECIPE = (
     "peft",
     "data",
     "instruction",
+    "annealing",
     "algo",
     "critic",
     "reward",
@@ -111,15 +114,19 @@ def run(cfg: DictConfig, out: Path) -> None:
     parts.engine.require()
 
     lm = load_model(cfg, parts.model, parts.peft, accelerator, progress)
-    parts = replace(parts, decoding=lm.decoding(parts.decoding))  # settled for all that follows
-    session = reinforce(cfg, out, parts, pools, lm, accelerator, progress)
+    settled = replace(parts, decoding=lm.decoding(parts.decoding))  # for all that follows
+    session = reinforce(cfg, out, settled, pools, lm, accelerator, progress)
     if cfg.rl.rollout_only:
         progress.print_line(
             f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`"
         )
         return
     session.trainer.require_update(f"no group held a signal; {REMEDIES}")
-    leave_model(cfg, out, session, lm, parts.peft, parts.decoding, RECIPE)
+    trained = block_growth(cfg, parts, lm).at(lm, cfg.steps - 1)
+    if trained.block_size != lm.block_size:  # the run ended before the last stage
+        lm = in_blocks_of(lm, trained.block_size)
+        cfg.model.block_size = lm.block_size  # which the cards name
+    leave_model(cfg, out, session, lm, parts.peft, lm.decoding(parts.decoding), RECIPE)
 
 
 def read_and_plan(cfg: DictConfig, parts: RlParts, accelerator: Accelerator, progress: StepProgress) -> Pools | None:
@@ -127,10 +134,14 @@ def read_and_plan(cfg: DictConfig, parts: RlParts, accelerator: Accelerator, pro
     lm = shapes_of(cfg, parts.model)
     engine = None if cfg.rl.replay else parts.engine
     learns = not cfg.rl.rollout_only
+    require_growth(parts, lm)
     decoding = lm.decoding(parts.decoding)
     setup = training_setup(cfg, lm, parts.optim, parts.peft, RL)
     teacher = teacher_parameters(cfg, parts.objective, lm)
     critic = parts.critic.kind
+    growth = block_growth(cfg, parts, lm)
+    if growth.stages:
+        progress.print_line(f"{growth}, of {lm.block_size} thereafter; memory and time are those of the largest")
     if cfg.dry_run and lm.tokenizer is None:
         longest = cfg.rl.max_prompt_tokens or PROMPT
         progress.print_line(
@@ -177,7 +188,8 @@ def reinforce(
     fingerprints = {"base_fingerprint": fingerprint(lm.model), "data_fingerprint": pools.fingerprint}
     inference_lm = parts.peft.merged(lm)  # before processes share the parameters
     stop = StopSignal(accelerator)
-    update = policy_update(cfg, parts, lm, inference_lm, accelerator, updates_of(cfg))
+    growth = block_growth(cfg, parts, lm)
+    update = policy_update(cfg, parts, lm, inference_lm, accelerator, updates_of(cfg), growth)
     if parts.objective.other_teacher and update.reference:
         fingerprints["teacher_fingerprint"] = fingerprint(update.reference.model)
     noted = ("greedy_accuracy",)
@@ -191,12 +203,16 @@ def reinforce(
     sampler = start_sampler(cfg, parts, inference_lm)
     update.publish(sampler)
 
+    def block_size() -> int:
+        """That of the last step that was finished, or of the first."""
+        return growth.at(lm, max(session.step - 1, 0)).block_size
+
     learns = not cfg.rl.rollout_only
     with RewardComputer(parts.reward_settings) as reward_computer:
-        rollouts = rollout_source(cfg, parts, pools, lm, sampler, reward_computer, accelerator)
+        rollouts = rollout_source(cfg, parts, pools, lm, sampler, reward_computer, accelerator, growth)
         if remembered:
             rollouts.state = RolloutState.from_json(remembered)
-        session.state = lambda: rollouts.state.to_json()
+        session.state = lambda: rollouts.state.to_json() | ({"block_size": block_size()} if growth.stages else {})
         writes = accelerator.is_main_process and rollouts.is_new
         report = RolloutReport(out / "rollouts" if writes else None, cfg.show_every, learns, progress)
 
@@ -206,7 +222,7 @@ def reinforce(
         )
         evaluation = None
         if questions.problems and learns:
-            evaluation = SamplerEvaluation(held_out, sampler, reward_computer.grader)
+            evaluation = SamplerEvaluation(held_out, sampler, reward_computer.grader, block_size)
         with session:
             train(session, rollouts, update, sampler, report, evaluation, learns)
     return session

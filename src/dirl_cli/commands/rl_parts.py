@@ -7,11 +7,14 @@ from omegaconf import DictConfig
 
 from dirl_cli.cli.build import build
 from dirl_cli.errors import DirlError
+from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import Peft
 from dirl_cli.reward.scoring import RewardSettings
+from dirl_cli.rl.block_growth import BlockGrowth
 from dirl_cli.rl.critic import LearnedCritic, NoCritic, require_whole_trace
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rollout.engines import Engine, Native
+from dirl_cli.sft.annealing import Annealing
 from dirl_cli.types import Decoding, Instruction
 
 
@@ -25,6 +28,7 @@ class RlParts:
     optim: Any
     schedule: Any
     engine: Any
+    annealing: Annealing
     objective: Objective
     critic: NoCritic | LearnedCritic
     reward_settings: RewardSettings
@@ -41,6 +45,7 @@ def build_rl_parts(cfg: DictConfig) -> RlParts:
         optim=build(cfg.optim),
         schedule=build(cfg.schedule),
         engine=build(cfg.rollout),
+        annealing=build(cfg.annealing, Annealing),
         objective=build(cfg.algo, Objective),
         critic=build(cfg.critic),
         reward_settings=build(cfg.reward, RewardSettings),
@@ -71,6 +76,25 @@ def require_hints(rl: DictConfig, engine: Engine) -> None:
     """Raises DirlError where hints are asked for of an engine that cannot hold tokens."""
     if rl.hints and not isinstance(engine, Native):
         raise DirlError("rl.hints wants rollout=native, the engine that can hold parts of a solution in an answer")
+
+
+def require_growth(parts: RlParts, lm: DiffusionLM) -> None:
+    """Raises DirlError for annealing that cannot lead to the model's blocks, or that is of more than block sizes."""
+    annealing = parts.annealing
+    annealing.check(lm.block_size)
+    if annealing.masked < 1 or annealing.causal_weight:
+        raise DirlError(
+            "annealing.masked and annealing.causal_weight are of dirl sft, which has masks to draw and a loss beside:"
+            " leave annealing at none and give annealing.block_sizes and annealing.share"
+        )
+    if annealing.block_sizes and not isinstance(parts.engine, Native):
+        raise DirlError("annealing.block_sizes wants rollout=native: LMDeploy samples in blocks of one size")
+
+
+def block_growth(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> BlockGrowth:
+    """The block size of each step. lm: the model in the blocks of the run's end."""
+    sizes = [parts.annealing.block_size(lm.block_size, step / cfg.steps) for step in range(cfg.steps)]
+    return BlockGrowth.of(sizes, lm.block_size)
 
 
 def require_steps(parts: RlParts, launch: str) -> None:

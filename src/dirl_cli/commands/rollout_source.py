@@ -13,6 +13,7 @@ from dirl_cli.data.chat import answer_text
 from dirl_cli.models.load import DiffusionLM, pick_dtype
 from dirl_cli.models.peft import FullFinetune
 from dirl_cli.reward.scoring import RewardComputer
+from dirl_cli.rl.block_growth import BlockGrowth
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
 from dirl_cli.rl.hints import Hints, cut_at
 from dirl_cli.rl.replay import ReplayedRollouts, Rescorer, rollouts_of
@@ -30,13 +31,14 @@ def rollout_source(
     sampler: Sampler,
     reward_computer: RewardComputer,
     accelerator: Accelerator,
+    growth: BlockGrowth,
 ) -> RolloutSource:
     """Where groups of answers come from: the sampler, or an earlier run's rollouts."""
     decode = partial(answer_text, lm.require_tokenizer()) if parts.reward_settings.process else None
     if cfg.rl.replay:
-        rescorer = Rescorer(reward_computer, cfg.rl.filter, parts.decoding.max_new_tokens, lm.block_size, decode)
+        rescorer = Rescorer(reward_computer, cfg.rl.filter, parts.decoding.max_new_tokens, decode)
         files = rollouts_of(Path(cfg.rl.replay), cfg.steps)
-        return ReplayedRollouts(files, lm, rescorer if cfg.rl.rescore else None)
+        return ReplayedRollouts(files, lm, rescorer if cfg.rl.rescore else None, growth)
     curriculum = EVERYTHING
     if cfg.rl.curriculum:
         hardest, easiest = cfg.rl.curriculum
@@ -61,6 +63,7 @@ def rollout_source(
         decode=decode,
         hints=Hints(cfg.rl.hints, tuple(cfg.rl.hint_share), tuple(cfg.rl.hint_tokens)),
         solutions=hintable_solutions(pools, parts, lm),
+        growth=growth,
     )
 
 

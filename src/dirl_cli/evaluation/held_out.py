@@ -66,15 +66,17 @@ class HeldOutEval:
 
 @dataclass(frozen=True)
 class SamplerEvaluation:
-    """Held-out problems, answered by the sampler of a run."""
+    """Held-out problems, answered by the sampler of a run. block_size: which they are answered in at the time."""
 
     held_out: HeldOutEval
     sampler: Sampler
     grader: Grader
+    block_size: Callable[[], int]
 
     def before_training(self) -> dict[str, float]:
         return self.measure()
 
     def measure(self) -> dict[str, float]:
         """See `HeldOutEval.run`."""
+        self.sampler.set_block_size(self.block_size())
         return self.held_out.run(self.sampler, self.grader)

@@ -196,6 +196,13 @@ def diffusion_lm(
     )
 
 
+def in_blocks_of(lm: DiffusionLM, block_size: int) -> DiffusionLM:
+    """The same model in blocks of another size, which its configurations say from now on."""
+    lm.model.config.block_size = block_size
+    vars(lm.model.generation_config).update(block_size=block_size)
+    return replace(lm, block_size=block_size)
+
+
 def end_tokens(model: PreTrainedModel) -> set[int]:
     """The ids that a model's configurations end an answer with. Raises DirlError where they are no numbers."""
     ends: list[Any] = []

@@ -36,7 +36,7 @@ def prefetch_rollout(rollouts: SampledRollouts, step: int) -> Iterator[None]:
     from earlier rounds will do.
     """
     state = rollouts.state
-    if len(state.surplus) >= rollouts.problems_per_step:
+    if len(rollouts.surplus(step)) >= rollouts.problems_per_step:
         yield
         return
 

@@ -10,6 +10,7 @@ from dirl_cli.reward.process import by_step
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import RewardComputer
 from dirl_cli.rl.batch import steps_of_blocks
+from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.rollouts import Decode, Group, Rollout, RolloutState, group_has_signal, revealed_blocks, with_reward
 from dirl_cli.rollout.storage import Record, read_lines, require_learnable, rollout_files
 
@@ -18,12 +19,14 @@ from dirl_cli.rollout.storage import Record, read_lines, require_learnable, roll
 class ReplayedRollouts:
     """The groups of an earlier run, step by step: those it learned from, and all that a step has on record.
 
-    lm: what is to learn from them. rescorer: rewards them anew; None leaves their rewards as they are.
+    lm: what is to learn from them. rescorer: rewards them anew; None leaves their rewards as they are. growth: of the
+    blocks that they are in.
     """
 
     files: dict[int, Path]
     lm: DiffusionLM
     rescorer: "Rescorer | None" = None
+    growth: BlockGrowth = NO_GROWTH
     state: RolloutState = field(default_factory=RolloutState)
     answers_per_problem = 0
 
@@ -36,18 +39,19 @@ class ReplayedRollouts:
 
         Raises DirlError, with file and line, for an answer that nothing can be learned from.
         """
+        lm = self.growth.at(self.lm, step)
         groups: list[Group] = []
         for line, record in read_lines(self.files[step + 1]):
-            require_learnable(line, record.trajectory, self.lm)
+            require_learnable(line, record.trajectory, lm)
             if not self.rescorer:
                 require_rewarded(line, record, groups[0][0] if groups else record)
-                require_rewards_of_steps(line, record, self.lm.block_size)
+                require_rewards_of_steps(line, record, lm.block_size)
             if not groups or not continues(groups[-1][-1], record):
                 groups.append([])
             groups[-1].append(record)
 
         if self.rescorer:
-            groups = self.rescorer.reward(groups)
+            groups = self.rescorer.reward(groups, lm.block_size)
             selected = [group for group in groups if group_has_signal(group, self.rescorer.filter)]
         else:
             selected = [group for group in groups if group[0].learned_from]
@@ -67,12 +71,11 @@ class Rescorer:
     reward_computer: RewardComputer
     filter: str
     longest: int
-    block_size: int
     decode: Decode | None = None
 
-    def reward(self, groups: Sequence[Group]) -> list[Group]:
+    def reward(self, groups: Sequence[Group], block_size: int) -> list[Group]:
         """The groups with their new rewards, without answers that have none and groups that have no answer."""
-        results = dict(self.reward_computer.compute(self._answers(groups)))
+        results = dict(self.reward_computer.compute(self._answers(groups, block_size)))
         rewarded_groups = []
         for i, group in enumerate(groups):
             rewarded = []
@@ -84,12 +87,12 @@ class Rescorer:
                 rewarded_groups.append(rewarded)
         return rewarded_groups
 
-    def _answers(self, groups: Sequence[Group]) -> Iterator[tuple[tuple[int, int], Answer]]:
+    def _answers(self, groups: Sequence[Group], block_size: int) -> Iterator[tuple[tuple[int, int], Answer]]:
         for i, group in enumerate(groups):
             for k, record in enumerate(group):
                 problem, trajectory, text = record.problem, record.trajectory, record.completion
-                blocks = revealed_blocks(self.decode, trajectory, self.block_size)
-                yield (i, k), Answer.of(problem, trajectory, text, self.longest, self.block_size, blocks)
+                blocks = revealed_blocks(self.decode, trajectory, block_size)
+                yield (i, k), Answer.of(problem, trajectory, text, self.longest, block_size, blocks)
 
 
 def require_rewarded(line: str, record: Record, first: Record) -> None:

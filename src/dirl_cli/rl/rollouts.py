@@ -21,6 +21,7 @@ from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import RewardComputer, RewardResult
 from dirl_cli.rl.advantages import AdvantageEstimator, GroupRewards, has_signal
 from dirl_cli.rl.batch import steps_of_tokens
+from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
 from dirl_cli.rl.hints import NO_HINTS, Hints, is_all_wrong
 from dirl_cli.rollout.sampler import Hint, Sampler
@@ -120,7 +121,7 @@ class SampledRollouts:
     max_rounds: draws in which to find a step's problems. seed: of the answers. prefetches: whether the next step's
     answers are sampled while the policy is updated. curriculum: which problems are passed over. decode: the text of
     tokens, where steps are rewarded by it. hints: for groups that are all wrong, from the problems' `solutions`, in
-    tokens.
+    tokens. growth: of the blocks to sample in.
     """
 
     pool: Sequence[Problem]
@@ -142,6 +143,7 @@ class SampledRollouts:
     decode: Decode | None = None
     hints: Hints = NO_HINTS
     solutions: Sequence[Sequence[int]] = ()
+    growth: BlockGrowth = NO_GROWTH
     state: RolloutState = field(default_factory=RolloutState)
     lengths: dict[int, float] = field(default_factory=dict)  # by problem: the mean of its last answers, in tokens
     is_new = True
@@ -155,7 +157,7 @@ class SampledRollouts:
         drawn = self.state.drawn
         rests_until = dict(self.state.rests_until)
         prefetched = self.state.prefetched
-        selected = list(self.state.surplus)
+        selected = self.surplus(step)
         sampled: list[Group] = []
         hinted: list[Group] = []
         num_with_signal = 0
@@ -182,6 +184,15 @@ class SampledRollouts:
         self.state = RolloutState(drawn, selected[self.problems_per_step :], prefetched, resting)
         with_hints = hinted if self.hints.most else None
         return Rollout(selected[: self.problems_per_step], sampled, num_with_signal, with_hints)
+
+    def surplus(self, step: int) -> list[Group]:
+        """The groups left over that step `step` can learn from: those in blocks of its size."""
+        block_size = self.growth.at(self.lm, step).block_size
+        fitting = []
+        for group in self.state.surplus:
+            if all(record.trajectory.block_size in (None, block_size) for record in group):
+                fitting.append(group)
+        return fitting
 
     def epochs(self) -> dict[str, float]:
         metrics = epochs(self.order, self.sources, self.state.drawn)
@@ -222,6 +233,7 @@ class SampledRollouts:
         costs = [self.cost(self.order[index]) for index in indices]
         shares = split_by_cost(costs, self.accelerator.num_processes)
         own_indices = [indices[i] for i in shares[self.accelerator.process_index]]
+        self.sampler.set_block_size(self.growth.at(self.lm, step).block_size)
         with self.accelerator.autocast():
             yield from self.answers(own_indices, step, round_number, with_hints)
 
@@ -260,7 +272,7 @@ class SampledRollouts:
             for i, sample, trajectory in stream:
                 text = answer_text(tokenizer, trajectory.completion_ids)
                 waiting[i, sample] = Record(problems[i], sample, text, trajectory)
-                longest, block_size = self.decoding.max_new_tokens, self.lm.block_size
+                longest, block_size = self.decoding.max_new_tokens, self.sampler.lm.block_size
                 blocks = revealed_blocks(self.decode, trajectory, block_size)
                 yield (i, sample), Answer.of(problems[i], trajectory, text, longest, block_size, blocks)
 

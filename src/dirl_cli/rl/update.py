@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from statistics import fmean
 
@@ -17,6 +17,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.rl.advantages import AdvantageEstimator
 from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
+from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, StepAdvantages, require_whole_trace, value_metrics
 from dirl_cli.rl.objective import Objective, k3
@@ -54,7 +55,7 @@ class PolicyUpdate:
     old_from_sampler: the ratio's denominator is the sampler's log-prob; else it is the trainer's at the first pass, and
     `correction` makes up for the difference. longest: answer tokens allowed. critic: learns the values of states, on
     the same rows. step_advantages: what it makes of them. teacher_prompt: what the reference reads where that is not
-    what the policy reads.
+    what the policy reads. growth: of the blocks that answers are scored in.
     """
 
     trainer: Trainer
@@ -75,6 +76,7 @@ class PolicyUpdate:
     critic: Critic | None = None
     step_advantages: StepAdvantages = field(default_factory=StepAdvantages)
     teacher_prompt: TeacherPrompt | None = None
+    growth: BlockGrowth = NO_GROWTH
 
     def run(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Learn from the groups of step `step` (from 0); returns the mean metrics of the optimizer steps.
@@ -108,6 +110,8 @@ class PolicyUpdate:
         if value_sums:
             metrics |= value_metrics(value_sums)
         versions = [record.trajectory.weights_version for record in chain.from_iterable(groups)]
+        if self.growth != NO_GROWTH:
+            metrics["block_size"] = self.growth.at(self.lm, step).block_size
         metrics["staleness"] = version - fmean(versions)
         metrics["token_forwards"] = sum(batch.num_tokens for batch in batches)
         return metrics
@@ -152,7 +156,8 @@ class PolicyUpdate:
         if self.reference is not None and self.teacher_prompt is None:
             micro_batches = self.trainer.add_scores(micro_batches, self.reference, "ref_logprobs")
         elif self.reference is not None and self.teacher_prompt is not None:
-            told = self.teacher_prompt.put(annotated, [group[0].problem for group in groups])
+            teacher_prompt = replace(self.teacher_prompt, block_size=self.growth.at(self.lm, step).block_size)
+            told = teacher_prompt.put(annotated, [group[0].problem for group in groups])
             scored, _ = self.pack_groups(told, step, number)
             pairs = zip(micro_batches, self.teachers_logprobs(self.reference, scored, micro_batches), strict=True)
             micro_batches = [rows.with_extras(ref_logprobs=logprobs) for rows, logprobs in pairs]
@@ -166,7 +171,7 @@ class PolicyUpdate:
             rows, lengths = objective_rows(
                 groups,
                 self.objective,
-                BlockSpec(self.lm.block_size, self.lm.mask_token_id),
+                BlockSpec(self.growth.at(self.lm, step).block_size, self.lm.mask_token_id),
                 self.lm.pad_token_id,
                 self.row_tokens,
                 self.train_tail,

@@ -124,6 +124,11 @@ class LmdeploySampler:
             block_size=self.lm.block_size,
         )
 
+    def set_block_size(self, block_size: int) -> None:
+        """See `Sampler.set_block_size`. Raises DirlError for another size than the engine was started with."""
+        if block_size != self.lm.block_size:
+            raise DirlError("LMDeploy samples in blocks of one size: give rollout=native where they grow")
+
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy the tensors into the engine's own, on the device and cast to its dtype. No stream may be open."""
         # Weights that `sleep` moved to the CPU are brought back before they are written to.

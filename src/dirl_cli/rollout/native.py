@@ -101,6 +101,10 @@ class NativeSampler:
                 yield finished.request.prompt, finished.request.sample, self._trajectory(finished, decoding)
         self.idle_forward = forward if isinstance(forward, GraphForward) else None
 
+    def set_block_size(self, block_size: int) -> None:
+        """See `Sampler.set_block_size`."""
+        self.lm = replace(self.lm, block_size=block_size)
+
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy into the model what does not already share its storage; every later trajectory carries `version`."""
         own = self.lm.model.state_dict(keep_vars=True)
@@ -148,7 +152,8 @@ class NativeSampler:
         """The forward of an earlier stream if it has room for these slots, else a new one."""
         idle = self.idle_forward
         self.idle_forward = None  # not for two streams at once
-        if idle and idle.decoder is decoder and slots <= idle.slots and length <= idle.length:
+        fits = idle and slots <= idle.slots and length <= idle.length
+        if idle and fits and idle.decoder is decoder and idle.lm.block_size == lm.block_size:
             return idle
         del idle  # its memory has to be free before there is another
         if lm.device.type != "cuda":

@@ -46,6 +46,10 @@ class Sampler(Protocol):
         """Sample likewise and wait for all: `n` trajectories for each prompt, in order."""
         ...
 
+    def set_block_size(self, block_size: int) -> None:
+        """Sample in blocks of this size from now on, whatever the model's own is. No stream may be open."""
+        ...
+
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Sample with these weights from now on; trajectories carry `version`."""
         ...

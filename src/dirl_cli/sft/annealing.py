@@ -35,14 +35,19 @@ class Annealing:
                 f"annealing.block_sizes={list(self.block_sizes)}: each must divide the next, up to {block_size}"
             )
 
+    def block_size(self, final: int, progress: float) -> int:
+        """The block size at a point of the run, of which `final` is that of its end. progress: from 0 to 1."""
+        if progress >= self.share or not self.block_sizes:
+            return final
+        return self.block_sizes[int(progress / self.share * len(self.block_sizes))]
+
     def noise(self, final: Noise, progress: float) -> Noise:
         """The noise at a point of the run, of which `final` is that of its end. progress: from 0 to 1."""
         if progress >= self.share:
             return final
-        done = progress / self.share
-        sizes = self.block_sizes or (final.block_size,)
-        masked = self.masked + (1 - self.masked) * done
-        return replace(final, block_size=sizes[int(done * len(sizes))], masking=Thinned(final.masking, masked))
+        masked = self.masked + (1 - self.masked) * progress / self.share
+        block_size = self.block_size(final.block_size, progress)
+        return replace(final, block_size=block_size, masking=Thinned(final.masking, masked))
 
     def causal_rows(self, examples: Iterable[Example], noise: Noise) -> list[Rows]:
         """The demonstrations as a causal model learns them; none where that has no weight."""
