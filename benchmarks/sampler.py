@@ -22,13 +22,16 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}, fp32,"
           f" {NEW_TOKENS} new tokens, static schedule, greedy, median of {REPEATS}")  # fmt: skip
-    print("\n| model | batch | S | answers equal | forwards per block, loop → ours | tokens/s, loop → ours | faster |")
-    print("|---|--:|--:|---|--:|--:|--:|")
+    print(
+        "\n| model | batch | S | answers equal | forwards per block, loop → ours | tokens/s, loop → ours | faster"
+        " | plain products | reordered weights |"
+    )
+    print("|---|--:|--:|---|--:|--:|--:|--:|--:|")
     larger = Tiny(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=1536)
     models = {"tiny, 0.5 M": Tiny(), "4 layers × 512, 13 M": larger}
     for name, model in models.items():
         lm = model.load()
-        for batch, steps in ((1, 4), (1, 2), (1, 1), (32, 4), (32, 2)):
+        for batch, steps in ((1, 4), (1, 2), (1, 1), (8, 2), (32, 4), (32, 2)):
             compare(name, lm, batch, steps)
     throughput(Tiny().load())
 
@@ -37,22 +40,25 @@ def compare(name: str, lm, batch: int, steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(4, 300, (24 + i % 8,), generator=generator).tolist() for i in range(batch)]
     decoding = Decoding(strategy="low_confidence_static", denoising_steps=steps, max_new_tokens=NEW_TOKENS)
-    sampler = NativeSampler(lm, batch)
+    samplers = {products: NativeSampler(lm, batch, products=products) for products in ("auto", "plain", "reordered")}
     slow = [reference_sample(lm, prompt, NEW_TOKENS, steps) for prompt in prompts]
-    fast = [group[0] for group in sampler.sample(prompts, 1, decoding)]
-    equal = sum(answer == ours.token_ids for (answer, _), ours in zip(slow, fast, strict=True))
+    equal = len(prompts)
+    for sampler in samplers.values():
+        fast = [group[0] for group in sampler.sample(prompts, 1, decoding)]
+        equal = min(equal, sum(answer == ours.token_ids for (answer, _), ours in zip(slow, fast, strict=True)))
     tokens = sum(len(ours.token_ids) for ours in fast)
     blocks = sum(-(-(len(p) % 4 + len(t.token_ids)) // 4) for p, t in zip(prompts, fast, strict=True))
-    times = interleaved(
+    loop, *ours = interleaved(
         lambda: [reference_sample(lm, prompt, NEW_TOKENS, steps) for prompt in prompts],
-        lambda: sampler.sample(prompts, 1, decoding),
+        *(lambda sampler=sampler: sampler.sample(prompts, 1, decoding) for sampler in samplers.values()),
     )
-    loop, ours = (statistics.median(t) for t in times)
-    ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+    ratios = [statistics.median(a / b for a, b in zip(loop, times, strict=True)) for times in ours]
+    rates = [tokens / statistics.median(times) for times in (loop, ours[0])]
     forwards = [sum(n for _, n in slow) / blocks, sum(t.forwards for t in fast) / blocks]
     print(
         f"| {name} | {batch} | {steps} | {equal}/{batch} | {forwards[0]:.2f} → {forwards[1]:.2f}"
-        f" | {tokens / loop:,.0f} → {tokens / ours:,.0f} | {ratio:.2f}× |"
+        f" | {rates[0]:,.0f} → {rates[1]:,.0f} | {' | '.join(f'{ratio:.2f}×' for ratio in ratios)} |",
+        flush=True,
     )
 
 

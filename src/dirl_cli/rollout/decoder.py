@@ -1,4 +1,4 @@
-"""A decoder's forward into the KV cache: plain functions of joined weights, and transformers' own beside it.
+"""A decoder's forward into the KV cache: functions of joined weights, and transformers' own beside it.
 
 Where a model's kind is known its layers take one product for queries, keys and values, one for gate and up, and one
 function for all that is between two products. Any other is computed by transformers.
@@ -7,6 +7,7 @@ Shapes: T tokens of any slots, D hidden size, H query heads, K key heads, E head
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -18,6 +19,7 @@ from transformers.activations import SiLUActivation
 from dirl_cli.models.joined_weights import can_join, join
 from dirl_cli.models.kv_cache import SLOTS, Attend, KVCache
 from dirl_cli.models.low_precision import inference_model
+from dirl_cli.rollout.layer_functions import PLAIN, Functions, Heads, Norm
 from dirl_cli.rollout.products import Product, Products, product
 
 # Decoders of layers x + attention(norm(x)), then x + MLP(norm(x)), with RMSNorm and rotary embedding.
@@ -59,9 +61,13 @@ class Decoder(Protocol):
 
 def decoder_of(model: PreTrainedModel, products: Products = "auto") -> Decoder:
     """The forward of a model in evaluation mode, whatever mode and attention it is in."""
-    if is_known(model):
+    if not is_known(model):
+        return ModelDecoder(model, products)
+    if model.device.type != "cuda":
         return JoinedDecoder(model, products)
-    return ModelDecoder(model, products)
+    from dirl_cli.rollout.decoder_triton import FUSED  # which only a GPU has the package for
+
+    return JoinedDecoder(model, products, FUSED)
 
 
 def head_of(model: PreTrainedModel, products: Products) -> Product:
@@ -93,28 +99,23 @@ class ModelDecoder:
         self.head.renew()
 
 
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm: x ÷ √(mean x² + eps) × weight. root_eps: √eps, a tensor beside the weight."""
-
-    weight: Tensor
-    eps: float
-    root_eps: Tensor
-
-
 class GatedMlp:
-    """down(silu(gate) × up). gate_up: one product for both."""
+    """down(silu(gate) × up). gate_up: one product for both. dtype: of its weights."""
 
-    def __init__(self, gate_up: Product, down: Product) -> None:
+    def __init__(self, gate_up: Product, down: Product, gated: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         self.products = [gate_up, down]
+        self.gated = gated
+        self.dtype: torch.dtype | None = dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         gate_up, down = self.products
-        return down(gated(gate_up(x)))
+        return down(self.gated(gate_up(x)))
 
 
 class ModuleMlp:
     """A module that maps (1, T, D) to the same, such as a mixture of experts, as it is."""
+
+    dtype: torch.dtype | None = None  # it casts what it takes itself
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -127,40 +128,35 @@ class ModuleMlp:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's weights. qkv: one product for queries, keys and values, in this order.
-
-    query_norm, key_norm: of each head, where the model has them. size: E. dtype: of keys and values. rotates: whether
-    positions turn queries and keys.
-    """
+    """A layer's weights. qkv: one product for queries, keys and values, in this order. dtype: of its weights."""
 
     attention_norm: Norm
     qkv: Product
-    query_norm: Norm | None
-    key_norm: Norm | None
+    heads: Heads
+    scale: float
+    dtype: torch.dtype
     out: Product
     mlp_norm: Norm
     mlp: GatedMlp | ModuleMlp
-    heads: int
-    key_heads: int
-    size: int
-    dtype: torch.dtype
-    scale: float
-    rotates: bool
 
 
 class JoinedDecoder:
-    """Plain functions of a model's weights, which it joins in place: see `join`. For models that `is_known` admits."""
+    """Functions of a model's weights, which it joins in place (see `join`), for models that `is_known` admits.
 
-    def __init__(self, model: PreTrainedModel, products: Products = "auto") -> None:
+    functions: what computes all that is between two products.
+    """
+
+    def __init__(self, model: PreTrainedModel, products: Products = "auto", functions: Functions = PLAIN) -> None:
         self.model = model
         self.head = head_of(model, products)
+        self._functions = functions
         # In evaluation mode: experts are called as the modules that they are.
         decoder: Any = inference_model(model).get_decoder()
         self._embedding = decoder.embed_tokens.weight.detach()
         self._rotary = decoder.rotary_emb
         self._norm = norm_of(decoder.norm)
         modules = decoder.layers[: model.config.num_hidden_layers]
-        self._layers = [layer_of(module, products) for module in modules]
+        self._layers = [layer_of(module, products, functions) for module in modules]
 
     def __call__(self, cache: KVCache, token_ids: Tensor, position: Tensor, index: Tensor, attend: Attend) -> Tensor:
         """See `Decoder.__call__`."""
@@ -170,29 +166,18 @@ class JoinedDecoder:
 
         x = nn.functional.embedding(token_ids, self._embedding)  # (T, D)
         change = None  # that the last product makes to x
+        add_and_norm = self._functions.add_and_norm
         for number, layer in enumerate(self._layers):
-            keys, values = cache.of_layer(number, layer.key_heads, layer.size, layer.dtype, x.device)
-            normed = add_and_norm(x, change, layer.attention_norm)
-            change = self._attention(layer, normed, rotation, keys, values, index, attend)
-            normed = add_and_norm(x, change, layer.mlp_norm)
+            keys, values = cache.of_layer(number, layer.heads.keys, layer.heads.size, layer.dtype, x.device)
+            normed = add_and_norm(x, change, layer.attention_norm, layer.dtype)
+            qkv = layer.qkv(normed).view(len(x), -1, layer.heads.size)  # (T, H + 2 K, E)
+            query = self._functions.rotate_and_cache(qkv, layer.heads, rotation, keys, values, index)
+            del qkv  # which may be large
+            change = layer.out(attend(query, keys, values, layer.scale).flatten(1))
+            del query
+            normed = add_and_norm(x, change, layer.mlp_norm, layer.mlp.dtype)
             change = layer.mlp(normed)
-        return add_and_norm(x, change, self._norm)
-
-    def _attention(
-        self,
-        layer: Layer,
-        normed: Tensor,
-        rotation: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        index: Tensor,
-        attend: Attend,
-    ) -> Tensor:
-        """What a layer's attention adds to its input: (T, D)."""
-        qkv = layer.qkv(normed).view(len(normed), -1, layer.size)  # (T, H + 2 K, E)
-        query = rotate_and_cache(qkv, layer, rotation, keys, values, index)
-        del qkv  # which may be large
-        return layer.out(attend(query, keys, values, layer.scale).flatten(1))
+        return add_and_norm(x, change, self._norm, None)
 
     def renew(self) -> None:
         """See `Decoder.renew`."""
@@ -208,63 +193,6 @@ class JoinedDecoder:
         return torch.stack([cos[0], sin[0]], 1).float()
 
 
-def add_and_norm(x: Tensor, change: Tensor | None, norm: Norm) -> Tensor:
-    """Add the change to x, in place, and norm the sum: (T, D) each."""
-    if change is not None:
-        x.add_(change)
-    return rms_norm(x, norm)
-
-
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """See `Norm`; over the last dimension, in float32 but for the weight."""
-    return normalised(x.float(), norm).to(x.dtype) * norm.weight
-
-
-def normalised(x: Tensor, norm: Norm) -> Tensor:
-    """x ÷ √(mean x² + eps), over the last dimension."""
-    root_mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).div_(math.sqrt(x.shape[-1]))
-    return x / torch.hypot(root_mean, norm.root_eps)
-
-
-def rotate_and_cache(
-    qkv: Tensor, layer: Layer, rotation: Tensor, keys: Tensor, values: Tensor, index: Tensor
-) -> Tensor:
-    """Norm and rotate queries and keys, and write keys and values into the cache; returns the queries (T, H, E).
-
-    qkv: (T, H + 2 K, E). rotation: (T, 2, E). keys, values: a layer's, (slots, length, K, E). index: (T,).
-    """
-    heads, key_heads = layer.heads, layer.key_heads
-    turned = qkv.narrow(1, 0, heads + key_heads).float()
-    if layer.query_norm and layer.key_norm:
-        turned = normalised(turned, layer.query_norm)
-        turned.narrow(1, 0, heads).mul_(layer.query_norm.weight)
-        turned.narrow(1, heads, key_heads).mul_(layer.key_norm.weight)
-    if layer.rotates:
-        turned = rotated(turned, rotation)
-    turned = turned.to(keys.dtype)
-    keys.flatten(0, 1).index_copy_(0, index, turned.narrow(1, heads, key_heads))
-    values.flatten(0, 1).index_copy_(0, index, qkv.narrow(1, heads + key_heads, key_heads))
-    return turned.narrow(1, 0, heads)
-
-
-def rotated(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn values i and i + E / 2 of each head by the angle of the token's position. x: (T, heads, E)."""
-    cos, sin = rotation[:, :, None].unbind(1)  # (T, 1, E) each, their halves alike
-    half = x.shape[-1] // 2
-    first, second = x.split(half, -1)
-    sin = sin.narrow(-1, 0, half)
-    turned = x * cos
-    turned.narrow(-1, 0, half).addcmul_(second, sin, value=-1)
-    turned.narrow(-1, half, half).addcmul_(first, sin)
-    return turned
-
-
-def gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) × up. gate_up: (T, 2 I), side by side. Returns (T, I)."""
-    gate, up = gate_up.chunk(2, -1)
-    return nn.functional.silu(gate).mul_(up)
-
-
 def is_known(model: PreTrainedModel) -> bool:
     """Whether a model is of the KINDS and its layers are as they were published, and not wrapped or packed."""
     decoder: Any = model.get_decoder()
@@ -278,28 +206,31 @@ def queries_keys_values(layer: Any) -> list[nn.Linear]:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
-def layer_of(module: Any, products: Products) -> Layer:
+def layer_of(module: Any, products: Products, functions: Functions) -> Layer:
     """A layer of a known decoder, its weights joined."""
     attention = module.self_attn
     size = attention.head_dim
+    heads = Heads(
+        queries=attention.q_proj.out_features // size,
+        keys=attention.k_proj.out_features // size,
+        size=size,
+        query_norm=norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        rotates=bool(getattr(attention, "use_rope", True)),
+    )
     return Layer(
         attention_norm=norm_of(module.input_layernorm),
         qkv=product(*join(queries_keys_values(module)), products),
-        query_norm=norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        heads=heads,
+        scale=attention.scaling,
+        dtype=attention.v_proj.weight.dtype,
         out=product_of(attention.o_proj, products),
         mlp_norm=norm_of(module.post_attention_layernorm),
-        mlp=mlp_of(module.mlp, products),
-        heads=attention.q_proj.out_features // size,
-        key_heads=attention.k_proj.out_features // size,
-        size=size,
-        dtype=attention.v_proj.weight.dtype,
-        scale=attention.scaling,
-        rotates=bool(getattr(attention, "use_rope", True)),
+        mlp=mlp_of(module.mlp, products, functions),
     )
 
 
-def mlp_of(module: Any, products: Products) -> GatedMlp | ModuleMlp:
+def mlp_of(module: Any, products: Products, functions: Functions) -> GatedMlp | ModuleMlp:
     """An MLP with its weights joined, or the module where it is anything else."""
     names = dict(module.named_children())
     if not {"gate_proj", "up_proj", "down_proj"} <= names.keys() or not isinstance(module.act_fn, SiLUActivation):
@@ -307,7 +238,8 @@ def mlp_of(module: Any, products: Products) -> GatedMlp | ModuleMlp:
     gate_up = [module.gate_proj, module.up_proj]
     if not can_join(gate_up):
         return ModuleMlp(module)
-    return GatedMlp(product(*join(gate_up), products), product_of(module.down_proj, products))
+    both = product(*join(gate_up), products)
+    return GatedMlp(both, product_of(module.down_proj, products), functions.gated, module.gate_proj.weight.dtype)
 
 
 def product_of(layer: nn.Linear, products: Products) -> Product:
