@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 ANY_OPTION = {"ignore_unknown_options": True}  # so that a sentence says how keys are written
-TRAINING = ("sft", "rl")
+TRAINING = ("sft", "rl", "dpo")
 View = StrEnum("View", ["job", "hydra", "all"])
 Topic = StrEnum("Topic", ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"])
 
@@ -95,7 +95,7 @@ def add(name: str, summary: str, example: str) -> None:
 
 def hints(name: str, example: str) -> str:
     """The lines below a command's options in its help."""
-    group = "algo" if name == "rl" else "model"
+    group = {"rl": "algo", "dpo": "likelihood"}.get(name, "model")
     codes = "\n\ndry_run=true looks first. Exit code 3: it does not fit" if name in TRAINING else ""
     return f"Such as: dirl {name} {example}\n\nEvery key: dirl {name} --cfg job. A group's choices: {group}=help{codes}"
 
@@ -129,6 +129,7 @@ def run_command(
 
 add("sft", "Fine-tune a model on demonstrations.", "model=sdar8b data=demonstrations.json steps=200")
 add("rl", "Reinforce a model with verifiable rewards.", "model=sdar1b data=bigmath algo=dipo")
+add("dpo", "Prefer the better answer of pairs.", "model=sdar8b data=pairs.jsonl dpo.beta=0.2")
 add("eval", "Score a model on a benchmark.", "model=runs/sft/tiny-arithmetic/model bench=problems.json samples=4")
 add("generate", "Sample completions of prompts.", "model=sdar8b prompt='What is 7 times 8?' watch=true")
 add("merge", "Make a LoRA adapter part of a model's weights.", "model=sdar8b model.adapter=DIR to=merged")

@@ -26,6 +26,7 @@ from dirl_cli.ranges import (
     Range,
     Seed,
     Share,
+    ShareOrCount,
     SomeShare,
 )
 from dirl_cli.types import SHARDED_LAUNCHES, UNSHARDED_LAUNCHES, Decoding, Instruction
@@ -59,7 +60,7 @@ class RunConfig(JobConfig):
 
 @dataclass
 class TrainConfig(RunConfig):
-    """Keys of both commands that train a model."""
+    """Keys of every command that trains a model."""
 
     model: Any
     peft: Any
@@ -185,6 +186,32 @@ class RlConfig(TrainConfig):
 
 
 @dataclass
+class PreferenceConfig:
+    pairs_from: str | None
+    pairing: Annotated[str, OneOf("right_wrong", "best_worst")]
+    pairs_per_problem: Count
+    held_out: ShareOrCount
+    link: Annotated[str, OneOf("sigmoid", "hinge", "ipo")]
+    beta: Positive
+    label_smoothing: Annotated[float, Range(at_least=0, below=0.5)]
+    length_normalised: bool
+    sft_weight: NotNegative
+    train_tail: bool
+
+    def __post_init__(self) -> None:
+        if self.held_out and not self.pairs_from:
+            raise DirlError("dpo.held_out is of the problems of dpo.pairs_from: of a file's pairs give data.held_out")
+
+
+@dataclass
+class DpoConfig(TrainConfig):
+    likelihood: Any
+    dpo: PreferenceConfig
+    batch_size: Count
+    max_tokens: Count
+
+
+@dataclass
 class EvalConfig(RunConfig):
     model: Any
     bench: Any
@@ -241,6 +268,7 @@ class DownloadConfig:
 SCHEMAS = {
     "sft": SftConfig,
     "rl": RlConfig,
+    "dpo": DpoConfig,
     "eval": EvalConfig,
     "generate": GenerateConfig,
     "merge": MergeConfig,

@@ -33,7 +33,7 @@ from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.models.save import require_pushable
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.plan.forecast import PROMPT, SFT, sft_budget
+from dirl_cli.plan.forecast import FINETUNE, PROMPT, sft_budget
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.grading import Grader
@@ -124,7 +124,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     lm = shapes_of(cfg, parts.model)
     parts.annealing.check(lm.block_size)
     decoding = lm.decoding(parts.decoding)
-    setup = training_setup(cfg, lm, parts.optim, parts.peft, SFT)
+    setup = training_setup(cfg, lm, parts.optim, parts.peft, FINETUNE)
 
     # A model that is not here yet can be planned for, by the most that each demonstration may take.
     if cfg.dry_run and lm.tokenizer is None:

@@ -1,4 +1,4 @@
-"""What `dirl sft` and `dirl rl` do alike around their training."""
+"""What `dirl sft`, `dirl rl` and `dirl dpo` do alike around their training."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -115,7 +115,7 @@ def open_session(
         progress=progress,
         stop=stop,
         panels=panels,
-        picture=out / ("loss.png" if command == "sft" else "rl.png"),
+        picture=out / ("loss.png" if command == "sft" else f"{command}.png"),
         noted=noted,
         fingerprints=fingerprints,
     )
@@ -131,11 +131,13 @@ def leave_model(
     cfg: DictConfig, out: Path, run: Session, lm: DiffusionLM, peft: Peft, decoding: Decoding, recipe: Sequence[str]
 ) -> None:
     """Write the run's model and its card. recipe: the settings that are on the card."""
-    how = "fine-tuned"
+    how = {"sft": "fine-tuned", "rl": "reinforced", "dpo": "aligned"}[run.command]
     command = f"dirl {run.command}"
+    rows = cfg.data.name
     if run.command == "rl":
-        how = "reinforced"
         command += f" algo={cfg.algo.name}"
-    summary = f"{cfg.model.name}, {how} on {cfg.data.name} with `{command}`."
+    elif run.command == "dpo" and cfg.dpo.pairs_from:
+        rows = f"the answers of {cfg.dpo.pairs_from}"
+    summary = f"{cfg.model.name}, {how} on {rows} with `{command}`."
     settings: Any = OmegaConf.to_container(cfg)
     export_model(lm, peft, out, summary, settings, recipe, run.panels, decoding, run.trainer.accelerator, run.progress)

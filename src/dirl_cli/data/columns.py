@@ -17,9 +17,10 @@ from dirl_cli.text import counted
 from dirl_cli.types import Problem
 
 TURNS = ("messages", "role", "content")
-TEXTS = ("system", "prompt", "response", "question", "ground_truth_answer")
+PAIR = ("chosen", "rejected")
+TEXTS = ("system", "prompt", "response", "question", "ground_truth_answer", *PAIR)
 COLUMNS = (*TURNS, *TEXTS, "id", "subset")
-ANSWERS = ("response", "ground_truth_answer")  # a row without one is left out, and counted
+ANSWERS = ("response", "ground_truth_answer", *PAIR)  # a row without one is left out, and counted
 # Columns that say where a row comes from or of which kind it is; a nameless one is a table's count of its rows.
 LABELS = {"", "id", "idx", "index", "uuid", "source", "data_source", "dataset", "url", "split", "subset", "level"}
 EMPTY: tuple[Any, ...] = ("", [], {}, None)  # what says nothing
@@ -48,16 +49,17 @@ def rename_row(row: Row, columns: Mapping[str, str]) -> Row:
     overwritten = overwritten_columns(row.fields, columns)
 
     # `role` and `content` are columns of a turn, wherever the turns stand.
-    turns = fields.get("messages")
-    if isinstance(turns, list):
-        renamed_turns = []
-        for turn in turns:
-            if isinstance(turn, dict):
-                overwritten += overwritten_columns(turn, columns)
-                renamed_turns.append(rename_fields(turn, columns))
-            else:
-                renamed_turns.append(turn)
-        fields["messages"] = renamed_turns
+    for name in ("messages", "prompt", *PAIR):
+        turns = fields.get(name)
+        if isinstance(turns, list):
+            renamed_turns = []
+            for turn in turns:
+                if isinstance(turn, dict):
+                    overwritten += overwritten_columns(turn, columns)
+                    renamed_turns.append(rename_fields(turn, columns))
+                else:
+                    renamed_turns.append(turn)
+            fields[name] = renamed_turns
 
     notes = list(row.notes)
     for name in dict.fromkeys(overwritten):  # once, though all turns may have it
@@ -149,6 +151,56 @@ def with_messages(row: Row, setting: str) -> Row:
         read.add("system")
         notes.append("`system` is the first turn")
     return Row(row.location, {"messages": turns}, (*row.notes, *notes), unread_columns(row, read))
+
+
+def pair(row: Row, setting: str = "data.columns=") -> tuple[Row, Row]:
+    """The demonstrations of a row's `chosen` and of its `rejected` answer.
+
+    Both answer its prompt, taken as written, or its question, put as elsewhere; `system` comes before the question.
+    Where they are lists of turns they are conversations, or what follows a `prompt` that is a list of turns.
+    Raises DirlError where one of them is missing, is no text, or answers something else than the other.
+    """
+    fields = without_nulls(row.fields)
+    for key in PAIR:
+        if key not in fields:
+            text_field(row, key, "a pair has chosen and rejected, and a prompt or question before them", setting)
+    before = {name: value for name, value in fields.items() if name not in (*PAIR, "response", "messages")}
+    if isinstance(before.get("prompt"), list) or any(isinstance(fields[key], list) for key in PAIR):
+        chosen, rejected = (with_messages(pair_messages(row, before, fields[key]), setting) for key in PAIR)
+        require_same_turns(chosen, rejected)
+        return chosen, rejected
+    chosen, rejected = (
+        demonstration(row._replace(fields={**before, "response": fields[key]}), setting) for key in PAIR
+    )
+    return chosen, rejected
+
+
+def pair_messages(row: Row, before: Mapping[str, Any], answer: Any) -> Row:
+    """The row with the conversation that ends in one answer of its pair as its messages.
+
+    before: the row's other columns. answer: turns, the last of which is the answer, or its text alone.
+    """
+    fields = dict(before)
+    turns = fields.pop("prompt", [])
+    notes = row.notes
+    if isinstance(turns, str):  # UltraFeedback has the question as text, and again as the first turn
+        is_repeated = isinstance(answer, list) and len(answer) > 1
+        notes = (*notes, "`prompt` is the first user turn") if not is_repeated else notes
+        turns = [] if is_repeated else [{"role": "user", "content": turns}]
+    answer_turns = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer or ""}]
+    return row._replace(fields={**fields, "messages": [*turns, *answer_turns]}, notes=notes)
+
+
+def require_same_turns(chosen: Row, rejected: Row) -> None:
+    """Raises DirlError unless both conversations are the same up to the last turn, and that is the assistant's."""
+    last = [row.fields["messages"][-1] for row in (chosen, rejected)]
+    if any(turn["role"] != "assistant" for turn in last):
+        raise DirlError(f"{chosen.location}: chosen and rejected must each end in the assistant's turn: leave it out")
+    if chosen.fields["messages"][:-1] != rejected.fields["messages"][:-1]:
+        raise DirlError(
+            f"{chosen.location}: chosen and rejected must be the same conversation but for its last turn:"
+            " leave the row out"
+        )
 
 
 def question(row: Row, setting: str = "data.columns=") -> Row:

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from dirl_cli.data.columns import demonstration, is_problem, problem, question, rename_columns, summarize_notes
+from dirl_cli.data.columns import demonstration, is_problem, pair, problem, question, rename_columns, summarize_notes
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import Positive, Seed, ShareOrCount
@@ -55,6 +55,16 @@ class TrainingFile:
         """The rows held out."""
         _, held_out = self._splits
         return [demonstration(row, self.setting) for row in held_out]
+
+    def pairs(self) -> list[tuple[Row, Row]]:
+        """The rows to prefer by, each as the demonstrations of its chosen and of its rejected answer."""
+        training, _ = self._splits
+        return [pair(row, self.setting) for row in training]
+
+    def validation_pairs(self) -> list[tuple[Row, Row]]:
+        """The pairs held out."""
+        _, held_out = self._splits
+        return [pair(row, self.setting) for row in held_out]
 
     def training_problems(self) -> list[Problem]:
         """The rows to reinforce on, each a question with its answer."""

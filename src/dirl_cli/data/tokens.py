@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,6 +79,27 @@ class TokenTable:
                 sha256.update(chunk.offsets.to_numpy().tobytes())
                 sha256.update(chunk.values.to_numpy(zero_copy_only=False).tobytes())
         return sha256.hexdigest()
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Tokenized pairs: example i of `chosen` and of `rejected` answer the same."""
+
+    chosen: TokenTable
+    rejected: TokenTable
+
+    @staticmethod
+    def of_alternating(tokens: TokenTable) -> "PairTable":
+        """The pairs of a table in which each chosen answer is followed by the rejected one."""
+        return PairTable(replace(tokens, indices=tokens.indices[0::2]), replace(tokens, indices=tokens.indices[1::2]))
+
+    def at_most(self, longest: int) -> "PairTable":
+        """The pairs of which both examples have at most `longest` tokens."""
+        fits = (self.chosen.lengths <= longest) & (self.rejected.lengths <= longest)
+        return PairTable(
+            replace(self.chosen, indices=self.chosen.indices[fits]),
+            replace(self.rejected, indices=self.rejected.indices[fits]),
+        )
 
 
 def record_batch(encoded: Sequence[chat.Encoded]) -> pa.RecordBatch:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from dirl_cli.data.order import generator
-from dirl_cli.diffusion.layout import Strip
+from dirl_cli.diffusion.layout import Strip, join_strips
 from dirl_cli.diffusion.masking import Masking, example, noised_strip
-from dirl_cli.diffusion.states import BlockSpec
+from dirl_cli.diffusion.states import BlockSpec, Views
+from dirl_cli.dpo.pairs import Pair, Pairs, SampledPairs
 from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.plan.architecture import architecture
@@ -35,7 +37,7 @@ from dirl_cli.training.optim import Optim
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Trajectory
 
 UPDATE = ("micro_rows", "gradient_checkpointing", "row_tokens", "decoding.max_new_tokens")
-SFT = (*UPDATE, "steps", "launch", "batch_size", "max_tokens", "eval_problems")
+FINETUNE = (*UPDATE, "steps", "launch", "batch_size", "max_tokens", "eval_problems")
 ROLLOUT = ("rollout.max_batch", "rollout.cache_share", "rollout.products", "rl.async_rollout")
 RL = (*UPDATE, *ROLLOUT, "steps", "launch", "rl.problems", "rl.group_size", "rl.mini_batches", "rl.epochs")
 GPUS = (2, 4, 8)  # of one machine
@@ -46,10 +48,10 @@ LEAST = 64  # tokens of a row, a demonstration or an answer that are worth propo
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What is trained, how and on which machine, in SFT and RL alike.
+    """What is trained, how and on which machine, in fine-tuning, RL and DPO alike.
 
-    lm: the model, without its weights. settings: those named in SFT or RL. adapter: makes the choices of `peft` that
-    may be proposed instead, by name; None if there is nothing else to propose.
+    lm: the model, without its weights. settings: those named in FINETUNE or RL. adapter: makes the choices of `peft`
+    that may be proposed instead, by name; None if there is nothing else to propose.
     """
 
     lm: DiffusionLM
@@ -72,46 +74,91 @@ def sft_budget(
     lengths: tokens of each demonstration (N,). prompts: token ids of each problem that may be answered meanwhile, in
     order.
     """
+    batch = partial(demonstration_batch, setup, masking, lengths)
+    forecast = FinetuneForecast(setup, batch, decoding, prompts, MemoryByPeft(setup), SCORING, "tiny_sft")
+    return finetune_budget(forecast)
+
+
+def demonstration_batch(
+    setup: TrainingSetup, masking: Masking, lengths: NDArray[np.int64], settings: Settings
+) -> MicroBatch:
+    """The largest micro-batch: steps of demonstrations of average length, rows that the longest fits into."""
+    lm = setup.lm
+    lengths = lengths[lengths <= max(settings["max_tokens"], lengths.min())]
+    longest = int(lengths.max())
+    demonstration = example([0] * longest, [True] * longest, lm.block_size, lm.pad_token_id)
+    strip = noised_strip(demonstration, masking, lm.block_size, lm.mask_token_id, generator(0))
+    strips = settings["batch_size"] * float(lengths.mean()) / longest
+    return micro_batch_of(strip, strips, settings, setup.machine)
+
+
+def dpo_budget(
+    setup: TrainingSetup, views: Views, decoding: Decoding, pairs: Pairs, prompts: Sequence[Sequence[int]]
+) -> Budget:
+    """Memory budget of a run on pairs. prompts: token ids of each problem that may be answered meanwhile, in order."""
+    batch = partial(pair_batch, setup, views, pairs)
+    memories = MemoryByPeft(setup, reference=True)
+    return finetune_budget(
+        FinetuneForecast(setup, batch, decoding, prompts, memories, logit_bytes(decoding), "tiny_dpo")
+    )
+
+
+def pair_batch(setup: TrainingSetup, views: Views, pairs: Pairs, settings: Settings) -> MicroBatch:
+    """The largest micro-batch: steps of pairs of average cost, rows that the costliest fits into."""
+    lm = setup.lm
+    lengths = pairs.lengths
+    costs = pairs.costs * (lengths <= max(settings["max_tokens"], lengths.min()))  # (P,), 0 for those left out
+    costliest = pairs[int(costs.argmax())]
+    spec = BlockSpec(lm.block_size, lm.mask_token_id)
+    strip = join_strips([views(answer, spec, generator(0)) for answer in costliest.answers], lm.block_size)
+    strips = settings["batch_size"] * float(costs[costs > 0].mean() / costs.max())
+    return micro_batch_of(strip, strips, settings, setup.machine)
+
+
+def unknown_pairs(lm: DiffusionLM, decoding: Decoding, longest: int) -> Pairs:
+    """A pair of `longest` tokens an answer and prompt that takes as much as any may, where the data is unknown."""
+    prompt = min(PROMPT, longest // 2)
+    chosen = worst_case_trajectory(prompt, longest - prompt, decoding.denoising_steps, lm.block_size)
+    rejected = replace(chosen, token_ids=[1] * len(chosen.token_ids))  # no token of which is the other's, too
+    return SampledPairs([Pair(chosen, rejected)], lm.block_size)
+
+
+def finetune_budget(forecast: "FinetuneForecast") -> Budget:
+    """Memory budget of a run that learns from rows of its own."""
+    setup = forecast.setup
     settings = setup.settings
-    memories = MemoryByPeft(setup)
-    forecast = SftForecast(setup, masking, decoding, lengths, prompts, memories)
     batch = forecast.batch(settings)
-    # Keys first whose change costs least: evaluation and long demonstrations go last.
+    # Keys first whose change costs least: evaluation and long rows go last.
     knobs = {
         **sharding_knobs(settings, setup.machine, setup.peft),
         **update_knobs(settings, batch),
         "eval_problems": halvings(settings["eval_problems"], 1),
         "max_tokens": halvings(settings["max_tokens"], LEAST),
     }
-    return budget_of(forecast, knobs, facts=f"{memories.of({})}\nabout {batch}")
+    return budget_of(forecast, knobs, facts=f"{forecast.memories.of({})}\nabout {batch}")
 
 
 @dataclass(frozen=True)
-class SftForecast:
-    """What the phases of an SFT run hold under any settings. The fields are `sft_budget`'s parameters."""
+class FinetuneForecast:
+    """What the phases of a run on demonstrations or pairs hold under any settings.
+
+    batch: its largest micro-batch. prompts: see `sft_budget`. scoring: bytes of each logit that is scored. preset: the
+    experiment for a model as small as the embedded one.
+    """
 
     setup: TrainingSetup
-    masking: Masking
+    batch: Callable[[Settings], MicroBatch]
     decoding: Decoding
-    lengths: NDArray[np.int64]
     prompts: Sequence[Sequence[int]]
     memories: "MemoryByPeft"
-
-    def batch(self, settings: Settings) -> MicroBatch:
-        """The largest micro-batch: steps of demonstrations of average length, rows that the longest fits into."""
-        lm = self.setup.lm
-        lengths = self.lengths[self.lengths <= max(settings["max_tokens"], self.lengths.min())]
-        longest = int(lengths.max())
-        demonstration = example([0] * longest, [True] * longest, lm.block_size, lm.pad_token_id)
-        strip = noised_strip(demonstration, self.masking, lm.block_size, lm.mask_token_id, generator(0))
-        strips = settings["batch_size"] * float(lengths.mean()) / longest
-        return micro_batch_of(strip, strips, settings, self.setup.machine)
+    scoring: int
+    preset: str
 
     def phases(self, settings: Settings) -> dict[str, Bytes]:
         """What loading, updates and evaluations hold."""
         memory = self.memories.of(settings)
         phases = loading_phase(memory)
-        phases["update"] = update_phase(memory, self.batch(settings), settings)
+        phases["update"] = update_phase(memory, self.batch(settings), settings, self.scoring)
         if evaluated := self.prompts[: settings["eval_problems"]]:
             phases["evaluation"] = self.evaluation(memory, evaluated, settings)
         return phases
@@ -125,17 +172,20 @@ class SftForecast:
         return rollout_phase(replace(memory, samples=True), slots, longest, self.setup.lm, greedy, settings)
 
     def duration(self, settings: Settings) -> Duration:
-        """What the updates compute; evaluations are left out."""
+        """What the updates compute, and the reference's forwards where there is one; evaluations are left out."""
         model = self.memories.of({}).model
         batch = self.batch(settings)
+        operations = update_operations(model, batch)
+        if self.memories.reference:
+            operations *= 4 / 3  # one forward more, where a forward and its backward count as three
         return Duration(
             settings["steps"],
             batch.step,
             batch.width,
-            settings["steps"] * update_operations(model, batch),
+            settings["steps"] * operations,
             is_bound=False,
             knobs="steps, batch_size or row_tokens",
-            preset="tiny_sft" if model.parameters < SMALL else None,
+            preset=self.preset if model.parameters < SMALL else None,
         )
 
 
@@ -254,7 +304,7 @@ class RlForecast:
         )
 
 
-def budget_of(forecast: SftForecast | RlForecast, knobs: Mapping[str, Sequence[Any]], facts: str) -> Budget:
+def budget_of(forecast: FinetuneForecast | RlForecast, knobs: Mapping[str, Sequence[Any]], facts: str) -> Budget:
     """What a forecast comes to under the settings of its run. knobs, facts: see `Budget`."""
     setup = forecast.setup
     return Budget(

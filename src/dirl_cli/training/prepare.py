@@ -4,7 +4,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dirl_cli.data.chat import encode_questions, turn_end
 from dirl_cli.data.columns import summarize_notes
 from dirl_cli.data.rows import Row
-from dirl_cli.data.tokens import TokenTable, tokens_file, write_tokens
+from dirl_cli.data.tokens import PairTable, TokenTable, tokens_file, write_tokens
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.report.progress import StepProgress
@@ -56,19 +57,10 @@ class Reader:
 
     def demonstrations(self, kind: str, rows: Sequence[Row]) -> TokenTable:
         """The rows as tokens, from the disk if an earlier start has met the same rows, template and tokenizer."""
-        if not rows:
-            return TokenTable.of([])
-        tokenizer = self.lm.require_tokenizer()
-        self._warn_of_unknown_turn_end(tokenizer)
-
-        # One process tokenises, and the others read what it wrote.
         answered = [row for row in rows if has_answer(row.fields)]
-        file = tokens_file(tokenizer, answered, self.instruction)
-        remark = ", tokenised before" if file.exists() else ""
-        with self.accelerator.main_process_first(), self.progress.working(f"tokenising {len(answered):,} {kind}"):
-            if not file.exists():
-                write_tokens(file, tokenizer, answered, self.instruction)
-        tokens = TokenTable.read(file)
+        tokens, remark = self._tokens(kind, answered)
+        if not rows:
+            return tokens
 
         # What does not fit is left out rather than cut: half an answer would be learned as a whole one.
         longest = min(self.max_tokens, self.lm.max_length)
@@ -79,6 +71,44 @@ class Reader:
         longest_row = int(max(tokens.lengths, default=0))
         self._say(summary, len(rows), left_out, longest_row, summarize_notes(rows))
         return fitting
+
+    def pairs(self, kind: str, pairs: Sequence[tuple[Row, Row]]) -> PairTable:
+        """The chosen and the rejected demonstrations as tokens, likewise from the disk if they are there."""
+        answered = [pair for pair in pairs if all(has_answer(row.fields) for row in pair)]
+        differing = [(chosen, rejected) for chosen, rejected in answered if chosen.fields != rejected.fields]
+        tokens, remark = self._tokens(kind, list(chain.from_iterable(differing)))
+        table = PairTable.of_alternating(tokens)
+        if not pairs:
+            return table
+
+        longest = min(self.max_tokens, self.lm.max_length)
+        fitting = table.at_most(longest)
+        limit = f"max_tokens={longest}" if longest == self.max_tokens else f"the model's {longest} positions"
+        left_out = {
+            "have an empty answer": len(pairs) - len(answered),
+            "prefer an answer to itself": len(answered) - len(differing),
+            f"hold more than {limit}": len(table.chosen) - len(fitting.chosen),
+        }
+        total = fitting.chosen.lengths.sum() + fitting.rejected.lengths.sum()
+        summary = f"{len(fitting.chosen):,} {kind}, {total:,} tokens{remark}"
+        longest_row = int(max(tokens.lengths, default=0))
+        self._say(summary, len(pairs), left_out, longest_row, summarize_notes(chosen for chosen, _ in pairs))
+        return fitting
+
+    def _tokens(self, kind: str, rows: Sequence[Row]) -> tuple[TokenTable, str]:
+        """The rows as tokens, and a remark where an earlier start left them on the disk."""
+        if not rows:
+            return TokenTable.of([]), ""
+        tokenizer = self.lm.require_tokenizer()
+        self._warn_of_unknown_turn_end(tokenizer)
+
+        # One process tokenises, and the others read what it wrote.
+        file = tokens_file(tokenizer, rows, self.instruction)
+        remark = ", tokenised before" if file.exists() else ""
+        with self.accelerator.main_process_first(), self.progress.working(f"tokenising {len(rows):,} {kind}"):
+            if not file.exists():
+                write_tokens(file, tokenizer, rows, self.instruction)
+        return TokenTable.read(file), remark
 
     def problems(self, kind: str, problems: Sequence[Problem], remarks: Sequence[str] = ()) -> Questions:
         """The problems with their prompts. remarks: what else there is to say of where they come from."""
@@ -135,7 +165,14 @@ class Reader:
             self.progress.print_line(f"  {remark}")
 
 
-def fingerprint_of(sources: Sequence[TokenTable | Questions]) -> str:
+class Digested(Protocol):
+    """Rows to learn from, with a text that changes with any of them."""
+
+    @property
+    def digest(self) -> str: ...
+
+
+def fingerprint_of(sources: Sequence[Digested]) -> str:
     """A SHA-256 that changes with anything that a run learns from."""
     digests = "".join(source.digest for source in sources)
     return hashlib.sha256(digests.encode()).hexdigest()
