@@ -14,7 +14,7 @@ from dirl_cli.models.tiny import Tiny
 from tests.helpers.pages import PAGES, README, code_blocks, commands, files
 
 TRIED_ELSEWHERE = ("CONTRIBUTING", "quickstart", "smollm2", "multi_gpu")  # in tests of their own
-COMMANDS = ("download", "eval", "generate", "merge", "rl", "sft")
+COMMANDS = ("download", "dpo", "eval", "generate", "merge", "rl", "sft")
 COMMANDS_OF_PAGES = [
     pytest.param(path, words, id=f"{path.stem} {' '.join(words)}")
     for path in PAGES
@@ -43,7 +43,7 @@ def test_every_command_is_accepted(path, words, own_modules, monkeypatch):
         Path(name).write_text(text)
     for directory in ("my_model", "my_adapter", "my_causal_model", *re.findall(r"runs/[\w/-]+", " ".join(words))):
         Path(directory).mkdir(parents=True, exist_ok=True)
-    for name in ("my.jsonl", "problems.jsonl", "answers.jsonl"):
+    for name in ("my.jsonl", "problems.jsonl", "pairs.jsonl", "answers.jsonl"):
         Path(name).touch()
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output

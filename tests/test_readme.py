@@ -63,7 +63,9 @@ def test_the_map_shows_every_file():
 
 def test_the_config_choices_that_pages_name_exist():
     for path in PAGES:
-        choices = re.findall(r"`(algo|masking|decoding|reward|annealing|peft|instruction)=(\w+)`", path.read_text())
+        choices = re.findall(
+            r"`(algo|likelihood|masking|decoding|reward|annealing|peft|instruction)=(\w+)`", path.read_text()
+        )
         for group, name in choices:
             assert (ROOT / "conf" / group / f"{name}.yaml").exists(), f"{path.name}: {group}={name}"
 
@@ -74,6 +76,7 @@ def test_the_config_choices_that_pages_name_exist():
         ("rl", "`algo=`", "algo"),
         ("rl", "`critic=`", "critic"),
         ("sft", "`masking=`", "masking"),
+        ("dpo", "`likelihood=`", "likelihood"),
         ("eval", "`decoding=`", "decoding"),
         ("data", "`instruction=`", "instruction"),
         ("runs", "preset", "experiment"),

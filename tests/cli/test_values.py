@@ -124,7 +124,7 @@ def test_every_number_of_a_command_is_in_its_range_or_refused_by_name(command):
 
 @pytest.mark.parametrize(("group", "choice"), targets().values(), ids=lambda value: value)
 def test_every_number_of_a_group_is_in_its_range_or_refused_by_name(group, choice):
-    command = next(name for name in ("sft", "rl", "eval") if group in types_of(SCHEMAS[name]))
+    command = next(name for name in ("sft", "rl", "dpo", "eval") if group in types_of(SCHEMAS[name]))
     cfg = composed(command, f"{group}={choice}")
     kind = type(build(cfg[group]))
     settings = OmegaConf.to_container(cfg[group])
@@ -252,6 +252,12 @@ def refused(*words):
         ("rl rl=3", "rl=3: give a mapping such as {problems: …}"),
         ("rl algo.clip_low=-1", "algo.clip_low=-1: give a number of at least 0; inf switches it off"),
         ("rl reward=dapo reward.options.soft_overlong.cache=0", "reward.options.soft_overlong.cache=0: give a whole "),
+        (
+            "dpo model=sdar8b dpo.held_out=1",
+            "dpo.held_out is of the problems of dpo.pairs_from: of a file's pairs give data.",
+        ),
+        ("dpo dpo.label_smoothing=0.5", "dpo.label_smoothing=0.5: give a number of at least 0 and below 0.5"),
+        ("dpo dpo.link=sigmoyd", "dpo.link=sigmoyd: did you mean sigmoid?"),
         ("eval limit=0", "limit=0: give a whole number of at least 1, or null"),
         ("eval predictions=a.jsonl samples=0", "samples=0: give a whole number of at least 1"),
         ("generate prompt=a samples=0", "samples=0: give a whole number of at least 1"),

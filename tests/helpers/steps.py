@@ -16,6 +16,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dirl_cli.diffusion.masking import CountPerBlock, example
+from dirl_cli.diffusion.states import BlockMasks, BlockSpec, Trace
+from dirl_cli.dpo.batches import PairRows
+from dirl_cli.dpo.pairs import Pair
+from dirl_cli.dpo.preference import Preference
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, LearnedCritic, StepAdvantages
@@ -152,6 +156,25 @@ def problem(number: int, one: Trajectory) -> Problem:
     return Problem(f"{number}", " ".join(map(str, one.prompt_ids)), " ".join(map(str, range(20, 21 + number))))
 
 
+def dpo(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
+    """Pairs of answers that a model which stays as it is gave to five prompts, on their trace and by random masks."""
+    still = small_lm(seed=1)
+    still.model.to(trainer.accelerator.device)
+    reference = LogprobModel(still.model.requires_grad_(False)).to(still.device)
+    decoding = Decoding(temperature=1.0, max_new_tokens=16, denoising_steps=3, stop_token_ids=tuple(range(2, 12)))
+    answers = NativeSampler(still).sample([numbers(i, 3 + 2 * i) for i in range(5)], 2, decoding)
+    pairs = [Pair(*group) for group in answers]
+    preference = Preference("sigmoid", 0.1, label_smoothing=0.1, length_normalised=False, sft_weight=0.1)
+    spec = BlockSpec(lm.block_size, MASK)
+    found = []
+    for step in range(STEPS):
+        views = Trace() if step % 2 else BlockMasks(draws=2)
+        rows = PairRows(views, spec, PAD, row_tokens=64, train_tail=True)(pairs, step)
+        micro_batches = trainer.add_scores(trainer.cut(rows, micro_rows), reference, "ref_logprobs")
+        found.append(trainer.step(micro_batches, preference.loss, len(pairs)))
+    return found
+
+
 TASKS = {
     "sft": sft,
     "rl": rl,
@@ -159,6 +182,7 @@ TASKS = {
     "teacher": with_teacher,
     "corrected": corrected,
     "weighted": weighted,
+    "dpo": dpo,
 }
 
 
@@ -192,7 +216,7 @@ def take(
     return found, copied
 
 
-def among(processes: int, directory: Path, launch: str, tasks: str = "sft+rl", **options: object) -> list[dict]:
+def among(processes: int, directory: Path, launch: str, tasks: str = "sft+rl+dpo", **options: object) -> list[dict]:
     """What `take` finds in each of so many processes of this machine, by task. They have two minutes for each task."""
     options_as_words = [f"{key}={value}" for key, value in options.items()]
     words = [[str(directory / str(rank)), launch, tasks, *options_as_words] for rank in range(processes)]

@@ -15,7 +15,7 @@ from tests.helpers.steps import among, differences, take
 
 @pytest.fixture(scope="module")
 def alone():
-    return {task: take(task) for task in ("sft", "rl")}
+    return {task: take(task) for task in ("sft", "rl", "dpo")}
 
 
 def assert_same(alone, processes, tolerance=1e-5):

@@ -198,7 +198,17 @@ def open_training(
     dtype = pick_dtype(cfg.dtype, lm.device.type)
     evaluation = None
     if validation or questions.problems:
-        evaluation = FinetuneEvaluation(validation, "held-out pairs", held_out, lm, parts.peft, grader, dtype, progress)
+        evaluation = FinetuneEvaluation(
+            validation,
+            "held-out pairs",
+            held_out,
+            lm,
+            parts.peft,
+            grader,
+            dtype,
+            progress,
+            answers_before=True,
+        )
 
     noted = (*VALIDATED, "greedy_accuracy")
     session = open_session(cfg, out, "dpo", trainer, lm, progress, stop, PANELS, noted, fingerprints)

@@ -118,7 +118,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     session = reinforce(cfg, out, settled, pools, lm, accelerator, progress)
     if cfg.rl.rollout_only:
         progress.print_line(
-            f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`"
+            f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`, or from"
+            f" pairs of them with `dirl dpo {shell_word('dpo.pairs_from', out)}`"
         )
         return
     session.trainer.require_update(f"no group held a signal; {REMEDIES}")

@@ -23,8 +23,6 @@ from dirl_cli.rollout.storage import Record, read_lines, require_learnable, roll
 from dirl_cli.text import counted
 from dirl_cli.types import Trajectory
 
-PAIRINGS = ("right_wrong", "best_worst")
-
 
 @dataclass(frozen=True)
 class Pair:

@@ -47,7 +47,8 @@ class FinetuneEvaluation:
     """What is measured while a model is fine-tuned, on demonstrations or on preferences.
 
     validation: what held-out rows give; None where there are none. shown: what they are called. dtype: of the weights
-    that answer the held-out problems.
+    that answer the held-out problems. answers_before: whether they do so before training, too, which says little of a
+    model that cannot answer yet.
     """
 
     validation: Callable[[], dict[str, float]] | None
@@ -58,8 +59,13 @@ class FinetuneEvaluation:
     grader: Grader
     dtype: torch.dtype
     progress: StepProgress
+    answers_before: bool = False
 
     def before_training(self) -> dict[str, float]:
+        """What the held-out rows give, and the problems where they are answered before training."""
+        return self.measure() if self.answers_before else self.validate()
+
+    def validate(self) -> dict[str, float]:
         """What the held-out rows give. Raises Interrupted where it was stopped."""
         if not self.validation:
             return {}
@@ -68,7 +74,7 @@ class FinetuneEvaluation:
 
     def measure(self) -> dict[str, float]:
         """That, and how many of the held-out problems are answered right. Raises Interrupted where it was stopped."""
-        metrics = self.before_training()
+        metrics = self.validate()
         if self.held_out.problems:
             sampler = NativeSampler(unsharded_model(self.peft.merged(self.lm), self.dtype))
             metrics |= self.held_out.run(sampler, self.grader)
