@@ -1,12 +1,14 @@
 """Which answers are paired, and what a text is as an answer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dirl_cli.dpo.pairs import Pair, Pairing, SampledPairs, pairs_of_run, text_answer
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
-from dirl_cli.types import Problem, Trajectory
+from dirl_cli.types import HELD, Problem, Trajectory
 from tests.helpers.small import small_lm
 
 RIGHT_WRONG = Pairing("right_wrong", limit=4, held_out=0, longest=100, seed=0)
@@ -62,6 +64,13 @@ def test_answers_of_all_steps_of_a_run_are_compared(tmp_path):
     assert pairs.remarks == [f"1 training and 0 held-out pairs of 1 problem, from 3 answers to 2 in {run}"]
 
 
+def test_an_answer_that_was_given_a_hint_is_compared_with_none(tmp_path):
+    hinted = record("1", 23, 1.0, True)
+    hinted = replace(hinted, trajectory=replace(hinted.trajectory, reveal_step=[HELD, 1, 1, 1]))
+    run = written(tmp_path, [record("1", 20, 1.0, True), hinted, record("1", 22, 0.0)])
+    assert tokens(pairs_of_run(run, small_lm(), RIGHT_WRONG).training.pairs) == [(20, 22)]
+
+
 def test_problems_are_held_out_whole(tmp_path):
     records = [record(str(p), 20 + k, None, correct=k < 2) for p in range(8) for k in range(4)]
     run = written(tmp_path, records)
@@ -103,7 +112,7 @@ def test_a_text_is_answered_by_its_last_trained_stretch_in_whole_blocks():
     token_ids, trained = [5, 6, 7, 8, 9, 10, 1], [False, True, True, False, True, True, True]
     answer = text_answer((token_ids, trained), 4, 0, (1,))
     assert (answer.prompt_ids, answer.token_ids) == ([5, 6, 7, 8], [9, 10, 1, 0])
-    assert answer.completion_ids == [9, 10] and answer.reveal_step == []
+    assert answer.completion_ids == [9, 10] and answer.reveal_step == [1] * 4
 
 
 def test_what_a_pair_costs_grows_with_its_denoising_steps():

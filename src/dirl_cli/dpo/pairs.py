@@ -90,19 +90,21 @@ class TextPairs:
 
 
 def text_answer(encoded: Encoded, block_size: int, pad_id: int, stop_token_ids: tuple[int, ...]) -> Trajectory:
-    """The last trained stretch of a text as an answer to all before it, padded to whole blocks, without reveal steps.
+    """The last trained stretch of a text as an answer to all before it, padded to whole blocks.
 
-    The padding is the answer's tail, since a sampler fills whole blocks too.
+    The padding is the answer's tail, since a sampler fills whole blocks too. When a token was revealed nobody knows:
+    all are said to have been at the first step, which no view that is taken of texts looks at.
     """
     token_ids, trained = encoded
     start = len(token_ids)
     while start and trained[start - 1]:
         start -= 1
     padding = [pad_id] * (-len(token_ids) % block_size)
+    answer = token_ids[start:] + padding
     return Trajectory(
         prompt_ids=token_ids[:start],
-        token_ids=token_ids[start:] + padding,
-        reveal_step=[],
+        token_ids=answer,
+        reveal_step=[1] * len(answer),
         stop_reason="stop",
         stop_token_ids=stop_token_ids,
         block_size=block_size,
@@ -211,6 +213,8 @@ class RunPairs:
 def read_answers(directory: Path, lm: DiffusionLM, needs_reward: bool) -> list[list[Record]]:
     """All answers of a run's rollouts, by problem in the order in which problems first came up.
 
+    Those that were given a hint are left out: their log-probs are of the rest of their tokens alone.
+
     Raises DirlError, with file and line, for an answer that nothing can be learned from.
     """
     if not directory.is_dir():
@@ -222,6 +226,8 @@ def read_answers(directory: Path, lm: DiffusionLM, needs_reward: bool) -> list[l
     for file in rollout_files(directory).values():
         for line, record in read_lines(file):
             require_learnable(line, record.trajectory, lm)
+            if record.trajectory.is_hinted:
+                continue
             if needs_reward and record.reward is None:
                 raise DirlError(f"{line} has no reward to compare: give dpo.pairing=right_wrong, or another run")
             key = (record.problem.id, tuple(record.trajectory.prompt_ids))
