@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+ALIGNMENT = 64  # bytes: wherever a weight begins at a multiple of them, its products are the same to the bit
+
 
 def join(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """The weights and the biases of some layers that take the same input, each as one tensor.
@@ -19,10 +21,14 @@ def join(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
 
 
 def can_join(layers: Sequence[nn.Module]) -> bool:
-    """Whether these are plain linear layers of one dtype on one device, all or none of them with a bias."""
+    """Whether these are plain linear layers of one dtype on one device, all or none of them with a bias.
+
+    And whether, side by side, all begin at the ALIGNMENT: a run may join its weights later when it is continued than
+    when it was not, and has to learn the same.
+    """
     kinds = set()
     for layer in layers:
-        if type(layer) is not nn.Linear or not layer.weight.is_floating_point():
+        if type(layer) is not nn.Linear or not layer.weight.is_floating_point() or layer.weight.nbytes % ALIGNMENT:
             return False
         kinds.add((layer.weight.dtype, layer.weight.device, layer.in_features, layer.bias is None))
     return len(kinds) == 1
