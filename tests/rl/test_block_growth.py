@@ -130,6 +130,18 @@ def test_the_model_that_is_left_says_its_blocks_and_a_checkpoint_those_of_its_st
         assert model_of_run(checkpoint | {"block_size": 16})["base"]["block_size"] == 16
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000])
+def test_a_checkpoint_whose_blocks_cannot_be_read_is_told(tmp_path, content):
+    checkpoint = tmp_path / "checkpoints/step-000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("model: {}\npeft: {}\n")
+    (checkpoint / "state.json").write_bytes(content)
+    with pytest.raises(DirlError, match=r"state.json cannot be read: give another checkpoint"):
+        model_of_run({"name": "a", "path": str(checkpoint)})
+    (checkpoint / "state.json").write_text("[]")
+    assert "block_size" not in model_of_run({"name": "a", "path": str(checkpoint)})["base"]
+
+
 def test_a_run_that_ends_in_a_stage_leaves_a_model_of_its_blocks(model, tmp_path):
     run(config(model, *GROWING, "annealing.share=1.0", "steps=2"), tmp_path)
     assert [line["block_size"] for line in lines(tmp_path)[1:]] == [2, 4]

@@ -87,9 +87,7 @@ def model_of_run(model: dict[str, Any]) -> dict[str, Any]:
         raise DirlError(f"{path} has the mask token of its run: leave model.mask_token_id out")
     settings: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     base = settings["model"]
-    remembered = json.loads((path / STATE).read_text())
-    if "block_size" in remembered:  # of a run whose blocks grow
-        base |= {"block_size": remembered["block_size"]}
+    base |= grown_blocks(path)
     if model.get("block_size") is not None:
         base |= {"block_size": model["block_size"]}
     return {
@@ -100,6 +98,17 @@ def model_of_run(model: dict[str, Any]) -> dict[str, Any]:
         "base": base,
         "peft": settings["peft"],
     }
+
+
+def grown_blocks(checkpoint: Path) -> dict[str, Any]:
+    """The `block_size` of a checkpoint, where its run's blocks grow; nothing else. Raises DirlError for damage."""
+    try:
+        remembered = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DirlError(f"{checkpoint / STATE} cannot be read: give another checkpoint of the run") from error
+    if not isinstance(remembered, dict) or "block_size" not in remembered:
+        return {}
+    return {"block_size": remembered["block_size"]}
 
 
 def finished_model(run: Path) -> Path:
