@@ -84,7 +84,9 @@ def sft(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[
 def with_critic(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
     """As `rl`, with a second model that learns values, some of whose losses are clipped."""
     settings = LearnedCritic(True, 0.9, 0.8, 0.02, 1e-2, (0.9, 0.95), 1e-8, 0.0)
-    model = settings.model(lm)
+    as_it_began = small_lm(scale=1.0)  # since the policy's own parameters are shared out already
+    as_it_began.model.to(trainer.accelerator.device)
+    model = settings.model(as_it_began)
     learner = Trainer(trainer.accelerator, model, [settings.optimizer(model)], lambda step: 1.0, clip_norm=0.5)
     critic, advantages = Critic(learner, settings.value_clip), StepAdvantages(settings.gamma, settings.gae_lambda)
     return rl(lm, trainer, micro_rows, critic=critic, step_advantages=advantages)
@@ -216,7 +218,9 @@ def take(
     return found, copied
 
 
-def among(processes: int, directory: Path, launch: str, tasks: str = "sft+rl+dpo", **options: object) -> list[dict]:
+def among(
+    processes: int, directory: Path, launch: str, tasks: str = "sft+rl+dpo+critic", **options: object
+) -> list[dict]:
     """What `take` finds in each of so many processes of this machine, by task. They have two minutes for each task."""
     options_as_words = [f"{key}={value}" for key, value in options.items()]
     words = [[str(directory / str(rank)), launch, tasks, *options_as_words] for rank in range(processes)]

@@ -189,6 +189,22 @@ def test_the_second_stage_keeps_all_parameters_from_forward_to_backward():
     assert second | {"gathered": 0} == third | {"gathered": 0}
 
 
+def test_processes_share_a_critic_that_is_a_model_and_are_not_told_to_put_a_head_in_its_place():
+    alone = Memory(architecture(small_lm().model.config, ADAMW), bf16=True, dense=False, critic=True)
+    shared = replace(alone, parallelism=parallelism("fsdp2", 4))
+    assert shared.resident()["critic"] == pytest.approx(alone.resident()["critic"] / 4, abs=4)
+
+    asked = {"launch": "auto", "steps": 1, "micro_rows": 1, "gradient_checkpointing": True, "row_tokens": 64}
+    asked |= {"rl.problems": 1, "rl.group_size": 2, "rl.mini_batches": 1, "rl.epochs": 1, "rl.async_rollout": False}
+    asked |= {"rollout.max_batch": 1, "decoding.max_new_tokens": 8}
+    knobs = {}
+    for gpus, critic in [(1, "model"), (2, "model"), (2, "head")]:
+        setup = TrainingSetup(small_lm(), ADAMW, replace(LAPTOP, gpus=gpus), asked | {"gpus": gpus})
+        budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 4, Native(64, "auto"), True, critic=critic)
+        knobs[gpus, critic] = (budget.knobs["critic"], budget.knobs.get("launch"))
+    assert knobs == {(1, "model"): (["head"], []), (2, "model"): ([], ["fsdp2"]), (2, "head"): ([], None)}
+
+
 def test_a_sampler_keeps_copies_of_linear_weights_in_bf16():
     model = architecture(small_lm().model.config, ADAMW)
     on_cpu = Memory(model, bf16=True, dense=True).rollout(8, 4, 200, 4, Decoding())

@@ -281,6 +281,7 @@ def test_what_cannot_be_valued_is_refused_in_a_sentence(model, tmp_path, words, 
         run(config(model, *words), tmp_path)
 
 
-def test_a_critic_is_not_shared_out_among_processes():
-    with pytest.raises(DirlError, match="launch=fsdp2 shares out one model, and a critic is another"):
-        SETTINGS.require(FullFinetune(), "fsdp2")
+def test_a_head_is_refused_where_processes_share_the_policy():
+    SETTINGS.require(FullFinetune(), "fsdp2")
+    with pytest.raises(DirlError, match="shares out the policy, whose hidden states critic=head reads"):
+        replace(SETTINGS, separate=False).require(FullFinetune(), "fsdp2")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.helpers.steps import among, differences, take
 
 @pytest.fixture(scope="module")
 def alone():
-    return {task: take(task) for task in ("sft", "rl", "dpo")}
+    return {task: take(task) for task in ("sft", "rl", "dpo", "critic")}
 
 
 def assert_same(alone, processes, tolerance=1e-5):
@@ -87,9 +88,8 @@ def test_a_rollout_with_a_problem_for_one_of_two_processes_ends_as_it_does_for_o
         "eval_problems=0",
     ]
     for name, more in {"one": [], "two": ["gpus=2"], "shared": ["gpus=2", "launch=fsdp2"]}.items():
-        command = [Path(sys.executable).with_name("dirl"), "rl", *words, *more, f"out={tmp_path / name}"]
-        ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280)
-        assert ended.returncode == (filter == "accuracy")  # which leaves the model as it was
+        code = dirl_rl(tmp_path, *words, *more, f"out={tmp_path / name}")
+        assert code == (filter == "accuracy")  # which leaves the model as it was
     expected = [read_rollout(file) for file in sorted(tmp_path.glob("one/rollouts/*"))]
     losses = [line.get("loss") for line in metrics(tmp_path / "one")]
     assert (None in losses) == (filter == "accuracy")
@@ -100,6 +100,33 @@ def test_a_rollout_with_a_problem_for_one_of_two_processes_ends_as_it_does_for_o
         ]
         again = [line.get("loss") for line in metrics(tmp_path / name)]
         assert again == losses or again == pytest.approx(losses, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_critic_that_processes_share_learns_what_one_does_and_goes_on_to_the_same_bytes(model, tmp_path):
+    words = [*SMALL, *ARITHMETIC, f"model.path={model}", "eval_problems=0", "critic=model", "critic.lr=1e-2"]
+    shared = ["gpus=2", "launch=fsdp2", f"out={tmp_path}/shared"]
+    assert dirl_rl(tmp_path, *words, f"out={tmp_path}/one") == dirl_rl(tmp_path, *words, *shared) == 0
+    for name in ("loss", "value_loss", "explained_variance"):
+        values = [line[name] for line in metrics(tmp_path / "one")]
+        assert [line[name] for line in metrics(tmp_path / "shared")] == pytest.approx(values, rel=1e-3, abs=1e-5)
+
+    def kept():
+        return {file.name: file.read_bytes() for file in (tmp_path / "shared/checkpoints/step-000004").glob("critic*")}
+
+    whole = kept()
+    assert len(whole) == 4, "values and optimizer states of two processes"
+    shutil.rmtree(tmp_path / "shared/model")
+    shutil.rmtree(tmp_path / "shared/checkpoints/step-000004")
+    assert dirl_rl(tmp_path, *words, *shared) == 0
+    assert kept() == whole
+
+
+def dirl_rl(here: Path, *words: str) -> int:
+    """The exit code of the command."""
+    command = [Path(sys.executable).with_name("dirl"), "rl", *words]
+    return subprocess.run(command, cwd=here, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280).returncode
 
 
 def metrics(run):

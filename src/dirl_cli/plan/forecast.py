@@ -217,14 +217,17 @@ def rl_budget(
     )
     forecast = RlForecast(setup, objective, decoding, longest_prompt, engine, learns, memories)
     batch = forecast.batch(settings)
+    # Processes share a critic that is a model, and do not one that is a layer: of two remedies the better.
+    sharding = {} if critic == "head" else sharding_knobs(settings, setup.machine, setup.peft)
+    is_shared = settings["launch"] in SHARDED_LAUNCHES or any(sharding.values())
     # Keys first whose change costs least: what makes answers shorter changes the result, and goes last.
     knobs = {
-        **(sharding_knobs(settings, setup.machine, setup.peft) if critic == "none" else {}),
+        **sharding,
         "rollout.max_batch": halvings(settings["rollout.max_batch"], 1),
         "rollout.products": ["plain"] if isinstance(engine, Native) and engine.products != "plain" else [],
         "rollout.cache_share": [engine.cache_share / 2, engine.cache_share / 4] if isinstance(engine, Lmdeploy) else [],
         **update_knobs(settings, batch),
-        "critic": ["head"] if critic == "model" else [],
+        "critic": ["head"] if critic == "model" and not is_shared else [],
         "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
     }
     return budget_of(forecast, knobs, facts=f"{memories.of({})}\nat most {batch}")
@@ -447,7 +450,8 @@ def sharding_knobs(settings: Settings, machine: Machine, peft: Peft) -> dict[str
 def alternatives(setup: TrainingSetup, critic: str) -> list[list[Settings]]:
     """Other ways to train the same model, each from the least change on: more GPUs that share it, and adapters.
 
-    critic: none, head or model. With any no model is shared, and with an adapter there is no second model.
+    critic: none, head or model. With an adapter there is no second model; more GPUs that share the policy are not
+    proposed with a critic, since a head, which is, could not be there.
     """
     if not isinstance(setup.peft, FullFinetune):
         return []

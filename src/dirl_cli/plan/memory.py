@@ -178,7 +178,8 @@ class Memory:
         elif self.reference_moves:  # and so is none of the weights beside the adapter
             sizes["reference model"] = self.value * self.model.parameters
         if self.critic:  # its weights and the two states of each; its own update holds less than the policy's
-            sizes["critic"] = 3 * 4 * self.critic_parameters()
+            sizes["critic"] = 4 * self.critic_parameters() // self.parallelism.parameters
+            sizes["critic"] += 2 * 4 * self.critic_parameters() // self.parallelism.states
             if self.parallelism.gradients_stay:
                 sizes["critic"] += 4 * self.critic_parameters()
         return sizes

@@ -14,7 +14,7 @@ Shapes: N scored tokens, S steps of all answers, D values of a hidden state.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import ClassVar
@@ -75,8 +75,11 @@ class LearnedCritic:
             raise DirlError(
                 "critic=model trains a second model whole, which peft saves the memory of: give critic=head"
             )
-        if launch in SHARDED_LAUNCHES:
-            raise DirlError(f"launch={launch} shares out one model, and a critic is another: give launch=auto")
+        if not self.separate and launch in SHARDED_LAUNCHES:
+            raise DirlError(
+                f"launch={launch} shares out the policy, whose hidden states critic=head reads: give critic=model, or"
+                " launch=auto"
+            )
 
     def model(self, lm: DiffusionLM) -> "ValueModel":
         """What gives the values; to be called before the policy learns and before processes share it."""
@@ -98,9 +101,11 @@ class ValueModel(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(decoder.config.hidden_size, device=decoder.device))
         self.is_own = is_own
+        self._no_split_modules: Collection[str] = ()  # the layers that Accelerate shards one by one
         self._policy: list[PreTrainedModel] = []
         if is_own:
             self.decoder = decoder
+            self._no_split_modules = decoder._no_split_modules or ()
         else:
             self._policy = [decoder]  # in a list, which torch does not look into
 
