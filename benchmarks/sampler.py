@@ -1,6 +1,6 @@
 """The native sampler against the published loop: the same greedy tokens, fewer forwards, less time.
 
-python -m benchmarks.sampler            # about eight minutes on one core
+python -m benchmarks.sampler            # about twenty minutes on one core
 """
 
 import platform
