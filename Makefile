@@ -14,6 +14,8 @@ install: .venv/installed
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv (a few minutes the first time)"
 	@$(BIN)/pip install -qq -c constraints.txt $(PIP_FLAGS) -e '.[dev]'
+	@$(BIN)/pip install -qq -c constraints.txt $(PIP_FLAGS) -e '.[gym]' || \
+	    echo "reasoning-gym is not installed, for which a C compiler is needed: tests of data=gym will be skipped"
 	@touch $@
 
 demo: install

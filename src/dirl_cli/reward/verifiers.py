@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.reward.boxed import final_answer, reference
 from dirl_cli.reward.equality import plainly_equal, verified
+from dirl_cli.reward.gym import gym_answer_in, gym_credit
 from dirl_cli.reward.puzzles import countdown_credit, expression_in, grid_in, sudoku_credit
 from dirl_cli.types import Problem
 
@@ -39,10 +40,15 @@ def math_credit(problem: Problem, answer: str) -> float:
     return float(verified(reference(problem.answer), answer))
 
 
+def never_quick(problem: Problem, answer: str) -> None:
+    """Nothing: scorers of others may hang, so they run where they can be killed."""
+
+
 VERIFIERS: dict[str, Verifier] = {
     "math": Verifier(final_answer, math_credit, plain_math_credit),
     "sudoku": Verifier(grid_in, sudoku_credit, sudoku_credit),
     "countdown": Verifier(expression_in, countdown_credit, countdown_credit),
+    "gym": Verifier(gym_answer_in, gym_credit, never_quick),
 }
 
 
