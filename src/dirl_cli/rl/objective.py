@@ -9,7 +9,7 @@ states its formula and source.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor
@@ -154,8 +154,8 @@ class Objective:
         if self.surrogate == "likelihood":
             loss = -advantage * at_level(self.level, logprobs, rows)
         elif self.surrogate == "bounds":
-            assert self.upper_power is not None and self.upper_share is not None
-            loss = -advantage * bound_score(rows, logprobs, self.upper_power, self.upper_share)
+            power = cast(float, self.upper_power)  # both are given where bounds are learned from
+            loss = -advantage * bound_score(rows, logprobs, power, cast(float, self.upper_share))
         else:
             log_ratio = at_level(self.level, logprobs - extras.get("old_logprobs", logprobs.detach()), rows)
             ratio = ratio_of(log_ratio)
