@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from dirl_cli.cli import schema
 from dirl_cli.cli.config_tree import preset
 from dirl_cli.cli.overrides import drop_preset
-from dirl_cli.commands import rl, sft
+from dirl_cli.commands import dpo, rl, sft
 from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.files import conf_dir
 from dirl_cli.hub import configured_repositories
@@ -530,6 +530,18 @@ def test_what_is_proposed_for_a_model_and_data_that_are_not_here_fits_when_it_is
     for words in proposals:
         command.run(config(name, "model=sdar8b", data, "dry_run=true", *words.split()), nothing_here)
         assert "this fits: " in capsys.readouterr().out
+
+
+def test_pairs_are_planned_with_a_copy_as_their_reference_or_with_an_adapter_without_one(nothing_here, capsys):
+    words = ("model=sdar8b", "data=file", "data.path=pairs.jsonl", "dry_run=true")
+    with pytest.raises(DoesNotFit, match="give peft=lora gradient_checkpointing=true, which takes"):
+        dpo.run(config("dpo", *words), nothing_here)
+    said = capsys.readouterr().out
+    assert "answers with their prompts are taken to be as long as max_tokens=8,192" in said
+    assert re.search(r"^reference model +32.8 GB +32.8 GB *$", said, re.M)
+    dpo.run(config("dpo", *words, "peft=lora", "gradient_checkpointing=true"), nothing_here)
+    said = capsys.readouterr().out
+    assert "this fits: " in said and "reference model" not in said
 
 
 def test_adapters_to_layers_that_a_model_does_not_have_are_not_proposed(nothing_here):
