@@ -1,8 +1,10 @@
 """The pairs that `dirl dpo` learns from: read from files or made of a run's answers, and shown."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from accelerate import Accelerator
 from omegaconf import DictConfig
@@ -58,8 +60,7 @@ def read_pairs(
 
     sources, weights = sources_of(parts.data)
     data = PairData([source.name for source in sources], list(weights), [], [], problems)
-    for source in sources:
-        assert isinstance(source, TrainingFile)  # `require_pairs` sees to it
+    for source in cast(Sequence[TrainingFile], sources):  # `require_pairs` sees to it
         training = reader.pairs(f"training pairs of {source.name}", source.pairs())
         held_out = reader.pairs(f"held-out pairs of {source.name}", source.validation_pairs())
         if not len(training.chosen):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -196,9 +196,8 @@ class Pairing:
 
 
 def reward_of(record: Record) -> float:
-    """An answer's reward, of one that has any."""
-    assert record.reward is not None  # `read_answers` sees to it
-    return record.reward
+    """An answer's reward; `read_answers` takes none without one."""
+    return cast(float, record.reward)
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,8 @@ def move_towards(reference: nn.Module, weights: Iterable[tuple[str, Tensor]], ra
     for name, weight in weights:
         parameter = parameters.pop(name)
         parameter.lerp_(weight.to(parameter), rate)
-    assert not parameters, f"the policy has no {min(parameters)}"
+    if parameters:  # a name that does not fit would leave a weight where it was, in silence
+        raise KeyError(f"the policy has no {min(parameters)}")
 
 
 def split_evenly(groups: Sequence[Group], mini_batches: int) -> list[Sequence[Group]]:
