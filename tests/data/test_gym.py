@@ -1,7 +1,9 @@
 """Tasks of reasoning-gym as data: disjoint splits, made anew from their seeds, scored by their own rules."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +13,13 @@ import pytest
 from dirl_cli.data.gym import Gym
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.grading import Grader
-from dirl_cli.reward.gym import EVALUATED, HARMLESS, gym_answer_in, gym_credit
+from dirl_cli.reward.gym import EVALUATED, HARMLESS, UNREPEATABLE, gym_answer_in, gym_credit
 from dirl_cli.types import Problem
 
 reasoning_gym = pytest.importorskip("reasoning_gym.factory", reason="reasoning-gym is not installed")
-TASKS = sorted(set(reasoning_gym.DATASETS) - {"composite"})  # which is a mixture of the others, and has none by default
+TASKS = sorted(
+    set(reasoning_gym.DATASETS) - UNREPEATABLE - {"composite"}
+)  # which is a mixture of the others, and has none by default
 
 ARITHMETIC = Gym("sums", "basic_arithmetic", {"min_terms": 2, "max_terms": 2}, train=30, held_out=10, test=10)
 
@@ -88,7 +92,7 @@ def test_the_answer_stands_between_tags_in_a_box_or_after_the_thought(completion
     assert gym_answer_in(completion) == answer
 
 
-@pytest.mark.parametrize("task", sorted(EVALUATED))
+@pytest.mark.parametrize("task", sorted(EVALUATED - UNREPEATABLE))
 @pytest.mark.parametrize(
     "hostile",
     [
@@ -128,6 +132,7 @@ def test_every_task_whose_scorer_evaluates_is_known() -> None:
 @pytest.mark.parametrize(
     ("task", "options", "sentence"),
     [
+        ("knight_swap", {}, "knight_swap makes other questions of a seed in every process: choose another task"),
         ("countdwn", {}, "reasoning-gym has no task countdwn: did you mean countdown?"),
         ("basic_arithmetic", {"min_term": 2}, "basic_arithmetic has no option min_term; did you mean min_terms?"),
         ("basic_arithmetic", {"min_terms": 9}, "basic_arithmetic with {'min_terms': 9}: "),
@@ -159,3 +164,31 @@ def test_a_problem_of_another_version_or_of_no_task_is_refused() -> None:
         gym_credit(replace(problem, question="What is 1 + 1?"), "2")
     with pytest.raises(DirlError, match="is of no task of reasoning-gym: give details of its task, options, seed"):
         gym_credit(replace(problem, details={}), "2")
+
+
+def test_what_the_user_can_mend_is_told_where_answers_are_graded_in_other_processes() -> None:
+    [problem] = questions("basic_arithmetic")
+    with Grader(workers=1) as grader, pytest.raises(DirlError, match="was made by another version of reasoning-gym"):
+        list(grader.grade([("key", replace(problem, question="What is 1 + 1?"), "2")]))
+
+
+EVERY_TASK = """
+import json, sys
+from reasoning_gym.factory import create_dataset
+made = {}
+for task in sys.argv[1].split(","):
+    entries = [create_dataset(task, seed=seed, size=1)[0] for seed in range(25)]
+    made[task] = [(entry["question"], entry["answer"]) for entry in entries]
+print()  # after the dots that one of them prints
+print(json.dumps(made))
+"""
+
+
+@pytest.mark.slow
+def test_every_task_makes_the_same_of_a_seed_in_every_process() -> None:
+    made = []
+    for order in ("1", "2"):  # of sets
+        words = [sys.executable, "-c", EVERY_TASK, ",".join(TASKS)]
+        environment = {**os.environ, "PYTHONHASHSEED": order}
+        made.append(json.loads(subprocess.check_output(words, env=environment, text=True).splitlines()[-1]))
+    assert [task for task in TASKS if made[0][task] != made[1][task]] == []

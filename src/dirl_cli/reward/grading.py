@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
 
+from dirl_cli.errors import DirlError
 from dirl_cli.reward.verifiers import verifier_of
 from dirl_cli.types import Problem
 
@@ -118,7 +119,10 @@ class Worker:
         self._pipe: Connection
 
     def compare(self, problem: Problem, answer: str) -> Credit:
-        """The credit of an answer by its problem's verifier. Raises EOFError where the process does not start."""
+        """The credit of an answer by its problem's verifier.
+
+        Raises what the verifier does of what the user can mend, and EOFError where the process does not start.
+        """
         # A process that its own alarm ended took too long; any other may have been killed for what others did.
         for _ in range(ATTEMPTS):
             if self._process is None:
@@ -127,7 +131,9 @@ class Worker:
                 break
             with suppress(EOFError, ConnectionError):  # it ended
                 self._pipe.send((problem, answer))
-                credit: Credit = self._pipe.recv()
+                credit: Credit | DirlError = self._pipe.recv()
+                if isinstance(credit, DirlError):
+                    raise credit
                 return credit
             if self.end() == -signal.SIGALRM:
                 break
@@ -176,14 +182,22 @@ def serve(pipe: Connection, seconds: float) -> None:
         pipe.send(None)
         while True:
             problem, answer = pipe.recv()
-            verifier = verifier_of(problem)
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-            try:
-                credit: Credit = verifier.credit(problem, answer)
-            except (MemoryError, RecursionError):
-                credit = None
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            pipe.send(credit)
+            pipe.send(credit_within(seconds, problem, answer))
+
+
+def credit_within(seconds: float, problem: Problem, answer: str) -> Credit | DirlError:
+    """The credit of an answer, None where it takes too much memory; or what the user can mend."""
+    verifier = verifier_of(problem)
+    try:
+        verifier.load()
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        return verifier.credit(problem, answer)
+    except (MemoryError, RecursionError):
+        return None
+    except DirlError as error:
+        return error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def prepare_grading_worker() -> None:

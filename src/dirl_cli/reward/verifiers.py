@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.reward.boxed import final_answer, reference
 from dirl_cli.reward.equality import plainly_equal, verified
-from dirl_cli.reward.gym import gym_answer_in, gym_credit
+from dirl_cli.reward.gym import gym_answer_in, gym_credit, load_gym
 from dirl_cli.reward.puzzles import countdown_credit, expression_in, grid_in, sudoku_credit
 from dirl_cli.types import Problem
 
 LONGEST_ANSWER = 2000  # characters; no reference answer comes near, and parsing time grows faster than length
+
+
+def nothing_to_load() -> None:
+    """For verifiers that import nothing late."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,13 @@ class Verifier:
     extract: the final answer in a completion, None where there is none, which has no credit.
     credit: of a problem and a final answer; it may hang or eat memory, and runs in a process that may be killed.
     quick: the same at once, whatever the text; None where that takes `credit`.
+    load: imports what `credit` needs, which takes no answer's time.
     """
 
     extract: Callable[[str], str | None]
     credit: Callable[[Problem, str], float]
     quick: Callable[[Problem, str], float | None]
+    load: Callable[[], object] = nothing_to_load
 
 
 def plain_math_credit(problem: Problem, answer: str) -> float | None:
@@ -48,7 +54,7 @@ VERIFIERS: dict[str, Verifier] = {
     "math": Verifier(final_answer, math_credit, plain_math_credit),
     "sudoku": Verifier(grid_in, sudoku_credit, sudoku_credit),
     "countdown": Verifier(expression_in, countdown_credit, countdown_credit),
-    "gym": Verifier(gym_answer_in, gym_credit, never_quick),
+    "gym": Verifier(gym_answer_in, gym_credit, never_quick, load_gym),
 }
 
 
