@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,20 @@ def test_a_replay_of_a_run_with_hints_learns_the_same(finished, model, tmp_path)
     assert weights(tmp_path) == weights(finished)
     assert updates(tmp_path) == updates(finished)
     assert [line["accuracy"] for line in lines(tmp_path)] == [line["accuracy"] for line in lines(finished)]
+
+
+def test_answers_with_hints_that_no_group_took_are_not_learned_from_when_rewarded_anew(finished, model, tmp_path):
+    run(config(model, *WHOLE_SOLUTIONS, "rl.hints=0", f"rl.replay={finished}", "rl.rescore=true"), tmp_path)
+    leftover = False
+    for step in (1, 2, 3, 4):
+        groups = groupby(read_rollout(tmp_path / f"rollouts/step-{step:06d}.jsonl"), lambda one: one.problem.id)
+        for _, group in groups:
+            hinted = [one for one in group if one.trajectory.is_hinted and not one.learned_from]
+            leftover = leftover or any(one.correct for one in hinted)
+        learned = [one for one in read_rollout(tmp_path / f"rollouts/step-{step:06d}.jsonl") if one.learned_from]
+        for _, group in groupby(learned, lambda one: one.problem.id):
+            assert not all(one.trajectory.is_hinted for one in group)
+    assert leftover
 
 
 def test_hints_that_are_off_change_no_byte(model, tmp_path):

@@ -52,7 +52,12 @@ class ReplayedRollouts:
 
         if self.rescorer:
             groups = self.rescorer.reward(groups, lm.block_size)
-            selected = [group for group in groups if group_has_signal(group, self.rescorer.filter)]
+            selected = []
+            for group in groups:
+                # Answers with hints that no group took were never a group.
+                has_own = any(not record.trajectory.is_hinted for record in group)
+                if has_own and group_has_signal(group, self.rescorer.filter):
+                    selected.append(group)
         else:
             selected = [group for group in groups if group[0].learned_from]
         return Rollout(selected, groups, len(selected))
