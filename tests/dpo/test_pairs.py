@@ -64,6 +64,19 @@ def test_answers_of_all_steps_of_a_run_are_compared(tmp_path):
     assert pairs.remarks == [f"1 training and 0 held-out pairs of 1 problem, from 3 answers to 2 in {run}"]
 
 
+def test_a_group_that_a_later_step_learns_from_counts_once(tmp_path):
+    left_over = [record("1", 20, 1.0, True), record("1", 22, 0.0)]
+    sampled_anew = replace(left_over[1], trajectory=replace(left_over[1].trajectory, weights_version=1))
+    learned_from = [replace(one, advantage=0.5, learned_from=True) for one in left_over]
+    run = written(tmp_path, left_over, [*learned_from, record("2", 23, 0.0)])
+    pairs = pairs_of_run(run, small_lm(), RIGHT_WRONG)
+    assert tokens(pairs.training.pairs) == [(20, 22)] and "from 3 answers to 2 in" in pairs.remarks[0]
+
+    # The same tokens of later weights are another answer.
+    run = written(tmp_path / "again", left_over, [sampled_anew])
+    assert tokens(pairs_of_run(run, small_lm(), RIGHT_WRONG).training.pairs) == [(20, 22)] * 2
+
+
 def test_an_answer_that_was_given_a_hint_is_compared_with_none(tmp_path):
     hinted = record("1", 23, 1.0, True)
     hinted = replace(hinted, trajectory=replace(hinted.trajectory, reveal_step=[HELD, 1, 1, 1]))

@@ -212,7 +212,8 @@ class RunPairs:
 def read_answers(directory: Path, lm: DiffusionLM, needs_reward: bool) -> list[list[Record]]:
     """All answers of a run's rollouts, by problem in the order in which problems first came up.
 
-    Those that were given a hint are left out: their log-probs are of the rest of their tokens alone.
+    Those that were given a hint are left out: their log-probs are of the rest of their tokens alone. One that is in
+    the files of two steps counts once: a group that is left over is in that of the step that learns from it, too.
 
     Raises DirlError, with file and line, for an answer that nothing can be learned from.
     """
@@ -222,6 +223,7 @@ def read_answers(directory: Path, lm: DiffusionLM, needs_reward: bool) -> list[l
             " give dpo.pairs_from the directory of another run of `dirl rl`"
         )
     by_prompt: dict[tuple[str, tuple[int, ...]], list[Record]] = {}
+    read = set()
     for file in rollout_files(directory).values():
         for line, record in read_lines(file):
             require_learnable(line, record.trajectory, lm)
@@ -229,7 +231,18 @@ def read_answers(directory: Path, lm: DiffusionLM, needs_reward: bool) -> list[l
                 continue
             if needs_reward and record.reward is None:
                 raise DirlError(f"{line} has no reward to compare: give dpo.pairing=right_wrong, or another run")
-            key = (record.problem.id, tuple(record.trajectory.prompt_ids))
+            answer = record.trajectory
+            key = (record.problem.id, tuple(answer.prompt_ids))
+            identity = (
+                key,
+                record.sample,
+                answer.weights_version,
+                tuple(answer.token_ids),
+                tuple(answer.logprobs),
+            )
+            if identity in read:
+                continue
+            read.add(identity)
             by_prompt.setdefault(key, []).append(record)
     return list(by_prompt.values())
 
