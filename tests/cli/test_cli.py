@@ -202,6 +202,7 @@ def test_a_path_is_taken_as_it_is_by_every_key_that_holds_one(jobs, here):
         (["sft", f"data={odd}"], lambda job: job["data"]["path"]),
         (["sft", "data=file", f"data.path={odd}"], lambda job: job["data"]["path"]),
         (["rl", f"rl.replay={odd}"], lambda job: job["rl"]["replay"]),
+        (["dpo", f"dpo.pairs_from={odd}"], lambda job: job["dpo"]["pairs_from"]),
         (["eval", f"predictions={odd}"], lambda job: job["predictions"]),
         (["eval", f"compare=[{odd.name},b c/d]"], lambda job: job["compare"][0]),
         (["generate", f"input={odd}"], lambda job: job["input"]),

@@ -19,7 +19,20 @@ from dirl_cli.text import literal, shell_word
 PATH_CHOICE = {"data": "file", "bench": "file", "model": "path"}  # the choice whose `path` takes any path
 TEXTS = ("prompt", "messages", "instruction.text", "algo.teacher_prompt")  # their whole value, also with -m
 # Last parts of the keys whose values are paths.
-PATHS = ("adapter", "compare", "input", "name", "out", "path", "predictions", "replay", "resume", "teacher", "to")
+PATHS = (
+    "adapter",
+    "compare",
+    "input",
+    "name",
+    "out",
+    "pairs_from",
+    "path",
+    "predictions",
+    "replay",
+    "resume",
+    "teacher",
+    "to",
+)
 MAPPINGS = ("options", "weights")  # whose keys are the user's: a new mapping replaces the old one
 MOST_COMMAS = 20  # in the name of a path; a longer list is taken for separate paths
 MANY_CHOICES = 8  # more are told with a line each, where none is like the one that was typed
