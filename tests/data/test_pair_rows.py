@@ -34,6 +34,9 @@ def test_a_prompt_is_taken_as_written_and_a_question_is_put():
         {"prompt": [ASK], "chosen": "4", "rejected": "5"},
         {"prompt": "2+2?", "chosen": [ASK, FOUR], "rejected": [ASK, FIVE]},
         {"prompt": "2+2?", "chosen": [FOUR], "rejected": [FIVE]},
+        {"question": "2+2?", "chosen": [ASK, FOUR], "rejected": [ASK, FIVE]},
+        {"question": "2+2?", "chosen": [FOUR], "rejected": [FIVE]},
+        {"question": [ASK], "chosen": "4", "rejected": "5"},
         {"chosen": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}], "rejected": [ASK, FIVE]},
     ],
 )
@@ -57,6 +60,15 @@ def test_columns_of_another_name_are_mapped_turns_included():
     assert summarize_notes([chosen]) == ["not read: margin (1 row); a has margin: 3"]
 
 
+def test_a_question_before_turns_is_the_user_s_turn_and_noted():
+    chosen, _ = pair(Row("a", {"question": "2+2?", "chosen": [FOUR], "rejected": [FIVE]}))
+    assert summarize_notes([chosen]) == ["1 row: `question` is the first user turn (first a)"]
+    spoken = {"speaker": "user", "text": "2+2?"}
+    row = Row("a", {"question": [spoken], "chosen": "4", "rejected": "5"})
+    chosen, _ = pair(rename_row(row, {"role": "speaker", "content": "text"}))
+    assert chosen.fields == {"messages": [ASK, FOUR]}
+
+
 def test_an_answer_that_is_null_is_empty():
     assert fields_of(question="2+2?", chosen=None, rejected="5")[0] == {"question": "2+2?", "response": ""}
 
@@ -70,6 +82,12 @@ def test_an_answer_that_is_null_is_empty():
         ),
         ({"chosen": "4", "rejected": "5"}, "line 1 has no question: "),
         ({"chosen": [ASK, FOUR], "rejected": [{**ASK, "content": "3+2?"}, FIVE]}, "the same conversation but for its"),
+        ({"question": {"a": 1}, "chosen": [FOUR], "rejected": [FIVE]}, "question must be text"),
+        ({"chosen": [FOUR], "rejected": [FIVE]}, "line 1 has no turn of the user before chosen and rejected: give a "),
+        (
+            {"system": "Be brief.", "chosen": [FOUR], "rejected": [FIVE]},
+            r"no turn of the user .* with 'data.columns=\{question: …\}'",
+        ),
         ({"chosen": [ASK, FOUR, ASK], "rejected": [ASK, FIVE]}, "must each end in the assistant's turn"),
         ({"question": "2+2?", "chosen": {"a": 1}, "rejected": "5"}, "response must be text"),
     ],

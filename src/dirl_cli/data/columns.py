@@ -49,7 +49,7 @@ def rename_row(row: Row, columns: Mapping[str, str]) -> Row:
     overwritten = overwritten_columns(row.fields, columns)
 
     # `role` and `content` are columns of a turn, wherever the turns stand.
-    for name in ("messages", "prompt", *PAIR):
+    for name in ("messages", "prompt", "question", *PAIR):
         turns = fields.get(name)
         if isinstance(turns, list):
             renamed_turns = []
@@ -157,17 +157,18 @@ def pair(row: Row, setting: str = "data.columns=") -> tuple[Row, Row]:
     """The demonstrations of a row's `chosen` and of its `rejected` answer.
 
     Both answer its prompt, taken as written, or its question, put as elsewhere; `system` comes before the question.
-    Where they are lists of turns they are conversations, or what follows a `prompt` that is a list of turns.
-    Raises DirlError where one of them is missing, is no text, or answers something else than the other.
+    Where they are lists of turns they are conversations, or what follows the prompt or question, itself turns or text.
+    Raises DirlError where one of them is missing, is no text, or answers something else than the other, or nothing.
     """
     fields = without_nulls(row.fields)
     for key in PAIR:
         if key not in fields:
             text_field(row, key, "a pair has chosen and rejected, and a prompt or question before them", setting)
     before = {name: value for name, value in fields.items() if name not in (*PAIR, "response", "messages")}
-    if isinstance(before.get("prompt"), list) or any(isinstance(fields[key], list) for key in PAIR):
-        chosen, rejected = (with_messages(pair_messages(row, before, fields[key]), setting) for key in PAIR)
-        require_same_turns(chosen, rejected)
+    asked = before.get("prompt", before.get("question"))
+    if any(isinstance(value, list) for value in (asked, *(fields[key] for key in PAIR))):
+        chosen, rejected = (with_messages(pair_messages(row, before, fields[key], setting), setting) for key in PAIR)
+        require_same_turns(chosen, rejected, setting)
         return chosen, rejected
     chosen, rejected = (
         demonstration(row._replace(fields={**before, "response": fields[key]}), setting) for key in PAIR
@@ -175,24 +176,30 @@ def pair(row: Row, setting: str = "data.columns=") -> tuple[Row, Row]:
     return chosen, rejected
 
 
-def pair_messages(row: Row, before: Mapping[str, Any], answer: Any) -> Row:
+def pair_messages(row: Row, before: Mapping[str, Any], answer: Any, setting: str) -> Row:
     """The row with the conversation that ends in one answer of its pair as its messages.
 
-    before: the row's other columns. answer: turns, the last of which is the answer, or its text alone.
+    before: the row's other columns. answer: turns, the last of which is the answer, or its text alone. setting: how a
+    user gives `columns`.
     """
     fields = dict(before)
-    turns = fields.pop("prompt", [])
+    asked = "prompt" if "prompt" in fields else "question"
+    turns = fields.pop(asked, [])
     notes = row.notes
-    if isinstance(turns, str):  # UltraFeedback has the question as text, and again as the first turn
+    if not isinstance(turns, list):  # UltraFeedback has the question as text, and again as the first turn
+        text = text_field(row._replace(fields=before), asked, "", setting)
         is_repeated = isinstance(answer, list) and len(answer) > 1
-        notes = (*notes, "`prompt` is the first user turn") if not is_repeated else notes
-        turns = [] if is_repeated else [{"role": "user", "content": turns}]
+        notes = (*notes, f"`{asked}` is the first user turn") if not is_repeated else notes
+        turns = [] if is_repeated else [{"role": "user", "content": text}]
     answer_turns = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer or ""}]
     return row._replace(fields={**fields, "messages": [*turns, *answer_turns]}, notes=notes)
 
 
-def require_same_turns(chosen: Row, rejected: Row) -> None:
-    """Raises DirlError unless both conversations are the same up to the last turn, and that is the assistant's."""
+def require_same_turns(chosen: Row, rejected: Row, setting: str) -> None:
+    """Raises DirlError unless both conversations ask something, are the same up to the last turn, and that answers.
+
+    setting: how a user gives `columns`.
+    """
     last = [row.fields["messages"][-1] for row in (chosen, rejected)]
     if any(turn["role"] != "assistant" for turn in last):
         raise DirlError(f"{chosen.location}: chosen and rejected must each end in the assistant's turn: leave it out")
@@ -200,6 +207,11 @@ def require_same_turns(chosen: Row, rejected: Row) -> None:
         raise DirlError(
             f"{chosen.location}: chosen and rejected must be the same conversation but for its last turn:"
             " leave the row out"
+        )
+    if all(turn["role"] != "user" for turn in chosen.fields["messages"][:-1]):
+        raise DirlError(
+            f"{chosen.location} has no turn of the user before chosen and rejected: give a prompt or question, under"
+            f" its own name with '{setting}{{question: …}}', or leave the row out"
         )
 
 
