@@ -168,6 +168,7 @@ def test_a_dry_run_shows_pairs_and_what_they_take(model, rollouts, tmp_path, cap
 # Pairs of texts
 
 QUESTIONS = [{"question": f"{n}+1?", "chosen": str(n + 1), "rejected": f"no, {n}"} for n in range(12)]
+ASK, ANSWER = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
 
 
 def file_of(directory: Path, rows: list[dict]) -> str:
@@ -189,6 +190,16 @@ def test_pairs_of_a_file_are_learned_by_their_evidence_bound(model, tmp_path, ca
     assert lines(tmp_path / "out")[1]["loss"] == pytest.approx(log(2), abs=1e-4)
     assert lines(tmp_path / "out")[-1]["reward_margin"] > 0.1
     assert "validation_reward_accuracy" in lines(tmp_path / "out")[-1]
+
+
+def test_a_conversation_without_a_last_answer_is_left_out_and_counted(model, tmp_path, capsys):
+    rows = [
+        *QUESTIONS,
+        {"chosen": [ASK, ANSWER], "rejected": None},
+        {"prompt": [ASK, ANSWER, ASK], "chosen": [ANSWER], "rejected": ""},
+    ]
+    run(config(model, "data=file", file_of(tmp_path, rows), "data.held_out=0", "dry_run=true"), tmp_path / "out")
+    assert "2 left out that have an empty answer" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

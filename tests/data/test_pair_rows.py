@@ -2,7 +2,7 @@
 
 import pytest
 
-from dirl_cli.data.columns import pair, rename_row, summarize_notes
+from dirl_cli.data.columns import is_problem, pair, rename_row, summarize_notes
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
 
@@ -44,6 +44,11 @@ def test_conversations_that_differ_in_their_last_turn_are_pairs(fields):
     assert fields_of(**fields) == ({"messages": [ASK, FOUR]}, {"messages": [ASK, FIVE]})
 
 
+def test_a_pair_after_many_turns_is_no_problem():
+    assert not is_problem(Row("a", {"prompt": [ASK, FOUR, ASK], "chosen": [FOUR], "rejected": [FIVE]}))
+    assert is_problem(Row("a", {"prompt": [ASK], "chosen": [FOUR], "rejected": [FIVE], "answer": "4"}))
+
+
 def test_a_system_column_is_the_first_turn_of_both():
     chosen, rejected = fields_of(system="Be brief.", chosen=[ASK, FOUR], rejected=[ASK, FIVE])
     assert chosen["messages"][0] == rejected["messages"][0] == {"role": "system", "content": "Be brief."}
@@ -71,6 +76,13 @@ def test_a_question_before_turns_is_the_user_s_turn_and_noted():
 
 def test_an_answer_that_is_null_is_empty():
     assert fields_of(question="2+2?", chosen=None, rejected="5")[0] == {"question": "2+2?", "response": ""}
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], [{"role": "assistant", "content": " "}]])
+def test_a_conversation_that_is_answered_by_nothing_has_an_empty_answer(nothing):
+    chosen, rejected = fields_of(chosen=[ASK, FOUR], rejected=nothing)
+    assert chosen == {"messages": [ASK, FOUR]}
+    assert not rejected["messages"][-1]["content"].strip()
 
 
 @pytest.mark.parametrize(

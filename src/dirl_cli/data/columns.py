@@ -10,7 +10,7 @@ from decimal import Decimal
 from math import isnan
 from typing import Any
 
-from dirl_cli.data.conversation import read_turns
+from dirl_cli.data.conversation import read_turns, says_something
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.text import counted
@@ -187,22 +187,24 @@ def pair_messages(row: Row, before: Mapping[str, Any], answer: Any, setting: str
     turns = fields.pop(asked, [])
     notes = row.notes
     if not isinstance(turns, list):  # UltraFeedback has the question as text, and again as the first turn
-        text = text_field(row._replace(fields=before), asked, "", setting)
+        text = text_field(row._replace(fields=dict(before)), asked, "", setting)
         is_repeated = isinstance(answer, list) and len(answer) > 1
         notes = (*notes, f"`{asked}` is the first user turn") if not is_repeated else notes
         turns = [] if is_repeated else [{"role": "user", "content": text}]
-    answer_turns = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer or ""}]
+    answer_turns = answer if isinstance(answer, list) and answer else [{"role": "assistant", "content": answer or ""}]
     return row._replace(fields={**fields, "messages": [*turns, *answer_turns]}, notes=notes)
 
 
 def require_same_turns(chosen: Row, rejected: Row, setting: str) -> None:
     """Raises DirlError unless both conversations ask something, are the same up to the last turn, and that answers.
 
-    setting: how a user gives `columns`.
+    A pair with an empty answer passes, since that is left out and counted. setting: how a user gives `columns`.
     """
     last = [row.fields["messages"][-1] for row in (chosen, rejected)]
     if any(turn["role"] != "assistant" for turn in last):
         raise DirlError(f"{chosen.location}: chosen and rejected must each end in the assistant's turn: leave it out")
+    if not all(map(says_something, last)):
+        return
     if chosen.fields["messages"][:-1] != rejected.fields["messages"][:-1]:
         raise DirlError(
             f"{chosen.location}: chosen and rejected must be the same conversation but for its last turn:"
@@ -268,7 +270,11 @@ def recognise_problem(row: Row) -> Row:
 
 def is_problem(row: Row) -> bool:
     """Whether there is a question with a reference answer in it, under whatever names."""
-    recognised = recognise_problem(row._replace(fields=without_nulls(row.fields)))
+    fields = without_nulls(row.fields)
+    if not {"ground_truth_answer", "reward_model", "answer"} & fields.keys():
+        return False  # its prompt may be of many turns, as that of a pair
+
+    recognised = recognise_problem(row._replace(fields=fields))
     return {"question", "ground_truth_answer"} <= recognised.fields.keys()
 
 

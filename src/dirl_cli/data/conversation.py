@@ -78,6 +78,11 @@ def join_text_parts(location: str, items: list) -> str:
     return "".join(texts)
 
 
+def says_something(turn: dict) -> bool:
+    """Whether there is something in a turn: a text, or the call of a tool, whose text may be empty."""
+    return bool(turn["content"].strip() or turn.get("tool_calls"))
+
+
 def misshapen(location: str, value: Any) -> DirlError:
     """The error for messages that are written otherwise. value: of them, what is wrong."""
     excerpt = json.dumps(value, default=str)[:60]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.data.chat import encode_questions, turn_end
 from dirl_cli.data.columns import summarize_notes
+from dirl_cli.data.conversation import says_something
 from dirl_cli.data.rows import Row
 from dirl_cli.data.tokens import PairTable, TokenTable, tokens_file, write_tokens
 from dirl_cli.errors import DirlError
@@ -74,7 +75,7 @@ class Reader:
 
     def pairs(self, kind: str, pairs: Sequence[tuple[Row, Row]]) -> PairTable:
         """The chosen and the rejected demonstrations as tokens, likewise from the disk if they are there."""
-        answered = [pair for pair in pairs if all(has_answer(row.fields) for row in pair)]
+        answered = [pair for pair in pairs if all(has_last_answer(row.fields) for row in pair)]
         differing = [(chosen, rejected) for chosen, rejected in answered if chosen.fields != rejected.fields]
         tokens, remark = self._tokens(kind, list(chain.from_iterable(differing)))
         table = PairTable.of_alternating(tokens)
@@ -191,8 +192,11 @@ def has_answer(row: dict) -> bool:
     """Whether there is an answer in a demonstration."""
     if "messages" not in row:
         return bool(row.get("response", "").strip())
-    for message in row["messages"]:
-        # The call of a tool is an answer, too: its text may be empty.
-        if message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls")):
-            return True
-    return False
+    return any(turn["role"] == "assistant" and says_something(turn) for turn in row["messages"])
+
+
+def has_last_answer(row: dict) -> bool:
+    """Whether there is an answer in the last turn of a demonstration, of which alone a pair learns."""
+    if "messages" in row:
+        return says_something(row["messages"][-1])
+    return has_answer(row)
