@@ -84,6 +84,15 @@ def test_an_answer_that_was_given_a_hint_is_compared_with_none(tmp_path):
     assert tokens(pairs_of_run(run, small_lm(), RIGHT_WRONG).training.pairs) == [(20, 22)]
 
 
+@pytest.mark.parametrize("rule", ["right_wrong", "best_worst"])
+def test_the_limit_is_of_pairs_that_are_not_too_long(tmp_path, rule):
+    too_long = [record("1", token, 2.0, True, tokens=120) for token in range(20, 28)]
+    run = written(tmp_path, [*too_long, record("1", 30, 1.0, True), record("1", 31, 0.0)])
+    pairs = pairs_of_run(run, small_lm(), Pairing(rule, limit=1, held_out=0, longest=100, seed=0))
+    assert tokens(pairs.training.pairs) == [(30, 31)]
+    assert pairs.remarks[1] == "8 answers left out that with the prompt hold more than max_tokens=100"
+
+
 def test_problems_are_held_out_whole(tmp_path):
     records = [record(str(p), 20 + k, None, correct=k < 2) for p in range(8) for k in range(4)]
     run = written(tmp_path, records)
@@ -104,7 +113,17 @@ def test_problems_are_held_out_whole(tmp_path):
         (
             [record("1", 20, 1.0, True, tokens=120), record("1", 21, 0.0, tokens=120)],
             RIGHT_WRONG,
-            "all 1 pair of .* hold more than max_tokens=100: raise it",
+            "every pair of .* has an answer that with the prompt holds more than max_tokens=100: raise it",
+        ),
+        (
+            [record("1", 20, 1.0, True), record("1", 21, 0.0, tokens=120)],
+            RIGHT_WRONG,
+            "every pair of .* has an answer that with the prompt holds more than max_tokens=100: raise it",
+        ),
+        (
+            [record("1", 20, 1.0, True), record("1", 21, 1.0, True, tokens=120)],
+            RIGHT_WRONG,
+            "no problem with both right and wrong answers: ",
         ),
         ([record("1", 49, 1.0, True)], RIGHT_WRONG, "token_ids holds 49, which stands for no text"),
     ],

@@ -152,7 +152,12 @@ class SampledPairs:
 
 def longer_length(pair: Pair) -> int:
     """Tokens of the longer of a pair's sequences."""
-    return max(len(answer.prompt_ids) + len(answer.token_ids) for answer in pair.answers)
+    return max(map(length_of, pair.answers))
+
+
+def length_of(answer: Trajectory) -> int:
+    """Tokens of an answer and its prompt."""
+    return len(answer.prompt_ids) + len(answer.token_ids)
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,9 @@ class Pairing:
 
     rule: `right_wrong` pairs every right answer with every wrong one; `best_worst` the one of the highest reward with
     that of the lowest, then the second highest with the second lowest, as long as their rewards differ.
-    limit: pairs of a problem at most, drawn by `seed` where there are more. held_out: problems whose pairs are not
-    learned from, a share below 1, otherwise a number. longest: tokens of a sequence.
+    limit: pairs of a problem at most; of more, `right_wrong` has `seed` draw them and `best_worst` takes those whose
+    rewards differ most. held_out: problems whose pairs are not learned from, a share below 1, otherwise a number.
+    longest: tokens of a prompt and answer.
     """
 
     rule: str
@@ -253,13 +259,13 @@ def pairs_of_run(directory: Path, lm: DiffusionLM, pairing: Pairing) -> RunPairs
     by_problem = []
     too_long = 0
     for number, answers in enumerate(problems):
-        pairs = pairing.pairs_of(answers, number)
-        fitting = [pair for pair in pairs if longer_length(pair) <= pairing.longest]
-        too_long += len(pairs) - len(fitting)
-        if fitting:
-            by_problem.append(fitting)
+        # Before they are paired, so that the limit is of pairs that can be learned from.
+        fitting = [answer for answer in answers if length_of(answer.trajectory) <= pairing.longest]
+        too_long += len(answers) - len(fitting)
+        if pairs := pairing.pairs_of(fitting, number):
+            by_problem.append(pairs)
     if not by_problem:
-        raise nothing_to_pair(directory, pairing, too_long)
+        raise nothing_to_pair(directory, pairing, problems)
 
     # Whole problems are held out, so that no prompt is both learned from and measured on.
     count = int(pairing.held_out)
@@ -283,15 +289,18 @@ def pairs_of_run(directory: Path, lm: DiffusionLM, pairing: Pairing) -> RunPairs
         f" from {answers_read} to {len(problems):,} in {directory}"
     ]
     if too_long:
-        remarks.append(f"{counted(too_long, 'pair')} left out that hold more than max_tokens={pairing.longest}")
+        remarks.append(
+            f"{counted(too_long, 'answer')} left out that with the prompt hold more than max_tokens={pairing.longest}"
+        )
     return RunPairs(SampledPairs(training, lm.block_size), SampledPairs(held_out, lm.block_size), remarks)
 
 
-def nothing_to_pair(directory: Path, pairing: Pairing, too_long: int) -> DirlError:
-    """The error for a run whose answers make no pair."""
-    if too_long:
+def nothing_to_pair(directory: Path, pairing: Pairing, problems: Sequence[Sequence[Record]]) -> DirlError:
+    """The error for a run whose answers make no pair. problems: all answers to each, however long."""
+    if any(pairing.pairs_of(answers, number) for number, answers in enumerate(problems)):
         return DirlError(
-            f"all {counted(too_long, 'pair')} of {directory} hold more than max_tokens={pairing.longest}: raise it"
+            f"every pair of {directory} has an answer that with the prompt holds more than max_tokens="
+            f"{pairing.longest}: raise it"
         )
     if pairing.rule == "right_wrong":
         return DirlError(
