@@ -40,7 +40,8 @@ def test_a_few_steps_fill_some_blanks_rightly_and_every_figure_says_so(tmp_path:
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["denoising_accuracy/0.5"] > 0.5
 
-    words = ("steps=1", "eval_problems=4", "rl.problems=4", "rl.group_size=4", f"model.path={out / 'model'}")
+    words = ("reward=credit", "steps=1", "eval_problems=4", "rl.problems=4", "rl.group_size=4")
+    words = (*words, f"model.path={out / 'model'}")
     run(composed("rl", "experiment=sudoku_rl", *FEW, *words), tmp_path / "rl")
     records = read_rollout(tmp_path / "rl" / "rollouts" / "step-000001.jsonl")
     for record in records:

