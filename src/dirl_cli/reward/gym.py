@@ -52,7 +52,7 @@ def gym_credit(problem: Problem, answer: str) -> float:
     if details["task"] in EVALUATED and "(" in answer and not HARMLESS.fullmatch(answer):
         return 0.0
     try:
-        score = task_of(details, details["seed"]).score_answer(answer, entry)
+        score = task_of(details).score_answer(answer, entry)
     except (MemoryError, RecursionError):
         raise
     except Exception:  # a scorer that cannot read an answer raises anything
@@ -62,13 +62,13 @@ def gym_credit(problem: Problem, answer: str) -> float:
 
 def entry_of(details: dict[str, Any]) -> dict[str, Any]:
     """The question, answer and metadata that a task makes of a seed."""
-    entry: dict[str, Any] = task_of(details, details["seed"])[0]
+    entry: dict[str, Any] = task_of(details)[0]
     return entry
 
 
-def task_of(details: dict[str, Any], seed: int) -> Any:
+def task_of(details: dict[str, Any]) -> Any:
     """The data set of one question, a `ProceduralDataset`."""
-    return cached_task(details["task"], json.dumps(details.get("options") or {}, sort_keys=True), seed)
+    return cached_task(details["task"], json.dumps(details.get("options") or {}, sort_keys=True), details["seed"])
 
 
 @lru_cache(maxsize=64)
