@@ -51,8 +51,8 @@ class PairBatches:
 
     def __getitem__(self, step: int) -> Rows:
         first = step * self.batch_size
-        chosen = [self._pair(self.order[index]) for index in range(first, first + self.batch_size)]
-        return self.rows(chosen, self.seed, step)
+        drawn = [self._pair(self.order[index]) for index in range(first, first + self.batch_size)]
+        return self.rows(drawn, self.seed, step)
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often each source has been gone through after so many steps, as metrics."""
