@@ -51,15 +51,13 @@ def rename_row(row: Row, columns: Mapping[str, str]) -> Row:
     # `role` and `content` are columns of a turn, wherever the turns stand.
     for name in ("messages", "prompt", "question", *PAIR):
         turns = fields.get(name)
-        if isinstance(turns, list):
-            renamed_turns = []
-            for turn in turns:
-                if isinstance(turn, dict):
-                    overwritten += overwritten_columns(turn, columns)
-                    renamed_turns.append(rename_fields(turn, columns))
-                else:
-                    renamed_turns.append(turn)
-            fields[name] = renamed_turns
+        if not isinstance(turns, list):
+            continue
+        fields[name] = list(turns)  # the row keeps its own
+        for i, turn in enumerate(turns):
+            if isinstance(turn, dict):
+                overwritten += overwritten_columns(turn, columns)
+                fields[name][i] = rename_fields(turn, columns)
 
     notes = list(row.notes)
     for name in dict.fromkeys(overwritten):  # once, though all turns may have it
