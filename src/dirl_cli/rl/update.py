@@ -153,14 +153,14 @@ class PolicyUpdate:
         if self.correction.cap and not self.old_from_sampler:
             micro_batches = [self.add_importance_weights(rows) for rows in micro_batches]
 
-        if self.reference is not None and self.teacher_prompt is None:
-            micro_batches = self.trainer.add_scores(micro_batches, self.reference, "ref_logprobs")
-        elif self.reference is not None and self.teacher_prompt is not None:
+        if self.reference is not None and self.teacher_prompt is not None:
             teacher_prompt = replace(self.teacher_prompt, block_size=self.growth.at(self.lm, step).block_size)
             told = teacher_prompt.put(annotated, [group[0].problem for group in groups])
             scored, _ = self.pack_groups(told, step, number)
             pairs = zip(micro_batches, self.teachers_logprobs(self.reference, scored, micro_batches), strict=True)
             micro_batches = [rows.with_extras(ref_logprobs=logprobs) for rows, logprobs in pairs]
+        elif self.reference is not None:
+            micro_batches = self.trainer.add_scores(micro_batches, self.reference, "ref_logprobs")
         micro_batches = self.add_step_advantages(micro_batches)
         group_sizes = [len(group) for group in groups]
         return MiniBatch(micro_batches, self.objective.denominator(lengths, self.longest), group_sizes)
