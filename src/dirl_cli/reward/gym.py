@@ -51,8 +51,9 @@ def gym_credit(problem: Problem, answer: str) -> float:
         raise DirlError(f"problem {problem.id} was made by another version of reasoning-gym than the one that is here")
     if details["task"] in EVALUATED and "(" in answer and not HARMLESS.fullmatch(answer):
         return 0.0
+    scorer = task_of(details)
     try:
-        score = task_of(details).score_answer(answer, entry)
+        score = scorer.score_answer(answer, entry)
     except (MemoryError, RecursionError):
         raise
     except Exception:  # a scorer that cannot read an answer raises anything
