@@ -4,6 +4,8 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, where it is
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and all they start, ignore Ctrl-C
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the workers start, LMDeploy's yapf writes the cache of its grammar: two at once read half a file."""
+    if not hasattr(config, "workerinput") and find_spec("yapf"):
+        import_module("yapf")
 
 
 @pytest.fixture(scope="session", autouse=True)

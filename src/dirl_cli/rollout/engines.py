@@ -1,9 +1,13 @@
 """Engines by their settings: what `rollout=` chooses among. Each starts on a loaded model."""
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir, mkdtemp
 from typing import Protocol
 
 import torch
@@ -84,12 +88,25 @@ class Lmdeploy:
             raise DirlError(f"rollout=lmdeploy wants device=cuda, not {lm.device}: leave rollout at native")
 
         # Imported here, since LMDeploy is an optional package.
-        from dirl_cli.rollout.lmdeploy import LmdeploySampler, start_engine
+        with alone("lmdeploy"):
+            from dirl_cli.rollout.lmdeploy import LmdeploySampler, start_engine
 
         torch.cuda.set_device(lm.device)  # the engine is built on, and wakes up on, the current one
         sampler = LmdeploySampler(lm, start_engine(lm, on_disk(lm), self.max_batch, self.cache_share))
         sampler.update_weights(lm.model.named_parameters(), 0)
         return sampler
+
+
+@contextmanager
+def alone(task: str) -> Iterator[None]:
+    """While no other process of this machine's user is at the same task.
+
+    LMDeploy's first import is one: yapf, which it imports, moves the cache of its grammar into place before that is
+    written, so that the process of another GPU would read half a file (seen with yapf 0.43).
+    """
+    with open(Path(gettempdir()) / f"dirl-{os.getuid()}-{task}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def on_disk(lm: DiffusionLM) -> str:
