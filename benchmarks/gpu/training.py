@@ -31,6 +31,7 @@ from benchmarks.gpu.shapes import (
 )
 from dirl_cli.cli.build import build
 from dirl_cli.data.order import generator
+from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Example, example
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.sft.batches import Noise
@@ -46,7 +47,7 @@ GOALS = (
 )
 
 
-def main(shape: str = "1.7B", buffer: str = "2046" if DEVICE == "cuda" else "30") -> None:
+def main(shape: str = "1.7B", buffer: str = "766" if DEVICE == "cuda" else "30") -> None:
     lm = random_model(shape, "flex_attention" if DEVICE == "cuda" else "sdpa")
     for parameter in lm.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -69,23 +70,14 @@ def checkpointed(lm: DiffusionLM) -> None:
 
 def fine_tuning(lm: DiffusionLM, checkpointing: str) -> None:
     """Four demonstrations, each with a masked copy of its answer: packed into a row, and each doubled by itself."""
-    numbers = torch.Generator().manual_seed(0)
-    demonstrations = []
-    for length in LENGTHS:
-        ids = torch.randint(4, 300, (length,), generator=numbers).tolist()
-        demonstrations.append(example(ids, [i >= length // 8 for i in range(length)], BLOCK, lm.pad_token_id))
-    rows, answers = Noise(MASKING, BLOCK, MASK, lm.pad_token_id, 8192).rows(demonstrations, 0)
-    rows = rows.to(lm.device)
+    rows, answers = packed_demonstrations(lm)
 
     def packed() -> float:
-        logprobs, *_ = LogprobModel(lm.model).to(lm.device)(rows)
-        loss = -(rows.weight * logprobs).sum() / answers
-        loss.backward()
-        return loss.item()
+        return packed_loss(lm, rows, answers)
 
     def doubled() -> float:
         random, total = generator(0), 0.0  # the masks of the packed rows
-        for one in demonstrations:
+        for one in demonstrations(lm):
             loss = doubled_loss(lm, one, random) / answers
             loss.backward()
             total += loss.item()
@@ -95,6 +87,30 @@ def fine_tuning(lm: DiffusionLM, checkpointing: str) -> None:
     assert abs(ours - theirs) < (1e-5 if EXACT else 2e-2) * theirs, f"losses: {ours} and {theirs}"
     slow = report(lm, "fine-tuning, doubled", checkpointing, 2 * sum(LENGTHS), sum(LENGTHS), doubled)
     report(lm, "fine-tuning, packed", checkpointing, rows.num_tokens, len(rows.target_index), packed, slow)
+
+
+def demonstrations(lm: DiffusionLM) -> list[Example]:
+    """Four of random tokens, of which an eighth is the prompt."""
+    numbers = torch.Generator().manual_seed(0)
+    examples = []
+    for length in LENGTHS:
+        ids = torch.randint(4, 300, (length,), generator=numbers).tolist()
+        examples.append(example(ids, [i >= length // 8 for i in range(length)], BLOCK, lm.pad_token_id))
+    return examples
+
+
+def packed_demonstrations(lm: DiffusionLM) -> tuple[Rows, int]:
+    """Rows on the device, and the number of answers in them."""
+    rows, answers = Noise(MASKING, BLOCK, MASK, lm.pad_token_id, 8192).rows(demonstrations(lm), 0)
+    return rows.to(lm.device), answers
+
+
+def packed_loss(lm: DiffusionLM, rows: Rows, answers: int) -> float:
+    """Forward and backward of packed rows, as `dirl sft` has them."""
+    logprobs, *_ = LogprobModel(lm.model).to(lm.device)(rows)
+    loss = -(rows.weight * logprobs).sum() / answers
+    loss.backward()
+    return loss.item()
 
 
 def doubled_loss(lm: DiffusionLM, one: Example, random: torch.Generator) -> torch.Tensor:
