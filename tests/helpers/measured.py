@@ -17,7 +17,9 @@ from dirl_cli.models.load import DiffusionLM, diffusion_lm, pick_attention
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.plan.budget import Budget, Machine
-from dirl_cli.plan.forecast import TrainingSetup, rl_budget, sft_budget, worst_case_trajectory
+from dirl_cli.plan.forecast import TrainingSetup, worst_case_trajectory
+from dirl_cli.plan.rl_forecast import rl_budget
+from dirl_cli.plan.sft_forecast import sft_budget
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, LearnedCritic
 from dirl_cli.rl.objective import Objective

@@ -29,8 +29,9 @@ from dirl_cli.models.shapes import PUBLISHED, outline
 from dirl_cli.plan.architecture import Architecture, architecture
 from dirl_cli.plan.budget import Budget, Machine, halvings
 from dirl_cli.plan.duration import Duration, update_operations
-from dirl_cli.plan.forecast import UPDATE, TrainingSetup, rl_budget, update_knobs, worst_case_trajectory
+from dirl_cli.plan.forecast import UPDATE, TrainingSetup, update_knobs, worst_case_trajectory
 from dirl_cli.plan.memory import Memory, MicroBatch, Parallelism, parallelism
+from dirl_cli.plan.rl_forecast import rl_budget
 from dirl_cli.rollout.engines import Lmdeploy, Native
 from dirl_cli.training.optim import Muon
 from dirl_cli.types import Decoding

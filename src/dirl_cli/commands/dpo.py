@@ -30,7 +30,9 @@ from dirl_cli.evaluation.held_out import HeldOutEval
 from dirl_cli.evaluation.sweep_table import Column, show_sweep
 from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.save import require_pushable
-from dirl_cli.plan.forecast import FINETUNE, PROMPT, dpo_budget, unknown_pairs
+from dirl_cli.plan.dpo_forecast import dpo_budget, unknown_pairs
+from dirl_cli.plan.forecast import PROMPT
+from dirl_cli.plan.sft_forecast import FINETUNE
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.grading import Grader

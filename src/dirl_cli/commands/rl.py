@@ -39,7 +39,8 @@ from dirl_cli.evaluation.sweep_table import Column, show_sweep
 from dirl_cli.models.load import DiffusionLM, fingerprint, in_blocks_of
 from dirl_cli.models.peft import FullFinetune
 from dirl_cli.models.save import require_pushable
-from dirl_cli.plan.forecast import PROMPT, RL, rl_budget
+from dirl_cli.plan.forecast import PROMPT
+from dirl_cli.plan.rl_forecast import RL, rl_budget
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.scoring import RewardComputer

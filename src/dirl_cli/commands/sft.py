@@ -33,7 +33,8 @@ from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.models.save import require_pushable
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.plan.forecast import FINETUNE, PROMPT, sft_budget
+from dirl_cli.plan.forecast import PROMPT
+from dirl_cli.plan.sft_forecast import FINETUNE, sft_budget
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.grading import Grader

@@ -1,0 +1,151 @@
+"""What `dirl rl` is going to take, from its settings: answers are as long as they may be, in as many steps."""
+
+import math
+from dataclasses import dataclass, replace
+
+from dirl_cli.data.order import generator
+from dirl_cli.diffusion.states import BlockSpec
+from dirl_cli.plan.budget import Budget, Settings, halvings
+from dirl_cli.plan.duration import SMALL, Duration, sampling_operations, update_operations
+from dirl_cli.plan.forecast import (
+    LEAST,
+    UPDATE,
+    MemoryByPeft,
+    TrainingSetup,
+    budget_of,
+    loading_phase,
+    micro_batch_of,
+    overlapping,
+    processes,
+    rollout_phase,
+    sharding_knobs,
+    update_knobs,
+    update_phase,
+    with_answer,
+    worst_case_trajectory,
+)
+from dirl_cli.plan.memory import Bytes, Memory, MicroBatch, logit_bytes
+from dirl_cli.rl.objective import Objective
+from dirl_cli.rollout.engines import Engine, Lmdeploy, Native
+from dirl_cli.types import SHARDED_LAUNCHES, Decoding
+
+ROLLOUT = ("rollout.max_batch", "rollout.cache_share", "rollout.products", "rl.async_rollout")
+RL = (*UPDATE, *ROLLOUT, "steps", "launch", "rl.problems", "rl.group_size", "rl.mini_batches", "rl.epochs")
+
+
+def rl_budget(
+    setup: TrainingSetup,
+    objective: Objective,
+    decoding: Decoding,
+    longest_prompt: int,
+    engine: Engine | None,
+    learns: bool,
+    teacher: int = 0,
+    critic: str = "none",
+) -> Budget:
+    """Memory budget of an RL run.
+
+    All answers are taken to be as long as they may be, and revealed in as many steps as they may take.
+    longest_prompt: tokens of it. engine: what samples; None where rollouts are read from files. learns: whether there
+    are updates. teacher: parameters of a model to stay near that is not the one it begins as. critic: what learns
+    values: none, head or model.
+    """
+    settings = setup.settings
+    memories = MemoryByPeft(
+        setup,
+        reference=objective.beta > 0,
+        reference_moves=objective.reference_every > 0,
+        teacher=teacher,
+        critic=critic,
+        samples=engine is not None,
+    )
+    forecast = RlForecast(setup, objective, decoding, longest_prompt, engine, learns, memories)
+    batch = forecast.batch(settings)
+    # Processes share a critic that is a model, and do not one that is a layer: of two remedies the better.
+    sharding = {} if critic == "head" else sharding_knobs(settings, setup.machine, setup.peft)
+    is_shared = settings["launch"] in SHARDED_LAUNCHES or any(sharding.values())
+    # Keys first whose change costs least: what makes answers shorter changes the result, and goes last.
+    knobs = {
+        **sharding,
+        "rollout.max_batch": halvings(settings["rollout.max_batch"], 1),
+        "rollout.products": ["plain"] if isinstance(engine, Native) and engine.products != "plain" else [],
+        "rollout.cache_share": [engine.cache_share / 2, engine.cache_share / 4] if isinstance(engine, Lmdeploy) else [],
+        **update_knobs(settings, batch),
+        "critic": ["head"] if critic == "model" and not is_shared else [],
+        "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
+    }
+    return budget_of(forecast, knobs, facts=f"{memories.of({})}\nat most {batch}")
+
+
+@dataclass(frozen=True)
+class RlForecast:
+    """What the phases of an RL run hold under any settings. The fields are `rl_budget`'s parameters."""
+
+    setup: TrainingSetup
+    objective: Objective
+    decoding: Decoding
+    longest_prompt: int
+    engine: Engine | None
+    learns: bool
+    memories: MemoryByPeft
+
+    def batch(self, settings: Settings) -> MicroBatch:
+        """The largest micro-batch: all answers are the longest there may be, in the states that take most tokens."""
+        lm = self.setup.lm
+        answer = with_answer(self.longest_prompt, lm, settings) - self.longest_prompt
+        longest = worst_case_trajectory(self.longest_prompt, answer, self.decoding.denoising_steps, lm.block_size)
+        strip = self.objective.views(longest, BlockSpec(lm.block_size, lm.mask_token_id), generator(0))
+        answers = settings["rl.problems"] * settings["rl.group_size"] / settings["rl.mini_batches"]
+        return micro_batch_of(strip, answers, settings, self.setup.machine)
+
+    def phases(self, settings: Settings) -> dict[str, Bytes]:
+        """What loading, rollouts and updates hold, the latter two at once where they are asynchronous."""
+        memory = self.memories.of(settings)
+        # While a model is updated its sampler keeps a copy of its own: LMDeploy where it is gathered from shards, the
+        # native engine where it samples meanwhile.
+        if isinstance(self.engine, Lmdeploy):
+            memory = replace(memory, copy_stays=memory.parallelism.gathers)
+        else:
+            memory = replace(memory, copy_stays=bool(settings["rl.async_rollout"]))
+
+        phases: dict[str, Bytes] = {}
+        if self.engine:
+            phases["rollout"] = self.rollout(memory, self.engine, settings)
+        if self.learns:
+            phases["update"] = update_phase(memory, self.batch(settings), settings, logit_bytes(self.decoding))
+        if settings["rl.async_rollout"]:
+            phases = {"update and rollout": overlapping(phases.values(), memory.resident())}
+        return loading_phase(memory) | phases
+
+    def rollout(self, memory: Memory, engine: Engine, settings: Settings) -> Bytes:
+        """What is held while `engine` answers a process's problems."""
+        problems = math.ceil(settings["rl.problems"] / processes(settings, self.setup.machine))
+        slots = min(settings["rollout.max_batch"], problems * settings["rl.group_size"])
+        if isinstance(engine, Lmdeploy):
+            free = self.setup.machine.free_bytes()
+            tokens = slots * self.setup.lm.block_size
+            return memory.lmdeploy(free, settings["rollout.cache_share"], tokens, self.decoding)
+        return rollout_phase(memory, slots, self.longest_prompt, self.setup.lm, self.decoding, settings)
+
+    def duration(self, settings: Settings) -> Duration:
+        """What rollouts and updates compute."""
+        model = self.memories.of({}).model
+        batch = self.batch(settings)
+        sampled_tokens = settings["rl.problems"] * settings["rl.group_size"] * settings["decoding.max_new_tokens"]
+        operations = 0.0
+        if self.learns:
+            passes = settings["rl.mini_batches"] * settings["rl.epochs"]
+            models = 2 if self.memories.critic == "model" else 1
+            operations += models * passes * update_operations(model, batch)
+        if self.engine:
+            steps = self.decoding.denoising_steps or self.setup.lm.block_size
+            operations += sampling_operations(model, sampled_tokens, steps)
+        return Duration(
+            settings["steps"],
+            sampled_tokens,
+            batch.width,
+            settings["steps"] * operations,
+            is_bound=True,
+            knobs="steps, rl.problems, rl.group_size or decoding.max_new_tokens",
+            preset="tiny_rl" if model.parameters < SMALL else None,
+        )

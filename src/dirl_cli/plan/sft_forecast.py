@@ -1,0 +1,129 @@
+"""What `dirl sft` is going to take, from its settings and the lengths of its demonstrations."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dirl_cli.data.order import generator
+from dirl_cli.diffusion.masking import Masking, example, noised_strip
+from dirl_cli.plan.budget import Budget, Settings, halvings
+from dirl_cli.plan.duration import SMALL, Duration, update_operations
+from dirl_cli.plan.forecast import (
+    LEAST,
+    UPDATE,
+    MemoryByPeft,
+    TrainingSetup,
+    budget_of,
+    loading_phase,
+    micro_batch_of,
+    processes,
+    rollout_phase,
+    sharding_knobs,
+    update_knobs,
+    update_phase,
+)
+from dirl_cli.plan.memory import SCORING, Bytes, Memory, MicroBatch
+from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.types import Decoding
+
+FINETUNE = (*UPDATE, "steps", "launch", "batch_size", "max_tokens", "eval_problems")
+
+
+def sft_budget(
+    setup: TrainingSetup,
+    masking: Masking,
+    decoding: Decoding,
+    lengths: NDArray[np.int64],
+    prompts: Sequence[Sequence[int]],
+) -> Budget:
+    """Memory budget of an SFT run.
+
+    lengths: tokens of each demonstration (N,). prompts: token ids of each problem that may be answered meanwhile, in
+    order.
+    """
+    batch = partial(demonstration_batch, setup, masking, lengths)
+    forecast = FinetuneForecast(setup, batch, decoding, prompts, MemoryByPeft(setup), SCORING, "tiny_sft")
+    return finetune_budget(forecast)
+
+
+def demonstration_batch(
+    setup: TrainingSetup, masking: Masking, lengths: NDArray[np.int64], settings: Settings
+) -> MicroBatch:
+    """The largest micro-batch: steps of demonstrations of average length, rows that the longest fits into."""
+    lm = setup.lm
+    lengths = lengths[lengths <= max(settings["max_tokens"], lengths.min())]
+    longest = int(lengths.max())
+    demonstration = example([0] * longest, [True] * longest, lm.block_size, lm.pad_token_id)
+    strip = noised_strip(demonstration, masking, lm.block_size, lm.mask_token_id, generator(0))
+    strips = settings["batch_size"] * float(lengths.mean()) / longest
+    return micro_batch_of(strip, strips, settings, setup.machine)
+
+
+def finetune_budget(forecast: "FinetuneForecast") -> Budget:
+    """Memory budget of a run that learns from rows of its own."""
+    setup = forecast.setup
+    settings = setup.settings
+    batch = forecast.batch(settings)
+    # Keys first whose change costs least: evaluation and long rows go last.
+    knobs = {
+        **sharding_knobs(settings, setup.machine, setup.peft),
+        **update_knobs(settings, batch),
+        "eval_problems": halvings(settings["eval_problems"], 1),
+        "max_tokens": halvings(settings["max_tokens"], LEAST),
+    }
+    return budget_of(forecast, knobs, facts=f"{forecast.memories.of({})}\nabout {batch}")
+
+
+@dataclass(frozen=True)
+class FinetuneForecast:
+    """What the phases of a run on demonstrations or pairs hold under any settings.
+
+    batch: its largest micro-batch. prompts: see `sft_budget`. scoring: bytes of each logit that is scored. preset: the
+    experiment for a model as small as the embedded one.
+    """
+
+    setup: TrainingSetup
+    batch: Callable[[Settings], MicroBatch]
+    decoding: Decoding
+    prompts: Sequence[Sequence[int]]
+    memories: MemoryByPeft
+    scoring: int
+    preset: str
+
+    def phases(self, settings: Settings) -> dict[str, Bytes]:
+        """What loading, updates and evaluations hold."""
+        memory = self.memories.of(settings)
+        phases = loading_phase(memory)
+        phases["update"] = update_phase(memory, self.batch(settings), settings, self.scoring)
+        if evaluated := self.prompts[: settings["eval_problems"]]:
+            phases["evaluation"] = self.evaluation(memory, evaluated, settings)
+        return phases
+
+    def evaluation(self, memory: Memory, prompts: Sequence[Sequence[int]], settings: Settings) -> Bytes:
+        """What is held while prompts are answered greedily."""
+        of_process = math.ceil(len(prompts) / processes(settings, self.setup.machine))
+        slots = min(NativeSampler(self.setup.lm).max_batch, of_process)
+        greedy = replace(self.decoding, temperature=0.0)
+        longest = max(len(prompt) for prompt in prompts)
+        return rollout_phase(replace(memory, samples=True), slots, longest, self.setup.lm, greedy, settings)
+
+    def duration(self, settings: Settings) -> Duration:
+        """What the updates compute, and the reference's forwards where there is one; evaluations are left out."""
+        model = self.memories.of({}).model
+        batch = self.batch(settings)
+        operations = update_operations(model, batch)
+        if self.memories.reference:
+            operations *= 4 / 3  # one forward more, where a forward and its backward count as three
+        return Duration(
+            settings["steps"],
+            batch.step,
+            batch.width,
+            settings["steps"] * operations,
+            is_bound=False,
+            knobs="steps, batch_size or row_tokens",
+            preset=self.preset if model.parameters < SMALL else None,
+        )
