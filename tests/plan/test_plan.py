@@ -9,19 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import AutoConfig
 
-from dirl_cli.cli import schema
-from dirl_cli.cli.config_tree import preset
-from dirl_cli.cli.overrides import drop_preset
 from dirl_cli.commands import dpo, rl, sft
 from dirl_cli.errors import DirlError, DoesNotFit
-from dirl_cli.files import conf_dir
 from dirl_cli.hub import configured_repositories
 from dirl_cli.models.load import SavedModel
 from dirl_cli.models.sdar import SDARMoeConfig
@@ -35,6 +29,7 @@ from dirl_cli.plan.rl_forecast import rl_budget
 from dirl_cli.rollout.engines import Lmdeploy, Native
 from dirl_cli.training.optim import Muon
 from dirl_cli.types import Decoding
+from tests.helpers.composed import composed
 from tests.helpers.measured import ADAMW, Size, Trial, Untrained, dipo, measured
 from tests.helpers.small import small_lm
 
@@ -330,7 +325,7 @@ def test_halvings_end_at_the_least():
 def test_room_is_what_is_free_shared_among_processes_or_what_is_said():
     assert 0 < replace(LAPTOP, gpus=4).free_bytes() < LAPTOP.free_bytes()
     assert replace(LAPTOP, memory_gb=1.5).free_bytes() == 1_500_000_000
-    with pytest.raises(DirlError, match=r"no CUDA device here to ask: say what each GPU has, such as memory_gb=80"):
+    with pytest.raises(DirlError, match=r"no CUDA device here to ask: say which it is to be, such as plan.device=h100"):
         replace(BIG_GPU, memory_gb=None).free_bytes()
     with pytest.raises(DirlError, match="device=gpu"):
         replace(BIG_GPU, device="gpu", memory_gb=None).free_bytes()
@@ -449,12 +444,8 @@ def eight_billion(shared, tmp_path) -> Path:
 
 
 def config(name: str, *words: str) -> DictConfig:
-    schema.register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        data = [] if any(word.startswith("data=") for word in words) else ["data=arithmetic", "data.train=20"]
-        cfg = compose(name, drop_preset(["device=cuda", "memory_gb=80", *data, *words], preset(name)))
-    OmegaConf.resolve(cfg)
-    return cfg
+    data = [] if any(word.startswith("data=") for word in words) else ["data=arithmetic", "data.train=20"]
+    return composed(name, "device=cuda", "memory_gb=80", *data, *words)
 
 
 @pytest.mark.parametrize(("command", "phases"), [(sft, "update  evaluation"), (rl, "rollout    update")])
@@ -506,13 +497,6 @@ def test_the_experiment_for_one_gpu_fits_it_with_a_margin(engine, one_billion, t
     taken = re.search(r"this fits: the rollout takes about ([\d.]+) GB of the GPU's 80.0 GB", said)
     assert taken and 50 < float(taken[1]) < 72
     assert ("engine's weights   4.1 GB" in said) == (engine == "lmdeploy")
-
-
-@pytest.fixture
-def nothing_here(tmp_path, monkeypatch) -> Path:
-    """A machine to which nothing was downloaded."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path
 
 
 @pytest.mark.parametrize(("command", "data"), [(sft, "data=openr1math_glm"), (rl, "data=bigmath")])

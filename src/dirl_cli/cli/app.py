@@ -24,6 +24,7 @@ app = typer.Typer(
 
 ANY_OPTION = {"ignore_unknown_options": True}  # so that a sentence says how keys are written
 TRAINING = ("sft", "rl", "dpo")
+PLANNED = (*TRAINING, "eval")
 View = StrEnum("View", ["job", "hydra", "all"])
 Topic = StrEnum("Topic", ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"])
 
@@ -96,7 +97,7 @@ def add(name: str, summary: str, example: str) -> None:
 def hints(name: str, example: str) -> str:
     """The lines below a command's options in its help."""
     group = {"rl": "algo", "dpo": "likelihood"}.get(name, "model")
-    codes = "\n\ndry_run=true looks first. Exit code 3: it does not fit" if name in TRAINING else ""
+    codes = "\n\ndry_run=true looks first. Exit code 3: it does not fit" if name in PLANNED else ""
     return f"Such as: dirl {name} {example}\n\nEvery key: dirl {name} --cfg job. A group's choices: {group}=help{codes}"
 
 

@@ -22,7 +22,7 @@ from dirl_cli.text import redact
 from dirl_cli.types import STATE
 
 # Keys that may change between two starts of a run, because its result does not depend on them.
-START = {"name", "out", "resume", "prepare", "dry_run", "max_skipped"}
+START = {"name", "out", "resume", "prepare", "dry_run", "plan", "price_per_gpu_hour", "max_skipped"}
 MACHINES = {"gpus", "nodes", "node_rank", "main_address", "launch", "memory_gb"}
 WORK = {"gradient_checkpointing", "rollout.max_batch", "reward.workers", "grade_workers"}  # how it is cut up
 SHOWING = {"logger", "log_every", "show_every", "eval_every", "eval_problems", "mask_rates"}

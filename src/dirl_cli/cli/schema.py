@@ -46,6 +46,13 @@ class JobConfig:
 
 
 @dataclass
+class PlanConfig:
+    device: str | None
+    length: Count | None
+    tokens_per_forward: Positive | None
+
+
+@dataclass
 class RunConfig(JobConfig):
     """Keys of every command whose work is continued when the same command is given again."""
 
@@ -56,6 +63,9 @@ class RunConfig(JobConfig):
     launch: Annotated[str, OneOf(*LAUNCHES)]
     prepare: bool
     resume: str
+    dry_run: bool
+    plan: PlanConfig
+    price_per_gpu_hour: NotNegative | None
 
 
 @dataclass
@@ -86,7 +96,6 @@ class TrainConfig(RunConfig):
     keep_checkpoints: Natural
     keep_best: str | None
     async_checkpoints: bool
-    dry_run: bool
     push_to_hub: str | None
     instruction: Instruction = field(default_factory=Instruction, kw_only=True)
     decoding: Decoding = field(default_factory=Decoding, kw_only=True)

@@ -126,7 +126,7 @@ def read_and_plan(
         )
         pairs = unknown_pairs(lm, decoding, min(cfg.max_tokens, lm.longest_prompt + 1))
         prompts = [[0] * PROMPT] * cfg.eval_problems
-        show_budget(dpo_budget(setup, parts.views, decoding, pairs, prompts), cfg, progress)
+        show_budget(dpo_budget(setup, parts.views, decoding, pairs, prompts, known=False), cfg, progress)
         return None
 
     data = read_pairs(cfg, parts, lm, accelerator, progress)

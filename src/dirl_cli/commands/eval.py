@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from dirl_cli.cli.build import build
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.data.rows import read_rows
-from dirl_cli.errors import DirlError, Stopped, stop_code
+from dirl_cli.errors import DirlError, NotDownloaded, Stopped, stop_code
 from dirl_cli.evaluation import compare, report, sweep
 from dirl_cli.evaluation.answers import AnswerLog, GradedAnswer, drop_torn_line, missing, read_answers
 from dirl_cli.evaluation.metrics import Metrics, measure, measure_subsets
@@ -42,11 +42,30 @@ def run(cfg: DictConfig, out: Path) -> None:
     """Compare two evaluations, grade a file of answers, or ask cfg.model; the last two leave a card in `out`."""
     if cfg.compare:
         show_comparison(cfg.compare)
+    elif cfg.dry_run:
+        plan(cfg, out)
     elif cfg.predictions:
         if is_first():  # the grader has processes of its own
             grade_predictions(cfg, out, *chosen_problems(cfg))
     else:
         evaluate_model(cfg, out, *chosen_problems(cfg))
+
+
+def plan(cfg: DictConfig, out: Path) -> None:
+    """Show what evaluating cfg.model on cfg.bench would take. Raises DirlError where nobody knows how many problems."""
+    from dirl_cli.commands.eval_plan import plan_evaluation
+
+    if cfg.predictions:
+        raise DirlError("dry_run tells what sampling takes, and predictions are answers already: leave one out")
+    try:
+        problems, remarks = chosen_problems(cfg)
+    except NotDownloaded as error:
+        if not cfg.limit:
+            raise DirlError(f"{error}, or give limit=N to plan for so many problems") from error
+        plan_evaluation(cfg, out, [], cfg.limit, console)
+        return
+    problems = gradable(cfg.bench.name, problems, remarks)
+    plan_evaluation(cfg, out, problems, len(problems), console)
 
 
 def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], remarks: Sequence[str]) -> None:

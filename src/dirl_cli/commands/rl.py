@@ -30,6 +30,7 @@ from dirl_cli.commands.start import (
     load_model,
     open_run_log,
     open_session,
+    recorded_answers,
     shapes_of,
     show_budget,
     training_setup,
@@ -109,7 +110,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     require_steps(parts, cfg.launch)
     parts.peft.require(cfg.launch)
     require_measured(cfg.keep_best, rl_metrics(cfg))
-    pools = read_and_plan(cfg, parts, accelerator, progress)
+    pools = read_and_plan(cfg, out, parts, accelerator, progress)
     if pools is None:
         return
     parts.engine.require()
@@ -131,14 +132,17 @@ def run(cfg: DictConfig, out: Path) -> None:
     leave_model(cfg, out, session, lm, parts.peft, lm.decoding(parts.decoding), RECIPE)
 
 
-def read_and_plan(cfg: DictConfig, parts: RlParts, accelerator: Accelerator, progress: StepProgress) -> Pools | None:
+def read_and_plan(
+    cfg: DictConfig, out: Path, parts: RlParts, accelerator: Accelerator, progress: StepProgress
+) -> Pools | None:
     """The problems, once the run is known to fit; None where it was to be looked at only, which it then was."""
     lm = shapes_of(cfg, parts.model)
     engine = None if cfg.rl.replay else parts.engine
     learns = not cfg.rl.rollout_only
     require_growth(parts, lm)
     decoding = lm.decoding(parts.decoding)
-    setup = training_setup(cfg, lm, parts.optim, parts.peft, RL)
+    recorded = recorded_answers(Path(cfg.rl.replay) if cfg.rl.replay else out)
+    setup = training_setup(cfg, lm, parts.optim, parts.peft, RL, recorded)
     teacher = teacher_parameters(cfg, parts.objective, lm)
     critic = parts.critic.kind
     growth = block_growth(cfg, parts, lm)
@@ -150,16 +154,17 @@ def read_and_plan(cfg: DictConfig, parts: RlParts, accelerator: Accelerator, pro
             f"no tokenizer of {cfg.model.name} is here, so nothing is known of the data: prompts are taken to be"
             f" {longest:,} tokens"
         )
-        show_budget(
-            rl_budget(setup, parts.objective, decoding, longest, engine, learns, teacher, critic), cfg, progress
-        )
+        asked = [[0] * longest] * cfg.eval_problems
+        budget = rl_budget(setup, parts.objective, decoding, longest, engine, learns, teacher, critic, asked)
+        show_budget(budget, cfg, progress)
         return None
 
     pools = read_problems(cfg, parts, lm, accelerator, progress)
     teacher_prompt = teacher_prompt_of(cfg, parts, lm)
     if teacher_prompt:
         require_teacher_room(teacher_prompt, pools, lm, decoding.max_new_tokens)
-    budget = rl_budget(setup, parts.objective, decoding, pools.longest_prompt, engine, learns, teacher, critic)
+    longest, asked = pools.longest_prompt, pools.held_out.prompts
+    budget = rl_budget(setup, parts.objective, decoding, longest, engine, learns, teacher, critic, asked)
     if cfg.dry_run:
         show_budget(budget, cfg, progress)
         return None

@@ -135,7 +135,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         )
         lengths = np.array([cfg.max_tokens])
         prompts = [[0] * PROMPT] * cfg.eval_problems
-        show_budget(sft_budget(setup, parts.masking, decoding, lengths, prompts), cfg, progress)
+        show_budget(sft_budget(setup, parts.masking, decoding, lengths, prompts, known=False), cfg, progress)
         return
 
     data = read_demonstrations(cfg, source, parts.instruction, lm, accelerator, progress)

@@ -1,9 +1,12 @@
 """What `dirl sft`, `dirl rl` and `dirl dpo` do alike around their training."""
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,7 +17,9 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import ModelSource, Peft
 from dirl_cli.models.shapes import outline, shapes
 from dirl_cli.plan.budget import Budget, Machine
+from dirl_cli.plan.devices import device_here, find_device
 from dirl_cli.plan.forecast import TrainingSetup
+from dirl_cli.plan.time import NOTHING_ASSUMED, Assumptions
 from dirl_cli.report.metrics_log import open_log
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
@@ -27,6 +32,8 @@ from dirl_cli.training.session import Session
 from dirl_cli.training.stop_signal import StopSignal
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding
+
+RECORDED = 20  # last lines of a run's metrics that tell how long its answers are
 
 
 def join_processes(cfg: DictConfig, shown: Sequence[str]) -> tuple[Accelerator, StepProgress]:
@@ -56,15 +63,73 @@ def shapes_of(cfg: DictConfig, model: ModelSource) -> DiffusionLM:
     return shapes(model, cfg.attention)
 
 
-def training_setup(cfg: DictConfig, lm: DiffusionLM, optim: Optim, peft: Peft, keys: Sequence[str]) -> TrainingSetup:
-    """What the memory budget of the run on this machine depends on. keys: the settings it may propose to change."""
-    machine = Machine(cfg.device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, cfg.memory_gb)
+def planned_machine(cfg: DictConfig, memory_gb: float | None) -> Machine:
+    """The devices that a run is planned for: those here, or in a dry run those that `plan.device` names."""
+    device = cfg.device
+    if cfg.dry_run and cfg.plan.device:
+        device = "cuda"
+        memory_gb = memory_gb or find_device(cfg.plan.device).memory_gb
+    return Machine(device, cfg.dtype, cfg.attention, cfg.gpus * cfg.nodes, memory_gb)
+
+
+def planned_time(cfg: DictConfig, machine: Machine, recorded: Assumptions) -> Assumptions:
+    """What a dry run's plan of time takes for granted; keys go before what is recorded. Nothing of any other run."""
+    if not cfg.dry_run:
+        return NOTHING_ASSUMED
+    device = None
+    if cfg.plan.device:
+        device = find_device(cfg.plan.device)
+    elif machine.kind == "cuda":
+        device = device_here()
+    return Assumptions(
+        device,
+        cfg.plan.length or recorded.length,
+        cfg.plan.tokens_per_forward or recorded.tokens_per_forward,
+        "" if cfg.plan.length and cfg.plan.tokens_per_forward else recorded.source,
+        cfg.price_per_gpu_hour,
+    )
+
+
+def recorded_answers(run: Path) -> Assumptions:
+    """The answers of a run's last rollouts, as its metrics have them; nothing where there are none."""
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        return NOTHING_ASSUMED
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # a torn last line
+            metrics = json.loads(line)
+            if "tokens_per_forward" in metrics and "length" in metrics:
+                lines.append(metrics)
+    if not lines:
+        return NOTHING_ASSUMED
+    last = lines[-RECORDED:]
+    return Assumptions(
+        length=max(1, round(fmean(line["length"] for line in last))),
+        tokens_per_forward=fmean(line["tokens_per_forward"] for line in last),
+        source=f"as {run} recorded",
+    )
+
+
+def training_setup(
+    cfg: DictConfig,
+    lm: DiffusionLM,
+    optim: Optim,
+    peft: Peft,
+    keys: Sequence[str],
+    recorded: Assumptions = NOTHING_ASSUMED,
+) -> TrainingSetup:
+    """What the memory budget of the run on this machine depends on, and in a dry run its time.
+
+    keys: the settings it may propose to change. recorded: what is known of its answers.
+    """
+    machine = planned_machine(cfg, cfg.memory_gb)
     settings = {key: OmegaConf.select(cfg, key) for key in keys}
     # Where the package for it is installed, an adapter may be proposed instead of full fine-tuning.
     adapter = None
     if find_spec("peft"):
         adapter = partial(build_choice, "peft")
-    return TrainingSetup(lm, optim, machine, settings, peft, adapter)
+    return TrainingSetup(lm, optim, machine, settings, peft, adapter, planned_time(cfg, machine, recorded))
 
 
 def show_budget(budget: Budget, cfg: DictConfig, progress: StepProgress) -> None:

@@ -17,6 +17,7 @@ from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.models.load import pick_device
 from dirl_cli.plan.duration import Duration
 from dirl_cli.plan.memory import Bytes
+from dirl_cli.plan.time import TimePlan, no_time
 
 # What fits leaves a twentieth free, for what no plan counts: fragments, the allocator's rounding, libraries.
 SPARE = 0.95
@@ -55,7 +56,7 @@ class Machine:
         if self.kind == "cpu":
             return int(psutil.virtual_memory().available) // self.gpus
         if not torch.cuda.is_available():
-            raise DirlError("there is no CUDA device here to ask: say what each GPU has, such as memory_gb=80")
+            raise DirlError("there is no CUDA device here to ask: say which it is to be, such as plan.device=h100")
         return torch.cuda.mem_get_info()[0]
 
     @property
@@ -78,7 +79,8 @@ class Budget:
     knobs: by key, what it may be instead, from the least change on; keys first whose change costs least.
     alternatives: where no knobs suffice, other ways to train the same model: each a list of changes, from the least
     on, of which the first that fits is proposed. facts: model and micro-batch, in words. duration: what the run
-    computes.
+    computes. time: how long that takes on a GPU that is known. parameters: of the model; None for a fourth
+    of the bytes that they take. learns: whether it is trained, and so is not started where it does not fit.
     """
 
     phases: Phases
@@ -88,6 +90,9 @@ class Budget:
     facts: str
     alternatives: Sequence[Sequence[Settings]] = ()
     duration: Duration | None = None
+    time: TimePlan | None = None
+    parameters: int | None = None
+    learns: bool = True
 
     @cached_property
     def free_bytes(self) -> int:
@@ -174,20 +179,23 @@ class Budget:
 
         may = "may" if need <= ERROR * self.free_bytes else "does"
         takes = f"this {may} not fit: {takes}"
-        anyway = f"(memory_gb={math.ceil(need / SPARE / 1e9)} starts it all the same)"
+        anyway = ""
+        if self.learns:
+            anyway = f" (memory_gb={math.ceil(need / SPARE / 1e9)} starts it all the same)"
         choices = []
         for changes in self.proposals():
             choices.append(f"{format_settings(changes)}, which takes {format_bytes(self.need(changes))}")
         if choices:
-            return f"{takes}: give {'; or '.join(choices)} {anyway}"
+            return f"{takes}: give {'; or '.join(choices)}{anyway}"
 
         # Nothing helps: what the model itself takes grows with its parameters, and so tells how many would fit.
         least = self.need({key: values[-1] for key, values in self.knobs.items() if values})
-        parameters = max(sizes["parameters"] for sizes in phases.values()) / 4
+        parameters = self.parameters or max(sizes["parameters"] for sizes in phases.values()) / 4
         millions = parameters / 1e6 * SPARE * self.free_bytes / least
+        of_model = "parameters, gradients and optimizer states" if self.learns else "parameters"
         return (
-            f"{takes}, and {format_bytes(least)} whatever the settings, with parameters, gradients and optimizer"
-            f" states: choose a model of at most {millions:,.0f} million parameters {anyway}"
+            f"{takes}, and {format_bytes(least)} whatever the settings, with {of_model}: choose a model of at most"
+            f" {millions:,.0f} million parameters{anyway}"
         )
 
     def require(self) -> str | None:
@@ -199,7 +207,7 @@ class Budget:
         return None
 
     def show(self, config: Any, console: Console) -> None:
-        """Print the configuration, the memory that each part takes in each phase, and the verdict.
+        """Print the configuration, the memory that each part takes in each phase, their seconds, and the verdict.
 
         Raises DoesNotFit, whose sentence the verdict then is.
         """
@@ -209,6 +217,13 @@ class Budget:
         console.print(f"\n{self.facts}", markup=False)
         if self.duration and self.machine.kind == "cpu":
             console.print(str(self.duration), markup=False)
+        if self.time:
+            console.print()
+            console.print(self.time.table())
+            for line in ["", *self.time.lines()]:
+                console.print(line, markup=False)
+        else:
+            console.print(no_time(self.machine.kind), markup=False)
         self.require()
         console.print(self.verdict(), style="bold", markup=False)
 

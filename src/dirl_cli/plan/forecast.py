@@ -1,5 +1,6 @@
 """What the forecasts of sft, dpo and rl have in common: the set-up, the phases of a run, what may be proposed."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.plan.architecture import architecture
 from dirl_cli.plan.budget import Budget, Machine, Settings, halvings
+from dirl_cli.plan.devices import Device
 from dirl_cli.plan.duration import Duration
 from dirl_cli.plan.memory import (
     SCORING,
@@ -21,13 +23,26 @@ from dirl_cli.plan.memory import (
     parallelism,
     to_whole_blocks,
 )
+from dirl_cli.plan.time import (
+    NOTHING_ASSUMED,
+    Assumptions,
+    TimePlan,
+    Work,
+    backpropagation_seconds,
+    forward_seconds,
+    optimizer_seconds,
+    rows_seconds,
+)
 from dirl_cli.training.optim import Optim
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Trajectory
 
 UPDATE = ("micro_rows", "gradient_checkpointing", "row_tokens", "decoding.max_new_tokens")
+EVALUATION = ("eval_problems", "eval_every")
 GPUS = (2, 4, 8)  # of one machine
 ADAPTERS = ("lora", "qlora")
 PROMPT = 1024  # tokens of prompts of which nothing is known
+NOT_TIMED = "loading, compiling and saving"
+COMPILES = False  # whether layers are compiled for training
 LEAST = 64  # tokens of a row, a demonstration or an answer that are worth proposing
 
 
@@ -36,7 +51,7 @@ class TrainingSetup:
     """What is trained, how and on which machine, in fine-tuning, RL and DPO alike.
 
     lm: the model, without its weights. settings: those named in FINETUNE or RL. adapter: makes the choices of `peft`
-    that may be proposed instead, by name; None if there is nothing else to propose.
+    that may be proposed instead, by name; None if there is nothing else to propose. assumptions: of how long it takes.
     """
 
     lm: DiffusionLM
@@ -45,6 +60,7 @@ class TrainingSetup:
     settings: Settings
     peft: Peft = FullFinetune()
     adapter: Callable[[str], Peft] | None = None
+    assumptions: Assumptions = NOTHING_ASSUMED
 
 
 class Forecast(Protocol):
@@ -56,11 +72,13 @@ class Forecast(Protocol):
     def memories(self) -> "MemoryByPeft": ...
     def phases(self, settings: Settings) -> dict[str, Bytes]: ...
     def duration(self, settings: Settings) -> Duration: ...
+    def time(self, settings: Settings, device: Device) -> TimePlan: ...
 
 
 def budget_of(forecast: Forecast, knobs: Mapping[str, Sequence[Any]], facts: str) -> Budget:
     """What a forecast comes to under the settings of its run. knobs, facts: see `Budget`."""
     setup = forecast.setup
+    device = setup.assumptions.device
     return Budget(
         forecast.phases,
         setup.settings,
@@ -69,6 +87,7 @@ def budget_of(forecast: Forecast, knobs: Mapping[str, Sequence[Any]], facts: str
         facts,
         alternatives=alternatives(setup, forecast.memories.critic) if setup.adapter else [],
         duration=forecast.duration(setup.settings),
+        time=forecast.time(setup.settings, device) if device else None,
     )
 
 
@@ -137,6 +156,40 @@ def loading_phase(memory: Memory) -> dict[str, Bytes]:
 def update_phase(memory: Memory, batch: MicroBatch, settings: Settings, scoring: int = SCORING) -> Bytes:
     """What an update holds. scoring: bytes of each logit that is scored."""
     return replace(memory, checkpointing=settings["gradient_checkpointing"]).update(batch, scoring)
+
+
+def update_times(
+    memory: Memory,
+    batch: MicroBatch,
+    work: Work,
+    count: int,
+    device: Device,
+    scorings: int = 0,
+    optimizer_steps: int = 1,
+    epochs: int = 1,
+) -> dict[str, float]:
+    """Seconds of the parts of a step's updates, as a run's metrics call them.
+
+    work: of all that the step learns from, which `count` processes share. scorings: forwards of it without a backward.
+    """
+    own = work.times(1 / count)
+    micro_batches = math.ceil(own.tokens / (batch.rows * batch.width))
+    phases = {"rows": rows_seconds(work.tokens)}
+    if scorings:
+        phases["logprobs"] = scorings * forward_seconds(memory.model, own, device, COMPILES)
+    of_epoch = backpropagation_seconds(memory, own, micro_batches, count, device, COMPILES)
+    phases["backpropagation"] = epochs * of_epoch
+    phases["optimizer"] = optimizer_steps * optimizer_seconds(memory, device)
+    return phases
+
+
+def evaluations(settings: Settings, before: bool) -> int:
+    """How often a run is measured. before: also before its first step."""
+    steps, every = settings["steps"], settings["eval_every"]
+    count = 1 + int(before)
+    if every:
+        count += (steps - 1) // every
+    return count
 
 
 def rollout_phase(

@@ -132,7 +132,7 @@ class Memory:
     def __str__(self) -> str:
         model = self.model
         parameters = f"{model.parameters:,} parameters, {model.vocabulary_parameters:,} of them in embedding and head"
-        if not model.is_full_finetune:
+        if model.trained and not model.is_full_finetune:
             parameters += f"; {model.trained:,} trained beside them"
 
         kind = "bf16" if self.bf16 else "fp32"  # of the forward

@@ -1,18 +1,24 @@
 """What `dirl rl` is going to take, from its settings: answers are as long as they may be, in as many steps."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dirl_cli.data.order import generator
 from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.plan.budget import Budget, Settings, halvings
+from dirl_cli.plan.devices import LMDEPLOY, NATIVE, Device
 from dirl_cli.plan.duration import SMALL, Duration, sampling_operations, update_operations
 from dirl_cli.plan.forecast import (
+    COMPILES,
+    EVALUATION,
     LEAST,
+    NOT_TIMED,
     UPDATE,
     MemoryByPeft,
     TrainingSetup,
     budget_of,
+    evaluations,
     loading_phase,
     micro_batch_of,
     overlapping,
@@ -21,16 +27,43 @@ from dirl_cli.plan.forecast import (
     sharding_knobs,
     update_knobs,
     update_phase,
+    update_times,
     with_answer,
     worst_case_trajectory,
 )
 from dirl_cli.plan.memory import Bytes, Memory, MicroBatch, logit_bytes
+from dirl_cli.plan.time import (
+    Answers,
+    TimePlan,
+    Work,
+    describe_answers,
+    forward_seconds,
+    group_work,
+    is_most,
+    lmdeploy_push_seconds,
+    mean_steps,
+    mean_trajectory,
+    push_seconds,
+    sampling_seconds,
+)
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rollout.engines import Engine, Lmdeploy, Native
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding
 
 ROLLOUT = ("rollout.max_batch", "rollout.cache_share", "rollout.products", "rl.async_rollout")
-RL = (*UPDATE, *ROLLOUT, "steps", "launch", "rl.problems", "rl.group_size", "rl.mini_batches", "rl.epochs")
+SETTLED = ("rl.old", "rl.correction_cap")  # what the ratio's denominator takes
+RL = (
+    *UPDATE,
+    *EVALUATION,
+    *ROLLOUT,
+    *SETTLED,
+    "steps",
+    "launch",
+    "rl.problems",
+    "rl.group_size",
+    "rl.mini_batches",
+    "rl.epochs",
+)
 
 
 def rl_budget(
@@ -42,13 +75,14 @@ def rl_budget(
     learns: bool,
     teacher: int = 0,
     critic: str = "none",
+    eval_prompts: Sequence[Sequence[int]] = (),
 ) -> Budget:
     """Memory budget of an RL run.
 
     All answers are taken to be as long as they may be, and revealed in as many steps as they may take.
     longest_prompt: tokens of it. engine: what samples; None where rollouts are read from files. learns: whether there
     are updates. teacher: parameters of a model to stay near that is not the one it begins as. critic: what learns
-    values: none, head or model.
+    values: none, head or model. eval_prompts: token ids of each problem that is answered in evaluations.
     """
     settings = setup.settings
     memories = MemoryByPeft(
@@ -59,7 +93,7 @@ def rl_budget(
         critic=critic,
         samples=engine is not None,
     )
-    forecast = RlForecast(setup, objective, decoding, longest_prompt, engine, learns, memories)
+    forecast = RlForecast(setup, objective, decoding, longest_prompt, engine, learns, memories, eval_prompts)
     batch = forecast.batch(settings)
     # Processes share a critic that is a model, and do not one that is a layer: of two remedies the better.
     sharding = {} if critic == "head" else sharding_knobs(settings, setup.machine, setup.peft)
@@ -88,6 +122,7 @@ class RlForecast:
     engine: Engine | None
     learns: bool
     memories: MemoryByPeft
+    eval_prompts: Sequence[Sequence[int]] = ()
 
     def batch(self, settings: Settings) -> MicroBatch:
         """The largest micro-batch: all answers are the longest there may be, in the states that take most tokens."""
@@ -149,3 +184,95 @@ class RlForecast:
             knobs="steps, rl.problems, rl.group_size or decoding.max_new_tokens",
             preset="tiny_rl" if model.parameters < SMALL else None,
         )
+
+    def time(self, settings: Settings, device: Device) -> TimePlan:
+        """Seconds of a step's parts, of one draw of problems, evaluations divided among all steps."""
+        setup = self.setup
+        block_size = setup.lm.block_size
+        memory = replace(self.memories.of(settings), checkpointing=settings["gradient_checkpointing"])
+        count = processes(settings, setup.machine)
+        speed = LMDEPLOY if isinstance(self.engine, Lmdeploy) else NATIVE
+        most = with_answer(self.longest_prompt, setup.lm, settings) - self.longest_prompt
+        length = min(setup.assumptions.length or most, most)
+        steps = mean_steps(setup.assumptions, self.decoding, block_size, speed)
+
+        phases = {}
+        rates = {}
+        answers = settings["rl.problems"] * settings["rl.group_size"]
+        if self.engine:
+            problems = math.ceil(settings["rl.problems"] / count)
+            sampled = Answers(
+                problems * settings["rl.group_size"],
+                problems,
+                settings["rollout.max_batch"],
+                self.longest_prompt,
+                length,
+                steps,
+            )
+            phases["rollout"] = sampling_seconds(memory.model, sampled, block_size, speed, device)
+            rates["sampled"] = answers * length / phases["rollout"]
+        if self.learns:
+            work = self.work(settings, length, steps)
+            phases |= self.update_times(memory, work, settings, count, device)
+            rates["learned from"] = work.tokens / sum(seconds for name, seconds in phases.items() if name != "rollout")
+        if self.engine and self.learns:
+            phases["push"] = self.push(memory, settings, count, device)
+        if self.eval_prompts and self.learns:
+            asked = math.ceil(len(self.eval_prompts) / count)
+            prompt = sum(map(len, self.eval_prompts)) // len(self.eval_prompts)
+            greedy = Answers(asked, asked, settings["rollout.max_batch"] or asked, prompt, length, steps)
+            seconds = sampling_seconds(memory.model, greedy, block_size, speed, device)
+            phases["evaluation"] = seconds * evaluations(settings, before=True) / settings["steps"]
+
+        return TimePlan(
+            phases,
+            settings["steps"],
+            count,
+            device,
+            rates,
+            is_most(setup.assumptions, self.decoding),
+            describe_answers(setup.assumptions, length, steps, block_size, speed),
+            f"{NOT_TIMED}, problems that are drawn anew, and the end of a rollout, when few long answers are left",
+            setup.assumptions.price_per_gpu_hour,
+        )
+
+    def work(self, settings: Settings, length: int, steps: float) -> Work:
+        """What the answers of a step, of so many tokens and denoising steps a block, compute in an update."""
+        lm = self.setup.lm
+        answer = mean_trajectory(self.longest_prompt, length, steps, lm.block_size)
+        strip = self.objective.views(answer, BlockSpec(lm.block_size, lm.mask_token_id), generator(0))
+        prompt = self.longest_prompt // lm.block_size * lm.block_size
+        # As many answers of a group as a row holds share their prompt there.
+        own = max(len(strip) - prompt, 1)
+        together = min(max((settings["row_tokens"] - prompt) // own, 1), settings["rl.group_size"])
+        shared = group_work(strip, self.longest_prompt, together, lm.block_size)
+        return shared.times(settings["rl.problems"] * settings["rl.group_size"] / together)
+
+    def update_times(
+        self, memory: Memory, work: Work, settings: Settings, count: int, device: Device
+    ) -> dict[str, float]:
+        """Seconds of the parts of a step's optimizer steps and of what is scored before them."""
+        passes = settings["rl.mini_batches"] * settings["rl.epochs"]
+        scorings = 0
+        is_old_scored = self.objective.needs_old_logprobs and passes > 1 and settings["rl.old"] == "trainer"
+        if is_old_scored or settings["rl.correction_cap"]:
+            scorings += 1
+        if memory.reference or memory.teacher:
+            scorings += 1
+        if self.memories.critic != "none":
+            scorings += 1
+        batch = self.batch(settings)
+        phases = update_times(memory, batch, work, count, device, scorings, passes, settings["rl.epochs"])
+        if self.memories.critic == "model":  # as large as the policy
+            phases["critic"] = phases["backpropagation"] + phases["optimizer"]
+        elif self.memories.critic == "head":  # a layer on the policy, which is read once more
+            phases["critic"] = settings["rl.epochs"] * forward_seconds(
+                memory.model, work.times(1 / count), device, COMPILES
+            )
+        return phases
+
+    def push(self, memory: Memory, settings: Settings, count: int, device: Device) -> float:
+        """Seconds in which the engine is given the policy's weights."""
+        if isinstance(self.engine, Lmdeploy):
+            return lmdeploy_push_seconds(memory, stays_awake=bool(settings["rl.async_rollout"]))
+        return push_seconds(memory, count, device)

@@ -9,15 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dirl_cli.data.order import generator
+from dirl_cli.diffusion.layout import Strip
 from dirl_cli.diffusion.masking import Masking, example, noised_strip
 from dirl_cli.plan.budget import Budget, Settings, halvings
+from dirl_cli.plan.devices import NATIVE, Device
 from dirl_cli.plan.duration import SMALL, Duration, update_operations
 from dirl_cli.plan.forecast import (
+    EVALUATION,
     LEAST,
+    NOT_TIMED,
     UPDATE,
     MemoryByPeft,
     TrainingSetup,
     budget_of,
+    evaluations,
     loading_phase,
     micro_batch_of,
     processes,
@@ -25,12 +30,16 @@ from dirl_cli.plan.forecast import (
     sharding_knobs,
     update_knobs,
     update_phase,
+    update_times,
+    with_answer,
 )
 from dirl_cli.plan.memory import SCORING, Bytes, Memory, MicroBatch
+from dirl_cli.plan.time import Answers, TimePlan, Work, mean_steps, mean_work, push_seconds, sampling_seconds
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding
 
-FINETUNE = (*UPDATE, "steps", "launch", "batch_size", "max_tokens", "eval_problems")
+FINETUNE = (*UPDATE, *EVALUATION, "steps", "launch", "batch_size", "max_tokens")
+EXAMPLES = 32  # demonstrations laid out to know what the mean one takes
 
 
 def sft_budget(
@@ -39,14 +48,28 @@ def sft_budget(
     decoding: Decoding,
     lengths: NDArray[np.int64],
     prompts: Sequence[Sequence[int]],
+    known: bool = True,
 ) -> Budget:
     """Memory budget of an SFT run.
 
     lengths: tokens of each demonstration (N,). prompts: token ids of each problem that may be answered meanwhile, in
-    order.
+    order. known: whether the lengths are; else they are the longest there may be, and the mean is assumed.
     """
-    batch = partial(demonstration_batch, setup, masking, lengths)
-    forecast = FinetuneForecast(setup, batch, decoding, prompts, MemoryByPeft(setup), SCORING, "tiny_sft")
+    typical = lengths
+    if not known and setup.assumptions.length:
+        typical = np.minimum(lengths, setup.assumptions.length)
+    forecast = FinetuneForecast(
+        setup,
+        partial(demonstration_batch, setup, masking, lengths),
+        partial(demonstration_work, setup, masking, typical),
+        decoding,
+        prompts,
+        MemoryByPeft(setup),
+        SCORING,
+        "tiny_sft",
+        is_bound=not known and not setup.assumptions.length,
+        learned=f"demonstrations of {typical.mean():,.0f} tokens",
+    )
     return finetune_budget(forecast)
 
 
@@ -61,6 +84,18 @@ def demonstration_batch(
     strip = noised_strip(demonstration, masking, lm.block_size, lm.mask_token_id, generator(0))
     strips = settings["batch_size"] * float(lengths.mean()) / longest
     return micro_batch_of(strip, strips, settings, setup.machine)
+
+
+def demonstration_work(setup: TrainingSetup, masking: Masking, lengths: NDArray[np.int64], settings: Settings) -> Work:
+    """What a step on as many demonstrations computes in the mean, all of each hidden by the schedule."""
+    lm = setup.lm
+    lengths = np.sort(lengths[lengths <= max(settings["max_tokens"], lengths.min())])
+    strips: list[Strip] = []
+    for part in np.array_split(lengths, min(EXAMPLES, len(lengths))):
+        length = round(float(part.mean()))
+        demonstration = example([0] * length, [True] * length, lm.block_size, lm.pad_token_id)
+        strips.append(noised_strip(demonstration, masking, lm.block_size, lm.mask_token_id, generator(len(strips))))
+    return mean_work(strips, lm.block_size).times(settings["batch_size"])
 
 
 def finetune_budget(forecast: "FinetuneForecast") -> Budget:
@@ -82,17 +117,23 @@ def finetune_budget(forecast: "FinetuneForecast") -> Budget:
 class FinetuneForecast:
     """What the phases of a run on demonstrations or pairs hold under any settings.
 
-    batch: its largest micro-batch. prompts: see `sft_budget`. scoring: bytes of each logit that is scored. preset: the
-    experiment for a model as small as the embedded one.
+    batch: its largest micro-batch. work: what a step computes in the mean. prompts: see `sft_budget`. scoring: bytes of
+    each logit that is scored. preset: the experiment for a model as small as the embedded one. is_bound: whether the
+    work is the most there may be. learned: what it is taken to be of, in words. before: whether prompts are answered
+    before the first step, too.
     """
 
     setup: TrainingSetup
     batch: Callable[[Settings], MicroBatch]
+    work: Callable[[Settings], Work]
     decoding: Decoding
     prompts: Sequence[Sequence[int]]
     memories: MemoryByPeft
     scoring: int
     preset: str
+    is_bound: bool
+    learned: str
+    before: bool = False
 
     def phases(self, settings: Settings) -> dict[str, Bytes]:
         """What loading, updates and evaluations hold."""
@@ -126,4 +167,38 @@ class FinetuneForecast:
             is_bound=False,
             knobs="steps, batch_size or row_tokens",
             preset=self.preset if model.parameters < SMALL else None,
+        )
+
+    def time(self, settings: Settings, device: Device) -> TimePlan:
+        """Seconds of a step's parts, evaluations divided among all steps."""
+        setup = self.setup
+        memory = replace(self.memories.of(settings), checkpointing=settings["gradient_checkpointing"])
+        count = processes(settings, setup.machine)
+        work = self.work(settings)
+        scorings = int(self.memories.reference)
+        phases = update_times(memory, self.batch(settings), work, count, device, scorings)
+        assumed = self.learned
+
+        if evaluated := self.prompts[: settings["eval_problems"]]:
+            length = with_answer(0, setup.lm, settings)
+            length = min(setup.assumptions.length or length, length)
+            answers = math.ceil(len(evaluated) / count)
+            steps = mean_steps(setup.assumptions, self.decoding, setup.lm.block_size, NATIVE)
+            prompt = sum(map(len, evaluated)) // len(evaluated)
+            greedy = Answers(answers, answers, NativeSampler(setup.lm).max_batch, prompt, length, steps)
+            seconds = push_seconds(memory, count, device)
+            seconds += sampling_seconds(memory.model, greedy, setup.lm.block_size, NATIVE, device)
+            phases["evaluation"] = seconds * evaluations(settings, self.before) / settings["steps"]
+            assumed += f"; in evaluations answers of {length:,} tokens"
+        seconds = sum(phases.values())
+        return TimePlan(
+            phases,
+            settings["steps"],
+            count,
+            device,
+            {"learned from": work.tokens / seconds},
+            self.is_bound,
+            assumed,
+            f"{NOT_TIMED}, and held-out losses",
+            setup.assumptions.price_per_gpu_hour,
         )
