@@ -309,6 +309,43 @@ def test_all_of_a_group_is_a_sweep_over_its_members(jobs, monkeypatch):
     assert "bench=all" in complete_override("eval", [], "bench=a")
 
 
+def test_a_list_of_benchmarks_is_a_sweep_over_them_each_with_its_own_options(jobs, monkeypatch):
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
+    titles = []
+    stand_in = sys.modules["dirl_cli.commands.eval"]
+    monkeypatch.setattr(stand_in, "after_sweep", lambda title, jobs: titles.append((title, jobs)), raising=False)
+    assert dirl("eval", "bench=[gsm8k,arithmetic,gym:countdown,gsm8k]", "model=sdar8b", "limit=3").exit_code == 0
+    assert [job["bench"]["name"] for job in jobs] == ["gsm8k", "arithmetic", "gym-countdown"]
+    assert [job["decoding"]["max_new_tokens"] for job in jobs] == [8192, 64, 8192]
+    assert [job["instruction"]["text"] is None for job in jobs] == [False, True, False]
+    assert "<answer>" in jobs[2]["instruction"]["text"] and jobs[2]["bench"]["task"] == "countdown"
+    ((title, ended),) = titles
+    assert title == "bench=gsm8k,arithmetic,gym-countdown"
+    outs = [str(out) for _, out in ended]
+    assert outs == [f"runs/eval/sdar8b-{name}" for name in ("gsm8k", "arithmetic", "gym-countdown")]
+
+
+def test_all_in_a_list_of_benchmarks_stands_for_its_members(jobs):
+    assert dirl("eval", "-m", "bench=[sudoku,all]", "model=sdar8b").exit_code == 0
+    assert len(jobs) == 6 and jobs[0]["bench"]["name"] == "sudoku"
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("bench=[gsm8k,gym:countdwn]", "reasoning-gym has no task countdwn: did you mean countdown?"),
+        ("bench=gym:countdwn", "reasoning-gym has no task countdwn: did you mean countdown?"),
+        ("bench=[gsm8k,math50]", "bench=math50: did you mean math500?"),
+        ("bench=[gsm8k,]", "a name is missing: give one between any two commas"),
+    ],
+)
+def test_every_name_in_a_list_is_checked_before_the_first_is_run(jobs, word, sentence):
+    if "gym:" in word:
+        pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
+    result = dirl("eval", word, "model=sdar8b")
+    assert result.exit_code == 1 and sentence in result.stderr and not jobs
+
+
 def test_a_choice_that_the_name_tells_is_not_told_again(jobs):
     assert dirl("eval", "-m", "model=tiny,tiny_sft", "bench=arithmetic,gsm8k").exit_code == 0
     assert [job["out"] for job in jobs] == [

@@ -26,7 +26,7 @@ from tests.helpers.paths import ROOT
             "model.path",
             "runs/a b/model",
         ),
-        (["eval", "bench=[math500,gsm8k]"], "`(-m .+)` runs each", "bench.name", "gsm8k"),
+        (["eval", "model=[tiny,sdar8b]"], "`(-m .+)` runs each", "model.name", "sdar8b"),
         (["sft", "mask_rates=0.5,1"], "write (.+) for a list", "mask_rates", [0.5, 1.0]),
         (["sft", "data=a.json", "data.split=train[:5%]"], "as in (.+)", "data.split", "train[:5%]"),
         (["sft", "keep_best=(4'"], "as in (.+)", "keep_best", "(4'"),

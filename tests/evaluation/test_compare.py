@@ -57,6 +57,19 @@ def test_answers_to_the_same_problems_are_compared_problem_by_problem(tmp_path: 
     assert found["length"].error is found["length"].z is None  # each 10 tokens longer: nothing tells their spread
 
 
+def test_credit_is_compared_where_it_is_more_than_right_and_wrong(tmp_path: Path) -> None:
+    def partly(right: str, credits: Sequence[float]) -> list[GradedAnswer]:
+        return [replace(answer, credit=c) for answer, c in zip(quiz(right), credits, strict=True)]
+
+    a = evaluation(tmp_path / "a", partly("x---", (1.0, 0.0, 0.5, 0.5)), SAME)
+    b = evaluation(tmp_path / "b", partly("x---", (1.0, 0.5, 0.5, 0.5)), SAME)
+    whole = evaluation(tmp_path / "whole", partly("x---", (1.0, 0.0, 0.0, 0.0)), SAME)
+    credit = compared(a, b)["credit %"]
+    assert (credit.a, credit.b) == (50, 62.5)
+    assert credit.error == pytest.approx(100 * 0.25 / sqrt(4))  # differences 0, ½, 0, 0: s = ¼
+    assert "credit %" not in compared(whole, whole)
+
+
 def test_the_error_of_a_ratio_is_that_of_its_values_without_each_problem(tmp_path: Path) -> None:
     a = evaluation(tmp_path / "a", quiz("----", (4, 6, 9, 16)), SAME)
     b = evaluation(tmp_path / "b", quiz("----", (5, 9, 9, 12)), SAME)

@@ -43,7 +43,7 @@ def test_predictions_are_graded_in_the_order_of_their_file(here: Path) -> None:
     assert code == 0
     verdicts = [json.loads(line) for line in (here / "out/graded.jsonl").read_text().splitlines()]
     assert verdicts == [
-        {"index": line["index"], "correct": correct}
+        {"index": line["index"], "correct": correct, "credit": float(correct)}
         for line, correct in zip(lines, [True, False, True, True, False, False], strict=True)
     ]
     answers = [json.loads(line) for line in (here / "out/answers.jsonl").read_text().splitlines()]

@@ -45,7 +45,7 @@ def test_a_sweep_ends_with_a_table_a_file_and_a_picture_beside_its_directories(
     lines = end(jobs, capsys)
     assert "decoding.threshold avg@1 % 95 % length tok/step tok/fwd" in lines
     assert "0.5 25.0 ± 25.0 4.6-69.9 10 2.00 4.00" in lines and "0.9 75.0 ± 25.0 30.1-95.4 10 2.00 2.00" in lines
-    assert lines[-1] == f"{tmp_path}/run/mine-quiz-swept.csv · {tmp_path}/run/mine-quiz-swept.png"
+    assert lines[-1] == " · ".join(f"{tmp_path}/run/mine-quiz-swept.{kind}" for kind in ("csv", "json", "png"))
     with (tmp_path / "run/mine-quiz-swept.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [(line["decoding.threshold"], float(line["accuracy"])) for line in table] == [("0.5", 0.25), ("0.9", 0.75)]
@@ -71,6 +71,34 @@ def test_a_table_of_benchmarks_shows_what_is_published_and_how_far_it_is(
     assert (tmp_path / "mine-swept.csv").exists()
 
 
+def test_a_mixed_run_ends_in_the_mean_over_benchmarks_and_in_one_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    jobs = [
+        (["bench=x"], card(tmp_path / "mine-x", 1, 3, bench="x")),
+        (["bench=gym-y"], card(tmp_path / "mine-gym-y", 4, 3, bench="gym-y")),
+    ]
+    lines = end(jobs, capsys)
+    assert f"mean {(25 + 100) / 2} ± {25 / 2}" in lines
+    whole = json.loads((tmp_path / "mine-swept.json").read_text())
+    assert [(one["overrides"], one["bench"]["name"]) for one in whole["evaluations"]] == [
+        ({"bench": "x"}, "x"),
+        ({"bench": "gym-y"}, "gym-y"),
+    ]
+    mean = whole["means_over_benchmarks"]["mean"]
+    assert (mean["accuracy"], mean["standard_error"], mean["problems"]) == (0.625, 0.125, 8)
+    assert mean["length"] is mean["low"] is None
+
+
+def test_settings_that_were_not_tried_on_the_same_benchmarks_have_a_mean_each(tmp_path: Path) -> None:
+    tried = [("x", "0.5"), ("y", "0.5"), ("x", "0.9")]
+    members = [
+        Member({"bench": b, "decoding.threshold": t}, read_evaluation(card(tmp_path / f"{b}{t}", 2, 3, bench=b)))
+        for b, t in tried
+    ]
+    assert list(rows(members)) == ["x, 0.5", "y, 0.5", "x, 0.9", "0.5, mean"]
+
+
 def test_a_curve_runs_through_what_was_swept_and_not_through_models_or_benchmarks(tmp_path: Path) -> None:
     points = [("x", "0.9", 6), ("x", "0.5", 3), ("y", "0.9", 4)]
     outs = [card(tmp_path / f"{bench}{t}", 1, forwards, bench=bench) for bench, t, forwards in points]
@@ -83,7 +111,7 @@ def test_a_curve_runs_through_what_was_swept_and_not_through_models_or_benchmark
         "mine on x": [(2.0, "0.9"), (4.0, "0.5")],  # in order of speed
         "mine on y": [(3.0, "0.9")],
     }
-    assert list(rows(members)) == ["x, 0.9", "x, 0.5", "y, 0.9"]
+    assert list(rows(members)) == ["x, 0.9", "x, 0.5", "y, 0.9", "0.9, mean"]
 
 
 def test_evaluations_with_different_numbers_of_samples_share_a_table(

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dirl_cli.cli import config_tree, explain, overrides, schema
 from dirl_cli.cli.build import build
 from dirl_cli.cli.group_help import show_asked_groups, show_choices
+from dirl_cli.cli.gym_choices import name_gym_tasks
 from dirl_cli.cli.processes import check_launch, start_workers
 from dirl_cli.cli.run_dir import PATH_MODEL, model_of_run, open_run
 from dirl_cli.console import replace_unencodable
@@ -92,14 +93,18 @@ def rewrite_words(name: str, flags: Sequence[str], words: Sequence[str]) -> Hydr
     if any(word.startswith("-") for word in words):
         raise DirlError(explain.explain_options(name, words))
 
-    # `bench=all` is a sweep over its members, whose title keeps the short word.
+    # `bench=all` is a sweep over its members, whose title keeps the short word; so is a list of benchmarks.
     short_words = {word: word for word in words}
     if flags in ([], ["--multirun"]) and name != "download":
         expanded = overrides.expand_all(words, config_tree.members_of_all)
+        if name == "eval":
+            expanded = overrides.expand_list(expanded, "bench", config_tree.members_of_all)
         short_words = dict(zip(expanded, words, strict=True))
         if expanded != list(words):
             flags = ["--multirun"]
             words = expanded
+    if name == "eval":
+        words = name_gym_tasks(words)
 
     is_sweep = "--multirun" in flags
     words = overrides.rewrite(words, config_tree.choices, is_sweep)

@@ -69,6 +69,25 @@ def expand_all(words: Sequence[str], members: Callable[[str], list[str]]) -> lis
     return expanded
 
 
+def expand_list(words: Sequence[str], group: str, members: Callable[[str], list[str]]) -> list[str]:
+    """Spell `bench=[gsm8k,gym:countdown]` as the choices in it, one after another.
+
+    group: whose lists these are. members: what its `all` stands for. Raises DirlError for a list with a gap.
+    """
+    expanded = []
+    for word in words:
+        listed = re.fullmatch(rf"{group}=\[(.*)\]", word)
+        if listed and not exists(word.partition("=")[2]):  # a file's name, too, may be in brackets
+            names: list[str] = []
+            for name in split_paths(listed[1]):
+                names += members(group) if name.strip() == "all" else [name.strip()]
+            if "" in names:
+                raise DirlError(f"{word}: a name is missing: give one between any two commas, as in {group}=[a,b]")
+            word = f"{group}={','.join(dict.fromkeys(names))}"  # each once
+        expanded.append(word)
+    return expanded
+
+
 def collect_bare_words(words: Sequence[str], key: str) -> list[str]:
     """Spell the words that are no overrides as one list, the value of `key`."""
     bare = []

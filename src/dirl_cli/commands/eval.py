@@ -165,7 +165,7 @@ def grade_predictions(cfg: DictConfig, out: Path, problems: Sequence[Problem], r
     seconds = time.perf_counter() - began
     answers = [verdicts[answer.problem, answer.sample] for answer in answers]
 
-    lines = ({"index": index[answer.problem], "correct": answer.correct} for answer in answers)
+    lines = [{"index": index[answer.problem], "correct": answer.correct, "credit": answer.credit} for answer in answers]
     write_text(out / "graded.jsonl", (json.dumps(line) + "\n" for line in lines))
     write_text(out / ANSWERS, (json.dumps(asdict(answer)) + "\n" for answer in answers))
     write_json(out / SOURCE, {"problems": digests(problems)})
@@ -260,8 +260,9 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
     header = ", ".join(members[0].overrides)
     console.print(report.draw(title, rows, header, sweep.caption(members, list(rows))))
 
-    files = [folder / f"{title}.csv"]
+    files = [folder / f"{title}.csv", folder / f"{title}.json"]
     write_text(files[0], sweep.as_csv(members))
+    write_json(files[1], sweep.as_card(members))
     if curves := sweep.speed_curves(members):
         files.append(files[0].with_name(f"{title}.png"))
         scatter(curves, f"{title}: accuracy ± its standard error", "tokens per forward", files[-1])

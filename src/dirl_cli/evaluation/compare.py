@@ -31,6 +31,11 @@ def accuracy_terms(group: Sequence[GradedAnswer]) -> tuple[float, float]:
     return 100 * fmean(answer.correct for answer in group), 1
 
 
+def credit_terms(group: Sequence[GradedAnswer]) -> tuple[float, float]:
+    """As accuracy, with what is right in part; answers of earlier versions were right or wrong."""
+    return 100 * fmean(answer.correct if answer.credit is None else answer.credit for answer in group), 1
+
+
 def length_terms(group: Sequence[GradedAnswer]) -> tuple[float, float]:
     return sum(answer.length for answer in group), len(group)
 
@@ -46,8 +51,14 @@ def accuracy_from_card(card: Metrics) -> tuple[float, float | None]:
     return 100 * card.accuracy, error
 
 
+def credit_from_card(card: Metrics) -> tuple[float | None, float | None]:
+    return None if card.credit is None else 100 * card.credit, None
+
+
+CREDIT = "credit %"
 MEASURES = {
     "accuracy %": Measure(accuracy_terms, accuracy_from_card, digits=1),
+    CREDIT: Measure(credit_terms, credit_from_card, digits=1),
     "length": Measure(length_terms, lambda card: (card.length, None), digits=1),
     "tok/fwd": Measure(speed_terms, lambda card: (card.tokens_per_forward, None), digits=2),
 }
@@ -93,6 +104,8 @@ def compare(a: Evaluation, b: Evaluation, common: Sequence[str]) -> Iterator[tup
         b_value, b_error = measure.from_card(b.metrics)
         if a_value is None or b_value is None:
             continue
+        if name == CREDIT and not any(gives_parts(evaluation.metrics) for evaluation in (a, b)):
+            continue  # it would be the accuracy again
         if len(common) > 1:
             # Of each evaluation: the measure over all problems, then without each of them in turn.
             a_all, *a_without = without_each(sums_by_problem(a, common, measure))
@@ -104,6 +117,11 @@ def compare(a: Evaluation, b: Evaluation, common: Sequence[str]) -> Iterator[tup
             yield name, Difference(a_value, b_value, None)
         else:
             yield name, Difference(a_value, b_value, hypot(a_error, b_error))
+
+
+def gives_parts(metrics: Metrics) -> bool:
+    """Whether some answers were right in part."""
+    return metrics.credit is not None and metrics.credit != metrics.accuracy
 
 
 def sums_by_problem(evaluation: Evaluation, problems: Sequence[str], measure: Measure) -> list[tuple[float, float]]:

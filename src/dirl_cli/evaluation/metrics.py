@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain
-from math import comb, sqrt
+from math import comb, hypot, sqrt
 from statistics import NormalDist, fmean, stdev
 
 from dirl_cli.evaluation.answers import GradedAnswer
@@ -154,6 +154,30 @@ def mean_over_seeds(runs: Sequence[Metrics]) -> Metrics:
         low=None,
         high=None,
         credit=mean([run.credit for run in runs]),
+    )
+
+
+def mean_over_benchmarks(runs: Sequence[Metrics]) -> Metrics:
+    """Accuracy and credit of several benchmarks on average, each weighing alike, whatever its size.
+
+    The standard error is that of a mean of independent values. Lengths and speeds of different tasks have no mean that
+    says anything: they are None.
+    """
+    errors = [run.standard_error for run in runs if run.standard_error is not None]
+    credits = [run.credit for run in runs if run.credit is not None]
+    return Metrics(
+        problems=sum(run.problems for run in runs),
+        answers=sum(run.answers for run in runs),
+        accuracy=fmean(run.accuracy for run in runs),
+        standard_error=hypot(*errors) / len(runs) if len(errors) == len(runs) else None,
+        length=None,
+        truncated=None,
+        tokens_per_denoising_forward=None,
+        tokens_per_forward=None,
+        tokens_per_second=None,
+        pass_at={},
+        majority=None,
+        credit=fmean(credits) if len(credits) == len(runs) else None,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from dirl_cli.evaluation import report
-from dirl_cli.evaluation.metrics import mean_over_seeds
+from dirl_cli.evaluation.metrics import Metrics, mean_over_benchmarks, mean_over_seeds
 from dirl_cli.evaluation.result_card import Evaluation
 
 PUBLISHED = (
@@ -19,7 +19,11 @@ PUBLISHED = (
     " where our settings are theirs."
 )
 MEANS = "Of a mean of seeds, ± is its standard error over the seeds."
+OVER_BENCHMARKS = (
+    "mean: over the benchmarks, of which each weighs alike; ± is √Σs²/n, s being the standard error of each of n."
+)
 SERIES_KEYS = {"model", "model.path", "bench", "bench.path"}  # keys that a curve does not run through
+BENCH_KEYS = ("bench", "bench.path")
 
 
 class Job(Protocol):
@@ -85,9 +89,27 @@ def with_means(jobs: Sequence[J], cells: Callable[[Sequence[J]], dict[str, str]]
 
 
 def rows(sweep: Sequence[Member]) -> dict[str, dict[str, str]]:
-    """The cells of each evaluation, and of the mean of seeds, by label."""
+    """The cells of each evaluation, of the mean of seeds, and of the mean over benchmarks, by label."""
     k = report.common_k(member.evaluation.metrics for member in sweep)
-    return with_means(sweep, partial(member_cells, k=k))
+    cells = with_means(sweep, partial(member_cells, k=k))
+    for label, mean in means_over_benchmarks(sweep).items():
+        cells[label] = metric_columns(mean, k, "")
+    return cells
+
+
+def means_over_benchmarks(sweep: Sequence[Member]) -> dict[str, Metrics]:
+    """What was measured on average over the benchmarks of each setting that was tried on several, by a label."""
+    by_settings: dict[str, list[Member]] = defaultdict(list)
+    for member in sweep:
+        by_settings[member.label(*BENCH_KEYS)].append(member)
+
+    means = {}
+    for settings, members in by_settings.items():
+        names = {member.evaluation.card["bench"]["name"] for member in members}
+        if len(names) == len(members) > 1:
+            label = f"{settings}, mean" if settings else "mean"
+            means[label] = mean_over_benchmarks([member.evaluation.metrics for member in members])
+    return means
 
 
 def member_cells(members: Sequence[Member], k: str) -> dict[str, str]:
@@ -99,6 +121,11 @@ def member_cells(members: Sequence[Member], k: str) -> dict[str, str]:
         metrics = mean_over_seeds([member.evaluation.metrics for member in members])
         figure = ""
 
+    return metric_columns(metrics, k, figure)
+
+
+def metric_columns(metrics: Metrics, k: str, figure: str) -> dict[str, str]:
+    """The columns of a sweep's table. figure: what is published of the evaluation, "" for nothing."""
     # A sweep's table is wide already: two columns make room for the published figure.
     cells = {}
     for name, cell in report.metric_cells(metrics, k).items():
@@ -114,8 +141,11 @@ def caption(sweep: Sequence[Member], labels: Sequence[str]) -> str:
     lines = [report.CAPTION]
     if any("published" in member.evaluation.card for member in sweep):
         lines.append(PUBLISHED)
-    if len(labels) > len(sweep):
+    over_benchmarks = means_over_benchmarks(sweep)
+    if len(labels) > len(sweep) + len(over_benchmarks):
         lines.append(MEANS)
+    if over_benchmarks:
+        lines.append(OVER_BENCHMARKS)
     return "\n".join(lines)
 
 
@@ -138,6 +168,17 @@ def as_csv(sweep: Sequence[Member]) -> str:
         pass_at = {f"pass_at_{m}": share for m, share in metrics.pop("pass_at").items()}
         lines.append({**member.overrides, **metrics, **pass_at, "directory": member.evaluation.name})
     return csv_text(lines)
+
+
+def as_card(sweep: Sequence[Member]) -> dict[str, Any]:
+    """All of a sweep as one card: its evaluations' own cards, what sets each apart, and the means over benchmarks."""
+    evaluations = []
+    for member in sweep:
+        evaluations.append(
+            {"overrides": member.overrides, "directory": member.evaluation.name, **member.evaluation.card}
+        )
+    means = {label: asdict(metrics) for label, metrics in means_over_benchmarks(sweep).items()}
+    return {"evaluations": evaluations, "means_over_benchmarks": means}
 
 
 def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
