@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from dirl_cli.diffusion.layout import Rows, pack
-from dirl_cli.diffusion.sampling import draw_candidates, draw_fused, invert, temper
+from dirl_cli.diffusion.sampling import draw_candidates, draw_fused, draw_seed, race, temper
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.models.attention import block_mask, dense_mask
 from dirl_cli.training.logprobs import LogprobModel, linear_logprobs
@@ -22,21 +22,22 @@ VOCABULARY = 151_936
 
 
 def published_logits(n: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of the published vocabulary, a uniform number a row, and the ids that are not sampled."""
+    """Logits of the published vocabulary, a seed a row, and the ids that are not sampled."""
     generator = torch.Generator("cuda").manual_seed(0)
     logits = 3 * torch.randn(n, VOCABULARY, generator=generator, device="cuda")
-    uniform = torch.rand(n, generator=generator, device="cuda", dtype=torch.float64)
-    return logits.to(dtype), uniform, torch.arange(151_669, VOCABULARY, device="cuda")
+    one = torch.tensor(1, device="cuda")
+    seeds = draw_seed(torch.arange(n, device="cuda"), one, one)
+    return logits.to(dtype), seeds, torch.arange(151_669, VOCABULARY, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_compiled_kernels_draw_what_torch_draws_on_either_device(dtype, temperature):
-    logits, uniform, unsampled = published_logits(64, dtype)
-    found = draw_candidates(logits, uniform, temperature, 0, 1.0, "max", unsampled)
+    logits, seeds, unsampled = published_logits(64, dtype)
+    found = draw_candidates(logits, seeds, temperature, 0, 1.0, "max", unsampled)
     assert found.computed_entropy is not None  # the kernels were taken
-    on_gpu = invert(temper(logits, temperature, unsampled).softmax(-1), uniform)
-    on_cpu = draw_candidates(logits.cpu(), uniform.cpu(), temperature, 0, 1.0, "max", unsampled.cpu())
+    on_gpu = race(temper(logits, temperature, unsampled).log_softmax(-1), seeds)
+    on_cpu = draw_candidates(logits.cpu(), seeds.cpu(), temperature, 0, 1.0, "max", unsampled.cpu())
     for expected in (on_gpu.cpu(), on_cpu.tokens):
         assert (found.tokens.cpu() == expected).sum() >= 63, "rounding may tip one of 64 tokens, not two"
     same = found.tokens.cpu() == on_cpu.tokens
@@ -53,25 +54,25 @@ def test_compiled_kernels_take_the_largest_logit_the_left_one_on_a_tie():
 
 
 def test_drawing_takes_no_memory_of_the_logits_size():
-    logits, uniform, unsampled = published_logits(256)
-    draw_fused(logits, uniform, 1.0, "max", unsampled)
+    logits, seeds, unsampled = published_logits(256)
+    draw_fused(logits, seeds, 1.0, "max", unsampled)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    draw_fused(logits, uniform, 1.0, "max", unsampled)
+    draw_fused(logits, seeds, 1.0, "max", unsampled)
     assert torch.cuda.max_memory_allocated() - before < 0.02 * logits.nbytes
 
 
 def test_drawing_can_be_captured_in_a_graph():
-    logits, uniform, unsampled = published_logits(16)
-    expected = draw_fused(logits, uniform, 1.0, "entropy", unsampled)
+    logits, seeds, unsampled = published_logits(16)
+    expected = draw_fused(logits, seeds, 1.0, "entropy", unsampled)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = draw_fused(logits, uniform, 1.0, "entropy", unsampled)
+        found = draw_fused(logits, seeds, 1.0, "entropy", unsampled)
     graph.replay()
     for name in ("tokens", "logprobs", "confidence", "entropy"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
     logits.copy_(logits.roll(1, 0))
-    uniform.copy_(uniform.roll(1, 0))
+    seeds.copy_(seeds.roll(1, 0))
     graph.replay()
     assert torch.equal(found.tokens, expected.tokens.roll(1, 0))
 

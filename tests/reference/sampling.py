@@ -4,13 +4,14 @@ No cache, no batch, no stop tokens. The engines must write the same answers, fas
 vocabulary.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dirl_cli.diffusion.layout import Coordinates
-from dirl_cli.diffusion.sampling import make_candidates, request_key, temper, uniform
+from dirl_cli.diffusion.sampling import make_candidates, request_key, temper
 from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal, spread
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.models.load import DiffusionLM
@@ -80,7 +81,7 @@ def sequential_answer(
     """
     start, size = len(prompt_ids), lm.block_size
     end = -(-(start + decoding.max_new_tokens) // size) * size
-    key = torch.tensor(request_key(decoding.seed, prompt_ids, 0))
+    key = request_key(decoding.seed, prompt_ids, 0)
     sequence = [*prompt_ids, *[lm.mask_token_id] * (end - start)]
     for index, token in (hint or {}).items():
         sequence[start + index] = token
@@ -94,9 +95,45 @@ def sequential_answer(
             step += 1
             logits = last_block_logits(lm, sequence[: block_start + size])[position - block_start].double()
             logits[list(lm.unsampled_ids)] = -torch.inf
-            u = uniform(key, torch.tensor(position), torch.tensor(step))
-            probabilities = (logits / decoding.temperature).softmax(-1)
-            sequence[position] = int((probabilities.cumsum(-1) <= u).sum())
+            logprobs = (logits / decoding.temperature).log_softmax(-1)
+            sequence[position] = draw(logprobs.tolist(), mixed(mixed(key + position * GOLDEN) + step * GOLDEN))
             reveal_step[position - start] = step
 
     return sequence[start:], reveal_step
+
+
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def mixed(x: int) -> int:
+    """SplitMix64's mixing of 64 bits (Steele et al., OOPSLA 2014)."""
+    x %= 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def draw(logprobs: Sequence[float], seed: int) -> int:
+    """A token by its probability: of exponential times ÷ probabilities the first, for chunks, then in the chunk.
+
+    A chunk has 2^k tokens, 2^k the power of two at √V or below, and the probability of all its tokens. seed: its first
+    numbers are the tokens' of whichever chunk, then come the chunks'.
+    """
+
+    def time(number: int) -> float:
+        return -math.log(((mixed(seed + number * GOLDEN) >> 12) + 0.5) / 2**52)
+
+    probabilities = [math.exp(logprob) for logprob in logprobs]
+    width = 1
+    while (2 * width) ** 2 <= len(probabilities):
+        width *= 2
+    starts = range(0, len(probabilities), width)
+    arrivals = {}
+    for chunk, start in enumerate(starts):
+        mass = sum(probabilities[start : start + width])
+        arrivals[start] = time(width + chunk) / mass if mass else math.inf
+    first = min(arrivals, key=arrivals.__getitem__)
+    in_chunk = {}
+    for place, probability in enumerate(probabilities[first : first + width]):
+        in_chunk[first + place] = time(place) / probability if probability else math.inf
+    return min(in_chunk, key=in_chunk.__getitem__)

@@ -1,7 +1,8 @@
 """Drawing a token a row from logits that are read once, in Triton.
 
-Chunks of the vocabulary are summed up side by side: their largest logit, their mass, their part of the entropy. A row's
-token is then looked for in the one chunk that holds it, so that no probability is ever written to memory.
+Chunks of the vocabulary are summed up side by side: their largest logit, their mass, their part of the entropy. Then
+chunks race by their masses, and the tokens of the one that won (`sampling.race`), so that no probability is ever
+written to memory.
 
 Shapes: N rows, one a masked position; V vocabulary; C chunks of `width` logits.
 """
@@ -11,45 +12,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 4096  # logits that one program holds in its registers
+from dirl_cli.diffusion.sampling import chunk_width
+
+TILE = 4096  # logits that one program holds in its registers
 
 
 def draw_rows(
-    logits: Tensor, uniform: Tensor | None, temperature: float, unsampled_ids: Tensor, chunk: int = CHUNK
+    logits: Tensor, seeds: Tensor | None, temperature: float, unsampled_ids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw a token a row; returns it, its log-prob, the likeliest token's log-prob and the entropy, all (N,), in nats.
 
-    logits: (N, V), each row contiguous. uniform: (N,) in [0, 1); None takes the largest logit, the left one on a tie.
+    logits: (N, V), each row contiguous. seeds: (N,) int64; None takes the largest logit, the left one on a tie.
     temperature: 0 counts as 1. unsampled_ids are never drawn and in no probability.
     """
     n, vocabulary = logits.shape
-    chunks = triton.cdiv(vocabulary, chunk)
+    width = chunk_width(vocabulary)
+    chunks = triton.cdiv(vocabulary, width)
+    in_tile = max(TILE // width, 1)  # chunks
     allowed = torch.ones(vocabulary, dtype=torch.bool, device=logits.device).index_fill_(0, unsampled_ids, False)
     size = (logits.stride(0), vocabulary, temperature or 1.0)
 
     # First every chunk of every row by itself, then each row from its chunks' sums.
     peaks, masses, moments = torch.empty(3, n, chunks, device=logits.device)
-    _sum_up[(n, chunks)](logits, allowed, peaks, masses, moments, *size, width=chunk, num_warps=8)
+    sums = (peaks, masses, moments)
+    tiles = triton.cdiv(chunks, in_tile)
+    _sum_up[(n, tiles)](logits, allowed, *sums, *size, chunks, in_tile=in_tile, width=width, num_warps=8)
 
     tokens = torch.empty(n, dtype=torch.long, device=logits.device)
     logprobs, likeliest, entropies = torch.empty(3, n, device=logits.device)
     _draw[(n,)](
         logits,
         allowed,
-        logits if uniform is None else uniform,  # greedy drawing does not read it
-        peaks,
-        masses,
-        moments,
+        tokens if seeds is None else seeds,  # greedy drawing does not read it
+        *sums,
         tokens,
         logprobs,
         likeliest,
         entropies,
         *size,
         chunks,
-        greedy=uniform is None,
-        num_warps=8,
-        width=chunk,
+        greedy=seeds is None,
+        width=width,
         lanes=triton.next_power_of_2(chunks),
+        num_warps=4,
     )
     return tokens, logprobs, likeliest, entropies
 
@@ -63,31 +68,66 @@ def _tempered(logits, allowed, row, ids, stride, vocabulary, temperature):
 
 
 @triton.jit
-def _sum_up(logits, allowed, peaks, masses, moments, stride, vocabulary, temperature, width: tl.constexpr):
-    """Sums of one chunk of one row: its largest logit m, Σ exp(x - m), and Σ exp(x - m) (x - m)."""
-    row, chunk = tl.program_id(0), tl.program_id(1)
-    x = _tempered(logits, allowed, row, chunk * width + tl.arange(0, width), stride, vocabulary, temperature)
-    peak = tl.max(x, 0)
-    below = tl.where(x > -float("inf"), x - peak, 0)  # a chunk may hold nothing that is sampled
+def _sum_up(
+    logits,
+    allowed,
+    peaks,
+    masses,
+    moments,
+    stride,
+    vocabulary,
+    temperature,
+    chunks,
+    in_tile: tl.constexpr,
+    width: tl.constexpr,
+):
+    """Sums of some chunks of one row: the largest logit m of each, Σ exp(x - m), and Σ exp(x - m) (x - m)."""
+    row = tl.program_id(0)
+    chunk = tl.program_id(1) * in_tile + tl.arange(0, in_tile)
+    ids = chunk[:, None] * width + tl.arange(0, width)[None, :]
+    x = _tempered(logits, allowed, row, ids, stride, vocabulary, temperature)  # (in_tile, width)
+    peak = tl.max(x, 1)
+    below = tl.where(x > -float("inf"), x - peak[:, None], 0)  # a chunk may hold nothing that is sampled
     mass = tl.where(x > -float("inf"), tl.exp(below), 0)
-    at = row * tl.num_programs(1) + chunk
-    tl.store(peaks + at, peak)
-    tl.store(masses + at, tl.sum(mass, 0))
-    tl.store(moments + at, tl.sum(mass * below, 0))
+    at = row * chunks + chunk
+    inside = chunk < chunks
+    tl.store(peaks + at, peak, mask=inside)
+    tl.store(masses + at, tl.sum(mass, 1), mask=inside)
+    tl.store(moments + at, tl.sum(mass * below, 1), mask=inside)
 
 
 @triton.jit
-def _first(indices, is_match, is_possible, end: tl.constexpr):
-    """The first index that matches, or where rounding lets none match the last possible one."""
-    first = tl.min(tl.where(is_match & is_possible, indices, end), 0)
-    return tl.where(first < end, first, tl.max(tl.where(is_possible, indices, 0), 0))
+def _first(indices, is_match, end: tl.constexpr):
+    """The first index that matches."""
+    return tl.min(tl.where(is_match, indices, end), 0)
+
+
+@triton.jit
+def _shift(x, bits: tl.constexpr):
+    """A logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@triton.jit
+def _mix(x):
+    """See `sampling._mix`."""
+    x = (x ^ _shift(x, 30)) * -4658895280553007687
+    x = (x ^ _shift(x, 27)) * -7723592293110705685
+    return x ^ _shift(x, 31)
+
+
+@triton.jit
+def _exponential(seed, number):
+    """See `sampling.exponential`."""
+    x = _mix(seed + number.to(tl.int64) * -7046029254386353131)
+    return -tl.log((_shift(x, 12).to(tl.float64) + 0.5) * 2.220446049250313e-16)  # 2⁻⁵²
 
 
 @triton.jit
 def _draw(
     logits,
     allowed,
-    uniform,
+    seeds,
     peaks,
     masses,
     moments,
@@ -103,7 +143,7 @@ def _draw(
     width: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """Draw one row's token: first the chunk in which the cumulative mass passes `uniform`, then the token inside it."""
+    """Draw one row's token: first its chunk, then the token inside it."""
     row = tl.program_id(0)
 
     # The chunks' sums, brought from each chunk's largest logit to the row's.
@@ -115,29 +155,29 @@ def _draw(
     highest = tl.max(peak, 0)
     below = tl.where(mass > 0, peak - highest, 0)
     scale = tl.where(mass > 0, tl.exp(below), 0)
-    weight = (mass * scale).to(tl.float64)
+    weight = mass * scale
     total = tl.sum(weight, 0)
-    log_total = tl.log(total.to(tl.float32))
+    log_total = tl.log(total)
 
     if greedy:
-        chunk = _first(lane, peak == highest, inside, lanes)
+        chunk = _first(lane, peak == highest, lanes)
     else:
-        target = tl.load(uniform + row).to(tl.float64) * total
-        chunk = _first(lane, tl.cumsum(weight, 0) > target, weight > 0, lanes)
+        seed = tl.load(seeds + row)
+        speed = weight / _exponential(seed, width + lane)
+        chunk = _first(lane, speed == tl.max(speed, 0), lanes)
 
-    ids = tl.arange(0, width)
-    x = _tempered(logits, allowed, row, chunk * width + ids, stride, vocabulary, temperature)
-    likely = x > -float("inf")
+    place = tl.arange(0, width)
+    x = _tempered(logits, allowed, row, chunk * width + place, stride, vocabulary, temperature)
     if greedy:
-        token = _first(ids, x == tl.max(x, 0), likely, width)
+        token = _first(place, x == tl.max(x, 0), width)
     else:
-        target_in_chunk = target - tl.sum(tl.where(lane < chunk, weight, 0), 0)
-        probability = tl.where(likely, tl.exp(x - highest), 0).to(tl.float64)
-        token = _first(ids, tl.cumsum(probability, 0) > target_in_chunk, probability > 0, width)
+        speed = tl.exp(x - highest) / _exponential(seed, place)
+        token = _first(place, speed == tl.max(speed, 0), width)
 
-    drawn = tl.sum(tl.where(ids == token, x, 0), 0)
-    tl.store(tokens + row, (chunk * width + token).to(tl.int64))
+    drawn = tl.sum(tl.where(place == token, x, 0), 0)  # its logit
+    token = tl.minimum(chunk * width + token, vocabulary - 1)  # where a logit is not a number nothing matches
+    tl.store(tokens + row, token.to(tl.int64))
     tl.store(logprobs + row, drawn - highest - log_total)
     tl.store(likeliest + row, -log_total)
-    mean_below = tl.sum(scale * (moment + mass * below), 0) / total.to(tl.float32)  # E[x] - the largest logit
+    mean_below = tl.sum(scale * (moment + mass * below), 0) / total  # E[x] - the largest logit
     tl.store(entropies + row, log_total - mean_below)

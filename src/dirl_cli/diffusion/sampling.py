@@ -4,12 +4,15 @@ Shapes: N masked positions, V vocabulary.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+GOLDEN = -7046029254386353131  # SplitMix64's step from number to number, as the int64 of the same bits
 
 
 def temper(logits: Tensor, temperature: float, unsampled_ids: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ class Candidates:
 
 def draw_candidates(
     logits: Tensor,
-    uniform: Tensor | None,
+    seeds: Tensor | None,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -80,32 +83,29 @@ def draw_candidates(
 ) -> Candidates:
     """Draw one candidate a position; its confidence is taken after temperature and before top-k and top-p.
 
-    logits: (N, V). uniform: (N,) in [0, 1), the only randomness, which temperature 0 does without. confidence:
+    logits: (N, V). seeds: (N,) from `draw_seed`, the only randomness, which temperature 0 does without. confidence:
     sampled, max, or entropy, the latter as exp(-entropy), which like the others lies in (0, 1].
-
-    A token is where the cumulative distribution passes its position's one number, so that a CPU and a GPU draw the
-    same but for rounding; the largest of logits with Gumbel noise would take V numbers of one generator on both.
     """
-    is_greedy = uniform is None or temperature == 0
+    is_greedy = seeds is None or temperature == 0
 
     # The kernel reads the logits once; truncation has to sort them.
     if logits.is_cuda and (is_greedy or (top_k == 0 and top_p == 1)):
-        return draw_fused(logits, None if is_greedy else uniform, temperature, confidence, unsampled_ids)
+        return draw_fused(logits, None if is_greedy else seeds, temperature, confidence, unsampled_ids)
 
     logprobs = temper(logits, temperature, unsampled_ids).log_softmax(-1)
-    if uniform is None or temperature == 0:
+    if seeds is None or temperature == 0:
         return make_candidates(logprobs, logprobs, logprobs.argmax(-1), confidence)
     truncated_logprobs = truncated(logprobs, top_k, top_p)
-    return make_candidates(logprobs, truncated_logprobs, invert(truncated_logprobs.exp(), uniform), confidence)
+    return make_candidates(logprobs, truncated_logprobs, race(truncated_logprobs, seeds), confidence)
 
 
 def draw_fused(
-    logits: Tensor, uniform: Tensor | None, temperature: float, confidence: str, unsampled_ids: Tensor
+    logits: Tensor, seeds: Tensor | None, temperature: float, confidence: str, unsampled_ids: Tensor
 ) -> Candidates:
-    """`draw_candidates` without truncation, in one pass over the logits; uniform: None takes the likeliest token."""
+    """`draw_candidates` without truncation, in one pass over the logits; seeds: None takes the likeliest token."""
     from dirl_cli.diffusion.kernels import draw_rows  # Triton, which torch brings along for CUDA
 
-    tokens, logprobs, likeliest, entropies = draw_rows(logits, uniform, temperature, unsampled_ids)
+    tokens, logprobs, likeliest, entropies = draw_rows(logits, seeds, temperature, unsampled_ids)
     log_confidence = {"sampled": logprobs, "max": likeliest, "entropy": -entropies}[confidence]
 
     def log_distribution() -> Tensor:
@@ -136,14 +136,34 @@ def make_candidates(logprobs: Tensor, truncated_logprobs: Tensor, tokens: Tensor
     return Candidates(tokens, truncated_logprobs.gather(-1, ids).squeeze(-1), certainty, lambda: logprobs)
 
 
-def invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The token (N,) at which the cumulative distribution passes `uniform`. probabilities: (N, V); uniform: (N,)."""
-    # In fp64: rounding in a long fp32 sum would decide which token is passed.
-    cumulative = probabilities.to(torch.float64, copy=True).cumsum_(-1)
-    total = cumulative[:, -1:]
-    below_total = torch.nextafter(total, torch.zeros_like(total))  # a product that rounds up would find no token
-    target = torch.minimum(uniform[:, None] * total, below_total)
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+def race(logprobs: Tensor, seeds: Tensor) -> Tensor:
+    """A token of each row, drawn by its probability: the winner of a race. logprobs: (N, V). seeds: (N,).
+
+    Each would arrive after an exponential time ÷ its probability, and the first is drawn, as by the largest logit with
+    Gumbel noise. Logits that another batch rounds otherwise change the winner of a close race only, where the sum of
+    the probabilities before a token moves with the rounding of all (benchmarks/draws.py).
+
+    Not V times are drawn a row, but about 2 √V: first chunks of the vocabulary race, by what their tokens'
+    probabilities sum up to, then the tokens of the chunk that won.
+    """
+    n, vocabulary = logprobs.shape
+    width = chunk_width(vocabulary)
+    chunks = -(-vocabulary // width)
+    probabilities = logprobs.new_empty(n, chunks * width)
+    torch.exp(logprobs, out=probabilities[:, :vocabulary])
+    probabilities[:, vocabulary:] = 0
+    probabilities = probabilities.unflatten(1, (chunks, width))
+
+    # A seed's first numbers are those of a chunk's tokens, and then comes one for each chunk.
+    times = exponential(seeds[:, None], torch.arange(width + chunks, device=seeds.device))
+    winner = (probabilities.sum(-1) / times[:, width:]).argmax(-1)
+    in_winner = probabilities.gather(1, winner[:, None, None].expand(-1, 1, width)).squeeze(1)
+    return winner * width + (in_winner / times[:, :width]).argmax(-1)
+
+
+def chunk_width(vocabulary: int) -> int:
+    """The tokens of a chunk, on every device: the power of two at √V or below, with which a race needs few numbers."""
+    return 1 << (math.isqrt(vocabulary).bit_length() - 1)
 
 
 def request_key(seed: int, prompt_ids: list[int], sample: int) -> int:
@@ -152,13 +172,22 @@ def request_key(seed: int, prompt_ids: list[int], sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
-def uniform(key: Tensor, position: Tensor, step: Tensor) -> Tensor:
-    """Numbers in [0, 1) that depend on nothing but their arguments, so that a batch cannot change an answer.
+def draw_seed(key: Tensor, position: Tensor, step: Tensor) -> Tensor:
+    """The seed of one draw: it depends on nothing but its arguments, so that a batch cannot change an answer.
 
-    key, position, step: int64, broadcastable. Mixing as in SplitMix64 (Steele et al., OOPSLA 2014).
+    key: `request_key`. All int64, broadcastable.
     """
-    mixed = _mix(_mix(key + position * -7046029254386353131) + step * -7046029254386353131)
-    return _shift(mixed, 11).double() * 2.0**-53
+    return _mix(_mix(key + position * GOLDEN) + step * GOLDEN)
+
+
+def exponential(seed: Tensor, number: Tensor) -> Tensor:
+    """The `number`-th of a seed's numbers of exponential distribution and mean 1, in fp64; int64, broadcastable.
+
+    Their bits are those of SplitMix64 (Steele et al., OOPSLA 2014), the same on every device.
+    """
+    bits = _shift(_mix(seed + number * GOLDEN), 12)
+    middle = bits.double().add_(0.5).mul_(2.0**-52)  # of 52 bits, so that neither end of (0, 1) is reached
+    return middle.log_().neg_()
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from lmdeploy.pytorch.strategies.dllm.sampling import DLLMSamplingStrategy
 from lmdeploy.pytorch.strategies.dllm.sequence import DLLMSequenceStrategy, SchedulerSequenceDLLM
 from torch import Tensor
 
-from dirl_cli.diffusion.sampling import draw_candidates, uniform
+from dirl_cli.diffusion.sampling import draw_candidates, draw_seed
 from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Decoding
@@ -138,10 +138,10 @@ class UnmaskingAgent(DLLMModelAgentStrategy):
         step = self._step(inputs, sampling, is_cached.squeeze(1))
         start = inputs.history_lengths + inputs.seq_length - size
         position = start[:, None] + torch.arange(size, device=input_ids.device)
-        noise = uniform(sampling.random_seeds[:, None], position, step[:, None]).flatten()
+        seeds = draw_seed(sampling.random_seeds[:, None], position, step[:, None]).flatten()
         drawn = draw_candidates(
             logits,
-            noise if options.temperature else None,
+            seeds if options.temperature else None,
             options.temperature,
             options.top_k,
             options.top_p,

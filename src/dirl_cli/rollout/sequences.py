@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dirl_cli.diffusion.sampling import draw_candidates, uniform
+from dirl_cli.diffusion.sampling import draw_candidates, draw_seed
 from dirl_cli.diffusion.unmasking import BUILT_IN, State, find_strategy, quota, reveal, spread
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.sampler import Hint
@@ -84,12 +84,12 @@ class Unmasker:
 
         # `count` comes from the host: asking the device how many are masked would wait for it.
         masked_index = masked.flatten().nonzero_static(size=count, fill_value=0)[:, 0]  # (count,)
-        noise = None
+        seeds = None
         if options.temperature:
-            noise = uniform(key[:, None], position, step[:, None]).flatten()[masked_index]
+            seeds = draw_seed(key[:, None], position, step[:, None]).flatten()[masked_index]
         drawn = draw_candidates(
             self.head(hidden[masked_index]),
-            noise,
+            seeds,
             options.temperature,
             options.top_k,
             options.top_p,
