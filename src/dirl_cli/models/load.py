@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merge_adapter
+from dirl_cli.models.experts import choose_experts
 from dirl_cli.models.model_directory import ModelDirectory
 from dirl_cli.models.save import save_published
 from dirl_cli.ranges import ATTENTIONS, DEVICES, DTYPES, Count, Natural
@@ -120,6 +121,7 @@ class SavedModel:
         if self.adapter:
             model = merge_adapter(model, self.adapter)
         torch.nn.Module.to(model, device).eval()
+        choose_experts(model)
         require_finite(model)
         return diffusion_lm(model, stored.tokenizer(directory), block_size, mask_id)
 

@@ -23,15 +23,16 @@ def inference_model(model: PreTrainedModel, attention: str | None = None) -> Pre
 
 
 def cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A second model as autocast would run it, its linear layers' weights cast once to `dtype`.
+    """A second model as autocast would run it, the weights of its linear layers and experts cast once to `dtype`.
 
     All other tensors share their storage with the first. `recast` follows changes of the first.
     """
     casts = {}
     with torch.inference_mode(False), torch.no_grad():  # `recast` writes to them outside too
         for layer in model.modules():
-            if isinstance(layer, nn.Linear) and layer.weight.dtype.itemsize > dtype.itemsize:
-                casts[id(layer.weight)] = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+            for weight in multiplied_weights(layer):
+                if weight.dtype.itemsize > dtype.itemsize:
+                    casts[id(weight)] = nn.Parameter(weight.to(dtype), requires_grad=False)
 
     # As in `inference_model`, deepcopy shares what is in its memo; of a weight that was cast it finds the cast there.
     # The embedding is shared as a module, since its weight may be the head's too.
@@ -39,6 +40,13 @@ def cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTraine
     embedding = model.get_input_embeddings()
     second = copy.deepcopy(model, {**shared, **casts, id(embedding): embedding})
     return second.eval()
+
+
+def multiplied_weights(layer: nn.Module) -> list[torch.Tensor]:
+    """The weights of a linear layer or of the experts of a mixture, whose products autocast casts."""
+    if isinstance(layer, nn.Linear):
+        return [layer.weight]
+    return [parameter for parameter in layer.parameters(recurse=False) if parameter.ndim == 3]  # an expert each
 
 
 @torch.no_grad()

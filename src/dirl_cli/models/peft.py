@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dirl_cli.errors import DirlError, did_you_mean, pip_install
 from dirl_cli.files import atomic_directory
+from dirl_cli.models.experts import choose_experts
 from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.models.low_precision import inference_model
 from dirl_cli.ranges import Count, Seed, ShareBelowOne
@@ -150,6 +151,7 @@ class LoraFinetune:
             lm.model.config._attn_implementation = pick_attention(attention, device)
             pack_into_4_bits(lm.model)
             nn.Module.to(lm.model, device)
+            choose_experts(lm.model)
         else:
             lm = model.load(base_dtype, device, attention)
         self.adapt(lm.model)

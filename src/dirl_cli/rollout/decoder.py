@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
+from dirl_cli.models.experts import choose_experts
 from dirl_cli.models.joined_weights import can_join, join
 from dirl_cli.models.kv_cache import SLOTS, Attend, KVCache
 from dirl_cli.models.low_precision import inference_model
@@ -81,7 +82,9 @@ class ModelDecoder:
     def __init__(self, model: PreTrainedModel, products: Products = "auto") -> None:
         self.model = model
         self.head = head_of(model, products)
-        self._decoder = inference_model(model, SLOTS).get_decoder()
+        second = inference_model(model, SLOTS)
+        choose_experts(second)
+        self._decoder = second.get_decoder()
 
     def __call__(self, cache: KVCache, token_ids: Tensor, position: Tensor, index: Tensor, attend: Attend) -> Tensor:
         """See `Decoder.__call__`."""
@@ -150,8 +153,10 @@ class JoinedDecoder:
         self.model = model
         self.head = head_of(model, products)
         self._functions = functions
-        # In evaluation mode: experts are called as the modules that they are.
-        decoder: Any = inference_model(model).get_decoder()
+        # In evaluation mode: experts are called as the modules that they are, and may be captured in a graph.
+        second = inference_model(model)
+        choose_experts(second)
+        decoder: Any = second.get_decoder()
         self._embedding = decoder.embed_tokens.weight.detach()
         self._rotary = decoder.rotary_emb
         self._norm = norm_of(decoder.norm)
