@@ -23,6 +23,7 @@ from dirl_cli.models.load import (
     MASK_NAMES,
     DiffusionLM,
     diffusion_lm,
+    fitting_attention,
     pick_attention,
     pick_device,
     pick_dtype,
@@ -68,6 +69,7 @@ class FromCausal:
         stored = ModelDirectory(self.path)
         directory = stored.directory()
         config = stored.config(directory, pick_attention(attention, device))
+        config._attn_implementation = fitting_attention(config, config._attn_implementation, device)
         if getattr(config, "mask_token_id", None) is not None:
             raise DirlError(f"{self.path} is a diffusion model already: give it as model={self.path}")
         if is_windowed(config):

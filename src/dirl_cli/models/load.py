@@ -18,6 +18,7 @@ from dirl_cli.models.save import save_published
 from dirl_cli.ranges import ATTENTIONS, DEVICES, DTYPES, Count, Natural
 from dirl_cli.types import Decoding
 
+LEAST_HEAD = 16  # values of an attention head that FlexAttention computes on a GPU
 DEFAULT_BLOCK_SIZE = 4  # published configurations may name neither
 DEFAULT_MASK_TOKEN_ID = 151669
 MASK_NAMES = ("<|MASK|>", "<MASK>", "<|mask|>", "<mask>")  # a tokenizer's files may hold more than one
@@ -117,6 +118,7 @@ class SavedModel:
 
         # Before the weights, so that what is wrong with it is told in a moment.
         block_size, mask_id = self.block_and_mask(config)
+        config._attn_implementation = fitting_attention(config, attention, device)
         model = stored.model(directory, config, pick_dtype(dtype, device))
         if self.adapter:
             model = merge_adapter(model, self.adapter)
@@ -301,3 +303,14 @@ def pick_attention(attention: str, device: str) -> str:
     if attention not in by_name:
         raise DirlError(f"attention={attention}: {ATTENTIONS.hint(attention)}")
     return by_name[attention]
+
+
+def fitting_attention(config: PreTrainedConfig, attention: str, device: str) -> str:
+    """The attention of a model as it is loaded: `attention`, or SDPA where a GPU's FlexAttention wants larger heads.
+
+    attention: transformers' name.
+    """
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if attention == "flex_attention" and device.startswith("cuda") and size < LEAST_HEAD:
+        return "sdpa"
+    return attention

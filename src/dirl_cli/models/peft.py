@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from dirl_cli.errors import DirlError, did_you_mean, pip_install
 from dirl_cli.files import atomic_directory
 from dirl_cli.models.experts import choose_experts
-from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
+from dirl_cli.models.load import DiffusionLM, fitting_attention, pick_attention, pick_dtype
 from dirl_cli.models.low_precision import inference_model
 from dirl_cli.ranges import Count, Seed, ShareBelowOne
 from dirl_cli.types import SHARDED_LAUNCHES
@@ -148,7 +148,8 @@ class LoraFinetune:
         if self.four_bit:
             # On the way to the device layers are packed one by one, so that it never holds all of the model unpacked.
             lm = model.load(base_dtype, "cpu", attention)
-            lm.model.config._attn_implementation = pick_attention(attention, device)
+            config = lm.model.config
+            config._attn_implementation = fitting_attention(config, pick_attention(attention, device), device)
             pack_into_4_bits(lm.model)
             nn.Module.to(lm.model, device)
             choose_experts(lm.model)

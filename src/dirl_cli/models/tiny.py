@@ -9,7 +9,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from dirl_cli.errors import DirlError
-from dirl_cli.models.load import DiffusionLM, diffusion_lm, pick_attention, pick_device, pick_dtype
+from dirl_cli.models.load import (
+    DiffusionLM,
+    diffusion_lm,
+    fitting_attention,
+    pick_attention,
+    pick_device,
+    pick_dtype,
+)
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.ranges import Count, Seed
 
@@ -56,7 +63,7 @@ class Tiny:
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
         )
-        config._attn_implementation = pick_attention(attention, device)
+        config._attn_implementation = fitting_attention(config, pick_attention(attention, device), device)
 
         # The caller's random numbers stay where they are, so that a run does not depend on how its model was made.
         with torch.random.fork_rng(devices=[]):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
+from dirl_cli.models.load import DiffusionLM, pick_dtype
 from dirl_cli.plan.architecture import architecture
 from dirl_cli.plan.budget import Budget, Machine, Settings, halvings
 from dirl_cli.plan.devices import LMDEPLOY, NATIVE, Device
-from dirl_cli.plan.forecast import LEAST, rollout_phase, with_answer
+from dirl_cli.plan.forecast import LEAST, attends_densely, rollout_phase, with_answer
 from dirl_cli.plan.memory import Bytes, Memory
 from dirl_cli.plan.time import Answers, Assumptions, TimePlan, describe_answers, is_most, mean_steps, sampling_seconds
 from dirl_cli.rollout.engines import Engine, Lmdeploy, Native
@@ -48,7 +48,7 @@ def eval_budget(
     memory = Memory(
         replace(architecture(lm.model.config, NoOptim(), dtype=dtype), trained=0),
         bf16=dtype == torch.bfloat16,
-        dense=pick_attention(machine.attention, machine.kind) == "sdpa",
+        dense=attends_densely(lm, machine),
         cuda=machine.kind == "cuda",
     )
     forecast = EvalForecast(lm, machine, memory, engine, decoding, prompts, samples, assumptions)

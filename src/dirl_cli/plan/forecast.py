@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from dirl_cli.diffusion.layout import Strip
-from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
+from dirl_cli.models.load import DiffusionLM, fitting_attention, pick_attention, pick_dtype
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.plan.architecture import architecture
 from dirl_cli.plan.budget import Budget, Machine, Settings, halvings
@@ -129,7 +129,7 @@ class MemoryByPeft:
         return Memory(
             architecture(self.setup.lm.model.config, self.setup.optim, peft, base_dtype),
             bf16=pick_dtype(machine.dtype, machine.kind) == torch.bfloat16,
-            dense=pick_attention(machine.attention, machine.kind) == "sdpa",
+            dense=attends_densely(self.setup.lm, machine),
             reference=self.reference,
             reference_moves=self.reference_moves,
             teacher=self.teacher,
@@ -144,6 +144,12 @@ def processes(settings: Settings, machine: Machine) -> int:
 
 
 # The phases of a run
+
+
+def attends_densely(lm: DiffusionLM, machine: Machine) -> bool:
+    """Whether attention takes a dense mask."""
+    attention = pick_attention(machine.attention, machine.kind)
+    return fitting_attention(lm.model.config, attention, machine.kind) == "sdpa"
 
 
 def loading_phase(memory: Memory) -> dict[str, Bytes]:
@@ -240,7 +246,7 @@ def update_knobs(settings: Settings, batch: MicroBatch) -> dict[str, Sequence[An
     """What makes an update smaller, the result the same: fewer rows, less kept of each layer, shorter rows."""
     return {
         "micro_rows": halvings(batch.rows, 1),
-        "gradient_checkpointing": [] if settings["gradient_checkpointing"] else [True],
+        "gradient_checkpointing": [] if settings["gradient_checkpointing"] is True else [True],
         "row_tokens": halvings(settings["row_tokens"], LEAST),
     }
 
