@@ -67,26 +67,28 @@ class Range:
 
 
 class OneOf:
-    """The words that a setting may be.
+    """The words that a setting may be, true and false among them where they are given.
 
     pattern: a regular expression of further ones. meant: the word that is meant by one that looks more like another,
     as `gpu` looks like `cpu`.
     """
 
-    def __init__(self, *words: str, pattern: str = "", meant: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *words: str | bool, pattern: str = "", meant: Mapping[str, str] | None = None) -> None:
         self.words = words
         self.pattern = pattern
         self.meant = meant or {}
 
-    def holds(self, word: str) -> bool:
+    def holds(self, word: str | bool) -> bool:
         """Whether the setting may be this word."""
-        return word in self.words or bool(self.pattern and re.fullmatch(self.pattern, word))
+        if any(word == one and type(word) is type(one) for one in self.words):
+            return True
+        return isinstance(word, str) and bool(self.pattern and re.fullmatch(self.pattern, word))
 
     def hint(self, word: str) -> str:
         """Which word was probably meant, to append to an error."""
         if word in self.meant:
             return f"did you mean {self.meant[word]}?"
-        return did_you_mean(word, self.words)
+        return did_you_mean(word, map(format_value, self.words))
 
 
 Count = Annotated[int, Range(at_least=1)]
@@ -104,9 +106,13 @@ ShareOrCount = Annotated[float, Range(at_least=0, whole_from_one=True)]
 DEVICES = OneOf("auto", "cpu", "cuda", pattern=r"cuda:\d+", meant={"gpu": "cuda"})
 DTYPES = OneOf("auto", "float32", "bfloat16")
 ATTENTIONS = OneOf("auto", "sdpa", "flex")
+COMPILING = OneOf("auto", True, False)
+CHECKPOINTING = OneOf(False, True, "attention")
 Device = Annotated[str, DEVICES]
 Dtype = Annotated[str, DTYPES]
 Attention = Annotated[str, ATTENTIONS]
+Compiling = Annotated[Any, COMPILING]
+Checkpointing = Annotated[Any, CHECKPOINTING]
 
 
 def require(value: object, hint: Any, key: str = "") -> None:
@@ -194,7 +200,7 @@ def describe_type(hint: Any) -> str:
         noun = "whole number" if get_args(inner)[0] is int else "number"
         return limit.describe(noun)
     if isinstance(limit, OneOf):
-        return f"one of {', '.join(limit.words)}"
+        return f"one of {', '.join(map(format_value, limit.words))}"
     if get_origin(inner) in (list, tuple):
         count = f" of {required_length(inner)}" if required_length(inner) else ""
         return f"a list{count}, each item {describe_type(get_args(inner)[0])}"

@@ -29,6 +29,7 @@ from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.storage import Record
 from dirl_cli.sft.batches import Noise
 from dirl_cli.sft.validation import cross_entropy
+from dirl_cli.training.layers import Checkpointing, checkpoint_layers
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, Optim
 from dirl_cli.training.parallel import start_accelerator
@@ -122,7 +123,7 @@ class Trial:
     dtype: str = "float32"
     device: str = "cpu"
     optim: Optim = ADAMW
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     beta: float = 0.0
     critic: str = "none"
     top_p: float = 1.0
@@ -159,8 +160,7 @@ class Trial:
         }
 
     def trainer(self, lm: DiffusionLM, decoding: Decoding | None = None) -> Trainer:
-        if self.checkpointing:
-            lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(lm.model, self.checkpointing)
         scorer = LogprobModel(lm.model, lm.unsampled_ids if decoding else (), decoding)
         accelerator = start_accelerator(self.device, self.dtype)
         return Trainer(accelerator, scorer, self.optim.build(lm.model), lambda step: 1.0, 1.0)

@@ -45,7 +45,7 @@ BIG_GPU = Machine("cuda", "auto", "auto", gpus=1, memory_gb=80)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "attention"])
 @pytest.mark.parametrize("micro_rows", [1, 2])
 def test_fine_tuning_takes_the_bytes_that_were_planned(dtype, checkpointing, micro_rows):
     trial = Trial(GROUPED, dtype, checkpointing=checkpointing, micro_rows=micro_rows)

@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import (
     Attention,
+    Checkpointing,
+    Compiling,
     Count,
     Device,
     Dtype,
@@ -81,7 +83,8 @@ class TrainConfig(RunConfig):
     steps: Count
     row_tokens: Count
     micro_rows: Count | None
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
+    compile: Compiling
     clip_norm: Limit
     max_skipped: Natural
     skip_norm: Limit

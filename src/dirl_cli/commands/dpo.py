@@ -12,6 +12,7 @@ from torch import nn
 from dirl_cli.commands.dpo_parts import DpoParts, build_dpo_parts, require_pairs
 from dirl_cli.commands.pair_data import PairData, preview, read_pairs
 from dirl_cli.commands.start import (
+    compile_as_asked,
     is_finished,
     join_processes,
     leave_model,
@@ -172,6 +173,7 @@ def open_training(
     }
     # The reference is made before processes share the parameters, and before a checkpoint changes them.
     reference = reference_model(parts.peft.reference(lm), parts.decoding)
+    compile_as_asked(cfg, reference.model)
     trainer = Trainer(
         accelerator,
         LogprobModel(lm.model, lm.unsampled_ids, parts.decoding),

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from dirl_cli.commands.problems import Pools
 from dirl_cli.commands.rl_parts import RlParts
-from dirl_cli.commands.start import shapes_of
+from dirl_cli.commands.start import compile_as_asked, shapes_of
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM, SavedModel
 from dirl_cli.models.peft import FullFinetune
@@ -85,12 +85,14 @@ def start_reference(cfg: DictConfig, parts: RlParts, lm: DiffusionLM, inference_
     if objective.other_teacher:
         teacher = SavedModel("teacher", objective.other_teacher).load(cfg.dtype, str(lm.device), cfg.attention)
         teacher.model.requires_grad_(False)
-        return reference_model(teacher, parts.decoding)
-    if objective.beta and objective.reference_every:
-        return reference_model(FullFinetune().reference(inference_lm), parts.decoding)
-    if objective.beta:
-        return reference_model(parts.peft.reference(lm), parts.decoding)
-    return None
+    elif objective.beta and objective.reference_every:
+        teacher = FullFinetune().reference(inference_lm)
+    elif objective.beta:
+        teacher = parts.peft.reference(lm)
+    else:
+        return None
+    compile_as_asked(cfg, teacher.model)
+    return reference_model(teacher, parts.decoding)
 
 
 def teacher_prompt_of(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> TeacherPrompt | None:
@@ -151,6 +153,8 @@ def start_critic(
 ) -> Critic:
     """The critic of a policy that has not learned yet, which takes a step with every one of the policy's."""
     model = settings.model(lm)
+    if settings.separate:
+        compile_as_asked(cfg, model.decoder)
     optimizers = [settings.optimizer(model)]
     trainer = Trainer(
         accelerator, model, optimizers, schedule, cfg.clip_norm, cfg.max_skipped, cfg.skip_norm, rate="critic.lr"

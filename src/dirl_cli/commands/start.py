@@ -11,9 +11,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
 
 from dirl_cli.cli.build import build, build_choice
-from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.load import LEAST_HEAD, DiffusionLM, pick_attention
 from dirl_cli.models.peft import ModelSource, Peft
 from dirl_cli.models.shapes import outline, shapes
 from dirl_cli.plan.budget import Budget, Machine
@@ -26,6 +27,7 @@ from dirl_cli.report.progress import StepProgress
 from dirl_cli.text import shell_word
 from dirl_cli.training.checkpoint import RunCheckpoints
 from dirl_cli.training.export import export_model
+from dirl_cli.training.layers import checkpoint_layers, compile_layers, compile_seconds, is_compiled, pick_compile
 from dirl_cli.training.optim import Optim
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.session import Session
@@ -34,6 +36,8 @@ from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding
 
 RECORDED = 20  # last lines of a run's metrics that tell how long its answers are
+
+COMPILING_TAKES = {"cuda": "some 10 s each", "cpu": "up to a minute"}  # for rows of one kind, with gradients or not
 
 
 def join_processes(cfg: DictConfig, shown: Sequence[str]) -> tuple[Accelerator, StepProgress]:
@@ -142,9 +146,19 @@ def load_model(
     """The model as it is trained, on this process's device."""
     with progress.working("loading the model"):
         lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
-    if cfg.gradient_checkpointing:
-        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lm.model.config._attn_implementation != pick_attention(cfg.attention, lm.device.type):
+        progress.print_line(f"attention=sdpa, as FlexAttention wants heads of at least {LEAST_HEAD} values on a GPU")
+    checkpoint_layers(lm.model, cfg.gradient_checkpointing)
+    compile_as_asked(cfg, lm.model)
+    if is_compiled(lm.model):
+        progress.print_line(f"compiling: the first steps take {COMPILING_TAKES[lm.device.type]} longer, once a start")
     return lm
+
+
+def compile_as_asked(cfg: DictConfig, model: PreTrainedModel) -> None:
+    """Compile the layers of a model that is in a run, where its `compile` says so."""
+    if pick_compile(cfg.compile, model.device.type):
+        compile_layers(model)
 
 
 def open_session(
@@ -160,6 +174,8 @@ def open_session(
     fingerprints: Mapping[str, str],
 ) -> Session:
     """The run in `out`, not gone on with yet. noted: metrics of an evaluation that get a line of their own."""
+    if is_compiled(lm.model):
+        trainer.times.watch("compilation", compile_seconds)
     checkpoints = RunCheckpoints(
         out / "checkpoints",
         trainer.accelerator,

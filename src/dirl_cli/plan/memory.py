@@ -18,6 +18,7 @@ from dirl_cli.plan.architecture import Architecture
 from dirl_cli.rollout.forward_gpu import PREFILL
 from dirl_cli.rollout.products import Products, is_reordered
 from dirl_cli.text import counted
+from dirl_cli.training.layers import Checkpointing
 from dirl_cli.training.logprobs import tokens_at_once
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding
 
@@ -118,7 +119,7 @@ class Memory:
     model: Architecture
     bf16: bool
     dense: bool
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     reference: bool = False
     reference_moves: bool = False
     teacher: int = 0
@@ -238,6 +239,8 @@ class Memory:
         of_layer = tokens * self.layer()
         if self.checkpointing:  # a layer keeps what comes in, and computes the rest again
             of_layer = between
+        if self.checkpointing == "attention":  # all but what comes out of attention; its sums are small
+            of_layer += tokens * self.value * self.model.queries
         mask = 0
         if self.dense:  # a row's tokens by its tokens
             mask = self.value * tokens * width

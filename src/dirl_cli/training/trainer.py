@@ -24,6 +24,7 @@ class PhaseTimes:
     def __init__(self) -> None:
         self.total: dict[str, float] = defaultdict(float)
         self._new: dict[str, float] = defaultdict(float)
+        self._clocks: dict[str, tuple[Callable[[], float], float]] = {}  # and what each showed when last looked at
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -35,10 +36,19 @@ class PhaseTimes:
             self.total[phase] += seconds
             self._new[phase] += seconds
 
+    def watch(self, name: str, clock: Callable[[], float]) -> None:
+        """Take what goes on inside of phases, too, by a clock of its seconds so far; it is in no total of its own."""
+        self._clocks[name] = (clock, clock())
+
     def take(self) -> dict[str, float]:
         """The seconds since the last call, as metrics such as `seconds/optimizer`."""
         metrics = {f"seconds/{phase}": seconds for phase, seconds in self._new.items()}
         self._new = defaultdict(float)
+        for name, (clock, earlier) in self._clocks.items():
+            now = clock()
+            if now > earlier:
+                metrics[f"seconds/{name}"] = now - earlier
+            self._clocks[name] = (clock, now)
         return metrics
 
 
