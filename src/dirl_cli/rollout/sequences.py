@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dirl_cli.diffusion.sampling import draw_candidates, draw_seed
+from dirl_cli.diffusion.sampling import Candidates, draw_candidates, draw_seed
 from dirl_cli.diffusion.unmasking import BUILT_IN, State, find_strategy, quota, reveal, spread
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.sampler import Hint
@@ -56,14 +56,18 @@ class SequenceState:
 class Unmasker:
     """Draws a candidate for every masked token of some blocks and reveals those that `decoding` chooses.
 
-    head: final hidden states (N, D) to logits (N, V).
+    head: final hidden states (N, D) to logits (N, V). is_fused: a kernel each before and after drawing, as on a GPU,
+    for the built-in strategies.
     """
 
-    def __init__(self, lm: DiffusionLM, decoding: Decoding, head: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, lm: DiffusionLM, decoding: Decoding, head: Callable[[Tensor], Tensor], is_fused: bool | None = None
+    ) -> None:
         self.head = head
         self.decoding = decoding
         self.strategy = find_strategy(decoding.strategy)
         self.is_built_in = decoding.strategy in BUILT_IN  # and so never waits for the device
+        self.is_fused = self.is_built_in and (lm.device.type == "cuda" if is_fused is None else is_fused)
         self.unsampled = torch.tensor(lm.unsampled_ids, device=lm.device)
         self.offsets = torch.arange(lm.block_size, device=lm.device)
 
@@ -74,6 +78,8 @@ class Unmasker:
         hidden: (N * B, D), the final hidden states that predict the blocks' tokens.
         count: how many of their tokens are masked, or more, which only costs time.
         """
+        if self.is_fused:
+            return self._unmask_fused(sequences, blocks, hidden, count)
         slot, start, step, key = blocks
         options = self.decoding
         position = start[:, None] + self.offsets  # (N, B)
@@ -87,15 +93,7 @@ class Unmasker:
         seeds = None
         if options.temperature:
             seeds = draw_seed(key[:, None], position, step[:, None]).flatten()[masked_index]
-        drawn = draw_candidates(
-            self.head(hidden[masked_index]),
-            seeds,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            options.confidence,
-            self.unsampled,
-        )
+        drawn = self._draw(hidden[masked_index], seeds)
         owed = quota(step, len(self.offsets), options.denoising_steps)
         revealed = reveal(self.strategy, State(masked, drawn, owed, options.threshold, start))  # (N, B) bool
 
@@ -106,3 +104,24 @@ class Unmasker:
         logprobs = torch.where(revealed, spread(drawn.logprobs, masked), sequences.logprobs.take(index))
         sequences.logprobs.put_(index, logprobs)
         return torch.where(masked & ~revealed, -1, tokens)
+
+    def _unmask_fused(self, sequences: SequenceState, blocks: Tensor, hidden: Tensor, count: int) -> Tensor:
+        from dirl_cli.rollout.unmask_triton import reveal_drawn, select_masked  # which only a GPU has the package for
+
+        size = len(self.offsets)
+        rows, seeds, first = select_masked(sequences, blocks, size, count)
+        drawn = self._draw(hidden[rows], seeds if self.decoding.temperature else None)
+        return reveal_drawn(sequences, blocks, size, first, drawn, self.decoding)
+
+    def _draw(self, hidden: Tensor, seeds: Tensor | None) -> Candidates:
+        """A candidate for each of the masked tokens that these hidden states predict."""
+        options = self.decoding
+        return draw_candidates(
+            self.head(hidden),
+            seeds,
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            options.confidence,
+            self.unsampled,
+        )
