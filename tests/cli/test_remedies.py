@@ -54,6 +54,15 @@ def test_several_values_are_run_with_m_and_no_list_is_advised_where_there_is_non
     assert len(jobs) == count
 
 
+def test_data_of_an_evaluation_belong_to_the_likelihood(jobs):
+    assert (
+        refusal("eval", "data=sudoku")
+        == "dirl eval: data is read with bench=likelihood alone: give that too, or leave data out"
+    )
+    assert dirl("eval", "data=sudoku", "bench=likelihood").exit_code == 0
+    assert (jobs[-1]["data"]["name"], jobs[-1]["bench"]["name"]) == ("sudoku", "likelihood-sudoku")
+
+
 @pytest.mark.parametrize("word", ["step=1,2", "optim.lrr=1e-3,2e-3", "maskng=cosine,band"])
 def test_several_values_of_a_mistyped_key_are_told_as_one_is(jobs, word):
     key, _, values = word.partition("=")

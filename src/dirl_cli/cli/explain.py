@@ -27,6 +27,7 @@ ELSEWHERE = {  # what other toolkits call our keys
     "output_dir": "out",
     "tasks": "bench",
 }
+GROUP_OF_CHOICE = {("eval", "data"): "bench=likelihood"}  # groups that a command has with one choice of another alone
 
 
 def explain(error: Exception, command: str, words: Sequence[str]) -> str:
@@ -47,6 +48,8 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
     if match := re.search(r"In '(\w+)/(.+?)': Could not override '(.+?)'", text):
         return f"{match[1]}={match[2]} is for another command: dirl {command} has no {match[3]}"
     if match := re.search(r"Could not (?:override|delete from config\.) '(.+?)'", text):
+        if choice := GROUP_OF_CHOICE.get((command, match[1])):
+            return f"{match[1]} is read with {choice} alone: give that too, or leave {match[1]} out"
         return f"{match[1]}: no such key; {hint(command, match[1], known_keys(command, words))}"
     if sentence := explain_type_error(error, command):
         return sentence

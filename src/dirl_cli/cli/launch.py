@@ -283,7 +283,7 @@ def preset_line(name: str, cfg: DictConfig) -> str | None:
     if preset is None or is_explicit or is_later_job or needs_no_model:
         return None
     facts = [f"model={hydra_cfg.runtime.choices['model']} ({cfg.model.get('path', 'random weights')})"]
-    facts += [f"{group}={cfg[group].name}" for group in ("data", "bench") if group in cfg]
+    facts += [f"{group}={cfg[group].name}" for group in ("data", "bench") if cfg.get(group)]
     return f"no model= is given, so this is experiment={preset}: {', '.join(facts)}"
 
 
@@ -310,7 +310,7 @@ def check_values(name: str, cfg: DictConfig) -> None:
             build(cfg[group], types[group])
         elif types[group] is Any and isinstance(cfg[group], DictConfig):
             build(cfg[group])
-        elif (conf_dir() / group).is_dir():  # as a config of the user's own may say
+        elif cfg[group] is not None and (conf_dir() / group).is_dir():  # as a config of the user's own may say
             raise DirlError(f"{group}={format_value(cfg[group])}: give a mapping as those in {conf_dir() / group}")
     if "name" in settings and leaves_runs(cfg.name):
         raise DirlError(f"name={cfg.name} is no name of a directory in runs: for one elsewhere give out=DIR")

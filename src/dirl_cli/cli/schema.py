@@ -238,6 +238,7 @@ class EvalConfig(RunConfig):
     device: Device
     grade_workers: Count | None
     grade_timeout: Positive
+    data: Any = None  # of a benchmark that measures texts
     instruction: Instruction = field(default_factory=Instruction)
     decoding: Decoding = field(default_factory=Decoding)
 

@@ -22,6 +22,7 @@ from dirl_cli.data.rows import read_rows
 from dirl_cli.errors import DirlError, NotDownloaded, Stopped, stop_code
 from dirl_cli.evaluation import compare, report, sweep
 from dirl_cli.evaluation.answers import AnswerLog, GradedAnswer, drop_torn_line, missing, read_answers
+from dirl_cli.evaluation.likelihood import Likelihood, likelihoods, show_likelihoods
 from dirl_cli.evaluation.metrics import Metrics, measure, measure_subsets
 from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.evaluation.result_card import ANSWERS, CARD, SOURCE, read_evaluation, require_same
@@ -39,9 +40,13 @@ console = PlainConsole()
 
 
 def run(cfg: DictConfig, out: Path) -> None:
-    """Compare two evaluations, grade a file of answers, or ask cfg.model; the last two leave a card in `out`."""
+    """Compare two evaluations, grade a file of answers, or ask cfg.model; all but the first leave a card in `out`."""
     if cfg.compare:
         show_comparison(cfg.compare)
+    elif isinstance(bench := build(cfg.bench), Likelihood):
+        from dirl_cli.commands.eval_likelihood import evaluate_likelihood
+
+        evaluate_likelihood(cfg, out, bench, console)
     elif cfg.dry_run:
         plan(cfg, out)
     elif cfg.predictions:
@@ -249,6 +254,10 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
     title: what was swept over. jobs: the overrides that set each apart, and its directory.
     """
     from dirl_cli.report.plot import scatter
+
+    if by_job := likelihoods(jobs):
+        show_likelihoods(title, sweep.folder_of(jobs), by_job, console)
+        return
 
     # A picture is passed around without its folder: its name says what all have in common, unless the folder did.
     members = [sweep.Member(sweep.overrides(job), read_evaluation(out)) for job, out in jobs]

@@ -6,10 +6,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType, UnionType
-from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from dirl_cli.errors import DirlError
 from dirl_cli.types import StopReason
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -42,7 +45,10 @@ class GradedAnswer:
 
 
 class AnswerLog:
-    """Appends answers to a file, each in one write, so that several processes may share it. Use as a context."""
+    """Appends answers to a file, each in one write, so that several processes may share it. Use as a context.
+
+    An answer is a dataclass of values that JSON can hold.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,7 +62,7 @@ class AnswerLog:
     ) -> None:
         os.close(self._descriptor)
 
-    def append(self, answer: GradedAnswer) -> None:
+    def append(self, answer: "DataclassInstance") -> None:
         """Append a line. Raises DirlError where the disk does not take it."""
         line = (json.dumps(asdict(answer)) + "\n").encode()
         try:
@@ -98,13 +104,15 @@ def checked(values: T) -> T:
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON is of a type: a class, a Literal, a union or a dict of these. A bool is no int."""
+    """Whether a value of JSON is of a type: a class, a Literal, a union, list or dict of these. A bool is no int."""
     origin = get_origin(kind)
     arguments = get_args(kind)
     if origin is Literal:
         return value in arguments
     if origin is UnionType:
         return any(is_a(value, alternative) for alternative in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(is_a(item, arguments[0]) for item in value)
     if origin is dict:
         key_kind, value_kind = arguments
         if not isinstance(value, dict):
