@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -44,6 +45,7 @@ CONFIG = OmegaConf.create(
         "model": {"_target_": "dirl_cli.models.tiny.Tiny", "name": "tiny"},
         "bench": {"_target_": "dirl_cli.data.arithmetic.Arithmetic", "name": "arithmetic", "train": 100, "test": 12},
         "samples": 2,
+        "dry_run": False,
         "limit": 6,
         "ids": None,
         "predictions": None,
@@ -209,7 +211,13 @@ def test_an_evaluation_leaves_its_answers_and_a_card_with_every_setting(finished
     assert card["metrics"]["problems"] == 6 and card["metrics"]["answers"] == 12 and card["samples"] == 2
     assert set(card["decoding"]) == set(Decoding.__dataclass_fields__)
     assert (card["decoding"]["block_size"], card["decoding"]["stop_token_ids"]) == (4, [2])
-    assert card["model"]["name"] == "tiny" and card["bench"]["limit"] == 6 and "torch" in card["versions"]
+    assert card["model"]["name"] == "tiny" and card["bench"]["limit"] == 6
+    assert {"python", "torch", "transformers", "math-verify"} <= card["versions"].keys()
+    assert "How many legs have two cats?" in card["prompt_example"]["prompt"] and card["rollout"]["max_batch"] == 4
+    hardware = card["record"]["hardware"]
+    assert hardware["processes"] == 1 and hardware["cores"] >= 1 and hardware["memory_gb"] > 0 and hardware["cpu"]
+    assert datetime.fromisoformat(card["record"]["date"]).utcoffset() == timedelta(0)
+    assert re.fullmatch("[0-9a-f]{64}", card["sampled_from"]["weights"])
 
 
 def test_what_an_interruption_left_is_kept_and_the_rest_is_sampled_the_same(finished: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from dirl_cli.commands.eval import after_sweep
 from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.metrics import mean_over_seeds, measure
 from dirl_cli.evaluation.result_card import read_evaluation
-from dirl_cli.evaluation.sweep import MEANS, Member, published, rows, speed_curves
+from dirl_cli.evaluation.sweep import MEANS, Member, published, rows, series_drawn
 
 ANSWER = GradedAnswer("a", 0, "", False, "stop", 10, 12, 6, 8, 0.5)
 
@@ -43,8 +43,10 @@ def test_a_sweep_ends_with_a_table_a_file_and_a_picture_beside_its_directories(
         (["decoding.threshold=0.9"], card(tmp_path / "run/b", 3, forwards=6)),
     ]
     lines = end(jobs, capsys)
-    assert "decoding.threshold avg@1 % 95 % length tok/step tok/fwd" in lines
-    assert "0.5 25.0 ± 25.0 4.6-69.9 10 2.00 4.00" in lines and "0.9 75.0 ± 25.0 30.1-95.4 10 2.00 2.00" in lines
+    assert "decoding.threshold avg@1 % 95 % length tok/step tok/fwd TPF" in lines
+    assert (
+        "0.5 25.0 ± 25.0 4.6-69.9 10 2.00 4.00 3.33" in lines and "0.9 75.0 ± 25.0 30.1-95.4 10 2.00 2.00 1.67" in lines
+    )
     assert lines[-1] == " · ".join(f"{tmp_path}/run/mine-quiz-swept.{kind}" for kind in ("csv", "json", "png"))
     with (tmp_path / "run/mine-quiz-swept.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -63,9 +65,10 @@ def test_a_table_of_benchmarks_shows_what_is_published_and_how_far_it_is(
         (["bench=z"], card(tmp_path / "mine-z", 2, 3, bench="z", published={**figure, "differently": {"samples": []}})),
     ]
     lines = end(jobs, capsys)
-    assert "bench avg@1 % 95 % published (z) length tok/step tok/fwd" in lines
+    assert "bench avg@1 % 95 % published (z) length tok/step tok/fwd TPF" in lines
     assert (
-        "x 50.0 ± 28.9 15.0-85.0 83.05 (-0.4) 10 2.00 4.00" in lines and "y 50.0 ± 28.9 15.0-85.0 10 2.00 4.00" in lines
+        "x 50.0 ± 28.9 15.0-85.0 83.05 (-0.4) 10 2.00 4.00 3.33" in lines
+        and "y 50.0 ± 28.9 15.0-85.0 10 2.00 4.00 3.33" in lines
     )
     assert published(read_evaluation(jobs[2][1]).card) == "83.05"  # another protocol has no distance
     assert (tmp_path / "mine-swept.csv").exists()
@@ -106,10 +109,10 @@ def test_a_curve_runs_through_what_was_swept_and_not_through_models_or_benchmark
         Member({"bench": bench, "decoding.threshold": t}, read_evaluation(out))
         for (bench, t, _), out in zip(points, outs, strict=True)
     ]
-    found = speed_curves(members)
+    found = series_drawn(members)
     assert {name: [(point[0], point[3]) for point in points] for name, points in found.items()} == {
-        "mine on x": [(2.0, "0.9"), (4.0, "0.5")],  # in order of speed
-        "mine on y": [(3.0, "0.9")],
+        "mine on x: AUP 83.3": [(10 / 6, "0.9"), (10 / 3, "0.5")],  # in order of speed
+        "mine on y": [(2.5, "0.9")],
     }
     assert list(rows(members)) == ["x, 0.9", "x, 0.5", "y, 0.9", "0.9, mean"]
 
@@ -122,8 +125,8 @@ def test_evaluations_with_different_numbers_of_samples_share_a_table(
     several["metrics"] |= {"pass_at": {"1": 0.5, "2": 0.75}, "majority": 0.5}
     (tmp_path / "b/eval_card.json").write_text(json.dumps(several))
     lines = end(jobs, capsys)
-    assert "samples avg@k % 95 % pass@k maj@k length tok/step tok/fwd" in lines
-    assert "2 50.0 ± 28.9 15.0-85.0 75.0 50.0 10 2.00 4.00" in lines
+    assert "samples avg@k % 95 % pass@k maj@k length tok/step tok/fwd TPF" in lines
+    assert "2 50.0 ± 28.9 15.0-85.0 75.0 50.0 10 2.00 4.00 3.33" in lines
 
 
 def test_seeds_have_a_row_of_their_mean_and_its_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -134,9 +137,9 @@ def test_seeds_have_a_row_of_their_mean_and_its_standard_error(tmp_path: Path, c
     ]
     lines = end(jobs, capsys)
     error = 100 * sqrt((0.25**2 + 0 + 0.25**2) / 2 / 3)
-    at = lines.index("0.5, 2 75.0 ± 25.0 30.1-95.4 10 2.00 2.40")
-    assert lines[at + 1] == f"0.5, mean of 3 seeds 50.0 ± {error:.1f} 10 2.00 {(4 + 3 + 2.4) / 3:.2f}"
-    assert "0.9, mean of 2 seeds 100.0 10 2.00 3.50" in lines  # of what does not vary, nothing tells the error
+    at = lines.index("0.5, 2 75.0 ± 25.0 30.1-95.4 10 2.00 2.40 2.00")
+    assert lines[at + 1] == f"0.5, mean of 3 seeds 50.0 ± {error:.1f} 10 2.00 {(4 + 3 + 2.4) / 3:.2f} 2.61"
+    assert "0.9, mean of 2 seeds 100.0 10 2.00 3.50 2.92" in lines  # of what does not vary, nothing tells the error
     assert MEANS in lines
     with (tmp_path / "mine-quiz-swept.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 5  # a line an evaluation

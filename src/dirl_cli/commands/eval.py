@@ -6,6 +6,7 @@
 import hashlib
 import json
 import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from dirl_cli.evaluation.metrics import Metrics, measure, measure_subsets
 from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.evaluation.result_card import ANSWERS, CARD, SOURCE, read_evaluation, require_same
 from dirl_cli.evaluation.run import graded, tracked
+from dirl_cli.evaluation.run_record import run_record
 from dirl_cli.files import write_json, write_text
 from dirl_cli.reward.grading import Grader
 from dirl_cli.types import Decoding, Instruction, Problem
@@ -129,6 +131,7 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
     processes.wait()
     if processes.is_first:
         facts = sampling_facts(cfg, lm, decoding, instruction)
+        facts["prompt_example"] = {"question": PROBE.question, "prompt": tokenizer.decode(probe[0])}
         facts["sampled_from"] = {**source, "problems": hash_values(source["problems"])}
         facts["versions"] = versions("torch", "transformers")
         all_answers = requested_answers(read_answers(out / ANSWERS), problems, cfg.samples)
@@ -145,7 +148,9 @@ def sampling_facts(cfg: DictConfig, lm: "DiffusionLM", decoding: Decoding, instr
         "decoding": {**asdict(decoding), "block_size": lm.block_size},
         "instruction": asdict(instruction),
         "dtype": cfg.dtype,
+        "attention": cfg.attention,
         "device": str(lm.device),
+        "rollout": to_dict(cfg.rollout),
     }
 
 
@@ -204,7 +209,8 @@ def conclude(
         **facts,
         "bench": {**bench, "limit": cfg.limit, "ids": cfg.ids and list(cfg.ids)},
         "grade_timeout": cfg.grade_timeout,
-        "versions": facts.get("versions", {}) | versions(*GRADERS),
+        "versions": facts.get("versions", {}) | versions(*GRADERS) | {"python": platform.python_version()},
+        "record": run_record(out, cfg.gpus * cfg.nodes),
         "metrics": asdict(overall),
         "subsets": {subset: asdict(metrics) for subset, metrics in subsets.items()},
     }
@@ -269,12 +275,15 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
     header = ", ".join(members[0].overrides)
     console.print(report.draw(title, rows, header, sweep.caption(members, list(rows))))
 
+    if areas := sweep.areas_text(sweep.speed_curves(members)):
+        console.print(areas, soft_wrap=True)
+
     files = [folder / f"{title}.csv", folder / f"{title}.json"]
     write_text(files[0], sweep.as_csv(members))
     write_json(files[1], sweep.as_card(members))
-    if curves := sweep.speed_curves(members):
+    if series := sweep.series_drawn(members):
         files.append(files[0].with_name(f"{title}.png"))
-        scatter(curves, f"{title}: accuracy ± its standard error", "tokens per forward", files[-1])
+        scatter(series, f"{title}: accuracy ± its standard error", "tokens per forward (TPF)", files[-1])
     console.print(" · ".join(map(str, files)), soft_wrap=True)
 
 

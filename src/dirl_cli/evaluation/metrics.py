@@ -28,6 +28,8 @@ class Metrics:
         every answer, as of earlier versions.
     length: mean tokens before the stop token. truncated: share of answers that never stopped.
     tokens_per_denoising_forward, tokens_per_forward: revealed tokens over forwards, both summed over all answers.
+    tpf: tokens per forward as leaderboards count them: those before the stop token over all forwards, both summed;
+        cards of earlier versions lack it.
     tokens_per_second: revealed tokens over sampling time (of each process where there are several); None of a
         subset, which is sampled among others.
     pass_at: for each power of two up to k, and k, the chance that at least one of so many samples is right.
@@ -51,6 +53,7 @@ class Metrics:
     low: float | None = None
     high: float | None = None
     credit: float | None = None
+    tpf: float | None = None
 
 
 def measure(answers: Iterable[GradedAnswer]) -> Metrics:
@@ -93,6 +96,7 @@ def measure(answers: Iterable[GradedAnswer]) -> Metrics:
         low=low,
         high=high,
         credit=mean_credit(groups),
+        tpf=ratio(sum(answer.length for answer in flat), forwards),
     )
 
 
@@ -154,6 +158,7 @@ def mean_over_seeds(runs: Sequence[Metrics]) -> Metrics:
         low=None,
         high=None,
         credit=mean([run.credit for run in runs]),
+        tpf=mean([run.tpf for run in runs]),
     )
 
 

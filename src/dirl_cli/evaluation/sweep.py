@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from dirl_cli.evaluation import report
+from dirl_cli.evaluation.aup import Curve, Speed, curve_of, weight
 from dirl_cli.evaluation.metrics import Metrics, mean_over_benchmarks, mean_over_seeds
 from dirl_cli.evaluation.result_card import Evaluation
+from dirl_cli.report.plot import Point
 
 PUBLISHED = (
     "published: avg@16 of the papers; z: by how many of our standard errors ours is above it,"
@@ -24,6 +26,9 @@ OVER_BENCHMARKS = (
 )
 SERIES_KEYS = {"model", "model.path", "bench", "bench.path"}  # keys that a curve does not run through
 BENCH_KEYS = ("bench", "bench.path")
+KNOBS = ("decoding.threshold", "decoding.denoising_steps")  # that trade accuracy for speed: a curve runs through them
+AUP = "AUP: accuracy under parallelism, the weighted area under accuracy by TPF (arXiv 2601.07568)."
+TPF = "TPF: tokens before the stop token per forward."
 
 
 class Job(Protocol):
@@ -133,12 +138,15 @@ def metric_columns(metrics: Metrics, k: str, figure: str) -> dict[str, str]:
             cells[name] = cell
         if name == "95 %":
             cells["published (z)"] = figure
+    cells["TPF"] = report.with_digits(metrics.tpf, 2)
     return cells
 
 
 def caption(sweep: Sequence[Member], labels: Sequence[str]) -> str:
     """What the table's columns are, and the ± of its means if it has any. labels: of its rows."""
     lines = [report.CAPTION]
+    if any(member.evaluation.metrics.tpf for member in sweep):
+        lines.append(TPF)
     if any("published" in member.evaluation.card for member in sweep):
         lines.append(PUBLISHED)
     over_benchmarks = means_over_benchmarks(sweep)
@@ -146,6 +154,8 @@ def caption(sweep: Sequence[Member], labels: Sequence[str]) -> str:
         lines.append(MEANS)
     if over_benchmarks:
         lines.append(OVER_BENCHMARKS)
+    if areas_text(speed_curves(sweep)):
+        lines.append(AUP)
     return "\n".join(lines)
 
 
@@ -162,11 +172,16 @@ def published(card: Mapping[str, Any]) -> str:
 
 def as_csv(sweep: Sequence[Member]) -> str:
     """A line for each evaluation: what sets it apart, then all that was measured."""
+    curves = speed_curves(sweep)
     lines: list[dict[str, Any]] = []
     for member in sweep:
         metrics = asdict(member.evaluation.metrics)
         pass_at = {f"pass_at_{m}": share for m, share in metrics.pop("pass_at").items()}
-        lines.append({**member.overrides, **metrics, **pass_at, "directory": member.evaluation.name})
+        of_curve = {}
+        curve = curves.get(method_of(member))
+        if curve and len(curve.points) > 1:
+            of_curve = {"aup": curve.area, "aup_weight": weight(100 * member.evaluation.metrics.accuracy, curve.best)}
+        lines.append({**member.overrides, **metrics, **pass_at, **of_curve, "directory": member.evaluation.name})
     return csv_text(lines)
 
 
@@ -178,7 +193,10 @@ def as_card(sweep: Sequence[Member]) -> dict[str, Any]:
             {"overrides": member.overrides, "directory": member.evaluation.name, **member.evaluation.card}
         )
     means = {label: asdict(metrics) for label, metrics in means_over_benchmarks(sweep).items()}
-    return {"evaluations": evaluations, "means_over_benchmarks": means}
+    curves = {method: asdict(curve) for method, curve in speed_curves(sweep).items() if len(curve.points) > 1}
+    for curve in curves.values():
+        curve["points"] = [Speed(*point)._asdict() for point in curve["points"]]
+    return {"evaluations": evaluations, "means_over_benchmarks": means, "aup": curves}
 
 
 def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -193,14 +211,55 @@ def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def speed_curves(sweep: Sequence[Member]) -> dict[str, list[tuple[float, float, float, str]]]:
-    """Tokens per forward, accuracy, its standard error and a label, by model and benchmark; the slowest first."""
-    points = defaultdict(list)
+def speed_curves(sweep: Sequence[Member]) -> dict[str, Curve]:
+    """The curve of each method on each benchmark, through the settings of KNOBS that it was tried with.
+
+    What else sets evaluations apart, such as a model, a strategy or a seed, are different methods.
+    """
+    points: dict[str, list[Speed]] = defaultdict(list)
+    best: dict[str, float] = defaultdict(float)  # by benchmark, of all methods
+    bench_of = {}
     for member in sweep:
         metrics = member.evaluation.metrics
-        if metrics.tokens_per_forward is None:
+        if not metrics.tpf:
             continue
-        series = member.evaluation.of
-        label = member.label(*SERIES_KEYS) or series
-        points[series].append((metrics.tokens_per_forward, metrics.accuracy, metrics.standard_error or 0.0, label))
-    return {series: sorted(of_series) for series, of_series in points.items()}
+        method = method_of(member)
+        bench = member.evaluation.card["bench"]["name"]
+        accuracy = 100 * metrics.accuracy
+        points[method].append(Speed(metrics.tpf, accuracy, member.label(*SERIES_KEYS) or method))
+        bench_of[method] = bench
+        best[bench] = max(best[bench], accuracy)
+    return {method: curve_of(speeds, best[bench_of[method]]) for method, speeds in points.items()}
+
+
+def method_of(member: Member) -> str:
+    """What a curve is of: the model, the benchmark, and what else is swept but the knobs of speed."""
+    others = member.label(*SERIES_KEYS, *KNOBS)
+    return f"{member.evaluation.of}, {others}" if others else member.evaluation.of
+
+
+def series_drawn(sweep: Sequence[Member]) -> dict[str, list[Point]]:
+    """What a picture shows: TPF, accuracy, its standard error and a label, by method and its area; slowest first."""
+    curves = speed_curves(sweep)
+    series: dict[str, list[Point]] = defaultdict(list)
+    for member in sweep:
+        metrics = member.evaluation.metrics
+        method = method_of(member)
+        if method not in curves or not metrics.tpf:
+            continue
+        curve = curves[method]
+        name = method
+        if len(curve.points) > 1 and curve.area is not None:
+            name = f"{method}: AUP {curve.area:.1f}"
+        label = member.label(*SERIES_KEYS) or method
+        series[name].append((metrics.tpf, metrics.accuracy, metrics.standard_error or 0.0, label))
+    return {name: sorted(points) for name, points in series.items()}
+
+
+def areas_text(curves: Mapping[str, Curve]) -> str:
+    """A line for each curve of several settings: its area, or why it has none; "" where there is no such curve."""
+    lines = []
+    for method, curve in curves.items():
+        if len(curve.points) > 1:
+            lines.append(f"AUP of {method}: {curve.refusal or f'{curve.area:.1f}'}")
+    return "\n".join(lines)
