@@ -34,6 +34,11 @@ class Problem:
     details: dict[str, Any] = field(default_factory=dict)
     solution: str = ""
 
+    @property
+    def is_gradable(self) -> bool:
+        """Whether there is anything to grade an answer by."""
+        return bool(self.answer.strip() or self.details)
+
 
 @dataclass(frozen=True)
 class Instruction:

@@ -217,6 +217,13 @@ def test_advantages_are_taken_within_groups():
     assert torch.allclose(torch.tensor(found), torch.tensor([3.0, -1.0, -1.0, -1.0]) / 3**0.5)
 
 
+def test_a_replay_runs_no_code_that_the_command_line_does_not_name():
+    problem = Problem("a", "1+1?", "2", verifier="nowhere.score")
+    record = Record(problem, 0, "2", Trajectory([1], [9], [1], [0.0], "stop", denoise_forwards=1))
+    with pytest.raises(DirlError, match=r"names the code nowhere.score: .* with data.scorers=\[nowhere.score\]"):
+        Rescorer(FakeScorer(each(MIXED)), "none", longest=8).reward([[record]], block_size=4)
+
+
 def test_a_replay_may_be_rewarded_anew():
     trajectory = Trajectory([1], [9], [1], [0.0], "stop", denoise_forwards=1)
     problem = Problem("a", "1+1?", "2")

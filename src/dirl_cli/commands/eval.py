@@ -308,7 +308,7 @@ def gradable(name: str, problems: Sequence[Problem], remarks: Sequence[str]) -> 
     with_answer: list[Problem] = []
     left_out: list[Problem] = []
     for problem in problems:
-        if problem.answer.strip():
+        if problem.is_gradable:
             with_answer.append(problem)
         else:
             left_out.append(problem)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from dirl_cli.commands.problems import Pools
 from dirl_cli.commands.rl_parts import RlParts
 from dirl_cli.data.chat import answer_text
+from dirl_cli.data.files import trusted_scorers
 from dirl_cli.models.load import DiffusionLM, pick_dtype
 from dirl_cli.models.peft import FullFinetune
 from dirl_cli.reward.scoring import RewardComputer
@@ -36,7 +37,8 @@ def rollout_source(
     """Where groups of answers come from: the sampler, or an earlier run's rollouts."""
     decode = partial(answer_text, lm.require_tokenizer()) if parts.reward_settings.process else None
     if cfg.rl.replay:
-        rescorer = Rescorer(reward_computer, cfg.rl.filter, parts.decoding.max_new_tokens, decode)
+        scorers = trusted_scorers(parts.data)
+        rescorer = Rescorer(reward_computer, cfg.rl.filter, parts.decoding.max_new_tokens, decode, scorers)
         files = rollouts_of(Path(cfg.rl.replay), cfg.steps)
         return ReplayedRollouts(files, lm, rescorer if cfg.rl.rescore else None, growth)
     curriculum = EVERYTHING

@@ -26,6 +26,7 @@ LABELS = {"", "id", "idx", "index", "uuid", "source", "data_source", "dataset", 
 EMPTY: tuple[Any, ...] = ("", [], {}, None)  # what says nothing
 LONGEST_EXPONENT = 50  # of a number that is spelled out
 SHOWN = 60  # characters of an example
+VERIFYING = ("verifier", "options", "aliases", "details")  # how a row is graded (data/verified_rows.py)
 
 
 def rename_columns(rows: list[Row], columns: Mapping[str, str], setting: str = "data.columns=") -> list[Row]:
@@ -35,8 +36,8 @@ def rename_columns(rows: list[Row], columns: Mapping[str, str], setting: str = "
     Raises DirlError for a name that is none of ours.
     """
     for new in columns:
-        if new not in COLUMNS:
-            raise DirlError(f"{setting}{{{new}: {columns[new]}}}: {did_you_mean(new, COLUMNS)}")
+        if new not in (*COLUMNS, *VERIFYING):
+            raise DirlError(f"{setting}{{{new}: {columns[new]}}}: {did_you_mean(new, (*COLUMNS, *VERIFYING))}")
     renamed = [rename_row(row, columns) for row in rows]
     if columns.get("question") == "instruction":  # Alpaca's rows, whose `input` belongs to the question
         renamed = [append_input(row, "question") for row in renamed]

@@ -7,8 +7,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from dirl_cli.data.columns import demonstration, is_problem, pair, problem, question, rename_columns, summarize_notes
+from dirl_cli.data.columns import demonstration, pair, rename_columns, summarize_notes
 from dirl_cli.data.rows import Row, read_rows
+from dirl_cli.data.verified_rows import is_verifiable, name_verifiers, verified_problem, verified_question
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import Positive, Seed, ShareOrCount
 from dirl_cli.types import Problem
@@ -33,7 +34,7 @@ class TrainingFile:
     path: a file, a directory of files, or a data set of the Hub; split, config: which part of the latter two.
     columns: how the file calls the columns, by our names. held_out: rows kept out of training to validate on, chosen
     by `seed`; a share below 1, otherwise a number. weight: how often it is drawn from where it is one of several.
-    setting: how a user gives `columns`.
+    setting: how a user gives `columns`. verifier, scorers: as in `name_verifiers`.
     """
 
     path: str
@@ -45,6 +46,8 @@ class TrainingFile:
     seed: Seed = 0
     weight: Positive = 1.0
     setting: str = "data.columns="
+    verifier: str | None = None
+    scorers: list[str] = field(default_factory=list)
 
     def demonstrations(self) -> list[Row]:
         """The rows to learn from, in the file's order."""
@@ -68,7 +71,7 @@ class TrainingFile:
 
     def training_problems(self) -> list[Problem]:
         """The rows to reinforce on, each a question with its answer."""
-        return [problem(row, f"{self.name}-{i}") for i, row in enumerate(self._questions)]
+        return [verified_problem(row, f"{self.name}-{i}") for i, row in enumerate(self._questions)]
 
     def remarks(self) -> list[str]:
         """Lines on what of the rows to reinforce on is read otherwise than written, or not at all."""
@@ -77,18 +80,19 @@ class TrainingFile:
     def problems(self) -> list[Problem]:
         """The problems among the rows held out."""
         _, held_out = self._splits
-        rows = [row for row in held_out if is_problem(row)]
-        return [problem(row, f"{self.name}-held-out-{i}", self.setting) for i, row in enumerate(rows)]
+        rows = [verified_question(row, self.setting) for row in held_out if is_verifiable(row)]
+        return [verified_problem(row, f"{self.name}-held-out-{i}", self.setting) for i, row in enumerate(rows)]
 
     @cached_property
     def _questions(self) -> list[Row]:
         training, _ = self._splits
-        return [question(row, self.setting) for row in training]
+        return [verified_question(row, self.setting) for row in training]
 
     @cached_property
     def _splits(self) -> tuple[list[Row], list[Row]]:
         """The rows to train on and those held out, each in the file's order."""
         rows = rename_columns(read_rows(self.path, self.split, self.config), self.columns or {}, self.setting)
+        rows = name_verifiers(rows, self.verifier, self.scorers, self.setting)
         size = int(self.held_out)
         if self.held_out < 1:
             size = round(self.held_out * len(rows))
@@ -131,6 +135,16 @@ class Mix:
         return [problem for problem in in_turn if problem]
 
 
+def trusted_scorers(data: Any) -> set[str]:
+    """The scorers of the user's own that a data config names: what else names code does not run it."""
+    sources, _ = sources_of(data)
+    scorers: set[str] = set()
+    for source in sources:
+        if isinstance(source, TrainingFile):
+            scorers |= {*source.scorers, source.verifier or ""}
+    return scorers
+
+
 def sources_of(data: Any) -> tuple[list[Source], list[float]]:
     """The sources of a data config and their weights, one where it is no mixture."""
     if isinstance(data, Mix):
@@ -142,8 +156,8 @@ def sources_of(data: Any) -> tuple[list[Source], list[float]]:
 class ProblemFile:
     """A benchmark: rows of `question` and `ground_truth_answer`, and of `id` and `subset` where there are any.
 
-    path, split, config, columns: as those of `TrainingFile`. published: results by model and decoding strategy, to
-    compare with.
+    path, split, config, columns, verifier, scorers: as those of `TrainingFile`. published: results by model and
+    decoding strategy, to compare with.
     """
 
     name: str
@@ -152,6 +166,8 @@ class ProblemFile:
     config: str | None = None
     columns: dict[str, str] | None = None
     published: dict[str, Any] = field(default_factory=dict)
+    verifier: str | None = None
+    scorers: list[str] = field(default_factory=list)
 
     def problems(self) -> list[Problem]:
         """The problems in the file's order, those without a reference answer too.
@@ -159,7 +175,7 @@ class ProblemFile:
         Raises DirlError where two have the same id.
         """
         stem = Path(self.path).stem
-        problems = [problem(row, f"{stem}-{i}") for i, row in enumerate(self._questions)]
+        problems = [verified_problem(row, f"{stem}-{i}") for i, row in enumerate(self._questions)]
         ids: set[str] = set()
         for item in problems:
             if item.id in ids:
@@ -174,4 +190,5 @@ class ProblemFile:
     @cached_property
     def _questions(self) -> list[Row]:
         rows = rename_columns(read_rows(self.path, self.split, self.config), self.columns or {}, "bench.columns=")
-        return [question(row, "bench.columns=") for row in rows]
+        rows = name_verifiers(rows, self.verifier, self.scorers, "bench.columns=")
+        return [verified_question(row, "bench.columns=") for row in rows]

@@ -4,20 +4,16 @@ A pair of values is what the shortest and the longest answer get, or the slowest
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from math import cos, pi
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Self, get_type_hints
 
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.ranges import Count, Finite, require
 from dirl_cli.reward.boxed import last_boxed
+from dirl_cli.reward.functions import find_function, is_import_path
 from dirl_cli.reward.process import RevealedBlock
 from dirl_cli.types import Problem, Trajectory
 
@@ -199,25 +195,12 @@ def find_reward(name: str) -> Reward:
         return BUILT_IN[name]
 
     # An own reward is FILE:FUNCTION or MODULE.FUNCTION; a name with neither can only be a built-in one, mistyped.
-    path, is_file, function = name.rpartition(":")
-    if not is_file:
-        path, _, function = name.rpartition(".")
-    if not path:
+    if not is_import_path(name):
         raise DirlError(
             f"no reward is called {name}: {built_in_hint(name)}"
             "; one of your own is my_module.my_reward or rewards.py:my_reward"
         )
-
-    try:
-        module = load_file(Path(path).expanduser().resolve()) if is_file else import_module(path)
-    except (ImportError, OSError, SyntaxError, ValueError) as error:
-        raise DirlError(f"the reward {name} cannot be loaded ({error}): check its path or its code") from error
-
-    reward = getattr(module, function, None)
-    if not callable(reward):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise DirlError(f"{path} has no function {function}: {did_you_mean(function, functions)}")
-    return reward
+    return find_function(name, "reward")
 
 
 def built_in_hint(name: str) -> str:
@@ -227,16 +210,6 @@ def built_in_hint(name: str) -> str:
     if names in hint:
         return hint
     return f"{hint} There are {names}"
-
-
-def load_file(path: Path) -> ModuleType:
-    """A Python file as a module; registered, since dataclasses and pickle look their module up by name."""
-    spec = spec_from_file_location(f"reward file {path}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:

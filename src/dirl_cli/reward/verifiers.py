@@ -2,12 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.reward.boxed import final_answer, reference
+from dirl_cli.reward.choices import choice_credit, choice_in
+from dirl_cli.reward.custom_scorer import find_scorer, own_credit, whole_completion
 from dirl_cli.reward.equality import plainly_equal, verified
+from dirl_cli.reward.functions import is_import_path
 from dirl_cli.reward.gym import gym_answer_in, gym_credit, load_gym
 from dirl_cli.reward.puzzles import countdown_credit, expression_in, grid_in, sudoku_credit
+from dirl_cli.reward.short_text import text_credit, text_in
 from dirl_cli.types import Problem
 
 LONGEST_ANSWER = 2000  # characters; no reference answer comes near, and parsing time grows faster than length
@@ -52,6 +57,8 @@ def never_quick(problem: Problem, answer: str) -> None:
 
 VERIFIERS: dict[str, Verifier] = {
     "math": Verifier(final_answer, math_credit, plain_math_credit),
+    "choice": Verifier(choice_in, choice_credit, choice_credit),
+    "text": Verifier(text_in, text_credit, text_credit),
     "sudoku": Verifier(grid_in, sudoku_credit, sudoku_credit),
     "countdown": Verifier(expression_in, countdown_credit, countdown_credit),
     "gym": Verifier(gym_answer_in, gym_credit, never_quick, load_gym),
@@ -59,8 +66,19 @@ VERIFIERS: dict[str, Verifier] = {
 
 
 def verifier_of(problem: Problem) -> Verifier:
-    """The verifier that a problem names. Raises DirlError where there is none of that name."""
+    """The verifier that a problem names, built in or a scorer of the user's own by import path.
+
+    Raises DirlError where there is none of that name.
+    """
+    if is_import_path(problem.verifier):
+        return custom_verifier(problem.verifier)
     if problem.verifier not in VERIFIERS:
         hint = did_you_mean(problem.verifier, VERIFIERS)
         raise DirlError(f"problem {problem.id}: no verifier is called {problem.verifier}: {hint}")
     return VERIFIERS[problem.verifier]
+
+
+@cache
+def custom_verifier(name: str) -> Verifier:
+    """The scorer of an import path as a verifier. It runs in the grading processes, as it may hang or eat memory."""
+    return Verifier(whole_completion, own_credit, never_quick, partial(find_scorer, name))

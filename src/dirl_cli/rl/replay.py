@@ -1,11 +1,12 @@
 """Groups of answers read back from an earlier run, checked and where asked rewarded anew."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.reward.functions import is_import_path
 from dirl_cli.reward.process import by_step
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import RewardComputer
@@ -70,13 +71,14 @@ class ReplayedRollouts:
 class Rescorer:
     """Rewards answers anew. filter: see `has_signal`. longest: tokens allowed in an answer.
 
-    decode: the text of tokens, where steps are rewarded by it.
+    decode: the text of tokens, where steps are rewarded by it. scorers: of the user's own that problems may name.
     """
 
     reward_computer: RewardComputer
     filter: str
     longest: int
     decode: Decode | None = None
+    scorers: Collection[str] = ()
 
     def reward(self, groups: Sequence[Group], block_size: int) -> list[Group]:
         """The groups with their new rewards, without answers that have none and groups that have no answer."""
@@ -96,6 +98,11 @@ class Rescorer:
         for i, group in enumerate(groups):
             for k, record in enumerate(group):
                 problem, trajectory, text = record.problem, record.trajectory, record.completion
+                if is_import_path(problem.verifier) and problem.verifier not in self.scorers:
+                    raise DirlError(
+                        f"problem {problem.id} names the code {problem.verifier}: where you trust it, let it run with"
+                        f" data.scorers=[{problem.verifier}]"
+                    )
                 blocks = revealed_blocks(self.decode, trajectory, block_size)
                 yield (i, k), Answer.of(problem, trajectory, text, self.longest, block_size, blocks)
 

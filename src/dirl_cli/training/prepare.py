@@ -114,7 +114,7 @@ class Reader:
     def problems(self, kind: str, problems: Sequence[Problem], remarks: Sequence[str] = ()) -> Questions:
         """The problems with their prompts. remarks: what else there is to say of where they come from."""
         # Nothing can be rewarded against an answer that is not there.
-        answered = [problem for problem in problems if problem.answer.strip()]
+        answered = [problem for problem in problems if problem.is_gradable]
         with self.progress.working(f"tokenising {len(answered):,} {kind}"):
             prompts = encode_questions(self.lm.require_tokenizer(), answered, self.instruction)
 

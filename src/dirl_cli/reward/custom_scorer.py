@@ -1,0 +1,52 @@
+"""Score answers by a function of the user's own: from a problem and the text of an answer to a number from 0 to 1."""
+
+import traceback
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from dirl_cli.errors import DirlError
+from dirl_cli.reward.functions import find_function
+from dirl_cli.types import Problem
+
+Scorer = Callable[[Problem, str], Any]
+"""From a problem, whose `details` are its row's other columns, and a completion to a number from 0 to 1."""
+
+
+def whole_completion(completion: str) -> str | None:
+    """All of a completion, thoughts included; None where it is empty, which has no credit."""
+    return completion if completion.strip() else None
+
+
+@cache
+def find_scorer(name: str) -> Scorer:
+    """The scorer of that import path. Raises DirlError where there is none, or where its code cannot be loaded."""
+    return find_function(name, "scorer")
+
+
+def own_credit(problem: Problem, completion: str) -> float:
+    """What the scorer that the problem names gives. Raises DirlError where it fails or gives no number from 0 to 1.
+
+    A scorer that fails is one to correct: to count the answer as wrong would hide it.
+    """
+    try:
+        value = find_scorer(problem.verifier)(problem, completion)
+    except (DirlError, MemoryError, RecursionError):
+        raise
+    except Exception as error:  # it may raise anything
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename} line {frame.lineno}"
+        raise refusal(problem, f"raised {type(error).__name__}: {error} ({place})") from error
+    try:
+        credit = float(value)
+    except (TypeError, ValueError) as error:
+        raise refusal(problem, f"gave {value!r:.40}, which is no number from 0 to 1") from error
+    if not 0 <= credit <= 1:  # nan neither
+        raise refusal(problem, f"gave {credit:g}, which is not from 0 to 1")
+    return credit
+
+
+def refusal(problem: Problem, what: str) -> DirlError:
+    return DirlError(
+        f"the scorer {problem.verifier} {what} on problem {problem.id}: correct it, and give the same command again"
+    )

@@ -1,0 +1,47 @@
+"""Functions of the user's own, by import path or by file: rewards and scorers."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dirl_cli.errors import DirlError, did_you_mean
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a name is that of a function of the user's own: `my_module.my_function` or `file.py:my_function`."""
+    return "." in name or ":" in name
+
+
+def find_function(name: str, what: str) -> Callable[..., Any]:
+    """The function of that import path, or in that file. what: the word for it in a sentence.
+
+    Raises DirlError where there is none, or where its code cannot be loaded.
+    """
+    path, is_file, function = name.rpartition(":")
+    if not is_file:
+        path, _, function = name.rpartition(".")
+    try:
+        module = load_file(Path(path).expanduser().resolve()) if is_file else import_module(path)
+    except (ImportError, OSError, SyntaxError, ValueError) as error:
+        raise DirlError(f"the {what} {name} cannot be loaded ({error}): check its path or its code") from error
+
+    found = getattr(module, function, None)
+    if not callable(found):
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise DirlError(f"{path} has no function {function}: {did_you_mean(function, functions)}")
+    return found
+
+
+def load_file(path: Path) -> ModuleType:
+    """A Python file as a module; registered, since dataclasses and pickle look their module up by name."""
+    spec = spec_from_file_location(f"reward file {path}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
