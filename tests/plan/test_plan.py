@@ -581,14 +581,14 @@ def duration(operations: float, **others) -> Duration:
 
 def test_what_takes_long_on_a_cpu_says_how_long_and_what_to_give_instead(monkeypatch):
     monkeypatch.setattr("dirl_cli.plan.duration.operations_per_second", lambda: 1e10)
-    said = "about 512 tokens a step × 10 steps, in rows of 64: about 5 hours on this CPU"
+    said = "about 512 tokens a step × 10 steps, in rows of 64: about 2 hours on this CPU"
     remedy = ": lower steps or batch_size, or give experiment=tiny_sft, which is for a model as small as this one"
     budget = replace(budget_of({4: 1}, 120), duration=duration(3.6e13))
     assert list(replace(budget, machine=replace(LAPTOP, memory_gb=120)).warnings()) == [f"{said}{remedy}"]
     assert list(budget.warnings()) == []  # on a GPU nothing is known of it
     assert duration(3.6e13, preset=None).warning() == f"{said}: lower steps or batch_size"
     assert not duration(3e12).is_long
-    assert str(duration(1e15, is_bound=True)).endswith("at most 6 days on this CPU")
+    assert str(duration(1e15, is_bound=True)).endswith("at most 3 days on this CPU")
 
 
 def test_rows_of_a_cpu_that_are_long_for_nothing_are_counted():

@@ -101,15 +101,15 @@ def test_learning_takes_the_seconds_that_an_h100_took(billions, compiled, checkp
 def test_a_push_takes_the_seconds_that_an_h100_took(billions):
     in_bf16 = Memory(billions, bf16=False, dense=False)  # no casts, as under a forward that is not autocast
     in_fp32 = Memory(architecture(SDARConfig(**COMMON | SDAR_1_7B), Untrained()), bf16=True, dense=False)
-    planned = {
-        "bf16": push_seconds(in_bf16, 1, H100) / 2.8e-3,
-        "fp32": push_seconds(in_fp32, 1, H100) / 5.8e-3,
-        "LMDeploy awake": lmdeploy_push_seconds(in_bf16, stays_awake=True) / 0.219,
-        "LMDeploy asleep": lmdeploy_push_seconds(in_bf16, stays_awake=False) / (2.4 + 1.1 + 0.305),
-    }
-    assert planned == pytest.approx(
-        {"bf16": 1.0, "fp32": 1.08, "LMDeploy awake": 1.0, "LMDeploy asleep": 1.0}, abs=0.02
-    )
+    assert push_seconds(in_bf16, 1, H100) / 2.8e-3 == pytest.approx(1.0, abs=0.015)
+    assert push_seconds(in_fp32, 1, H100) / 5.8e-3 == pytest.approx(1.08, abs=0.015)
+
+
+def test_lmdeploys_weights_take_as_long_as_they_are_large(billions):
+    """What an H100 took for them at 1.7B is all that is known, and so the plan."""
+    memory = Memory(billions, bf16=False, dense=False)
+    assert lmdeploy_push_seconds(memory, stays_awake=True) == pytest.approx(0.219, rel=0.01)
+    assert lmdeploy_push_seconds(memory, stays_awake=False) == pytest.approx(2.4 + 1.1 + 0.305, rel=0.01)
 
 
 # The formulas

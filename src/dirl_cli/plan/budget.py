@@ -216,8 +216,8 @@ class Budget:
         console.print(self.table())
         console.print(f"\n{self.facts}", markup=False)
         if self.duration and self.machine.kind == "cpu":
-            console.print(str(self.duration), markup=False)
-        if self.time:
+            console.print(f"{self.duration}\n{self.duration.guess()}", markup=False)
+        elif self.time:
             console.print()
             console.print(self.time.table())
             for line in ["", *self.time.lines()]:

@@ -178,6 +178,7 @@ class FinetuneForecast:
         scorings = int(self.memories.reference)
         phases = update_times(memory, self.batch(settings), work, count, device, scorings)
         assumed = self.learned
+        rates = {"learned from": work.tokens / sum(phases.values())}
 
         if evaluated := self.prompts[: settings["eval_problems"]]:
             length = with_answer(0, setup.lm, settings)
@@ -190,13 +191,12 @@ class FinetuneForecast:
             seconds += sampling_seconds(memory.model, greedy, setup.lm.block_size, NATIVE, device)
             phases["evaluation"] = seconds * evaluations(settings, self.before) / settings["steps"]
             assumed += f"; in evaluations answers of {length:,} tokens"
-        seconds = sum(phases.values())
         return TimePlan(
             phases,
             settings["steps"],
             count,
             device,
-            {"learned from": work.tokens / seconds},
+            rates,
             self.is_bound,
             assumed,
             f"{NOT_TIMED}, and held-out losses",
