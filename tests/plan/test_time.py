@@ -98,6 +98,19 @@ def test_learning_takes_the_seconds_that_an_h100_took(billions, compiled, checkp
     assert planned / measured == pytest.approx(residual, abs=0.015)
 
 
+def test_of_attention_that_is_kept_products_alone_are_computed_again(billions):
+    model = replace(billions, trained=billions.parameters)
+    seconds = {}
+    for checkpointing in (False, True, "attention"):
+        memory = Memory(model, bf16=False, dense=False, checkpointing=checkpointing)
+        seconds[checkpointing] = backpropagation_seconds(memory, Work(1000, 100, keys=5e6), 1, 1, H100, True)
+    attention = 4 * 28 * 2048 * 5e6 / (0.53 * H100.operations)
+    assert seconds[True] == pytest.approx(4 / 3 * seconds[False])
+    assert seconds["attention"] == pytest.approx(seconds[True] - attention)
+    shared = replace(memory, parallelism=parallelism("fsdp2", 1))
+    assert backpropagation_seconds(shared, Work(1000, 100, keys=5e6), 1, 1, H100, True) == seconds[True]
+
+
 def test_a_push_takes_the_seconds_that_an_h100_took(billions):
     in_bf16 = Memory(billions, bf16=False, dense=False)  # no casts, as under a forward that is not autocast
     in_fp32 = Memory(architecture(SDARConfig(**COMMON | SDAR_1_7B), Untrained()), bf16=True, dense=False)
@@ -206,7 +219,9 @@ def test_a_plan_says_what_the_run_takes_and_costs_and_how_far_to_believe_it():
     assert (rates, assumed, left_out) == ("1,234 tokens/s sampled", "taken for granted: answers", "not in it: loading")
     assert "h100 is measured" in trust and "between GPUs is by the data sheet" in trust
     assert "l40s is by its data sheet" in replace(PLAN, device=find_device("l40s")).trust()
-    assert replace(PLAN, is_bound=False, steps=1, gpus=1).lines()[0] == "1 step on h100: about 2 minutes, 0.0 GPU-hours"
+    assert (
+        replace(PLAN, is_bound=False, steps=1, gpus=1).lines()[0] == "1 step on h100: about 36 seconds, 0.01 GPU-hours"
+    )
 
 
 def test_a_gpu_that_nobody_knows_is_refused_and_one_that_is_here_is_known_by_its_name(monkeypatch):

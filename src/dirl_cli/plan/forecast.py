@@ -33,16 +33,16 @@ from dirl_cli.plan.time import (
     optimizer_seconds,
     rows_seconds,
 )
+from dirl_cli.training.layers import pick_compile
 from dirl_cli.training.optim import Optim
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Trajectory
 
 UPDATE = ("micro_rows", "gradient_checkpointing", "row_tokens", "decoding.max_new_tokens")
-EVALUATION = ("eval_problems", "eval_every")
+TIMED = ("compile", "eval_problems", "eval_every")
 GPUS = (2, 4, 8)  # of one machine
 ADAPTERS = ("lora", "qlora")
 PROMPT = 1024  # tokens of prompts of which nothing is known
 NOT_TIMED = "loading, compiling and saving"
-COMPILES = False  # whether layers are compiled for training
 LEAST = 64  # tokens of a row, a demonstration or an answer that are worth proposing
 
 
@@ -170,6 +170,7 @@ def update_times(
     work: Work,
     count: int,
     device: Device,
+    compiled: bool,
     scorings: int = 0,
     optimizer_steps: int = 1,
     epochs: int = 1,
@@ -182,11 +183,16 @@ def update_times(
     micro_batches = math.ceil(own.tokens / (batch.rows * batch.width))
     phases = {"rows": rows_seconds(work.tokens)}
     if scorings:
-        phases["logprobs"] = scorings * forward_seconds(memory.model, own, device, COMPILES)
-    of_epoch = backpropagation_seconds(memory, own, micro_batches, count, device, COMPILES)
+        phases["logprobs"] = scorings * forward_seconds(memory.model, own, device, compiled)
+    of_epoch = backpropagation_seconds(memory, own, micro_batches, count, device, compiled)
     phases["backpropagation"] = epochs * of_epoch
     phases["optimizer"] = optimizer_steps * optimizer_seconds(memory, device)
     return phases
+
+
+def compiles_layers(settings: Settings, machine: Machine) -> bool:
+    """Whether layers are compiled for learning."""
+    return pick_compile(settings["compile"], machine.kind)
 
 
 def evaluations(settings: Settings, before: bool) -> int:

@@ -10,14 +10,14 @@ from dirl_cli.plan.budget import Budget, Settings, halvings
 from dirl_cli.plan.devices import LMDEPLOY, NATIVE, Device
 from dirl_cli.plan.duration import SMALL, Duration, sampling_operations, update_operations
 from dirl_cli.plan.forecast import (
-    COMPILES,
-    EVALUATION,
     LEAST,
     NOT_TIMED,
+    TIMED,
     UPDATE,
     MemoryByPeft,
     TrainingSetup,
     budget_of,
+    compiles_layers,
     evaluations,
     loading_phase,
     micro_batch_of,
@@ -54,7 +54,7 @@ ROLLOUT = ("rollout.max_batch", "rollout.cache_share", "rollout.products", "rl.a
 SETTLED = ("rl.old", "rl.correction_cap")  # what the ratio's denominator takes
 RL = (
     *UPDATE,
-    *EVALUATION,
+    *TIMED,
     *ROLLOUT,
     *SETTLED,
     "steps",
@@ -262,12 +262,13 @@ class RlForecast:
         if self.memories.critic != "none":
             scorings += 1
         batch = self.batch(settings)
-        phases = update_times(memory, batch, work, count, device, scorings, passes, settings["rl.epochs"])
+        compiled = compiles_layers(settings, self.setup.machine)
+        phases = update_times(memory, batch, work, count, device, compiled, scorings, passes, settings["rl.epochs"])
         if self.memories.critic == "model":  # as large as the policy
             phases["critic"] = phases["backpropagation"] + phases["optimizer"]
         elif self.memories.critic == "head":  # a layer on the policy, which is read once more
             phases["critic"] = settings["rl.epochs"] * forward_seconds(
-                memory.model, work.times(1 / count), device, COMPILES
+                memory.model, work.times(1 / count), device, compiled
             )
         return phases
 

@@ -15,13 +15,14 @@ from dirl_cli.plan.budget import Budget, Settings, halvings
 from dirl_cli.plan.devices import NATIVE, Device
 from dirl_cli.plan.duration import SMALL, Duration, update_operations
 from dirl_cli.plan.forecast import (
-    EVALUATION,
     LEAST,
     NOT_TIMED,
+    TIMED,
     UPDATE,
     MemoryByPeft,
     TrainingSetup,
     budget_of,
+    compiles_layers,
     evaluations,
     loading_phase,
     micro_batch_of,
@@ -38,7 +39,7 @@ from dirl_cli.plan.time import Answers, TimePlan, Work, mean_steps, mean_work, p
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding
 
-FINETUNE = (*UPDATE, *EVALUATION, "steps", "launch", "batch_size", "max_tokens")
+FINETUNE = (*UPDATE, *TIMED, "steps", "launch", "batch_size", "max_tokens")
 EXAMPLES = 32  # demonstrations laid out to know what the mean one takes
 
 
@@ -176,7 +177,9 @@ class FinetuneForecast:
         count = processes(settings, setup.machine)
         work = self.work(settings)
         scorings = int(self.memories.reference)
-        phases = update_times(memory, self.batch(settings), work, count, device, scorings)
+        phases = update_times(
+            memory, self.batch(settings), work, count, device, compiles_layers(settings, setup.machine), scorings
+        )
         assumed = self.learned
         rates = {"learned from": work.tokens / sum(phases.values())}
 

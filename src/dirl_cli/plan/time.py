@@ -11,7 +11,7 @@ and the shares are in devices.py; how near this comes to what was measured is in
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.table import Table
@@ -130,9 +130,13 @@ def backpropagation_seconds(
     passes = 3
     if not model.is_full_finetune:
         passes = 2  # frozen weights have no gradient
-    if memory.checkpointing:
-        passes += 1
     computing = passes * forward_seconds(model, work, device, compiled)
+
+    # What is not kept is computed again; attention's output is, where layers are compiled and nobody shares them.
+    if memory.checkpointing:
+        keeps_attention = memory.checkpointing == "attention" and compiled and not memory.parallelism.gathers
+        again = replace(work, keys=0) if keeps_attention else work
+        computing += forward_seconds(model, again, device, compiled)
 
     # Weights in fp32 are read and cast once a micro-batch, their gradients read, and added to those in fp32.
     if memory.casts_weights:
@@ -329,7 +333,7 @@ class TimePlan:
         most = "at most" if self.is_bound else "about"
         gpus = self.device.name if self.gpus == 1 else f"{self.gpus} × {self.device.name}"
         run = "all" if self.is_whole else counted(self.steps, "step")
-        total = f"{run} on {gpus}: {most} {format_duration(self.step_seconds * self.steps)}"
+        total = f"{run} on {gpus}: {most} {format_total(self.step_seconds * self.steps)}"
         total += f", {format_hours(self.gpu_hours)} GPU-hours"
         if self.price_per_gpu_hour is not None:
             price = self.price_per_gpu_hour
@@ -369,5 +373,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_hours(hours: float) -> str:
-    """Hours such as 0.4, 7.9, 1,234."""
-    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
+    """Hours such as 0.034, 0.4, 7.9, 1,234."""
+    if hours >= 10:
+        return f"{hours:,.0f}"
+    return f"{hours:.1f}" if hours >= 0.1 else f"{hours:.2g}"
+
+
+def format_total(seconds: float) -> str:
+    """A duration such as `45 seconds`, `20 minutes`, `3 hours`."""
+    return f"{seconds:.0f} seconds" if seconds < 120 else format_duration(seconds)
