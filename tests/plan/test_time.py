@@ -319,11 +319,13 @@ def test_an_evaluation_that_does_not_fit_is_told_what_does(nothing_here, capsys)
         evaluate.run(evaluation("model=sdar30b", *words[1:4], "plan.device=4090"), nothing_here)
 
 
-def test_an_evaluation_of_nobody_knows_how_many_problems_says_what_to_give(nothing_here):
+def test_an_evaluation_that_cannot_be_planned_says_what_to_give(nothing_here):
     with pytest.raises(DirlError, match="or give limit=N to plan for so many problems"):
         evaluate.run(evaluation("experiment=eval_paper", "dry_run=true", "plan.device=h100"), nothing_here)
     with pytest.raises(DirlError, match="predictions are answers already: leave one out"):
         evaluate.run(evaluation("experiment=eval_paper", "dry_run=true", "predictions=a.jsonl"), nothing_here)
+    with pytest.raises(DirlError, match="bench=likelihood samples nothing: leave it out"):
+        evaluate.run(evaluation("bench=likelihood", "dry_run=true"), nothing_here)
 
 
 def evaluation(*words: str) -> DictConfig:

@@ -48,6 +48,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     elif isinstance(bench := build(cfg.bench), Likelihood):
         from dirl_cli.commands.eval_likelihood import evaluate_likelihood
 
+        if cfg.dry_run:
+            raise DirlError("dry_run tells what sampling takes, and bench=likelihood samples nothing: leave it out")
         evaluate_likelihood(cfg, out, bench, console)
     elif cfg.dry_run:
         plan(cfg, out)
