@@ -382,6 +382,8 @@ def test_pushed_weights_are_ours_in_its_fused_layout(kind):
     sampler, _ = sampler_of(lm)
     sampler.agent.patched_model = SimpleNamespace(get_model=lambda: theirs)
     sampler.agent.all_context = torch.inference_mode
+    forgotten = []
+    sampler.agent.reset_graph_runner = lambda: forgotten.append(sampler.weights_version)
     for version in (7, 8):
         with torch.no_grad():
             for parameter in lm.model.parameters():
@@ -399,6 +401,8 @@ def test_pushed_weights_are_ours_in_its_fused_layout(kind):
         for name, tensor in pushed.items():
             assert torch.equal(tensor, own[name]), name
         assert sampler.weights_version == version
+    # Only where it put weights elsewhere, experts in another layout or a tied head, would graphs read the old ones.
+    assert forgotten == ([] if kind == "untied" else [0])
 
 
 def their_model(lm):

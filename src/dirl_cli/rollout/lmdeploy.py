@@ -135,9 +135,14 @@ class LmdeploySampler:
         if self.asleep and not self._has_weights():
             self.engine.wakeup(["weights"])
         model = self.agent.patched_model.get_model()
+        addresses = [parameter.data_ptr() for parameter in model.parameters()]
         with self.agent.all_context():
             model.load_weights(published_weights(self.lm.model, named_tensors))
             process_weights_after_loading(model)
+
+        # That may lay experts out anew, elsewhere, and a captured graph reads where they were.
+        if [parameter.data_ptr() for parameter in model.parameters()] != addresses:
+            self.agent.reset_graph_runner()
         if self.lm.device.type == "cuda":
             torch.cuda.synchronize(self.lm.device)  # the engine reads them on a CUDA stream of its own
         self.weights_version = version
