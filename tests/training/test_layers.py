@@ -16,6 +16,7 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import PerBlock, example
 from dirl_cli.errors import DirlError
 from dirl_cli.models.attention import hidden_states
+from dirl_cli.models.experts import GROUPED
 from dirl_cli.models.load import fitting_attention
 from dirl_cli.models.low_precision import inference_model
 from dirl_cli.models.peft import LoraFinetune
@@ -25,7 +26,9 @@ from dirl_cli.sft.batches import Noise
 from dirl_cli.training.layers import ATTENTION, checkpoint_layers, compile_layers, is_compiled, pick_compile
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.types import Decoding
-from tests.helpers.small import MASK, PAD, small_lm
+from tests.helpers.rl_runs import config as rl_config
+from tests.helpers.rl_runs import lines, run, save_sharp_model
+from tests.helpers.small import MASK, PAD, random_lm, small_lm
 from tests.training.test_gradient_checkpointing import config
 
 LAYERS = 2  # of `small_lm`
@@ -132,6 +135,19 @@ def test_compiled_layers_have_adapters_and_bf16_around_weights_in_fp32():
 
 
 @pytest.mark.slow
+def test_a_mixture_whose_experts_are_side_by_side_is_compiled_whole():
+    expected, model = random_lm("moe").model, random_lm("moe").model
+    for each in (expected, model):
+        each.config._experts_implementation = GROUPED
+    compile_layers(model, "aot_eager")
+    for length in (40, 20):
+        with torch.autocast("cpu", torch.bfloat16):  # the one dtype in which a graph may have products of experts
+            assert_alike(gradients(model, rows(length)), gradients(expected, rows(length)))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
 @torch.no_grad()  # without gradients, which nothing has for FlexAttention on a CPU
 def test_flex_attention_is_part_of_a_compiled_layer():
     expected = small_lm(head_dim=16).model
@@ -194,3 +210,24 @@ def test_a_run_that_compiles_says_so_and_how_long_it_took(tmp_path: Path, capsys
     losses = [[line["loss"] for line in lines_of if "loss" in line] for lines_of in (compiled, plain)]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_reference_and_a_critic_are_compiled_as_the_policy_is(tmp_path: Path, monkeypatch):
+    compiled = []
+
+    def compile_and_note(model) -> None:
+        compiled.append(model)
+        compile_layers(model, backend="eager")
+
+    monkeypatch.setattr(start, "compile_layers", compile_and_note)
+    model = save_sharp_model(tmp_path / "model")
+    steps = []
+    for name in ("false", "true"):
+        words = ("algo=dipo", "algo.beta=0.1", "critic=model", "steps=2", f"compile={name}")
+        run(rl_config(model, *words), tmp_path / name)
+        steps.append(lines(tmp_path / name))
+    assert len(compiled) == 3
+    for plain, other in zip(*steps, strict=True):
+        for metric in {"loss", "kl", "value_loss", "grad_norm"} & plain.keys():
+            assert other[metric] == pytest.approx(plain[metric], rel=1e-4, abs=1e-6)

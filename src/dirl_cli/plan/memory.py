@@ -2,7 +2,8 @@
 
 Activations are what one of transformers' Qwen3 layers leaves to backpropagation, counted from its code; that the sums
 are those measured on a CPU is seen in `tests/plan/test_plan.py` and `benchmarks/plan.py`. What differs on a GPU
-(attention=flex) is counted from code alike, but no GPU has confirmed it.
+(attention=flex) is counted from code alike, but no GPU has confirmed it. Compiled layers keep less, and are counted as
+if they were not compiled.
 
 All sizes are bytes. Factors of 4 and 2 are the bytes of a number in fp32 and bf16, and `self.value` is whichever of the
 two the forward computes in; other factors count tensors of one shape, which the comment beside them names.
