@@ -84,7 +84,7 @@ def test_a_wish_to_stop_ends_an_evaluation_between_its_problems(monkeypatch, cap
             if len(answered) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             answered.append(problem)
-            yield type("Answer", (), {"correct": True})
+            yield type("Answer", (), {"correct": True, "credit": 1.0})
 
     class Sampler:
         def stream(self, *args):
@@ -104,3 +104,27 @@ def test_a_wish_to_stop_ends_an_evaluation_between_its_problems(monkeypatch, cap
     with StopSignal(accelerator) as stop:
         answered[:] = [None] * 3
         assert HeldOutEval(*asked[:-1], stop.raising).run(Sampler(), None) == {"greedy_accuracy": 1.0}
+
+
+def test_where_answers_can_be_right_in_part_their_mean_credit_is_measured_too(monkeypatch):
+    """Whether it is told depends on the problems alone, so that a metric does not come and go."""
+
+    def graded(answers, problems, decode, grader):
+        for credit in (1.0, 0.5, 0.0, None):
+            yield type("Answer", (), {"correct": credit == 1, "credit": credit})
+
+    class Sampler:
+        def stream(self, *args):
+            return iter(())
+
+    monkeypatch.setattr(held_out, "graded", graded)
+    lm, accelerator = small_lm(), Accelerator(cpu=True)
+    monkeypatch.setattr(type(lm), "require_tokenizer", lambda self: None)
+    for verifier, measured in (
+        ("math", {}),
+        ("sudoku", {"greedy_credit": 0.375}),
+        ("mine.score", {"greedy_credit": 0.375}),
+    ):
+        problems = [Problem(str(i), "?", "2", verifier=verifier) for i in range(4)]
+        asked = (problems, [[1]] * 4, lm, Decoding(), accelerator, StepProgress(5, 1, (), quiet=True))
+        assert HeldOutEval(*asked).run(Sampler(), None) == {"greedy_accuracy": 0.25, **measured}

@@ -57,7 +57,12 @@ from dirl_cli.training.stop_signal import StopSignal
 PANELS = (
     Panel(
         "Accuracy",
-        {"accuracy": "rollouts", "greedy_accuracy": "greedy, held out", "hinted_accuracy": "with hints"},
+        {
+            "accuracy": "rollouts",
+            "greedy_accuracy": "greedy, held out",
+            "hinted_accuracy": "with hints",
+            "greedy_credit": "greedy, in part",
+        },
         percent=True,
     ),
     Panel("Reward", {"reward": "reward"}),
@@ -72,6 +77,7 @@ COLUMNS = {
     "reward": Column("reward", 3),
     "accuracy": Column("accuracy %", 1, scale=100),
     "greedy_accuracy": Column("greedy accuracy %", 1, scale=100),
+    "greedy_credit": Column("greedy credit %", 1, scale=100),
     "length": Column("length", 0),
     "tokens_per_forward": Column("tok/fwd", 2),
     "kl": Column("kl", 4),
@@ -199,7 +205,7 @@ def reinforce(
     update = policy_update(cfg, parts, lm, inference_lm, accelerator, updates_of(cfg), growth)
     if parts.objective.other_teacher and update.reference:
         fingerprints["teacher_fingerprint"] = fingerprint(update.reference.model)
-    noted = ("greedy_accuracy",)
+    noted = ("greedy_accuracy", "greedy_credit")
     session = open_session(cfg, out, "rl", update.trainer, lm, progress, stop, PANELS, noted, fingerprints)
     session.further = update.tensors
     if update.critic:

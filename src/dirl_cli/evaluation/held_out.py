@@ -16,6 +16,7 @@ from dirl_cli.evaluation.run import graded
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.grading import Grader
+from dirl_cli.reward.verifiers import gives_parts
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.types import Decoding, Problem
 
@@ -35,6 +36,8 @@ class HeldOutEval:
     def run(self, sampler: Sampler, grader: Grader) -> dict[str, float]:
         """`greedy_accuracy`: the share of the problems that are answered right; nothing without problems.
 
+        And `greedy_credit`, their mean credit, where any of them can be right in part.
+
         Raises Interrupted, in every process, where one was asked to stop before all were answered.
         """
         if not self.problems:
@@ -49,19 +52,24 @@ class HeldOutEval:
         # A stop ends the answering, but not yet the function: the other processes wait in the reduce below, and learn
         # from its sum that one of them has stopped.
         answered = right = 0
+        credit = 0.0
         showing = self.progress.working("answering held-out problems", len(problems))
         with showing as done, suppress(Interrupted), self.stoppable(), self.accelerator.autocast():
             answers = sampler.stream(prompts, 1, replace(self.decoding, temperature=0.0))
             for answer in graded(answers, problems, partial(answer_text, tokenizer), grader):
                 right += int(answer.correct)
+                credit += answer.credit or 0.0
                 answered += 1
                 done(answered)
 
-        counts = torch.tensor([float(answered), float(right)], device=self.accelerator.device)
-        answered_everywhere, right_everywhere = self.accelerator.reduce(counts).tolist()
+        counts = torch.tensor([float(answered), float(right), credit], device=self.accelerator.device)
+        answered_everywhere, right_everywhere, credit_everywhere = self.accelerator.reduce(counts).tolist()
         if answered_everywhere < len(self.problems):
             raise Interrupted(signal.SIGTERM)  # or Ctrl-C: the run's StopSignal knows
-        return {"greedy_accuracy": right_everywhere / len(self.problems)}
+        measured = {"greedy_accuracy": right_everywhere / len(self.problems)}
+        if any(map(gives_parts, self.problems)):
+            measured["greedy_credit"] = credit_everywhere / len(self.problems)
+        return measured
 
 
 @dataclass(frozen=True)

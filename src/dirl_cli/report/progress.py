@@ -23,6 +23,7 @@ FORMS = {
     "validation_reward_accuracy": "{:.1%} of held-out pairs told apart",
     "accuracy": "accuracy {:.0%}",
     "greedy_accuracy": "greedy accuracy {:.1%}",
+    "greedy_credit": "greedy credit {:.1%}",
     "reward": "reward {:.3f}",
     "length": "{:.0f} tokens",
     "tokens_per_forward": "{:.2f} a forward",

@@ -15,6 +15,7 @@ from dirl_cli.reward.puzzles import countdown_credit, expression_in, grid_in, su
 from dirl_cli.reward.short_text import text_credit, text_in
 from dirl_cli.types import Problem
 
+RIGHT_OR_WRONG = ("math", "choice", "text")  # verifiers that give an answer all of the credit or none
 LONGEST_ANSWER = 2000  # characters; no reference answer comes near, and parsing time grows faster than length
 
 
@@ -82,3 +83,8 @@ def verifier_of(problem: Problem) -> Verifier:
 def custom_verifier(name: str) -> Verifier:
     """The scorer of an import path as a verifier. It runs in the grading processes, as it may hang or eat memory."""
     return Verifier(whole_completion, own_credit, never_quick, partial(find_scorer, name))
+
+
+def gives_parts(problem: Problem) -> bool:
+    """Whether an answer to a problem may have a part of the credit."""
+    return problem.verifier not in RIGHT_OR_WRONG
