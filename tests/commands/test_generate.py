@@ -23,6 +23,7 @@ from dirl_cli.files import conf_dir
 from dirl_cli.models.load import SavedModel
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.text import escape_controls
 from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers.small import MASK, small_lm
@@ -84,7 +85,7 @@ def test_a_prompt_becomes_a_user_turn_and_its_answer_is_shown_and_written(model,
     assert tokenizer.decode(line["prompt_ids"]) == "<|im_start|>user\nWhat is 2+3?<|im_end|>\n<|im_start|>assistant\n"
     assert len(line["token_ids"]) == len(line["reveal_step"]) == len(line["logprobs"])
     shown = capsys.readouterr().out
-    assert line["text"] in shown
+    assert escape_controls(line["text"]) in shown
     assert f"{len(line['token_ids'])} tokens in {line['forwards']} forwards" in shown
     assert f"1 completions in {tmp_path}/completions.jsonl" in shown
 

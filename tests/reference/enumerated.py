@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from dirl_cli.diffusion.sampling import draw_candidates
+from dirl_cli.diffusion.sampling import make_candidates
 from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal
 from dirl_cli.models.load import DiffusionLM, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
@@ -116,14 +116,8 @@ def _chosen(logits: Tensor, tokens: tuple[int, ...], places: list[int], step: in
     masked[places] = True
     of_masked = logits.detach()[masked]  # (N, V)
 
-    # Aim at the middle of each token's share of the cumulative distribution.
-    cumulative = of_masked.softmax(-1).double().cumsum(-1)
-    at = torch.tensor(tokens)[:, None]
-    below = torch.where(at > 0, cumulative.gather(-1, (at - 1).clamp(min=0)), torch.zeros((), dtype=torch.double))
-    middle = (below + cumulative.gather(-1, at)).squeeze(-1) / 2
-    drawn = draw_candidates(of_masked, middle, 1.0, 0, 1.0, decoding.confidence, torch.tensor([], dtype=torch.long))
-    assert drawn.tokens.tolist() == list(tokens)
-
+    logprobs = of_masked.log_softmax(-1)
+    drawn = make_candidates(logprobs, logprobs, torch.tensor(tokens), decoding.confidence)
     owed = quota(torch.tensor([step]), len(masked), decoding.denoising_steps)
     state = State(masked[None], drawn, owed, decoding.threshold)
     return reveal(find_strategy(decoding.strategy), state)[0].tolist()
