@@ -96,7 +96,9 @@ def test_no_module_unpickles_evaluates_or_opens_a_port():
                 called = ast.unparse(node.func)
                 is_signature = called == "inspect.signature(find_reward(name)).bind"
                 is_text = called == "yaml.load" and ast.unparse(node.args[1]) == "yaml.BaseLoader"
-                assert is_signature or is_text or not re.fullmatch(calls, called), f"{name}: {called}"
+                is_confined = called == "exec" and name == "reward/program_server.py"  # in forks, after `confine`
+                is_harmless = is_signature or is_text or is_confined
+                assert is_harmless or not re.fullmatch(calls, called), f"{name}: {called}"
                 for option in node.keywords:
                     allowed = option.arg not in ("shell", "trust_remote_code", "allow_pickle")
                     assert allowed or ast.unparse(option.value) == "False", f"{name}: {called}"

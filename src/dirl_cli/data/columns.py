@@ -10,6 +10,7 @@ from decimal import Decimal
 from math import isnan
 from typing import Any
 
+from dirl_cli.data.code_rows import CODE, has_tests, recognise_code
 from dirl_cli.data.conversation import read_turns, says_something
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError, did_you_mean
@@ -19,7 +20,7 @@ from dirl_cli.types import Problem
 TURNS = ("messages", "role", "content")
 PAIR = ("chosen", "rejected")
 TEXTS = ("system", "prompt", "response", "question", "ground_truth_answer", *PAIR)
-COLUMNS = (*TURNS, *TEXTS, "id", "subset")
+COLUMNS = (*TURNS, *TEXTS, *CODE, "id", "subset")
 ANSWERS = ("response", "ground_truth_answer", *PAIR)  # a row without one is left out, and counted
 # Columns that say where a row comes from or of which kind it is; a nameless one is a table's count of its rows.
 LABELS = {"", "id", "idx", "index", "uuid", "source", "data_source", "dataset", "url", "split", "subset", "level"}
@@ -116,7 +117,7 @@ def demonstration(row: Row, setting: str = "data.columns=") -> Row:
     if "prompt" not in row.fields and "system" in row.fields:
         keys.append("system")
     fields = {key: text_field(row, key, expected, setting) for key in keys}
-    return Row(row.location, fields, row.notes, unread_columns(row, {*fields, "ground_truth_answer", "answer"}))
+    return Row(row.location, fields, row.notes, unread_columns(row, {*fields, *CODE, "ground_truth_answer", "answer"}))
 
 
 def recognise_demonstration(row: Row) -> Row:
@@ -219,20 +220,27 @@ def require_same_turns(chosen: Row, rejected: Row, setting: str) -> None:
 def question(row: Row, setting: str = "data.columns=") -> Row:
     """What of a row is asked, and what it is graded by: `question`, `ground_truth_answer`, `system`, `id`, `subset`.
 
-    And what hints are taken from, where there is any: `solution`.
+    And what hints are taken from, where there is any: `solution`. A problem that a program solves has `tests` to be
+    graded by, perhaps with `setup` and `beginning` (data/code_rows.py), and no answer beside its solution.
 
     Raises DirlError where the row has no question or no answer to grade by, or what is no text.
     """
-    row = recognise_problem(row._replace(fields=without_nulls(row.fields)))
-    expected = "a problem has question and ground_truth_answer"
-    keys = ["question", "ground_truth_answer"]
+    row = recognise_problem(recognise_code(row._replace(fields=without_nulls(row.fields))))
+    expected = "a problem has question and ground_truth_answer, or question and tests"
+    keys = ["question"]
+    if not has_tests(row.fields):
+        keys.append("ground_truth_answer")
     if "system" in row.fields:
         keys.append("system")
-    fields = {key: text_field(row, key, expected, setting) for key in keys}
-    labels: dict[str, str] = {key: str(row.fields[key]) for key in ("id", "subset") if key in row.fields}
-    if solution := worked_solution(row, fields["ground_truth_answer"]):
-        labels["solution"] = solution
-    return Row(row.location, fields | labels, row.notes, unread_columns(row, {*fields, "response", "solution"}))
+    fields: dict[str, Any] = {key: text_field(row, key, expected, setting) for key in keys}
+    for key in ("id", "subset"):
+        if key in row.fields:
+            fields[key] = str(row.fields[key])
+    if solution := worked_solution(row, fields.get("ground_truth_answer", "")):
+        fields["solution"] = solution
+    if has_tests(row.fields):
+        fields |= {key: row.fields[key] for key in CODE if key in row.fields}
+    return Row(row.location, fields, row.notes, unread_columns(row, {*fields, "response", "solution"}))
 
 
 def worked_solution(row: Row, answer: str) -> str:
@@ -269,12 +277,12 @@ def recognise_problem(row: Row) -> Row:
 
 def is_problem(row: Row) -> bool:
     """Whether there is a question with a reference answer in it, under whatever names."""
-    fields = without_nulls(row.fields)
-    if not {"ground_truth_answer", "reward_model", "answer"} & fields.keys():
+    row = recognise_code(row._replace(fields=without_nulls(row.fields)))
+    if not {"ground_truth_answer", "reward_model", "answer", "tests"} & row.fields.keys():
         return False  # its prompt may be of many turns, as that of a pair
 
-    recognised = recognise_problem(row._replace(fields=fields))
-    return {"question", "ground_truth_answer"} <= recognised.fields.keys()
+    names = recognise_problem(row).fields.keys()
+    return "question" in names and not names.isdisjoint({"ground_truth_answer", "tests"})
 
 
 def one_question(location: str, chat: list) -> dict[str, str]:
@@ -304,13 +312,17 @@ def single(answer: Any) -> Any:
 def problem(row: Row, default_id: str, setting: str = "data.columns=") -> Problem:
     """A row as a problem. default_id: its id where the row has none. Raises DirlError as `question` does."""
     fields = question(row, setting).fields
+    solution = fields.get("solution", "")
+    details = {key: fields[key] for key in CODE if key in fields}
     return Problem(
         id=fields.get("id", default_id),
         question=fields["question"],
-        answer=fields["ground_truth_answer"],
+        answer=solution if details else fields["ground_truth_answer"],
         subset=fields.get("subset", ""),
         system=fields.get("system", ""),
-        solution=fields.get("solution", ""),
+        solution=solution,
+        verifier="code" if details else "math",
+        details=details,
     )
 
 
