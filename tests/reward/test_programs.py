@@ -54,6 +54,7 @@ def test_a_beginning_is_gone_on_from_or_replaced_by_a_whole_function():
     assert completed(beginning, body) == beginning + "    # go on\n    return pi * r * r\n\n"
     assert completed(beginning, "\n" + body).endswith("\n\n    # go on\n    return pi * r * r\n\n")
     whole = "def area(r):\n    return 3\n"
+    assert completed(beginning, f"    return 1\n\n{whole}") == f"{beginning}    return 1\n\n"
     assert completed(beginning, whole) == f"from math import pi\n\ndef one(x):\n    return x\n\n\n{whole}"
     assert completed("", whole) == whole
     with pytest.raises(DirlError, match="must end in the head of a function, not in 'x = 1'"):

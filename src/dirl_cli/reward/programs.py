@@ -132,12 +132,14 @@ def is_test(test: Any) -> bool:
 def completed(beginning: str, answer: str) -> str:
     """The program that an answer makes of its beginning: a function instead of it, or the rest of its body.
 
-    A body ends before the first line that stands at the margin, as HumanEval's stop words have it.
+    A body begins indented and ends before the first line at the margin, as HumanEval's stop words have it.
     """
     if not beginning:
         return answer
     preamble, name = head_of(beginning)
-    if re.search(rf"^(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", answer, re.MULTILINE):
+    is_body = answer.lstrip("\r\n")[:1].isspace()
+    definition = rf"^(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*="
+    if not is_body and re.search(definition, answer, re.MULTILINE):
         return f"{preamble}\n{answer}"
     lines: list[str] = []
     for line in answer.splitlines(keepends=True):
