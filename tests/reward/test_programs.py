@@ -342,6 +342,27 @@ def test_an_answer_is_graded_though_what_runs_it_was_killed():
     assert program_server()._process.pid != killed.pid
 
 
+def test_an_answer_that_was_killed_from_outside_is_run_again():
+    slow = "import time\ndef add(a, b):\n    time.sleep(0.5)\n    return a + b\n"
+    script = "import time\ntime.sleep(0.5)\nprint(1)"
+    victims = ((0, ADD[:1], slow), (1, ADD[:1], slow), (0, [{"input": "", "output": "1"}], script))
+    for victim, tests, program in victims:
+        server = psutil.Process(program_server()._process.pid)
+        killer = threading.Thread(target=kill_child, args=(server, victim, 2 if program == slow else 1))
+        killer.start()
+        assert credit(tests, program) == 1, victim
+        killer.join()
+        assert program_server()._process.pid != server.pid
+
+
+def kill_child(server, index, count):
+    """Kill one of the children of a process as soon as it has so many."""
+    while len(children := server.children()) < count:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    sorted(children, key=lambda child: child.pid)[index].kill()
+
+
 def test_what_runs_answers_ends_with_the_process_that_started_it(tmp_path):
     script = "import time\nfrom dirl_cli.reward.programs import program_server, program_credit\n"
     script += "print(program_server()._process.pid, flush=True)\nimport threading\n"

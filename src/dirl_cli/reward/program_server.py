@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import types
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,8 +39,10 @@ MODULES_OF_TESTS = {
 }  # fmt: skip
 ENCODINGS = ("ascii", "latin-1", "utf-16", "utf-32", "utf-8-sig", "cp1252", "idna", "unicode_escape")
 
-PAIR, PROGRAM, END = b"pair", b"program", b"end"  # what is asked for
+PAIR, PROGRAM = b"pair", b"program"  # what is asked for
+END, ENDED = b"end", b"ended"  # the children are to be killed, now or where they do not end by themselves
 READY, UNABLE = b"ready", b"unable"
+KILLED = b"killed"  # from outside, which no child can do itself
 ANY_LENGTH = 2**62  # of what comes from the grader
 
 
@@ -88,12 +91,25 @@ def serve(control: socket.socket, kind: bytes, seconds: float, descriptors: list
     for descriptor in descriptors:
         os.close(descriptor)
 
-    control.recv(64)
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-    statuses = [os.waitpid(child, 0)[1] for child in children]
+    patience = 0.02 if control.recv(64) == ENDED else 0.0
+    codes = [exit_code(child, patience) for child in children]
+    reply = KILLED if KILLED in codes else str(codes[-1]).encode()
     with suppress(OSError):
-        control.send(str(os.waitstatus_to_exitcode(statuses[-1])).encode())
+        control.send(reply)
+
+
+def exit_code(child: int, patience: float) -> int | bytes:
+    """The exit code of a child, which is killed if it runs, or that it was killed. patience: seconds to end in."""
+    until = time.monotonic() + patience
+    ended, status = os.waitpid(child, os.WNOHANG)
+    while not ended and time.monotonic() < until:
+        time.sleep(0.001)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = os.waitstatus_to_exitcode(status)
+    return KILLED if code == -signal.SIGKILL else code
 
 
 def forked(

@@ -22,7 +22,7 @@ from typing import Any
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.confinement import OUTPUT
 from dirl_cli.reward.plain_values import send_message
-from dirl_cli.reward.program_server import END, PAIR, PROGRAM, READY, UNABLE
+from dirl_cli.reward.program_server import END, ENDED, KILLED, PAIR, PROGRAM, READY, UNABLE
 from dirl_cli.types import Problem
 
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
@@ -59,7 +59,7 @@ def program_credit(problem: Problem, answer: str) -> float:
     for attempt in range(ATTEMPTS):
         try:
             return count_passed(program, setup, tests, deadline) / len(tests)
-        except ConnectionError:  # the server died, which no answer can bring about but by the memory that it takes
+        except ConnectionError:  # killed from outside, perhaps for the memory that others take, or this one
             program_server().stop()
             program_server.cache_clear()
             if attempt == ATTEMPTS - 1:
@@ -170,7 +170,7 @@ def head_of(beginning: str) -> tuple[str, str]:
 class ProgramServer:
     """A process that forks what runs answers: see program_server.py.
 
-    Raises DirlError where the kernel cannot confine a process, and ConnectionError where the process has died.
+    Raises DirlError where the kernel cannot confine a process, and ConnectionError where it or a child was killed.
     """
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ class ProgramServer:
                 if not result:
                     break
                 results += result
-            self._end()
+            self._end(deadline)
         return results.count(b"1")
 
     def output_of(self, program: str, text: str, deadline: float) -> str | None:
@@ -229,7 +229,7 @@ class ProgramServer:
             with suppress(ConnectionError):
                 send_message(ours.fileno(), program)
             is_readable(ours, deadline)  # it is, too, when the other end is closed
-            if self._end() != 0:
+            if self._end(deadline) != 0:
                 return None
             return os.pread(writes, OUTPUT, 0).decode(errors="replace")
 
@@ -241,12 +241,15 @@ class ProgramServer:
         for end in sockets:
             end.close()
 
-    def _end(self) -> int:
-        """Kill the children. Returns the exit code of the last, a negative one where it was killed."""
-        self._control.send(END)
+    def _end(self, deadline: float) -> int:
+        """Kill the children, which before the deadline are about to end by themselves.
+
+        Returns the exit code of the last, a negative one where it was killed here.
+        """
+        self._control.send(ENDED if time.monotonic() < deadline else END)
         word = self._control.recv(64)
-        if not word:
-            raise ConnectionError("the process that runs programs has died")
+        if not word or word == KILLED:
+            raise ConnectionError("a process that runs programs was killed")
         return int(word)
 
 
