@@ -35,6 +35,7 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Example, example
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.sft.batches import Noise
+from dirl_cli.training.layers import checkpoint_layers, compile_layers
 from dirl_cli.training.logprobs import LogprobModel
 from tests.reference.expanded import doubled_mask
 
@@ -53,23 +54,31 @@ def main(shape: str = "1.7B", buffer: str = "766" if DEVICE == "cuda" else "30")
         parameter.grad = torch.zeros_like(parameter)
     print(f"{machine()}. {shape}, {DTYPE} weights and gradients, no optimizer step, median of {REPEATS}; GiB: the most"
           f" above weights and gradients; FLOPs: of the model alone, 6 a parameter and token. {GOALS}")  # fmt: skip
-    table("step", "checkpointing", "tokens", "seconds ± half the spread", "of the FLOPs", "GiB", "packed is faster by")
+    table("step", "layers", "tokens", "seconds ± half the spread", "of the FLOPs", "GiB", "packed is faster by")
     whole = shape == "8B"
-    if whole:
-        checkpointed(lm)
-    fine_tuning(lm, "yes" if whole else "no")
+    if whole:  # of which the GPU could not keep every layer
+        keep_less(lm)
+    layers = "checkpointed" if whole else "as they are"
+    rows, answers = packed_demonstrations(lm)
+    slow = fine_tuning(lm, layers)
+    compile_layers(lm.model, "inductor" if DEVICE == "cuda" else "eager")
+    packed = partial(packed_loss, lm, rows, answers)
+    report(lm, "fine-tuning, packed", f"{layers}, compiled", rows.num_tokens, len(rows.target_index), packed, slow)
     if not whole:
-        checkpointed(lm)
+        keep_less(lm)
     dipo(lm, int(buffer), compare=not whole)
 
 
-def checkpointed(lm: DiffusionLM) -> None:
-    lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+def keep_less(lm: DiffusionLM) -> None:
+    checkpoint_layers(lm.model, True)
     lm.model.train()  # there is no dropout; only then transformers recomputes
 
 
-def fine_tuning(lm: DiffusionLM, checkpointing: str) -> None:
-    """Four demonstrations, each with a masked copy of its answer: packed into a row, and each doubled by itself."""
+def fine_tuning(lm: DiffusionLM, layers: str) -> float:
+    """Four demonstrations, each with a masked copy of its answer: packed into a row, and each doubled by itself.
+
+    Returns the seconds of the latter.
+    """
     rows, answers = packed_demonstrations(lm)
 
     def packed() -> float:
@@ -85,8 +94,9 @@ def fine_tuning(lm: DiffusionLM, checkpointing: str) -> None:
 
     ours, theirs = packed(), doubled()
     assert abs(ours - theirs) < (1e-5 if EXACT else 2e-2) * theirs, f"losses: {ours} and {theirs}"
-    slow = report(lm, "fine-tuning, doubled", checkpointing, 2 * sum(LENGTHS), sum(LENGTHS), doubled)
-    report(lm, "fine-tuning, packed", checkpointing, rows.num_tokens, len(rows.target_index), packed, slow)
+    slow = report(lm, "fine-tuning, doubled", layers, 2 * sum(LENGTHS), sum(LENGTHS), doubled)
+    report(lm, "fine-tuning, packed", layers, rows.num_tokens, len(rows.target_index), packed, slow)
+    return slow
 
 
 def demonstrations(lm: DiffusionLM) -> list[Example]:
@@ -147,6 +157,7 @@ def dipo(lm: DiffusionLM, buffer: int, compare: bool) -> None:
     dipo_step.BUFFER = buffer
     dipo_step.PROMPT, dipo_step.VOCABULARY, dipo_step.MASK = (126, 300, MASK) if DEVICE == "cuda" else (14, 300, MASK)
     row_tokens = 16384 if DEVICE == "cuda" else 256
+    layers = "checkpointed, compiled"
     for name, make in dipo_step.CASES.items():
         case = make()
         scored = case.answer_tokens
@@ -164,14 +175,14 @@ def dipo(lm: DiffusionLM, buffer: int, compare: bool) -> None:
             del ours, theirs
         else:
             tokens, many = packed(), expanded()
-        slow = report(lm, f"DiPO {name}, expanded", "yes", many, scored, expanded)
-        report(lm, f"DiPO {name}, packed", "yes", tokens, scored, packed, slow)
+        slow = report(lm, f"DiPO {name}, expanded", layers, many, scored, expanded)
+        report(lm, f"DiPO {name}, packed", layers, tokens, scored, packed, slow)
 
 
 def report(
     lm: DiffusionLM,
     name: str,
-    checkpointing: str,
+    layers: str,
     tokens: int,
     scored: int,
     step: Callable[[], object],
@@ -186,7 +197,7 @@ def report(
     body, head = body_and_head(lm)
     used = 6 * (body * tokens + head * scored) / median / FLOPS
     faster = f"{slow / median:.1f}×" if slow else ""
-    row(name, checkpointing, f"{tokens:,}", f"{median:.3f} ± {spread / 2:.3f}", f"{100 * used:.0f} %", peak, faster)
+    row(name, layers, f"{tokens:,}", f"{median:.3f} ± {spread / 2:.3f}", f"{100 * used:.0f} %", peak, faster)
     return median
 
 
