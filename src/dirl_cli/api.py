@@ -26,8 +26,8 @@ def load_sampler(
     """Load the model in `path` into a sampler. path: a directory, a run or one of its checkpoints, or a downloaded id.
 
     `sampler.sample(prompts: list[list[int]], n, decoding) -> list[list[Trajectory]]`; `sampler.lm.tokenizer` encodes.
-    rollout: `native`, `lmdeploy` (at most `max_batch` answers at once; cache_share is LMDeploy's), or an engine. What
-    is left out of these is as conf/rollout says.
+    rollout: `native`, `lmdeploy` (at most `max_batch` answers at once, keys and values in a `cache_share` of a GPU's
+    free memory), or an engine. What is left out of these is as conf/rollout says.
     device, dtype: auto is cuda and bfloat16 where there is a GPU, else cpu and float32.
     Raises DirlError where the model is missing or damaged, and where the engine cannot run here.
     """

@@ -50,7 +50,12 @@ CONFIG = OmegaConf.create(
         "ids": None,
         "predictions": None,
         "compare": None,
-        "rollout": {"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 4, "products": "auto"},
+        "rollout": {
+            "_target_": "dirl_cli.rollout.engines.Native",
+            "max_batch": 4,
+            "products": "auto",
+            "cache_share": 0.8,
+        },
         "dtype": "float32",
         "attention": "auto",
         "device": "cpu",
@@ -230,7 +235,15 @@ def test_what_an_interruption_left_is_kept_and_the_rest_is_sampled_the_same(fini
 
 def test_the_batch_size_changes_no_answer(finished: Path, tmp_path: Path) -> None:
     command.run(
-        config(rollout={"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 3, "products": "auto"}), tmp_path
+        config(
+            rollout={
+                "_target_": "dirl_cli.rollout.engines.Native",
+                "max_batch": 3,
+                "products": "auto",
+                "cache_share": 0.8,
+            }
+        ),
+        tmp_path,
     )
     assert by_sample(tmp_path) == by_sample(finished)
 
@@ -309,7 +322,12 @@ def test_real_benchmarks_run_to_the_end(shared: Path, tmp_path: Path, name: str,
             bench={"_target_": "dirl_cli.data.files.ProblemFile", "name": name, "path": f"{shared}/data/{name}.json"},
             samples=1,
             limit=limit,
-            rollout={"_target_": "dirl_cli.rollout.engines.Native", "max_batch": 64, "products": "auto"},
+            rollout={
+                "_target_": "dirl_cli.rollout.engines.Native",
+                "max_batch": 64,
+                "products": "auto",
+                "cache_share": 0.8,
+            },
             decoding={"max_new_tokens": 8},
         ),
         tmp_path,

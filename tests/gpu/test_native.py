@@ -43,11 +43,15 @@ def test_attention_is_torchs(count, block, heads, key_heads, dtype):
     torch.manual_seed(0)
     from dirl_cli.rollout.attention_triton import decode_attention
 
-    keys, values = (torch.randn(count + 1, 1024, key_heads, 128, device="cuda", dtype=dtype) for _ in range(2))
+    pages = (count + 1) * 1024 // 32
+    keys, values = (torch.randn(pages, 32, key_heads, 128, device="cuda", dtype=dtype) for _ in range(2))
+    table = torch.randperm(pages, device="cuda").view(count + 1, -1)
     query = torch.randn(count * block, heads, 128, device="cuda", dtype=dtype)
     slots = torch.randperm(count + 1, device="cuda")[:count]
     ends = torch.randint(1, 1024 // block, (count,), device="cuda") * block
-    found, expected = (one(query, keys, values, slots, ends, 128**-0.5) for one in (decode_attention, block_attention))
+    found, expected = (
+        one(query, keys, values, table, slots, ends, 128**-0.5) for one in (decode_attention, block_attention)
+    )
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 

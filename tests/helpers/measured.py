@@ -156,6 +156,7 @@ class Trial:
             "rl.group_size": 4,
             "rl.mini_batches": 1,
             "rollout.products": self.products,
+            "rollout.cache_share": 0.8,
             "rl.async_rollout": False,
         }
 
@@ -220,7 +221,7 @@ class Trial:
         with start_accelerator(self.device, self.dtype).autocast():
             NativeSampler(lm, 8, products=self.products).sample([[1] * self.prompt] * 8, 1, decoding)
         setup = TrainingSetup(lm, Untrained(), self.machine, self.settings)
-        return rl_budget(setup, dipo(0.0), decoding, self.prompt, Native(8, self.products), learns=False)
+        return rl_budget(setup, dipo(0.0), decoding, self.prompt, Native(8, self.products, 0.8), learns=False)
 
 
 def measured(trial: Trial, work: str) -> tuple[int, int]:

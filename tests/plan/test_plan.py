@@ -196,7 +196,7 @@ def test_processes_share_a_critic_that_is_a_model_and_are_not_told_to_put_a_head
     knobs = {}
     for gpus, critic in [(1, "model"), (2, "model"), (2, "head")]:
         setup = TrainingSetup(small_lm(), ADAMW, replace(LAPTOP, gpus=gpus), asked | {"gpus": gpus})
-        budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 4, Native(64, "auto"), True, critic=critic)
+        budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 4, Native(64, "auto", 0.8), True, critic=critic)
         knobs[gpus, critic] = (budget.knobs["critic"], budget.knobs.get("launch"))
     assert knobs == {(1, "model"): (["head"], []), (2, "model"): ([], ["fsdp2"]), (2, "head"): ([], None)}
 
@@ -351,7 +351,7 @@ def test_longer_rollouts_want_fewer_at_once(shared, tmp_path):
     }
     machine = replace(LAPTOP, memory_gb=0.006)
     setup = TrainingSetup(lm, ADAMW, machine, asked)
-    budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 20, Native(64, "auto"), learns=False)
+    budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 20, Native(64, "auto", 0.8), learns=False)
     assert list(budget.smallest_fitting_change()) == ["rollout.max_batch"]
     assert set(UPDATE) <= set(asked)
 
@@ -411,7 +411,7 @@ def test_what_samples_while_the_model_learns_is_counted_beside_it():
     asked |= {"rl.mini_batches": 1}
 
     def phases(prefetches: bool) -> dict[str, dict[str, int]]:
-        settings, engine = asked | {"rl.async_rollout": prefetches}, Native(2, "auto")
+        settings, engine = asked | {"rl.async_rollout": prefetches}, Native(2, "auto", 0.8)
         setup = TrainingSetup(small_lm(), ADAMW, LAPTOP, settings)
         budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 4, engine, learns=True)
         return budget.phases(settings)

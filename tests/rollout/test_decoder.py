@@ -61,12 +61,12 @@ def family(name: str) -> PreTrainedModel:
 
 
 def two_forwards(decoder) -> tuple[list[Tensor], KVCache]:
-    """Final hidden states of eight tokens in slot 1, and of four more that see them and themselves."""
-    cache = KVCache(slots=3, length=16)
+    """Final hidden states of eight tokens in page 1, and of four more that see them and themselves."""
+    cache = KVCache(pages=3, page_size=16, length=16)
     found = []
     for start, width in ((0, 8), (8, 4)):
         position = torch.arange(start, start + width)
-        slot = EqualWidthSlots(torch.tensor([1]).numpy(), width, start + width, None)
+        slot = EqualWidthSlots(1, slice(1, 2), width, start + width, None)
         token_ids = (position * 7 + 3) % 50
         found.append(decoder(cache, token_ids, position, position + 16, slot.attend))
     return found, cache
@@ -213,9 +213,9 @@ def kernels_a_layer(name: str, of: type) -> Counter[str]:
         model = family(name)
         del model.model.layers[layers:]
         model.config.num_hidden_layers = layers
-        decoder, cache = of(model, "plain"), KVCache(slots=2, length=16)
+        decoder, cache = of(model, "plain"), KVCache(pages=2, page_size=16, length=16)
         position = torch.arange(4)
-        slot = EqualWidthSlots(torch.tensor([1]).numpy(), 4, 4, None)
+        slot = EqualWidthSlots(1, slice(1, 2), 4, 4, None)
         with torch.no_grad():
             decoder(cache, position, position, position + 16, slot.attend)  # what is made once
             with Kernels() as kernels:

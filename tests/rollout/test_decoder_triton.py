@@ -108,7 +108,7 @@ def forward(decoder: JoinedDecoder, cache: KVCache) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "sdar", "sdar_moe", "smollm3"])
 def test_models_decode_with_them(name):
     model = family(name).to(DEVICE)
-    ours, theirs = (forward(JoinedDecoder(model, "plain", f), KVCache(2, 16)) for f in (FUSED, PLAIN))
+    ours, theirs = (forward(JoinedDecoder(model, "plain", f), KVCache(2, 16, 16)) for f in (FUSED, PLAIN))
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
@@ -124,7 +124,7 @@ def test_a_layer_is_four_products_attention_and_four_kernels_between_them():
         return call
 
     functions = Functions(*(counted(f) for f in (FUSED.add_and_norm, FUSED.rotate_and_cache, FUSED.gated)))
-    decoder, cache = JoinedDecoder(family("sdar").to(DEVICE), "plain", functions), KVCache(2, 16)
+    decoder, cache = JoinedDecoder(family("sdar").to(DEVICE), "plain", functions), KVCache(2, 16, 16)
     forward(decoder, cache)  # makes the cache and its angles
     calls.clear()
     with Kernels() as kernels:

@@ -95,7 +95,7 @@ def test_only_blocks_that_are_denoised_or_to_be_cached_are_computed():
     lm = small_lm()
     forward = GraphForward(lm, decoder_of(lm.model), 3, 32, block_attention, tape)
     options = decoding("low_confidence_static", denoising_steps=2, max_new_tokens=8)
-    answers(forward, options, prompts=[[5] * 4, [6] * 4, [7] * 8], n=1)
+    answers(forward, options, prompts=[[5] * 4, [6] * 4, [7] * 8], n=1, slots=3)
     # two forwards a block, of which the first caches the block before; the first of a prompt's two goes in before
     assert [size for size in tape.sizes if isinstance(size, int)] == [6, 3, 6, 3]
 
@@ -140,14 +140,16 @@ def test_a_long_prompt_goes_in_in_pieces(monkeypatch):
 def test_blocks_see_their_slot_up_to_their_end_as_the_rule_says():
     torch.manual_seed(0)
     query, keys, values = torch.randn(12, 4, 8), torch.randn(2, 16, 2, 8), torch.randn(2, 16, 2, 8)
-    slots, ends = torch.tensor([1, 1, 1]), torch.tensor([4, 8, 12])
+    table, slots, ends = torch.tensor([[0], [1]]), torch.tensor([1, 1, 1]), torch.tensor([4, 8, 12])
     position, zeros = torch.arange(12)[None], torch.zeros(1, 12, dtype=torch.long)
     mask = dense_mask(Coordinates(zeros, zeros, position // 4, zeros))
     seen, known = (kept[1:, :12].transpose(1, 2).repeat_interleave(2, 1) for kept in (keys, values))
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.transpose(0, 1)[None], seen, known, mask, scale=0.3
     )
-    torch.testing.assert_close(block_attention(query, keys, values, slots, ends, 0.3), expected[0].transpose(0, 1))
+    torch.testing.assert_close(
+        block_attention(query, keys, values, table, slots, ends, 0.3), expected[0].transpose(0, 1)
+    )
 
 
 def test_sizes_are_few_and_padded_little():

@@ -24,7 +24,14 @@ from dirl_cli.types import STATE
 # Keys that may change between two starts of a run, because its result does not depend on them.
 START = {"name", "out", "resume", "prepare", "dry_run", "plan", "price_per_gpu_hour", "max_skipped"}
 MACHINES = {"gpus", "nodes", "node_rank", "main_address", "launch", "memory_gb"}
-WORK = {"gradient_checkpointing", "compile", "rollout.max_batch", "reward.workers", "grade_workers"}  # how it is done
+WORK = {  # how it is done
+    "gradient_checkpointing",
+    "compile",
+    "rollout.max_batch",
+    "rollout.cache_share",
+    "reward.workers",
+    "grade_workers",
+}
 SHOWING = {"logger", "log_every", "show_every", "eval_every", "eval_problems", "mask_rates"}
 SAVING = {"save_every", "keep_checkpoints", "keep_best", "async_checkpoints", "push_to_hub", "model.made_by"}
 ANSWERS = {"samples", "limit", "ids"}  # which answers an evaluation has, not what they are

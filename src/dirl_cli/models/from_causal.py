@@ -18,7 +18,7 @@ from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merge_adapter
 from dirl_cli.models.attention import dense_mask
-from dirl_cli.models.kv_cache import SLOTS, KVCache
+from dirl_cli.models.kv_cache import PAGES, KVCache
 from dirl_cli.models.load import (
     MASK_NAMES,
     DiffusionLM,
@@ -144,10 +144,10 @@ def separate_logits(model: PreTrainedModel) -> Tensor:
 def decode_one(model: PreTrainedModel) -> None:
     """Run a token through the KV cache as the sampler does; raises what the model raises."""
     zero = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    inference_model(model, SLOTS).get_decoder()(
+    inference_model(model, PAGES).get_decoder()(
         input_ids=zero,
         position_ids=zero,
-        past_key_values=KVCache(slots=1, length=1).at(zero[0]),
+        past_key_values=KVCache(pages=1, page_size=1, length=1).at(zero[0]),
         use_cache=False,
         attend=lambda query, keys, values, scale: query,
     )

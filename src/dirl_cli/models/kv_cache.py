@@ -1,21 +1,21 @@
 """Keys and values of a batch whose sequences come and go, in the form transformers' decoders ask for.
 
-Shapes: a forward of T tokens, of any slots; D values of a head (head_dim).
+Shapes: a forward of T tokens, of any sequences; D values of a head (head_dim).
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""(queries (T, heads, D), a layer's keys and values (slots, length, key heads, D), scale) to (T, heads, D)."""
+"""(queries (T, heads, D), a layer's keys and values (pages, page_size, key heads, D), scale) to (T, heads, D)."""
 
-SLOTS = "dirl_slots"
+PAGES = "dirl_pages"
 
 
-def slot_attention(
+def paged_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -27,29 +27,40 @@ def slot_attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers' decoders call it; the caller of the model gives `attend`, which computes it.
 
-    query: (1, heads, T, D). key, value: what `KVCache.update` returned, (slots, length, key heads, D).
+    query: (1, heads, T, D). key, value: what `KVCache.update` returned, (pages, page_size, key heads, D).
     """
     return attend(query[0].transpose(0, 1).to(key.dtype), key, value, scaling)[None], None
 
 
-AttentionInterface.register(SLOTS, slot_attention)
+AttentionInterface.register(PAGES, paged_attention)
+
+
+def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values in all layers. dtype: that of the values."""
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * key_heads * size * dtype.itemsize
 
 
 class KVCache:
-    """The KV cache: a token's keys and values live at its slot and position, per layer (slots, length, key heads, D).
+    """The KV cache: a token's keys and values live in a page of its sequence, at its offset in that.
 
-    What a slot held before needs no clearing: nobody looks at a position that was not rewritten.
+    Each layer has pages of its own, all numbered alike: (pages, page_size, key heads, D). `rollout/pages.py` says which
+    of them a sequence lies in. What a page held before needs no clearing: nobody looks at what was not rewritten.
+    length: positions that the longest sequence has.
     """
 
-    def __init__(self, slots: int, length: int) -> None:
-        self.slots = slots
+    def __init__(self, pages: int, page_size: int, length: int) -> None:
+        self.pages = pages
+        self.page_size = page_size
         self.length = length
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.rotations: Tensor | None = None  # of each position, kept by the decoder that computes them
 
     def at(self, index: Tensor) -> "KVCache":
-        """Aim the next forward: its tokens go to `index` (T,), each slot * length + position."""
+        """Aim the next forward: its tokens go to `index` (T,), each page * page_size + offset."""
         self.index = index
         return self
 
@@ -71,7 +82,7 @@ class KVCache:
         dtype: that of the values, because under autocast a norm leaves keys wider.
         """
         if layer == len(self.keys):
-            shape = (self.slots, self.length, key_heads, size)
+            shape = (self.pages, self.page_size, key_heads, size)
             self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
             self.values.append(torch.zeros(shape, dtype=dtype, device=device))
         return self.keys[layer], self.values[layer]
@@ -80,7 +91,7 @@ class KVCache:
         """Zero: some decoders ask, before they look at the positions that they are given."""
         return 0
 
-    def copy_prefix(self, source: int, slot: int, length: int) -> None:
-        """Copy what slot `source` holds at its first `length` positions to another slot."""
+    def copy_page(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` of a page to another page."""
         for cached in (*self.keys, *self.values):
-            cached[slot, :length] = cached[source, :length]
+            cached[target, :tokens] = cached[source, :tokens]

@@ -1,9 +1,9 @@
-"""Attention of blocks on the keys and values of their slots, in Triton.
+"""Attention of blocks on the keys and values in the pages of their slots, in Triton.
 
 A program holds the queries of a block with all query heads that share a key head, and reads each key and value once.
 Where blocks are few, several programs share the keys of a block and their results are combined (flash-decoding).
 
-Shapes: N blocks of B tokens, H query heads, K key heads, E head size; T = N * B.
+Shapes: N blocks of B tokens, P pages of the longest sequence, H query heads, K key heads, E head size; T = N * B.
 """
 
 import torch
@@ -16,7 +16,9 @@ MOST_ROWS = 64  # queries of a program
 TILE = 64  # keys of a step
 
 
-def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, ends: Tensor, scale: float) -> Tensor:
+def decode_attention(
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, slots: Tensor, ends: Tensor, scale: float
+) -> Tensor:
     """Compute what `forward_gpu.block_attention` does, on a GPU. Parameters and result are the same."""
     tokens, heads, size = query.shape
     key_heads = keys.shape[2]
@@ -34,6 +36,7 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
         query,
         keys,
         values,
+        table,
         slots,
         ends,
         partials,
@@ -46,9 +49,11 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor,
         keys.stride(2),
         tokens,
         heads,
+        table.stride(0),
         block=block,
         shared=heads // key_heads,
         size=size,
+        page_size=keys.shape[1],
         width=max(triton.next_power_of_2(size), 16),
         rows=rows,
         tile=TILE,
@@ -69,6 +74,7 @@ def _attend(  # type: ignore[no-untyped-def]
     query,
     keys,
     values,
+    table,
     slots,
     ends,
     partials,
@@ -76,14 +82,16 @@ def _attend(  # type: ignore[no-untyped-def]
     scale,
     query_token,
     query_head,
-    key_slot,
+    key_page,
     key_position,
     key_head,
     tokens,
     heads,
+    table_slot,
     block: tl.constexpr,
     shared: tl.constexpr,
     size: tl.constexpr,
+    page_size: tl.constexpr,
     width: tl.constexpr,
     rows: tl.constexpr,
     tile: tl.constexpr,
@@ -96,7 +104,7 @@ def _attend(  # type: ignore[no-untyped-def]
     head = tl.program_id(1) // tiles
     query_tile = tl.program_id(1) % tiles
     split = tl.program_id(2)
-    slot = tl.load(slots + item)
+    pages = table + tl.load(slots + item) * table_slot
     end = tl.load(ends + item)
     split_length = tl.cdiv(tl.cdiv(end, tile), splits) * tile
     first = split * split_length
@@ -116,7 +124,9 @@ def _attend(  # type: ignore[no-untyped-def]
     summed = tl.zeros([rows, width], tl.float32)
     for start in range(first, last, tile):
         position = start + tl.arange(0, tile)
-        cached = (slot * key_slot + position * key_position + head * key_head)[:, None] + column[None, :]
+        page = tl.load(pages + position // page_size, position < last, 0)
+        at_key = page * key_page + position % page_size * key_position + head * key_head
+        cached = at_key[:, None] + column[None, :]
         is_key = (position < last)[:, None] & (column < size)[None, :]
         k = tl.load(keys + cached, is_key, 0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale

@@ -3,7 +3,7 @@
 Where a model's kind is known its layers take one product for queries, keys and values, one for gate and up, and one
 function for all that is between two products. Any other is computed by transformers.
 
-Shapes: T tokens of any slots, D hidden size, H query heads, K key heads, E head size, I inner size of an MLP.
+Shapes: T tokens of any sequences, D hidden size, H query heads, K key heads, E head size, I inner size of an MLP.
 """
 
 import math
@@ -18,7 +18,7 @@ from transformers.activations import SiLUActivation
 
 from dirl_cli.models.experts import choose_experts
 from dirl_cli.models.joined_weights import can_join, join
-from dirl_cli.models.kv_cache import SLOTS, Attend, KVCache
+from dirl_cli.models.kv_cache import PAGES, Attend, KVCache
 from dirl_cli.models.low_precision import inference_model
 from dirl_cli.rollout.layer_functions import PLAIN, Functions, Heads, Norm
 from dirl_cli.rollout.products import Product, Products, product
@@ -51,7 +51,7 @@ class Decoder(Protocol):
     def __call__(self, cache: KVCache, token_ids: Tensor, position: Tensor, index: Tensor, attend: Attend) -> Tensor:
         """Final hidden states (T, D) of T tokens, whose keys and values go into `cache`.
 
-        token_ids, position: (T,). index: (T,) where each is cached, slot * length + position.
+        token_ids, position: (T,). index: (T,) where each is cached, page * page_size + offset.
         """
         ...
 
@@ -82,7 +82,7 @@ class ModelDecoder:
     def __init__(self, model: PreTrainedModel, products: Products = "auto") -> None:
         self.model = model
         self.head = head_of(model, products)
-        second = inference_model(model, SLOTS)
+        second = inference_model(model, PAGES)
         choose_experts(second)
         self._decoder = second.get_decoder()
 

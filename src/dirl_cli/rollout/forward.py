@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from dirl_cli.models.kv_cache import KVCache
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.decoder import Decoder
+from dirl_cli.rollout.pages import Integers, PageTable
 from dirl_cli.rollout.sequences import SequenceState, Unmasker
 
-Integers = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
@@ -31,10 +31,12 @@ class Forward(Protocol):
     decoder: Decoder
     sequences: SequenceState
     cache: KVCache
+    pages: PageTable
 
     def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
         """Reveal some tokens of N blocks, first computing what their slots have not cached yet.
 
+        Their slots have pages up to the end of these blocks.
         blocks: (4, N): slot (ascending), first position, denoising step from 1, request's key.
         cached: (N,) positions of each slot whose keys and values are final, whole blocks.
         count: tokens still masked in all blocks.
@@ -55,24 +57,25 @@ def previous_states(hidden: Tensor, edge: Tensor) -> Tensor:
 class EqualWidthSlots:
     """n slots with equally many tokens in a forward, side by side in its packed row: one call of attention.
 
-    slots: (n,) ascending. width: tokens of each. used: the cached positions that any of them sees.
+    pages: (n, P) page numbers of what these see; a slice where each lies in one page and these are neighbours.
+    width: tokens of each. used: the cached positions that any of them sees.
     mask: (n, 1, width or 1, used) bool, the latter where all tokens of a slot see the same; None where all see all.
     """
 
-    slots: Integers
+    count: int
+    pages: Tensor | slice
     width: int
     used: int
     mask: Tensor | None
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """See `kv_cache.Attend`. query: (n * width, H, E). keys, values: (S, length, K, E)."""
-        n = len(self.slots)
+        """See `kv_cache.Attend`. query: (n * width, H, E). keys, values: (pages, page_size, K, E)."""
         _, heads, size = query.shape
         key_heads = keys.shape[2]
 
         # The H / K query heads of a key head count as more queries of it, so that keys are not repeated.
-        query = query.unflatten(0, (n, self.width)).transpose(1, 2)  # (n, H, width, E)
-        query = query.reshape(n, key_heads, -1, size)  # (n, K, H / K * width, E)
+        query = query.unflatten(0, (self.count, self.width)).transpose(1, 2)  # (n, H, width, E)
+        query = query.reshape(self.count, key_heads, -1, size)  # (n, K, H / K * width, E)
         mask = self.mask
         if mask is not None and mask.shape[2] > 1 and heads > key_heads:
             mask = mask.repeat(1, 1, heads // key_heads, 1)
@@ -80,33 +83,46 @@ class EqualWidthSlots:
         attended = nn.functional.scaled_dot_product_attention(
             query, self._of_slots(keys), self._of_slots(values), mask, scale=scale
         )
-        return attended.reshape(n, heads, self.width, size).transpose(1, 2).flatten(0, 1)
+        return attended.reshape(self.count, heads, self.width, size).transpose(1, 2).flatten(0, 1)
 
     def _of_slots(self, cached: Tensor) -> Tensor:
-        """The used part of a layer's keys or values. cached: (S, length, K, E). Returns (n, K, used, E)."""
-        first, last = int(self.slots[0]), int(self.slots[-1])
-        if last - first < len(self.slots):  # neighbours need no copy
-            return cached[first : last + 1, : self.used].transpose(1, 2)
-        return cached[torch.from_numpy(self.slots).to(cached.device), : self.used].transpose(1, 2)
+        """The used part of a layer's keys or values. cached: (pages, page_size, K, E). Returns (n, K, used, E)."""
+        if isinstance(self.pages, slice):  # which needs no copy
+            return cached[self.pages, : self.used].transpose(1, 2)
+        of_slots = cached[:, : self.used][self.pages]  # (n, P, page_size or less, K, E)
+        return of_slots.flatten(1, 2)[:, : self.used].transpose(1, 2)
 
 
 class EagerForward:
-    """See `Forward`: one packed row a forward, with each slot's tokens from what it has cached on."""
+    """See `Forward`: one packed row a forward, with each slot's tokens from what it has cached on.
 
-    def __init__(self, lm: DiffusionLM, decoder: Decoder, slots: int, length: int) -> None:
+    page_size, pages: of the KV cache. By default each slot has a page of its own, as long as the longest sequence:
+    attention then reads keys and values where they are, which counts on a CPU, while smaller pages are copied together.
+    """
+
+    def __init__(
+        self,
+        lm: DiffusionLM,
+        decoder: Decoder,
+        slots: int,
+        length: int,
+        page_size: int | None = None,
+        pages: int | None = None,
+    ) -> None:
         self.lm = lm
         self.device = lm.device
         self.decoder = decoder
         self.length = length
         self.sequences = SequenceState(lm, slots, length)
-        self.cache = KVCache(slots, length)
+        self.pages = PageTable(slots, length, page_size or length, pages)
+        self.cache = KVCache(self.pages.count, self.pages.size, length)
         self.offsets = np.arange(lm.block_size)
         self.edge = torch.empty(0)  # (S, D) of the last token of each slot that is cached, under a logit shift
 
     def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
         """See `Forward.step`."""
-        # By the number of tokens, so that slots of equal width are neighbours.
-        order = (blocks[1] - cached).argsort(kind="stable")
+        # By the number of tokens, so that slots of equal width are neighbours, and by their pages, which may be, too.
+        order = np.lexsort((self.pages.rows[blocks[0], 0], blocks[1] - cached))
         blocks, cached = blocks[:, order], cached[order]
         hidden = self._forward(blocks[0], blocks[1], cached)
         tokens = unmask(self.sequences, self._upload(blocks), hidden, count)
@@ -120,18 +136,20 @@ class EagerForward:
         width = start + size - cached
         end = width.cumsum()  # in the packed row
         position = np.arange(end[-1]) + (cached + width - end).repeat(width)  # (T,)
-        index = position + (slots * self.length).repeat(width)
-        row = self._upload(np.stack([position, index]))
+        slot = slots.repeat(width)
+        page = self.pages.rows[slot, position // self.pages.size]
+        cache_index = page * self.pages.size + position % self.pages.size
+        row = self._upload(np.stack([position, slot * self.length + position, cache_index]))
         groups = self._groups(slots, cached, width)
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
             if len(groups) == 1:
                 return groups[0].attend(query, keys, values, scale)
-            queries = query.split([len(group.slots) * group.width for group in groups])
+            queries = query.split([group.count * group.width for group in groups])
             attended = [group.attend(q, keys, values, scale) for group, q in zip(groups, queries, strict=True)]
             return torch.cat(attended)
 
-        hidden = self.decoder(self.cache, self.sequences.tokens.take(row[1]), row[0], row[1], attend)
+        hidden = self.decoder(self.cache, self.sequences.tokens.take(row[1]), row[0], row[2], attend)
 
         # Where more than the current blocks was computed, these are the last tokens of each slot.
         blocks = hidden
@@ -171,8 +189,17 @@ class EagerForward:
                 if tokens > size:
                     ends = ends.repeat(size, axis=1)  # (n, tokens)
                 mask = self._upload(np.arange(used) < ends[:, None, :, None])
-            groups.append(EqualWidthSlots(slots[first:last], tokens, used, mask))
+            groups.append(EqualWidthSlots(last - first, self._pages(slots[first:last], used), tokens, used, mask))
         return groups
+
+    def _pages(self, slots: Integers, used: int) -> Tensor | slice:
+        """The pages in which the first `used` positions of some slots lie: see `EqualWidthSlots`."""
+        pages = self.pages.rows[slots, : self.pages.pages_of(used)]  # (n, P)
+        if pages.shape[1] == 1:
+            first, last = int(pages[0, 0]), int(pages[-1, 0])  # ascending
+            if last - first < len(slots):
+                return slice(first, last + 1)
+        return self._upload(pages)
 
     def _upload(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self.device)

@@ -1,10 +1,10 @@
 """Forwards for a GPU: packed rows of blocks, unpadded and without a mask, from CUDA graphs.
 
 Whether a block is part of a prompt, is to be cached or is being denoised makes no difference: it writes its keys and
-values to its slot and sees all of the slot up to its own end.
+values to the pages of its slot and sees all of the slot up to its own end.
 
-Shapes: S slots and one spare, N blocks of B tokens in a forward, D hidden size, H query heads, K key heads, E head
-size.
+Shapes: S slots and one spare, P pages of the longest sequence, N blocks of B tokens in a forward, D hidden size, H
+query heads, K key heads, E head size.
 """
 
 from collections.abc import Callable, Hashable
@@ -17,28 +17,39 @@ from torch import Tensor, nn
 from dirl_cli.models.kv_cache import KVCache
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.decoder import Decoder
-from dirl_cli.rollout.forward import Integers, previous_states
+from dirl_cli.rollout.forward import previous_states
+from dirl_cli.rollout.pages import Integers, PageTable
 from dirl_cli.rollout.sequences import SequenceState, Unmasker
 from dirl_cli.types import Decoding
 
 PREFILL = 16384  # tokens of prompts in one forward
+PAGE = 32  # tokens of a page, or as many more as make whole blocks: half of one is wasted by each answer
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 """Such as `block_attention`."""
 
 Replay = Callable[[Hashable, Callable[[], None]], None]
 """Does the work for a key, which says all that the work's shapes depend on: `run_eagerly` or a `GraphCache`."""
 
 
-def block_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, ends: Tensor, scale: float) -> Tensor:
+def page_size(block_size: int) -> int:
+    """Tokens of a page: whole blocks."""
+    return -(-PAGE // block_size) * block_size
+
+
+def block_attention(
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, slots: Tensor, ends: Tensor, scale: float
+) -> Tensor:
     """Attention of N blocks, each on its slot up to its end; returns (N * B, H, E).
 
-    query: (N * B, H, E). keys, values: (S + 1, length, K, E). slots, ends: (N,).
+    query: (N * B, H, E). keys, values: (pages, page_size, K, E). table: (S + 1, P) pages of each slot.
+    slots, ends: (N,).
     """
     query = query.unflatten(0, (len(slots), -1)).transpose(1, 2)  # (N, H, B, E)
-    slot_keys = keys[slots].transpose(1, 2)  # (N, K, length, E)
-    slot_values = values[slots].transpose(1, 2)
-    mask = torch.arange(keys.shape[1], device=ends.device) < ends[:, None, None, None]
+    pages = table[slots]  # (N, P)
+    slot_keys = keys[pages].flatten(1, 2).transpose(1, 2)  # (N, K, length, E)
+    slot_values = values[pages].flatten(1, 2).transpose(1, 2)
+    mask = torch.arange(slot_keys.shape[2], device=ends.device) < ends[:, None, None, None]
     attended = nn.functional.scaled_dot_product_attention(
         query, slot_keys, slot_values, mask, scale=scale, enable_gqa=True
     )
@@ -79,11 +90,18 @@ class GraphForward:
     """See `forward.Forward`: forwards of whole blocks, replayed by size.
 
     All that a graph reads or writes stays where it is as long as this lives. attention: `block_attention` or what
-    computes the same. replay: see `Replay`.
+    computes the same. replay: see `Replay`. pages: of the KV cache; None for as many as all slots may take.
     """
 
     def __init__(
-        self, lm: DiffusionLM, decoder: Decoder, slots: int, length: int, attention: Attention, replay: Replay
+        self,
+        lm: DiffusionLM,
+        decoder: Decoder,
+        slots: int,
+        length: int,
+        attention: Attention,
+        replay: Replay,
+        pages: int | None = None,
     ) -> None:
         self.lm = lm
         self.decoder = decoder
@@ -92,8 +110,14 @@ class GraphForward:
         self.attention = attention
         self.replay = replay
         self.sequences = SequenceState(lm, slots + 1, length)  # the spare slot is for blocks that only fill a graph
-        self.cache = KVCache(slots + 1, length)
+        self.pages = PageTable(slots, length, page_size(lm.block_size), pages)
+        self.cache = KVCache(self.pages.count + 1, self.pages.size, length)  # and a page for the spare slot
         self.offsets = torch.arange(lm.block_size, device=lm.device)
+
+        # The pages of each slot, on the device and on the way there.
+        rows = torch.full((slots + 1, self.pages.longest), self.pages.count)
+        self.host_table = rows.pin_memory() if lm.device.type == "cuda" else rows
+        self.table = rows.to(lm.device, copy=True)
 
         # Of each block its slot, first position, step, request's key, and the slot whose cached tokens it is to end.
         # A forward has at most two blocks a slot: the one that is denoised and the one before, which is to be cached.
@@ -106,6 +130,10 @@ class GraphForward:
 
     def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
         """See `Forward.step`."""
+        if self.pages.changed:
+            self.host_table[: self.slots] = torch.from_numpy(self.pages.rows)
+            self.table.copy_(self.host_table, non_blocking=True)
+            self.pages.changed = False
         cached = self._prefill(blocks, cached)
 
         # The blocks that are denoised come first, then those before them that are not cached yet.
@@ -158,13 +186,18 @@ class GraphForward:
 
     def _decode(self, slots: Tensor, start: Tensor) -> Tensor:
         """Hidden states of whole blocks, which are cached thereby: (N * B, D). slots, start: (N,)."""
-        position = start[:, None] + self.offsets  # (N, B)
-        index = (slots[:, None] * self.length + position).flatten()
+        position = (start[:, None] + self.offsets).flatten()  # (N * B,)
+        token_ids = self.sequences.tokens.take((slots * self.length)[:, None] + start[:, None] + self.offsets)
+
+        # A block lies in one page.
+        size = self.pages.size
+        first = self.table[slots, start // size] * size + start % size  # (N,)
+        index = (first[:, None] + self.offsets).flatten()
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-            return self.attention(query, keys, values, slots, start + self.lm.block_size, scale)
+            return self.attention(query, keys, values, self.table, slots, start + self.lm.block_size, scale)
 
-        return self.decoder(self.cache, self.sequences.tokens.take(index), position.flatten(), index, attend)
+        return self.decoder(self.cache, token_ids.flatten(), position, index, attend)
 
     def _unmask(self, unmask: Unmasker, count: int) -> None:
         self.tokens.copy_(unmask(self.sequences, self.blocks[:4, : self.slots], self.hidden, count))

@@ -58,7 +58,7 @@ def rotate_and_cache(
     """Norm and rotate queries and keys, and write keys and values into the cache; returns the queries (T, H, E).
 
     qkv: (T, H + 2 K, E). rotation: cosines and sines, (T, 2, E), whose halves of E are alike.
-    keys, values: a layer's, (slots, length, K, E). index: (T,), slot * length + position.
+    keys, values: a layer's, (pages, page_size, K, E). index: (T,), page * page_size + offset.
     """
     turned = qkv.narrow(1, 0, heads.queries + heads.keys).float()
     if heads.query_norm and heads.key_norm:

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dirl_cli.errors import DirlError
+from dirl_cli.models.kv_cache import bytes_per_token
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.low_precision import cast_linear_weights, recast
 from dirl_cli.rollout.decoder import Decoder, decoder_of
 from dirl_cli.rollout.forward import EagerForward, Forward
-from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attention, run_eagerly
+from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attention, page_size, run_eagerly
 from dirl_cli.rollout.products import Products
 from dirl_cli.rollout.sampler import Hint, Watch, collect_samples
 from dirl_cli.rollout.scheduler import Finished, Scheduler, make_requests, require_free_end
@@ -27,7 +28,9 @@ class NativeSampler:
     """Samples from `lm` with at most `max_batch` sequences at once.
 
     by_blocks: forwards as on a GPU (`GraphForward`), where that is the default. own_weights: nobody else uses those of
-    `lm`, so that they are not kept while it sleeps. products: what it multiplies with on a CPU.
+    `lm`, so that they are not kept while it sleeps. products: what it multiplies with on a CPU. cache_share: of the
+    memory that is free on a GPU when the first answer begins, the part for keys and values; what all of `max_batch`
+    could need at most is enough. Where it is less, fewer are sampled at once, as long as they are long.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class NativeSampler:
         by_blocks: bool | None = None,
         own_weights: bool = False,
         products: Products = "auto",
+        cache_share: float = 0.8,
     ) -> None:
         if max_batch < 1:
             raise DirlError("max_batch must be at least 1")
@@ -47,6 +51,7 @@ class NativeSampler:
         self.by_blocks = lm.device.type == "cuda" if by_blocks is None else by_blocks
         self.idle_forward: GraphForward | None = None  # with its graphs, from one stream to the next
         self.products = products
+        self.cache_share = cache_share
         self.emptied: list[tuple[torch.UntypedStorage, int]] = []  # while it sleeps, with their bytes
         self.decoder: Decoder | None = None  # with weights that it reordered, from one stream to the next
         self.low_precision_model: PreTrainedModel | None = None
@@ -156,12 +161,36 @@ class NativeSampler:
         if idle and fits and idle.decoder is decoder and idle.lm.block_size == lm.block_size:
             return idle
         del idle  # its memory has to be free before there is another
+        pages = self._pages(lm, slots, length)
         if lm.device.type != "cuda":
-            return GraphForward(lm, decoder, slots, length, block_attention, run_eagerly)
+            return GraphForward(lm, decoder, slots, length, block_attention, run_eagerly, pages)
         from dirl_cli.rollout.attention_triton import decode_attention  # which only a GPU has the package for
 
         torch.cuda.set_device(lm.device)  # on which Triton starts
-        return GraphForward(lm, decoder, slots, length, decode_attention, GraphCache())
+        return GraphForward(lm, decoder, slots, length, decode_attention, GraphCache(), pages)
+
+    def _pages(self, lm: DiffusionLM, slots: int, length: int) -> int:
+        """The pages of the KV cache: those that all slots may take, or as many as there is memory for.
+
+        Raises DirlError where it is too little for one answer.
+        """
+        size = page_size(lm.block_size)
+        longest = -(-length // size)
+        free = free_bytes(lm.device)
+        if free is None:
+            return slots * longest
+
+        device = lm.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm.model.dtype
+        of_page = size * bytes_per_token(lm.model.config, dtype)
+        pages = int(self.cache_share * free) // of_page - 1  # one is to spare
+        if pages < longest:
+            raise DirlError(
+                f"keys and values of an answer of {length:,} tokens take {longest * of_page / 1e9:.2f} GB and"
+                f" rollout.cache_share={self.cache_share:g} of what is free is {self.cache_share * free / 1e9:.2f} GB:"
+                " lower decoding.max_new_tokens or raise rollout.cache_share"
+            )
+        return min(pages, slots * longest)
 
     def _model(self) -> PreTrainedModel:
         """The model, its linear layers in autocast's dtype: a graph would cast them again in every forward."""
@@ -203,3 +232,11 @@ def storages(model: PreTrainedModel) -> list[tuple[torch.UntypedStorage, int]]:
         storage = parameter.untyped_storage()
         by_address[storage.data_ptr()] = storage, storage.nbytes()
     return list(by_address.values())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None for a CPU, whose pages are as long as a sequence and there from the start."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]

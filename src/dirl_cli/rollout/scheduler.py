@@ -1,7 +1,12 @@
 """The scheduler of continuous batching: which request decodes in which slot, as numbers on the host.
 
-A slot is a row of the KV cache and of `SequenceState`. Requests join and leave between blocks. All arrays are numpy on
-the host, so that deciding what the next forward does never waits for the device.
+A slot is a row of `SequenceState` and of the table of pages. Requests join and leave between blocks. All arrays are
+numpy on the host, so that deciding what the next forward does never waits for the device.
+
+Where pages run short, an answer that has none waits in its slot, where its tokens are: one that has not begun yet, or
+the youngest, whose pages the older ones were given. It goes on when there are enough again, and the keys and values of
+what it has are computed anew, in one forward. What it draws is the same, since that depends on its request, position
+and step alone. The oldest always goes on, because any answer fits alone.
 
 Shapes: S slots, N blocks of B tokens in a forward, one a running slot.
 """
@@ -13,7 +18,8 @@ import numpy as np
 
 from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
-from dirl_cli.rollout.forward import Forward, Integers
+from dirl_cli.rollout.forward import Forward
+from dirl_cli.rollout.pages import Integers
 from dirl_cli.rollout.sampler import Hint, Watch
 from dirl_cli.rollout.sequences import Unmasker
 from dirl_cli.types import Decoding
@@ -89,11 +95,12 @@ class Scheduler:
         self.last_position = forward.lm.longest_prompt + 1
         self.stop_token_ids = np.array(decoding.stop_token_ids, np.int64)
 
+        self.pages = forward.pages
+        self.pages.clear()  # of what an earlier scheduler left
         self.free = list(reversed(range(slots)))
-        self.running: dict[int, Request] = {}  # by slot
-        self.active = np.zeros(slots, bool)  # running and not in `waiting`
-        self.waiting: dict[int, int] = {}  # slot to the slot in which its prompt is being computed
-        self.prompt_in: dict[int, int] = {}  # slot to the prompt that it has cached, also after the answer ended
+        self.running: dict[int, Request] = {}  # by slot, the oldest first
+        self.active = np.zeros(slots, bool)  # running, and has its pages
+        self.prompt_in: dict[int, int] = {}  # slot to the prompt that its pages begin with, also after the answer ended
 
         self.blocks = np.zeros((4, slots), np.int64)  # the current block of each slot, as in `Forward.step`
         self.blocks[SLOT] = range(slots)
@@ -105,29 +112,22 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Give a request a free slot. What its prompt has beyond whole blocks begins its first block."""
         length = len(request.prompt_ids)
-        slot = self.free.pop()
-        start = length // self.block_size * self.block_size
+        has_prompt = [slot for slot in self.free if self.prompt_in.get(slot) == request.prompt]
+        slot = has_prompt[-1] if has_prompt else self.free[-1]
+        self.free.remove(slot)
         self.forward.sequences.open(slot, request.prompt_ids, request.hint)
         self.running[slot] = request
+        start = length // self.block_size * self.block_size
         self.blocks[START:, slot] = start, 0, request.key
         self.masked_count[slot] = start + self.block_size - length
         self.prompt_length[slot] = length
         self.forwards[slot] = 0
         self._begin_block(slot)
 
-        # A prompt is computed once: its other answers copy the keys and values, waiting for them if need be.
-        holders = [holder for holder, prompt in self.prompt_in.items() if prompt == request.prompt]
-        if not holders:
-            self.prompt_in[slot] = request.prompt
-            self.cached[slot] = 0
-        elif self.cached[holders[0]] >= start:
-            self._copy_prompt(slot, slot if slot in holders else holders[0])
-        else:
-            self.waiting[slot] = holders[0]
-        self.active[slot] = slot not in self.waiting
-
     def step(self, watch: Watch | None = None) -> Iterator[Finished]:
         """Run one forward, which reveals some tokens of each active block; yields what thereby finishes."""
+        self._extend_active()
+        self._start_stalled()
         slots = self.active.nonzero()[0]  # (N,)
         self.blocks[STEP, slots] += 1
         self.forwards[slots] += 1
@@ -140,15 +140,113 @@ class Scheduler:
         if watch:
             self._show(slots, watch)
 
-        # This forward computed the prompts that these waited for.
-        for slot, source in self.waiting.items():
-            self._copy_prompt(slot, source)
-            self.active[slot] = True
-        self.waiting.clear()
-
         full = self.masked_count[slots] == 0
         if full.any():
             yield from self._end_blocks(slots[full], tokens[full])
+
+    def _extend_active(self) -> None:
+        """Let active answers have pages for their current blocks, the oldest first, if need be the youngest's."""
+        room = self.pages.held[: len(self.active)] * self.pages.size
+        lacking = self.active & (self.blocks[START] + self.block_size > room)
+        if not lacking.any():
+            return
+        for slot in [slot for slot in self.running if lacking[slot]]:
+            while self.active[slot] and not self.pages.extend(slot, self._block_end(slot)):
+                if not self._reclaim(slot):
+                    self._stall(next(youngest for youngest in reversed(self.running) if self.active[youngest]))
+
+    def _stall(self, slot: int) -> None:
+        """Let an active answer wait, its pages free."""
+        self.active[slot] = False
+        self._release(slot)
+
+    def _start_stalled(self) -> None:
+        """Let answers without pages begin or go on, the oldest first, as far as the free pages suffice."""
+        if len(self.running) == self.active.sum():
+            return
+        for slot in [slot for slot in self.running if not self.active[slot]]:
+            if not self._start(slot):
+                return
+
+    def _start(self, slot: int) -> bool:
+        """Give a slot the pages up to its current block; False where too few are free.
+
+        A prompt is computed once: its other answers wait for that, share the pages that it fills, and copy what it has
+        of the next one.
+        """
+        prompt = self.running[slot].prompt
+        if self.prompt_in.get(slot, prompt) != prompt:
+            self._release(slot)
+
+        end = self._block_end(slot)
+        prefix = self._prefix(slot)
+        while True:
+            holder = self._prompt_holder(slot)
+            if holder is not None and self.cached[holder] < self._prompt_end(slot):
+                return True  # the next forward computes it
+            ready = int(self.pages.held[slot])
+            if holder is not None and holder != slot:
+                ready = prefix // self.pages.size
+
+            # Each active answer can go on to a page more, so that this one is not stalled again at once.
+            growing = self.pages.held[self.active.nonzero()[0]] < self.pages.longest
+            if self.pages.pages_of(end) - ready + growing.sum() <= len(self.pages.free):
+                break
+            if not self._reclaim(slot):
+                return False
+
+        if holder is not None and holder != slot:
+            self._share_prompt(holder, slot, prefix)
+        self.pages.extend(slot, end)
+        self.cached[slot] = 0 if holder is None else prefix
+        self.prompt_in[slot] = prompt
+        self.active[slot] = True
+        return True
+
+    def _share_prompt(self, holder: int, slot: int, prefix: int) -> None:
+        """Let a slot begin with the pages that the first `prefix` positions of another fill, and a copy of the rest."""
+        self.pages.share(holder, slot, prefix)
+        self.pages.extend(slot, prefix)
+        whole, rest = divmod(prefix, self.pages.size)
+        if rest:
+            source, target = int(self.pages.rows[holder, whole]), int(self.pages.rows[slot, whole])
+            self.forward.cache.copy_page(source, target, rest)
+
+    def _prompt_holder(self, slot: int) -> int | None:
+        """The slot that has this one's prompt in its pages, or will after the next forward: this one, or another."""
+        prompt = self.running[slot].prompt
+        holders = [holder for holder, held in self.prompt_in.items() if held == prompt]
+        if slot in holders:
+            return slot
+        return max(holders, key=lambda holder: self.cached[holder], default=None)
+
+    def _prompt_end(self, slot: int) -> int:
+        """The positions that whole blocks of a slot's prompt take."""
+        return int(self.prompt_length[slot]) // self.block_size * self.block_size
+
+    def _prefix(self, slot: int) -> int:
+        """The positions whose keys and values answers to a slot's prompt have in common."""
+        end = self._prompt_end(slot)
+        if self.forward.lm.logit_shift:
+            end -= self.block_size  # the last one is computed again: its end predicts the first token after it
+        return max(end, 0)
+
+    def _block_end(self, slot: int) -> int:
+        return int(self.blocks[START, slot]) + self.block_size
+
+    def _reclaim(self, slot: int) -> bool:
+        """Take back the pages of a prompt that no active slot has, other than this one; False if there are none."""
+        for holder in self.prompt_in:
+            if holder != slot and not self.active[holder]:
+                self._release(holder)
+                return True
+        return False
+
+    def _release(self, slot: int) -> None:
+        """Take back all pages of a slot."""
+        self.pages.trim(slot, 0)
+        self.cached[slot] = 0
+        del self.prompt_in[slot]
 
     def _begin_block(self, slot: int) -> None:
         """Count what a hint holds of the slot's current block, and pass over blocks of which it holds every token.
@@ -166,16 +264,6 @@ class Scheduler:
             if free:
                 return
             self.blocks[START, slot] += self.block_size
-
-    def _copy_prompt(self, slot: int, source: int) -> None:
-        """Let `slot` begin with the keys and values of the prompt's whole blocks in `source`, maybe itself."""
-        length = int(self.prompt_length[slot]) // self.block_size * self.block_size
-        if self.forward.lm.logit_shift:
-            length -= self.block_size  # the last one is computed again: its end predicts the first token after it
-        self.prompt_in[slot] = self.prompt_in[source]
-        self.cached[slot] = max(length, 0)
-        if slot != source:
-            self.forward.cache.copy_prefix(source, slot, int(self.cached[slot]))
 
     def _end_blocks(self, slots: Integers, tokens: Integers) -> Iterator[Finished]:
         """Begin the next block of each of `slots`, whose blocks are full, or end there. tokens: (N, B)."""
@@ -199,6 +287,7 @@ class Scheduler:
         for slot, by_stop_token in zip(slots[is_over].tolist(), stopped[is_over].tolist(), strict=True):
             answer = self.forward.sequences.slice(slot, int(self.prompt_length[slot]), int(self.blocks[START, slot]))
             self.free.append(slot)
+            self.pages.trim(slot, self._prefix(slot))  # which the next answer to the prompt may begin with
             yield Finished(self.running.pop(slot), *answer, int(self.forwards[slot]), by_stop_token)
 
     def _show(self, slots: Integers, watch: Watch) -> None:
