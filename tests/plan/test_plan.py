@@ -205,11 +205,41 @@ def test_a_sampler_keeps_copies_of_linear_weights_in_bf16():
     model = architecture(small_lm().model.config, ADAMW)
     on_cpu = Memory(model, bf16=True, dense=True).rollout(8, 4, 200, 4, Decoding())
     on_gpu = Memory(model, bf16=True, dense=True, cuda=True).rollout(8, 4, 200, 4, Decoding())
-    assert on_gpu["KV cache"] / on_cpu["KV cache"] == 9 / 8  # a slot to spare
+    assert on_gpu["KV cache"] / on_cpu["KV cache"] == (8 * 7 + 1) * 32 / (8 * 200)  # whole pages, and one to spare
     linear = [parameter for parameter in small_lm().model.parameters() if parameter.ndim == 2][1:]  # no embedding
     assert on_cpu["bf16 copies"] == on_gpu["bf16 copies"]
     assert on_gpu["bf16 copies"] == pytest.approx(2 * sum(weight.numel() for weight in linear), rel=0.02)
     assert Memory(model, bf16=False, dense=True, cuda=True).rollout(8, 4, 200, 4, Decoding())["bf16 copies"] == 0
+
+
+def test_keys_and_values_take_a_share_of_what_is_left_of_a_gpu_if_so_much_can_be_needed():
+    memory = Memory(architecture(small_lm().model.config, ADAMW), bf16=True, dense=False, cuda=True)
+    all_slots = memory.rollout(8, 4, 200, 4, Decoding())
+    held = sum(all_slots.values()) - all_slots["KV cache"] - all_slots["sampling"]
+    page = 32 * memory.token_bytes
+    assert memory.token_bytes == 2 * 2 * 2 * 8 * 2  # keys and values, layers, key heads, values of a head, bytes
+    assert all_slots["KV cache"] == 57 * page
+    for room, pages in [(57, 57), (56, 28), (20, 10), (2, 8)]:  # of eight answers of seven pages; one has to fit
+        share = 1.0 if room == 57 else 0.5
+        parts = memory.rollout(8, 4, 200, 4, Decoding(), free_bytes=held + room * page, cache_share=share)
+        assert parts | {"KV cache": 0} == all_slots | {"KV cache": 0}
+        assert parts["KV cache"] == pages * page
+
+
+def test_answers_that_do_not_fit_all_at_once_are_no_reason_to_sample_fewer_on_a_gpu():
+    asked = {"launch": "auto", "steps": 1, "micro_rows": 1, "gradient_checkpointing": True, "row_tokens": 64}
+    asked |= {"rl.problems": 64, "rl.group_size": 2, "rl.mini_batches": 1, "rl.epochs": 1, "rl.async_rollout": False}
+    asked |= {"rollout.max_batch": 128, "rollout.cache_share": 0.5, "decoding.max_new_tokens": 240}
+    setup = TrainingSetup(small_lm(), ADAMW, replace(BIG_GPU, memory_gb=0.004), asked)
+    engine = Native(128, "auto", 0.5)
+    budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 4, engine, learns=False)
+    cache = budget.phases(asked)["rollout"]["KV cache"]
+    assert cache < 0.6 * 128 * 256 * 128  # answers, tokens of eight pages, bytes of a token
+    assert budget.fits({})
+    assert f"keys and values of {cache // 128:,} tokens, which is {cache // 128 // 128:,} for each" in budget.facts
+    assert budget.knobs["rollout.cache_share"] == [0.25, 0.125]
+    on_cpu = replace(setup, machine=replace(LAPTOP, memory_gb=0.004))
+    assert not rl_budget(on_cpu, dipo(0.0), Decoding(temperature=1.0), 4, engine, learns=False).fits({})
 
 
 def test_lmdeploy_takes_its_weights_and_its_share_of_what_they_leave():

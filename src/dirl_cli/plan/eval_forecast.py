@@ -12,7 +12,15 @@ from dirl_cli.models.load import DiffusionLM, pick_dtype
 from dirl_cli.plan.architecture import architecture
 from dirl_cli.plan.budget import Budget, Machine, Settings, halvings
 from dirl_cli.plan.devices import LMDEPLOY, NATIVE, Device
-from dirl_cli.plan.forecast import LEAST, attends_densely, rollout_phase, with_answer
+from dirl_cli.plan.forecast import (
+    LEAST,
+    answers_at_once,
+    attends_densely,
+    cache_shares,
+    cached_tokens,
+    rollout_phase,
+    with_answer,
+)
 from dirl_cli.plan.memory import Bytes, Memory
 from dirl_cli.plan.time import Answers, Assumptions, TimePlan, describe_answers, is_most, mean_steps, sampling_seconds
 from dirl_cli.rollout.engines import Engine, Lmdeploy, Native
@@ -53,18 +61,20 @@ def eval_budget(
     )
     forecast = EvalForecast(lm, machine, memory, engine, decoding, prompts, samples, assumptions)
     knobs: dict[str, Sequence[Any]] = {
+        "rollout.cache_share": cache_shares(engine, machine),
         "rollout.max_batch": halvings(settings["rollout.max_batch"], 1),
         "rollout.products": ["plain"] if isinstance(engine, Native) and engine.products != "plain" else [],
-        "rollout.cache_share": [engine.cache_share / 2, engine.cache_share / 4] if isinstance(engine, Lmdeploy) else [],
         "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
     }
-    answers = counted(len(prompts) * samples, "answer")
+    facts = f"{memory}\n{counted(len(prompts) * samples, 'answer')} to {counted(len(prompts), 'problem')}"
+    if isinstance(engine, Native) and memory.cuda:
+        facts += f"\n{cached_tokens(memory, forecast.phases(settings)['sampling'], forecast.slots(settings))}"
     return Budget(
         forecast.phases,
         settings,
         knobs,
         machine,
-        f"{memory}\n{answers} to {counted(len(prompts), 'problem')}",
+        facts,
         time=forecast.time(settings, assumptions.device) if assumptions.device else None,
         parameters=memory.model.parameters,
         learns=False,
@@ -86,14 +96,14 @@ class EvalForecast:
 
     def phases(self, settings: Settings) -> dict[str, Bytes]:
         """What sampling holds, all at its most."""
-        slots = min(settings["rollout.max_batch"], self.problems * self.samples)
+        slots = self.slots(settings)
         if isinstance(self.engine, Lmdeploy):
             tokens = slots * self.lm.block_size
             share = settings["rollout.cache_share"]
             return {"sampling": self.memory.lmdeploy(self.machine.free_bytes(), share, tokens, self.decoding)}
         memory = replace(self.memory, products=settings["rollout.products"] or "auto")
         longest = max(map(len, self.prompts))
-        return {"sampling": rollout_phase(memory, slots, longest, self.lm, self.decoding, settings)}
+        return {"sampling": rollout_phase(memory, slots, longest, self.lm, self.machine, self.decoding, settings)}
 
     def time(self, settings: Settings, device: Device) -> TimePlan:
         """Seconds of sampling, while which answers are graded."""
@@ -103,7 +113,10 @@ class EvalForecast:
         length = min(self.assumptions.length or most, most)
         steps = mean_steps(self.assumptions, self.decoding, self.lm.block_size, speed)
         count = self.problems * self.samples
-        answers = Answers(count, self.problems, settings["rollout.max_batch"], prompt, length, steps)
+        slots = self.slots(settings)
+        if isinstance(self.engine, Native):
+            slots = answers_at_once(self.memory, self.phases(settings)["sampling"], slots, prompt, length)
+        answers = Answers(count, self.problems, slots, prompt, length, steps)
         seconds = sampling_seconds(self.memory.model, answers, self.lm.block_size, speed, device)
         return TimePlan(
             {"sampling": seconds},
@@ -117,6 +130,10 @@ class EvalForecast:
             self.assumptions.price_per_gpu_hour,
             is_whole=True,
         )
+
+    def slots(self, settings: Settings) -> int:
+        """How many answers a process samples at once, if memory suffices."""
+        return int(min(settings["rollout.max_batch"], self.problems * self.samples))
 
     @property
     def problems(self) -> int:

@@ -33,6 +33,8 @@ from dirl_cli.plan.time import (
     optimizer_seconds,
     rows_seconds,
 )
+from dirl_cli.rollout.engines import Engine, Lmdeploy, Native
+from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.training.layers import pick_compile
 from dirl_cli.training.optim import Optim
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Trajectory
@@ -205,10 +207,35 @@ def evaluations(settings: Settings, before: bool) -> int:
 
 
 def rollout_phase(
-    memory: Memory, slots: int, prompt: int, lm: DiffusionLM, decoding: Decoding, settings: Settings
+    memory: Memory,
+    slots: int,
+    prompt: int,
+    lm: DiffusionLM,
+    machine: Machine,
+    decoding: Decoding,
+    settings: Settings,
 ) -> Bytes:
     """What the native engine holds. slots: answers at once. prompt: tokens of the longest."""
-    return memory.rollout(slots, prompt, with_answer(prompt, lm, settings), lm.block_size, decoding)
+    longest = with_answer(prompt, lm, settings)
+    if not memory.cuda:
+        return memory.rollout(slots, prompt, longest, lm.block_size, decoding)
+    share = settings.get("rollout.cache_share") or NativeSampler(lm).cache_share
+    return memory.rollout(slots, prompt, longest, lm.block_size, decoding, machine.free_bytes(), share)
+
+
+def cached_tokens(memory: Memory, phase: Bytes, slots: int) -> str:
+    """How many tokens' keys and values the native engine has room for, in words. phase: what `rollout_phase` says."""
+    tokens = phase["KV cache"] // memory.token_bytes
+    return f"keys and values of {tokens:,} tokens, which is {tokens // slots:,} for each of {slots} at once"
+
+
+def answers_at_once(memory: Memory, phase: Bytes, slots: int, prompt: int, length: int) -> int:
+    """How many answers of that length run at once where keys and values have no room for `slots` of them.
+
+    length: tokens of an answer, of which half are there in the mean.
+    """
+    tokens = phase["KV cache"] // memory.token_bytes
+    return max(min(slots, tokens // (prompt + length // 2 + 1)), 1)
 
 
 def overlapping(phases: Iterable[Bytes], resident: Bytes) -> Bytes:
@@ -246,6 +273,13 @@ def with_answer(prompt: int, lm: DiffusionLM, settings: Settings) -> int:
 
 
 # What may be proposed instead
+
+
+def cache_shares(engine: Engine | None, machine: Machine) -> list[float]:
+    """What may be proposed for `rollout.cache_share`, which counts on a GPU."""
+    if machine.kind != "cuda" or not isinstance(engine, (Lmdeploy, Native)):
+        return []
+    return [engine.cache_share / 2, engine.cache_share / 4]
 
 
 def update_knobs(settings: Settings, batch: MicroBatch) -> dict[str, Sequence[Any]]:

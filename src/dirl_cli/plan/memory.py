@@ -16,7 +16,7 @@ import torch
 
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.plan.architecture import Architecture
-from dirl_cli.rollout.forward_gpu import PREFILL
+from dirl_cli.rollout.forward_gpu import PREFILL, page_size
 from dirl_cli.rollout.products import Products, is_reordered
 from dirl_cli.text import counted
 from dirl_cli.training.layers import Checkpointing
@@ -325,10 +325,20 @@ class Memory:
 
     # Sampling
 
-    def rollout(self, slots: int, prompt: int, longest: int, block_size: int, decoding: Decoding) -> Bytes:
+    def rollout(
+        self,
+        slots: int,
+        prompt: int,
+        longest: int,
+        block_size: int,
+        decoding: Decoding,
+        free_bytes: float = math.inf,
+        cache_share: float = 1.0,
+    ) -> Bytes:
         """Bytes at the peak of sampling with the native engine.
 
-        slots: answers at once. prompt: tokens of the longest prompt. longest: also of its answer.
+        slots: answers at once. prompt: tokens of the longest prompt. longest: also of its answer. free_bytes: before
+        there is anything of the run. cache_share: on a GPU, of what is left of them, the part for keys and values.
         """
         model = self.model
         length = to_whole_blocks(longest, block_size)
@@ -341,7 +351,6 @@ class Memory:
         if self.cuda:  # some prompts at a time, keys and values read where they are
             prefill = min(slots * entering, PREFILL) * (stream + max(mlp, rotating))
             busiest = max(prefill, self.drawing(slots * block_size, decoding))
-            slots += 1  # one to spare
         else:
             # with a token's row of the mask, which attention makes numbers of
             attending = self.value * (3 * model.queries + model.keys + entering)
@@ -355,14 +364,32 @@ class Memory:
             sampler_copy = self.sampler_copy()
         if not self.parallelism.gathers:
             copies = self.linear_copies()
-        cache = slots * length * model.layers * 2 * model.keys * self.value  # keys and values
-        return self.resident() | {
+        parts = self.resident() | {
             "sampler's copy": sampler_copy,
             "bf16 copies": copies,
             "reordered weights": 0 if self.cuda else self.reordered_weights(),
-            "KV cache": cache,
-            "sampling": busiest,
         }
+        room = cache_share * (free_bytes - sum(parts.values()))
+        return parts | {"KV cache": self.kv_cache(slots, length, block_size, room), "sampling": busiest}
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values."""
+        return self.model.layers * 2 * self.model.keys * self.value
+
+    def kv_cache(self, slots: int, length: int, block_size: int, room: float) -> int:
+        """Bytes of keys and values: on a CPU of all slots, on a GPU in as many pages as there is room for.
+
+        length: tokens of the longest sequence, which has its pages in any case. room: bytes.
+        """
+        if not self.cuda:
+            return slots * length * self.token_bytes
+        size = page_size(block_size)
+        longest = math.ceil(length / size)
+        pages = slots * longest + 1  # one to spare
+        if room < pages * size * self.token_bytes:
+            pages = max(int(room // (size * self.token_bytes)), longest + 1)
+        return pages * size * self.token_bytes
 
     def reordered_weights(self) -> int:
         """Bytes of the copies that a sampler on a CPU multiplies with, of the weights that are large enough."""

@@ -16,7 +16,10 @@ from dirl_cli.plan.forecast import (
     UPDATE,
     MemoryByPeft,
     TrainingSetup,
+    answers_at_once,
     budget_of,
+    cache_shares,
+    cached_tokens,
     compiles_layers,
     evaluations,
     loading_phase,
@@ -101,14 +104,19 @@ def rl_budget(
     # Keys first whose change costs least: what makes answers shorter changes the result, and goes last.
     knobs = {
         **sharding,
+        "rollout.cache_share": cache_shares(engine, setup.machine),
         "rollout.max_batch": halvings(settings["rollout.max_batch"], 1),
         "rollout.products": ["plain"] if isinstance(engine, Native) and engine.products != "plain" else [],
-        "rollout.cache_share": [engine.cache_share / 2, engine.cache_share / 4] if isinstance(engine, Lmdeploy) else [],
         **update_knobs(settings, batch),
         "critic": ["head"] if critic == "model" and not is_shared else [],
         "decoding.max_new_tokens": halvings(settings["decoding.max_new_tokens"], LEAST),
     }
-    return budget_of(forecast, knobs, facts=f"{memories.of({})}\nat most {batch}")
+    facts = f"{memories.of({})}\nat most {batch}"
+    if isinstance(engine, Native) and setup.machine.kind == "cuda":
+        memory = memories.of(settings)
+        phase = forecast.rollout(memory, engine, settings)
+        facts += f"\n{cached_tokens(memory, phase, forecast.slots(settings))}"
+    return budget_of(forecast, knobs, facts)
 
 
 @dataclass(frozen=True)
@@ -154,13 +162,18 @@ class RlForecast:
 
     def rollout(self, memory: Memory, engine: Engine, settings: Settings) -> Bytes:
         """What is held while `engine` answers a process's problems."""
-        problems = math.ceil(settings["rl.problems"] / processes(settings, self.setup.machine))
-        slots = min(settings["rollout.max_batch"], problems * settings["rl.group_size"])
+        slots = self.slots(settings)
         if isinstance(engine, Lmdeploy):
             free = self.setup.machine.free_bytes()
             tokens = slots * self.setup.lm.block_size
             return memory.lmdeploy(free, settings["rollout.cache_share"], tokens, self.decoding)
-        return rollout_phase(memory, slots, self.longest_prompt, self.setup.lm, self.decoding, settings)
+        setup = self.setup
+        return rollout_phase(memory, slots, self.longest_prompt, setup.lm, setup.machine, self.decoding, settings)
+
+    def slots(self, settings: Settings) -> int:
+        """How many answers a process samples at once, if memory suffices."""
+        problems = math.ceil(settings["rl.problems"] / processes(settings, self.setup.machine))
+        return int(min(settings["rollout.max_batch"], problems * settings["rl.group_size"]))
 
     def duration(self, settings: Settings) -> Duration:
         """What rollouts and updates compute."""
@@ -201,10 +214,14 @@ class RlForecast:
         answers = settings["rl.problems"] * settings["rl.group_size"]
         if self.engine:
             problems = math.ceil(settings["rl.problems"] / count)
+            slots = self.slots(settings)
+            if isinstance(self.engine, Native):
+                phase = self.rollout(memory, self.engine, settings)
+                slots = answers_at_once(memory, phase, slots, self.longest_prompt, length)
             sampled = Answers(
                 problems * settings["rl.group_size"],
                 problems,
-                settings["rollout.max_batch"],
+                slots,
                 self.longest_prompt,
                 length,
                 steps,

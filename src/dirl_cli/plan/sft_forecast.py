@@ -151,7 +151,8 @@ class FinetuneForecast:
         slots = min(NativeSampler(self.setup.lm).max_batch, of_process)
         greedy = replace(self.decoding, temperature=0.0)
         longest = max(len(prompt) for prompt in prompts)
-        return rollout_phase(replace(memory, samples=True), slots, longest, self.setup.lm, greedy, settings)
+        setup = self.setup
+        return rollout_phase(replace(memory, samples=True), slots, longest, setup.lm, setup.machine, greedy, settings)
 
     def duration(self, settings: Settings) -> Duration:
         """What the updates compute, and the reference's forwards where there is one; evaluations are left out."""
