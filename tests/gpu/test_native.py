@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from dirl_cli.models.kv_cache import bytes_per_token
 from dirl_cli.models.tiny import Tiny
+from dirl_cli.rollout import forward_gpu, native
 from dirl_cli.rollout.forward_gpu import block_attention
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.scheduler import Scheduler
 from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding
 from tests.helpers.small import random_lm, small_lm
@@ -69,6 +72,32 @@ def test_answers_from_graphs_are_those_of_plain_forwards(strategy, temperature):
             for one, other in zip(group, others, strict=True):
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
     assert any(sampler.idle_forward.replay.graphs.values())
+
+
+def test_answers_from_few_pages_are_those_of_plain_forwards(monkeypatch):
+    lm, options, stalled = on_gpu(small_lm()), decoding("sequential", temperature=1.0), []
+    plain = NativeSampler(lm, 8, by_blocks=False).sample(PROMPTS, 4, options)
+    stall = Scheduler._stall
+    monkeypatch.setattr(Scheduler, "_stall", lambda self, slot: (stalled.append(slot), stall(self, slot)))
+    monkeypatch.setattr(forward_gpu, "PAGE", 8)
+    page = 8 * bytes_per_token(lm.model.config, torch.float32)
+    monkeypatch.setattr(native, "free_bytes", lambda device: 13 * page)
+    sampler = NativeSampler(
+        lm, 8, cache_share=1.0
+    )  # twelve pages and the spare one, of which an answer has up to eight
+    for _ in range(3):  # as it is, captured, replayed
+        assert tokens(sampler.sample(PROMPTS, 4, options)) == tokens(plain)
+    assert sampler.idle_forward.pages.count == 12
+    assert stalled
+
+
+def test_pages_take_the_share_of_free_memory_that_was_asked_for():
+    lm = on_gpu(small_lm())
+    free = native.free_bytes(lm.device)
+    sampler = NativeSampler(lm, 4096, cache_share=1e-4)  # of so many that they would need more
+    sampler.sample(PROMPTS * 200, 4, decoding())
+    held = sum(cached.nbytes for cached in (*sampler.idle_forward.cache.keys, *sampler.idle_forward.cache.values))
+    assert 0.9e-4 * free < held < 1.1e-4 * free
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "moe"])
