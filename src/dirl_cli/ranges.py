@@ -105,7 +105,7 @@ ShareOrCount = Annotated[float, Range(at_least=0, whole_from_one=True)]
 
 DEVICES = OneOf("auto", "cpu", "cuda", pattern=r"cuda:\d+", meant={"gpu": "cuda"})
 DTYPES = OneOf("auto", "float32", "bfloat16")
-ATTENTIONS = OneOf("auto", "sdpa", "flex")
+ATTENTIONS = OneOf("auto", "sdpa", "flex", "tiles")
 COMPILING = OneOf("auto", True, False)
 CHECKPOINTING = OneOf(False, True, "attention")
 Device = Annotated[str, DEVICES]

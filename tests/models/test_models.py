@@ -326,7 +326,7 @@ def test_a_model_that_a_command_leaves_behind_is_told_with_that_command(tmp_path
     [
         (("float16", "cpu", "auto"), "dtype=float16: did you mean bfloat16"),
         (("auto", "gpu", "auto"), "device=gpu: did you mean cuda"),
-        (("auto", "cpu", "flash"), "attention=flash: choose one of auto, sdpa, flex"),
+        (("auto", "cpu", "flash"), "attention=flash: choose one of auto, sdpa, flex, tiles"),
     ],
 )
 def test_an_unknown_choice_names_the_known_ones(saved, options, sentence):

@@ -58,7 +58,8 @@ def test_fine_tuning_takes_the_bytes_that_were_planned(dtype, checkpointing, mic
     [
         Trial(GROUPED, optim=MUON),
         Trial(TIED),
-        Trial(TIED, tokens=400),  # one float mask of 700 × 700 for all six layers
+        Trial(TIED, tokens=256),  # one float mask of 450 × 450 for all six layers
+        Trial(TIED, tokens=400),  # 700 tokens by tiles
         Trial(replace(GROUPED, layers=1, vocabulary=20_000), tokens=400),  # two copies of a chunk of logits
     ],
 )

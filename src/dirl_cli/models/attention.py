@@ -1,9 +1,9 @@
-"""The attention rule as what transformers takes: a dense mask for SDPA, a BlockMask for FlexAttention.
+"""The attention rule as what transformers takes: a dense mask for SDPA, a BlockMask for FlexAttention, tiles on a CPU.
 
 Shapes: R rows of L tokens, T = L / 128 tiles of queries and as many of keys, D values of a hidden state.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 
 from dirl_cli.diffusion.layout import PADDING, Coordinates, Rows, attends
 from dirl_cli.errors import DirlError
+from dirl_cli.models.attention_cpu import TILES, attention_tiles
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 TILE = 128  # queries and keys that FlexAttention takes or leaves together
+DENSE_TOKENS = 512  # of a row: up to some 400 a dense mask is quicker on a CPU, at 512 tiles are, up to 1.3 times
 PAIRS = 2**24  # of tokens that are looked at together while a block mask is made
 
 
@@ -94,6 +96,19 @@ def attention_mask(rows: Rows, implementation: str, dtype: torch.dtype) -> "Tens
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
+def attention_inputs(rows: Rows, implementation: str, dtype: torch.dtype, is_compiled: bool) -> dict[str, Any]:
+    """What a decoder is called with, so that its layers attend by the rule. dtype: of the queries.
+
+    Tiles are for wide rows where no layer is compiled, since code made for some tiles has no use for others. Nothing is
+    timed, so that a run repeats itself.
+    """
+    if implementation == TILES and rows.token_ids.shape[1] > DENSE_TOKENS and not is_compiled:
+        # Decoders pass on a mask of four dimensions as it is, and would make a causal one of none.
+        no_mask = torch.empty(1, 1, 1, 0)
+        return {"attention_mask": no_mask, "tiles": attention_tiles(rows.coordinates, dtype)}
+    return {"attention_mask": attention_mask(rows, implementation, dtype)}
+
+
 def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
     """The decoder's last hidden states under the attention rule: (R, L, D).
 
@@ -112,10 +127,12 @@ def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
     dtype = model.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    output = model.get_decoder()(
+    decoder = model.get_decoder()
+    is_compiled = any(module._compiled_call_impl for module in decoder.modules())
+    output = decoder(
         input_ids=pad(rows.token_ids, padding),
         position_ids=pad(rows.position, padding),
-        attention_mask=attention_mask(rows, implementation, dtype),
         use_cache=False,
+        **attention_inputs(rows, implementation, dtype, is_compiled),
     )
     return output.last_hidden_state[:, :length]

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merge_adapter
+from dirl_cli.models.attention_cpu import TILES
 from dirl_cli.models.experts import choose_experts
 from dirl_cli.models.model_directory import ModelDirectory
 from dirl_cli.models.save import save_published
@@ -295,13 +296,16 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
 def pick_attention(attention: str, device: str) -> str:
     """The transformers name of the attention that a setting names. Raises DirlError for a name that is none.
 
-    auto: FlexAttention on a GPU; on a CPU it has no backward, and there a dense mask serves.
+    auto: FlexAttention on a GPU, and tiles elsewhere.
     """
+    is_gpu = device.startswith("cuda")
     if attention == "auto":
-        attention = "flex" if device.startswith("cuda") else "sdpa"
-    by_name = {"flex": "flex_attention", "sdpa": "sdpa"}
+        attention = "flex" if is_gpu else "tiles"
+    by_name = {"flex": "flex_attention", "sdpa": "sdpa", "tiles": TILES}
     if attention not in by_name:
         raise DirlError(f"attention={attention}: {ATTENTIONS.hint(attention)}")
+    if attention == "tiles" and is_gpu:
+        raise DirlError("attention=tiles is for a CPU: leave it at auto")
     return by_name[attention]
 
 

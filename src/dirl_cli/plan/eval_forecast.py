@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dirl_cli.models.load import DiffusionLM, pick_dtype
+from dirl_cli.models.attention_cpu import TILES
+from dirl_cli.models.load import DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.plan.architecture import architecture
 from dirl_cli.plan.budget import Budget, Machine, Settings, halvings
 from dirl_cli.plan.devices import LMDEPLOY, NATIVE, Device
@@ -53,10 +54,12 @@ def eval_budget(
     to each.
     """
     dtype = pick_dtype(machine.dtype, machine.kind)
+    attention = pick_attention(machine.attention, machine.kind)
     memory = Memory(
         replace(architecture(lm.model.config, NoOptim(), dtype=dtype), trained=0),
         bf16=dtype == torch.bfloat16,
         dense=attends_densely(lm, machine),
+        tiled=attention == TILES,
         cuda=machine.kind == "cuda",
     )
     forecast = EvalForecast(lm, machine, memory, engine, decoding, prompts, samples, assumptions)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from dirl_cli.diffusion.layout import Strip
+from dirl_cli.models.attention_cpu import TILES
 from dirl_cli.models.load import DiffusionLM, fitting_attention, pick_attention, pick_dtype
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.plan.architecture import architecture
@@ -128,10 +129,12 @@ class MemoryByPeft:
     def _count(self, peft: Peft) -> Memory:
         machine = self.setup.machine
         base_dtype = peft.base_dtype(machine.dtype, machine.kind)
+        attention = pick_attention(machine.attention, machine.kind)
         return Memory(
             architecture(self.setup.lm.model.config, self.setup.optim, peft, base_dtype),
             bf16=pick_dtype(machine.dtype, machine.kind) == torch.bfloat16,
             dense=attends_densely(self.setup.lm, machine),
+            tiled=attention == TILES,
             reference=self.reference,
             reference_moves=self.reference_moves,
             teacher=self.teacher,

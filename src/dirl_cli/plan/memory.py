@@ -10,11 +10,13 @@ two the forward computes in; other factors count tensors of one shape, which the
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dirl_cli.diffusion.layout import Strip
+from dirl_cli.models.attention import DENSE_TOKENS
+from dirl_cli.models.attention_cpu import QUERIES
 from dirl_cli.plan.architecture import Architecture
 from dirl_cli.rollout.forward_gpu import PREFILL, page_size
 from dirl_cli.rollout.products import Products, is_reordered
@@ -109,7 +111,8 @@ def parallelism(launch: str, processes: int) -> Parallelism:
 class Memory:
     """Bytes on each process's device, by part, in the phases of a run.
 
-    bf16: whether the forward is autocast. dense: whether attention takes a dense mask (sdpa) or coordinates (flex).
+    bf16: whether the forward is autocast. dense: whether attention takes a dense mask (sdpa). tiled: whether it takes
+    tiles, and a dense mask in short rows; else it takes coordinates (flex).
     reference: whether a model to stay near is there. reference_moves: whether it follows the policy. teacher: the
     parameters of another model that it is; 0 where it is what the policy began as. critic: whether a second model
     learns values, with AdamW.
@@ -120,6 +123,7 @@ class Memory:
     model: Architecture
     bf16: bool
     dense: bool
+    tiled: bool = False
     checkpointing: Checkpointing = False
     reference: bool = False
     reference_moves: bool = False
@@ -140,7 +144,11 @@ class Memory:
         kind = "bf16" if self.bf16 else "fp32"  # of the forward
         if self.bf16 and model.is_full_finetune:
             kind += " with weights in fp32"
-        attention = "a dense attention mask" if self.dense else "FlexAttention"
+        attention = "FlexAttention"
+        if self.dense:
+            attention = "a dense attention mask"
+        elif self.tiled:
+            attention = "attention by tiles"
         return f"{parameters}; {kind}; {attention}"
 
     @property
@@ -215,6 +223,8 @@ class Memory:
 
         scoring: bytes of each logit that is scored.
         """
+        if self.tiled and batch.width <= DENSE_TOKENS:
+            return replace(self, dense=True, tiled=False).update(batch, scoring)
         tokens = batch.rows * batch.width
         activations = self.activations(tokens, batch.width)
 
@@ -245,6 +255,8 @@ class Memory:
         mask = 0
         if self.dense:  # a row's tokens by its tokens
             mask = self.value * tokens * width
+        elif self.tiled:  # by the keys that not all of a tile see: the tile itself, and about as many before it
+            mask = self.value * tokens * 2 * QUERIES
         return self.model.layers * of_layer + 2 * between + mask
 
     def layer(self) -> int:
