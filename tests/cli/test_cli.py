@@ -491,7 +491,7 @@ def test_every_yaml_composes_and_builds():
             for group, names in groups.items()
             for name in names
         }.values():
-            path = [f"{group}.path=some/file.json"] if name in ("file", "path", "from_causal") else []
+            path = [f"{group}.path=some/file.json"] if name in ("file", "path", "from_causal", "livecodebench") else []
             path += ["data.sources=[{path: a.json, weight: 0.7}, {path: b.json}]"] if name == "mix" else []
             path += [f"{group}.task=basic_arithmetic"] if name == "gym" else []
             command = EXPERIMENTS[name] if group == "experiment" else command
