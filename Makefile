@@ -30,7 +30,11 @@ check: install
 .venv/lmdeploy: tests/lmdeploy.txt | install
 	@$(BIN)/pip install -qq --no-deps $(PIP_FLAGS) -r $< && touch $@ || echo "LMDeploy is not there: its tests are skipped"
 
-test: check .venv/lmdeploy
+# Likewise what lm-evaluation-harness takes: fifteen packages, a hundred megabytes of tasks among them.
+.venv/lm_eval: tests/lm_eval.txt | install
+	@$(BIN)/pip install -qq --no-deps $(PIP_FLAGS) -r $< && touch $@ || echo "lm-eval is not there: its tests are skipped"
+
+test: check .venv/lmdeploy .venv/lm_eval
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 test-slow: install

@@ -13,6 +13,7 @@ def test_the_wheel_prints_the_same_config_as_the_checkout(tmp_path):
     subprocess.run(build, cwd=ROOT, check=True)
     (wheel,) = tmp_path.glob("dirl-*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert (tmp_path / "site" / "dirl_lm_eval.pth").read_text() == (ROOT / "src" / "dirl_lm_eval.pth").read_text()
     assert {path.relative_to(ROOT) for path in (ROOT / "conf").rglob("*.yaml")} == {
         path.relative_to(tmp_path / "site" / "dirl_cli") for path in (tmp_path / "site").rglob("*.yaml")
     }

@@ -283,7 +283,7 @@ def preset_line(name: str, cfg: DictConfig) -> str | None:
     if preset is None or is_explicit or is_later_job or needs_no_model:
         return None
     facts = [f"model={hydra_cfg.runtime.choices['model']} ({cfg.model.get('path', 'random weights')})"]
-    facts += [f"{group}={cfg[group].name}" for group in ("data", "bench") if cfg.get(group)]
+    facts += [f"{group}={cfg[group].name}" for group in ("data", "bench") if cfg.get(group) and not cfg.get("harness")]
     return f"no model= is given, so this is experiment={preset}: {', '.join(facts)}"
 
 

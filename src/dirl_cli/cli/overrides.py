@@ -30,6 +30,7 @@ PATHS = (
     "predictions",
     "replay",
     "resume",
+    "tasks_from",
     "teacher",
     "to",
 )

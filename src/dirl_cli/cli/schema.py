@@ -224,6 +224,19 @@ class DpoConfig(TrainConfig):
 
 
 @dataclass
+class HarnessConfig:
+    likelihood: Annotated[str, OneOf("left_to_right", "elbo")]
+    draws: Count
+    rates: Count
+    row_tokens: Count
+    chat_template: bool
+    fewshot: Natural | None
+    max_new_tokens: Count
+    tasks_from: str | None
+    run_code: bool
+
+
+@dataclass
 class EvalConfig(RunConfig):
     model: Any
     bench: Any
@@ -238,6 +251,8 @@ class EvalConfig(RunConfig):
     device: Device
     grade_workers: Count | None
     grade_timeout: Positive
+    harness: list[str] | None
+    harness_settings: HarnessConfig
     data: Any = None  # of a benchmark that measures texts
     instruction: Instruction = field(default_factory=Instruction)
     decoding: Decoding = field(default_factory=Decoding)
@@ -297,6 +312,12 @@ def register() -> None:
             OmegaConf.set_readonly(node[group], None)  # OmegaConf takes a frozen dataclass for a constant
         ConfigStore.instance().store(f"{name}_schema", node)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("asked", asked, replace=True)
+
+
+def asked(tasks: Sequence[str] | None, bench: str) -> str:
+    """What an evaluation asks, as part of its name: tasks of lm-evaluation-harness, or a benchmark."""
+    return "-".join(tasks) if tasks else bench
 
 
 def slug(*texts: str | None) -> str:

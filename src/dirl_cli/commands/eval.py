@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -23,7 +23,8 @@ from dirl_cli.data.rows import read_rows
 from dirl_cli.errors import DirlError, NotDownloaded, Stopped, stop_code
 from dirl_cli.evaluation import compare, report, sweep
 from dirl_cli.evaluation.answers import AnswerLog, GradedAnswer, drop_torn_line, missing, read_answers
-from dirl_cli.evaluation.likelihood import Likelihood, likelihoods, show_likelihoods
+from dirl_cli.evaluation.harness_results import TaskScore, facts_text, score_line, scores_by_job, scores_table
+from dirl_cli.evaluation.likelihood import Likelihood, as_lines, likelihoods, show_likelihoods
 from dirl_cli.evaluation.metrics import Metrics, measure, measure_subsets
 from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.evaluation.result_card import ANSWERS, CARD, SOURCE, read_evaluation, require_same
@@ -45,6 +46,10 @@ def run(cfg: DictConfig, out: Path) -> None:
     """Compare two evaluations, grade a file of answers, or ask cfg.model; all but the first leave a card in `out`."""
     if cfg.compare:
         show_comparison(cfg.compare)
+    elif cfg.harness:
+        from dirl_cli.commands.eval_harness import evaluate_harness
+
+        evaluate_harness(cfg, out, console)
     elif isinstance(bench := build(cfg.bench), Likelihood):
         from dirl_cli.commands.eval_likelihood import evaluate_likelihood
 
@@ -266,6 +271,9 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
     if by_job := likelihoods(jobs):
         show_likelihoods(title, sweep.folder_of(jobs), by_job, console)
         return
+    if scores := scores_by_job(jobs):
+        show_scores(title, sweep.folder_of(jobs), scores)
+        return
 
     # A picture is passed around without its folder: its name says what all have in common, unless the folder did.
     members = [sweep.Member(sweep.overrides(job), read_evaluation(out)) for job, out in jobs]
@@ -287,6 +295,20 @@ def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
         files.append(files[0].with_name(f"{title}.png"))
         scatter(series, f"{title}: accuracy ± its standard error", "tokens per forward (TPF)", files[-1])
     console.print(" · ".join(map(str, files)), soft_wrap=True)
+
+
+def show_scores(
+    title: str, folder: Path, by_job: Mapping[str, tuple[Sequence[TaskScore], Mapping[str, float]]]
+) -> None:
+    """Print the scores of a sweep's jobs, a table for each, and write them to one CSV file in `folder`."""
+    lines = []
+    for name, (scores, facts) in by_job.items():
+        console.print(scores_table(name, scores))
+        console.print(facts_text(facts), soft_wrap=True)
+        lines.append({"run": name, **score_line(scores, facts)})
+    file = folder / f"{title}.csv"
+    write_text(file, as_lines(lines))
+    console.print(str(file), soft_wrap=True)
 
 
 def chosen_problems(cfg: DictConfig) -> tuple[list[Problem], list[str]]:

@@ -23,6 +23,7 @@ from dirl_cli.distributed import Processes, split_by_cost
 from dirl_cli.errors import DirlError, Stopped, stop_code
 from dirl_cli.evaluation.answers import AnswerLog, drop_torn_line
 from dirl_cli.evaluation.likelihood import (
+    CAPTION,
     CSV_FILE,
     TEXT_FILE,
     Likelihood,
@@ -234,4 +235,5 @@ def conclude_likelihood(
     write_text(out / CSV_FILE, as_lines([csv_line(metrics)]))
     title = f"{cfg.model.name} on {counted(metrics.texts, 'text')} of {cfg.data.name}"
     console.print(likelihood_table(title, metrics))
+    console.print(CAPTION, soft_wrap=True)
     console.print(f"{out / CARD} · {out / CSV_FILE} · {out / TEXT_FILE}", soft_wrap=True)

@@ -160,7 +160,7 @@ def rate_name(rate: RateLoss) -> str:
 
 def likelihood_table(title: str, metrics: LikelihoodMetrics) -> report.Fitting:
     """The table of one evaluation."""
-    return report.draw(title, rows_of(metrics), caption=CAPTION)
+    return report.draw(title, rows_of(metrics))
 
 
 def csv_line(metrics: LikelihoodMetrics) -> dict[str, str | int | float]:
