@@ -46,7 +46,7 @@ BATCH_ROWS = 4  # rows' worth of texts that are scored, and written, at once
 
 def evaluate_likelihood(cfg: DictConfig, out: Path, bench: Likelihood, console: PlainConsole) -> None:
     """Score the texts of cfg.data: a line for each goes to `out`/texts.jsonl, the rest to eval_card.json."""
-    for key in ("predictions", "ids", "dry_run"):
+    for key in ("predictions", "ids"):
         if cfg[key]:
             raise DirlError(f"{key} is of problems, and bench=likelihood scores texts: leave it out")
     processes = Processes(cfg.gpus * cfg.nodes, cfg.device)
