@@ -56,6 +56,7 @@ CONFIG = OmegaConf.create(
             "products": "auto",
             "cache_share": 0.8,
         },
+        "harness": None,
         "dtype": "float32",
         "attention": "auto",
         "device": "cpu",
