@@ -94,13 +94,13 @@ def test_a_text_ends_before_the_first_of_its_stop_strings(model, monkeypatch):
     options = {"until": ["never said", stop], "max_gen_toks": 48}
 
     asked = []
-    real = model.sampler.sample
+    real = model.sampler.stream
 
-    def counted(prompts, n, decoding):
+    def counted(prompts, n, decoding, **given):
         asked.append(decoding.max_new_tokens)
-        return real(prompts, n, decoding)
+        return real(prompts, n, decoding, **given)
 
-    monkeypatch.setattr(model.sampler, "sample", counted)
+    monkeypatch.setattr(model.sampler, "stream", counted)
     [text] = model.generate_until(requests("generate_until", (QUESTION, options)))
     assert text == whole[: whole.index(stop)]
     assert asked[:2] == [4, 4] and sum(asked) < 48  # it goes on only until the string is there
@@ -112,6 +112,13 @@ def test_stretches_of_an_answer_are_what_one_answer_would_be(model, monkeypatch)
     whole = model.tokenizer.decode(sampled.completion_ids[:30], skip_special_tokens=True)
     [text] = model.generate_until(requests("generate_until", (QUESTION, {"until": [], "max_gen_toks": 30})))
     assert text == whole
+
+
+def test_several_answers_to_a_question_differ_where_they_are_drawn(model):
+    options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
+    texts = model.generate_until(requests("generate_until", *[(QUESTION, options)] * 3))
+    assert len(set(texts)) == 3
+    assert model.generate_until(requests("generate_until", *[(QUESTION, options)] * 3)) == texts
 
 
 def test_the_first_of_several_stop_strings_counts():

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
@@ -19,7 +20,7 @@ from dirl_cli.data.order import generator
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.ranges import Count, OneOf, Seed, require_fields
-from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.rollout.sampler import Sampler, collect_samples
 from dirl_cli.training.text_likelihood import (
     EvidenceBound,
     MaskDraws,
@@ -211,6 +212,7 @@ class DirlModel(TemplateLM):
         )
         room = self.lm.longest_prompt - min(max_new_tokens, self.lm.longest_prompt // 2)
         prompts = [last_tokens(self.tok_encode(context) or [self.eot_token_id], room) for context in contexts]
+        seeds = [decoding.seed + 1_000_003 * n for n in repetitions(contexts)]  # as in any evaluation
         answers: list[list[int]] = [[] for _ in contexts]
         running = list(range(len(contexts)))
         length = 0  # tokens that every running answer has at least
@@ -219,7 +221,9 @@ class DirlModel(TemplateLM):
             length += stretch
             began = time.perf_counter()
             so_far = [prompts[i] + answers[i] for i in running]
-            sampled = self.sampler.sample(so_far, 1, replace(decoding, max_new_tokens=stretch))
+            own_seeds = [seeds[i] for i in running]
+            stream = self.sampler.stream(so_far, 1, replace(decoding, max_new_tokens=stretch), seeds=own_seeds)
+            sampled = collect_samples(stream, len(running), 1)
             ended = []
             for i, [trajectory] in zip(running, sampled, strict=True):
                 self.tally.add(trajectory)
@@ -333,6 +337,16 @@ def read_options(options: Mapping[str, Any]) -> Options:
     if do_sample is False or (do_sample is None and not known.get("temperature")):
         known = {}
     return tuple(stop for stop in until if stop), longest, tuple(sorted(known.items()))
+
+
+def repetitions(contexts: Sequence[str]) -> list[int]:
+    """How often each context stood before it: a task that asks for several answers gives the same one again."""
+    seen: Counter[str] = Counter()
+    numbers = []
+    for context in contexts:
+        numbers.append(seen[context])
+        seen[context] += 1
+    return numbers
 
 
 def first_stop(text: str, until: Sequence[str]) -> int | None:
