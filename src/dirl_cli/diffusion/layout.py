@@ -110,17 +110,17 @@ class Rows:
 
     def split(self, rows_each: int) -> list["Rows"]:
         """The same rows as micro-batches of at most `rows_each`, each as wide as its longest row."""
-        width = self.token_ids.shape[1]
-        target_row = self.target_index // width
+        rows, width = self.token_ids.shape
         micro_batches = []
-        for first in range(0, len(self.token_ids), rows_each):
-            last = min(first + rows_each, len(self.token_ids))
+        for first in range(0, rows, rows_each):
+            last = min(first + rows_each, rows)
             used = int((self.strip[first:last] != PADDING).sum(1).max())
             columns: dict[str, Any] = {name: getattr(self, name)[first:last, :used] for name in PER_TOKEN}
 
             # Indices into the flattened rows change with the rows' number and width.
-            inside = (target_row >= first) & (target_row < last)  # (N,) bool
-            flat_start = (target_row[inside] - first) * used
+            ends = self.target_index.new_tensor([first * width, last * width])
+            inside = slice(*torch.searchsorted(self.target_index, ends).tolist())  # of the N, which are ascending
+            flat_start = (self.target_index[inside] // width - first) * used
             micro_batches.append(
                 replace(
                     self,
