@@ -84,8 +84,8 @@ class Ledger:
     def open(self, slot, prompt_ids, hint) -> None:
         self.texts[slot] = prompt_ids
 
-    def slice(self, slot, begin, end):
-        return [0] * (end - begin), [1] * (end - begin), [0.0] * (end - begin)
+    def fetch(self, slots, begin, end):
+        return [([0] * n, [1] * n, [0.0] * n) for n in (end - begin).tolist()]
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         for offset in range(tokens):

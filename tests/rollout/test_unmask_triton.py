@@ -44,6 +44,7 @@ def some_sequences(lm: DiffusionLM) -> tuple[SequenceState, torch.Tensor]:
     sequences.open(0, [5, 6, 7], {})
     sequences.open(1, [9] * 16, {2: 8, 5: 6})
     sequences.open(2, [3] * 9, {})
+    sequences.send_opened()
     sequences.revealed_at[2, 10] = 1
     size = lm.block_size
     starts = [

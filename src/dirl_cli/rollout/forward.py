@@ -121,6 +121,8 @@ class EagerForward:
 
     def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
         """See `Forward.step`."""
+        self.sequences.send_opened()
+
         # By the number of tokens, so that slots of equal width are neighbours, and by their pages, which may be, too.
         order = np.lexsort((self.pages.rows[blocks[0], 0], blocks[1] - cached))
         blocks, cached = blocks[:, order], cached[order]

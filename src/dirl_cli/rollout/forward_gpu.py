@@ -130,6 +130,7 @@ class GraphForward:
 
     def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
         """See `Forward.step`."""
+        self.sequences.send_opened()
         if self.pages.changed:
             self.host_table[: self.slots] = torch.from_numpy(self.pages.rows)
             self.table.copy_(self.host_table, non_blocking=True)

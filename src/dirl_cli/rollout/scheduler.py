@@ -283,16 +283,19 @@ class Scheduler:
         self.masked_count[slots] = self.block_size
         for slot in slots[~is_over].tolist():
             self._begin_block(slot)
-        self.active[slots[is_over]] = False
-        for slot, by_stop_token in zip(slots[is_over].tolist(), stopped[is_over].tolist(), strict=True):
-            answer = self.forward.sequences.slice(slot, int(self.prompt_length[slot]), int(self.blocks[START, slot]))
+        over = slots[is_over]
+        if not len(over):
+            return
+        self.active[over] = False
+        answers = self.forward.sequences.fetch(over, self.prompt_length[over], self.blocks[START, over])
+        for slot, answer, by_stop_token in zip(over.tolist(), answers, stopped[is_over].tolist(), strict=True):
             self.free.append(slot)
             self.pages.trim(slot, self._prefix(slot))  # which the next answer to the prompt may begin with
             yield Finished(self.running.pop(slot), *answer, int(self.forwards[slot]), by_stop_token)
 
     def _show(self, slots: Integers, watch: Watch) -> None:
-        for slot in slots.tolist():
+        ends = self.blocks[START, slots] + self.block_size
+        answers = self.forward.sequences.fetch(slots, self.prompt_length[slots], ends)
+        for slot, (tokens, _, _) in zip(slots.tolist(), answers, strict=True):
             request = self.running[slot]
-            end = int(self.blocks[START, slot]) + self.block_size
-            tokens, _, _ = self.forward.sequences.slice(slot, len(request.prompt_ids), end)
             watch(request.prompt, request.sample, tokens)

@@ -6,8 +6,11 @@ Shapes: S slots, N blocks of B tokens in a forward, D hidden size.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dirl_cli.diffusion.sampling import Candidates, draw_candidates, draw_seed
@@ -16,6 +19,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.sampler import Hint
 from dirl_cli.types import HELD, Decoding
 
+Integers = NDArray[np.int64]
 MASKED, GIVEN = 0, -1  # in `revealed_at`, where no step has revealed the token; GIVEN of prompts and hints
 
 
@@ -29,28 +33,55 @@ class SequenceState:
     def __init__(self, lm: DiffusionLM, slots: int, length: int) -> None:
         self.mask_token_id = lm.mask_token_id
         self.length = length
+        self.opened: dict[int, Integers] = {}  # by slot, what is not on the device yet, -1 where masked
         self.tokens = torch.full((slots, length), lm.mask_token_id, device=lm.device)
         self.revealed_at = torch.full((slots, length), GIVEN, device=lm.device)
         self.logprobs = torch.zeros(slots, length, device=lm.device)
 
     def open(self, slot: int, prompt_ids: list[int], hint: Hint) -> None:
-        """Begin a sequence in `slot`: the prompt, and masked tokens after it but for those that the hint holds."""
-        self.tokens[slot, : len(prompt_ids)] = torch.tensor(prompt_ids, dtype=torch.long)
-        self.tokens[slot, len(prompt_ids) :] = self.mask_token_id
-        self.revealed_at[slot, : len(prompt_ids)] = GIVEN
-        self.revealed_at[slot, len(prompt_ids) :] = MASKED
-        if hint:
-            position = len(prompt_ids) + torch.tensor(list(hint))
-            self.tokens[slot, position] = torch.tensor(list(hint.values()), device=self.tokens.device)
-            self.revealed_at[slot, position] = GIVEN
-            self.logprobs[slot, position] = 0
+        """Begin a sequence in `slot`: the prompt, and masked tokens after it but for those that the hint holds.
 
-    def slice(self, slot: int, begin: int, end: int) -> tuple[list[int], list[int], list[float]]:
-        """Tokens, reveal steps and log-probs at the positions from `begin` to `end` of a slot."""
-        tokens = self.tokens[slot, begin:end].tolist()
-        revealed_at = [HELD if step == GIVEN else step for step in self.revealed_at[slot, begin:end].tolist()]
-        logprobs = self.logprobs[slot, begin:end].tolist()
-        return tokens, revealed_at, logprobs
+        It is on the device after the next `send_opened`.
+        """
+        row = np.full(self.length, -1)
+        row[: len(prompt_ids)] = prompt_ids
+        for index, token in hint.items():
+            row[len(prompt_ids) + index] = token
+        self.opened[slot] = row
+
+    def send_opened(self) -> None:
+        """Bring the sequences that were opened since the last time to the device, all of them in one copy."""
+        if not self.opened:
+            return
+        rows = np.column_stack([list(self.opened), np.stack(list(self.opened.values()))])
+        self.opened.clear()
+        slots, tokens = upload(rows, self.tokens.device).split([1, self.length], 1)
+        slots = slots[:, 0]
+        is_masked = tokens < 0
+        self.tokens[slots] = torch.where(is_masked, self.mask_token_id, tokens)
+        self.revealed_at[slots] = torch.where(is_masked, MASKED, GIVEN)
+        self.logprobs.index_fill_(0, slots, 0)
+
+    def fetch(self, slots: Integers, begin: Integers, end: Integers) -> list[tuple[list[int], list[int], list[float]]]:
+        """Tokens, reveal steps and log-probs of some slots, each from its own position `begin` to `end`; all (n,)."""
+        index = upload(slots, self.tokens.device)
+        tokens, revealed_at, logprobs = (
+            each[index].cpu().numpy() for each in (self.tokens, self.revealed_at, self.logprobs)
+        )
+        revealed_at[revealed_at == GIVEN] = HELD
+        answers = []
+        for i, (first, last) in enumerate(zip(begin, end, strict=True)):
+            part = slice(first, last)
+            answers.append((tokens[i, part].tolist(), revealed_at[i, part].tolist(), logprobs[i, part].tolist()))
+        return answers
+
+
+def upload(values: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on the device; to a GPU it is copied without waiting for it."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Unmasker:
