@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.models.attention import dense_mask
@@ -15,6 +16,7 @@ from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.scheduler import Scheduler, make_requests
 from dirl_cli.types import Decoding
 from tests.helpers.small import random_lm, small_lm
+from tests.rollout.test_decoder import Kernels
 
 STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], [9, 8, 7, 6, 5, 4, 3, 2, 1, 12, 13]]
@@ -96,8 +98,36 @@ def test_only_blocks_that_are_denoised_or_to_be_cached_are_computed():
     forward = GraphForward(lm, decoder_of(lm.model), 3, 32, block_attention, tape)
     options = decoding("low_confidence_static", denoising_steps=2, max_new_tokens=8)
     answers(forward, options, prompts=[[5] * 4, [6] * 4, [7] * 8], n=1, slots=3)
-    # two forwards a block, of which the first caches the block before; the first of a prompt's two goes in before
-    assert [size for size in tape.sizes if isinstance(size, int)] == [6, 3, 6, 3]
+    # two forwards a block, of which the first caches what is before it: of one prompt two blocks
+    assert [size for size in tape.sizes if isinstance(size, int)] == [7, 3, 6, 3]
+
+
+def test_between_what_is_replayed_a_step_makes_one_copy_and_never_asks_the_device():
+    def replay(key, work):
+        with _disable_current_modes():
+            work()
+
+    lm = small_lm()
+    forward = GraphForward(lm, decoder_of(lm.model), 3, 32, block_attention, replay)
+    options = decoding("low_confidence_dynamic", max_new_tokens=8, temperature=1.0)
+    with torch.no_grad():  # in inference mode operations that are made of others count, too
+        scheduler = Scheduler(forward, options, 3)
+        for request in make_requests(PROMPTS[:3], 1, options, None, None):
+            scheduler.add(request)
+        with Kernels() as operations:
+            for _ in range(20):
+                operations.names.clear()
+                has_newcomers, running = bool(forward.sequences.opened), len(scheduler.running)
+                changes_pages = forward.pages.changed or has_newcomers
+                list(scheduler.step())
+                has_finished = len(scheduler.running) < running
+                asks = {"_local_scalar_dense", "nonzero", "masked_select", "unique"}
+                assert not asks & operations.names.keys()
+                if not (has_newcomers or changes_pages or has_finished):
+                    assert operations.names == {"copy_": 1}
+                if not scheduler.running:
+                    break
+    assert not scheduler.running
 
 
 @pytest.mark.parametrize("by_blocks", [False, True])
@@ -113,7 +143,8 @@ def test_a_prompt_is_computed_once_for_all_its_answers(by_blocks, monkeypatch):
     prompt = list(range(1, 42))  # ten blocks and a token
     answers = NativeSampler(lm, 3, by_blocks).sample([prompt], 6, decoding("sequential", max_new_tokens=7))[0]
     assert [one.forwards for one in answers] == [3 + 4] * 6
-    assert sum(seen) == 4 * (10 + 6 * (3 + 1 + 4))  # each answer caches one block
+    padding = int(by_blocks)  # of the forward of eleven blocks
+    assert sum(seen) == 4 * (10 + 6 * (3 + 1 + 4) + padding)  # each answer caches one block
 
 
 def test_a_shared_prompt_gives_the_answers_of_separate_ones():
@@ -127,9 +158,11 @@ def test_a_shared_prompt_gives_the_answers_of_separate_ones():
             assert [one[0][2].token_ids for one in alone] == [one.token_ids for one in group]
 
 
-def test_a_long_prompt_goes_in_in_pieces(monkeypatch):
+@pytest.mark.parametrize("riders", [0, 28, 512])  # room for none, for one prompt, for both
+def test_a_prompt_goes_in_with_its_first_block_or_if_it_is_long_before_it_in_pieces(riders, monkeypatch):
     from dirl_cli.rollout import forward_gpu
 
+    monkeypatch.setattr(forward_gpu, "RIDERS", riders)
     lm, prompt, options = small_lm(), list(range(1, 48)), decoding()
     expected = NativeSampler(lm).sample([prompt, prompt[5:]], 2, options)
     monkeypatch.setattr(forward_gpu, "PREFILL", 8)

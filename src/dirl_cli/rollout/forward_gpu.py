@@ -19,10 +19,11 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.decoder import Decoder
 from dirl_cli.rollout.forward import previous_states
 from dirl_cli.rollout.pages import Integers, PageTable
-from dirl_cli.rollout.sequences import SequenceState, Unmasker
+from dirl_cli.rollout.sequences import SequenceState, Unmasker, upload
 from dirl_cli.types import Decoding
 
 PREFILL = 16384  # tokens of prompts in one forward
+RIDERS = 512  # tokens that a replayed forward has room for at least: few enough to cost little more than none
 PAGE = 32  # tokens of a page, or as many more as make whole blocks: half of one is wasted by each answer
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -120,8 +121,9 @@ class GraphForward:
         self.table = rows.to(lm.device, copy=True)
 
         # Of each block its slot, first position, step, request's key, and the slot whose cached tokens it is to end.
-        # A forward has at most two blocks a slot: the one that is denoised and the one before, which is to be cached.
-        self.host = torch.zeros(5, 2 * slots, dtype=torch.long, pin_memory=lm.device.type == "cuda")
+        # A forward has room for two blocks a slot, the one that is denoised and the one before, which is to be cached.
+        self.room = max(2 * slots, RIDERS // lm.block_size)
+        self.host = torch.zeros(5, self.room, dtype=torch.long, pin_memory=lm.device.type == "cuda")
         self.blocks = self.host.to(lm.device)
         self.tokens = torch.empty(slots, lm.block_size, dtype=torch.long, device=lm.device)  # -1 where masked
         self.hidden = torch.empty(0)  # (S * B, D) that predict the blocks that are denoised
@@ -135,19 +137,27 @@ class GraphForward:
             self.host_table[: self.slots] = torch.from_numpy(self.pages.rows)
             self.table.copy_(self.host_table, non_blocking=True)
             self.pages.changed = False
-        cached = self._prefill(blocks, cached)
 
-        # The blocks that are denoised come first, then those before them that are not cached yet.
-        one_block_back = np.array([0, self.lm.block_size, 0, 0])[:, None]
-        finished = blocks[:, blocks[1] > cached] - one_block_back
+        # What is not cached yet goes in with the blocks that are denoised, behind them: a finished block of each slot
+        # or none, and of newcomers the prompts, if there is room for them.
         opened = blocks.shape[1]
+        missing = (blocks[1] - cached) // self.lm.block_size
+        if opened + missing.sum() > self.room:
+            cached = self._prefill(blocks[0], cached, np.maximum(missing - 1, 0))
+            missing = np.minimum(missing, 1)
+        finished = self._blocks_from(blocks[0], cached, missing)
         used = opened + finished.shape[1]
-        self.host[0] = self.host[4] = self.slots  # the spare one, where nothing else is said
-        self.host[:4, :used] = torch.from_numpy(np.concatenate([blocks, finished], 1))
-        self.host[4, opened:used] = self.host[0, opened:used]
+
+        # Of several blocks of a slot only the last ends its cached tokens.
+        last = missing.cumsum()[missing > 0] - 1
+        fields = self.host.numpy()
+        fields[0] = fields[4] = self.slots  # the spare one, where nothing else is said
+        fields[:4, :opened] = blocks
+        fields[:2, opened:used] = finished
+        fields[4, opened + last] = finished[0, last]
         self.blocks.copy_(self.host, non_blocking=True)
 
-        size = min(bucket(used), 2 * self.slots)
+        size = min(bucket(used), self.room)
         self.replay(size, partial(self._forward, size))
         if unmask.is_built_in:
             count = min(bucket(count), self.slots * self.lm.block_size)
@@ -157,20 +167,17 @@ class GraphForward:
             self._unmask(unmask, count)  # it may ask the device for sizes, which a capture cannot
         return self.tokens[:opened].cpu().numpy()
 
-    def _prefill(self, blocks: Integers, cached: Integers) -> Integers:
-        """Cache prompts up to the last whole block, which goes in with the first denoising step.
+    def _prefill(self, slots: Integers, cached: Integers, missing: Integers) -> Integers:
+        """Cache the next `missing` blocks of each slot; returns the positions that are cached thereafter. All (N,)."""
+        rows = upload(self._blocks_from(slots, cached, missing), self.lm.device)
+        for piece in rows.split(PREFILL // self.lm.block_size, dim=1):
+            self._decode(*piece)
+        return cached + missing * self.lm.block_size
 
-        blocks, cached: as in `step`. Returns the positions that are cached thereafter: (N,).
-        """
-        slot, start = blocks[:2]
-        size = self.lm.block_size
-        missing = np.maximum((start - cached) // size - 1, 0)  # blocks of each slot
-        if missing.any():
-            number = np.arange(missing.sum()) - (missing.cumsum() - missing).repeat(missing)  # inside its slot
-            rows = np.stack([slot.repeat(missing), cached.repeat(missing) + number * size])
-            for piece in torch.from_numpy(rows).to(self.lm.device).split(PREFILL // size, dim=1):
-                self._decode(*piece)
-        return cached + missing * size
+    def _blocks_from(self, slots: Integers, begin: Integers, count: Integers) -> Integers:
+        """The next blocks of each slot from `begin` on, `count` of them: slots and first positions, (2, their sum)."""
+        number = np.arange(count.sum()) - (count.cumsum() - count).repeat(count)  # inside its slot
+        return np.stack([slots.repeat(count), begin.repeat(count) + number * self.lm.block_size])
 
     def _forward(self, size: int) -> None:
         """Decode the first `size` blocks and keep the hidden states of those that are denoised."""
