@@ -40,7 +40,7 @@ class EmptyForward:
     def slice(self, slot, begin, end):
         return [0] * (end - begin), [STEPS] * (end - begin), [0.0] * (end - begin)
 
-    def step(self, blocks, cached, count, unmask):
+    def step(self, blocks, cached, count, unmask, reads=True):
         began = time.process_time()
         self.running.append(blocks.shape[1])
         self.used.append(self.pages.count - len(self.pages.free))

@@ -8,9 +8,11 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dirl_cli.diffusion.layout import Coordinates
+from dirl_cli.diffusion.unmasking import EXACT
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.models.low_precision import cast_linear_weights, recast
 from dirl_cli.rollout.decoder import JoinedDecoder, decoder_of
+from dirl_cli.rollout.forward import EagerForward
 from dirl_cli.rollout.forward_gpu import GraphForward, block_attention, bucket
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.scheduler import Scheduler, make_requests
@@ -100,6 +102,28 @@ def test_only_blocks_that_are_denoised_or_to_be_cached_are_computed():
     answers(forward, options, prompts=[[5] * 4, [6] * 4, [7] * 8], n=1, slots=3)
     # two forwards a block, of which the first caches what is before it: of one prompt two blocks
     assert [size for size in tape.sizes if isinstance(size, int)] == [7, 3, 6, 3]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_the_host_reads_tokens_only_where_a_block_may_be_full(strategy, by_blocks, monkeypatch):
+    kind = GraphForward if by_blocks else EagerForward
+    step, reads = kind.step, []
+
+    def noting(self, *args):
+        tokens = step(self, *args)
+        reads.append(tokens is not None)
+        return tokens
+
+    monkeypatch.setattr(kind, "step", noting)
+    options = decoding(strategy, max_new_tokens=12, denoising_steps=3, threshold=1.0)  # 2, 1 and 1 of 4 tokens
+    [[one], [other]] = NativeSampler(small_lm(), 2, by_blocks).sample([[5] * 4, [6] * 8], 1, options)
+    assert len(one.token_ids) == len(other.token_ids) == 12
+    if strategy in EXACT:
+        assert [step for step in one.reveal_step if step == 2] == [2] * 3
+        assert reads == 3 * [False, False, True]
+    else:
+        assert all(reads)
 
 
 def test_between_what_is_replayed_a_step_makes_one_copy_and_never_asks_the_device():

@@ -111,6 +111,8 @@ BUILT_IN: dict[str, Strategy] = {
     f.__name__: f for f in (sequential, low_confidence_static, low_confidence_dynamic, entropy_bounded)
 }
 
+EXACT = frozenset(("sequential", "low_confidence_static"))  # reveal as many as they owe, whatever was drawn
+
 
 def find_strategy(name: str) -> Strategy:
     """A built-in strategy by name, or any function by its import path."""

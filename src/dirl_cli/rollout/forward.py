@@ -33,14 +33,17 @@ class Forward(Protocol):
     cache: KVCache
     pages: PageTable
 
-    def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
+    def step(
+        self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker, reads: bool = True
+    ) -> Integers | None:
         """Reveal some tokens of N blocks, first computing what their slots have not cached yet.
 
         Their slots have pages up to the end of these blocks.
         blocks: (4, N): slot (ascending), first position, denoising step from 1, request's key.
         cached: (N,) positions of each slot whose keys and values are final, whole blocks.
-        count: tokens still masked in all blocks.
-        Returns the tokens, -1 where still masked: (N, B).
+        count: tokens still masked in all blocks, or more.
+        reads: whether to wait for the tokens.
+        Returns them, -1 where still masked: (N, B); or None.
         """
         ...
 
@@ -119,7 +122,9 @@ class EagerForward:
         self.offsets = np.arange(lm.block_size)
         self.edge = torch.empty(0)  # (S, D) of the last token of each slot that is cached, under a logit shift
 
-    def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
+    def step(
+        self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker, reads: bool = True
+    ) -> Integers | None:
         """See `Forward.step`."""
         self.sequences.send_opened()
 
@@ -128,7 +133,7 @@ class EagerForward:
         blocks, cached = blocks[:, order], cached[order]
         hidden = self._forward(blocks[0], blocks[1], cached)
         tokens = unmask(self.sequences, self._upload(blocks), hidden, count)
-        return tokens.cpu().numpy()[order.argsort()]
+        return tokens.cpu().numpy()[order.argsort()] if reads else None
 
     def _forward(self, slots: Integers, start: Integers, cached: Integers) -> Tensor:
         """Hidden states that predict the current block of each slot: (N * B, D). All (N,), fewest tokens first."""

@@ -125,13 +125,19 @@ class GraphForward:
         self.room = max(2 * slots, RIDERS // lm.block_size)
         self.host = torch.zeros(5, self.room, dtype=torch.long, pin_memory=lm.device.type == "cuda")
         self.blocks = self.host.to(lm.device)
+        self.sent = torch.cuda.Event() if lm.device.type == "cuda" else None  # what is on the host is on the device
         self.tokens = torch.empty(slots, lm.block_size, dtype=torch.long, device=lm.device)  # -1 where masked
         self.hidden = torch.empty(0)  # (S * B, D) that predict the blocks that are denoised
         self.edge = torch.empty(0)  # (S + 1, D) of the last token of each slot that is cached
         self.unmaskers: dict[Decoding, Unmasker] = {}
 
-    def step(self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker) -> Integers:
+    def step(
+        self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker, reads: bool = True
+    ) -> Integers | None:
         """See `Forward.step`."""
+        if self.sent:
+            self.sent.synchronize()  # the last step may not have begun yet, and reads what is written here
+
         self.sequences.send_opened()
         if self.pages.changed:
             self.host_table[: self.slots] = torch.from_numpy(self.pages.rows)
@@ -156,6 +162,8 @@ class GraphForward:
         fields[:2, opened:used] = finished
         fields[4, opened + last] = finished[0, last]
         self.blocks.copy_(self.host, non_blocking=True)
+        if self.sent:
+            self.sent.record()
 
         size = min(bucket(used), self.room)
         self.replay(size, partial(self._forward, size))
@@ -165,7 +173,7 @@ class GraphForward:
             self.replay((count, unmask.decoding), partial(self._unmask, unmask, count))
         else:
             self._unmask(unmask, count)  # it may ask the device for sizes, which a capture cannot
-        return self.tokens[:opened].cpu().numpy()
+        return self.tokens[:opened].cpu().numpy() if reads else None
 
     def _prefill(self, slots: Integers, cached: Integers, missing: Integers) -> Integers:
         """Cache the next `missing` blocks of each slot; returns the positions that are cached thereafter. All (N,)."""

@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from dirl_cli.diffusion.sampling import request_key
+from dirl_cli.diffusion.unmasking import EXACT, quota
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.forward import Forward
 from dirl_cli.rollout.pages import Integers
@@ -134,15 +136,31 @@ class Scheduler:
         count = int(self.masked_count[slots].sum())
 
         # The forward caches all before the current block, whose own keys and values are final only when it is full.
-        tokens = self.forward.step(self.blocks[:, slots], self.cached[slots], count, self.unmask)
+        left = None if watch else self._left_masked(slots)
+        reads = left is None or not left.all()
+        tokens = self.forward.step(self.blocks[:, slots], self.cached[slots], count, self.unmask, reads)
         self.cached[slots] = self.blocks[START, slots]
-        self.masked_count[slots] = (tokens < 0).sum(1)
+        if tokens is not None:
+            self.masked_count[slots] = (tokens < 0).sum(1)
+        elif left is not None:
+            self.masked_count[slots] = left
         if watch:
             self._show(slots, watch)
 
         full = self.masked_count[slots] == 0
-        if full.any():
+        if tokens is not None and full.any():
             yield from self._end_blocks(slots[full], tokens[full])
+
+    def _left_masked(self, slots: Integers) -> Integers | None:
+        """How many tokens of each block the next forward will leave masked; None where that depends on what it draws.
+
+        Where it leaves some of each, the host needs no tokens and sends the next step while the device is at this one.
+        """
+        if self.decoding.strategy not in EXACT:
+            return None
+        step = torch.from_numpy(self.blocks[STEP, slots])
+        owed = quota(step, self.block_size, self.decoding.denoising_steps).numpy()
+        return np.maximum(self.masked_count[slots] - owed, 0)
 
     def _extend_active(self) -> None:
         """Let active answers have pages for their current blocks, the oldest first, if need be the youngest's."""
