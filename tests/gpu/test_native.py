@@ -1,14 +1,17 @@
 """What only a CUDA device shows of the native engine: compiled attention, graphs, and memory that comes back."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from dirl_cli.models.kv_cache import bytes_per_token
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.rollout import forward_gpu, native
+from dirl_cli.rollout import forward_gpu, native, scheduler
 from dirl_cli.rollout.forward_gpu import block_attention
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.scheduler import Scheduler
+from dirl_cli.rollout.sequences import Unmasker
 from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding
 from tests.helpers.small import random_lm, small_lm
@@ -82,9 +85,7 @@ def test_answers_from_few_pages_are_those_of_plain_forwards(monkeypatch):
     monkeypatch.setattr(forward_gpu, "PAGE", 8)
     page = 8 * bytes_per_token(lm.model.config, torch.float32)
     monkeypatch.setattr(native, "free_bytes", lambda device: 13 * page)
-    sampler = NativeSampler(
-        lm, 8, cache_share=1.0
-    )  # twelve pages and the spare one, of which an answer has up to eight
+    sampler = NativeSampler(lm, 8, cache_share=1.0)  # twelve pages and a spare one; an answer has up to eight
     for _ in range(3):  # as it is, captured, replayed
         assert tokens(sampler.sample(PROMPTS, 4, options)) == tokens(plain)
     assert sampler.idle_forward.pages.count == 12
@@ -98,6 +99,15 @@ def test_pages_take_the_share_of_free_memory_that_was_asked_for():
     sampler.sample(PROMPTS * 200, 4, decoding())
     held = sum(cached.nbytes for cached in (*sampler.idle_forward.cache.keys, *sampler.idle_forward.cache.values))
     assert 0.9e-4 * free < held < 1.1e-4 * free
+
+
+@pytest.mark.parametrize("confidence", ["sampled", "entropy"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_kernels_choose_and_reveal_what_plain_operations_do(strategy, confidence, monkeypatch):
+    lm, options = on_gpu(small_lm()), decoding(strategy, temperature=1.0, confidence=confidence)
+    by_kernels = NativeSampler(lm, 3).sample(PROMPTS, 4, options)
+    monkeypatch.setattr(scheduler, "Unmasker", partial(Unmasker, is_fused=False))
+    assert tokens(by_kernels) == tokens(NativeSampler(lm, 3).sample(PROMPTS, 4, options))
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "moe"])
