@@ -92,7 +92,7 @@ class Ledger:
             self.content[target, offset] = self.content[source, offset]
 
     def step(self, blocks, cached, count, unmask, reads=True):
-        """Each block is full after one step; its first token is a stop token where the answer ends."""
+        """Each block is full after one step; its last token is a stop token where the answer ends."""
         tokens = np.full((blocks.shape[1], self.lm.block_size), 9)
         for i, (slot, start, step, key) in enumerate(blocks.T.tolist()):
             assert step == 1

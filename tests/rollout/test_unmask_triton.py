@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from dirl_cli.diffusion import kernels  # noqa: E402
 from dirl_cli.diffusion.sampling import draw_fused  # noqa: E402
+from dirl_cli.diffusion.unmasking import BUILT_IN, FUSED  # noqa: E402
 from dirl_cli.models.load import DiffusionLM  # noqa: E402
 from dirl_cli.rollout import scheduler, unmask_triton  # noqa: E402
 from dirl_cli.rollout import sequences as sequences_module  # noqa: E402
@@ -47,12 +48,7 @@ def some_sequences(lm: DiffusionLM) -> tuple[SequenceState, torch.Tensor]:
     sequences.send_opened()
     sequences.revealed_at[2, 10] = 1
     size = lm.block_size
-    starts = [
-        3 // size * size,
-        16 // size * size,
-        9 // size * size,
-        0,
-    ]  # the last is a spare slot, in which nothing is masked
+    starts = [3 // size * size, 16 // size * size, 9 // size * size, 0]  # nothing is masked in the last, the spare slot
     fields = [[0, 1, 2, 3], starts, [1, 1, 2, 1], [11, 12, 13, 0]]
     return sequences, torch.tensor(fields, device=DEVICE).T.contiguous().T  # a block's fields may lie side by side
 
@@ -86,7 +82,13 @@ def test_they_reveal_what_plain_operations_do(strategy, block_size, steps, monke
             for name in ("tokens", "revealed_at"):
                 assert torch.equal(getattr(sequences, name), getattr(others, name)), name
             torch.testing.assert_close(sequences.logprobs, others.logprobs, atol=1e-5, rtol=1e-5)
-        assert (ours >= 0).all() or threshold == 100.0 or steps
+        assert (ours >= 0).all()
+
+
+def test_kernels_are_taken_for_the_strategies_that_they_have_only(monkeypatch):
+    assert set(unmask_triton.STRATEGIES) == FUSED <= set(BUILT_IN)
+    monkeypatch.setitem(BUILT_IN, "another", BUILT_IN["sequential"])
+    assert not Unmasker(on_device(4), Decoding(strategy="another"), lambda hidden: hidden, is_fused=True).is_fused
 
 
 def test_equal_confidences_are_revealed_from_the_left():

@@ -111,6 +111,9 @@ BUILT_IN: dict[str, Strategy] = {
     f.__name__: f for f in (sequential, low_confidence_static, low_confidence_dynamic, entropy_bounded)
 }
 
+FUSED = frozenset(  # have a branch in rollout/unmask_triton.py, which a new one need not
+    ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
+)
 EXACT = frozenset(("sequential", "low_confidence_static"))  # reveal as many as they owe, whatever was drawn
 
 

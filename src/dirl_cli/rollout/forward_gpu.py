@@ -8,6 +8,7 @@ query heads, K key heads, E head size.
 """
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -169,8 +170,10 @@ class GraphForward:
         self.replay(size, partial(self._forward, size))
         if unmask.is_built_in:
             count = min(bucket(count), self.slots * self.lm.block_size)
-            unmask = self.unmaskers.setdefault(unmask.decoding, unmask)  # a graph reads tensors of its own
-            self.replay((count, unmask.decoding), partial(self._unmask, unmask, count))
+            # A graph reads the tensors of one unmasker, and nothing of what differs between these.
+            captured = replace(unmask.decoding, max_new_tokens=1, stop_token_ids=(), seed=0)
+            unmask = self.unmaskers.setdefault(captured, unmask)
+            self.replay((count, captured), partial(self._unmask, unmask, count))
         else:
             self._unmask(unmask, count)  # it may ask the device for sizes, which a capture cannot
         return self.tokens[:opened].cpu().numpy() if reads else None

@@ -5,7 +5,7 @@ numpy on the host, so that deciding what the next forward does never waits for t
 
 Where pages run short, an answer that has none waits in its slot, where its tokens are: one that has not begun yet, or
 the youngest, whose pages the older ones were given. It goes on when there are enough again, and the keys and values of
-what it has are computed anew, in one forward. What it draws is the same, since that depends on its request, position
+what it has are computed anew. What it draws is the same but for rounding, since that depends on its request, position
 and step alone. The oldest always goes on, because any answer fits alone.
 
 Shapes: S slots, N blocks of B tokens in a forward, one a running slot.

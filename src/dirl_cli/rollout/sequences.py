@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dirl_cli.diffusion.sampling import Candidates, draw_candidates, draw_seed
-from dirl_cli.diffusion.unmasking import BUILT_IN, State, find_strategy, quota, reveal, spread
+from dirl_cli.diffusion.unmasking import BUILT_IN, FUSED, State, find_strategy, quota, reveal, spread
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.rollout.pages import Integers
 from dirl_cli.rollout.sampler import Hint
 from dirl_cli.types import HELD, Decoding
 
-Integers = NDArray[np.int64]
 MASKED, GIVEN = 0, -1  # in `revealed_at`, where no step has revealed the token; GIVEN of prompts and hints
 
 
@@ -88,7 +88,7 @@ class Unmasker:
     """Draws a candidate for every masked token of some blocks and reveals those that `decoding` chooses.
 
     head: final hidden states (N, D) to logits (N, V). is_fused: a kernel each before and after drawing, as on a GPU,
-    for the built-in strategies.
+    for the strategies that have a branch there.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Unmasker:
         self.decoding = decoding
         self.strategy = find_strategy(decoding.strategy)
         self.is_built_in = decoding.strategy in BUILT_IN  # and so never waits for the device
-        self.is_fused = self.is_built_in and (lm.device.type == "cuda" if is_fused is None else is_fused)
+        self.is_fused = decoding.strategy in FUSED and (lm.device.type == "cuda" if is_fused is None else is_fused)
         self.unsampled = torch.tensor(lm.unsampled_ids, device=lm.device)
         self.offsets = torch.arange(lm.block_size, device=lm.device)
 
