@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dirl_cli.models.experts import ALIGNMENT, GROUPED, choose_experts, group_by_expert
+from dirl_cli.models.experts import ALIGNMENT, GROUPED, choose_experts, each_expert_of_all, group_by_expert
 from dirl_cli.models.low_precision import cast_linear_weights, recast
 from dirl_cli.rollout import decoder, native
 from dirl_cli.rollout.native import NativeSampler
@@ -34,7 +35,10 @@ def outcome(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, dict[str, T
     return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("implementation", [GROUPED, "batched_mm"])
+ALL_EXPERTS_FUNCTIONS.register("each_of_all", each_expert_of_all)
+
+
+@pytest.mark.parametrize("implementation", [GROUPED, "each_of_all"])
 @pytest.mark.parametrize("tokens", [1, 3, 40])  # of a single token most experts get nothing
 def test_every_implementation_gives_what_a_loop_over_the_experts_gives(implementation, tokens):
     ids = torch.arange(2, 2 + tokens)[None] % 48
@@ -108,8 +112,9 @@ def test_a_forward_of_the_sampler_can_be_captured(monkeypatch, is_known):
     if not is_known:
         monkeypatch.setattr(decoder, "is_known", lambda model: False)
     eager = NativeSampler(random_lm("moe"), by_blocks=False).sample(PROMPTS, 1, DECODING)
-    grouped = sampled_while_refusing(monkeypatch, GROUPED)
-    assert [one.token_ids for [one] in grouped] == [one.token_ids for [one] in eager]
+    for implementation in (GROUPED, "each_of_all"):
+        found = sampled_while_refusing(monkeypatch, implementation)
+        assert [one.token_ids for [one] in found] == [one.token_ids for [one] in eager]
     with pytest.raises(AssertionError, match="nonzero is not permitted"):
         sampled_while_refusing(monkeypatch, "eager")
 

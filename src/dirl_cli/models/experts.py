@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, linear
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward, grouped_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 GROUPED = "dirl_grouped"  # by which transformers knows `grouped_experts`
 ALIGNMENT = 8  # rows: the gradient of a weight is a product along an expert's rows, which CUDA wants in 16 bytes
@@ -39,8 +39,7 @@ def grouped_experts(module: Any, hidden: Tensor, expert_ids: Tensor, expert_weig
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if device == "cuda" and dtype != torch.bfloat16:
-        # For other dtypes CUDA has no grouped product that a graph could hold; this reads a copy of weights a pair.
-        return batched_mm_experts_forward(module, hidden, expert_ids, expert_weights)
+        return each_expert_of_all(module, hidden.to(dtype), expert_ids, expert_weights).to(hidden.dtype)
 
     place, ends, rows = group_by_expert(expert_ids.flatten(), module.num_experts, torch.is_grad_enabled())
     pairs = hidden.repeat_interleave(expert_ids.shape[1], 0).to(dtype)  # (S, D)
@@ -51,6 +50,21 @@ def grouped_experts(module: Any, hidden: Tensor, expert_ids: Tensor, expert_weig
     # As transformers does: weighted in the dtype of the weights, and summed in the order of each token's experts.
     weighted = out.index_select(0, place) * expert_weights.reshape(-1, 1)  # (S, D)
     return weighted.view(*expert_ids.shape, -1).sum(1).to(hidden.dtype)
+
+
+def each_expert_of_all(module: Any, hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+    """As `grouped_experts`, by E / K times the work: every expert computes all tokens.
+
+    For dtypes of which CUDA has no grouped product that a graph could hold. A copy of its experts' weights for each
+    token, transformers' `batched_mm`, would take hundreds of GB.
+    """
+    share = expert_weights.new_zeros(len(hidden), module.num_experts).scatter_add(1, expert_ids, expert_weights)
+    total = torch.zeros_like(hidden)
+    for expert in range(module.num_experts):
+        gate_up = linear(hidden, module.gate_up_proj[expert])  # (T, 2 I)
+        out = linear(module._apply_gate(gate_up), module.down_proj[expert])
+        total = total + share[:, expert, None] * out
+    return total
 
 
 def group_by_expert(expert_ids: Tensor, experts: int, aligned: bool) -> tuple[Tensor, Tensor, int]:

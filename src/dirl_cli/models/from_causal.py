@@ -18,6 +18,7 @@ from dirl_cli.diffusion.layout import Coordinates
 from dirl_cli.errors import DirlError
 from dirl_cli.models.adapter import merge_adapter
 from dirl_cli.models.attention import dense_mask
+from dirl_cli.models.experts import choose_experts
 from dirl_cli.models.kv_cache import PAGES, KVCache
 from dirl_cli.models.load import (
     MASK_NAMES,
@@ -90,6 +91,7 @@ class FromCausal:
             if self.adapter:
                 model = merge_adapter(model, self.adapter)
             torch.nn.Module.to(model, device)
+            choose_experts(model)
             require_finite(model)
 
         require_runnable(model.eval())

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM, pick_device, pick_dtype
+from dirl_cli.models.low_precision import multiplied_weights
 from dirl_cli.ranges import DEVICES
 from dirl_cli.types import SHARDED_LAUNCHES
 
@@ -90,7 +91,7 @@ def unsharded(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor
 def unsharded_model(lm: DiffusionLM, dtype: torch.dtype = torch.float32) -> DiffusionLM:
     """A model to sample from: the same one, or where its parameters are sharded a copy with all of them.
 
-    dtype: of the copy's linear layers, which autocast casts to it in any case.
+    dtype: of the copy's linear layers and experts, which autocast casts to it in any case.
     """
     if not any(isinstance(parameter, DTensor) for parameter in lm.model.parameters()):
         return lm
@@ -99,13 +100,13 @@ def unsharded_model(lm: DiffusionLM, dtype: torch.dtype = torch.float32) -> Diff
     config = copy.deepcopy(lm.model.config)  # of which a model changes the dtype, and a sampler the attention
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    linear = {layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
-    linear.discard(model.get_input_embeddings().weight)  # which may be the head's too
+    multiplied = {weight for layer in model.modules() for weight in multiplied_weights(layer)}
+    multiplied.discard(model.get_input_embeddings().weight)  # which may be the head's too
 
     # A tensor that two modules share, such as a tied embedding, gets one replacement, so that it stays shared.
     replacements: dict[Tensor, Tensor] = {}
     for parameter in model.parameters():
-        values = torch.empty(parameter.shape, dtype=dtype if parameter in linear else None, device=lm.device)
+        values = torch.empty(parameter.shape, dtype=dtype if parameter in multiplied else None, device=lm.device)
         replacements[parameter] = nn.Parameter(values, requires_grad=False)
     for buffer, trained_buffer in zip(model.buffers(), lm.model.buffers(), strict=True):
         replacements[buffer] = trained_buffer
