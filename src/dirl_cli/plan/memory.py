@@ -381,7 +381,10 @@ class Memory:
             "bf16 copies": copies,
             "reordered weights": 0 if self.cuda else self.reordered_weights(),
         }
-        room = cache_share * (free_bytes - sum(parts.values()))
+        held = sum(parts.values())
+        if self.copy_stays:  # the sampler takes its share before anything has been learned, and keeps it
+            held -= parts["optimizer states"] + parts["gradients"]
+        room = cache_share * (free_bytes - held)
         return parts | {"KV cache": self.kv_cache(slots, length, block_size, room), "sampling": busiest}
 
     @property
@@ -420,7 +423,7 @@ class Memory:
         elif decoding.temperature == 0:
             scratch = 8
         else:
-            scratch = 16  # per logit: itself, its log-prob, exp, and the running sum in fp64
+            scratch = 16  # per logit: itself in fp32, its log-prob, its probability, and that with whole chunks
             if decoding.top_k > 0:
                 scratch += 4
             if decoding.top_p < 1:
