@@ -39,7 +39,7 @@ part() { # NAME SECONDS COMMAND…: what it prints is shown at once and kept, wh
     timeout --kill-after=10 $((limit < left ? limit : left)) "$@" 2>"$OUT/$name.log" | tee "$OUT/$name.md"
     status=${PIPESTATUS[0]}
     [ $status -eq 0 ] || verdict="failed with $status"
-    [ $status -ne 124 ] || verdict="cut off after $((SECONDS - began)) seconds"
+    [[ $status != 124 && $status != 137 ]] || verdict="cut off after $((SECONDS - began)) seconds"
     [ $status -eq 0 ] || { echo "$verdict:" && tail -n 15 "$OUT/$name.log"; } | tee -a "$OUT/$name.md"
     echo
   fi
@@ -85,5 +85,5 @@ for name in $ALL; do
 done >"$OUT/report.md"
 tee -a "$OUT/report.md" <"$OUT/summary.md"
 LEFT=$(sed -nE '/\| ok \|/!s/^\| ([a-z][a-zA-Z0-9-]*) \|.*/\1/p' "$OUT/summary.md" | grep -vx part | paste -sd ' ')
-[ -z "$LEFT" ] || echo "to go on: PARTS=\"$LEFT\" $0 $WHEELS"
+[ -z "$LEFT" ] || echo "to go on: SHAPE=$SHAPE PARTS=\"$LEFT\" scripts/gpu_check.sh \"$WHEELS\" \"$OUT\""
 ! grep -qE "failed|tests \| cut" "$OUT/summary.md"

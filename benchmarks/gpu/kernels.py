@@ -32,7 +32,10 @@ def main(shape: str = "1.7B", *batches: str) -> None:
         sampler, asked = NativeSampler(lm, batch), prompts(batch, 4 * NEW)
         work = lambda sampler=sampler, asked=asked: sampler.sample(asked, 1, decoding)  # noqa: E731
         profiled(f"native sampler, batch {batch}, {NEW} tokens an answer, S = 4", work)
-    profiled("fine-tuning step, no checkpointing, no optimizer", training(random_model(shape, attention())))
+    profiled(
+        "fine-tuning step, layers neither compiled nor checkpointed, no optimizer",
+        training(random_model(shape, attention())),
+    )
 
 
 def attention() -> str:

@@ -70,7 +70,7 @@ def test_it_fails_with_a_part_that_fails_and_goes_on_with_it(wheels, tmp_path):
     assert done.returncode == 1
     assert "KeyError: 'nothing'" in done.stdout
     assert "| push | failed with 1 |" in done.stdout
-    assert 'to go on: PARTS="push"' in done.stdout
+    assert f'to go on: SHAPE=nothing PARTS="push" scripts/gpu_check.sh "{wheels}" "{tmp_path}"' in done.stdout
     again = check(wheels, tmp_path, PARTS="machine push")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "## machine" not in again.stdout.split("## push")[0], "what ended well is not repeated"
