@@ -33,8 +33,8 @@ def problem(tests, setup="", beginning="", answer=""):
     return Problem("p", "", answer, verifier="code", details=details)
 
 
-def credit(tests, program, setup=""):
-    return program_credit(problem(tests, setup), program)
+def credit(tests, program, setup="", beginning=""):
+    return program_credit(problem(tests, setup, beginning), program)
 
 
 def test_the_program_is_the_last_block_or_all_that_follows_the_thought():
@@ -94,6 +94,46 @@ def refuse(): raise ValueError('no')
     assert failing == []
     assert credit(["assert same(1) == 2", "assert same(lambda: 1)", "assert no_such(1)"], linked) == 0
     assert [decode(encode(value), None) for value in values] == values
+
+
+def test_an_answer_chooses_no_error_that_ends_a_loop_of_the_tests():
+    tests = ["assert all(map(lambda x: f(x) == x * x, [1, 2]))", "assert list(map(f, [1])) == []"]
+    for error in ("StopIteration", "StopAsyncIteration", "type('E', (StopIteration,), {})", "GeneratorExit"):
+        assert credit(tests, f"def f(x): raise {error}") == 0
+    assert credit(tests[:1], "def f(x): return x * x") == 1
+
+
+def test_an_error_is_the_nearest_of_pythons_own():
+    program = "import json\nclass Own(KeyError): pass\ndef load(text): return json.loads(text)\n"
+    program += "def refuse(): raise Own('a')\ndef spell(): return b'\\xff'.decode()"
+    caught = "try:\n    {}\nexcept {}:\n    pass\nelse:\n    assert False"
+    for call, error in (("load('?')", "ValueError"), ("refuse()", "KeyError"), ("spell()", "ValueError")):
+        assert credit([caught.format(call, error)], program) == 1
+        assert credit([caught.format(call, "IndexError")], program) == 0
+
+
+def test_a_function_may_have_the_name_of_one_of_pythons_own():
+    sums = ["assert sum(10, 15) == 6", "assert sum(100, 150) == 93", "assert sum(4, 6) == 3"]  # MBPP 126
+    right = "def sum(a, b): return __builtins__['sum'](i for i in range(1, min(a, b)) if a % i == 0 and b % i == 0)"
+    assert credit(sums, right) == 1
+    assert credit(sums, "def sums(a, b): return 6") == 0
+    assert credit(["assert sum([1]) == 1"], "total = 1") == 0
+    assert credit(["assert string(5) == '5'", "assert string(-5) == '-5'"], "def string(x): return str(x)") == 1
+    assert credit([{"function": "max", "arguments": [3], "result": 4}], "def max(x): return x + 1") == 1
+    assert credit(["check(max)"], "    return x + 1", "def check(f): assert f(1) == 2", "def max(x):\n") == 1
+
+
+def test_what_judges_is_never_the_answers():
+    judges = "def set(x): return 1\ndef abs(x): return 0\ndef sorted(x): return [1]\ndef f(x): return x\nx = 0"
+    for test in ("assert set(f([1])) == set([2])", "assert abs(f(1) - 3) < 1", "assert sorted(set([2])) == [1]"):
+        assert credit([test], judges) == 0
+        assert credit([test, "assert f(1) == 1"], judges) == 0.5
+
+
+def test_no_test_gives_more_than_the_whole_credit():
+    many = "import os, time\ntime.sleep(0.3)\nfor end in range(3, 9):\n"
+    many += " try: os.write(end, b'1' * 9)\n except OSError: pass"
+    assert credit(["assert f() == 1", many, "assert f() == 1"], "def f(): return 1") <= 1
 
 
 def test_scripts_are_tested_by_what_they_write_and_functions_of_a_class_by_their_result():

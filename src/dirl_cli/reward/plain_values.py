@@ -44,15 +44,20 @@ def received(reply: Any, ask: Ask) -> Any:
     """The value of a reply; raises what it says was raised, or something that is no error of Python's own."""
     if "value" in reply:
         return decode(reply["value"], lambda handle: Remote(handle, ask))
-    kind = BUILT_IN_ERRORS.get(reply["error"], RuntimeError)
-    raise kind(reply["text"])
+    kinds = [BUILT_IN_ERRORS[name] for name in reply["errors"] if name in BUILT_IN_ERRORS]
+    raise (kinds or [RuntimeError])[0](reply["text"])
+
+
+def built_in_names(error: BaseException) -> list[str]:
+    """What an error is called among Python's own, from its class upwards: ["ValueError", …] for a JSONDecodeError."""
+    return [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
 
 
 def errors_below(kind: type[Exception]) -> dict[str, type[Exception]]:
-    """The built-in errors that take one text, by name."""
+    """The built-in errors that take one text, by name; none that ends a loop, by which `all(map(f, xs))` would pass."""
     errors = {kind.__name__: kind}
     for child in kind.__subclasses__():
-        if child.__module__ == "builtins" and not issubclass(child, UnicodeError):
+        if child.__module__ == "builtins" and not issubclass(child, UnicodeError | StopIteration | StopAsyncIteration):
             errors |= errors_below(child)
     return errors
 

@@ -20,7 +20,15 @@ from contextlib import suppress
 from typing import Any
 
 from dirl_cli.reward.confinement import can_confine, confine, end_with
-from dirl_cli.reward.plain_values import Remote, decode, encode, read_message, received, send_message
+from dirl_cli.reward.plain_values import (
+    Remote,
+    built_in_names,
+    decode,
+    encode,
+    read_message,
+    received,
+    send_message,
+)
 
 # What programs may import: afterwards no file can be opened. Some of it is imported by others late.
 LIBRARY = (
@@ -176,7 +184,7 @@ def run_functions(program: int, judge_end: int) -> None:
             value = done(action, operands, namespace, objects)
             reply = {"value": encode(value, keep)}
         except BaseException as error:
-            reply = {"error": type(error).__name__, "text": str(error)}
+            reply = {"errors": built_in_names(error), "text": str(error)}
         send_message(judge_end, reply)
 
 
@@ -213,17 +221,30 @@ def done(action: str, operands: list[Any], namespace: dict[str, Any], objects: l
 
 
 class Names(dict[str, Any]):
-    """The names of tests, and behind them those of the answer, which are asked for as they are used."""
+    """The names of tests, and behind them those of the answer, which are asked for as they are used.
 
-    def __init__(self, ask: Callable[[Any], Any]) -> None:
+    function: what the tests are of, which is the answer's even where Python has something of that name.
+    """
+
+    def __init__(self, ask: Callable[[Any], Any], function: str) -> None:
         super().__init__(__name__="tests")
         self.ask = ask
+        self.function = function
 
     def __missing__(self, name: str) -> Any:
+        if name == self.function:
+            try:
+                return self.of_answer(name)
+            except KeyError as error:  # by which Python would go on to its own of that name
+                raise NameError(f"the answer has no {name}") from error
         if hasattr(builtins, name):
             raise KeyError(name)
         if name in MODULES_OF_TESTS:
             return sys.modules[name]
+        return self.of_answer(name)
+
+    def of_answer(self, name: str) -> Any:
+        """What the answer calls so. Raises KeyError where it has nothing of that name."""
         return received(self.ask(["name", name]), self.ask)
 
 
@@ -236,7 +257,7 @@ def judge(tests: int, answer_end: int) -> None:
         send_message(answer_end, request)
         return read_message(answer_end)
 
-    names = Names(ask)
+    names = Names(ask, work["function"])
     exec(compile(work["setup"], "<setup>", "exec"), names)
     for test in work["tests"]:
         os.write(tests, b"1" if passes(test, names) else b"0")
@@ -259,7 +280,7 @@ def called_function(name: str, names: Names) -> Any:
     try:
         solution = names["Solution"]
     except KeyError:
-        return names[name]
+        return names[name] if name in names else names.of_answer(name)
     return getattr(solution() if isinstance(solution, Remote) else solution, name)
 
 

@@ -4,6 +4,7 @@ A program is run where it can compute and nothing else, beside a judge that has 
 """
 
 import ast
+import builtins
 import os
 import re
 import select
@@ -55,10 +56,11 @@ def program_credit(problem: Problem, answer: str) -> float:
     """The share of a problem's tests that a program passes, in the time that the grader gives it."""
     tests, setup, beginning = tests_of(problem)
     program = completed(beginning, answer)
+    function = head_of(beginning)[1] if beginning else tested_function(tests)
     deadline = time.monotonic() + SHARE_OF_TIME * (signal.getitimer(signal.ITIMER_REAL)[0] or SECONDS)
     for attempt in range(ATTEMPTS):
         try:
-            return count_passed(program, setup, tests, deadline) / len(tests)
+            return count_passed(program, setup, tests, function, deadline) / len(tests)
         except ConnectionError:  # killed from outside, perhaps for the memory that others take, or this one
             program_server().stop()
             program_server.cache_clear()
@@ -67,7 +69,7 @@ def program_credit(problem: Problem, answer: str) -> float:
     return 0.0
 
 
-def count_passed(program: str, setup: str, tests: Sequence[Test], deadline: float) -> int:
+def count_passed(program: str, setup: str, tests: Sequence[Test], function: str, deadline: float) -> int:
     """How many tests a program passes before a deadline: a script has a process for each, functions one for all."""
     passed = 0
     of_functions = []
@@ -78,7 +80,7 @@ def count_passed(program: str, setup: str, tests: Sequence[Test], deadline: floa
         else:
             of_functions.append(test)
     if of_functions:
-        passed += program_server().count_passed(program, setup, of_functions, deadline)
+        passed += program_server().count_passed(program, setup, of_functions, function, deadline)
     return passed
 
 
@@ -124,6 +126,35 @@ def is_test(test: Any) -> bool:
     if test.keys() == {"input", "output"}:
         return all(map(is_text, test.values()))
     return test.keys() == {"function", "arguments", "result"} and isinstance(test["arguments"], list)
+
+
+def tested_function(tests: Sequence[Test]) -> str:
+    """The function that every statement calls first and that alone can be the answer's; "" where there is none.
+
+    It may have the name of one of Python's own, as in MBPP's `assert sum(10, 15) == 6`.
+    """
+    names = {called_first(test) for test in tests if isinstance(test, str)}
+    return names.pop() if len(names) == 1 else ""
+
+
+def called_first(statement: str) -> str:
+    """The function on the left of an assertion that names nothing else but what is Python's own; otherwise ""."""
+    try:
+        (assertion,) = ast.parse(statement).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    if not isinstance(assertion, ast.Assert):
+        return ""
+    call = assertion.test.left if isinstance(assertion.test, ast.Compare) else assertion.test
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        return ""
+
+    # Of `set(similar(1))` the answer is `similar`, and `set` judges it.
+    calls_within = [node for node in ast.walk(call) if isinstance(node, ast.Call)]
+    names = {node.id for node in ast.walk(assertion) if isinstance(node, ast.Name)} - {call.func.id}
+    if len(calls_within) > 1 or not all(hasattr(builtins, name) for name in names):
+        return ""
+    return call.func.id
 
 
 # What an answer goes on from: the head of a function, as in HumanEval.
@@ -202,20 +233,20 @@ class ProgramServer:
         self._process.kill()
         self._process.wait()
 
-    def count_passed(self, program: str, setup: str, tests: Sequence[Test], deadline: float) -> int:
+    def count_passed(self, program: str, setup: str, tests: Sequence[Test], function: str, deadline: float) -> int:
         """How many tests pass that ask a program's functions, one after another, before a deadline.
 
-        setup: statements that are run before them.
+        setup: statements that are run before them. function: the name that is the program's, whatever else has it.
         """
         with socket_pairs(3) as ((ours, answer_end), (calls, judge_end), (verdicts, tests_end)):
             self._begin(PAIR, deadline, [answer_end, calls, tests_end, judge_end])
             with suppress(ConnectionError):  # what ends before it reads passes nothing
                 send_message(ours.fileno(), program)
-                send_message(verdicts.fileno(), {"setup": setup, "tests": tests})
+                send_message(verdicts.fileno(), {"setup": setup, "tests": tests, "function": function})
 
             results = b""
             while len(results) < len(tests) and is_readable(verdicts, deadline):
-                result = verdicts.recv(len(tests))
+                result = verdicts.recv(len(tests) - len(results))
                 if not result:
                     break
                 results += result
