@@ -283,6 +283,53 @@ def test_what_is_answered_already_is_not_asked_again(config, here, monkeypatch):
     assert before["results"] == after["results"] and after["facts"] == {}
 
 
+@pytest.mark.parametrize("sampling", ["temperature: 1.0", "do_sample: true, temperature: 1.0"])
+def test_repeats_of_a_sampled_task_are_kept_apart_and_taken_up_after_an_interruption(
+    config, here, monkeypatch, sampling
+):
+    task = ANSWER.replace("max_gen_toks: 12", f"max_gen_toks: 12, {sampling}") + "repeats: 3\n"
+    (here / "tasks" / "answer.yaml").write_text(task.format(data=here / "rows.jsonl"))
+    config.harness = ["pens_answer"]
+
+    def texts(folder):
+        command.run(config, here / folder)
+        lines = (here / folder / "samples.jsonl").read_text().splitlines()
+        return [json.loads(line)["answers"] for line in lines]
+
+    (here / "whole").mkdir()
+    whole = texts("whole")
+    assert all(len(set(answers)) == 3 for [answers] in whole)
+
+    real = DirlModel._until
+    ended = []
+
+    def interrupted(self, *given):
+        for answer in real(self, *given):
+            yield answer
+            ended.append(answer)
+            if len(ended) == 4:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(DirlModel, "_until", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.run(config, here / "out")
+    ended.clear()
+    monkeypatch.setattr(DirlModel, "_until", real)
+    assert texts("out") == whole
+    card = json.loads((here / "out" / "eval_card.json").read_text())
+    assert card["facts"]["answers"] == 2
+
+    monkeypatch.setattr(DirlModel, "_until", None)
+    assert texts("out") == whole
+
+
+def test_a_text_with_nothing_to_score_is_worth_nothing(model):
+    for likelihood in ("left_to_right", "elbo"):
+        scoring = DirlModel(model.sampler, Decoding(), Scoring(likelihood, draws=2, rates=2, row_tokens=128))
+        assert scoring.loglikelihood_rolling(requests("loglikelihood_rolling", ("",), (QUESTION,)))[0] == 0
+        assert scoring._loglikelihood_tokens([((QUESTION, ""), model.tok_encode(QUESTION), [])]) == [(0, True)]
+
+
 def test_an_unknown_task_is_told_with_the_nearest(config, here):
     config.harness = ["pens_chioce"]
     with pytest.raises(DirlError, match=r"harness=pens_chioce: lm-eval has no such task; did you mean pens_choice\?"):
@@ -324,4 +371,4 @@ def test_a_task_that_runs_code_is_refused_in_a_sentence(config, here, monkeypatc
 
     monkeypatch.setattr("lm_eval.simple_evaluate", refuse, raising=False)
     with pytest.raises(DirlError, match=r"runs the code that the model writes: give harness_settings\.run_code=true"):
-        eval_harness.run_tasks(config, here, SimpleNamespace(), None)
+        eval_harness.run_tasks(config, SimpleNamespace(), None)

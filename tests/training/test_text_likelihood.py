@@ -6,7 +6,7 @@ from math import exp, sqrt
 import pytest
 import torch
 
-from dirl_cli.training.text_likelihood import MaskDraws, Text, evidence_bound, left_to_right, spans
+from dirl_cli.training.text_likelihood import MaskDraws, Text, evidence_bound, left_to_right, spans, windows
 from tests.helpers.small import small_lm
 from tests.reference import likelihood as slow
 from tests.reference.enumerated import toy
@@ -108,3 +108,18 @@ def test_the_elbo_of_several_answers_is_that_of_each_given_all_before_it():
     text = TEXTS[1]
     [bound] = evidence_bound(lm, [text], MaskDraws(60, 4), generators([text]), 256)
     assert abs(bound.mean - slow.elbo(lm, text.token_ids, text.scored)) < 4 * bound.standard_error
+
+
+def test_windows_without_anything_scored_are_left_out():
+    text = Text([3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [False] * 8 + [True] * 2)
+    assert windows(text, 8, 4) == [Text([5, 6, 7, 8, 9, 10, 11, 12], [False] * 6 + [True] * 2)]
+    assert windows(Text([3, 4], [False, False]), 8, 4) == []
+
+
+def test_a_text_with_nothing_scored_has_zeros():
+    lm = small_lm()
+    texts = [Text([3, 4, 5], [False] * 3), TEXTS[0]]
+    nothing, something = evidence_bound(lm, texts, MaskDraws(2, 4), generators(texts), ROW)
+    assert (nothing.draws, nothing.rate_tokens, nothing.mean) == ([0, 0], [0] * 4, 0)
+    assert something.mean < 0
+    assert left_to_right(lm, texts, ROW)[0].total == 0

@@ -23,7 +23,7 @@ from dirl_cli.types import Decoding
 
 SAMPLES = "samples.jsonl"
 SCORES = "harness.csv"
-REQUESTS = "requests"  # lm-eval's cache of answers, with which a run goes on
+REQUESTS = "requests.db"  # answers by request, with which a run goes on
 
 
 def evaluate_harness(cfg: DictConfig, out: Path, console: PlainConsole) -> None:
@@ -51,7 +51,9 @@ def evaluate_harness(cfg: DictConfig, out: Path, console: PlainConsole) -> None:
     # The answers of an earlier start count, if they came from the same weights.
     weights = fingerprint(lm.model)
     require_same(out / SOURCE, {"weights": weights, "problems": {}})
-    results = run_tasks(cfg, out, model, manager)
+    with answers_kept(out / REQUESTS) as answered:
+        model.answered = answered
+        results = run_tasks(cfg, model, manager)
 
     scores = scores_of(results["results"])
     facts = model.facts()
@@ -95,7 +97,15 @@ def require_tasks(tasks: Sequence[str], manager: Any) -> None:
             raise DirlError(f"harness={task}: lm-eval has no such task; {remedy}")
 
 
-def run_tasks(cfg: DictConfig, out: Path, model: Any, manager: Any) -> dict[str, Any]:
+def answers_kept(path: Path) -> Any:
+    """The answers of a file by request, a mapping that writes each as it is set; a context that closes it."""
+    from sqlitedict import SqliteDict
+
+    # As JSON, since it would pickle them, and what lies in a run directory must not run code.
+    return SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=json.loads)
+
+
+def run_tasks(cfg: DictConfig, model: Any, manager: Any) -> dict[str, Any]:
     """lm-eval's results. Raises DirlError for a task's data that are not here, and for code that must not be run."""
     from lm_eval import simple_evaluate
 
@@ -111,7 +121,6 @@ def run_tasks(cfg: DictConfig, out: Path, model: Any, manager: Any) -> dict[str,
             apply_chat_template=settings.chat_template,
             fewshot_as_multiturn=settings.chat_template,
             task_manager=manager,
-            use_cache=str(out / REQUESTS),
             confirm_run_unsafe_code=settings.run_code,
             random_seed=cfg.seed,
             numpy_random_seed=cfg.seed,

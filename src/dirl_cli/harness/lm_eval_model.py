@@ -3,14 +3,14 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from statistics import fmean
 from typing import Annotated, Any, Self, cast
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import TemplateLM, hash_args
 from torch import Generator
 from transformers import PreTrainedTokenizerBase
 
@@ -86,10 +86,20 @@ class DirlModel(TemplateLM):
 
     `is_greedy` of a log-likelihood is told of decoding from left to right, whichever `scoring` is asked for. Texts of
     which the same stands before, as the choices of a question, get the same random masks.
+
+    answered: what earlier starts of an evaluation have answered, by `request_key`, to which each answer is added.
+    lm-eval's own cache holds one answer to a request, and a task may ask for several that are drawn.
     """
 
-    def __init__(self, sampler: Sampler, decoding: Decoding, scoring: Scoring) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        decoding: Decoding,
+        scoring: Scoring,
+        answered: MutableMapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        self.answered = answered
         self.sampler = sampler
         self.lm: DiffusionLM = sampler.lm
         self.tokenizer: PreTrainedTokenizerBase = self.lm.require_tokenizer()
@@ -181,23 +191,43 @@ class DirlModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, cut at the first of its stop strings."""
-        texts = [""] * len(requests)
+        texts: list[str | None] = [None] * len(requests)
         for options, indices in by_options([request.args[1] for request in requests]).items():
-            contexts = [requests[i].args[0] for i in indices]
-            for i, text in self._until(contexts, *options):
-                texts[indices[i]] = text
-                self.cache_hook.add_partial("generate_until", requests[indices[i]].args, text)
+            numbers = repetitions([requests[i].args[0] for i in indices])
+            number_of_request = dict(zip(indices, numbers, strict=True))
+            keys = {i: request_key("generate_until", requests[i].args, number_of_request[i]) for i in indices}
+            for i in indices:
+                texts[i] = self._earlier(keys[i])
+
+            missing = [i for i in indices if texts[i] is None]
+            if not missing:
+                continue
+            contexts = [requests[i].args[0] for i in missing]
+            for place, text in self._until(contexts, [number_of_request[i] for i in missing], *options):
+                i = missing[place]
+                texts[i] = text
+                self._keep(keys[i], text)
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
         self.say_facts()
-        return texts
+        return cast(list[str], texts)
+
+    def _earlier(self, key: str) -> Any:
+        """What an earlier start has answered; None for nothing."""
+        return None if self.answered is None else self.answered.get(key)
+
+    def _keep(self, key: str, answer: Any) -> None:
+        if self.answered is not None:
+            self.answered[key] = answer
 
     def _until(
         self,
         contexts: Sequence[str],
+        numbers: Sequence[int],
         until: tuple[str, ...],
         longest: int | None,
         sampling: tuple[tuple[str, Any], ...],
     ) -> Iterable[tuple[int, str]]:
-        """Yield (index, text) of contexts with the same options, as they end.
+        """Yield (index, text) of contexts with the same options, as they end. numbers: how often each stood before.
 
         Answers are sampled in stretches, ever longer ones, since only between them stop strings are looked for: what is
         sampled beyond one is less than what stands before it, or FIRST_STRETCH tokens.
@@ -212,7 +242,7 @@ class DirlModel(TemplateLM):
         )
         room = self.lm.longest_prompt - min(max_new_tokens, self.lm.longest_prompt // 2)
         prompts = [last_tokens(self.tok_encode(context) or [self.eot_token_id], room) for context in contexts]
-        seeds = [decoding.seed + 1_000_003 * n for n in repetitions(contexts)]  # as in any evaluation
+        seeds = [decoding.seed + 1_000_003 * n for n in numbers]  # as in any evaluation
         answers: list[list[int]] = [[] for _ in contexts]
         running = list(range(len(contexts)))
         length = 0  # tokens that every running answer has at least
@@ -243,13 +273,19 @@ class DirlModel(TemplateLM):
 
         What is longer than the model's positions is cut into windows: each token is scored once.
         """
-        totals = []
+        totals: list[float] = []
         for request in requests:
+            key = request_key("loglikelihood_rolling", request.args)
+            earlier = self._earlier(key)
+            if earlier is not None:
+                totals.append(earlier)
+                continue
             token_ids = self.tok_encode(request.args[0])
             text = Text([self.eot_token_id, *token_ids], [False] + [True] * len(token_ids))
             pieces = windows(text, self.max_length, self.lm.block_size)
             total = sum(nats for nats, _ in self._score(pieces, [str(n) for n in range(len(pieces))]))
             totals.append(total)
+            self._keep(key, total)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         self.say_facts()
         return totals
@@ -258,21 +294,24 @@ class DirlModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy) of each continuation; too long a context loses its start."""
+        keys = [request_key("loglikelihood", arguments) for arguments, _, _ in requests]
+        scores: list[tuple[float, bool] | None] = [self._earlier(key) for key in keys]
+        missing = [i for i, score in enumerate(scores) if score is None]
         texts = []
         contexts = []
-        for (context, _), context_ids, continuation_ids in requests:
+        for (context, _), context_ids, continuation_ids in [requests[i] for i in missing]:
             token_ids = last_tokens([*context_ids, *continuation_ids], self.max_length)
             given = max(len(token_ids) - len(continuation_ids), 0)
             texts.append(Text(token_ids, [False] * given + [True] * (len(token_ids) - given)))
             contexts.append(context)
 
-        scores: list[tuple[float, bool]] = []
         for batch in consecutive(texts, BATCH_TOKENS):
-            scores += self._score(texts[batch], contexts[batch])
-        for request, score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request[0], score)
+            for i, score in zip(missing[batch], self._score(texts[batch], contexts[batch]), strict=True):
+                scores[i] = score
+                self._keep(keys[i], score)
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
         self.say_facts()
-        return scores
+        return [(score[0], score[1]) for score in scores if score is not None]
 
     def _score(self, texts: Sequence[Text], contexts: Sequence[str]) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy) of each text. contexts: what stands before it, which decides its masks."""
@@ -337,6 +376,11 @@ def read_options(options: Mapping[str, Any]) -> Options:
     if do_sample is False or (do_sample is None and not known.get("temperature")):
         known = {}
     return tuple(stop for stop in until if stop), longest, tuple(sorted(known.items()))
+
+
+def request_key(kind: str, arguments: Sequence[Any], number: int = 0) -> str:
+    """What a request is kept under. number: how often the same was asked before it, as of several answers."""
+    return str(hash_args(kind, [*arguments, number]))
 
 
 def repetitions(contexts: Sequence[str]) -> list[int]:

@@ -37,7 +37,7 @@ class Text:
 def windows(text: Text, longest: int, context: int) -> list[Text]:
     """A text in pieces of at most `longest` tokens, each of its tokens scored in one, behind `context` or more others.
 
-    The last piece begins as early as it can, as lm-eval cuts what it calls rolling.
+    The last piece begins as early as it can, as lm-eval cuts what it calls rolling. None has nothing scored.
     """
     pieces = [Text(text.token_ids[:longest], text.scored[:longest])]
     done = longest
@@ -47,7 +47,7 @@ def windows(text: Text, longest: int, context: int) -> list[Text]:
         scored = [False] * (done - start) + list(text.scored[done:end])
         pieces.append(Text(text.token_ids[start:end], scored))
         done = end
-    return pieces
+    return [piece for piece in pieces if any(piece.scored)]
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,9 @@ def elbo_states(text: Text, lm: DiffusionLM, masks: MaskDraws, generator: Genera
     A run is the scored tokens of a block that follow each other, n of them; k of them are masked and weigh n/k / rates.
     """
     scored = scored_flags(text, lm)
+    if not scored.any():
+        nothing = torch.zeros(1, len(scored), dtype=torch.bool)
+        return TextStates(nothing, nothing, nothing.float())
     position = scored.nonzero().squeeze(1)  # (F,)
     block = position // lm.block_size
     begins = torch.ones(len(position), dtype=torch.bool)
@@ -180,7 +183,7 @@ def elbo_states(text: Text, lm: DiffusionLM, masks: MaskDraws, generator: Genera
 
     # A view holds one run of a block: an earlier one is there, and a later one is not there yet.
     views = []
-    for o in range(int(ordinal.max()) + 1 if len(ordinal) else 0):
+    for o in range(int(ordinal.max()) + 1):
         of_ordinal = ordinal[run] == o  # (F,)
         behind = torch.zeros(len(scored), dtype=torch.bool)
         for last in position[of_ordinal & last_of_run(run)].tolist():
