@@ -6,6 +6,7 @@ python -m benchmarks.gpu.kernels [toy|1.7B|8B] [batch …]
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.autograd import DeviceType
@@ -29,8 +30,7 @@ def main(shape: str = "1.7B", *batches: str) -> None:
     lm = random_model(shape, "sdpa")
     decoding = Decoding(strategy="low_confidence_static", denoising_steps=4, max_new_tokens=NEW)
     for batch in map(int, batches or ("1", "32", "128")):
-        sampler, asked = NativeSampler(lm, batch), prompts(batch, 4 * NEW)
-        work = lambda sampler=sampler, asked=asked: sampler.sample(asked, 1, decoding)  # noqa: E731
+        work = partial(NativeSampler(lm, batch).sample, prompts(batch, 4 * NEW), 1, decoding)
         profiled(f"native sampler, batch {batch}, {NEW} tokens an answer, S = 4", work)
     profiled(
         "fine-tuning step, layers neither compiled nor checkpointed, no optimizer",

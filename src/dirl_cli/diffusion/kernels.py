@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dirl_cli.diffusion.sampling import chunk_width
+from dirl_cli.diffusion.sampling import GOLDEN, chunk_width
 
 TILE = 4096  # logits that one program holds in its registers
+STEP = tl.constexpr(GOLDEN)
 
 
 def draw_rows(
@@ -117,9 +118,15 @@ def _mix(x):
 
 
 @triton.jit
+def draw_seed(key, position, step):
+    """See `sampling.draw_seed`."""
+    return _mix(_mix(key + position * STEP) + step * STEP)
+
+
+@triton.jit
 def _exponential(seed, number):
     """See `sampling.exponential`."""
-    x = _mix(seed + number.to(tl.int64) * -7046029254386353131)
+    x = _mix(seed + number.to(tl.int64) * STEP)
     return -tl.log((_shift(x, 12).to(tl.float64) + 0.5) * 2.220446049250313e-16)  # 2⁻⁵²
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dirl_cli.diffusion.kernels import _mix
+from dirl_cli.diffusion.kernels import draw_seed
 from dirl_cli.diffusion.sampling import Candidates
 from dirl_cli.rollout.sequences import MASKED, SequenceState
 from dirl_cli.types import Decoding
@@ -102,7 +102,7 @@ def _select_masked(  # type: ignore[no-untyped-def]
     masked_is: tl.constexpr,
 ):
     """Look at all tokens in order, a tile at a time, and give the masked ones their places."""
-    found = 0
+    masked_before = 0
     for start in range(0, n * size, tile):
         row = start + tl.arange(0, tile)
         inside = row < n * size
@@ -115,17 +115,17 @@ def _select_masked(  # type: ignore[no-untyped-def]
         is_masked = inside & (tl.load(revealed_at + slot * length + position, inside, masked_is - 1) == masked_is)
 
         counted = is_masked.to(tl.int32)
-        before = found + tl.cumsum(counted, 0) - counted
+        before = masked_before + tl.cumsum(counted, 0) - counted
         fits = is_masked & (before < count)
-        seed = _mix(_mix(key + position * -7046029254386353131) + step * -7046029254386353131)
+        seed = draw_seed(key, position, step)
         tl.store(rows + before, row.to(tl.int64), fits)
         tl.store(seeds + before, seed, fits)
         tl.store(first + block, before.to(tl.int64), inside & (row % size == 0))
-        found += tl.sum(counted, 0)
+        masked_before += tl.sum(counted, 0)
 
     for start in range(0, count, tile):
         place = start + tl.arange(0, tile)
-        beyond = (place >= found) & (place < count)
+        beyond = (place >= masked_before) & (place < count)
         tl.store(rows + place, tl.zeros([tile], tl.int64), beyond)
         tl.store(seeds + place, tl.zeros([tile], tl.int64), beyond)
 
@@ -140,7 +140,7 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
     drawn,
     drawn_logprobs,
     scores,
-    found,
+    blocks_after,
     to_next_field,
     to_next_block,
     length,
@@ -175,9 +175,8 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
         order = -score if strategy == BOUNDED else score
         is_larger = order[None, :] > order[:, None]
         is_equal = order[None, :] == order[:, None]
-        is_before = is_masked[None, :] & (
-            is_larger | (is_equal & (place[None, :] < place[:, None]))
-        )  # (i, j): j before i
+        is_left = place[None, :] < place[:, None]
+        is_before = is_masked[None, :] & (is_larger | (is_equal & is_left))  # (i, j): j before i
         rank = tl.sum(is_before.to(tl.int32), 1)
         if strategy == STATIC:
             is_revealed = is_masked & (rank < owed)
@@ -194,4 +193,4 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
     tl.store(tokens + at, token, is_revealed)
     tl.store(revealed_at + at, step + tl.zeros([width], tl.int64), is_revealed)
     tl.store(logprobs + at, tl.load(drawn_logprobs + candidate, is_revealed, 0.0), is_revealed)
-    tl.store(found + block * size + place, tl.where(is_masked & ~is_revealed, -1, token), inside)
+    tl.store(blocks_after + block * size + place, tl.where(is_masked & ~is_revealed, -1, token), inside)
