@@ -11,15 +11,17 @@ from omegaconf import OmegaConf
 
 from dirl_cli.cli.build import find_class
 from dirl_cli.cli.former import MODULES
-from dirl_cli.cli.run_dir import environment, git_state, open_run
+from dirl_cli.cli.run_dir import Said, environment, git_state, open_run
 from dirl_cli.errors import DirlError
 
 CONFIG = {"seed": 0, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "name": "a", "gpus": 1, "steps": None}
+NOTHING = Said(values=[], choices=[])
 
 
 def start(out, resume="auto", **changes):
     """Open a run as its command does, and leave a file in it."""
-    with open_run(out, OmegaConf.create(CONFIG | changes), resume):
+    said = Said(values=changes.keys(), choices=[])
+    with open_run(out, OmegaConf.create(CONFIG | changes), said, resume):
         (out / "work").write_text("done")
 
 
@@ -43,6 +45,34 @@ def test_at_most_five_differences_are_told(tmp_path):
     start(tmp_path / "run")
     with pytest.raises(DirlError, match="and 2 more"):
         start(tmp_path / "run", **{f"key{n}": n for n in range(7)})
+
+
+def test_a_key_that_a_run_lacks_has_its_default_unless_the_command_says_it(tmp_path):
+    out = tmp_path / "run"
+    start(out, reward={"name": "fair"})
+    new = OmegaConf.create(CONFIG | {"reward": {"name": "fair", "scale": 2}, "critic": {"width": 8}})
+    for said, told in [
+        (Said(["reward.scale"], []), "reward.scale: absent → 2"),
+        (Said(["reward"], []), "reward.scale: absent → 2"),
+        (Said([], ["critic"]), "critic.width: absent → 8"),
+    ]:
+        with pytest.raises(DirlError, match=rf"\({told}\)"), open_run(out, new, said, "auto"):
+            pass
+
+    with open_run(out, new, Said(values=["seed"], choices=["reward"]), "auto"):
+        pass
+    assert OmegaConf.load(out / "config.yaml") == new
+
+
+def test_a_weight_that_a_run_lacks_is_none(tmp_path):
+    start(tmp_path / "run", reward={"weights": {"accuracy": 1.0}})
+    both = OmegaConf.create(CONFIG | {"reward": {"weights": {"accuracy": 1.0, "speed": 0.1}}})
+    said = Said(values=[], choices=["reward"])
+    with (
+        pytest.raises(DirlError, match=r"reward\.weights\.speed: absent → 0\.1"),
+        open_run(tmp_path / "run", both, said, "auto"),
+    ):
+        pass
 
 
 def test_keys_that_do_not_change_the_result_may_change(tmp_path):
@@ -94,8 +124,10 @@ def test_never_sets_the_old_run_aside(tmp_path):
 def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
     code = (
         "import sys; from pathlib import Path; from omegaconf import OmegaConf\n"
-        "from dirl_cli.cli.run_dir import open_run\n"
-        "with open_run(Path(sys.argv[1]), OmegaConf.create({}), 'auto'): print('open', flush=True); input()"
+        "from dirl_cli.cli.run_dir import Said, open_run\n"
+        "with open_run(Path(sys.argv[1]), OmegaConf.create({}), Said([], []), 'auto'):\n"
+        "    print('open', flush=True)\n"
+        "    input()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -134,17 +166,17 @@ def test_git_tells_the_commit_and_whether_files_differ(tmp_path):
 
 
 def test_a_mistyped_resume_is_refused_before_anything_is_touched(tmp_path):
-    run = open_run(tmp_path / "run", OmegaConf.create({"a": 1}), "nevr")
+    run = open_run(tmp_path / "run", OmegaConf.create({"a": 1}), NOTHING, "nevr")
     with pytest.raises(DirlError, match="resume=nevr: there is no such checkpoint; give auto, never or the path"), run:
         pass
     assert not (tmp_path / "run").exists()
 
 
 def test_a_start_that_fails_leaves_nothing_and_takes_nothing_away(tmp_path):
-    with pytest.raises(DirlError, match="no"), open_run(tmp_path / "run", OmegaConf.create(CONFIG), "auto"):
+    with pytest.raises(DirlError, match="no"), open_run(tmp_path / "run", OmegaConf.create(CONFIG), NOTHING, "auto"):
         raise DirlError("no")
     assert not (tmp_path / "run").exists()
     start(tmp_path / "run")
-    with pytest.raises(DirlError, match="no"), open_run(tmp_path / "run", OmegaConf.create(CONFIG), "auto"):
+    with pytest.raises(DirlError, match="no"), open_run(tmp_path / "run", OmegaConf.create(CONFIG), NOTHING, "auto"):
         raise DirlError("no")
     assert (tmp_path / "run/work").read_text() == "done"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dirl_cli.cli.run_dir import open_run
+from dirl_cli.cli.run_dir import Said, open_run
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.grading import Grader
 from dirl_cli.training.stored_checkpoint import complete_checkpoints, damage
@@ -197,7 +197,7 @@ def test_the_command_that_is_asked_to_stop_exits_with_0(undisturbed, tmp_path, t
             time.sleep(0.05)
         with (
             pytest.raises(DirlError, match="is in use by another process"),
-            open_run(tmp_path / "run", config("sft"), "auto"),
+            open_run(tmp_path / "run", config("sft"), Said([], []), "auto"),
         ):
             pass
         process.terminate()

@@ -27,7 +27,7 @@ from dirl_cli.cli.build import build
 from dirl_cli.cli.group_help import show_asked_groups, show_choices
 from dirl_cli.cli.gym_choices import name_gym_tasks
 from dirl_cli.cli.processes import check_launch, start_workers
-from dirl_cli.cli.run_dir import PATH_MODEL, model_of_run, open_run
+from dirl_cli.cli.run_dir import PATH_MODEL, Said, model_of_run, open_run
 from dirl_cli.console import replace_unencodable
 from dirl_cli.errors import DirlError, Interrupted, Stopped, UnknownChoice, stop_code
 from dirl_cli.files import conf_dir
@@ -234,7 +234,7 @@ def run_in_directory(name: str, cfg: DictConfig, out: Path) -> None:
     """Run a command that writes the run directory `out`: here, or in several processes, or only prepare it."""
     # The first machine alone opens the directory, which the others see on a shared disk.
     is_first = "nodes" in cfg and (cfg.nodes == 1 or cfg.node_rank == 0)
-    with open_run(out, cfg, cfg.resume) if is_first else nullcontext() as lock:
+    with open_run(out, cfg, said_keys(), cfg.resume) if is_first else nullcontext() as lock:
         if cfg.prepare:
             command = f"torchrun --nproc_per_node N -m dirl_cli.cli.worker {name} {out}"
             print(f"{out} is prepared: start it with {command}")
@@ -242,6 +242,14 @@ def run_in_directory(name: str, cfg: DictConfig, out: Path) -> None:
             start_workers(name, cfg, out, [lock.fileno()] if lock else [])
         else:
             run_here(name, cfg, out)
+
+
+def said_keys() -> Said:
+    """What the words of the command line set."""
+    hydra_cfg = HydraConfig.get()
+    groups = set(hydra_cfg.runtime.choices)
+    keys = {word.partition("=")[0].lstrip("+~") for word in hydra_cfg.overrides.task}
+    return Said(values=keys - groups, choices=keys & groups)
 
 
 def run_here(name: str, cfg: DictConfig, out: Path | None) -> None:

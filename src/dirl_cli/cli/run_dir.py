@@ -7,8 +7,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,17 +38,29 @@ SAVING = {"save_every", "keep_checkpoints", "keep_best", "async_checkpoints", "p
 ANSWERS = {"samples", "limit", "ids"}  # which answers an evaluation has, not what they are
 FREE = frozenset(START | MACHINES | WORK | SHOWING | SAVING | ANSWERS)
 
+MAPPINGS = ("options", "weights")  # whose keys are a run's own: one that is absent stands for nothing
+
 BEGINNINGS = {"config.yaml", "environment.json", "lock", "failure.txt"}  # files of a run that failed at once
 PATH_MODEL = "dirl_cli.models.load.SavedModel"  # the model whose path may be a run's, or one of its checkpoints
 PACKAGES = ("dirl", "torch", "transformers", "accelerate")
 
 
+@dataclass(frozen=True)
+class Said:
+    """The keys that a command line sets: those that it gives a value, and the groups of which it makes a choice."""
+
+    values: Collection[str]
+    choices: Collection[str]
+
+
 @contextmanager
-def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
+def open_run(out: Path, cfg: DictConfig, said: Said, resume: str) -> Iterator[IO[str]]:
     """Hold the run directory `out` as long as the lock file that is yielded stays open.
 
     Writes `config.yaml` and `environment.json` into it. A run that fails before it has written more leaves nothing.
 
+    said: what of the config is the user's word, and no default. A run of an earlier version goes on under the defaults
+    of keys that are new.
     resume: `never` moves an existing run to `out`~1, `out`~2, …; anything else continues it.
     Raises DirlError if another process holds it, if it cannot be written, or if the run there has another config.
     """
@@ -64,7 +77,7 @@ def open_run(out: Path, cfg: DictConfig, resume: str) -> Iterator[IO[str]]:
 
     # A new start may change what is free to change: what is there then describes the last one.
     with locked(out) as lock:
-        refuse_other(out, config)
+        refuse_other(out, config, said)
         write_text(out / "config.yaml", config)
         write_json(out / "environment.json", environment())
         with ExitStack() as on_failure:
@@ -154,12 +167,12 @@ def locked(out: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def refuse_other(out: Path, config: str) -> None:
+def refuse_other(out: Path, config: str, said: Said) -> None:
     """Raises DirlError where the run in `out` has another configuration and is more than begun."""
     if not (out / "config.yaml").exists() or {path.name for path in out.iterdir()} <= BEGINNINGS:
         return
     earlier = (out / "config.yaml").read_text(encoding="utf-8")
-    changed = differences(flatten(earlier), flatten(config))
+    changed = differences(flatten(earlier), flatten(config), said)
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise DirlError(
@@ -168,16 +181,31 @@ def refuse_other(out: Path, config: str) -> None:
         )
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], said: Said) -> list[str]:
     """The differences between two configurations that matter, each as `key: old → new`."""
     lines = []
     for key in {**old, **new}:
         before = old.get(key, "absent")
         after = new.get(key, "absent")
         is_free = key in FREE or key.partition(".")[0] in FREE
-        if before != after and not is_free:
+        is_new = key not in old and not is_said(key, old, said)
+        if before != after and not is_free and not is_new:
             lines.append(f"{key}: {null_or_text(before)} → {null_or_text(after)}")
     return lines
+
+
+def is_said(key: str, old: dict[str, Any], said: Said) -> bool:
+    """Whether a key that the configuration `old` lacks has its value by the command line, and not by default."""
+    parts = key.split(".")
+    if len(parts) > 1 and parts[-2] in MAPPINGS:
+        return True
+    for count in range(1, len(parts) + 1):
+        part = ".".join(parts[:count])
+        # A choice within a group that was there brings new keys along; a group that was not there is said itself.
+        was_there = any(name == part or name.startswith(f"{part}.") for name in old)
+        if part in said.values or (part in said.choices and not was_there):
+            return True
+    return False
 
 
 def null_or_text(value: object) -> str:
