@@ -140,6 +140,21 @@ def test_rows_of_livecodebench_are_scripts_or_methods(tmp_path):
     assert program_credit(methods, "class Solution:\n    def repeat(self, xs, n): return xs * n") == 1
 
 
+def test_answers_to_livecodebench_find_what_its_graders_import(tmp_path):
+    script = [{"input": "3 4\n", "output": "12\n"}]
+    method = [{"input": "[3, 1]", "output": "[1, 3]", "testtype": "functional"}]
+    scripts, methods = bench(
+        tmp_path, livecodebench(script), {**livecodebench(method, "order"), "question_id": "9"}
+    ).problems()
+    starter = "class Solution:\n    def order(self, xs: List[int]) -> Optional[List[int]]:\n"
+    heap = "        heapify(xs)\n        return [heapq.heappop(xs) for _ in range(len(xs))]"
+    assert program_credit(methods, starter + heap) == 1
+    assert program_credit(methods, "from __future__ import annotations\n" + starter + heap) == 1
+    assert program_credit(methods, starter + "        return xs") == 0
+    deep = "def count(n): return n and 1 + count(n - 1)\nassert count(9000) == 9000 and isinstance(pow(2, 3, 5), int)\n"
+    assert program_credit(scripts, deep + "print(reduce(mul, map(int, input().split())))") == 1
+
+
 class Harm:
     def __reduce__(self):
         return print, ("harm",)
@@ -168,8 +183,9 @@ def test_what_are_no_tests_is_refused_by_its_line(tmp_path):
     for tests in ([], "assert f()", [1], [{"input": "1"}], {}, [{"function": "f", "arguments": 1, "result": 2}]):
         with pytest.raises(DirlError, match="line 1: tests must be a list of statements"):
             bench(tmp_path, {"question": "?", "tests": tests}).problems()
-    with pytest.raises(DirlError, match="line 1: setup must be text"):
-        bench(tmp_path, {"question": "?", "tests": ["f()"], "setup": 1}).problems()
+    for name in ("setup", "prelude"):
+        with pytest.raises(DirlError, match=f"line 1: {name} must be text"):
+            bench(tmp_path, {"question": "?", "tests": ["f()"], name: 1}).problems()
     with pytest.raises(DirlError, match="must end in the head of a function"):
         bench(tmp_path, {"question": "?", "tests": ["f()"], "beginning": "x = 1"}).problems()
 

@@ -18,7 +18,15 @@ from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.reward import confinement
 from dirl_cli.reward.grading import Grader
 from dirl_cli.reward.plain_values import decode, encode
-from dirl_cli.reward.programs import completed, is_same_output, program_credit, program_in, program_server
+from dirl_cli.reward.programs import (
+    completed,
+    is_same_output,
+    program_credit,
+    program_in,
+    program_server,
+    start_program_server,
+    stop_program_server,
+)
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import RewardComputer, RewardSettings
 from dirl_cli.types import Problem
@@ -134,6 +142,22 @@ def test_no_test_gives_more_than_the_whole_credit():
     many = "import os, time\ntime.sleep(0.3)\nfor end in range(3, 9):\n"
     many += " try: os.write(end, b'1' * 9)\n except OSError: pass"
     assert credit(["assert f() == 1", many, "assert f() == 1"], "def f(): return 1") <= 1
+
+
+def test_a_script_may_ask_how_much_there_is_to_read(tmp_path):
+    sums = [{"input": "1 2\n" * 9, "output": "27"}]
+    program = (
+        "import io, os\nread = io.BytesIO(os.read(0, os.fstat(0).st_size)).read\nprint(sum(map(int, read().split())))"
+    )
+    assert credit(sums, program) == 1
+    assert (
+        credit(sums, "import os\ntry: os.fstat(99)\nexcept OSError as error: print(27 if error.errno == 9 else 0)") == 1
+    )
+    (tmp_path / "file").write_text("text")
+    with open(tmp_path / "file") as file:
+        ours, pythons = confinement.descriptor_status(file.fileno()), os.fstat(file.fileno())
+    names = [name for name in dir(pythons) if name.startswith("st_")]
+    assert [getattr(ours, name) for name in names] == [getattr(pythons, name) for name in names]
 
 
 def test_scripts_are_tested_by_what_they_write_and_functions_of_a_class_by_their_result():
@@ -430,6 +454,34 @@ def test_where_the_kernel_cannot_confine_nothing_is_run(monkeypatch):
     program_server.cache_clear()
     monkeypatch.setattr(confinement.platform, "machine", lambda: "riscv64")
     assert not confinement.can_confine()
+
+
+def test_what_does_not_start_is_said_and_leaves_no_process(monkeypatch):
+    stop_program_server()
+    before = set(psutil.Process().children())
+    with monkeypatch.context() as patched:
+        for start in ("raise SystemExit(1)", "import os\nos.abort()", "pass"):
+            patched.setattr("dirl_cli.reward.programs.START", start)
+            with pytest.raises(DirlError, match="does not start: free memory, or start fewer"):
+                start_program_server()
+            with pytest.raises(MemoryError):
+                credit(ADD, RIGHT)
+    assert set(psutil.Process().children()) <= before
+    assert credit(ADD, RIGHT) == 1
+
+
+def test_what_fails_on_the_way_leaves_the_server_ready_for_the_next(monkeypatch):
+    for tests, program in ((ADD, RIGHT), ([{"input": "", "output": "1"}], "print(1)")):
+        server = program_server()
+        with monkeypatch.context() as patched, pytest.raises(MemoryError, match="no room"):
+            patched.setattr("dirl_cli.reward.programs.is_readable", no_room)
+            credit(tests, program)
+        assert credit(tests, program) == 1
+        assert program_server() is server
+
+
+def no_room(*_):
+    raise MemoryError("no room")
 
 
 def test_what_runs_answers_has_no_secret_in_its_environment(monkeypatch):

@@ -1,7 +1,6 @@
 """Read a row as a problem that a program solves: its tests, under our names, in the layouts of the known benchmarks."""
 
 import base64
-import binascii
 import json
 import pickletools
 import zlib
@@ -12,7 +11,19 @@ from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.programs import head_of, is_test
 
-CODE = ("tests", "setup", "beginning")  # our columns
+CODE = ("tests", "setup", "beginning", "prelude")  # our columns
+# What LiveCodeBench runs before every answer, whose types and functions are often used without an import.
+MODULES = (
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
+    "functools", "operator", "io", "sys", "json",
+)  # fmt: skip
+PRELUDE = "\n".join(
+    [
+        *(f"from {module} import *" for module in (*MODULES, "builtins", "typing")),
+        *(f"import {module}" for module in MODULES),
+        "sys.setrecursionlimit(50000)",
+    ]
+)
 LARGEST = 2**30  # bytes of compressed tests, expanded
 
 
@@ -21,6 +32,7 @@ def recognise_code(row: Row) -> Row:
 
     tests: statements of Python, or objects of `input` and `output`, or of `function`, `arguments` and `result`.
     setup: Python that is run before them. beginning: the head of a function, which an answer may go on from.
+    prelude: Python that is run before an answer.
     Raises DirlError for tests that are none.
     """
     fields = row.fields
@@ -37,15 +49,7 @@ def recognise_code(row: Row) -> Row:
         if names <= fields.keys():
             try:
                 recognised = read(fields)
-            except (
-                TypeError,
-                ValueError,
-                KeyError,
-                AttributeError,
-                RecursionError,
-                binascii.Error,
-                zlib.error,
-            ) as error:
+            except (TypeError, ValueError, KeyError, AttributeError, RecursionError, zlib.error) as error:
                 raise DirlError(f"{row.location} has tests that cannot be read ({error}): correct it") from error
             return row._replace(fields=recognised, notes=(*row.notes, note))
     return row
@@ -72,7 +76,7 @@ def own_fields(row: Row) -> dict[str, Any]:
             f"{row.location}: tests must be a list of statements, of {{input, output}} or of"
             " {function, arguments, result}: correct it"
         )
-    for name in ("setup", "beginning"):
+    for name in ("setup", "beginning", "prelude"):
         if not isinstance(fields.get(name, ""), str):
             raise DirlError(f"{row.location}: {name} must be text: correct it")
     if fields.get("beginning"):
@@ -129,7 +133,7 @@ def livecodebench_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     question = fields["question_content"]
     if starter := fields.get("starter_code"):
         question += f"\n\nBegin with\n\n```python\n{starter.rstrip()}\n```"
-    own = {"question": question, "tests": [test_of(case, function) for case in cases]}
+    own = {"question": question, "tests": [test_of(case, function) for case in cases], "prelude": PRELUDE}
     return with_labels(own, fields, "question_id", "difficulty")
 
 

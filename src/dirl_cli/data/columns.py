@@ -221,7 +221,7 @@ def question(row: Row, setting: str = "data.columns=") -> Row:
     """What of a row is asked, and what it is graded by: `question`, `ground_truth_answer`, `system`, `id`, `subset`.
 
     And what hints are taken from, where there is any: `solution`. A problem that a program solves has `tests` to be
-    graded by, perhaps with `setup` and `beginning` (data/code_rows.py), and no answer beside its solution.
+    graded by, perhaps with `setup`, `beginning` and `prelude` (data/code_rows.py), and no answer beside its solution.
 
     Raises DirlError where the row has no question or no answer to grade by, or what is no text.
     """

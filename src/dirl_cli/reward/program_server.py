@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from dirl_cli.reward.confinement import can_confine, confine, end_with
+from dirl_cli.reward.confinement import can_confine, confine, descriptor_status, end_with
 from dirl_cli.reward.plain_values import (
     Remote,
     built_in_names,
@@ -32,13 +32,13 @@ from dirl_cli.reward.plain_values import (
 
 # What programs may import: afterwards no file can be opened. Some of it is imported by others late.
 LIBRARY = (
-    "_strptime", "abc", "array", "ast", "base64", "binascii", "bisect", "calendar", "cmath", "codecs", "collections",
-    "collections.abc", "contextlib", "copy", "csv", "ctypes", "dataclasses", "datetime", "decimal", "difflib", "enum",
-    "fractions", "functools", "gc", "hashlib", "heapq", "html", "inspect", "io", "itertools", "json", "keyword",
-    "locale", "logging", "math", "numbers", "operator", "os", "os.path", "pickle", "platform", "pprint", "queue",
-    "random", "re", "reprlib", "resource", "secrets", "select", "signal", "socket", "statistics", "string", "struct",
-    "subprocess", "sys", "tempfile", "textwrap", "threading", "time", "timeit", "traceback", "types", "typing",
-    "unicodedata", "unittest", "urllib.parse", "uuid", "warnings", "weakref", "zlib",
+    "__future__", "_strptime", "abc", "array", "ast", "base64", "binascii", "bisect", "calendar", "cmath", "codecs",
+    "collections", "collections.abc", "contextlib", "copy", "csv", "ctypes", "dataclasses", "datetime", "decimal",
+    "difflib", "enum", "fractions", "functools", "gc", "hashlib", "heapq", "html", "inspect", "io", "itertools",
+    "json", "keyword", "locale", "logging", "math", "numbers", "operator", "os", "os.path", "pickle", "platform",
+    "pprint", "queue", "random", "re", "reprlib", "resource", "secrets", "select", "signal", "socket", "statistics",
+    "string", "struct", "subprocess", "sys", "tempfile", "textwrap", "threading", "time", "timeit", "traceback",
+    "types", "typing", "unicodedata", "unittest", "urllib.parse", "uuid", "warnings", "weakref", "zlib",
 )  # fmt: skip
 # Of these names a test means the module, whether it imports it or not: the answer's would be its own judge.
 MODULES_OF_TESTS = {
@@ -58,8 +58,11 @@ def main(descriptor: int, parent: int) -> None:
     """Serve until the other end of a socket closes. parent: the process that ends this one with itself."""
     end_with(parent)
     with socket.socket(fileno=descriptor) as control:
-        control.send(READY if can_confine() and is_confined(forked(lambda: None, [], 1.0)) else UNABLE)
+        if not can_confine() or not is_confined(forked(lambda: None, [], 1.0)):
+            control.send(UNABLE)
+            return
         load_library()
+        control.send(READY)
         while request := receive(control):
             serve(control, *request)
 
@@ -72,6 +75,7 @@ def load_library() -> None:
     sys.path.clear()
     sys.path_importer_cache.clear()
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # programs call them, which `site` would make
+    os.fstat = descriptor_status  # programs ask it how much there is to read
     importlib.import_module("gc").freeze()  # so that children share their pages
 
 
@@ -156,9 +160,9 @@ def is_confined(child: int) -> bool:
 
 def run_script(program: int) -> None:
     """Run a program that reads standard input and writes standard output. program: from where it is read."""
-    code = read_message(program, ANY_LENGTH)
+    texts = read_message(program, ANY_LENGTH)
     try:
-        execute(code, "__main__")
+        execute(texts, "__main__")
     except SystemExit as exit:
         if exit.code not in (None, 0):
             raise
@@ -168,7 +172,7 @@ def run_script(program: int) -> None:
 
 def run_functions(program: int, judge_end: int) -> None:
     """Run a program, then call its functions as the judge asks. program: from where it is read."""
-    code = read_message(program, ANY_LENGTH)
+    texts = read_message(program, ANY_LENGTH)
     os.close(program)
     sys.set_int_max_str_digits(0)
     objects: list[Any] = []
@@ -177,7 +181,7 @@ def run_functions(program: int, judge_end: int) -> None:
         objects.append(value)
         return len(objects) - 1
 
-    namespace = execute(code, "answer")
+    namespace = execute(texts, "answer")
     while True:
         action, *operands = read_message(judge_end)
         try:
@@ -188,10 +192,11 @@ def run_functions(program: int, judge_end: int) -> None:
         send_message(judge_end, reply)
 
 
-def execute(code: str, name: str) -> dict[str, Any]:
-    """The names that a program makes, as a module of that name."""
+def execute(texts: list[str], name: str) -> dict[str, Any]:
+    """The names that the texts of a program make, one after another, as a module of that name."""
     module = sys.modules[name] = types.ModuleType(name)
-    exec(compile(code, "<answer>", "exec"), vars(module))
+    for text in texts:
+        exec(compile(text, "<answer>", "exec"), vars(module))
     return vars(module)
 
 

@@ -54,23 +54,25 @@ def program_in(completion: str) -> str | None:
 
 def program_credit(problem: Problem, answer: str) -> float:
     """The share of a problem's tests that a program passes, in the time that the grader gives it."""
-    tests, setup, beginning = tests_of(problem)
-    program = completed(beginning, answer)
+    tests, setup, beginning, prelude = tests_of(problem)
+    program = [prelude, completed(beginning, answer)]
     function = head_of(beginning)[1] if beginning else tested_function(tests)
     deadline = time.monotonic() + SHARE_OF_TIME * (signal.getitimer(signal.ITIMER_REAL)[0] or SECONDS)
     for attempt in range(ATTEMPTS):
         try:
             return count_passed(program, setup, tests, function, deadline) / len(tests)
         except ConnectionError:  # killed from outside, perhaps for the memory that others take, or this one
-            program_server().stop()
-            program_server.cache_clear()
+            stop_program_server()
             if attempt == ATTEMPTS - 1:
                 raise MemoryError from None
     return 0.0
 
 
-def count_passed(program: str, setup: str, tests: Sequence[Test], function: str, deadline: float) -> int:
-    """How many tests a program passes before a deadline: a script has a process for each, functions one for all."""
+def count_passed(program: list[str], setup: str, tests: Sequence[Test], function: str, deadline: float) -> int:
+    """How many tests a program passes before a deadline: a script has a process for each, functions one for all.
+
+    program: texts that are run one after another.
+    """
     passed = 0
     of_functions = []
     for test in tests:
@@ -101,18 +103,21 @@ def is_same_output(output: str, expected: str) -> bool:
     return True
 
 
-def tests_of(problem: Problem) -> tuple[list[Test], str, str]:
-    """A problem's tests, what is run before them, and what an answer goes on from. Raises DirlError without tests."""
+def tests_of(problem: Problem) -> tuple[list[Test], str, str, str]:
+    """A problem's tests, what is run before them, what an answer goes on from, and what is run before it.
+
+    Raises DirlError without tests.
+    """
     details = problem.details
     tests = details.get("tests")
-    texts = [details.get("setup", ""), details.get("beginning", "")]
+    texts = [details.get(name, "") for name in ("setup", "beginning", "prelude")]
     if not isinstance(tests, list) or not tests or not all(map(is_test, tests)) or not all(map(is_text, texts)):
         raise DirlError(
             f"problem {problem.id} has no tests: give a list of statements, of {{input, output}} or of"
             " {function, arguments, result}"
         )
-    setup, beginning = texts
-    return tests, setup, beginning
+    setup, beginning, prelude = texts
+    return tests, setup, beginning, prelude
 
 
 def is_text(value: Any) -> bool:
@@ -218,7 +223,11 @@ class ProgramServer:
                 env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
                 start_new_session=True,
             )
-        word = self._control.recv(64)
+        word = b""
+        with suppress(ConnectionError):  # it ended
+            word = self._control.recv(64)
+        if word != READY:
+            self.stop()
         if word == UNABLE:
             raise DirlError(
                 "answers that are programs are run only where the kernel can confine them, Linux with seccomp on x86-64"
@@ -233,34 +242,40 @@ class ProgramServer:
         self._process.kill()
         self._process.wait()
 
-    def count_passed(self, program: str, setup: str, tests: Sequence[Test], function: str, deadline: float) -> int:
+    def count_passed(
+        self, program: list[str], setup: str, tests: Sequence[Test], function: str, deadline: float
+    ) -> int:
         """How many tests pass that ask a program's functions, one after another, before a deadline.
 
         setup: statements that are run before them. function: the name that is the program's, whatever else has it.
         """
         with socket_pairs(3) as ((ours, answer_end), (calls, judge_end), (verdicts, tests_end)):
             self._begin(PAIR, deadline, [answer_end, calls, tests_end, judge_end])
-            with suppress(ConnectionError):  # what ends before it reads passes nothing
-                send_message(ours.fileno(), program)
-                send_message(verdicts.fileno(), {"setup": setup, "tests": tests, "function": function})
-
             results = b""
-            while len(results) < len(tests) and is_readable(verdicts, deadline):
-                result = verdicts.recv(len(tests) - len(results))
-                if not result:
-                    break
-                results += result
-            self._end(deadline)
+            try:
+                with suppress(ConnectionError):  # what ends before it reads passes nothing
+                    send_message(ours.fileno(), program)
+                    send_message(verdicts.fileno(), {"setup": setup, "tests": tests, "function": function})
+                while len(results) < len(tests) and is_readable(verdicts, deadline):
+                    result = verdicts.recv(len(tests) - len(results))
+                    if not result:
+                        break
+                    results += result
+            finally:
+                self._end(deadline)
         return results.count(b"1")
 
-    def output_of(self, program: str, text: str, deadline: float) -> str | None:
+    def output_of(self, program: list[str], text: str, deadline: float) -> str | None:
         """What a script writes that is given a text to read; None where it fails or does not end before a deadline."""
         with socket_pairs(1) as ((ours, theirs),), memory_file(text) as reads, memory_file("") as writes:
             self._begin(PROGRAM, deadline, [theirs], [reads, writes])
-            with suppress(ConnectionError):
-                send_message(ours.fileno(), program)
-            is_readable(ours, deadline)  # it is, too, when the other end is closed
-            if self._end(deadline) != 0:
+            try:
+                with suppress(ConnectionError):
+                    send_message(ours.fileno(), program)
+                is_readable(ours, deadline)  # it is, too, when the other end is closed
+            finally:
+                exit_code = self._end(deadline)
+            if exit_code != 0:
                 return None
             return os.pread(writes, OUTPUT, 0).decode(errors="replace")
 
@@ -288,6 +303,25 @@ class ProgramServer:
 def program_server() -> ProgramServer:
     """The server of this process, started where there is none."""
     return ProgramServer()
+
+
+def start_program_server() -> None:
+    """Start the server of this process where there is none. Raises DirlError where it does not start."""
+    for _ in range(ATTEMPTS):
+        with suppress(OSError):
+            program_server()
+            return
+    raise DirlError(
+        "the process that runs answers which are programs does not start: free memory, or start fewer such processes"
+        " with grade_workers=1 in dirl eval and reward.workers=1 in dirl rl"
+    )
+
+
+def stop_program_server() -> None:
+    """End the server of this process where there is one, so that the next answer starts another."""
+    if program_server.cache_info().currsize:
+        program_server().stop()
+    program_server.cache_clear()
 
 
 @contextmanager

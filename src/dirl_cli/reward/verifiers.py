@@ -11,7 +11,7 @@ from dirl_cli.reward.custom_scorer import find_scorer, own_credit, whole_complet
 from dirl_cli.reward.equality import plainly_equal, verified
 from dirl_cli.reward.functions import is_import_path
 from dirl_cli.reward.gym import gym_answer_in, gym_credit, load_gym
-from dirl_cli.reward.programs import program_credit, program_in, program_server
+from dirl_cli.reward.programs import program_credit, program_in, start_program_server
 from dirl_cli.reward.puzzles import countdown_credit, expression_in, grid_in, sudoku_credit
 from dirl_cli.reward.short_text import text_credit, text_in
 from dirl_cli.types import Problem
@@ -64,7 +64,7 @@ VERIFIERS: dict[str, Verifier] = {
     "sudoku": Verifier(grid_in, sudoku_credit, sudoku_credit),
     "countdown": Verifier(expression_in, countdown_credit, countdown_credit),
     "gym": Verifier(gym_answer_in, gym_credit, never_quick, load_gym),
-    "code": Verifier(program_in, program_credit, never_quick, program_server),
+    "code": Verifier(program_in, program_credit, never_quick, start_program_server),
 }
 
 
