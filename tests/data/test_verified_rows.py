@@ -35,6 +35,15 @@ def text(problem, answer):
 
 def large(problem, answer):
     return 2
+
+def huge(problem, answer):
+    return 10**400
+
+def one(problem, answer):
+    return "1"
+
+def leaving(problem, answer):
+    raise SystemExit(1)
 '''
 
 
@@ -134,6 +143,9 @@ def test_a_scorer_that_hangs_is_ended_and_its_answer_is_wrong(scorers: Path) -> 
             r"my_scorers.broken raised KeyError: 'colour' \(.*my_scorers.py line 13\) on problem rows-0: correct it",
         ),
         ("text", "my_scorers.text gave 'good', which is no number from 0 to 1 on problem rows-0: correct it"),
+        ("huge", "my_scorers.huge gave a number too large for a float, which is not from 0 to 1 on problem rows-0"),
+        ("one", "my_scorers.one gave '1', which is no number from 0 to 1 on problem rows-0: correct it"),
+        ("leaving", r"my_scorers.leaving raised SystemExit: 1 \(.*line 28\) on problem rows-0: correct it"),
         ("large", "my_scorers.large gave 2, which is not from 0 to 1 on problem rows-0: correct it"),
     ],
 )

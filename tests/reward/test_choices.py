@@ -1,5 +1,6 @@
 """Choices and short text: every way in which a letter or a few words are written, and what is none of them."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.choices import choice_credit, choice_in, option_meant, options_of
 from dirl_cli.reward.short_text import normalised, text_credit, text_in
+from dirl_cli.reward.verifiers import VERIFIERS
 from dirl_cli.types import Problem
 
 CITIES = Problem("p", "", "B", verifier="choice", details={"options": ["London", "Paris", "New York", "York"]})
@@ -149,3 +151,13 @@ def test_short_text_is_right_where_its_words_are_those_of_the_reference_or_an_al
 )
 def test_words_are_compared_without_case_and_punctuation_that_means_nothing(a: str, b: str, same: bool) -> None:
     assert (normalised(a) == normalised(b)) == same
+
+
+@pytest.mark.parametrize("completion", ["." + " " * 100_000 + "!!", "It is A" + " " * 100_000 + "x"])
+def test_long_spaces_take_no_time_and_a_text_longer_than_any_answer_has_no_credit(completion: str) -> None:
+    began = time.monotonic()
+    assert option_meant(completion, options_of(CITIES)) is None
+    assert VERIFIERS["choice"].quick(CITIES, completion) == 0
+    assert time.monotonic() - began < 1
+    assert VERIFIERS["choice"].quick(CITIES, "B" + " " * 1000 + ".") == 1
+    assert VERIFIERS["choice"].quick(CITIES, "I choose B because " + "it is " * 1000) == 0

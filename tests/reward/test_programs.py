@@ -7,6 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import psutil
@@ -52,6 +55,10 @@ def test_the_program_is_the_last_block_or_all_that_follows_the_thought():
     )
     assert program_in("```py\na = 1\nb = '``'") == "a = 1\nb = '``'"
     assert program_in("hm</think>    return 1\n") == "    return 1\n"
+    assert (
+        program_in("1. So:\n   ```python\n   def f():\n       return 1\n\n  x = 1\n   ```")
+        == "def f():\n    return 1\n\nx = 1\n"
+    )
     assert program_in("  \n") is None
     assert program_in("```python\n\n```") is None
 
@@ -91,8 +98,10 @@ def pairs(n): return ((i, i * i) for i in range(n))
 def counts(text): return collections.Counter(text)
 def refuse(): raise ValueError('no')
 """
-    setup = "import math\ntop = Node(1)\ntop.below = Node(2)\n"
+    setup = "import math\nfrom collections import deque\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
+    setup += "top = Node(1)\ntop.below = Node(2)\n"
     values = [None, True, 1, 2**70, 1.5, float("inf"), "é\ud800", b"x", (1, [2]), {1: {2}}, {(1,): frozenset({3})}, 1j]
+    values += [deque([1, (2,)]), range(1, 9, 2), Decimal("1.10"), Fraction(1, 3)]
     tests = [f"assert same({value!r}) == {value!r}" for value in values if value != float("inf")]
     tests += [f"assert type(same({value!r})) is {type(value).__name__}" for value in (True, 1, 1.0, (1,), [1], {1})]
     tests += ["assert depth(top) == 2", "assert top.below.value == 2", "assert math.isinf(same(math.inf))"]

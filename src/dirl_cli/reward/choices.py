@@ -58,7 +58,7 @@ def options_of(problem: Problem) -> dict[str, str]:
 
 def option_meant(answer: str, options: dict[str, str]) -> str | None:
     """The letter of the one option that an answer names; None where it names none, several, or two that contradict."""
-    text = without_markup(answer)
+    text = " ".join(without_markup(answer).split())  # on long spaces the patterns take the square of the time
     if (alone := ALONE.fullmatch(text)) and is_label(alone[1], options):
         return alone[1].upper()
 

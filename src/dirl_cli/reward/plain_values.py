@@ -1,12 +1,15 @@
 """Values on their way between two processes that do not trust each other: plain data as JSON, nothing that acts.
 
-What arrives is made of None, truth values, numbers, texts, bytes, lists, tuples, sets and dictionaries, each of exactly
-these types: it can hold no `__eq__` of the sender's.
+What arrives is made of None, truth values, numbers, texts, bytes, ranges, lists, deques, tuples, sets and dictionaries,
+each of exactly these types: it can hold no `__eq__` of the sender's.
 """
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 LONGEST_MESSAGE = 16 * 2**20  # bytes
@@ -74,7 +77,7 @@ def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
         return value
     if isinstance(value, list):
         return [encode(item, keep) for item in value]
-    for kind, name in ((tuple, "tuple"), (set, "set"), (frozenset, "frozenset")):
+    for kind, name in ((tuple, "tuple"), (set, "set"), (frozenset, "frozenset"), (deque, "deque")):
         if isinstance(value, kind):
             return {name: [encode(item, keep) for item in value]}
     if isinstance(value, dict):
@@ -83,6 +86,12 @@ def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
         return {type(value).__name__: value.hex()}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, Decimal):
+        return {"Decimal": str(value)}
+    if isinstance(value, Fraction):
+        return {"Fraction": [value.numerator, value.denominator]}
     if isinstance(value, Remote):
         return {"handle": vars(value)["_handle"]}
     if keep is None:
@@ -112,6 +121,14 @@ def decode(message: Any, at: Callable[[int], Any]) -> Any:
             return bytearray.fromhex(content)
         case "complex":
             return complex(*content)
+        case "deque":
+            return deque(decode(item, at) for item in content)
+        case "range":
+            return range(*content)
+        case "Decimal":
+            return Decimal(content)
+        case "Fraction":
+            return Fraction(*content)
         case "handle":
             return at(content)
     raise ValueError(f"no value is written as {name}")

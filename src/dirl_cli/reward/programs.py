@@ -26,7 +26,7 @@ from dirl_cli.reward.plain_values import send_message
 from dirl_cli.reward.program_server import END, ENDED, KILLED, PAIR, PROGRAM, READY, UNABLE
 from dirl_cli.types import Problem
 
-FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^([ \t]*)```[^\n`]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 END_OF_THOUGHT = "</think>"
 ATTEMPTS = 3  # a server that dies may have been killed for what others did
 SHARE_OF_TIME = 0.9  # for running; the rest is the grader's, which ends a process whose time is up
@@ -48,7 +48,10 @@ def program_in(completion: str) -> str | None:
     """The last block between ``` of a completion, closed or not, or all that follows its thought."""
     text = completion.rpartition(END_OF_THOUGHT)[2]
     blocks = FENCE.findall(text)
-    program = str(blocks[-1]) if blocks else text
+    program = text
+    if blocks:
+        indentation, block = blocks[-1]
+        program = re.sub(rf"^[ \t]{{0,{len(indentation)}}}", "", block, flags=re.MULTILINE)  # as in an item of a list
     return program if program.strip() else None
 
 

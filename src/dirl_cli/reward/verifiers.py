@@ -53,13 +53,18 @@ def math_credit(problem: Problem, answer: str) -> float:
     return float(verified(reference(problem.answer), answer))
 
 
+def bounded_choice_credit(problem: Problem, answer: str) -> float:
+    """As `choice_credit`; a text longer than any answer has no credit."""
+    return choice_credit(problem, answer) if len(answer) <= LONGEST_ANSWER else 0.0
+
+
 def never_quick(problem: Problem, answer: str) -> None:
     """Nothing: scorers of others may hang, so they run where they can be killed."""
 
 
 VERIFIERS: dict[str, Verifier] = {
     "math": Verifier(final_answer, math_credit, plain_math_credit),
-    "choice": Verifier(choice_in, choice_credit, choice_credit),
+    "choice": Verifier(choice_in, bounded_choice_credit, bounded_choice_credit),
     "text": Verifier(text_in, text_credit, text_credit),
     "sudoku": Verifier(grid_in, sudoku_credit, sudoku_credit),
     "countdown": Verifier(expression_in, countdown_credit, countdown_credit),
