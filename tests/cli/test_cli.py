@@ -336,6 +336,10 @@ def test_all_in_a_list_of_benchmarks_stands_for_its_members(jobs):
         ("bench=[gsm8k,gym:countdwn]", "reasoning-gym has no task countdwn: did you mean countdown?"),
         ("bench=gym:countdwn", "reasoning-gym has no task countdwn: did you mean countdown?"),
         ("bench=[gsm8k,math50]", "bench=math50: did you mean math500?"),
+        (
+            "bench=[gsm8k,likelihood]",
+            "likelihood has other metrics than the rest, so give bench=likelihood in a run of",
+        ),
         ("bench=[gsm8k,]", "a name is missing: give one between any two commas"),
     ],
 )

@@ -99,6 +99,7 @@ def rewrite_words(name: str, flags: Sequence[str], words: Sequence[str]) -> Hydr
         expanded = overrides.expand_all(words, config_tree.members_of_all)
         if name == "eval":
             expanded = overrides.expand_list(expanded, "bench", config_tree.members_of_all)
+            overrides.require_alone(expanded, "bench", "likelihood")
         short_words = dict(zip(expanded, words, strict=True))
         if expanded != list(words):
             flags = ["--multirun"]

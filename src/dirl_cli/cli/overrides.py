@@ -89,6 +89,17 @@ def expand_list(words: Sequence[str], group: str, members: Callable[[str], list[
     return expanded
 
 
+def require_alone(words: Sequence[str], group: str, name: str) -> None:
+    """Raises DirlError where a choice that shares no table with others of its group is swept together with them."""
+    for word in words:
+        key, _, value = word.partition("=")
+        names = value.split(",")
+        if key == group and name in names and len(names) > 1:
+            raise DirlError(
+                f"{word}: {name} has other metrics than the rest, so give {group}={name} in a run of its own"
+            )
+
+
 def collect_bare_words(words: Sequence[str], key: str) -> list[str]:
     """Spell the words that are no overrides as one list, the value of `key`."""
     bare = []
