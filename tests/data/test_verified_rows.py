@@ -171,6 +171,7 @@ def test_rows_run_no_code_that_the_command_line_does_not_name(scorers: Path) -> 
         ({}, {"verifier": "choise"}, "bench.verifier=choise: did you mean choice?"),
         ({}, {"verifier": "my_scorers.word"}, "my_scorers has no function word: did you mean words?"),
         ({}, {"verifier": "nowhere.words"}, "the scorer nowhere.words cannot be loaded"),
+        ({}, {"verifier": "..x.y"}, "the scorer ..x.y cannot be loaded"),
         ({"options": ["a"]}, {"verifier": "choice"}, "options must be a list of two or more texts"),
         ({"options": {"A": ["a"], "B": "b"}}, {"verifier": "choice"}, "options must be texts by a letter each, not A"),
         ({"options": ["a", "b"], "answer": 5}, {"verifier": "choice"}, "has the answer 5 and 2 options"),

@@ -187,7 +187,7 @@ def test_importing_a_reward_is_not_on_the_clock(tmp_path):
 def test_a_reward_that_cannot_be_imported_again_fails_by_name(tmp_path):
     fussy = tmp_path / "fussy.py"
     fussy.write_text(f"import os\nassert os.getpid() == {os.getpid()}\ndef reward(answer):\n    return 1")
-    with pytest.raises(DirlError, match=r"fussy.py:reward failed on problem a: AssertionError.*fussy.py line 2"):
+    with pytest.raises(DirlError, match=r"fussy.py:reward failed on problem a: .*AssertionError.*fussy.py line 2"):
         scores(RewardSettings({f"{fussy}:reward": 1.0}), {("a", 0): ANSWERS["a", 0]})
 
 
@@ -224,7 +224,8 @@ def test_a_file_without_the_function_names_those_it_has(own):
 
 def test_a_file_that_is_not_python_is_one_sentence(tmp_path):
     (tmp_path / "broken.py").write_text("def f(:")
-    for name in ("broken.py", "missing.py", "rewards.txt"):
+    (tmp_path / "raising.py").write_text("f = nothing_of_that_name")
+    for name in ("broken.py", "missing.py", "rewards.txt", "raising.py"):
         with pytest.raises(DirlError, match=f"{name}:f cannot be loaded"):
             RewardSettings({f"{tmp_path / name}:f": 1.0})
 

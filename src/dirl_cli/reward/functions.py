@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -22,19 +23,23 @@ def find_function(name: str, what: str) -> Callable[..., Any]:
 
     Raises DirlError where there is none, or where its code cannot be loaded.
     """
-    path, is_file, function = name.rpartition(":")
+    path, is_file, own_name = name.rpartition(":")
     if not is_file:
-        path, _, function = name.rpartition(".")
+        path, _, own_name = name.rpartition(".")
     try:
         module = load_file(Path(path).expanduser().resolve()) if is_file else import_module(path)
     except (ImportError, OSError, SyntaxError, ValueError) as error:
         raise DirlError(f"the {what} {name} cannot be loaded ({error}): check its path or its code") from error
+    except Exception as error:  # the code is the user's, and may raise anything
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} in {frame.filename} line {frame.lineno}"
+        raise DirlError(f"the {what} {name} cannot be loaded ({reason}): check its path or its code") from error
 
-    found = getattr(module, function, None)
-    if not callable(found):
+    function = getattr(module, own_name, None)
+    if not callable(function):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise DirlError(f"{path} has no function {function}: {did_you_mean(function, functions)}")
-    return found
+        raise DirlError(f"{path} has no function {own_name}: {did_you_mean(own_name, functions)}")
+    return function
 
 
 def load_file(path: Path) -> ModuleType:
