@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,6 +233,23 @@ def test_what_an_interruption_left_is_kept_and_the_rest_is_sampled_the_same(fini
     command.run(config(), tmp_path)
     assert by_sample(tmp_path) == by_sample(finished)
     assert (tmp_path / "answers.jsonl").read_text().startswith("".join(lines[2:7]))
+
+
+def test_where_nothing_is_left_to_answer_the_record_stays_that_of_the_start_that_ended_it(
+    finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(finished, out)
+    card = json.loads((out / "eval_card.json").read_text())
+    record = {"date": "2020-01-01T00:00:00+00:00", "hardware": {"cpu": "another"}, "environment": {}}
+    (out / "eval_card.json").write_text(json.dumps(card | {"record": record}))
+    command.run(config(), out)
+    assert json.loads((out / "eval_card.json").read_text())["record"] == record
+
+    lines = (out / "answers.jsonl").read_text().splitlines(keepends=True)
+    (out / "answers.jsonl").write_text("".join(lines[1:]))
+    command.run(config(), out)
+    assert json.loads((out / "eval_card.json").read_text())["record"]["date"] > record["date"]
 
 
 def test_the_batch_size_changes_no_answer(finished: Path, tmp_path: Path) -> None:

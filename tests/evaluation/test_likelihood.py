@@ -75,6 +75,7 @@ def test_the_command_leaves_a_card_a_csv_and_a_line_for_each_text(config, here, 
     assert card["likelihood"]["left_to_right"] == pytest.approx(measure_texts(texts).left_to_right)
     [line] = csv.DictReader((here / "out" / "likelihood.csv").open())
     assert float(line["bits_per_token_elbo"]) == card["likelihood"]["elbo"]
+    assert card["record"]["hardware"]["processes"] == 1 and card["attention"] == config.attention
     shown = capsys.readouterr().out
     assert re.search(r"left to right +\d+ +\d+\.\d{4}", shown) and re.search(r"masked 75-100 % +\d+ +\d+\.\d{4}", shown)
 
@@ -139,6 +140,15 @@ def test_a_sweep_ends_in_one_table_and_one_file(config, here, capsys):
     lines = list(csv.DictReader((here / "seed=0,1.csv").open()))
     assert [line["run"] for line in lines] == ["seed=0", "seed=1"]
     assert lines[0]["bits_per_token_elbo"] == lines[1]["bits_per_token_elbo"]
+
+
+def test_what_any_source_of_a_mixture_holds_out_is_all_that_is_scored(monkeypatch):
+    def source(held_out, rest):
+        return SimpleNamespace(name="s", validation=lambda: held_out, demonstrations=lambda: rest)
+
+    monkeypatch.setattr(eval_likelihood, "sources_of", lambda data: (data, [1.0] * len(data)))
+    assert eval_likelihood.text_rows([source(["a"], ["b"]), source([], ["c"])], None) == ["a"]
+    assert eval_likelihood.text_rows([source([], ["b"]), source([], ["c"])], None) == ["b", "c"]
 
 
 def test_of_a_model_that_looks_back_the_very_first_token_is_given():

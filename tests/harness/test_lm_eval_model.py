@@ -281,6 +281,7 @@ def test_what_is_answered_already_is_not_asked_again(config, here, monkeypatch):
     command.run(config, here / "out")
     after = json.loads((here / "out" / "eval_card.json").read_text())
     assert before["results"] == after["results"] and after["facts"] == {}
+    assert before["record"]["date"] and before["record"] == after["record"]
 
 
 @pytest.mark.parametrize("sampling", ["temperature: 1.0", "do_sample: true, temperature: 1.0"])

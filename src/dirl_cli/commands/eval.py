@@ -118,6 +118,7 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
         console.print(f"continue after {len(earlier)} answers in {out / ANSWERS}", soft_wrap=True)
 
     # Sample and grade this process's share, split by prompt tokens.
+    did_work = bool(runs)
     costs = [len(prompts[run.problem_index]) * (run.end - run.first) for run in runs]
     share = split_by_cost(costs, processes.count)[processes.rank]
     runs = [runs[i] for i in share]
@@ -142,7 +143,7 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
         facts["sampled_from"] = {**source, "problems": hash_values(source["problems"])}
         facts["versions"] = versions("torch", "transformers")
         all_answers = requested_answers(read_answers(out / ANSWERS), problems, cfg.samples)
-        metrics = conclude(cfg, out, cfg.model.name, all_answers, problems, facts)
+        metrics = conclude(cfg, out, cfg.model.name, all_answers, problems, facts, did_work)
         speed = f"{metrics.tokens_per_second or 0:,.0f} tokens/s"
         console.print(f"{speed} · {out / CARD} · {out / ANSWERS}", soft_wrap=True)
 
@@ -186,7 +187,7 @@ def grade_predictions(cfg: DictConfig, out: Path, problems: Sequence[Problem], r
     write_text(out / "graded.jsonl", (json.dumps(line) + "\n" for line in lines))
     write_text(out / ANSWERS, (json.dumps(asdict(answer)) + "\n" for answer in answers))
     write_json(out / SOURCE, {"problems": digests(problems)})
-    conclude(cfg, out, cfg.predictions, answers, problems, {"predictions": cfg.predictions})
+    conclude(cfg, out, cfg.predictions, answers, problems, {"predictions": cfg.predictions}, did_work=True)
 
     answered = {answer.problem for answer in answers}
     unanswered = len(gradable_ids - answered)
@@ -203,10 +204,12 @@ def conclude(
     answers: Sequence[GradedAnswer],
     problems: Sequence[Problem],
     facts: dict[str, Any],
+    did_work: bool,
 ) -> Metrics:
     """Write the card of an evaluation and print its table. Returns the metrics over all problems.
 
     name: of the model, or of the file that the answers come from. facts: what else the card says of them.
+    did_work: whether this start answered or graded any.
     """
     overall = measure(answers)
     subsets = measure_subsets(answers, problems)
@@ -217,7 +220,7 @@ def conclude(
         "bench": {**bench, "limit": cfg.limit, "ids": cfg.ids and list(cfg.ids)},
         "grade_timeout": cfg.grade_timeout,
         "versions": facts.get("versions", {}) | versions(*GRADERS) | {"python": platform.python_version()},
-        "record": run_record(out, cfg.gpus * cfg.nodes),
+        "record": run_record(out, cfg.gpus * cfg.nodes, did_work),
         "metrics": asdict(overall),
         "subsets": {subset: asdict(metrics) for subset, metrics in subsets.items()},
     }

@@ -17,6 +17,7 @@ from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.evaluation.harness_results import facts_text, score_line, scores_of, scores_table
 from dirl_cli.evaluation.likelihood import as_lines
 from dirl_cli.evaluation.result_card import CARD, SOURCE, require_same
+from dirl_cli.evaluation.run_record import run_record
 from dirl_cli.files import installed, write_json, write_text
 from dirl_cli.models.load import DiffusionLM, fingerprint
 from dirl_cli.types import Decoding
@@ -53,13 +54,15 @@ def evaluate_harness(cfg: DictConfig, out: Path, console: PlainConsole) -> None:
     require_same(out / SOURCE, {"weights": weights, "problems": {}})
     with answers_kept(out / REQUESTS) as answered:
         model.answered = answered
+        earlier = len(answered)
         results = run_tasks(cfg, model, manager)
+        did_work = len(answered) > earlier
 
     scores = scores_of(results["results"])
     facts = model.facts()
     write_text(out / SAMPLES, (json.dumps(line, default=str) + "\n" for line in sample_lines(results["samples"])))
     write_text(out / SCORES, as_lines([score_line(scores, facts)]))
-    write_json(out / CARD, card_of(cfg, model, results, facts, weights))
+    write_json(out / CARD, card_of(cfg, model, results, facts, weights) | {"record": run_record(out, 1, did_work)})
     title = f"{cfg.model.name} on {', '.join(cfg.harness)}"
     console.print(scores_table(title, scores))
     console.print(facts_text(facts), soft_wrap=True)
@@ -170,6 +173,7 @@ def card_of(
         "harness": {"tasks": settings["harness"], **settings["harness_settings"], "limit": cfg.limit},
         "decoding": {**asdict(model.decoding), "block_size": lm.block_size},
         "dtype": cfg.dtype,
+        "attention": cfg.attention,
         "device": str(lm.device),
         "sampled_from": {"weights": weights},
         "versions": {package: installed(package) for package in ("dirl", "torch", "transformers", "lm_eval")},

@@ -35,6 +35,7 @@ from dirl_cli.evaluation.likelihood import (
     read_texts,
 )
 from dirl_cli.evaluation.result_card import CARD, SOURCE, require_same
+from dirl_cli.evaluation.run_record import run_record
 from dirl_cli.files import installed, write_json, write_text
 from dirl_cli.models.load import DiffusionLM, fingerprint
 from dirl_cli.text import counted
@@ -69,6 +70,7 @@ def evaluate_likelihood(cfg: DictConfig, out: Path, bench: Likelihood, console: 
     if finished and names:
         console.print(f"continue after {counted(len(finished), 'text')} in {out / TEXT_FILE}", soft_wrap=True)
 
+    did_work = bool(names)
     share = split_by_cost([len(texts[name].token_ids) for name in names], processes.count)[processes.rank]
     names = [names[i] for i in share]
     try:
@@ -86,17 +88,23 @@ def evaluate_likelihood(cfg: DictConfig, out: Path, bench: Likelihood, console: 
     processes.wait()
     if processes.is_first:
         requested = [text for text in read_texts(out / TEXT_FILE) if text.text in texts]
-        conclude_likelihood(cfg, out, lm, source, requested, console)
+        conclude_likelihood(cfg, out, lm, source, requested, did_work, console)
 
 
 def text_rows(data: Any, column: str | None) -> list[Row]:
-    """The rows to score: those that data holds out, or all where it holds out none; of a `column`, all."""
+    """The rows to score: those that data holds out, or all where no source of it holds out any; of a `column`, all."""
     sources, _ = sources_of(data)
     rows: list[Row] = []
+    if column is None:
+        for source in sources:
+            rows += source.validation()
+        if not rows:
+            for source in sources:
+                rows += source.demonstrations()
+        return rows
+
     for source in sources:
-        if column is None:
-            rows += source.validation() or source.demonstrations()
-        elif isinstance(source, TrainingFile):
+        if isinstance(source, TrainingFile):
             expected = f"bench.column={column} is what is scored"
             for row in read_rows(source.path, source.split, source.config):
                 rows.append(row._replace(fields={"text": text_field(row, column, expected)}))
@@ -214,9 +222,13 @@ def conclude_likelihood(
     lm: DiffusionLM,
     source: Mapping[str, Any],
     texts: Sequence[TextLikelihood],
+    did_work: bool,
     console: PlainConsole,
 ) -> None:
-    """Write the card and the CSV file of an evaluation, and print its table."""
+    """Write the card and the CSV file of an evaluation, and print its table.
+
+    did_work: whether this start had any text left to score.
+    """
     metrics = measure_texts(texts)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     card = {
@@ -226,9 +238,11 @@ def conclude_likelihood(
         "instruction": settings["instruction"],
         "seed": cfg.seed,
         "dtype": cfg.dtype,
+        "attention": cfg.attention,
         "device": str(lm.device),
         "sampled_from": {"weights": source["weights"], "problems": len(source["problems"])},
         "versions": {package: installed(package) for package in ("dirl", "torch", "transformers")},
+        "record": run_record(out, cfg.gpus * cfg.nodes, did_work),
         "likelihood": asdict(metrics),
     }
     write_json(out / CARD, card)

@@ -78,6 +78,20 @@ def read_evaluation(path: str | Path) -> Evaluation:
     return evaluation
 
 
+def read_card(out: Path) -> dict[str, Any]:
+    """The card in a directory, of whatever evaluation; nothing where there is none. Raises DirlError for damage."""
+    file = out / CARD
+    if not file.is_file():
+        return {}
+    try:
+        card = json.loads(file.read_bytes())
+        if not isinstance(card, dict):
+            raise ValueError("a card is an object")
+    except (ValueError, RecursionError) as error:
+        raise DirlError(f"{file} is not the card of an evaluation: remove it, or give another out=") from error
+    return card
+
+
 def require_same(path: Path, source: dict[str, Any]) -> None:
     """Note what answers come from: `problems` by id, anything else as a whole.
 

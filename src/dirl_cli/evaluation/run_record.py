@@ -12,15 +12,20 @@ from typing import Any
 
 import psutil
 
+from dirl_cli.evaluation.result_card import read_card
+
 ENVIRONMENT = "environment.json"  # of a run directory: command, versions, commit
 CPU_NAME = re.compile(r"^model name\s*:\s*(.+)$", re.MULTILINE)
 
 
-def run_record(out: Path, processes: int = 1) -> dict[str, Any]:
+def run_record(out: Path, processes: int, did_work: bool) -> dict[str, Any]:
     """When and on what a run ended: `date` in UTC, `hardware`, and the `environment` of its directory.
 
-    out: the run directory. processes: that share the work, each with its own GPU if there is one.
+    out: the run directory. processes: that share the work, each with its own GPU if there is one. did_work: whether
+    this start had anything left to answer; otherwise an earlier one ended the run, and its record stays.
     """
+    if not did_work and (earlier := read_card(out).get("record")):
+        return dict(earlier)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {**hardware(), "processes": processes},
