@@ -286,9 +286,19 @@ def test_what_is_assumed_of_answers_makes_a_bound_a_guess_and_is_said(nothing_he
     assert found and float(found[2]) == pytest.approx(2 * float(found[1]), abs=1.01)
 
 
+def test_a_strategy_that_says_its_steps_wants_no_speed(nothing_here, capsys):
+    static = ("decoding=static", "plan.length=500")
+    show(rl, nothing_here, *static)
+    assert "taken for granted: answers of 500 tokens, 1 a forward\n" in capsys.readouterr().out
+    with pytest.raises(DirlError, match=r"plan.tokens_per_forward: .*low_confidence_static .* leave it out"):
+        show(rl, nothing_here, *static, "plan.tokens_per_forward=2")
+
+
 def test_where_no_gpu_is_said_a_plan_says_how_to_say_one(nothing_here, capsys):
-    show(sft, nothing_here, "plan.device=null", "device=cuda", "memory_gb=80")
-    assert "say which GPU it is to be for its seconds, as in plan.device=h100" in capsys.readouterr().out
+    show(sft, nothing_here, "plan.device=null", "device=cuda", "memory_gb=80", "price_per_gpu_hour=2")
+    said = capsys.readouterr().out
+    assert "say which GPU it is to be for its seconds, as in plan.device=h100" in said
+    assert "price_per_gpu_hour has no hours to multiply: give plan.device" in said
 
 
 # Evaluations
@@ -308,6 +318,12 @@ def test_an_evaluation_is_planned_with_published_answers_or_those_it_found_itsel
     assert "answers of 1,917 tokens, 1 a forward, as published" in planned("decoding=static")
     (nothing_here / "eval_card.json").write_text(json.dumps({"metrics": {"length": 99.6, "tokens_per_forward": 1.6}}))
     assert "answers of 100 tokens, 1.6 a forward, as " in planned()
+    (nothing_here / "eval_card.json").write_text(json.dumps({"harness": {}, "results": {}}))  # of lm-eval's tasks
+    assert "answers of 2,001 tokens, 2 a forward, as published" in planned()
+    (nothing_here / "eval_card.json").write_text('{"metrics"')
+    with pytest.raises(DirlError, match="is not the card of an evaluation: remove it, or give another out="):
+        planned()
+    (nothing_here / "eval_card.json").unlink()
     assert "answers of 7 tokens, 4 a forward " in planned("plan.length=7", "plan.tokens_per_forward=4")
 
 

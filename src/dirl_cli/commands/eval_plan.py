@@ -1,6 +1,5 @@
 """What `dirl eval` would take, without starting it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from dirl_cli.cli.build import build
 from dirl_cli.commands.start import planned_machine, planned_time
 from dirl_cli.console import PlainConsole
 from dirl_cli.data.chat import encode_problems
-from dirl_cli.evaluation.result_card import CARD
+from dirl_cli.evaluation.result_card import CARD, read_card
 from dirl_cli.models.shapes import outline
 from dirl_cli.plan.eval_forecast import EVAL, eval_budget
 from dirl_cli.plan.time import NOTHING_ASSUMED, Assumptions
@@ -44,11 +43,10 @@ def plan_evaluation(cfg: DictConfig, out: Path, problems: Sequence[Problem], cou
 
 def known_answers(cfg: DictConfig, out: Path, strategy: str) -> Assumptions:
     """How long answers are and how fast: as this evaluation found before, or as was published of the model."""
-    if (out / CARD).is_file():
-        metrics = json.loads((out / CARD).read_text(encoding="utf-8"))["metrics"]
-        if metrics["length"] and metrics["tokens_per_forward"]:
-            length = round(metrics["length"])
-            return Assumptions(None, length, metrics["tokens_per_forward"], f"as {out / CARD} has it")
+    metrics = read_card(out).get("metrics", {})  # lm-eval's tasks and likelihoods have none
+    if metrics.get("length") and metrics.get("tokens_per_forward"):
+        length = round(metrics["length"])
+        return Assumptions(None, length, metrics["tokens_per_forward"], f"as {out / CARD} has it")
 
     published = OmegaConf.select(cfg.bench, f"published.{cfg.model.name}.{strategy}")
     if published is None:

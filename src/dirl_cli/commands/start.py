@@ -14,13 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from dirl_cli.cli.build import build, build_choice
+from dirl_cli.errors import DirlError
 from dirl_cli.models.load import LEAST_HEAD, DiffusionLM, pick_attention
 from dirl_cli.models.peft import ModelSource, Peft
 from dirl_cli.models.shapes import outline, shapes
 from dirl_cli.plan.budget import Budget, Machine
 from dirl_cli.plan.devices import device_here, find_device
 from dirl_cli.plan.forecast import TrainingSetup
-from dirl_cli.plan.time import NOTHING_ASSUMED, Assumptions
+from dirl_cli.plan.time import FIXED, NOTHING_ASSUMED, Assumptions
 from dirl_cli.report.metrics_log import open_log
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
@@ -77,9 +78,17 @@ def planned_machine(cfg: DictConfig, memory_gb: float | None) -> Machine:
 
 
 def planned_time(cfg: DictConfig, machine: Machine, recorded: Assumptions) -> Assumptions:
-    """What a dry run's plan of time takes for granted; keys go before what is recorded. Nothing of any other run."""
+    """What a dry run's plan of time takes for granted; keys go before what is recorded. Nothing of any other run.
+
+    Raises DirlError for a speed where the decoding strategy says it.
+    """
     if not cfg.dry_run:
         return NOTHING_ASSUMED
+    if cfg.plan.tokens_per_forward and cfg.decoding.strategy in FIXED:
+        raise DirlError(
+            f"plan.tokens_per_forward: decoding.strategy={cfg.decoding.strategy} reveals as many as"
+            " decoding.denoising_steps says, so leave it out"
+        )
     device = None
     if cfg.plan.device:
         device = find_device(cfg.plan.device)

@@ -224,6 +224,8 @@ class Budget:
                 console.print(line, markup=False)
         else:
             console.print(no_time(self.machine.kind), markup=False)
+        if config["price_per_gpu_hour"] is not None and not self.time:
+            console.print("price_per_gpu_hour has no hours to multiply: give plan.device", markup=False)
         self.require()
         console.print(self.verdict(), style="bold", markup=False)
 

@@ -128,7 +128,7 @@ class EvalForecast:
             device,
             {"sampled": len(self.prompts) * self.samples * length / seconds},
             is_most(self.assumptions, self.decoding),
-            describe_answers(self.assumptions, length, steps, self.lm.block_size, speed),
+            describe_answers(self.assumptions, self.decoding, length, steps, self.lm.block_size, speed),
             "loading, slow grading, and the end, when few long answers are left",
             self.assumptions.price_per_gpu_hour,
             is_whole=True,

@@ -248,7 +248,7 @@ class RlForecast:
             device,
             rates,
             is_most(setup.assumptions, self.decoding),
-            describe_answers(setup.assumptions, length, steps, block_size, speed),
+            describe_answers(setup.assumptions, self.decoding, length, steps, block_size, speed),
             f"{NOT_TIMED}, problems that are drawn anew, and the end of a rollout, when few long answers are left",
             setup.assumptions.price_per_gpu_hour,
         )

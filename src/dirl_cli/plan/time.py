@@ -271,14 +271,16 @@ def is_most(assumptions: Assumptions, decoding: Decoding) -> bool:
     return not (knows_steps and assumptions.length)
 
 
-def describe_answers(assumptions: Assumptions, length: int, steps: float, block_size: int, engine: EngineSpeed) -> str:
+def describe_answers(
+    assumptions: Assumptions, decoding: Decoding, length: int, steps: float, block_size: int, engine: EngineSpeed
+) -> str:
     """What answers were taken to be, and from where that is."""
     forwards = steps if engine.fuses_commits else steps + 1
     answers = f"answers of {length:,} tokens, {block_size / forwards:.3g} a forward"
     missing = []
     if not assumptions.length:
         missing.append("plan.length")
-    if not assumptions.tokens_per_forward:
+    if not assumptions.tokens_per_forward and decoding.strategy not in FIXED:
         missing.append("plan.tokens_per_forward")
     if assumptions.source:
         answers += f", {assumptions.source}"
@@ -357,7 +359,7 @@ class TimePlan:
 
 
 def no_time(kind: str) -> str:
-    """Why there are no seconds. kind: of the device, cuda or cpu."""
+    """Why there are no seconds, and no price. kind: of the device, cuda or cpu."""
     if kind == "cpu":
         return "how long each phase takes is known of GPUs only: give plan.device=h100 for one's"
     if torch.cuda.is_available():
