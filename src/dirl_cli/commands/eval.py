@@ -24,7 +24,7 @@ from dirl_cli.errors import DirlError, NotDownloaded, Stopped, stop_code
 from dirl_cli.evaluation import compare, report, sweep
 from dirl_cli.evaluation.answers import AnswerLog, GradedAnswer, drop_torn_line, missing, read_answers
 from dirl_cli.evaluation.harness_results import TaskScore, facts_text, score_line, scores_by_job, scores_table
-from dirl_cli.evaluation.likelihood import Likelihood, as_lines, likelihoods, show_likelihoods
+from dirl_cli.evaluation.likelihood import Likelihood, likelihoods, show_likelihoods
 from dirl_cli.evaluation.metrics import Metrics, measure, measure_subsets
 from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.evaluation.result_card import ANSWERS, CARD, SOURCE, read_evaluation, require_same
@@ -310,7 +310,7 @@ def show_scores(
         console.print(facts_text(facts), soft_wrap=True)
         lines.append({"run": name, **score_line(scores, facts)})
     file = folder / f"{title}.csv"
-    write_text(file, as_lines(lines))
+    write_text(file, report.csv_text(lines))
     console.print(str(file), soft_wrap=True)
 
 

@@ -15,7 +15,7 @@ from dirl_cli.cli.build import build
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.evaluation.harness_results import facts_text, score_line, scores_of, scores_table
-from dirl_cli.evaluation.likelihood import as_lines
+from dirl_cli.evaluation.report import csv_text
 from dirl_cli.evaluation.result_card import CARD, SOURCE, require_same
 from dirl_cli.evaluation.run_record import run_record
 from dirl_cli.files import installed, write_json, write_text
@@ -61,7 +61,7 @@ def evaluate_harness(cfg: DictConfig, out: Path, console: PlainConsole) -> None:
     scores = scores_of(results["results"])
     facts = model.facts()
     write_text(out / SAMPLES, (json.dumps(line, default=str) + "\n" for line in sample_lines(results["samples"])))
-    write_text(out / SCORES, as_lines([score_line(scores, facts)]))
+    write_text(out / SCORES, csv_text([score_line(scores, facts)]))
     write_json(out / CARD, card_of(cfg, model, results, facts, weights) | {"record": run_record(out, 1, did_work)})
     title = f"{cfg.model.name} on {', '.join(cfg.harness)}"
     console.print(scores_table(title, scores))

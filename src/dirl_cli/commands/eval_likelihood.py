@@ -28,12 +28,12 @@ from dirl_cli.evaluation.likelihood import (
     TEXT_FILE,
     Likelihood,
     TextLikelihood,
-    as_lines,
     csv_line,
     likelihood_table,
     measure_texts,
     read_texts,
 )
+from dirl_cli.evaluation.report import csv_text
 from dirl_cli.evaluation.result_card import CARD, SOURCE, require_same
 from dirl_cli.evaluation.run_record import run_record
 from dirl_cli.files import installed, write_json, write_text
@@ -246,7 +246,7 @@ def conclude_likelihood(
         "likelihood": asdict(metrics),
     }
     write_json(out / CARD, card)
-    write_text(out / CSV_FILE, as_lines([csv_line(metrics)]))
+    write_text(out / CSV_FILE, csv_text([csv_line(metrics)]))
     title = f"{cfg.model.name} on {counted(metrics.texts, 'text')} of {cfg.data.name}"
     console.print(likelihood_table(title, metrics))
     console.print(CAPTION, soft_wrap=True)

@@ -108,9 +108,9 @@ def with_options(row: Row) -> Row:
     fields = dict(row.fields)
     details = details_of(row)
     notes = list(row.notes)
-    given = fields.pop("options", fields.pop("choices", None))
-    if given is not None:
-        options = options_by_letter(row, decoded(given))
+    texts = fields.pop("options", fields.pop("choices", None))
+    if texts is not None:
+        options = options_by_letter(row, decoded(texts))
         details["options"] = options
         question = str(fields.get("question", ""))
         if not all(text in question for text in options.values()):
@@ -130,16 +130,16 @@ def with_options(row: Row) -> Row:
     return row._replace(fields={**fields, "details": details}, notes=tuple(notes))
 
 
-def options_by_letter(row: Row, given: Any) -> dict[str, str]:
+def options_by_letter(row: Row, texts: Any) -> dict[str, str]:
     """Options that are a list, texts by letter, or an object of two lists, `label` and `text`, as ARC has them."""
-    if isinstance(given, Mapping) and {"label", "text"} <= given.keys():
-        given = dict(zip(list(given["label"]), list(given["text"]), strict=False))
-    elif isinstance(given, list):
-        given = dict(zip(LETTERS, given, strict=False))
-    if not isinstance(given, Mapping) or len(given) < 2:
+    if isinstance(texts, Mapping) and {"label", "text"} <= texts.keys():
+        texts = dict(zip(list(texts["label"]), list(texts["text"]), strict=False))
+    elif isinstance(texts, list):
+        texts = dict(zip(LETTERS, texts, strict=False))
+    if not isinstance(texts, Mapping) or len(texts) < 2:
         raise DirlError(f"{row.location}: options must be a list of two or more texts, or texts by letter: correct it")
     options = {}
-    for letter, text in given.items():
+    for letter, text in texts.items():
         if len(str(letter)) != 1 or isinstance(text, bool) or not isinstance(text, str | int | float):
             raise DirlError(f"{row.location}: options must be texts by a letter each, not {letter}: {text}: correct it")
         options[str(letter).upper()] = str(text)

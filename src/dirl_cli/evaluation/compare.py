@@ -104,7 +104,7 @@ def compare(a: Evaluation, b: Evaluation, common: Sequence[str]) -> Iterator[tup
         b_value, b_error = measure.from_card(b.metrics)
         if a_value is None or b_value is None:
             continue
-        if name == CREDIT and not any(gives_parts(evaluation.metrics) for evaluation in (a, b)):
+        if name == CREDIT and not any(has_partial_credit(evaluation.metrics) for evaluation in (a, b)):
             continue  # it would be the accuracy again
         if len(common) > 1:
             # Of each evaluation: the measure over all problems, then without each of them in turn.
@@ -119,7 +119,7 @@ def compare(a: Evaluation, b: Evaluation, common: Sequence[str]) -> Iterator[tup
             yield name, Difference(a_value, b_value, hypot(a_error, b_error))
 
 
-def gives_parts(metrics: Metrics) -> bool:
+def has_partial_credit(metrics: Metrics) -> bool:
     """Whether some answers were right in part."""
     return metrics.credit is not None and metrics.credit != metrics.accuracy
 

@@ -79,10 +79,10 @@ def scores_by_job(
     jobs: Sequence[tuple[Sequence[str], Path]],
 ) -> dict[str, tuple[list[TaskScore], dict[str, float]]]:
     """The scores of a sweep's jobs, and what was measured beside them; empty where one asked something else."""
-    found = {}
+    by_job = {}
     for overrides, out in jobs:
         card = json.loads((out / CARD).read_bytes())
         if "harness" not in card:
             return {}
-        found[", ".join(overrides)] = (scores_of(card["results"]), card["facts"])
-    return found
+        by_job[", ".join(overrides)] = (scores_of(card["results"]), card["facts"])
+    return by_job

@@ -1,7 +1,5 @@
 """The likelihood of given texts as a benchmark: a line on disk for each text, bits per token over all of them."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -181,16 +179,6 @@ def csv_line(metrics: LikelihoodMetrics) -> dict[str, str | int | float]:
     return line
 
 
-def as_lines(lines: Sequence[Mapping[str, str | int | float]]) -> str:
-    """A CSV_FILE file with a column for all that is known of any line."""
-    columns = list(dict.fromkeys(name for line in lines for name in line))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
 def metrics_of_card(card: Mapping[str, object]) -> LikelihoodMetrics | None:
     """The metrics of an evaluation's card; None where it is of another benchmark."""
     values = card.get("likelihood")
@@ -201,13 +189,13 @@ def metrics_of_card(card: Mapping[str, object]) -> LikelihoodMetrics | None:
 
 def likelihoods(jobs: Sequence[tuple[Sequence[str], Path]]) -> dict[str, LikelihoodMetrics]:
     """The metrics of a sweep's jobs by their overrides; empty where one of them is of another benchmark."""
-    found = {}
+    by_job = {}
     for overrides, out in jobs:
         metrics = metrics_of_card(json.loads((out / CARD).read_bytes()))
         if metrics is None:
             return {}
-        found[", ".join(overrides)] = metrics
-    return found
+        by_job[", ".join(overrides)] = metrics
+    return by_job
 
 
 def show_likelihoods(title: str, folder: Path, members: Mapping[str, LikelihoodMetrics], console: PlainConsole) -> None:
@@ -224,5 +212,5 @@ def show_likelihoods(title: str, folder: Path, members: Mapping[str, LikelihoodM
         lines.append({"run": name, **csv_line(metrics)})
     console.print(report.draw(f"{title}: bits per token", rows))
     file = folder / f"{title}.csv"
-    write_text(file, as_lines(lines))
+    write_text(file, report.csv_text(lines))
     console.print(str(file), soft_wrap=True)

@@ -1,5 +1,7 @@
-"""What an evaluation shows: a table, and the published figure beside ours."""
+"""What an evaluation shows: a table, its lines as CSV, and the published figure beside ours."""
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,18 @@ PROTOCOL = {
     "decoding.top_p": 1.0,
     "decoding.max_new_tokens": 8192,
 }
+
+
+def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Lines with a column for every key that any of them has, in the order in which they come."""
+    columns: dict[str, None] = {}  # a set that keeps its order
+    for line in lines:
+        columns |= dict.fromkeys(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
 
 
 def table(title: str, rows: Mapping[str, Metrics], header: str = "") -> "Fitting":

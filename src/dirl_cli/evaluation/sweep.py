@@ -1,7 +1,5 @@
 """The evaluations of a sweep together: the cells of one table, one CSV file, the points of one picture."""
 
-import csv
-import io
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -182,7 +180,7 @@ def as_csv(sweep: Sequence[Member]) -> str:
         if curve and len(curve.points) > 1:
             of_curve = {"aup": curve.area, "aup_weight": weight(100 * member.evaluation.metrics.accuracy, curve.best)}
         lines.append({**member.overrides, **metrics, **pass_at, **of_curve, "directory": member.evaluation.name})
-    return csv_text(lines)
+    return report.csv_text(lines)
 
 
 def as_card(sweep: Sequence[Member]) -> dict[str, Any]:
@@ -197,18 +195,6 @@ def as_card(sweep: Sequence[Member]) -> dict[str, Any]:
     for curve in curves.values():
         curve["points"] = [Speed(*point)._asdict() for point in curve["points"]]
     return {"evaluations": evaluations, "means_over_benchmarks": means, "aup": curves}
-
-
-def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Lines with a column for every key that any of them has, in the order in which they come."""
-    columns: dict[str, None] = {}  # a set that keeps its order
-    for line in lines:
-        columns |= dict.fromkeys(line)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns))
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
 
 
 def speed_curves(sweep: Sequence[Member]) -> dict[str, Curve]:

@@ -8,8 +8,8 @@ from statistics import fmean
 
 from dirl_cli.console import PlainConsole
 from dirl_cli.evaluation.metrics import standard_error
-from dirl_cli.evaluation.report import draw, with_digits
-from dirl_cli.evaluation.sweep import csv_text, folder_of, overrides, with_means
+from dirl_cli.evaluation.report import csv_text, draw, with_digits
+from dirl_cli.evaluation.sweep import folder_of, overrides, with_means
 from dirl_cli.files import write_text
 from dirl_cli.report.metrics_log import read_metrics
 

@@ -122,7 +122,6 @@ class DirlModel(TemplateLM):
         additional_config: lm-eval's `--device` and `--batch_size`, of which more than 1 is the sampler's max_batch.
         Raises DirlError for an argument that there is not, or without a model.
         """
-        given = dict(arg_dict)
         options = {key: value for key, value in (additional_config or {}).items() if value is not None}
         batch_size = str(options.get("batch_size", ""))
         device = str(options.get("device", LM_EVAL_DEVICE))
@@ -133,16 +132,16 @@ class DirlModel(TemplateLM):
         loading = ("model", "device", "dtype", "rollout", "max_batch")
         decoding = {field.name for field in fields(Decoding)}
         scoring = {field.name for field in fields(Scoring)}
-        for key in given:
+        for key in arg_dict:
             if key not in {*loading, *decoding, *scoring}:
                 raise DirlError(f"--model_args {key}=…: {did_you_mean(key, [*loading, *decoding, *scoring])}")
-        if "model" not in given:
+        if "model" not in arg_dict:
             raise DirlError("name a model: --model_args model=DIRECTORY, such as model=runs/sft/NAME/model")
 
-        chosen = Decoding(**{key: value for key, value in given.items() if key in decoding})
-        scored = Scoring(**{key: value for key, value in given.items() if key in scoring})
-        settings |= {key: value for key, value in given.items() if key in loading[1:]}
-        return cls(load_sampler(given["model"], **settings), chosen, scored)
+        chosen = Decoding(**{key: value for key, value in arg_dict.items() if key in decoding})
+        scored = Scoring(**{key: value for key, value in arg_dict.items() if key in scoring})
+        settings |= {key: value for key, value in arg_dict.items() if key in loading[1:]}
+        return cls(load_sampler(arg_dict["model"], **settings), chosen, scored)
 
     @property
     def eot_token_id(self) -> int:
@@ -301,8 +300,8 @@ class DirlModel(TemplateLM):
         contexts = []
         for (context, _), context_ids, continuation_ids in [requests[i] for i in missing]:
             token_ids = last_tokens([*context_ids, *continuation_ids], self.max_length)
-            given = max(len(token_ids) - len(continuation_ids), 0)
-            texts.append(Text(token_ids, [False] * given + [True] * (len(token_ids) - given)))
+            context_length = max(len(token_ids) - len(continuation_ids), 0)
+            texts.append(Text(token_ids, [False] * context_length + [True] * (len(token_ids) - context_length)))
             contexts.append(context)
 
         for batch in consecutive(texts, BATCH_TOKENS):
@@ -395,8 +394,8 @@ def repetitions(contexts: Sequence[str]) -> list[int]:
 
 def first_stop(text: str, until: Sequence[str]) -> int | None:
     """Where the first of the stop strings begins in a text; None where none is in it."""
-    found = [text.index(stop) for stop in until if stop in text]
-    return min(found, default=None)
+    starts = [text.index(stop) for stop in until if stop in text]
+    return min(starts, default=None)
 
 
 def last_tokens(token_ids: list[int], count: int) -> list[int]:

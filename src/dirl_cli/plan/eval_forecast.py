@@ -19,6 +19,7 @@ from dirl_cli.plan.forecast import (
     attends_densely,
     cache_shares,
     cached_tokens,
+    filled_slots,
     rollout_phase,
     with_answer,
 )
@@ -71,7 +72,8 @@ def eval_budget(
     }
     facts = f"{memory}\n{counted(len(prompts) * samples, 'answer')} to {counted(len(prompts), 'problem')}"
     if isinstance(engine, Native) and memory.cuda:
-        facts += f"\n{cached_tokens(memory, forecast.phases(settings)['sampling'], forecast.slots(settings))}"
+        slots = filled_slots(settings, forecast.problems * samples)
+        facts += f"\n{cached_tokens(memory, forecast.phases(settings)['sampling'], slots)}"
     return Budget(
         forecast.phases,
         settings,
@@ -99,7 +101,7 @@ class EvalForecast:
 
     def phases(self, settings: Settings) -> dict[str, Bytes]:
         """What sampling holds, all at its most."""
-        slots = self.slots(settings)
+        slots = filled_slots(settings, self.problems * self.samples)
         if isinstance(self.engine, Lmdeploy):
             tokens = slots * self.lm.block_size
             share = settings["rollout.cache_share"]
@@ -116,7 +118,7 @@ class EvalForecast:
         length = min(self.assumptions.length or most, most)
         steps = mean_steps(self.assumptions, self.decoding, self.lm.block_size, speed)
         count = self.problems * self.samples
-        slots = self.slots(settings)
+        slots = filled_slots(settings, self.problems * self.samples)
         if isinstance(self.engine, Native):
             slots = answers_at_once(self.memory, self.phases(settings)["sampling"], slots, prompt, length)
         answers = Answers(count, self.problems, slots, prompt, length, steps)
@@ -133,10 +135,6 @@ class EvalForecast:
             self.assumptions.price_per_gpu_hour,
             is_whole=True,
         )
-
-    def slots(self, settings: Settings) -> int:
-        """How many answers a process samples at once, if memory suffices."""
-        return int(min(settings["rollout.max_batch"], self.problems * self.samples))
 
     @property
     def problems(self) -> int:

@@ -232,6 +232,11 @@ def cached_tokens(memory: Memory, phase: Bytes, slots: int) -> str:
     return f"keys and values of {tokens:,} tokens, which is {tokens // slots:,} for each of {slots} at once"
 
 
+def filled_slots(settings: Settings, answers: int) -> int:
+    """How many answers a process samples at once, of those that it has to, if memory suffices."""
+    return int(min(settings["rollout.max_batch"], answers))
+
+
 def answers_at_once(memory: Memory, phase: Bytes, slots: int, prompt: int, length: int) -> int:
     """How many answers of that length run at once where keys and values have no room for `slots` of them.
 

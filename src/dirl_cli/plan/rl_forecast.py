@@ -22,6 +22,7 @@ from dirl_cli.plan.forecast import (
     cached_tokens,
     compiles_layers,
     evaluations,
+    filled_slots,
     loading_phase,
     micro_batch_of,
     overlapping,
@@ -173,7 +174,7 @@ class RlForecast:
     def slots(self, settings: Settings) -> int:
         """How many answers a process samples at once, if memory suffices."""
         problems = math.ceil(settings["rl.problems"] / processes(settings, self.setup.machine))
-        return int(min(settings["rollout.max_batch"], problems * settings["rl.group_size"]))
+        return filled_slots(settings, problems * settings["rl.group_size"])
 
     def duration(self, settings: Settings) -> Duration:
         """What rollouts and updates compute."""

@@ -2,8 +2,8 @@
 
     forward of rows         F = 2 (tokens × layer weights + scored × head weights) + 4 × layers × queries × keys seen
     forward and backward    3 F / (share × operations); 4 F with gradient checkpointing; an adapter spares one F
-    forward of a sampler    layers × overhead + longer(body) + longer(head) + (KV cache + logits) / bandwidth,
-                            longer(of N weights for n tokens) = max(2 N / bandwidth, 2 N n / (share × operations))
+    forward of a sampler    layers × overhead + product(body) + product(head) + (KV cache + logits) / bandwidth,
+                            product(of N weights for n tokens) = max(2 N / bandwidth, 2 N n / (share × operations))
     optimizer, push         bytes / bandwidth
 
 The weights of layers are those that a token is multiplied with, a mixture's chosen experts alone. What the devices do
@@ -241,25 +241,28 @@ def decoding_seconds(
     device: Device,
 ) -> float:
     """Seconds of the mean forward of a sampler. batch: answers at once. context: tokens of each that are cached."""
-    opened = batch * block_size  # tokens of the blocks that are denoised
-    tokens = opened
-    scored = opened
-    if (
-        engine.fuses_commits
-    ):  # one forward in `steps` has as many again; half of the tokens are still masked, and scored
-        tokens = opened * (steps + 1) / steps
-        scored = opened * (steps + 1) / (2 * steps)
-
-    def longer(weights: float, read: float, count: float) -> float:
-        return max(2 * read / device.bandwidth, 2 * weights * count / (engine.share * device.operations))
+    # Where a commit is fused, one forward in `steps` has as many tokens again; half of them are masked, and scored.
+    tokens = batch * block_size
+    scored = tokens
+    if engine.fuses_commits:
+        tokens *= (steps + 1) / steps
+        scored = tokens / 2
 
     weights = layer_weights(model)
-    head = model.vocabulary * model.hidden
     read = min(model.layer_parameters, weights * tokens)  # of a mixture, the experts that some token goes to
+    head = model.vocabulary * model.hidden
+    body_seconds = product_seconds(weights, read, tokens, engine, device)
+    head_seconds = product_seconds(head, head, scored, engine, device)
+
     cached = batch * context * model.layers * 2 * model.keys * 2
     logits = 4 * scored * model.vocabulary
     overhead = model.layers * engine.seconds_a_layer
-    return overhead + longer(weights, read, tokens) + longer(head, head, scored) + (cached + logits) / device.bandwidth
+    return overhead + body_seconds + head_seconds + (cached + logits) / device.bandwidth
+
+
+def product_seconds(weights: float, read: float, tokens: float, engine: EngineSpeed, device: Device) -> float:
+    """Seconds of tokens' products with weights, the longer of reading and computing. read: weights, in bf16."""
+    return max(2 * read / device.bandwidth, 2 * weights * tokens / (engine.share * device.operations))
 
 
 # What is said of it
