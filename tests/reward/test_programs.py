@@ -204,14 +204,25 @@ def test_every_reference_of_human_eval_passes_and_none_that_is_broken():
 
 
 # What a hostile answer does. Each is tried as the body of the module and inside the function that is called; the tests
-# ask for SECRET, which stands nowhere else.
+# ask for SECRET, which stands nowhere else but after a call that must be refused: who gets past it passes.
+STAYS = "dirl-stays"  # what a daemon calls itself
+GOT_PAST = f"\nvalue = {SECRET}"
 HOSTILE = {
-    "forks for ever": "import os\nwhile True: os.fork()",
+    "forks": "import os\nos.fork()" + GOT_PAST,
     "forks for ever, whatever is raised": "import os\nwhile True:\n try: os.fork()\n except OSError: pass",
-    "leaves a daemon": "import os\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n  while True: pass",
-    "starts a program": "import subprocess\nsubprocess.Popen(['sleep', '99'])",
-    "becomes a program": "import os\nos.execv('/bin/sleep', ['sleep', '99'])",
-    "starts threads": "import threading\nwhile True: threading.Thread(target=print).start()",
+    "leaves a daemon": f"""
+import ctypes, os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        ctypes.CDLL(None).prctl(15, {STAYS.encode()!r})
+        os.closerange(0, 3)
+        time.sleep(60)
+    os._exit(0)"""
+    + GOT_PAST,
+    "starts a program": "import subprocess\nsubprocess.Popen(['sleep', '1'])" + GOT_PAST,
+    "becomes a program": f"import os\nos.execv('/bin/echo', ['echo', '{SECRET}'])",
+    "starts a thread": "import threading\nthreading.Thread(target=print).start()" + GOT_PAST,
     "writes for ever": "while True: print('x' * 10**6)",
     "ends the process": "import os\nos._exit(0)",
     "exits": "import sys\nsys.exit(0)",
@@ -220,17 +231,29 @@ HOSTILE = {
     "loops for ever and catches all": "while True:\n try:\n  while True: pass\n except BaseException: pass",
     "recurses": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f() + 1\nf()",
     "recurses in C": "import sys\nsys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**6): x = [x]\nrepr(x) == x",
-    "takes 10 GB": "x = bytearray(10**10)",
+    "takes 10 GB": "x = bytearray(10**10)" + GOT_PAST,
+    "takes 2 GB bit by bit": "x = [bytearray(10**7) for _ in range(200)]" + GOT_PAST,
     "takes all it gets": "x = []\nwhile True: x.append(bytearray(10**7))",
     "computes for ever in C": "10 ** 10 ** 9",
     "closes its files": "import os\nos.closerange(0, 99)",
+    "may kill its parent": "import os\nos.kill(os.getppid(), 0)" + GOT_PAST,  # 0 asks, and kills nobody
+    "may kill its group": "import os\nos.killpg(0, 0)" + GOT_PAST,
+    "may kill all": "import os\nos.kill(-1, 0)" + GOT_PAST,
     "kills its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
     "kills its group": "import os, signal\nos.killpg(0, signal.SIGKILL)",
     "kills all": "import os, signal\nos.kill(-1, signal.SIGKILL)",
     "kills itself": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
     "crashes": "import ctypes\nctypes.string_at(0)",
     "kills by a system call": "import ctypes, os\nctypes.CDLL(None).syscall(62, os.getppid(), 9)",
-    "lifts its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nx = bytearray(10**10)",
+    "may kill by a system call": f"""
+import ctypes, os, platform
+number = {{"x86_64": 62, "aarch64": 129}}[platform.machine()]
+value = {SECRET} if ctypes.CDLL(None).syscall(number, os.getppid(), 0) == 0 else 0""",
+    "lifts its limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))" + GOT_PAST,
+    "lowers its limits": "import resource\nresource.setrlimit(resource.RLIMIT_CORE, (0, 0))" + GOT_PAST,
+    "opens a socket": "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)" + GOT_PAST,
+    "ends a loop of the tests": "raise StopIteration",
+    "ends a loop with an error of its own": "class E(StopIteration): pass\nraise E",
     "replaces builtins": """
 import builtins
 class Yes(int):
@@ -275,13 +298,13 @@ for fd in (0, 1, 2, *range(5, 100)):
     try: data = os.read(fd, 10**6)
     except OSError: continue
     if b'== ' in data: value = int(data.rpartition(b'== ')[2].split()[0])""",
-    "reads the memory of the judge": """
+    "reads the memory of the judge": f"""
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 value = 0
 for pid in range(os.getpid() - 5, os.getpid() + 5):
-    if pid != os.getpid() and libc.ptrace(16, pid, 0, 0) == 0: value = 1 / 0
-    try: open(f'/proc/{pid}/mem'); value = 1 / 0
+    if pid != os.getpid() and libc.ptrace(16, pid, 0, 0) == 0: value = {SECRET}
+    try: open(f'/proc/{{pid}}/mem'); value = {SECRET}
     except OSError: pass""",
 }
 
@@ -297,6 +320,7 @@ def as_module(body):
 
 
 TESTS = [f"assert secret() == {SECRET}", f"assert math.isclose(secret(), {SECRET})", f"assert not secret() != {SECRET}"]
+TESTS.append(f"assert all(map(lambda _: secret() == {SECRET}, range(3)))")
 
 
 SCRIPT_TESTS = [{"input": "1", "output": str(SECRET)}]
@@ -309,16 +333,18 @@ def test_no_hostile_answer_passes_harms_or_stays(tmp_path):
     threading.Thread(target=lambda: accept_all(listener, reached), daemon=True).start()
     file = tmp_path / "written"
     mine = tmp_path / "mine"
-    mine.write_text("mine")
+    mine.write_text(str(SECRET))
     outside = {
-        "writes a file": f"open({str(file)!r}, 'w').write('x')",
+        "reads a file": f"value = int(open({str(mine)!r}).read())",
+        "writes a file": f"open({str(file)!r}, 'w').write('x')" + GOT_PAST,
         "writes a file by a system call": f"import ctypes\nctypes.CDLL(None).creat({str(file).encode()!r}, 0o666)",
-        "removes a file": f"import os\nos.remove({str(mine)!r})",
-        "reads a file": f"value = open({str(mine)!r}).read()",
-        "makes a directory": f"import os\nos.mkdir({str(tmp_path / 'directory')!r})",
-        "connects": f"import socket\nsocket.create_connection({address!r}).send(b'x')",
-        "asks the network": "import socket\nsocket.getaddrinfo('example.org', 80)",
+        "looks for a file": f"import os\nos.stat({str(mine)!r})" + GOT_PAST,
+        "removes a file": f"import os\nos.remove({str(mine)!r})" + GOT_PAST,
+        "makes a directory": f"import os\nos.mkdir({str(tmp_path / 'directory')!r})" + GOT_PAST,
+        "connects": f"import socket\nsocket.create_connection({address!r}).send(b'x')" + GOT_PAST,
+        "asks the network": "import socket\nsocket.getaddrinfo('localhost', 80)" + GOT_PAST,
     }
+    assert named(STAYS) == []
     answers = {}
     for name, body in {**HOSTILE, **outside}.items():
         answers[name, "function"] = as_function(body)
@@ -329,17 +355,41 @@ def test_no_hostile_answer_passes_harms_or_stays(tmp_path):
     with Grader(workers=2, timeout=2) as grader:
         secret, script = problem(TESTS, setup="import math"), problem(SCRIPT_TESTS)
         credits = dict(grader.grade((key, script if key[1] == "script" else secret, answers[key]) for key in answers))
-        right = dict(grader.grade([("right", secret, f"def secret(): return {SECRET}"), ("add", problem(ADD), RIGHT)]))
+        rights = [("right", secret, f"def secret(): return {SECRET}"), ("add", problem(ADD), RIGHT)]
+        right = dict(grader.grade([*rights, ("script", script, f"print({SECRET})")]))
         started = {process.pid for process in psutil.Process().children(recursive=True)} - before
         sessions = {os.getsid(pid) for pid in started} - {os.getsid(0)}
     assert {key for key, value in credits.items() if value} == set()
-    assert right == {"right": 1, "add": 1}
+    assert right == {"right": 1, "add": 1, "script": 1}
+    assert named(STAYS) == []
     assert reached == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
-    assert mine.read_text() == "mine"
+    assert mine.read_text() == str(SECRET)
     assert sessions
     assert wait_for_end(started - {forkserver()}) == []
     assert wait_for_end([pid for pid in psutil.pids() if session_of(pid) in sessions]) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["forks", "leaves a daemon", "starts a program", "becomes a program", "starts a thread", "may kill its parent",
+     "may kill by a system call", "lowers its limits", "opens a socket"],
+)  # fmt: skip
+def test_an_attack_that_is_not_refused_would_pass(name):
+    script = f"{HOSTILE[name]}\nprint(globals().get('value'))\n"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert str(SECRET) in process.stdout.split()
+    if name == "leaves a daemon":
+        until = time.monotonic() + 10
+        while not (daemons := named(STAYS)) and time.monotonic() < until:
+            time.sleep(0.05)
+        (daemon,) = daemons
+        os.kill(daemon, signal.SIGKILL)
+
+
+def named(name):
+    """The processes that call themselves so."""
+    return [process.pid for process in psutil.process_iter(["name"]) if process.info["name"] == name]
 
 
 def session_of(pid):
