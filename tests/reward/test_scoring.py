@@ -11,6 +11,7 @@ from pytest import approx
 
 from dirl_cli.cli.build import build
 from dirl_cli.errors import DirlError
+from dirl_cli.reward.pool import RewardPool
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import RewardComputer, RewardResult, RewardSettings
 from dirl_cli.types import Problem
@@ -239,3 +240,15 @@ def test_every_ready_reward_composes_and_scores(name):
     assert isinstance(rewards, RewardSettings)
     found = scores(rewards)
     assert found["a", 0].total > found["a", 1].total
+
+
+def test_processes_that_break_are_told_and_not_waited_for(monkeypatch):
+    pool = RewardPool([], workers=1, timeout=5)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("Unexpected error within the Pool")
+
+    monkeypatch.setattr(pool._pool, "schedule", broken)
+    pool.submit("first", "my.reward", None, {})
+    assert list(pool.rest()) == [("first", "the processes of rewards broke: Unexpected error within the Pool")]
+    pool.close()

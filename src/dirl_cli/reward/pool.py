@@ -38,8 +38,13 @@ class RewardPool:
     def submit(self, key: Hashable, name: str, answer: Answer, options: Mapping[str, Any]) -> None:
         """Begin to compute a reward; its outcome comes back under `key`."""
         self._open += 1
-        future = self._pool.schedule(attempt_within, args=[name, answer, options, self.timeout], timeout=self.timeout)
-        future.add_done_callback(partial(self._collect, key))
+        call = [name, answer, options, self.timeout]
+        try:
+            future = self._pool.schedule(attempt_within, args=call, timeout=self.timeout)
+        except RuntimeError as error:  # pebble's own processes may break where one of them is killed
+            self._results.put((key, f"the processes of rewards broke: {error}"))
+        else:
+            future.add_done_callback(partial(self._collect, key))
 
     def finished(self) -> Iterator[tuple[Hashable, Outcome]]:
         """The outcomes there are, without waiting for more."""
