@@ -9,7 +9,7 @@ from typing import Any
 
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
-from dirl_cli.reward.programs import head_of, is_test
+from dirl_cli.reward.programs import function_begun, is_test
 
 CODE = ("tests", "setup", "beginning", "prelude")  # our columns
 # What LiveCodeBench runs before every answer, whose types and functions are often used without an import.
@@ -80,7 +80,7 @@ def own_fields(row: Row) -> dict[str, Any]:
         if not isinstance(fields.get(name, ""), str):
             raise DirlError(f"{row.location}: {name} must be text: correct it")
     if fields.get("beginning"):
-        head_of(fields["beginning"])
+        function_begun(fields["beginning"])
     return {**fields, "tests": tests}
 
 
@@ -95,7 +95,7 @@ def without_nothing(test: Mapping[str, Any]) -> dict[str, Any]:
 def human_eval_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a row of HumanEval (arXiv 2107.03374); `check` is one test."""
     prompt, entry_point = fields["prompt"], fields["entry_point"]
-    preamble, name = head_of(prompt)
+    preamble, name = function_begun(prompt)
     if name != entry_point:
         raise ValueError(f"the prompt ends in {name}, not in {entry_point}")
     own: dict[str, Any] = {

@@ -87,7 +87,7 @@ class DirlModel(TemplateLM):
     `is_greedy` of a log-likelihood is told of decoding from left to right, whichever `scoring` is asked for. Texts of
     which the same stands before, as the choices of a question, get the same random masks.
 
-    answered: what earlier starts of an evaluation have answered, by `request_key`, to which each answer is added.
+    answered: what earlier starts of an evaluation have answered, by `cache_key`, to which each answer is added.
     lm-eval's own cache holds one answer to a request, and a task may ask for several that are drawn.
     """
 
@@ -194,7 +194,7 @@ class DirlModel(TemplateLM):
         for options, indices in by_options([request.args[1] for request in requests]).items():
             numbers = repetitions([requests[i].args[0] for i in indices])
             number_of_request = dict(zip(indices, numbers, strict=True))
-            keys = {i: request_key("generate_until", requests[i].args, number_of_request[i]) for i in indices}
+            keys = {i: cache_key("generate_until", requests[i].args, number_of_request[i]) for i in indices}
             for i in indices:
                 texts[i] = self._earlier(keys[i])
 
@@ -274,7 +274,7 @@ class DirlModel(TemplateLM):
         """
         totals: list[float] = []
         for request in requests:
-            key = request_key("loglikelihood_rolling", request.args)
+            key = cache_key("loglikelihood_rolling", request.args)
             earlier = self._earlier(key)
             if earlier is not None:
                 totals.append(earlier)
@@ -293,7 +293,7 @@ class DirlModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy) of each continuation; too long a context loses its start."""
-        keys = [request_key("loglikelihood", arguments) for arguments, _, _ in requests]
+        keys = [cache_key("loglikelihood", arguments) for arguments, _, _ in requests]
         scores: list[tuple[float, bool] | None] = [self._earlier(key) for key in keys]
         missing = [i for i, score in enumerate(scores) if score is None]
         texts = []
@@ -377,7 +377,7 @@ def read_options(options: Mapping[str, Any]) -> Options:
     return tuple(stop for stop in until if stop), longest, tuple(sorted(known.items()))
 
 
-def request_key(kind: str, arguments: Sequence[Any], number: int = 0) -> str:
+def cache_key(kind: str, arguments: Sequence[Any], number: int = 0) -> str:
     """What a request is kept under. number: how often the same was asked before it, as of several answers."""
     return str(hash_args(kind, [*arguments, number]))
 

@@ -51,7 +51,7 @@ def attention_tiles(coordinates: Coordinates, dtype: torch.dtype) -> list[Tile]:
     """The tiles of rows, in which all tokens but padding are queries. coordinates: (R, L). dtype: of the queries."""
     tiles = []
     for r in range(len(coordinates.strip)):
-        row = Row(Coordinates(*(c[r] for c in coordinates)))
+        row = PackedRow(Coordinates(*(c[r] for c in coordinates)))
         for start, stop in row.tiles():
             seen_by_all, ranges = row.keys(start, stop)
             mixed = torch.cat([torch.arange(*keys) for keys in ranges])
@@ -76,7 +76,7 @@ class Run:
 Range = tuple[int, int]  # from the first token to before the last
 
 
-class Row:
+class PackedRow:
     """A row cut into tiles by its coordinates, (L,) each.
 
     As `pack` lays them, the tokens of a strip stand together, and so do those of a block in a view.

@@ -85,10 +85,10 @@ def confine(seconds: float) -> None:
         resource.setrlimit(kind, (limit, limit))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing too much raises in its place
 
-    require(prctl(SET_NO_NEW_PRIVILEGES, 1))
+    require_success(prctl(SET_NO_NEW_PRIVILEGES, 1))
     instructions = filter_instructions(platform.machine())
     program = FilterProgram(len(instructions) // 8, instructions)
-    require(prctl(SET_SECCOMP, FILTER, ctypes.addressof(program)))
+    require_success(prctl(SET_SECCOMP, FILTER, ctypes.addressof(program)))
 
 
 @cache
@@ -118,7 +118,7 @@ def descriptor_status(fd: int) -> os.stat_result:
     machine = platform.machine()
     names, layout = STATUS[machine]
     buffer = ctypes.create_string_buffer(STATUS_BYTES)
-    require(C_LIBRARY.syscall(CALLS[machine]["fstat"], fd, buffer))
+    require_success(C_LIBRARY.syscall(CALLS[machine]["fstat"], fd, buffer))
 
     of = dict(zip(names.split(), struct.unpack_from(layout, buffer), strict=True))
     nanoseconds = [of[name] * 10**9 + of[f"{name}_rest"] for name in ("atime", "mtime", "ctime")]
@@ -129,7 +129,7 @@ def descriptor_status(fd: int) -> os.stat_result:
 
 def end_with(parent: int) -> None:
     """Let the kernel kill this process when its parent ends, which may have happened already."""
-    require(prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL))
+    require_success(prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL))
     if os.getppid() != parent:
         os._exit(1)
 
@@ -140,7 +140,7 @@ def prctl(option: int, *arguments: int) -> int:
     return result
 
 
-def require(result: int) -> None:
+def require_success(result: int) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

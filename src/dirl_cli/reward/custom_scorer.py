@@ -36,21 +36,21 @@ def own_credit(problem: Problem, completion: str) -> float:
     except (Exception, SystemExit) as error:  # it may raise anything
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{frame.filename} line {frame.lineno}"
-        raise refusal(problem, f"raised {type(error).__name__}: {error} ({place})") from error
+        raise scorer_error(problem, f"raised {type(error).__name__}: {error} ({place})") from error
     try:
         if isinstance(value, str | bytes | bytearray):  # '1' is none, though `float` reads it
             raise TypeError
         credit = float(value)
     except OverflowError as error:
-        raise refusal(problem, "gave a number too large for a float, which is not from 0 to 1") from error
+        raise scorer_error(problem, "gave a number too large for a float, which is not from 0 to 1") from error
     except (TypeError, ValueError) as error:
-        raise refusal(problem, f"gave {value!r:.40}, which is no number from 0 to 1") from error
+        raise scorer_error(problem, f"gave {value!r:.40}, which is no number from 0 to 1") from error
     if not 0 <= credit <= 1:  # nan neither
-        raise refusal(problem, f"gave {credit:g}, which is not from 0 to 1")
+        raise scorer_error(problem, f"gave {credit:g}, which is not from 0 to 1")
     return credit
 
 
-def refusal(problem: Problem, what: str) -> DirlError:
+def scorer_error(problem: Problem, what: str) -> DirlError:
     return DirlError(
         f"the scorer {problem.verifier} {what} on problem {problem.id}: correct it, and give the same command again"
     )

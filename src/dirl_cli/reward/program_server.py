@@ -63,8 +63,8 @@ def main(descriptor: int, parent: int) -> None:
             return
         load_library()
         control.send(READY)
-        while request := receive(control):
-            serve(control, *request)
+        while request := receive_order(control):
+            carry_out(control, *request)
 
 
 def load_library() -> None:
@@ -79,7 +79,7 @@ def load_library() -> None:
     importlib.import_module("gc").freeze()  # so that children share their pages
 
 
-def receive(control: socket.socket) -> tuple[bytes, float, list[int]] | None:
+def receive_order(control: socket.socket) -> tuple[bytes, float, list[int]] | None:
     """What is asked for, for how many seconds, and the ends of pipes that came with it; None at the end."""
     words, descriptors, _, _ = socket.recv_fds(control, 64, 8)
     if not words:
@@ -88,7 +88,7 @@ def receive(control: socket.socket) -> tuple[bytes, float, list[int]] | None:
     return kind, float(seconds), descriptors
 
 
-def serve(control: socket.socket, kind: bytes, seconds: float, descriptors: list[int]) -> None:
+def carry_out(control: socket.socket, kind: bytes, seconds: float, descriptors: list[int]) -> None:
     """Fork what is asked for, wait for the word that ends it, and tell how the last child ended."""
     if kind == PAIR:
         program, answer_end, tests, judge_end = descriptors

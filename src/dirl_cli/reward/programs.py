@@ -59,7 +59,7 @@ def program_credit(problem: Problem, answer: str) -> float:
     """The share of a problem's tests that a program passes, in the time that the grader gives it."""
     tests, setup, beginning, prelude = tests_of(problem)
     program = [prelude, completed(beginning, answer)]
-    function = head_of(beginning)[1] if beginning else tested_function(tests)
+    function = function_begun(beginning)[1] if beginning else tested_function(tests)
     deadline = time.monotonic() + SHARE_OF_TIME * (signal.getitimer(signal.ITIMER_REAL)[0] or SECONDS)
     for attempt in range(ATTEMPTS):
         try:
@@ -175,7 +175,7 @@ def completed(beginning: str, answer: str) -> str:
     """
     if not beginning:
         return answer
-    preamble, name = head_of(beginning)
+    preamble, name = function_begun(beginning)
     is_body = answer.lstrip("\r\n")[:1].isspace()
     definition = rf"^(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*="
     if not is_body and re.search(definition, answer, re.MULTILINE):
@@ -188,7 +188,7 @@ def completed(beginning: str, answer: str) -> str:
     return beginning + "".join(lines)
 
 
-def head_of(beginning: str) -> tuple[str, str]:
+def function_begun(beginning: str) -> tuple[str, str]:
     """What stands before the function that a beginning ends in, and that function's name.
 
     Raises DirlError where there is none.
