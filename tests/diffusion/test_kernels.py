@@ -1,8 +1,6 @@
 """Drawing by the Triton kernels: what torch draws. On a GPU they are compiled, elsewhere interpreted."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ import triton.language as tl  # noqa: E402
 
 from dirl_cli.diffusion import kernels  # noqa: E402
 from dirl_cli.diffusion.kernels import draw_rows  # noqa: E402
+from tests.helpers.gpu_targets import compile_for  # noqa: E402
 
 NONE = torch.tensor([], dtype=torch.long)
 
@@ -128,31 +127,20 @@ def test_candidates_are_the_same_and_their_distribution_waits_to_be_asked_for(co
 
 
 COMPILE = """
-import sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from dirl_cli.diffusion import kernels
-
-def compiled(kernel, types, **constants):
-    signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(constants)], strict=True))
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    return triton.compile(ASTSource(kernel, signature, places), target=target, options={"num_warps": 8})
 
 sums, found, sizes = ["*fp32"] * 3, ["*i64", *["*fp32"] * 3], ["i32", "i32", "fp32", "i32"]
 width = kernels.chunk_width(151_936)
 for logits in ("*bf16", "*fp32"):
     tile = {"in_tile": kernels.TILE // width, "width": width}
-    assert compiled(kernels._sum_up, [logits, "*i1", *sums, *sizes], **tile).asm["cubin"]
+    assert compiled(kernels._sum_up, [logits, "*i1", *sums, *sizes], 8, **tile).asm["cubin"]
     for greedy in (False, True):
         types = [logits, "*i1", "*i64", *sums, *found, *sizes]
-        assert compiled(kernels._draw, types, greedy=greedy, width=width, lanes=1024).asm["cubin"]
+        assert compiled(kernels._draw, types, 8, greedy=greedy, width=width, lanes=1024).asm["cubin"]
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_the_kernels_compile_for_gpus_that_are_not_here(architecture):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    path = os.pathsep.join(place for place in sys.path if place)
-    subprocess.run([sys.executable, "-c", COMPILE, architecture], check=True, env=environment | {"PYTHONPATH": path})
+    compile_for(architecture, COMPILE)

@@ -2,8 +2,6 @@
 
 import copy
 import os
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 
@@ -25,6 +23,7 @@ from dirl_cli.rollout import sequences as sequences_module  # noqa: E402
 from dirl_cli.rollout.native import NativeSampler  # noqa: E402
 from dirl_cli.rollout.sequences import SequenceState, Unmasker  # noqa: E402
 from dirl_cli.types import Decoding  # noqa: E402
+from tests.helpers.gpu_targets import compile_for  # noqa: E402
 from tests.helpers.small import small_lm  # noqa: E402
 from tests.rollout.test_decoder import Kernels  # noqa: E402
 
@@ -146,25 +145,16 @@ def test_few_operations_are_left_around_the_kernels_and_none_waits_for_the_devic
 
 
 COMPILE = """
-import sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from dirl_cli.rollout import unmask_triton as kernels
 
-def compiled(kernel, types, **constants):
-    signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(constants)], strict=True))
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    return triton.compile(ASTSource(kernel, signature, places), target=target, options={"num_warps": 4})
-
 assert compiled(
-    kernels._select_masked, ["*i64"] * 5 + ["i32"] * 5, size=4, tile=kernels.TILE, masked_is=0
+    kernels._select_masked, ["*i64"] * 5 + ["i32"] * 5, 4, size=4, tile=kernels.TILE, masked_is=0
 ).asm["cubin"]
 for strategy in kernels.STRATEGIES.values():
     types = ["*i64", "*i64", "*fp32", "*i64", "*i64", "*i64", "*fp32", "*fp32", "*i64", *["i32"] * 5, "fp32"]
     for size in (4, 32):
         assert compiled(
-            kernels._reveal_drawn, types, size=size, width=size, strategy=strategy.value, masked_is=0
+            kernels._reveal_drawn, types, 4, size=size, width=size, strategy=strategy.value, masked_is=0
         ).asm["cubin"]
 """
 
@@ -172,6 +162,4 @@ for strategy in kernels.STRATEGIES.values():
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_the_kernels_compile_for_gpus_that_are_not_here(architecture):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    path = os.pathsep.join(place for place in sys.path if place)
-    subprocess.run([sys.executable, "-c", COMPILE, architecture], check=True, env=environment | {"PYTHONPATH": path})
+    compile_for(architecture, COMPILE)
