@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import sampler
 from benchmarks.dipo_step import REPEATS, interleaved, memory
 from dirl_cli.data.arithmetic import Arithmetic
 from dirl_cli.data.chat import encode_demonstrations
@@ -34,13 +36,7 @@ from dirl_cli.types import Instruction
 HEADS, SIZE = 4, 32  # of attention alone: those of the embedded model
 BLOCK, MASK = 4, 49
 PROMPT = 32
-LARGER = Tiny(
-    hidden_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    intermediate_size=1536,
-    max_position_embeddings=8192,
-)
+LARGER = replace(sampler.LARGER, max_position_embeddings=8192)
 ALWAYS = {"dense": sys.maxsize, "tiles": 0}  # rows that have a dense mask
 Gradients = tuple[Tensor, ...]
 

@@ -1,6 +1,6 @@
 """Steps of fine-tuning with layers compiled and not, in turn: what compiling takes, and what a step then does.
 
-python -m benchmarks.compiled tiny|13M [SECONDS]
+python -m benchmarks.compiled tiny|larger [SECONDS]
 """
 
 import sys
@@ -18,11 +18,11 @@ from dirl_cli.sft.validation import cross_entropy
 from dirl_cli.training.layers import compile_layers, compile_seconds
 from dirl_cli.training.logprobs import LogprobModel
 
-LENGTHS = {"tiny": (40, 60, 80), "13M": (100, 200, 300)}  # tokens of a demonstration, in turn
+LENGTHS = {"tiny": (40, 60, 80), "larger": (100, 200, 300)}  # tokens of a demonstration, in turn
 
 
 def model_of(name: str) -> DiffusionLM:
-    """The embedded model, or a random one of 13 M parameters."""
+    """The embedded model, or a random one of 10.6 M parameters."""
     torch.manual_seed(0)
     if name == "tiny":
         return Tiny().load(device="cpu")

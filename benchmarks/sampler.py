@@ -16,6 +16,7 @@ from dirl_cli.types import Decoding
 from tests.reference.published_sampler import reference_sample
 
 NEW_TOKENS, REPEATS = 64, 7
+LARGER = Tiny(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=1536)
 
 
 def main() -> None:
@@ -27,8 +28,7 @@ def main() -> None:
         " | plain products | reordered weights |"
     )
     print("|---|--:|--:|---|--:|--:|--:|--:|--:|")
-    larger = Tiny(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=1536)
-    models = {"tiny, 0.5 M": Tiny(), "4 layers × 512, 13 M": larger}
+    models = {"tiny, 0.5 M": Tiny(), "4 layers × 512, 13 M": LARGER}
     for name, model in models.items():
         lm = model.load()
         for batch, steps in ((1, 4), (1, 2), (1, 1), (8, 2), (32, 4), (32, 2)):
