@@ -378,7 +378,7 @@ def test_no_hostile_answer_passes_harms_or_stays(tmp_path):
 def test_an_attack_that_is_not_refused_would_pass(name):
     script = f"{HOSTILE[name]}\nprint(globals().get('value'))\n"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert str(SECRET) in process.stdout.split()
+    assert str(SECRET) in process.stdout
     if name == "leaves a daemon":
         until = time.monotonic() + 10
         while not (daemons := named(STAYS)) and time.monotonic() < until:
