@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from dirl_cli.diffusion.masking import CountPerBlock, example
@@ -30,6 +31,7 @@ from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.storage import Record
 from dirl_cli.sft.batches import Noise
+from dirl_cli.training.layers import compile_layers
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, Muon
 from dirl_cli.training.parallel import start_accelerator, unsharded, unsharded_model
@@ -194,6 +196,7 @@ def take(
     optimizer: str = "adamw",
     micro_rows: int | None = None,
     checkpointing: bool = False,
+    compiled: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
@@ -203,9 +206,12 @@ def take(
     lm.model.to(accelerator.device)
     if checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        compile_layers(lm.model, "aot_eager")
     optimizers = OPTIMIZERS[optimizer].build(lm.model)
     trainer = Trainer(accelerator, LogprobModel(lm.model), optimizers, lambda step: 1.0, clip_norm=0.5)
     found = TASKS[task](lm, trainer, micro_rows)
+    assert (counters["stats"]["unique_graphs"] > 0) == compiled
     assert all(isinstance(one, DTensor) == (launch in SHARDED_LAUNCHES) for one in lm.model.parameters())
     copied = {name: tensor.detach().cpu().clone() for name, tensor in unsharded(lm.model.named_parameters())}
     sampler_lm = unsharded_model(lm)

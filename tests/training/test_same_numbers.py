@@ -67,6 +67,14 @@ def test_layers_that_are_computed_twice_are_gathered_twice(alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize(("launch", "checkpointing"), [("ddp", False), ("fsdp2", False), ("fsdp2", True)])
+def test_compiled_layers_take_the_same_steps_in_two_processes(alone, tmp_path, launch, checkpointing):
+    expected = {"sft": alone["sft"], "rl": alone["rl"]}
+    assert_same(expected, among(2, tmp_path, launch, "sft+rl", compiled=True, checkpointing=checkpointing))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_muon_works_on_whole_matrices_though_they_are_shared(tmp_path):
     """In bfloat16, where rounding is amplified; shards that are made orthogonal each for itself end 0.19 apart."""
     alone = {"sft": take("sft", optimizer="muon")}
