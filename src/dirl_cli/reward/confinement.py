@@ -116,11 +116,15 @@ def descriptor_status(fd: int) -> os.stat_result:
     The C library's own `fstat` uses a call that takes a path too, which is refused.
     """
     machine = platform.machine()
-    names, layout = STATUS[machine]
     buffer = ctypes.create_string_buffer(STATUS_BYTES)
     require_success(C_LIBRARY.syscall(CALLS[machine]["fstat"], fd, buffer))
+    return read_status(buffer.raw, machine)
 
-    of = dict(zip(names.split(), struct.unpack_from(layout, buffer), strict=True))
+
+def read_status(status: bytes, machine: str) -> os.stat_result:
+    """The kernel's struct stat on that machine as Python has it."""
+    names, layout = STATUS[machine]
+    of = dict(zip(names.split(), struct.unpack_from(layout, status), strict=True))
     nanoseconds = [of[name] * 10**9 + of[f"{name}_rest"] for name in ("atime", "mtime", "ctime")]
     fields = [of[name] for name in ("mode", "ino", "dev", "nlink", "uid", "gid", "size", "atime", "mtime", "ctime")]
     fields += [time / 10**9 for time in nanoseconds] + nanoseconds
