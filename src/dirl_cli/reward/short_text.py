@@ -13,7 +13,7 @@ END_OF_THOUGHT = "</think>"
 CUE = re.compile(
     r"\b(?:answer|option|choice)(?:\s+(?:is|are|would be|should be|must be)\b\s*:?|\s*[:=])", re.IGNORECASE
 )
-COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boxed)\s*\{([^{}]*)\}")
+BRACE = re.compile(r"(?:\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boxed)\s*)?\{|\}")
 MARKUP = re.compile(r"\*\*|__|`|(?<!\\)\$|\\[()\[\]]|\\[,;! ]")
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 BETWEEN_DIGITS = re.compile(r"(?<=\d),(?=\d{3}\b)")  # of thousands
@@ -62,11 +62,32 @@ def without_thought(completion: str) -> str:
 
 def without_markup(text: str) -> str:
     """The text without the commands of Markdown and LaTeX around its words."""
-    before = None
-    while before != text:
-        before = text
-        text = COMMAND.sub(r"\1", text)
-    return MARKUP.sub("", text).strip()
+    return MARKUP.sub("", without_commands(text)).strip()
+
+
+def without_commands(text: str) -> str:
+    r"""The text with what commands such as \text{…} hold in their place, but for those with other braces in them.
+
+    The time is linear in the text, however deep they stand in each other.
+    """
+    open_groups: list[re.Match[str] | None] = []  # the command that each is of; None where it stays
+    taken_out: list[tuple[int, int]] = []  # where commands and their braces begin and end
+    for brace in BRACE.finditer(text):
+        if brace[0] != "}":
+            open_groups.append(brace if brace[0] != "{" else None)
+        elif open_groups:
+            command = open_groups.pop()
+            if command is not None:
+                taken_out += [command.span(), brace.span()]
+            elif open_groups:
+                open_groups[-1] = None  # a group that stays keeps the one around it
+
+    kept = []
+    end = 0
+    for start, next_end in sorted(taken_out):
+        kept.append(text[end:start])
+        end = next_end
+    return "".join(kept) + text[end:]
 
 
 def normalised(text: str) -> str:
