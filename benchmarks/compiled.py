@@ -1,6 +1,6 @@
 """Steps of fine-tuning with layers compiled and not, in turn: what compiling takes, and what a step then does.
 
-python -m benchmarks.compiled tiny|larger [SECONDS]
+python -m benchmarks.compiled tiny|larger|DIRECTORY [SECONDS]     # of a causal model, which `dirl download` made
 """
 
 import sys
@@ -10,6 +10,7 @@ from statistics import median
 import torch
 
 from dirl_cli.diffusion.masking import PerBlock, example
+from dirl_cli.models.from_causal import FromCausal
 from dirl_cli.models.load import DiffusionLM, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.models.tiny import Tiny
@@ -18,14 +19,17 @@ from dirl_cli.sft.validation import cross_entropy
 from dirl_cli.training.layers import compile_layers, compile_seconds
 from dirl_cli.training.logprobs import LogprobModel
 
-LENGTHS = {"tiny": (40, 60, 80), "larger": (100, 200, 300)}  # tokens of a demonstration, in turn
+LENGTHS = {"tiny": (40, 60, 80)}  # tokens of a demonstration, in turn
+LONGER = (100, 200, 300)  # of any other model
 
 
 def model_of(name: str) -> DiffusionLM:
-    """The embedded model, or a random one of 10.6 M parameters."""
+    """The embedded model, a random one of 10.6 M parameters, or the one in a directory."""
     torch.manual_seed(0)
     if name == "tiny":
         return Tiny().load(device="cpu")
+    if name != "larger":
+        return FromCausal(name, name, block_size=4, logit_shift=True).load(device="cpu")
     config = SDARConfig(
         vocab_size=8192,
         hidden_size=320,
@@ -52,6 +56,7 @@ def seconds_of_step(scorer: LogprobModel, length: int, lm: DiffusionLM) -> float
 
 def main(name: str, budget: float) -> None:
     """Alternate both until so many seconds are spent, and print medians."""
+    lengths = LENGTHS.get(name, LONGER)
     models = {False: model_of(name), True: model_of(name)}
     compile_layers(models[True].model)
     scorers = {}
@@ -60,18 +65,16 @@ def main(name: str, budget: float) -> None:
         scorers[compiles].train()
 
     # The first step of a compiled model waits for its code; the others are what counts thereafter.
-    first = {
-        compiles: seconds_of_step(scorer, LENGTHS[name][0], models[compiles]) for compiles, scorer in scorers.items()
-    }
+    first = {compiles: seconds_of_step(scorer, lengths[0], models[compiles]) for compiles, scorer in scorers.items()}
     seconds: dict[bool, list[float]] = {False: [], True: []}
     end = time.monotonic() + budget
     while time.monotonic() < end:
-        for length in LENGTHS[name]:
+        for length in lengths:
             for compiles, scorer in scorers.items():
                 seconds[compiles].append(seconds_of_step(scorer, length, models[compiles]))
     plain, compiled = median(seconds[False]), median(seconds[True])
     parameters = sum(p.numel() for p in models[False].model.parameters())
-    print(f"{name}: {parameters:,} parameters, {len(seconds[True])} steps each, lengths {LENGTHS[name]}")
+    print(f"{name}: {parameters:,} parameters, {len(seconds[True])} steps each, lengths {lengths}")
     print(f"first step {first[False]:.2f} and {first[True]:.2f} CPU s, {compile_seconds():.1f} s of waiting for it")
     print(f"a step {plain:.4f} and {compiled:.4f} CPU s: {plain / compiled:.2f}x")
     print(f"pays after {first[True] / max(plain - compiled, 1e-9):,.0f} steps")
