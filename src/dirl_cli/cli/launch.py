@@ -28,6 +28,7 @@ from dirl_cli.cli.group_help import show_asked_groups, show_choices
 from dirl_cli.cli.gym_choices import name_gym_tasks
 from dirl_cli.cli.processes import check_launch, start_workers
 from dirl_cli.cli.run_dir import PATH_MODEL, Said, model_of_run, open_run
+from dirl_cli.commands.loaded_model import sharing_models
 from dirl_cli.console import replace_unencodable
 from dirl_cli.errors import DirlError, Interrupted, Stopped, UnknownChoice, stop_code
 from dirl_cli.files import conf_dir
@@ -143,7 +144,8 @@ def run_jobs(name: str, command: HydraCommand) -> None:
     sys.excepthook = report_bug
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of reporting by itself
     try:
-        hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(task)()
+        with sharing_models() if command.is_sweep else nullcontext():
+            hydra.main(config_path=str(conf_dir()), config_name=name, version_base="1.3")(task)()
     except explain.COMPLAINTS as error:
         raise DirlError(explain.explain(error, name, command.words)) from error
     except DirlError as error:

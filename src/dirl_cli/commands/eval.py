@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from dirl_cli.cli.build import build
-from dirl_cli.console import PlainConsole, working
+from dirl_cli.commands.loaded_model import load_model
+from dirl_cli.console import PlainConsole
 from dirl_cli.data.rows import read_rows
 from dirl_cli.errors import DirlError, NotDownloaded, Stopped, stop_code
 from dirl_cli.evaluation import compare, report, sweep
@@ -95,8 +96,7 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
     problems = gradable(cfg.bench.name, problems, remarks)
     engine = build(cfg.rollout)
     engine.require()
-    with working(console, "loading the model"):
-        lm: DiffusionLM = build(cfg.model).load(cfg.dtype, processes.device, cfg.attention)
+    lm = load_model(cfg, processes.device, console)
     tokenizer = lm.require_tokenizer()
     decoding = lm.decoding(build(cfg.decoding, Decoding))
     instruction = build(cfg.instruction, Instruction)

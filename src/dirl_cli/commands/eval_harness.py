@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dirl_cli.cli.build import build
+from dirl_cli.commands.loaded_model import load_model
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.evaluation.harness_results import facts_text, score_line, scores_of, scores_table
@@ -19,7 +20,7 @@ from dirl_cli.evaluation.report import csv_text
 from dirl_cli.evaluation.result_card import CARD, SOURCE, require_same
 from dirl_cli.evaluation.run_record import run_record
 from dirl_cli.files import installed, write_json, write_text
-from dirl_cli.models.load import DiffusionLM, fingerprint
+from dirl_cli.models.load import fingerprint
 from dirl_cli.types import Decoding
 
 SAMPLES = "samples.jsonl"
@@ -42,8 +43,7 @@ def evaluate_harness(cfg: DictConfig, out: Path, console: PlainConsole) -> None:
     scoring = Scoring(settings.likelihood, settings.draws, settings.rates, settings.row_tokens, cfg.seed)
     engine = build(cfg.rollout)
     engine.require()
-    with working(console, "loading the model"):
-        lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
+    lm = load_model(cfg, cfg.device, console)
     decoding = replace(build(cfg.decoding, Decoding), max_new_tokens=settings.max_new_tokens)
     model = DirlModel(engine.start(lm), decoding, scoring)
     if settings.chat_template and model.tokenizer.chat_template is None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.cli.build import build
 from dirl_cli.commands.eval import hash_values, to_dict
+from dirl_cli.commands.loaded_model import load_model
 from dirl_cli.commands.prompts import Prompt, encode_rows, format_request, requested_rows
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.data.chat import answer_text
@@ -46,11 +47,9 @@ def run(cfg: DictConfig, out: Path) -> None:
     rows = requested_rows(cfg)
     if not cfg.input:
         console.print(format_request(rows[0].fields), style="dim")
-    model = build(cfg.model)
-    if isinstance(model, Tiny):
+    if isinstance(build(cfg.model), Tiny):
         console.print(UNTRAINED)
-    with working(console, "loading the model"):
-        lm: DiffusionLM = model.load(cfg.dtype, cfg.device, cfg.attention)
+    lm = load_model(cfg, cfg.device, console)
     prompts = encode_rows(cfg, lm, rows)
     decoding = lm.decoding(build(cfg.decoding, Decoding))
     sampler = engine.start(lm)
