@@ -31,8 +31,10 @@ from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.evaluation.result_card import ANSWERS, CARD, SOURCE, read_evaluation, require_same
 from dirl_cli.evaluation.run import graded, tracked
 from dirl_cli.evaluation.run_record import run_record
+from dirl_cli.evaluation.scorer_code import digests_by_scorer, regrade_changed
 from dirl_cli.files import write_json, write_text
 from dirl_cli.reward.grading import Grader
+from dirl_cli.text import counted
 from dirl_cli.types import Decoding, Instruction, Problem
 
 if TYPE_CHECKING:
@@ -105,9 +107,15 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
     # Resume: answers that an earlier start left count, if they came from the same weights, prompts and problems.
     probe = encode_problems(tokenizer, [PROBE], instruction, lm.longest_prompt)
     source = {"weights": fingerprint(lm.model), "prompts": hash_values(probe), "problems": digests(problems)}
+    regraded_count = 0
     if processes.is_first:
         require_same(out / SOURCE, source)
         drop_torn_line(out / ANSWERS)
+        with Grader(cfg.grade_workers, cfg.grade_timeout) as grader:
+            regraded_count = regrade_changed(out, problems, grader)
+    if regraded_count:
+        line = f"{counted(regraded_count, 'answer')} graded anew, since the code of a scorer has changed"
+        console.print(line, soft_wrap=True)
     processes.wait()
     earlier = requested_answers(read_answers(out / ANSWERS), problems, cfg.samples)
     processes.wait()  # nobody appends before all have read
@@ -118,7 +126,7 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
         console.print(f"continue after {len(earlier)} answers in {out / ANSWERS}", soft_wrap=True)
 
     # Sample and grade this process's share, split by prompt tokens.
-    did_work = bool(runs)
+    did_work = bool(runs) or regraded_count > 0
     costs = [len(prompts[run.problem_index]) * (run.end - run.first) for run in runs]
     share = split_by_cost(costs, processes.count)[processes.rank]
     runs = [runs[i] for i in share]
@@ -224,6 +232,9 @@ def conclude(
         "metrics": asdict(overall),
         "subsets": {subset: asdict(metrics) for subset, metrics in subsets.items()},
     }
+
+    if scorers := digests_by_scorer(problems):
+        card["scorers"] = scorers
 
     # The papers give a figure for a model and a decoding strategy; a file of predictions does not say how it decoded.
     strategy = facts.get("decoding", {}).get("strategy")

@@ -109,5 +109,5 @@ def require_same(path: Path, source: dict[str, Any]) -> None:
                 f"{path.parent} holds answers of other {' and '.join(changed)}, changed since under the same name:"
                 " give this evaluation a name=…, or set that one aside with resume=never"
             )
-        source = {**source, "problems": before["problems"] | source["problems"]}
+        source = {**before, **source, "problems": before["problems"] | source["problems"]}
     write_json(path, source)

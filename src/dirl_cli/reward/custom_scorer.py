@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from dirl_cli.errors import DirlError
-from dirl_cli.reward.functions import find_function
+from dirl_cli.reward.functions import find_function, source_digest
 from dirl_cli.types import Problem
 
 Scorer = Callable[[Problem, str], Any]
@@ -22,6 +22,11 @@ def whole_completion(completion: str) -> str | None:
 def find_scorer(name: str) -> Scorer:
     """The scorer of that import path. Raises DirlError where there is none, or where its code cannot be loaded."""
     return find_function(name, "scorer")
+
+
+def scorer_digest(name: str) -> str:
+    """A digest of the file that the scorer of that import path is in."""
+    return source_digest(name, "scorer")
 
 
 def own_credit(problem: Problem, completion: str) -> float:

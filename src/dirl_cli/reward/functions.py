@@ -1,5 +1,6 @@
 """Functions of the user's own, by import path or by file: rewards and scorers."""
 
+import hashlib
 import inspect
 import sys
 import traceback
@@ -40,6 +41,18 @@ def find_function(name: str, what: str) -> Callable[..., Any]:
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise DirlError(f"{path} has no function {own_name}: {did_you_mean(own_name, functions)}")
     return function
+
+
+def source_digest(name: str, what: str) -> str:
+    """A digest of the file that holds the function of that import path; of Python's version where Python itself does.
+
+    Raises DirlError as `find_function` does.
+    """
+    find_function(name, what)
+    path, is_file, _ = name.rpartition(":")
+    file = path if is_file else getattr(sys.modules[name.rpartition(".")[0]], "__file__", None)
+    source = Path(file).expanduser().read_bytes() if file else sys.version.encode()
+    return hashlib.sha256(source).hexdigest()
 
 
 def load_file(path: Path) -> ModuleType:
