@@ -154,6 +154,16 @@ def test_an_answer_without_a_box_votes_as_its_verifier_reads_it() -> None:
     assert majority([right, replace(right, sample=1), replace(ANSWER, text="3", extracted="3")]) == 1
 
 
+def test_of_what_is_written_differently_and_says_the_same_no_majority_is_told() -> None:
+    kinds = {"a": "math", "b": "code", "c": "my_scorers.words"}
+    problems = [Problem(name, "", "", name, verifier=verifier) for name, verifier in kinds.items()]
+    graded = answers({name: [True, False, True] for name in kinds})
+    subsets = measure_subsets(graded, problems)
+    assert {name: part.majority is None for name, part in subsets.items()} == {"a": False, "b": True, "c": True}
+    assert subsets["b"].pass_at == subsets["a"].pass_at
+    assert measure(graded).majority is not None and measure(graded, with_votes=False).majority is None
+
+
 def test_subsets_are_measured_apart_and_without_a_speed_of_their_own() -> None:
     problems = [Problem(name, "", "", subset) for name, subset in [("a", "seen"), ("b", "unseen"), ("c", "seen")]]
     graded = answers({"a": [True], "b": [False], "c": [True]})

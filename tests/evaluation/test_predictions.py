@@ -57,6 +57,18 @@ def test_predictions_are_graded_in_the_order_of_their_file(here: Path) -> None:
     assert "avg@2" in shown and "tok/fwd" not in shown and "6 answers graded in" in shown
 
 
+def test_several_programs_for_a_problem_have_no_majority(here: Path) -> None:
+    rows = [{"question": "Write one().", "tests": ["assert one() == 1"]}]
+    Path("programs.json").write_text(json.dumps(rows))
+    programs = ["def one(): return 1", "one = lambda: 1", "def one(): pass"]
+    Path("mine.jsonl").write_text(jsonl(*[{"index": 0, "completion": program} for program in programs]))
+    words = ["eval", "predictions=mine.jsonl", "bench.path=programs.json", "out=out", "grade_workers=1"]
+    shown = CliRunner().invoke(app, words, env={"HYDRA_FULL_ERROR": "0"}).stdout
+    metrics = json.loads((here / "out/eval_card.json").read_text())["metrics"]
+    assert (metrics["accuracy"], metrics["pass_at"]["2"], metrics["majority"]) == (pytest.approx(2 / 3), 1.0, None)
+    assert "pass@3" in shown and "maj@3" not in shown
+
+
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [

@@ -34,6 +34,7 @@ from dirl_cli.evaluation.run_record import run_record
 from dirl_cli.evaluation.scorer_code import digests_by_scorer, regrade_changed
 from dirl_cli.files import write_json, write_text
 from dirl_cli.reward.grading import Grader
+from dirl_cli.reward.verifiers import has_votes
 from dirl_cli.text import counted
 from dirl_cli.types import Decoding, Instruction, Problem
 
@@ -219,7 +220,7 @@ def conclude(
     name: of the model, or of the file that the answers come from. facts: what else the card says of them.
     did_work: whether this start answered or graded any.
     """
-    overall = measure(answers)
+    overall = measure(answers, with_votes=all(map(has_votes, problems)))
     subsets = measure_subsets(answers, problems)
     bench = to_dict(cfg.bench)
     all_published = bench.pop("published", {})

@@ -12,6 +12,7 @@ from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.reward.boxed import final_answer
 from dirl_cli.reward.notation import number
 from dirl_cli.reward.tidy import tidy
+from dirl_cli.reward.verifiers import has_votes
 from dirl_cli.types import Problem
 
 Z95 = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within so many standard deviations
@@ -33,7 +34,8 @@ class Metrics:
     tokens_per_second: revealed tokens over sampling time (of each process where there are several); None of a
         subset, which is sampled among others.
     pass_at: for each power of two up to k, and k, the chance that at least one of so many samples is right.
-    majority: share of problems whose most frequent final answer is right (maj@k); ties count their average.
+    majority: share of problems whose most frequent final answer is right (maj@k); ties count their average. None of
+        answers that are not spelled alike where they say the same, such as programs.
 
     Length, truncation and speeds are None of answers that nothing but the text is known of. Where problems have
     different numbers of answers, k is the smallest.
@@ -56,8 +58,8 @@ class Metrics:
     tpf: float | None = None
 
 
-def measure(answers: Iterable[GradedAnswer]) -> Metrics:
-    """The metrics of at least one answer."""
+def measure(answers: Iterable[GradedAnswer], with_votes: bool = True) -> Metrics:
+    """The metrics of at least one answer. with_votes: whether the most frequent final answer says anything."""
     groups = list(by_problem(answers).values())
     k = min(len(group) for group in groups)
     shares = [correct_in(group) / len(group) for group in groups]  # aᵢ: of right answers
@@ -68,7 +70,7 @@ def measure(answers: Iterable[GradedAnswer]) -> Metrics:
     for m in powers(k):
         pass_at_m[m] = fmean(pass_at(m, len(group), correct_in(group)) for group in groups)
     majorities = None  # of single answers it would be the accuracy again
-    if k > 1:
+    if k > 1 and with_votes:
         majorities = fmean(majority(group) for group in groups)
 
     # Answers that came from a file cost no forward: of these nothing but the texts is known.
@@ -188,18 +190,19 @@ def mean_over_benchmarks(runs: Sequence[Metrics]) -> Metrics:
 
 def measure_subsets(answers: Sequence[GradedAnswer], problems: Iterable[Problem]) -> dict[str, Metrics]:
     """The metrics of each subset by name, sorted; none where the problems are all of one."""
-    subset = {problem.id: problem.subset for problem in problems}
-    names = sorted(set(subset.values()))
+    by_id = {problem.id: problem for problem in problems}
+    names = sorted({problem.subset for problem in by_id.values()})
     if len(names) < 2:
         return {}
     by_subset: dict[str, list[GradedAnswer]] = {name: [] for name in names}
     for answer in answers:
-        by_subset[subset[answer.problem]].append(answer)
+        by_subset[by_id[answer.problem].subset].append(answer)
 
     # Subsets are sampled among each other: the time of one is not known.
     metrics = {}
     for name, own in by_subset.items():
-        metrics[name] = replace(measure(own), tokens_per_second=None)
+        with_votes = all(has_votes(by_id[answer.problem]) for answer in own)
+        metrics[name] = replace(measure(own, with_votes), tokens_per_second=None)
     return metrics
 
 

@@ -92,6 +92,14 @@ def custom_verifier(name: str) -> Verifier:
     return Verifier(whole_completion, own_credit, never_quick, partial(find_scorer, name))
 
 
+def has_votes(problem: Problem) -> bool:
+    """Whether right answers to a problem are spelled alike, so that they can be counted (maj@k).
+
+    Programs are not, nor whole completions, of which a scorer of the user's own makes something that nobody else knows.
+    """
+    return problem.verifier != "code" and not is_import_path(problem.verifier)
+
+
 def gives_parts(problem: Problem) -> bool:
     """Whether an answer to a problem may have a part of the credit."""
     return problem.verifier not in RIGHT_OR_WRONG
