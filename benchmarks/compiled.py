@@ -77,7 +77,8 @@ def main(name: str, budget: float) -> None:
     print(f"{name}: {parameters:,} parameters, {len(seconds[True])} steps each, lengths {lengths}")
     print(f"first step {first[False]:.2f} and {first[True]:.2f} CPU s, {compile_seconds():.1f} s of waiting for it")
     print(f"a step {plain:.4f} and {compiled:.4f} CPU s: {plain / compiled:.2f}x")
-    print(f"pays after {first[True] / max(plain - compiled, 1e-9):,.0f} steps")
+    if compiled < plain:
+        print(f"pays after {first[True] / (plain - compiled):,.0f} steps")
 
 
 if __name__ == "__main__":
