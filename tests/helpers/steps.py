@@ -31,6 +31,7 @@ from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.storage import Record
 from dirl_cli.sft.batches import Noise
+from dirl_cli.sft.certainty import finetuning_loss
 from dirl_cli.training.layers import compile_layers
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, Muon
@@ -45,6 +46,8 @@ STEPS = 5
 COMPARED = (
     "loss",
     "grad_norm",
+    "certainty_loss",
+    "right",
     "value_loss",
     "value_grad_norm",
     "kl",
@@ -63,7 +66,7 @@ def numbers(first: int, many: int) -> list[int]:
     return [2 + (first * 7 + i * i * 5) % (MASK - 2) for i in range(many)]
 
 
-def cross_entropy(rows, logprobs: Tensor, entropy: Tensor) -> Sums:
+def cross_entropy(rows, logprobs: Tensor, entropy: Tensor, _: Tensor) -> Sums:
     return {"loss": -(rows.weight * logprobs).sum(), "entropy": entropy.sum()}
 
 
@@ -80,6 +83,24 @@ def sft(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[
         rows, answer_tokens = noise.rows(demonstrations, step)
         found.append(trainer.step(trainer.cut(rows, micro_rows), cross_entropy, answer_tokens))
     trainer.measure(trainer.cut(rows, micro_rows), cross_entropy, answer_tokens)
+    return found
+
+
+def certain(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
+    """Demonstrations that the model gives itself, much of which is right and to be surer."""
+    still = small_lm(scale=1.0)
+    answers = NativeSampler(still).sample([numbers(i, 3 + 2 * i) for i in range(5)], 1, Decoding(max_new_tokens=16))
+    demonstrations = []
+    for [one] in answers:
+        trained = [False] * len(one.prompt_ids) + [True] * len(one.token_ids)
+        demonstrations.append(example([*one.prompt_ids, *one.token_ids], trained, lm.block_size, PAD))
+    noise = Noise(CountPerBlock(), lm.block_size, MASK, PAD, row_tokens=64)
+    found = []
+    for step in range(STEPS):
+        rows, answer_tokens = noise.rows(demonstrations, step)
+        loss = finetuning_loss(2.0, answer_tokens, hidden=len(rows.targets))
+        found.append(trainer.step(trainer.cut(rows, micro_rows), loss, answer_tokens))
+    assert found[0]["right"] > 0.1
     return found
 
 
@@ -181,6 +202,7 @@ def dpo(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[
 
 TASKS = {
     "sft": sft,
+    "certain": certain,
     "rl": rl,
     "critic": with_critic,
     "teacher": with_teacher,

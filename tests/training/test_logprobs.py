@@ -10,6 +10,7 @@ from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.errors import DirlError
 from dirl_cli.models.attention import dense_mask
+from dirl_cli.plan.memory import LEARNING_ENTROPY, SCORING
 from dirl_cli.training.logprobs import LogprobModel, is_plain, linear_logprobs, tokens_at_once, trajectory_logprobs
 from dirl_cli.types import Decoding
 from tests.helpers.answers import ANSWERS, BLOCK
@@ -79,6 +80,35 @@ def test_linear_log_probs_and_their_gradients_are_those_of_all_logits_in_fp64(te
             assert (ours - theirs).norm() <= 3e-6 * theirs.norm()
 
 
+@pytest.mark.parametrize("unsampled", [[], [0, 1]])
+@pytest.mark.parametrize(("temperature", "other"), [(1.0, 0.5), (0.7, 1.4)])
+def test_entropies_may_be_of_another_temperature_than_log_probs(unsampled, temperature, other):
+    hidden, weight, targets, upstream = linear_case()
+    unsampled = torch.tensor(unsampled, dtype=torch.long)
+    logits = (hidden.double() @ weight.double().T).index_fill(1, unsampled, -torch.inf)
+    expected = (logits / temperature).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    cooler = (logits / other).log_softmax(1)
+    spread = -(cooler.exp() * cooler.clamp(min=-1e300)).sum(1)
+    slopes = torch.autograd.grad(((expected - 0.3 * spread) * upstream).sum(), (hidden, weight))
+
+    logprobs, entropies, likeliest = linear_logprobs(hidden, weight, targets, temperature, unsampled, 4, other)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropies.double(), spread, rtol=1e-6, atol=1e-5)
+    assert torch.equal(likeliest, logits.argmax(1) == targets)
+    found = torch.autograd.grad(((logprobs - 0.3 * entropies) * upstream).sum(), (hidden, weight))
+    for ours, theirs in zip(found, slopes, strict=True):
+        assert (ours - theirs).norm() <= 3e-6 * theirs.norm()
+
+
+def test_a_hooked_head_takes_entropies_at_their_temperature_too():
+    lm, packed = small_lm(), rows()
+    expected = LogprobModel(lm.model, lm.unsampled_ids, entropy_temperature=0.5)(packed)
+    lm.model.lm_head.register_forward_hook(lambda *_: None)
+    found = LogprobModel(lm.model, lm.unsampled_ids, entropy_temperature=0.5)(packed)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_a_head_that_does_not_learn_lets_the_gradient_through():
     hidden, weight, targets, upstream = linear_case()
     none = torch.tensor([], dtype=torch.long)
@@ -114,6 +144,17 @@ def test_a_chunk_has_two_copies_of_its_logits_and_no_more(autocast):
         assert live.now - weight.nbytes < 0.02 * copies  # what is kept for the backward
         (logprobs * upstream).sum().backward()
     assert live.peak - 2 * weight.nbytes < 1.02 * copies
+
+
+@pytest.mark.parametrize("entropy_temperature", [None, 0.5])
+def test_while_entropies_are_learned_from_there_are_three(entropy_temperature):
+    hidden, weight, targets, upstream = linear_case(n=64, width=2, vocabulary=5000)
+    none = torch.tensor([], dtype=torch.long)
+    with Live() as live:
+        logprobs, entropies, _ = linear_logprobs(hidden, weight, targets, 1.0, none, 16, entropy_temperature)
+        assert live.peak - weight.nbytes < 1.02 * SCORING * 16 * 5000
+        ((logprobs + entropies) * upstream).sum().backward()
+    assert 2.5 < (live.peak - 2 * weight.nbytes) / (4 * 16 * 5000) < 1.02 * LEARNING_ENTROPY / 4
 
 
 def test_as_many_tokens_are_scored_at_once_as_their_logits_allow():

@@ -43,8 +43,8 @@ def test_how_many_rows_a_micro_batch_has_changes_nothing(alone, rows):
 
 
 @pytest.mark.timeout(300)
-def test_critic_teacher_and_corrections_are_the_same_however_rows_are_cut_and_shared_out(tmp_path):
-    tasks = ("critic", "teacher", "corrected", "weighted")
+def test_certainty_critic_teacher_and_corrections_are_the_same_however_rows_are_cut_and_shared_out(tmp_path):
+    tasks = ("certain", "critic", "teacher", "corrected", "weighted")
     alone = {task: take(task) for task in tasks}
     assert 0 < alone["corrected"][0][0]["correction_cut"] < 0.9
     assert 0.1 < alone["corrected"][0][0]["correction_ess"] < 0.99

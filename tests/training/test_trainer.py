@@ -47,7 +47,7 @@ def rows_of(n: int) -> Rows:
     )
 
 
-def weighted(rows: Rows, logprobs: Tensor, entropy: Tensor) -> Sums:
+def weighted(rows: Rows, logprobs: Tensor, entropy: Tensor, _: Tensor) -> Sums:
     return {"loss": -(rows.weight * logprobs).sum(), "entropy": entropy.sum()}
 
 

@@ -108,6 +108,8 @@ class TrainConfig(RunConfig):
 class SftConfig(TrainConfig):
     masking: Any
     annealing: Any
+    certainty: NotNegative
+    certainty_temperature: Positive
     batch_size: Count
     max_tokens: Count
     mask_rates: list[SomeShare]

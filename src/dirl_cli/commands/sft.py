@@ -34,6 +34,7 @@ from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.models.save import require_pushable
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.plan.forecast import PROMPT
+from dirl_cli.plan.memory import LEARNING_ENTROPY, SCORING
 from dirl_cli.plan.sft_forecast import FINETUNE, sft_budget
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
@@ -52,6 +53,7 @@ from dirl_cli.types import Decoding, Instruction
 
 PANELS = (
     Panel("Loss per answer token", {"loss": "training", "validation_loss": "validation"}, log=True),
+    Panel("Entropy of what is right, per hidden token", {"certainty_loss": "nats"}),
     Panel("Greedy accuracy", {"greedy_accuracy": "accuracy"}, percent=True),
     Panel("Learning rate", {"lr": "learning rate", "adamw_lr": "of AdamW beside Muon"}, smooth=False),
     Panel("Gradient norm", {"grad_norm": "gradient norm"}),
@@ -71,6 +73,7 @@ RECIPE = (
     "instruction",
     "masking",
     "annealing",
+    "certainty",
     "optim",
     "schedule",
     "steps",
@@ -126,6 +129,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     parts.annealing.check(lm.block_size)
     decoding = lm.decoding(parts.decoding)
     setup = training_setup(cfg, lm, parts.optim, parts.peft, FINETUNE)
+    scoring = LEARNING_ENTROPY if cfg.certainty else SCORING
 
     # A model that is not here yet can be planned for, by the most that each demonstration may take.
     if cfg.dry_run and lm.tokenizer is None:
@@ -135,7 +139,8 @@ def run(cfg: DictConfig, out: Path) -> None:
         )
         lengths = np.array([cfg.max_tokens])
         prompts = [[0] * PROMPT] * cfg.eval_problems
-        show_budget(sft_budget(setup, parts.masking, decoding, lengths, prompts, known=False), cfg, progress)
+        budget = sft_budget(setup, parts.masking, decoding, lengths, prompts, known=False, scoring=scoring)
+        show_budget(budget, cfg, progress)
         return
 
     data = read_demonstrations(cfg, source, parts.instruction, lm, accelerator, progress)
@@ -144,7 +149,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         preview(cfg, data, lm, progress)
     require_measured(cfg.keep_best, sft_metrics(cfg, data))
     lengths = np.concatenate([tokens.lengths for tokens in data.training])
-    budget = sft_budget(setup, parts.masking, decoding, lengths, data.problems.prompts)
+    budget = sft_budget(setup, parts.masking, decoding, lengths, data.problems.prompts, scoring=scoring)
     if cfg.dry_run:
         show_budget(budget, cfg, progress)
         return
@@ -155,7 +160,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     with Grader(workers=1) as grader:
         session, batches, evaluation = open_training(cfg, out, parts, data, lm, stop, grader, accelerator, progress)
         with session:
-            train(session, batches, parts.annealing, evaluation, cfg.micro_rows)
+            train(session, batches, parts.annealing, cfg.certainty, evaluation, cfg.micro_rows)
     session.trainer.require_update(
         "its gradients were skipped or its rates 0 (grad_norm and lr in metrics.jsonl tell which)"
     )
@@ -257,7 +262,7 @@ def open_training(
     )
     trainer = Trainer(
         accelerator,
-        LogprobModel(lm.model),
+        LogprobModel(lm.model, entropy_temperature=cfg.certainty_temperature if cfg.certainty else None),
         parts.optim.build(lm.model),
         partial(parts.schedule, steps=cfg.steps),
         cfg.clip_norm,

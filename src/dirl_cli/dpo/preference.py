@@ -38,7 +38,7 @@ class Preference:
     length_normalised: bool
     sft_weight: float
 
-    def loss(self, rows: Rows, logprobs: Tensor, entropy: Tensor) -> Sums:
+    def loss(self, rows: Rows, logprobs: Tensor, *_: Tensor) -> Sums:
         """Sums over the pairs of `rows`, each of them whole: the loss, and what is worth watching.
 
         rows.extras: `sample`, 2 p for the chosen answer of pair p and 2 p + 1 for the rejected one; `length`, its

@@ -29,6 +29,8 @@ Bytes = dict[str, int]
 """Bytes by part, such as `parameters`."""
 # Bytes per logit of a chunk. In fp32: tempered, exp.
 SCORING = 2 * 4
+# And while entropies are learned from: log-probs, the entropy's gradient, its logarithms.
+LEARNING_ENTROPY = 3 * 4
 # Truncated by top-k, while its entropy is taken: truncated, with the target's own, log-prob, exp, clamped, two masks.
 TRUNCATING = 5 * 4 + 2
 # While top-p sorts them: tempered, sorted, their order as int64, their softmax and its sums, two masks.

@@ -50,11 +50,13 @@ def sft_budget(
     lengths: NDArray[np.int64],
     prompts: Sequence[Sequence[int]],
     known: bool = True,
+    scoring: int = SCORING,
 ) -> Budget:
     """Memory budget of an SFT run.
 
     lengths: tokens of each demonstration (N,). prompts: token ids of each problem that may be answered meanwhile, in
     order. known: whether the lengths are; else they are the longest there may be, and the mean is assumed.
+    scoring: bytes of each logit that is scored.
     """
     typical = lengths
     if not known and setup.assumptions.length:
@@ -66,7 +68,7 @@ def sft_budget(
         decoding,
         prompts,
         MemoryByPeft(setup),
-        SCORING,
+        scoring,
         "tiny_sft",
         is_bound=not known and not setup.assumptions.length,
         learned=f"demonstrations of {typical.mean():,.0f} tokens",

@@ -296,7 +296,7 @@ class Mismatch:
     version: int
     largest: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def loss(self, rows: Rows, logprobs: Tensor, entropy: Tensor) -> dict[str, Tensor]:
+    def loss(self, rows: Rows, logprobs: Tensor, entropy: Tensor, *_: Tensor) -> dict[str, Tensor]:
         """The objective's sums, and of the tokens compared: their number, |difference| and KL(sampler ‖ trainer)."""
         fresh = ((rows.extras["version"] == self.version) & (rows.weight > 0)).float()
         difference = fresh * (logprobs.detach() - rows.extras["sampler_logprobs"])

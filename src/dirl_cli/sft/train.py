@@ -4,7 +4,8 @@ import time
 
 from dirl_cli.sft.annealing import Annealing
 from dirl_cli.sft.batches import NoisedBatches
-from dirl_cli.sft.validation import FinetuneEvaluation, cross_entropy
+from dirl_cli.sft.certainty import finetuning_loss
+from dirl_cli.sft.validation import FinetuneEvaluation
 from dirl_cli.training.session import Session
 
 
@@ -12,10 +13,14 @@ def train(
     run: Session,
     batches: NoisedBatches,
     annealing: Annealing,
+    certainty: float,
     evaluation: FinetuneEvaluation | None,
     micro_rows: int | None,
 ) -> None:
-    """Take the steps that are left of a run. micro_rows: rows in a forward; None for all of a step."""
+    """Take the steps that are left of a run.
+
+    certainty: see sft/certainty.py. micro_rows: rows in a forward; None for all of a step.
+    """
     for step in run.remaining_steps(evaluation):
         began = time.perf_counter()
 
@@ -29,8 +34,9 @@ def train(
                 micro_batches += run.trainer.cut(rows, micro_rows)
 
         # One optimizer step on the sum over all hidden tokens, divided by the answer tokens of the whole batch.
+        loss = finetuning_loss(certainty, answer_tokens, hidden=len(masked_rows.targets))
         with run.showing():
-            metrics = run.trainer.step(micro_batches, cross_entropy, answer_tokens)
+            metrics = run.trainer.step(micro_batches, loss, answer_tokens)
 
         # Report, evaluate and save where it is due; stop where it was asked for.
         tokens = sum(rows.num_tokens for rows in micro_batches)

@@ -81,7 +81,7 @@ class FinetuneEvaluation:
         return metrics
 
 
-def cross_entropy(rows: Rows, logprobs: Tensor, entropy: Tensor) -> Sums:
+def cross_entropy(rows: Rows, logprobs: Tensor, *_: Tensor) -> Sums:
     """The masked tokens' cross-entropy, weighted as the masking schedule asks. logprobs: (N,) of the scored tokens."""
     return {"loss": -(rows.weight * logprobs).sum()}
 

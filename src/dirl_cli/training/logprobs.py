@@ -39,32 +39,50 @@ def tokens_at_once(vocabulary: int) -> int:
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, unsampled_ids: Tensor, chunk: int
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    unsampled_ids: Tensor,
+    chunk: int,
+    entropy_temperature: float | None = None,
 ) -> Scores:
     """Scores of `targets` under softmax(hidden · weightᵀ / temperature); log-probs and entropies have a gradient.
 
     hidden: (N, D). weight: (V, D). targets: (N,). temperature: 0 counts as 1.
     unsampled_ids: (U,), left out of the softmax. chunk: tokens whose logits exist at once.
+    entropy_temperature: that of the softmax whose entropies are taken; None for the same one.
     Scores are in fp32; matrix products are taken in autocast's dtype.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    return LinearLogprobs.apply(hidden, weight, targets, temperature or 1.0, unsampled_ids, chunk)
+    temperature = temperature or 1.0
+    sharpness = temperature / (entropy_temperature or temperature)
+    return LinearLogprobs.apply(hidden, weight, targets, temperature, unsampled_ids, chunk, sharpness)
 
 
 class LinearLogprobs(torch.autograd.Function):
     """Keeps hidden states and each softmax's normaliser; the weight's gradient is summed in the weight's dtype.
 
+    sharpness: entropies are those of the softmax of the logits times this, log-probs of the logits as they are.
     Liger's fused layer sums that gradient in its forward, when it cannot know yet what a loss says of each token.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, unsampled_ids: Tensor, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        unsampled_ids: Tensor,
+        chunk: int,
+        sharpness: float,
     ) -> Scores:
         ctx.temperature = temperature
         ctx.chunk = chunk
+        ctx.sharpness = sharpness
         ctx.set_materialize_grads(False)  # so that entropies that nothing is learned from cost nothing
         cast_weight = weight.to(hidden.dtype)
 
@@ -72,11 +90,13 @@ class LinearLogprobs(torch.autograd.Function):
         chunks = []
         for chunk_hidden, chunk_targets in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = tempered_logits(chunk_hidden, cast_weight, temperature, unsampled_ids)
-            chunks.append(score_targets(logits, chunk_targets, unsampled_ids))
+            chunks.append(score_targets(logits, chunk_targets, unsampled_ids, sharpness))
             del logits  # before there are the next chunk's
-        logprobs, entropies, is_likeliest, normalisers = (torch.cat(column) for column in zip(*chunks, strict=True))
+        logprobs, entropies, is_likeliest, normalisers, sharp_normalisers = (
+            torch.cat(column) for column in zip(*chunks, strict=True)
+        )
 
-        ctx.save_for_backward(hidden, weight, targets, unsampled_ids, normalisers, entropies)
+        ctx.save_for_backward(hidden, weight, targets, unsampled_ids, normalisers, entropies, sharp_normalisers)
         ctx.mark_non_differentiable(is_likeliest)
         return logprobs, entropies, is_likeliest
 
@@ -85,7 +105,7 @@ class LinearLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, logprob_gradient: Tensor | None, entropy_gradient: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, unsampled_ids, normalisers, entropies = ctx.saved_tensors
+        hidden, weight, targets, unsampled_ids, normalisers, entropies, sharp_normalisers = ctx.saved_tensors
         if logprob_gradient is None:
             logprob_gradient = torch.zeros_like(normalisers)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -97,7 +117,7 @@ class LinearLogprobs(torch.autograd.Function):
             chunk = slice(start, start + ctx.chunk)
             of_entropies = None
             if entropy_gradient is not None:
-                of_entropies = entropy_gradient[chunk] / ctx.temperature
+                of_entropies = entropy_gradient[chunk] / (ctx.temperature / ctx.sharpness)
             of_logits = logit_gradient(
                 tempered_logits(hidden[chunk], cast_weight, ctx.temperature, unsampled_ids).sub_(
                     normalisers[chunk, None]
@@ -106,13 +126,15 @@ class LinearLogprobs(torch.autograd.Function):
                 entropies[chunk],
                 logprob_gradient[chunk] / ctx.temperature,
                 of_entropies,
+                ctx.sharpness,
+                sharp_normalisers[chunk],
             ).to(hidden.dtype)
             if hidden_gradient is not None:
                 torch.mm(of_logits, cast_weight, out=hidden_gradient[chunk])
             if weight_gradient is not None:
                 add_product(weight_gradient, of_logits.T, hidden[chunk])
             del of_logits  # before there are the next chunk's logits
-        return hidden_gradient, weight_gradient, None, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None, None
 
 
 def tempered_logits(hidden: Tensor, weight: Tensor, temperature: float, unsampled_ids: Tensor) -> Tensor:
@@ -126,10 +148,13 @@ def tempered_logits(hidden: Tensor, weight: Tensor, temperature: float, unsample
     return logits.index_fill_(1, unsampled_ids, -torch.inf)
 
 
-def score_targets(logits: Tensor, targets: Tensor, unsampled_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs, entropies, whether likeliest and log-normalisers, each (C,), of logits (C, V), which it overwrites.
+def score_targets(
+    logits: Tensor, targets: Tensor, unsampled_ids: Tensor, sharpness: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, entropies, whether likeliest and two log-normalisers, each (C,), of logits (C, V): it overwrites them.
 
     With z = logits - max and Z = Σ exp(z): log-prob = z[target] - log Z, entropy = log Z - Σ exp(z) z / Z.
+    Entropies are of p^sharpness / Σ p^sharpness, the distribution p for sharpness 1; log Σ p^sharpness comes last.
     """
     # With the largest logit at 0 no exponential overflows, and the largest is 1: no sum of them is 0.
     peak, argmax = logits.max(1, keepdim=True)  # (C, 1)
@@ -137,27 +162,48 @@ def score_targets(logits: Tensor, targets: Tensor, unsampled_ids: Tensor) -> tup
     weights = logits.exp()  # (C, V)
     mass = weights.sum(1)
     log_mass = mass.log()
-    weighted_logits = weights.mul_(logits).index_fill_(1, unsampled_ids, 0).sum(1)  # 0 × -inf counts as 0
-
     logprobs = target_logit - log_mass
-    entropies = log_mass - weighted_logits / mass
     is_likeliest = argmax.squeeze(1) == targets
-    return logprobs, entropies, is_likeliest, peak.squeeze(1) + log_mass
+
+    # The same sums of the logits that the entropies are of, in the same memory.
+    sharp_mass, sharp_log_mass = mass, log_mass
+    if sharpness != 1:
+        torch.exp(logits.mul_(sharpness), out=weights)
+        sharp_mass = weights.sum(1)
+        sharp_log_mass = sharp_mass.log()
+    weighted_logits = weights.mul_(logits).index_fill_(1, unsampled_ids, 0).sum(1)  # 0 × -inf counts as 0
+    entropies = sharp_log_mass - weighted_logits / sharp_mass
+    return logprobs, entropies, is_likeliest, peak.squeeze(1) + log_mass, sharp_log_mass - sharpness * log_mass
 
 
 def logit_gradient(
-    log_distribution: Tensor, targets: Tensor, entropies: Tensor, of_logprobs: Tensor, of_entropies: Tensor | None
+    log_distribution: Tensor,
+    targets: Tensor,
+    entropies: Tensor,
+    of_logprobs: Tensor,
+    of_entropies: Tensor | None,
+    sharpness: float,
+    sharp_normalisers: Tensor,
 ) -> Tensor:
     """Gradient of the loss with respect to hidden · weightᵀ, (C, V), in the memory of `log_distribution`.
 
-    log_distribution: (C, V), -inf for ids that are never sampled. targets, entropies: (C,).
-    of_logprobs, of_entropies: (C,), gradients of the loss with respect to these, ÷ temperature.
-    The log-prob of target t has the gradient 1[v = t] - p[v], the entropy H that of -p[v] (log p[v] + H).
+    log_distribution: log p, (C, V), -inf for ids that are never sampled. targets, entropies: (C,).
+    of_logprobs, of_entropies: (C,), gradients of the loss with respect to these, ÷ the temperature of each.
+    sharpness, sharp_normalisers: see `score_targets`; entropies H are of q = p^sharpness / Σ p^sharpness.
+    The log-prob of target t has the gradient 1[v = t] - p[v], the entropy H that of -q[v] (log q[v] + H).
     """
     entropy_part = None
     if of_entropies is not None:
-        finite = log_distribution.clamp(min=torch.finfo(log_distribution.dtype).min / 2)  # 0 × -inf would be nan
-        entropy_part = log_distribution.exp().mul_(finite.add_(entropies[:, None])).mul_(-of_entropies[:, None])
+        lowest = torch.finfo(log_distribution.dtype).min / 2  # 0 × -inf would be nan
+        if sharpness == 1:
+            entropy_part = log_distribution.exp()
+            finite = log_distribution.clamp(min=lowest)
+        else:
+            finite = (log_distribution * sharpness).sub_(sharp_normalisers[:, None])
+            entropy_part = finite.exp()
+            finite.clamp_(min=lowest)
+        entropy_part.mul_(finite.add_(entropies[:, None])).mul_(-of_entropies[:, None])
+        del finite
 
     upstream = of_logprobs[:, None]
     gradient = log_distribution.exp_().mul_(-upstream).scatter_add_(1, targets[:, None], upstream)
@@ -179,6 +225,7 @@ class LogprobModel(nn.Module):
 
     unsampled_ids: left out of the softmax; empty for fine-tuning, as published checkpoints were trained.
     decoding: its temperature, top-k and top-p shape the softmax as they did when the tokens were drawn.
+    entropy_temperature: of the softmax whose entropies are taken, where it is another.
     chunk: how many tokens go through the language-model head at once (default: 2048, fewer where their logits
     would take more than 2 GiB); their logits are recomputed in the backward.
     """
@@ -189,12 +236,14 @@ class LogprobModel(nn.Module):
         unsampled_ids: Sequence[int] = (),
         decoding: Decoding | None = None,
         chunk: int | None = None,
+        entropy_temperature: float | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self._no_split_modules = model._no_split_modules  # the layers that Accelerate shards one by one
         self.decoding = decoding or Decoding(temperature=1.0)
         self.chunk = chunk or tokens_at_once(model.config.vocab_size)
+        self.entropy_temperature = entropy_temperature
         self.unsampled: Tensor
         self.register_buffer("unsampled", torch.tensor(unsampled_ids, dtype=torch.long), persistent=False)
 
@@ -205,7 +254,15 @@ class LogprobModel(nn.Module):
         head = self.model.get_output_embeddings()
         options = self.decoding
         if is_plain(head) and not options.truncates:
-            return linear_logprobs(hidden, head.weight, rows.targets, options.temperature, self.unsampled, self.chunk)
+            return linear_logprobs(
+                hidden,
+                head.weight,
+                rows.targets,
+                options.temperature,
+                self.unsampled,
+                self.chunk,
+                self.entropy_temperature,
+            )
 
         # Another head, such as one with an adapter, is called as it is; checkpointing keeps its logits from adding up.
         chunks = []
@@ -228,7 +285,10 @@ class LogprobModel(nn.Module):
 
         logprobs = logits.log_softmax(-1)  # (C, V)
         target_logprobs = logprobs.gather(-1, targets[:, None]).squeeze(-1)
-        return target_logprobs, entropy(logprobs), logprobs.argmax(-1) == targets
+        is_likeliest = logprobs.argmax(-1) == targets
+        if self.entropy_temperature:
+            logprobs = (logprobs * ((options.temperature or 1.0) / self.entropy_temperature)).log_softmax(-1)
+        return target_logprobs, entropy(logprobs), is_likeliest
 
 
 def is_plain(head: nn.Module) -> bool:

@@ -54,9 +54,9 @@ class PhaseTimes:
 
 Sums = dict[str, Tensor]
 Loss = Callable[..., Sums]
-"""From rows and their N scored tokens' log-probs (N,) and entropies (N,) to `loss` and any metrics, each a sum.
+"""From rows and their N scored tokens' log-probs, entropies and is_likeliest, (N,) each, to `loss` and any metrics.
 
-Where the model gives another score, from that alone.
+Each is a sum. Where the model gives another score, from that alone.
 """
 
 
@@ -228,7 +228,7 @@ class Trainer:
         rows = rows.to(self.accelerator.device)
         with self.accelerator.autocast():
             scores = self.model(rows)  # (N,) each: log-probs, entropies and is_likeliest, or values alone
-        sums = loss(rows, *scores[:2])
+        sums = loss(rows, *scores)
         if not self.model.training:
             sums["likeliest"] = scores[2].sum()
         return {name: value * scale for name, value in sums.items()}
