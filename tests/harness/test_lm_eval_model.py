@@ -27,8 +27,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.tasks import TaskManager
 
-from dirl_cli.harness import lm_eval_model, plugin
-from dirl_cli.harness.lm_eval_model import DirlModel, Scoring, first_stop, read_options
+from dirl_cli.harness import plugin, stop_strings
+from dirl_cli.harness.lm_eval_model import DirlModel
+from dirl_cli.harness.log_likelihoods import Scoring, TextScorer
+from dirl_cli.harness.stop_strings import GenerationOptions, StopStringSampler, first_stop, read_options
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "max_position_embeddings": 256}
 QUESTION = "Tom has 7 pens. Tom buys 5. How many pens?"
@@ -87,7 +89,7 @@ def test_rolling_scores_every_token_of_a_text_once(model):
 
 
 def test_a_text_ends_before_the_first_of_its_stop_strings(model, monkeypatch):
-    monkeypatch.setattr(lm_eval_model, "FIRST_STRETCH", 4)
+    monkeypatch.setattr(stop_strings, "FIRST_STRETCH", 4)
     [[sampled]] = model.sampler.sample([model.tok_encode(QUESTION)], 1, replace(model.decoding, max_new_tokens=48))
     whole = model.tokenizer.decode(sampled.completion_ids, skip_special_tokens=True)
     stop = whole[10:13]
@@ -107,7 +109,7 @@ def test_a_text_ends_before_the_first_of_its_stop_strings(model, monkeypatch):
 
 
 def test_stretches_of_an_answer_are_what_one_answer_would_be(model, monkeypatch):
-    monkeypatch.setattr(lm_eval_model, "FIRST_STRETCH", 5)
+    monkeypatch.setattr(stop_strings, "FIRST_STRETCH", 5)
     [[sampled]] = model.sampler.sample([model.tok_encode(QUESTION)], 1, replace(model.decoding, max_new_tokens=30))
     whole = model.tokenizer.decode(sampled.completion_ids[:30], skip_special_tokens=True)
     [text] = model.generate_until(requests("generate_until", (QUESTION, {"until": [], "max_gen_toks": 30})))
@@ -129,10 +131,14 @@ def test_the_first_of_several_stop_strings_counts():
 @pytest.mark.parametrize(
     ("options", "read"),
     [
-        ({"until": "\n"}, (("\n",), None, ())),
-        ({"until": ["a", ""], "max_gen_toks": 9, "do_sample": False, "temperature": 0.7}, (("a",), 9, ())),
-        ({"do_sample": True, "temperature": 0.5, "top_p": 0.9}, ((), None, (("temperature", 0.5), ("top_p", 0.9)))),
-        ({"temperature": 0.0}, ((), None, ())),
+        ({"until": "\n"}, GenerationOptions(("\n",))),
+        ({"until": ["a", ""], "max_gen_toks": 9, "do_sample": False, "temperature": 0.7}, GenerationOptions(("a",), 9)),
+        ({"max_length": 99, "max_tokens": "7"}, GenerationOptions(max_new_tokens=7)),
+        (
+            {"do_sample": True, "temperature": 0.5, "top_p": 0.9},
+            GenerationOptions(sampling=(("temperature", 0.5), ("top_p", 0.9))),
+        ),
+        ({"temperature": 0.0}, GenerationOptions()),
     ],
 )
 def test_options_of_a_task_are_read_as_lm_eval_means_them(options, read):
@@ -155,7 +161,11 @@ def test_model_args_choose_the_model_its_decoding_and_its_scoring(here, model):
     model.lm.save(here / "model")
     given = f"model={here}/model,threshold=0.5,likelihood=elbo,draws=2"
     made = DirlModel.create_from_arg_string(given, {"batch_size": "3", "max_batch_size": None, "device": "cuda:0"})
-    assert (made.decoding.threshold, made.scoring.likelihood, made.scoring.draws) == (0.5, "elbo", 2)
+    assert (made.decoding.threshold, made.text_scorer.scoring.likelihood, made.text_scorer.scoring.draws) == (
+        0.5,
+        "elbo",
+        2,
+    )
     assert made.sampler.max_batch == 3
 
 
@@ -276,8 +286,8 @@ def test_the_command_leaves_scores_with_tokens_per_forward_beside_them(config, h
 def test_what_is_answered_already_is_not_asked_again(config, here, monkeypatch):
     command.run(config, here / "out")
     before = json.loads((here / "out" / "eval_card.json").read_text())
-    monkeypatch.setattr(DirlModel, "_score", None)
-    monkeypatch.setattr(DirlModel, "_until", None)
+    monkeypatch.setattr(TextScorer, "_score_batch", None)
+    monkeypatch.setattr(NativeSampler, "stream", None)
     command.run(config, here / "out")
     after = json.loads((here / "out" / "eval_card.json").read_text())
     assert before["results"] == after["results"] and after["facts"] == {}
@@ -301,7 +311,7 @@ def test_repeats_of_a_sampled_task_are_kept_apart_and_taken_up_after_an_interrup
     whole = texts("whole")
     assert all(len(set(answers)) == 3 for [answers] in whole)
 
-    real = DirlModel._until
+    real = StopStringSampler.sample
     ended = []
 
     def interrupted(self, *given):
@@ -311,16 +321,16 @@ def test_repeats_of_a_sampled_task_are_kept_apart_and_taken_up_after_an_interrup
             if len(ended) == 4:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(DirlModel, "_until", interrupted)
+    monkeypatch.setattr(StopStringSampler, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command.run(config, here / "out")
     ended.clear()
-    monkeypatch.setattr(DirlModel, "_until", real)
+    monkeypatch.setattr(StopStringSampler, "sample", real)
     assert texts("out") == whole
     card = json.loads((here / "out" / "eval_card.json").read_text())
     assert card["facts"]["answers"] == 2
 
-    monkeypatch.setattr(DirlModel, "_until", None)
+    monkeypatch.setattr(NativeSampler, "stream", None)
     assert texts("out") == whole
 
 

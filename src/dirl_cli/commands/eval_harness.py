@@ -37,7 +37,8 @@ def evaluate_harness(cfg: DictConfig, out: Path, console: PlainConsole) -> None:
     require_tasks(cfg.harness, manager)
 
     # Parts: all of them are checked before the model takes its time to load.
-    from dirl_cli.harness.lm_eval_model import DirlModel, Scoring
+    from dirl_cli.harness.lm_eval_model import DirlModel
+    from dirl_cli.harness.log_likelihoods import Scoring
 
     settings = cfg.harness_settings
     scoring = Scoring(settings.likelihood, settings.draws, settings.rates, settings.row_tokens, cfg.seed)

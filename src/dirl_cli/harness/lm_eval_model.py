@@ -1,91 +1,31 @@
-"""A block-diffusion model as lm-evaluation-harness asks one: texts until a stop string, log-likelihoods of texts."""
+"""A block-diffusion model as lm-evaluation-harness asks one: its requests answered, and no answer computed twice."""
 
 import logging
-import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from hashlib import blake2b
-from statistics import fmean
-from typing import Annotated, Any, Self, cast
+from collections.abc import MutableMapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any, Self, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM, hash_args
-from torch import Generator
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.api import load_sampler
-from dirl_cli.data.chat import answer_text, tokenize
-from dirl_cli.data.order import generator
+from dirl_cli.data.chat import tokenize
 from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.harness.log_likelihoods import Scoring, TextScorer
+from dirl_cli.harness.stop_strings import GenerationOptions, StopStringSampler, read_options
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.ranges import Count, OneOf, Seed, require_fields
-from dirl_cli.rollout.sampler import Sampler, collect_samples
-from dirl_cli.training.text_likelihood import (
-    EvidenceBound,
-    MaskDraws,
-    Text,
-    TokenLogprobs,
-    evidence_bound,
-    left_to_right,
-    windows,
-)
-from dirl_cli.types import Decoding, Trajectory
+from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.training.text_likelihood import Text, windows
+from dirl_cli.types import Decoding
 
-LIKELIHOODS = ("left_to_right", "elbo")
-FIRST_STRETCH = 64  # tokens that are sampled before stop strings are first looked for
-BATCH_TOKENS = 8192  # of texts that are scored at once
 LM_EVAL_DEVICE = "cuda:0"  # where its user names none, also on a machine without a GPU
 logger = logging.getLogger("lm_eval.models.dirl")  # shown as lm-eval shows its own
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How log-likelihoods are computed: exactly left to right, or by the ELBO; see training/text_likelihood.py."""
-
-    likelihood: Annotated[str, OneOf(*LIKELIHOODS)] = "left_to_right"
-    draws: Count = 8
-    rates: Count = 4
-    row_tokens: Count = 2048
-    seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        require_fields(self, "scoring")
-
-
-class Tally:
-    """What answering took so far. tokens: that were revealed, whole blocks."""
-
-    def __init__(self) -> None:
-        self.answers = 0
-        self.tokens = 0
-        self.denoise_forwards = 0
-        self.forwards = 0
-        self.seconds = 0.0
-
-    def add(self, trajectory: Trajectory) -> None:
-        self.tokens += len(trajectory.token_ids)
-        self.denoise_forwards += trajectory.denoise_forwards
-        self.forwards += trajectory.forwards
-
-    def speeds(self) -> dict[str, float]:
-        """Tokens per denoising forward and per forward, forwards summed over answers; nothing before an answer."""
-        if not self.forwards:
-            return {}
-        return {
-            "answers": self.answers,
-            "tokens": self.tokens,
-            "tokens_per_denoising_forward": self.tokens / self.denoise_forwards,
-            "tokens_per_forward": self.tokens / self.forwards,
-            "tokens_per_second": self.tokens / self.seconds,
-        }
-
-
 class DirlModel(TemplateLM):
     """Answers lm-eval's requests with a sampler.
-
-    `is_greedy` of a log-likelihood is told of decoding from left to right, whichever `scoring` is asked for. Texts of
-    which the same stands before, as the choices of a question, get the same random masks.
 
     answered: what earlier starts of an evaluation have answered, by `cache_key`, to which each answer is added.
     lm-eval's own cache holds one answer to a request, and a task may ask for several that are drawn.
@@ -100,13 +40,12 @@ class DirlModel(TemplateLM):
     ) -> None:
         super().__init__()
         self.answered = answered
-        self.sampler = sampler
         self.lm: DiffusionLM = sampler.lm
         self.tokenizer: PreTrainedTokenizerBase = self.lm.require_tokenizer()
         self.decoding = self.lm.decoding(decoding)
-        self.scoring = scoring
-        self.tally = Tally()
-        self.standard_errors: list[float] = []  # of the ELBOs, in nats
+        self.sampler = sampler
+        self.text_sampler = StopStringSampler(sampler, self.decoding)
+        self.text_scorer = TextScorer(self.lm, scoring)
         self._device = self.lm.device
 
     @classmethod
@@ -177,32 +116,30 @@ class DirlModel(TemplateLM):
         return {
             "block_size": self.lm.block_size,
             "decoding": asdict(self.decoding),
-            "scoring": asdict(self.scoring),
+            "scoring": asdict(self.text_scorer.scoring),
             **self.facts(),
         }
 
     def facts(self) -> dict[str, Any]:
         """What was measured beside the scores: speeds of what was sampled, the ELBOs' mean standard error in nats."""
-        facts: dict[str, Any] = dict(self.tally.speeds())
-        if self.standard_errors:
-            facts["elbo_standard_error"] = fmean(self.standard_errors)
+        facts: dict[str, Any] = dict(self.text_sampler.tally.speeds())
+        if self.text_scorer.standard_error is not None:
+            facts["elbo_standard_error"] = self.text_scorer.standard_error
         return facts
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, cut at the first of its stop strings."""
         texts: list[str | None] = [None] * len(requests)
-        for options, indices in by_options([request.args[1] for request in requests]).items():
-            numbers = repetitions([requests[i].args[0] for i in indices])
-            number_of_request = dict(zip(indices, numbers, strict=True))
-            keys = {i: cache_key("generate_until", requests[i].args, number_of_request[i]) for i in indices}
+        for options, indices in by_options(requests).items():
+            numbers = dict(zip(indices, repetitions([requests[i].args[0] for i in indices]), strict=True))
+            keys = {i: cache_key("generate_until", requests[i].args, numbers[i]) for i in indices}
             for i in indices:
                 texts[i] = self._earlier(keys[i])
 
             missing = [i for i in indices if texts[i] is None]
-            if not missing:
-                continue
-            contexts = [requests[i].args[0] for i in missing]
-            for place, text in self._until(contexts, [number_of_request[i] for i in missing], *options):
+            prompts = [self._prompt(requests[i].args[0], options) for i in missing]
+            seeds = [self.decoding.seed + 1_000_003 * numbers[i] for i in missing]  # as in any evaluation
+            for place, text in self.text_sampler.sample(prompts, seeds, options):
                 i = missing[place]
                 texts[i] = text
                 self._keep(keys[i], text)
@@ -218,54 +155,11 @@ class DirlModel(TemplateLM):
         if self.answered is not None:
             self.answered[key] = answer
 
-    def _until(
-        self,
-        contexts: Sequence[str],
-        numbers: Sequence[int],
-        until: tuple[str, ...],
-        longest: int | None,
-        sampling: tuple[tuple[str, Any], ...],
-    ) -> Iterable[tuple[int, str]]:
-        """Yield (index, text) of contexts with the same options, as they end. numbers: how often each stood before.
-
-        Answers are sampled in stretches, ever longer ones, since only between them stop strings are looked for: what is
-        sampled beyond one is less than what stands before it, or FIRST_STRETCH tokens.
-        """
-        max_new_tokens = longest or self.decoding.max_new_tokens
-        vocabulary = self.tokenizer.get_vocab()
-        stop_ids = {vocabulary[stop] for stop in until if stop in self.tokenizer.all_special_tokens}
-        decoding = replace(
-            self.decoding,
-            stop_token_ids=tuple(sorted({*self.decoding.stop_token_ids, *stop_ids})),
-            **dict(sampling),
-        )
-        room = self.lm.longest_prompt - min(max_new_tokens, self.lm.longest_prompt // 2)
-        prompts = [last_tokens(self.tok_encode(context) or [self.eot_token_id], room) for context in contexts]
-        seeds = [decoding.seed + 1_000_003 * n for n in numbers]  # as in any evaluation
-        answers: list[list[int]] = [[] for _ in contexts]
-        running = list(range(len(contexts)))
-        length = 0  # tokens that every running answer has at least
-        while running:
-            stretch = min(max(length, FIRST_STRETCH), max_new_tokens - length)
-            length += stretch
-            began = time.perf_counter()
-            so_far = [prompts[i] + answers[i] for i in running]
-            own_seeds = [seeds[i] for i in running]
-            stream = self.sampler.stream(so_far, 1, replace(decoding, max_new_tokens=stretch), seeds=own_seeds)
-            sampled = collect_samples(stream, len(running), 1)
-            ended = []
-            for i, [trajectory] in zip(running, sampled, strict=True):
-                self.tally.add(trajectory)
-                answers[i] += trajectory.completion_ids
-                text = answer_text(self.tokenizer, answers[i])
-                is_full = len(answers[i]) >= max_new_tokens or len(prompts[i] + answers[i]) > self.lm.longest_prompt
-                if trajectory.stop_reason == "stop" or is_full or first_stop(text, until) is not None:
-                    ended.append(i)
-                    self.tally.answers += 1
-                    kept = answer_text(self.tokenizer, answers[i][:max_new_tokens])
-                    yield i, kept[: first_stop(kept, until)]
-            self.tally.seconds += time.perf_counter() - began
-            running = [i for i in running if i not in ended]
+    def _prompt(self, context: str, options: GenerationOptions) -> list[int]:
+        """The tokens of a context, the last that leave room for an answer; one that is empty is what ends texts."""
+        longest = self.lm.longest_prompt
+        room = longest - min(self.text_sampler.max_new_tokens(options), longest // 2)
+        return last_tokens(self.tok_encode(context) or [self.eot_token_id], room)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in nats, behind the token that ends texts.
@@ -282,7 +176,7 @@ class DirlModel(TemplateLM):
             token_ids = self.tok_encode(request.args[0])
             text = Text([self.eot_token_id, *token_ids], [False] + [True] * len(token_ids))
             pieces = windows(text, self.max_length, self.lm.block_size)
-            total = sum(nats for nats, _ in self._score(pieces, [str(n) for n in range(len(pieces))]))
+            total = sum(nats for nats, _ in self.text_scorer.score(pieces, [str(n) for n in range(len(pieces))]))
             totals.append(total)
             self._keep(key, total)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -304,27 +198,12 @@ class DirlModel(TemplateLM):
             texts.append(Text(token_ids, [False] * context_length + [True] * (len(token_ids) - context_length)))
             contexts.append(context)
 
-        for batch in consecutive(texts, BATCH_TOKENS):
-            for i, score in zip(missing[batch], self._score(texts[batch], contexts[batch]), strict=True):
-                scores[i] = score
-                self._keep(keys[i], score)
-                self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
+        for i, score in zip(missing, self.text_scorer.score(texts, contexts), strict=True):
+            scores[i] = score
+            self._keep(keys[i], score)
+            self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
         self.say_facts()
         return [(score[0], score[1]) for score in scores if score is not None]
-
-    def _score(self, texts: Sequence[Text], contexts: Sequence[str]) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy) of each text. contexts: what stands before it, which decides its masks."""
-        settings = self.scoring
-        exact: list[TokenLogprobs] = left_to_right(self.lm, texts, settings.row_tokens)
-        greedy = [all(scores.likeliest) for scores in exact]
-        if settings.likelihood == "left_to_right":
-            return [(scores.total, is_greedy) for scores, is_greedy in zip(exact, greedy, strict=True)]
-
-        masks = MaskDraws(settings.draws, settings.rates)
-        generators: list[Generator] = [generator(settings.seed, number_of(context)) for context in contexts]
-        bounds: list[EvidenceBound] = evidence_bound(self.lm, texts, masks, generators, settings.row_tokens)
-        self.standard_errors += [bound.standard_error for bound in bounds if bound.standard_error is not None]
-        return [(bound.mean, is_greedy) for bound, is_greedy in zip(bounds, greedy, strict=True)]
 
     def say_facts(self) -> None:
         """Log what was measured beside the scores."""
@@ -340,41 +219,12 @@ class DirlModel(TemplateLM):
             logger.info("log-likelihoods are ELBOs, ± %.3f nats on average", facts["elbo_standard_error"])
 
 
-Options = tuple[tuple[str, ...], int | None, tuple[tuple[str, Any], ...]]
-
-
-def by_options(all_options: Sequence[Mapping[str, Any]]) -> dict[Options, list[int]]:
+def by_options(requests: Sequence[Instance]) -> dict[GenerationOptions, list[int]]:
     """The indices of requests with the same options. Raises DirlError for an option that a sampler does not have."""
-    groups: dict[Options, list[int]] = {}
-    for i, options in enumerate(all_options):
-        groups.setdefault(read_options(options), []).append(i)
+    groups: dict[GenerationOptions, list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault(read_options(request.args[1]), []).append(i)
     return groups
-
-
-def read_options(options: Mapping[str, Any]) -> Options:
-    """Stop strings, the longest answer, and what else of `Decoding` a task sets: its temperature, top_k and top_p.
-
-    The longest answer is None where the task says nothing of it.
-
-    A task that says `do_sample: false`, or nothing of sampling, leaves these as they are: greedy unless told otherwise.
-    """
-    rest = dict(options)
-    until = rest.pop("until", None) or []
-    if isinstance(until, str):
-        until = [until]
-    longest = None
-    for name in ("max_length", "max_completion_tokens", "max_tokens", "max_new_tokens", "max_gen_toks"):
-        value = rest.pop(name, None)
-        if value is not None and name != "max_length":
-            longest = int(value)
-    do_sample = rest.pop("do_sample", None)
-    known = {name: rest.pop(name) for name in ("temperature", "top_k", "top_p") if name in rest}
-    if rest:
-        name = next(iter(rest))
-        raise DirlError(f"generation option {name}={rest[name]}: a block is sampled without it, so leave it out")
-    if do_sample is False or (do_sample is None and not known.get("temperature")):
-        known = {}
-    return tuple(stop for stop in until if stop), longest, tuple(sorted(known.items()))
 
 
 def cache_key(kind: str, arguments: Sequence[Any], number: int = 0) -> str:
@@ -392,12 +242,6 @@ def repetitions(contexts: Sequence[str]) -> list[int]:
     return numbers
 
 
-def first_stop(text: str, until: Sequence[str]) -> int | None:
-    """Where the first of the stop strings begins in a text; None where none is in it."""
-    starts = [text.index(stop) for stop in until if stop in text]
-    return min(starts, default=None)
-
-
 def last_tokens(token_ids: list[int], count: int) -> list[int]:
     """The last `count` tokens; a warning where that is not all."""
     if len(token_ids) > count:
@@ -405,22 +249,3 @@ def last_tokens(token_ids: list[int], count: int) -> list[int]:
             "a text of %d tokens is cut to its last %d: the model has room for no more", len(token_ids), count
         )
     return token_ids[-count:]
-
-
-def consecutive(texts: Sequence[Text], tokens: int) -> list[slice]:
-    """Slices of neighbouring texts, each of about so many tokens."""
-    slices = []
-    first = 0
-    size = 0
-    for i, text in enumerate(texts):
-        size += len(text.token_ids)
-        if size >= tokens or i == len(texts) - 1:
-            slices.append(slice(first, i + 1))
-            first = i + 1
-            size = 0
-    return slices
-
-
-def number_of(text: str) -> int:
-    """A number that a text decides, the same in every process."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=6).digest(), "big")
