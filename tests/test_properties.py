@@ -16,7 +16,9 @@ from omegaconf import OmegaConf
 from dirl_cli.cli.build import build
 from dirl_cli.cli.overrides import rewrite
 from dirl_cli.cli.schema import slug
-from dirl_cli.data.columns import demonstration, problem, rename_columns
+from dirl_cli.data.columns import rename_columns
+from dirl_cli.data.demonstration_rows import demonstration
+from dirl_cli.data.problem_rows import problem
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.diffusion.layout import PADDING, lay_out, pack
 from dirl_cli.errors import DirlError

@@ -24,7 +24,7 @@ from dirl_cli import hub
 from dirl_cli.cli import launch, run_dir
 from dirl_cli.console import PlainConsole
 from dirl_cli.data.chat import encode_messages
-from dirl_cli.data.columns import demonstration
+from dirl_cli.data.demonstration_rows import demonstration
 from dirl_cli.data.rows import read_rows
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import read_answers

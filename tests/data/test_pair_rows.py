@@ -2,7 +2,9 @@
 
 import pytest
 
-from dirl_cli.data.columns import is_problem, pair, rename_row, summarize_notes
+from dirl_cli.data.columns import rename_row, summarize_notes
+from dirl_cli.data.demonstration_rows import pair
+from dirl_cli.data.problem_rows import is_problem
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
 

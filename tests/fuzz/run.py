@@ -173,7 +173,9 @@ def with_odd_bytes(data: bytes, random: random.Random, corpus: list[bytes]) -> b
 
 def rows(home: Path) -> tuple[list[bytes], Target]:
     """Data files, as demonstrations, as problems and as predictions of a benchmark."""
-    from dirl_cli.data.columns import demonstration, problem, rename_columns
+    from dirl_cli.data.columns import rename_columns
+    from dirl_cli.data.demonstration_rows import demonstration
+    from dirl_cli.data.problem_rows import problem
     from dirl_cli.data.rows import read_rows
     from dirl_cli.errors import DirlError
     from dirl_cli.evaluation.predictions import read_predictions
@@ -216,7 +218,7 @@ def parquet(home: Path) -> tuple[list[bytes], Target]:
     import pyarrow as pa
     import pyarrow.parquet
 
-    from dirl_cli.data.columns import problem
+    from dirl_cli.data.problem_rows import problem
     from dirl_cli.data.rows import read_rows
 
     def run(data: bytes, here: Path) -> None:
@@ -529,7 +531,7 @@ def answers(home: Path) -> tuple[list[bytes], Target]:
 def conversations(home: Path) -> tuple[list[bytes], Target]:
     """Messages, questions and chat templates, on their way to tokens."""
     from dirl_cli.data.chat import encode_demonstrations, encode_messages, encode_prompt
-    from dirl_cli.data.columns import demonstration
+    from dirl_cli.data.demonstration_rows import demonstration
     from dirl_cli.data.rows import read_rows
     from dirl_cli.models.tiny import CHATML, train_tokenizer
     from dirl_cli.types import Instruction

@@ -11,7 +11,7 @@ import pytest
 from torch import Generator
 
 from dirl_cli.cli.launch import check_values
-from dirl_cli.data.columns import problem
+from dirl_cli.data.problem_rows import problem
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError
 from dirl_cli.rl.curriculum import Curriculum

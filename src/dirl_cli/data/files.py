@@ -7,7 +7,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from dirl_cli.data.columns import demonstration, pair, rename_columns, summarize_notes
+from dirl_cli.data.columns import rename_columns, summarize_notes
+from dirl_cli.data.demonstration_rows import demonstration, pair
 from dirl_cli.data.rows import Row, read_rows
 from dirl_cli.data.verified_rows import is_verifiable, name_verifiers, verified_problem, verified_question
 from dirl_cli.errors import DirlError
@@ -29,7 +30,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class TrainingFile:
-    """Rows to learn from; `columns.demonstration` and `columns.problem` say what of a row is used.
+    """Rows to learn from; `demonstration` and `verified_problem` say what of a row is used.
 
     path: a file, a directory of files, or a data set of the Hub; split, config: which part of the latter two.
     columns: how the file calls the columns, by our names. held_out: rows kept out of training to validate on, chosen

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dirl_cli.data.columns import VERIFYING, is_problem, problem, question, recognise_problem, without_nulls
+from dirl_cli.data.columns import VERIFYING, without_nulls
+from dirl_cli.data.problem_rows import is_problem, problem, question, recognise_problem
 from dirl_cli.data.rows import Row
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.reward.choices import LETTERS
@@ -50,7 +51,7 @@ def spelled(setting: str, key: str) -> str:
 
 
 def verified_question(row: Row, setting: str) -> Row:
-    """As `columns.question`, with how the row's answers are verified as `verifier` and `details`, if it says so.
+    """As `problem_rows.question`, with how the row's answers are verified as `verifier` and `details`, if it says so.
 
     Raises DirlError as that does, and for options, aliases or details that are none.
     """
