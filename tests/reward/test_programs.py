@@ -21,15 +21,8 @@ from dirl_cli.evaluation.predictions import read_predictions, regraded
 from dirl_cli.reward import confinement
 from dirl_cli.reward.grading import Grader
 from dirl_cli.reward.plain_values import decode, encode
-from dirl_cli.reward.programs import (
-    completed,
-    is_same_output,
-    program_credit,
-    program_in,
-    program_server,
-    start_program_server,
-    stop_program_server,
-)
+from dirl_cli.reward.program_runner import program_server, start_program_server, stop_program_server
+from dirl_cli.reward.programs import completed, is_same_output, program_credit, program_in
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import RewardComputer, RewardSettings
 from dirl_cli.types import Problem
@@ -487,7 +480,8 @@ def kill_child(server, index, count):
 
 
 def test_what_runs_answers_ends_with_the_process_that_started_it(tmp_path):
-    script = "import time\nfrom dirl_cli.reward.programs import program_server, program_credit\n"
+    script = "import time\nfrom dirl_cli.reward.program_runner import program_server\n"
+    script += "from dirl_cli.reward.programs import program_credit\n"
     script += "print(program_server()._process.pid, flush=True)\nimport threading\n"
     script += "from dirl_cli.types import Problem\n"
     script += "p = Problem('', '', '', details={'tests': ['f()']})\n"
@@ -504,9 +498,8 @@ def test_what_runs_answers_ends_with_the_process_that_started_it(tmp_path):
 
 
 def test_where_the_kernel_cannot_confine_nothing_is_run(monkeypatch):
-    monkeypatch.setattr(
-        "dirl_cli.reward.programs.START", "import socket, sys\nsocket.socket(fileno=int(sys.argv[2])).send(b'unable')"
-    )
+    start = "import socket, sys\nsocket.socket(fileno=int(sys.argv[2])).send(b'unable')"
+    monkeypatch.setattr("dirl_cli.reward.program_runner.START", start)
     program_server.cache_clear()
     with pytest.raises(DirlError, match="only where the kernel can confine them"):
         credit(ADD, RIGHT)
@@ -520,7 +513,7 @@ def test_what_does_not_start_is_said_and_leaves_no_process(monkeypatch):
     before = set(psutil.Process().children())
     with monkeypatch.context() as patched:
         for start in ("raise SystemExit(1)", "import os\nos.abort()", "pass"):
-            patched.setattr("dirl_cli.reward.programs.START", start)
+            patched.setattr("dirl_cli.reward.program_runner.START", start)
             with pytest.raises(DirlError, match="does not start: free memory, or start fewer"):
                 start_program_server()
             with pytest.raises(MemoryError):
@@ -533,7 +526,7 @@ def test_what_fails_on_the_way_leaves_the_server_ready_for_the_next(monkeypatch)
     for tests, program in ((ADD, RIGHT), ([{"input": "", "output": "1"}], "print(1)")):
         server = program_server()
         with monkeypatch.context() as patched, pytest.raises(MemoryError, match="no room"):
-            patched.setattr("dirl_cli.reward.programs.is_readable", no_room)
+            patched.setattr("dirl_cli.reward.program_runner.is_readable", no_room)
             credit(tests, program)
         assert credit(tests, program) == 1
         assert program_server() is server

@@ -11,7 +11,8 @@ from dirl_cli.reward.custom_scorer import find_scorer, own_credit, whole_complet
 from dirl_cli.reward.equality import plainly_equal, verified
 from dirl_cli.reward.functions import is_import_path
 from dirl_cli.reward.gym import gym_answer_in, gym_credit, load_gym
-from dirl_cli.reward.programs import program_credit, program_in, start_program_server
+from dirl_cli.reward.program_runner import start_program_server
+from dirl_cli.reward.programs import program_credit, program_in
 from dirl_cli.reward.puzzles import countdown_credit, expression_in, grid_in, sudoku_credit
 from dirl_cli.reward.short_text import text_credit, text_in
 from dirl_cli.types import Problem
