@@ -136,6 +136,17 @@ class Trajectory:
         """The indices of the answer tokens that denoising steps revealed: all but those that were held."""
         return [i for i, step in enumerate(self.reveal_step) if step != HELD]
 
+    def revealed_at(self, block_size: int) -> list[int]:
+        """The denoising forward of the answer, counted from 1 over all its blocks, that revealed each of its tokens.
+
+        HELD for a token that none revealed.
+        """
+        first = len(self.prompt_ids)
+        steps = [((first + i) // block_size, step) for i, step in enumerate(self.reveal_step)]
+        revealing = sorted({(block, step) for block, step in steps if step != HELD})
+        number = {step: n for n, step in enumerate(revealing, start=1)}
+        return [number.get(step, HELD) for step in steps]
+
     @property
     def is_hinted(self) -> bool:
         """Whether any of its tokens were held."""

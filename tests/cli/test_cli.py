@@ -166,6 +166,27 @@ def test_a_path_takes_the_place_of_a_choice(jobs, here):
     assert (jobs[-1]["data"]["path"], jobs[-1]["name"]) == ("some/demos.jsonl", "tiny-some-demos")
 
 
+def test_a_path_of_sampled_answers_is_read_as_such(jobs, here):
+    for file in ("run/rollouts/step-000001.jsonl", "out/completions.jsonl", "rows/demos.jsonl"):
+        (here / file).parent.mkdir(parents=True)
+        (here / file).touch()
+    for path, kind in [
+        ("run", "SampledAnswers"),
+        ("run/rollouts", "SampledAnswers"),
+        ("run/rollouts/step-000001.jsonl", "SampledAnswers"),
+        ("out/completions.jsonl", "SampledAnswers"),
+        ("nowhere/completions.jsonl", "TrainingFile"),
+        ("rows", "TrainingFile"),
+    ]:
+        assert dirl("sft", f"data={path}").exit_code == 0
+        assert (jobs[-1]["data"]["path"], jobs[-1]["data"]["_target_"].rpartition(".")[2]) == (path, kind)
+        assert dirl("sft", f"data.path={path}").exit_code == 0
+        assert jobs[-1]["data"]["_target_"].endswith(kind)
+    assert refusal("sft", "-m", "data=run,rows").endswith(
+        "data=run,rows mixes sampled answers and other rows: sweep over each by itself"
+    )
+
+
 TEXTS = [
     "Tom has 7 pens, and buys 5. It costs $5, right?",
     "What is 3+4? (hint: x=7)",
@@ -378,6 +399,7 @@ def test_what_only_looks_opens_no_run_directory(jobs, here):
     assert list(here.iterdir()) == []
 
 
+PATHS_ONLY = ("file", "path", "rollouts", "from_causal", "livecodebench")  # choices that want a path
 EXPERIMENTS = {
     "dirl8b_sft": "sft",
     "dirl8b_rl": "rl",
@@ -495,7 +517,7 @@ def test_every_yaml_composes_and_builds():
             for group, names in groups.items()
             for name in names
         }.values():
-            path = [f"{group}.path=some/file.json"] if name in ("file", "path", "from_causal", "livecodebench") else []
+            path = [f"{group}.path=some/file.json"] if name in PATHS_ONLY else []
             path += ["data.sources=[{path: a.json, weight: 0.7}, {path: b.json}]"] if name == "mix" else []
             path += [f"{group}.task=basic_arithmetic"] if name == "gym" else []
             command = EXPERIMENTS[name] if group == "experiment" else command

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -22,13 +23,27 @@ from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.files import conf_dir
 from dirl_cli.models.load import SavedModel
 from dirl_cli.models.tiny import Tiny
+from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.sft.sampled_answers import SampledAnswers
 from dirl_cli.text import escape_controls
 from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers.small import MASK, small_lm
 
-OURS = ("index", "sample", "text", "prompt_ids", "token_ids", "reveal_step", "logprobs", "stop_reason", "forwards")
+OURS = (
+    "index",
+    "sample",
+    "text",
+    "prompt_ids",
+    "token_ids",
+    "reveal_step",
+    "logprobs",
+    "stop_reason",
+    "forwards",
+    "stop_token_ids",
+    "block_size",
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +110,12 @@ def test_what_is_written_scores_as_it_was_sampled(model, tmp_path):
     names = ("prompt_ids", "token_ids", "reveal_step", "logprobs", "stop_reason")
     trajectories = [Trajectory(**{name: line[name] for name in names}) for line in lines]
     lm = SavedModel("", str(model)).load("float32", "cpu")
+    assert {(line["block_size"], *line["stop_token_ids"]) for line in lines} == {(4, *lm.stop_token_ids)}
+    with Grader(workers=1) as grader:  # and fine-tuning learns from it in the order in which it was revealed
+        table = SampledAnswers(str(tmp_path), least_reward=-math.inf).tables(lm, grader, 1000).training
+    for i, answer in enumerate(trajectories):
+        assert table.revealed_at(i) == [0] * len(answer.prompt_ids) + answer.revealed_at(4)
+        assert max(table.revealed_at(i)) == lines[i]["denoise_forwards"]
     for line, scored in zip(lines, trajectory_logprobs(lm, trajectories, Decoding(temperature=1.0)), strict=True):
         assert line["logprobs"] == pytest.approx(scored, abs=1e-5)
 

@@ -17,6 +17,7 @@ from dirl_cli.errors import DirlError, UnknownChoice, did_you_mean, pip_install
 from dirl_cli.text import literal, shell_word
 
 PATH_CHOICE = {"data": "file", "bench": "file", "model": "path"}  # the choice whose `path` takes any path
+ANSWERS = ("rollouts/step-*.jsonl", "step-*.jsonl", "completions.jsonl")  # in a directory that data=rollouts reads
 TEXTS = ("prompt", "messages", "instruction.text", "algo.teacher_prompt")  # their whole value, also with -m
 # Last parts of the keys whose values are paths.
 PATHS = (
@@ -117,15 +118,30 @@ def collect_bare_words(words: Sequence[str], key: str) -> list[str]:
 def choose_files(words: Sequence[str], has: Callable[[str], bool]) -> list[str]:
     """Put `bench=file` before a `bench.path=FILE` without it, where the default choice has no key `path`.
 
-    has: whether the config has a key.
+    Of sampled answers it is `data=rollouts`. has: whether the config has a key.
     """
-    keys = {word.partition("=")[0] for word in words}
+    keys = {word.partition("=")[0]: word.partition("=")[2] for word in words}
     choices = []
-    for group, choice in PATH_CHOICE.items():
+    for group in PATH_CHOICE:
         path_key = f"{group}.path"
         if path_key in keys and group not in keys and not has(path_key):
-            choices.append(f"{group}={choice}")
+            choices.append(f"{group}={path_choice(group, keys[path_key])}")
     return [*choices, *words]
+
+
+def path_choice(group: str, path: str) -> str:
+    """The choice of a group that reads a path: of data that of sampled answers, where it holds those."""
+    if group == "data" and holds_answers(Path(unquote(path))):
+        return "rollouts"
+    return PATH_CHOICE[group]
+
+
+def holds_answers(path: Path) -> bool:
+    """Whether a path is of answers that were sampled, by its name or by what a directory holds."""
+    patterns = [pattern.rpartition("/")[2] for pattern in ANSWERS]
+    if any(path.match(pattern) for pattern in patterns):
+        return exists(str(path))
+    return exists(str(path)) and any(any(path.glob(pattern)) for pattern in ANSWERS)
 
 
 def drop_preset(words: Sequence[str], preset: str | None) -> list[str]:
@@ -203,8 +219,11 @@ def rewrite_choice(word: str, choices: Callable[[str], list[str]], sweep: bool) 
         raise DirlError(sentence)
     if len(paths) < len(values):
         raise DirlError(f"{word} mixes names and paths: sweep over the names, then over the paths")
+    kinds = {path_choice(group, path) for path in paths}
+    if len(kinds) > 1:
+        raise DirlError(f"{word} mixes sampled answers and other rows: sweep over each by itself")
     quoted = ",".join(quote(unquote(path)) for path in paths)
-    return [f"{group}={PATH_CHOICE[group]}", f"{group}.path={quoted}"]
+    return [f"{group}={kinds.pop()}", f"{group}.path={quoted}"]
 
 
 def one_at_a_time(group: str, values: Sequence[str]) -> str:

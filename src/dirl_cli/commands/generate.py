@@ -183,6 +183,8 @@ def write(
                 "stop_reason": trajectory.stop_reason,
                 "denoise_forwards": trajectory.denoise_forwards,
                 "forwards": trajectory.forwards,
+                "stop_token_ids": trajectory.stop_token_ids,
+                "block_size": trajectory.block_size,
             }
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             lines.flush()

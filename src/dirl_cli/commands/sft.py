@@ -26,6 +26,7 @@ from dirl_cli.data.files import sources_of
 from dirl_cli.data.order import MixtureOrder, epochs, generator
 from dirl_cli.data.preview import show_examples
 from dirl_cli.data.tokens import TokenTable
+from dirl_cli.diffusion.reveal_order import TraceWindows
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.held_out import HeldOutEval
 from dirl_cli.evaluation.sweep_table import Column, show_sweep
@@ -40,6 +41,7 @@ from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.grading import Grader
 from dirl_cli.sft.batches import Noise, NoisedBatches, Padded
+from dirl_cli.sft.sampled_answers import SampledAnswers
 from dirl_cli.sft.train import train
 from dirl_cli.sft.validation import FinetuneEvaluation, cross_entropy, hold_out, metric
 from dirl_cli.training.checkpoint import require_measured
@@ -127,6 +129,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     parts.peft.require(cfg.launch)
     lm = shapes_of(cfg, parts.model)
     parts.annealing.check(lm.block_size)
+    parts.annealing.require_whole_states(parts.masking)
+    require_order(parts.masking, source)
     decoding = lm.decoding(parts.decoding)
     setup = training_setup(cfg, lm, parts.optim, parts.peft, FINETUNE)
     scoring = LEARNING_ENTROPY if cfg.certainty else SCORING
@@ -181,6 +185,15 @@ def build_sft_parts(cfg: DictConfig) -> SftParts:
     )
 
 
+def require_order(masking: Any, source: Any) -> None:
+    """Raises DirlError where states of a trace are to be learned of answers that have none."""
+    if isinstance(masking, TraceWindows) and not isinstance(source, SampledAnswers):
+        raise DirlError(
+            f"masking=trace follows the order in which sampled answers were revealed, which data={source.name} does not"
+            " tell: give data=RUN, a run of `dirl rl` or `dirl generate`, or another masking"
+        )
+
+
 def read_demonstrations(
     cfg: DictConfig,
     source: Any,
@@ -190,9 +203,22 @@ def read_demonstrations(
     progress: StepProgress,
 ) -> Demonstrations:
     """The data as tokens. Raises DirlError where nothing of one of its sources is left to learn from."""
+    reader = Reader(lm, instruction, accelerator, progress, cfg.max_tokens)
+    if isinstance(source, SampledAnswers):
+        with Grader() as grader, progress.working(f"reading the answers of {source.path}"):
+            answers = source.tables(lm, grader, min(cfg.max_tokens, lm.max_length))
+        for remark in answers.remarks:
+            progress.print_line(remark)
+        if not len(answers.training):
+            raise DirlError(
+                f"no answer of {source.path} is left to learn from: lower data.least_reward, raise max_tokens, or give"
+                " other answers"
+            )
+        problems = reader.problems("held-out problems", source.problems()[: cfg.eval_problems])
+        return Demonstrations([source.name], [1.0], [answers.training], [answers.held_out], problems)
+
     sources, weights = sources_of(source)
     names = [one.name for one in sources]
-    reader = Reader(lm, instruction, accelerator, progress, cfg.max_tokens)
     training = [reader.demonstrations(f"training demonstrations of {s.name}", s.demonstrations()) for s in sources]
     held_out = [reader.demonstrations(f"held-out demonstrations of {s.name}", s.validation()) for s in sources]
 

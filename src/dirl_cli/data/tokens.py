@@ -20,22 +20,26 @@ from dirl_cli.errors import DirlError
 from dirl_cli.types import Instruction
 
 SCHEMA = pa.schema({"token_ids": pa.list_(pa.int32()), "trained": pa.list_(pa.bool_()), "answer_tokens": pa.int32()})
+REVEALED_AT = "revealed_at"  # a column of sampled answers
 
 
 @dataclass(frozen=True)
 class TokenTable:
     """Tokenized examples: the rows of a table of SCHEMA that stand at `indices`, each read when it is asked for.
 
-    indices: (examples,), rows of the table.
+    indices: (examples,), rows of the table. Of sampled answers the table has REVEALED_AT besides.
     """
 
     table: pa.Table
     indices: NDArray[np.int64]
 
     @staticmethod
-    def of(encoded: Sequence[chat.Encoded]) -> "TokenTable":
-        """A table of examples in memory."""
-        return TokenTable(pa.Table.from_batches([record_batch(encoded)]), np.arange(len(encoded)))
+    def of(encoded: Sequence[chat.Encoded], revealed_at: Sequence[Sequence[int]] | None = None) -> "TokenTable":
+        """A table of examples in memory. revealed_at: of sampled ones the forward that revealed each token."""
+        table = pa.Table.from_batches([record_batch(encoded)])
+        if revealed_at is not None:
+            table = table.append_column(REVEALED_AT, pa.array(revealed_at, pa.list_(pa.int32())))
+        return TokenTable(table, np.arange(len(encoded)))
 
     @staticmethod
     def read(file: Path) -> "TokenTable":
@@ -51,6 +55,13 @@ class TokenTable:
         token_ids = self.table["token_ids"][row].values.to_numpy(zero_copy_only=False)  # (tokens,)
         trained = self.table["trained"][row].values.to_numpy(zero_copy_only=False)  # (tokens,)
         return token_ids.tolist(), trained.tolist()
+
+    def revealed_at(self, i: int) -> list[int] | None:
+        """The forward that revealed each token of a sampled answer, HELD where none did; None of any other example."""
+        if REVEALED_AT not in self.table.column_names:
+            return None
+        forwards: list[int] = self.table[REVEALED_AT][int(self.indices[i])].values.to_pylist()
+        return forwards
 
     def at_most(self, longest: int) -> "TokenTable":
         """The examples of at most `longest` tokens."""
@@ -72,9 +83,10 @@ class TokenTable:
 
     @property
     def digest(self) -> str:
-        """A SHA-256 that changes with any of the tokens, their order or which are trained on."""
+        """A SHA-256 that changes with any of the tokens, their order, which are trained on or when they came up."""
         sha256 = hashlib.sha256(self.indices.tobytes())
-        for name in ("token_ids", "trained"):
+        names = ["token_ids", "trained", *({REVEALED_AT} & set(self.table.column_names))]
+        for name in names:
             for chunk in self.table[name].chunks:
                 sha256.update(chunk.offsets.to_numpy().tobytes())
                 sha256.update(chunk.values.to_numpy(zero_copy_only=False).tobytes())

@@ -2,7 +2,8 @@
 
 A schedule is called with `block`, the block number of each of the n answer tokens of one demonstration, and a
 generator; it returns `masked` (V, n) bool and `weight` (V, n), one row per noised view. Where a rate p hides a
-token, its weight is 1/p, so that each answer token counts once in expectation (SDAR, arXiv 2510.06303).
+token, its weight is 1/p, so that each answer token counts once in expectation (SDAR, arXiv 2510.06303). What is hidden
+and weighs 0 is context. Of sampled answers `TraceWindows` makes a schedule for each, by when its tokens were revealed.
 
 Shapes: n answer tokens of a demonstration of L tokens, hidden in V views.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from dirl_cli.diffusion.layout import SHARED, Rows, Strip, lay_out, pack
+from dirl_cli.diffusion.reveal_order import TraceWindows
 from dirl_cli.ranges import Share
 
 LOWEST_RATE = 1e-3  # keeps 1/p finite
@@ -134,31 +136,51 @@ def hide(p: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Example:
-    """A demonstration as whole blocks. token_ids: (L,) long; trained: (L,) bool, the answer and its padding."""
+    """A demonstration as whole blocks. token_ids: (L,) long; trained: (L,) bool, the answer and its padding.
+
+    revealed_at: (L,) long, of a sampled answer the forward that revealed each token; None of any other.
+    """
 
     token_ids: Tensor
     trained: Tensor
+    revealed_at: Tensor | None = None
 
 
-def example(token_ids: Sequence[int], trained: Sequence[bool], block_size: int, pad_id: int) -> Example:
-    """Pad a demonstration to whole blocks; the padding is trained, since the sampler fills whole blocks too."""
+def example(
+    token_ids: Sequence[int],
+    trained: Sequence[bool],
+    block_size: int,
+    pad_id: int,
+    revealed_at: Sequence[int] | None = None,
+) -> Example:
+    """Pad a demonstration to whole blocks; the padding is trained, since the sampler fills whole blocks too.
+
+    It counts as revealed by the last forward, so that it makes no further state.
+    """
     padding = -len(token_ids) % block_size
     ids = [*token_ids, *[pad_id] * padding]
     is_trained = [*trained, *[True] * padding]
-    return Example(torch.tensor(ids), torch.tensor(is_trained, dtype=torch.bool))
+    order = None
+    if revealed_at is not None:
+        order = torch.tensor([*revealed_at, *[max(revealed_at)] * padding])
+    return Example(torch.tensor(ids), torch.tensor(is_trained, dtype=torch.bool), order)
 
 
 def noised_strip(
-    demonstration: Example, masking: Masking, block_size: int, mask_id: int, generator: Generator
+    demonstration: Example, masking: Masking | TraceWindows, block_size: int, mask_id: int, generator: Generator
 ) -> Strip:
     """A demonstration with freshly hidden answer tokens."""
     answer = demonstration.trained.nonzero().squeeze(1)  # (n,) positions
+    if isinstance(masking, TraceWindows):
+        order = demonstration.revealed_at
+        masking = masking.along(None if order is None else order[answer])
     answer_masked, answer_weight = masking(answer // block_size, generator)  # (V, n)
     masked = torch.zeros(len(answer_masked), len(demonstration.token_ids), dtype=torch.bool)  # (V, L)
     masked[:, answer] = answer_masked
     weight = torch.zeros(masked.shape)
     weight[:, answer] = answer_weight
-    return lay_out(demonstration.token_ids, masked, masked, weight, block_size, mask_id)
+    scored = masked & (weight > 0)
+    return lay_out(demonstration.token_ids, masked, scored, weight, block_size, mask_id)
 
 
 def causal_strip(demonstration: Example, weight: float) -> Strip:
@@ -181,7 +203,7 @@ def causal_strip(demonstration: Example, weight: float) -> Strip:
 
 def noised_rows(
     demonstrations: Sequence[Example],
-    masking: Masking,
+    masking: Masking | TraceWindows,
     block_size: int,
     mask_id: int,
     pad_id: int,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -19,7 +19,7 @@ from dirl_cli.data.tokens import PairTable
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.batch import steps_of_tokens
-from dirl_cli.rollout.storage import Record, read_lines, require_learnable, rollout_files
+from dirl_cli.rollout.storage import Record, distinct, problem_key, read_lines, require_learnable, rollout_files
 from dirl_cli.text import counted
 from dirl_cli.types import Trajectory
 
@@ -216,10 +216,7 @@ class RunPairs:
 
 
 def read_answers(directory: Path, lm: DiffusionLM, needs_reward: bool) -> list[list[Record]]:
-    """All answers of a run's rollouts, by problem in the order in which problems first came up.
-
-    Those that were given a hint are left out: their log-probs are of the rest of their tokens alone. One that is in
-    the files of two steps counts once: a group that is left over is in that of the step that learns from it, too.
+    """All answers of a run's rollouts but hinted ones, each once, by problem in the order in which these came up.
 
     Raises DirlError, with file and line, for an answer that nothing can be learned from.
     """
@@ -229,28 +226,19 @@ def read_answers(directory: Path, lm: DiffusionLM, needs_reward: bool) -> list[l
             " give dpo.pairs_from the directory of another run of `dirl rl`"
         )
     by_prompt: dict[tuple[str, tuple[int, ...]], list[Record]] = {}
-    read = set()
+    for line, record in distinct(learnable_answers(directory, lm)):
+        if needs_reward and record.reward is None:
+            raise DirlError(f"{line} has no reward to compare: give dpo.pairing=right_wrong, or another run")
+        by_prompt.setdefault(problem_key(record), []).append(record)
+    return list(by_prompt.values())
+
+
+def learnable_answers(directory: Path, lm: DiffusionLM) -> Iterator[tuple[str, Record]]:
+    """Each answer in a run's files of rollouts, with its file and line. Raises like `read_answers`."""
     for file in rollout_files(directory).values():
         for line, record in read_lines(file):
             require_learnable(line, record.trajectory, lm)
-            if record.trajectory.is_hinted:
-                continue
-            if needs_reward and record.reward is None:
-                raise DirlError(f"{line} has no reward to compare: give dpo.pairing=right_wrong, or another run")
-            answer = record.trajectory
-            key = (record.problem.id, tuple(answer.prompt_ids))
-            identity = (
-                key,
-                record.sample,
-                answer.weights_version,
-                tuple(answer.token_ids),
-                tuple(answer.logprobs),
-            )
-            if identity in read:
-                continue
-            read.add(identity)
-            by_prompt.setdefault(key, []).append(record)
-    return list(by_prompt.values())
+            yield line, record
 
 
 def pairs_of_run(directory: Path, lm: DiffusionLM, pairing: Pairing) -> RunPairs:

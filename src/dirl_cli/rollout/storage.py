@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -69,13 +69,16 @@ def read_rollout(path: Path) -> list[Record]:
     return [record for _, record in read_lines(path)]
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    """Read a step's answers, each with "FILE line N" for messages about it. Raises DirlError like `read_rollout`."""
+def read_lines(path: Path, parse: Callable[[Any], Record] | None = None) -> Iterator[tuple[str, Record]]:
+    """Read a step's answers, each with "FILE line N" for messages about it. Raises DirlError like `read_rollout`.
+
+    parse: makes a record of what a line holds, where that is not what `write_rollout` writes.
+    """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 location = f"{path} line {number}"
-                yield location, read_line(location, line)
+                yield location, read_line(location, line, parse or from_json)
     except OSError as error:
         raise DirlError(f"{path} cannot be read ({error.strerror}): check the path") from error
 
@@ -114,10 +117,36 @@ def require_learnable(location: str, answer: Trajectory, lm: DiffusionLM) -> Non
         raise DirlError(f"{location}: {reason}; give the model that it was sampled from, or correct or remove it")
 
 
-def read_line(location: str, line: bytes) -> Record:
+def distinct(answers: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
+    """The answers without those that were given a hint, each once.
+
+    One that is in the files of two steps is the same: a group that is left over is in that of the step that learns from
+    it, too. Of a hinted answer only the rest of its tokens is its own.
+    """
+    read = set()
+    for location, record in answers:
+        answer = record.trajectory
+        identity = (
+            problem_key(record),
+            record.sample,
+            answer.weights_version,
+            tuple(answer.token_ids),
+            tuple(answer.logprobs),
+        )
+        if not answer.is_hinted and identity not in read:
+            read.add(identity)
+            yield location, record
+
+
+def problem_key(record: Record) -> tuple[str, tuple[int, ...]]:
+    """What the answers to a problem have in common: its name and its prompt."""
+    return record.problem.id, tuple(record.trajectory.prompt_ids)
+
+
+def read_line(location: str, line: bytes, parse: Callable[[Any], Record]) -> Record:
     """A record from its line. Raises DirlError that begins with `location` for anything else."""
     try:
-        return from_json(json.loads(line))
+        return parse(json.loads(line))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DirlError(f"{location} is not valid JSON: correct or remove it") from error
     except KeyError as error:

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.masking import Example, Masking, causal_strip
+from dirl_cli.diffusion.reveal_order import TraceWindows
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import Count, NotNegative, Share, SomeShare
 from dirl_cli.sft.batches import Noise
@@ -35,6 +36,14 @@ class Annealing:
                 f"annealing.block_sizes={list(self.block_sizes)}: each must divide the next, up to {block_size}"
             )
 
+    def require_whole_states(self, masking: Masking | TraceWindows) -> None:
+        """Raises DirlError where part of what a trace hides is to be shown, which no sampler ever saw."""
+        if isinstance(masking, TraceWindows) and self.masked < 1:
+            raise DirlError(
+                f"annealing.masked={self.masked:g} shows some of what masking=trace hides, and its states would be no"
+                " sampler's: give annealing.masked=1"
+            )
+
     def block_size(self, final: int, progress: float) -> int:
         """The block size at a point of the run, of which `final` is that of its end. progress: from 0 to 1."""
         if progress >= self.share or not self.block_sizes:
@@ -45,8 +54,10 @@ class Annealing:
         """The noise at a point of the run, of which `final` is that of its end. progress: from 0 to 1."""
         if progress >= self.share:
             return final
-        masked = self.masked + (1 - self.masked) * progress / self.share
         block_size = self.block_size(final.block_size, progress)
+        if isinstance(final.masking, TraceWindows):
+            return replace(final, block_size=block_size)
+        masked = self.masked + (1 - self.masked) * progress / self.share
         return replace(final, block_size=block_size, masking=Thinned(final.masking, masked))
 
     def causal_rows(self, examples: Iterable[Example], noise: Noise) -> list[Rows]:

@@ -7,13 +7,14 @@ from typing import Protocol
 from dirl_cli.data.order import MixtureOrder, epochs, generator
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.masking import Example, Masking, example, noised_rows
+from dirl_cli.diffusion.reveal_order import TraceWindows
 
 
 @dataclass(frozen=True)
 class Noise:
     """How demonstrations become packed rows. row_tokens: the most tokens of a row, unless one alone is longer."""
 
-    masking: Masking
+    masking: Masking | TraceWindows
     block_size: int
     mask_id: int
     pad_id: int
@@ -27,10 +28,11 @@ class Noise:
 
 
 class Tokens(Protocol):
-    """Demonstrations, each as its token ids and which of them are trained."""
+    """Demonstrations, each as its token ids and which of them are trained; of sampled ones also when each came up."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int, /) -> tuple[list[int], list[bool]]: ...
+    def revealed_at(self, i: int, /) -> list[int] | None: ...
 
 
 class Examples(Protocol):
@@ -51,7 +53,7 @@ class Padded:
     def __getitem__(self, i: int) -> Example:
         for source in self.sources:
             if i < len(source):
-                return example(*source[i], self.block_size, self.pad_id)
+                return example(*source[i], self.block_size, self.pad_id, source.revealed_at(i))
             i -= len(source)
         raise IndexError
 
