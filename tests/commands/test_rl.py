@@ -329,6 +329,14 @@ def test_bf16_keeps_the_parameters_in_float32_and_saves_them_as_bf16(model, tmp_
     assert any(1e-5 < line.get("mismatch_max", 0) < 1 for line in lines(tmp_path))
 
 
+def test_a_ranking_is_among_the_rewards_of_every_answer(model, tmp_path):
+    run(config(model, "+reward.weights.speed_rank=0.2", "steps=1", "eval_problems=0"), tmp_path)
+    assert lines(tmp_path)[-1]["reward/speed_rank"] == 0.0  # whose answers are all wrong
+    for record in read_rollout(tmp_path / "rollouts/step-000001.jsonl"):
+        assert list(record.parts) == ["accuracy", "soft_overlong", "speed_rank"]
+        assert record.reward == record.parts["accuracy"] + record.parts["soft_overlong"]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -342,6 +350,7 @@ def test_bf16_keeps_the_parameters_in_float32_and_saves_them_as_bf16(model, tmp_
         (["resume=nowhere"], "nowhere holds no checkpoint"),
         (["rollout.max_batch=0"], "rollout.max_batch=0: give a whole number of at least 1"),
         (["+reward.weights={acuracy: 1}"], "acuracy"),
+        (["+reward.weights={speed_rank: 1}", "rl.filter=accuracy"], "are all right: give rl.filter=reward"),
     ],
 )
 def test_what_a_user_can_fix_is_told_in_a_sentence(model, tmp_path, words, sentence):

@@ -14,7 +14,7 @@ from dirl_cli.rl.curriculum import Curriculum
 from dirl_cli.rl.during_update import prefetch_rollout
 from dirl_cli.rl.replay import ReplayedRollouts, Rescorer, continues, rollouts_of
 from dirl_cli.rl.rollout_metrics import answer_table, records, rollout_metrics
-from dirl_cli.rl.rollouts import Rollout, RolloutState, add_advantages
+from dirl_cli.rl.rollouts import Rollout, RolloutState, add_advantages, group_has_signal, ranked_group
 from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
 from dirl_cli.types import Problem, Trajectory
 from tests.helpers.fake_rollouts import MIXED, POOL, SAME, FakeScorer, each, ids, order, source
@@ -222,6 +222,51 @@ def test_a_replay_runs_no_code_that_the_command_line_does_not_name():
     record = Record(problem, 0, "2", Trajectory([1], [9], [1], [0.0], "stop", denoise_forwards=1))
     with pytest.raises(DirlError, match=r"names the code nowhere.score: .* with data.scorers=\[nowhere.score\]"):
         Rescorer(FakeScorer(each(MIXED)), "none", longest=8).reward([[record]], block_size=4)
+
+
+RANKED = RewardSettings({"accuracy": 1.0, "speed_rank": 0.2}, workers=1)
+
+
+def timed(group, forwards):
+    """The group, its answers revealed in so many steps of a block."""
+    steps = {1: [1, 1], 2: [1, 2]}
+    return [
+        replace(record, trajectory=replace(record.trajectory, reveal_step=steps[number], block_size=4))
+        for record, number in zip(group, forwards, strict=True)
+    ]
+
+
+def test_a_group_that_is_all_right_is_kept_where_its_answers_are_told_apart_by_speed():
+    all_right = source(each([1.0, 1.0]), filter="reward", max_rounds=1)
+    assert all_right.collect(0).groups == []
+    [group, _] = all_right.collect(1).sampled
+    slow, fast = ranked_group(timed(group, [2, 1]), RANKED, 2)
+    assert (slow.reward, fast.reward, fast.parts) == (1.0, 1.2, {"accuracy": 1.0, "speed_rank": 1.0})
+    assert group_has_signal([slow, fast], "reward") and not group_has_signal([slow, fast], "accuracy")
+    advantages = AdvantageEstimator("mean_only", inf, 1.0, {})
+    values = [record.advantage for record in add_advantages([[slow, fast]], advantages)[0]]
+    assert values == pytest.approx([-0.1, 0.1])
+
+    # Equally fast ones are not, nor are wrong ones of any speed.
+    assert not group_has_signal(ranked_group(timed(group, [1, 1]), RANKED, 2), "reward")
+    wrong = [replace(record, correct=False, parts={"accuracy": 0.0}) for record in timed(group, [1, 2])]
+    assert not group_has_signal(ranked_group(wrong, RANKED, 2), "reward")
+
+
+def test_groups_are_ranked_as_they_are_sampled_and_as_they_are_rewarded_anew():
+    ours = source(each([1.0, 1.0, 0.0]), group_size=3, filter="reward", ranking=RANKED)
+    for group in ours.collect(0).groups:
+        assert [record.parts["speed_rank"] for record in group] == [0.5, 0.5, 0.0]
+        assert [record.reward for record in group] == [1.1, 1.1, 0.0]
+
+    problem = Problem("a", "1+1?", "2")
+    answers = [Trajectory([1], [9] * 3, steps, [0.0] * 3, "stop", 9) for steps in ([1, 2, 3], [1, 1, 2], [1, 1, 1])]
+    texts = [r"\boxed{2}", r"\boxed{2}", r"\boxed{3}"]
+    records = [Record(problem, k, text, one) for k, (text, one) in enumerate(zip(texts, answers, strict=True))]
+    with RewardComputer(RANKED) as reward_computer:
+        rescorer = Rescorer(reward_computer, "reward", longest=8, ranking=RANKED)
+        [group] = rescorer.reward([records], block_size=4)
+    assert [record.reward for record in group] == [1.0, 1.2, 0.0]
 
 
 def test_a_replay_may_be_rewarded_anew():

@@ -19,6 +19,7 @@ from dirl_cli.commands.rl_parts import (
     require_compatible,
     require_growth,
     require_hints,
+    require_kept,
     require_steps,
     settle_ratio,
 )
@@ -112,6 +113,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     settle_ratio(cfg.rl)
     parts = build_rl_parts(cfg)
     require_compatible(cfg.rl, parts.objective, parts.decoding)
+    require_kept(cfg.rl, parts.reward_settings)
     require_hints(cfg.rl, parts.engine)
     require_steps(parts, cfg.launch)
     parts.peft.require(cfg.launch)

@@ -9,6 +9,7 @@ from dirl_cli.cli.build import build
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import Peft
+from dirl_cli.reward.ranking import RANKINGS
 from dirl_cli.reward.scoring import RewardSettings
 from dirl_cli.rl.block_growth import BlockGrowth
 from dirl_cli.rl.critic import LearnedCritic, NoCritic, require_whole_trace
@@ -70,6 +71,17 @@ def require_compatible(rl: DictConfig, objective: Objective, decoding: Decoding)
         )
     if decoding.temperature == 0 and not rl.replay:
         raise DirlError("decoding.temperature=0 gives a group equal answers, from which there is nothing to learn")
+
+
+def require_kept(rl: DictConfig, settings: RewardSettings) -> None:
+    """Raises DirlError where the filter would drop groups that a ranking of right answers can be learned from."""
+    ranks = any(name in RANKINGS and weight for name, weight in settings.weights.items())
+    filters = not rl.replay or rl.rescore
+    if ranks and filters and rl.filter == "accuracy" and not rl.rollout_only:
+        raise DirlError(
+            "reward.weights.speed_rank tells right answers apart, and rl.filter=accuracy drops groups that are all"
+            " right: give rl.filter=reward"
+        )
 
 
 def require_hints(rl: DictConfig, engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""The built-in rewards, each a formula over one answer.
+"""The built-in rewards, each a formula over one answer; those over all answers to a problem are in ranking.py.
 
 A pair of values is what the shortest and the longest answer get, or the slowest and the fastest; `between` joins them.
 """
@@ -15,6 +15,7 @@ from dirl_cli.ranges import Count, Finite, require
 from dirl_cli.reward.boxed import last_boxed
 from dirl_cli.reward.functions import find_function, is_import_path
 from dirl_cli.reward.process import RevealedBlock
+from dirl_cli.reward.ranking import RANKINGS, Ranking
 from dirl_cli.types import Problem, Trajectory
 
 
@@ -186,13 +187,15 @@ BUILT_IN: dict[str, Reward] = {formula.__name__: formula for formula in FORMULAS
 
 
 @cache
-def find_reward(name: str) -> Reward:
+def find_reward(name: str) -> Reward | Ranking:
     """The reward called `name`: built in, `my_module.my_reward`, or `rewards.py:my_reward`.
 
     Raises DirlError where there is no such reward, or where its code cannot be loaded.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
+    if name in RANKINGS:
+        return RANKINGS[name]
 
     # An own reward is FILE:FUNCTION or MODULE.FUNCTION; a name with neither can only be a built-in one, mistyped.
     if not is_import_path(name):
@@ -205,8 +208,9 @@ def find_reward(name: str) -> Reward:
 
 def built_in_hint(name: str) -> str:
     """The built-in reward that a mistyped name is nearest to, and all of them."""
-    hint = did_you_mean(name, BUILT_IN)
-    names = ", ".join(BUILT_IN)
+    built_in = [*BUILT_IN, *RANKINGS]
+    hint = did_you_mean(name, built_in)
+    names = ", ".join(built_in)
     if names in hint:
         return hint
     return f"{hint} There are {names}"
@@ -220,7 +224,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     except TypeError as error:
         raise DirlError(f"reward.options.{name} does not fit the reward {name}: {error}") from error
     # Only of our own do we know that the annotations say which values they take.
-    if reward in BUILT_IN.values():
+    if name in (*BUILT_IN, *RANKINGS):
         types = get_type_hints(reward, include_extras=True)
         for option, value in options.items():
             require(value, types[option], f"reward.options.{name}.{option}")

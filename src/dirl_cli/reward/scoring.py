@@ -1,7 +1,7 @@
 """From answers to rewards, while more are being sampled: graded, given to every reward, summed by weight."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from types import TracebackType
@@ -12,6 +12,7 @@ from dirl_cli.ranges import Count, Finite, OneOf, Positive
 from dirl_cli.reward.grading import Grader
 from dirl_cli.reward.pool import Outcome, RewardPool, attempt
 from dirl_cli.reward.process import by_step
+from dirl_cli.reward.ranking import RANKINGS, Contender
 from dirl_cli.reward.rewards import BUILT_IN, Answer, check_options
 
 Key = TypeVar("Key", bound=Hashable)
@@ -48,7 +49,7 @@ class RewardSettings:
                         f"reward.{key}.{name} is no number: give a dotted name in braces, as {{{name}.…: 1}}"
                     )
         for name in self.process:
-            if name in BUILT_IN or name in self.weights:
+            if name in (*BUILT_IN, *RANKINGS) or name in self.weights:
                 raise DirlError(f"reward.process.{name} is a reward of whole answers: name it in reward.weights alone")
         names = [*self.weights, *self.process]
         for name in self.options:
@@ -56,6 +57,29 @@ class RewardSettings:
                 raise DirlError(f"reward.options.{name} has no weight: {did_you_mean(name, names)}")
         for name in names:
             check_options(name, self.options.get(name, {}))
+
+    @property
+    def ranks(self) -> bool:
+        """Whether answers are compared with the others to their problem."""
+        return any(name in RANKINGS for name in self.weights)
+
+    def ranked(
+        self, answers: Sequence[Contender], parts: Sequence[Mapping[str, float]]
+    ) -> list[tuple[float, dict[str, float]]]:
+        """The rewards of the answers to a problem once all are there, and their parts, the rankings among them.
+
+        parts: what each answer earned by itself.
+        """
+        ranks = {}
+        for name in self.weights:
+            if name in RANKINGS:
+                ranks[name] = RANKINGS[name](answers, **self.options.get(name, {}))
+
+        rewards = []
+        for i, own in enumerate(parts):
+            complete = {name: ranks[name][i] if name in ranks else own[name] for name in self.weights}
+            rewards.append((sum(weight * complete[name] for name, weight in self.weights.items()), complete))
+        return rewards
 
 
 @dataclass(frozen=True)
@@ -83,7 +107,8 @@ class RewardComputer:
     """Computes the rewards of answers; use as a context.
 
     An answer is graded first, then every reward is computed of it, then their weighted sum. Built-in rewards are
-    computed on the spot: they are arithmetic. Grading and a user's own rewards run in worker processes.
+    computed on the spot: they are arithmetic. Grading and a user's own rewards run in worker processes. What compares
+    it with the others to its problem is not computed here, see `RewardSettings.ranked`.
     excluded: answers left out so far, by the reward that failed.
     """
 
@@ -91,7 +116,8 @@ class RewardComputer:
         self.settings = settings
         self.grader = Grader(settings.workers, settings.timeout)
         self.excluded: Counter[str] = Counter()
-        self._names = [*settings.weights, *settings.process]
+        self._weights = {name: weight for name, weight in settings.weights.items() if name not in RANKINGS}
+        self._names = [*self._weights, *settings.process]
         self._own = [name for name in self._names if name not in BUILT_IN]
         self._pool = RewardPool(self._own, settings.workers, settings.timeout)
 
@@ -152,7 +178,7 @@ class RewardComputer:
         """The weighted sum, or None where a reward failed and such answers are excluded."""
         answer = computed.answer
         parts: dict[str, float] = {}
-        for name in self.settings.weights:  # whatever came first, so that sums are the same to the last bit
+        for name in self._weights:  # whatever came first, so that sums are the same to the last bit
             outcome = computed.outcomes[name]
             if not (isinstance(outcome, float) and isfinite(outcome)):
                 return self._left_out(name, answer, outcome)
@@ -169,7 +195,7 @@ class RewardComputer:
                 return self._left_out(name, answer, f"it gave {error}")
             process = [total + weight * value for total, value in zip(process, values, strict=True)]
 
-        total = sum(weight * parts[name] for name, weight in self.settings.weights.items())
+        total = sum(weight * parts[name] for name, weight in self._weights.items())
         return RewardResult(total, parts, answer.correct, process)
 
     def _left_out(self, name: str, answer: Answer, outcome: Outcome) -> RewardResult | None:

@@ -17,8 +17,9 @@ from dirl_cli.distributed import split_by_cost
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.reward.process import RevealedBlock
+from dirl_cli.reward.ranking import Contender
 from dirl_cli.reward.rewards import Answer
-from dirl_cli.reward.scoring import RewardComputer, RewardResult
+from dirl_cli.reward.scoring import RewardComputer, RewardResult, RewardSettings
 from dirl_cli.rl.advantages import AdvantageEstimator, GroupRewards, has_signal
 from dirl_cli.rl.batch import steps_of_tokens
 from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
@@ -121,7 +122,7 @@ class SampledRollouts:
     max_rounds: draws in which to find a step's problems. seed: of the answers. prefetches: whether the next step's
     answers are sampled while the policy is updated. curriculum: which problems are passed over. decode: the text of
     tokens, where steps are rewarded by it. hints: for groups that are all wrong, from the problems' `solutions`, in
-    tokens. growth: of the blocks to sample in.
+    tokens. growth: of the blocks to sample in. ranking: the rewards, where some compare the answers of a group.
     """
 
     pool: Sequence[Problem]
@@ -144,6 +145,7 @@ class SampledRollouts:
     hints: Hints = NO_HINTS
     solutions: Sequence[Sequence[int]] = ()
     growth: BlockGrowth = NO_GROWTH
+    ranking: RewardSettings | None = None
     state: RolloutState = field(default_factory=RolloutState)
     lengths: dict[int, float] = field(default_factory=dict)  # by problem: the mean of its last answers, in tokens
     is_new = True
@@ -218,7 +220,7 @@ class SampledRollouts:
         for index, group in zip(indices, groups, strict=True):
             if index in by_index:
                 generator = seeded(self.seed, step, round_number, index, TAKING_IN)
-                group = self.hints.take_in(group, by_index[index], generator)
+                group = self.ranked(self.hints.take_in(group, by_index[index], generator))
             improved.append(group)
         return improved, sampled_again
 
@@ -249,7 +251,12 @@ class SampledRollouts:
         for index, group in groups.items():
             if group:
                 self.lengths[self.order[index]] = fmean(len(record.trajectory.token_ids) for record in group)
-        return [sorted(group, key=lambda record: record.sample) for group in groups.values()]
+        in_order = [sorted(group, key=lambda record: record.sample) for group in groups.values()]
+        return [self.ranked(group) for group in in_order]
+
+    def ranked(self, group: Group) -> Group:
+        """The group with the rewards that compare its answers."""
+        return ranked_group(group, self.ranking, self.sampler.lm.block_size)
 
     def cost(self, problem: int) -> float:
         """Tokens of a prompt and an answer to it, as long as its last or, until it has one, as all problems'."""
@@ -321,6 +328,22 @@ def pass_rate(group: Group) -> float | None:
 
 def with_reward(record: Record, result: RewardResult) -> Record:
     return replace(record, reward=result.total, parts=result.parts, process=result.process, correct=result.correct)
+
+
+def ranked_group(group: Group, settings: RewardSettings | None, block_size: int) -> Group:
+    """The group with the rewards that compare its answers, where there are any.
+
+    An answer's forwards are as its reveal steps tell. block_size: that they were sampled in where they do not say.
+    """
+    if settings is None or not settings.ranks:
+        return group
+    contenders = []
+    for record in group:
+        answer = record.trajectory
+        forwards = max(answer.revealed_at(answer.block_size or block_size))
+        contenders.append(Contender(record.correct, len(answer.completion_ids), forwards))
+    rewards = settings.ranked(contenders, [record.parts for record in group])
+    return [replace(record, reward=reward, parts=parts) for record, (reward, parts) in zip(group, rewards, strict=True)]
 
 
 def add_advantages(groups: Sequence[Group], estimator: AdvantageEstimator) -> list[Group]:
