@@ -74,7 +74,7 @@ def compare(name: str, shape: int, pages: int) -> None:
         drawn = min(LONGEST, rng.gamma(shape, MEAN / shape))
         lengths[request.key] = max(-(-drawn // BLOCK), 1) * BLOCK
     forward = EmptyForward(lm, pages, lengths)
-    scheduler = Scheduler(forward, decoding, SLOTS)
+    scheduler = Scheduler(forward, SLOTS)
     stalled = []
     stall = scheduler._stall
     scheduler._stall = lambda slot: (stalled.append(slot), stall(slot))

@@ -87,7 +87,7 @@ def test_a_model_decodes_with_it():
     found = []
     for attention in (decode_attention, block_attention):
         with torch.inference_mode():
-            scheduler = Scheduler(GraphForward(lm, decoder_of(lm.model), 2, 16, attention, run_eagerly), options, 2)
+            scheduler = Scheduler(GraphForward(lm, decoder_of(lm.model), 2, 16, attention, run_eagerly), 2)
             for request in make_requests([[5] * 6, [7] * 9], 1, options, None, None):
                 scheduler.add(request)
             found.append({one.request.prompt: one.token_ids for _ in range(2) for one in scheduler.step()})

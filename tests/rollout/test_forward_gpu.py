@@ -74,7 +74,7 @@ class Tape:
 
 def answers(forward: GraphForward, options: Decoding, prompts=PROMPTS, n: int = 3, slots: int = 4):
     with torch.inference_mode():
-        scheduler = Scheduler(forward, options, slots)
+        scheduler = Scheduler(forward, slots)
         queue = make_requests(prompts, n, options, None, None)
         found = {}
         while queue or scheduler.running:
@@ -135,7 +135,7 @@ def test_between_what_is_replayed_a_step_makes_one_copy_and_never_asks_the_devic
     forward = GraphForward(lm, decoder_of(lm.model), 3, 32, block_attention, replay)
     options = decoding("low_confidence_dynamic", max_new_tokens=8, temperature=1.0)
     with torch.no_grad():  # in inference mode operations that are made of others count, too
-        scheduler = Scheduler(forward, options, 3)
+        scheduler = Scheduler(forward, 3)
         for request in make_requests(PROMPTS[:3], 1, options, None, None):
             scheduler.add(request)
         with Kernels() as operations:

@@ -8,7 +8,7 @@ import asyncio
 import gc
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,9 +34,17 @@ from lmdeploy.pytorch.strategies.dllm.unmasking import UnmaskingProcessor
 
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.engines import Lmdeploy
-from dirl_cli.rollout.lmdeploy import LmdeploySampler, check_prompts, generation_config, mask_token, run_loop_on
+from dirl_cli.rollout.lmdeploy import (
+    LmdeployBatch,
+    LmdeploySampler,
+    check_prompts,
+    generation_config,
+    mask_token,
+    run_loop_on,
+)
 from dirl_cli.rollout.lmdeploy_strategies import KeyedSampling, RequestTrace, TracedSequences, UnmaskingAgent
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.sampler import GivenUp, NewBlock
 from dirl_cli.rollout.scheduler import make_requests
 from dirl_cli.types import Decoding
 
@@ -371,6 +379,34 @@ def test_a_request_that_is_given_up_ends_the_stream_with_a_sentence():
     sampler, _ = sampler_of(small_lm())
     with pytest.raises(DirlError, match=r"LMDeploy gave a request up \(CANCEL\): lower rollout.max_batch"):
         sampler.sample([[2], [13]], 1, Decoding())
+
+
+def test_a_live_batch_tells_blocks_and_ends_and_lets_another_rule_wait():
+    sampler, _ = sampler_of(small_lm())
+    sampler.weights_version = 2
+    batch = LmdeployBatch(sampler, 2, 64)
+    greedy, warm = Decoding(stop_token_ids=(1,)), Decoding(temperature=1.0, stop_token_ids=(1,))
+    assert batch.has_room(warm)
+    batch.add(0, 0, [2, 3], greedy)
+    assert batch.has_room(replace(greedy, max_new_tokens=5, seed=3)) and not batch.has_room(warm)
+    batch.add(1, 0, [13], greedy)
+    assert not batch.has_room(greedy), "no slot is free"
+    news = []
+    while batch.running:
+        news += batch.step()
+    given_up = [one for one in news if isinstance(one, GivenUp)]
+    assert [(one.prompt, one.sample) for one in given_up] == [(1, 0)]
+    assert "LMDeploy gave a request up" in given_up[0].reason
+    blocks = [one for one in news if isinstance(one, NewBlock) and one.prompt == 0]
+    assert [token for block in blocks for token in block.token_ids] == [20, 21, 22, 1]
+    assert [value for block in blocks for value in block.logprobs] == [-1.0, -3.0, -2.0, -4.0]
+    assert (blocks[-1].stop_reason, blocks[-1].forwards, blocks[-1].weights_version) == ("stop", 2, 2)
+    assert batch.has_room(warm) and sampler.sequences.traces == {}
+
+    # Of one that left nothing more is told.
+    batch.add(2, 0, [2], warm)
+    batch.remove(2, 0)
+    assert batch.step() == [] and not batch.running
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "moe"])

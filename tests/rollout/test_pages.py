@@ -135,9 +135,9 @@ def stalled(monkeypatch) -> list[int]:
     return slots
 
 
-def answers(forward, options, requests, slots):
+def answers(forward, requests, slots):
     """All answers by prompt and sample."""
-    scheduler = Scheduler(forward, options, slots)
+    scheduler = Scheduler(forward, slots)
     queue, found = list(requests), {}
     with torch.inference_mode():
         while queue or scheduler.running:
@@ -157,12 +157,12 @@ def test_every_answer_comes_to_its_end_and_sees_nothing_but_its_own_however_few_
     slots, size = int(rng.integers(1, 7)), 2 * int(rng.integers(1, 5))
     prompts = [rng.integers(1, 30, rng.integers(1, 20)).tolist() for _ in range(5)]
     length = 20 + 24
-    requests = make_requests(prompts, 4, decoding(), None, None)
+    options = decoding(max_new_tokens=24, stop_token_ids=(1,))
+    requests = make_requests(prompts, 4, options, None, None)
     lengths = {request.key: int(rng.integers(1, 13)) for request in requests}
     pages = -(-length // size) + int(rng.integers(0, 12))
     forward = Ledger(lm, slots, length, size, pages, lengths)
-    options = decoding(max_new_tokens=24, stop_token_ids=(1,))
-    found = answers(forward, options, requests, slots)
+    found = answers(forward, requests, slots)
     assert len(found) == 20
     for request in requests:
         tokens = len(found[request.prompt, request.sample].token_ids)
@@ -171,18 +171,19 @@ def test_every_answer_comes_to_its_end_and_sees_nothing_but_its_own_however_few_
 
 def test_a_group_has_the_pages_that_its_prompt_fills_once_and_computes_it_once():
     lm = small_lm(4)
-    requests = make_requests([list(range(1, 42))], 8, decoding(), None, None)  # ten blocks and a token
+    options = decoding(max_new_tokens=4, stop_token_ids=(1,))
+    requests = make_requests([list(range(1, 42))], 8, options, None, None)  # ten blocks and a token
     forward = Ledger(lm, 8, 48, 16, 24, {request.key: 1 for request in requests})
-    answers(forward, decoding(max_new_tokens=4, stop_token_ids=(1,)), requests, 8)
+    answers(forward, requests, 8)
     assert forward.most == 2 + 8  # two whole pages, and one that begins with eight tokens of it, of each answer
     assert sum(forward.computed.values()) == 44 + 7 * 4
 
 
 def test_the_youngest_makes_way_and_only_its_keys_and_values_are_computed_again(stalled):
     lm = small_lm(4)
-    requests = make_requests([[5] * 4, [6] * 4], 1, decoding(), None, None)
+    requests = make_requests([[5] * 4, [6] * 4], 1, decoding(max_new_tokens=16, stop_token_ids=(1,)), None, None)
     forward = Ledger(lm, 2, 20, 4, 6, {request.key: 4 for request in requests})  # which want five pages each
-    found = answers(forward, decoding(max_new_tokens=16, stop_token_ids=(1,)), requests, 2)
+    found = answers(forward, requests, 2)
     assert stalled == [1]
     assert [one.forwards for one in found.values()] == [4, 4]
     older, younger = (forward.computed[request.key] for request in requests)
@@ -209,9 +210,9 @@ def test_answers_from_few_pages_are_those_from_enough(kind, shifted, pages, stra
     lm.model.config.logit_shift = shifted
     hints = [[HINTS[(i + k) % len(HINTS)] for k in range(3)] for i in range(len(PROMPTS))]
     requests = make_requests(PROMPTS, 3, options, None, None, hints)
-    expected = answers(EagerForward(lm, decoder_of(lm.model), 5, length), options, requests, 5)
+    expected = answers(EagerForward(lm, decoder_of(lm.model), 5, length), requests, 5)
     assert not stalled
-    found = answers(few_pages(kind, lm, 5, length, pages), options, requests, 5)
+    found = answers(few_pages(kind, lm, 5, length, pages), requests, 5)
     assert stalled
     for key, other in expected.items():
         one = found[key]

@@ -98,12 +98,13 @@ def spread(values: Tensor, masked: Tensor) -> Tensor:
     return torch.zeros(masked.shape, dtype=values.dtype, device=values.device).masked_scatter(masked, values)
 
 
-def quota(step: Tensor, block_size: int, steps: int | None) -> Tensor:
+def quota(step: Tensor, block_size: int, steps: int | Tensor | None) -> Tensor:
     """Tokens owed at each `step` (N,), from 1, of `steps`: B // S, one more in the first B mod S, at least one.
 
-    steps: None for as many as the block has tokens.
+    steps: of all, or of each (N,); None for as many as the block has tokens.
     """
-    steps = steps or block_size
+    if steps is None:
+        steps = block_size
     return (block_size // steps + (step <= block_size % steps).long()).clamp(min=1)
 
 

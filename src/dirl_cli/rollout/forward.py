@@ -19,7 +19,7 @@ from dirl_cli.models.kv_cache import KVCache
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.decoder import Decoder
 from dirl_cli.rollout.pages import Integers, PageTable
-from dirl_cli.rollout.sequences import SequenceState, Unmasker
+from dirl_cli.rollout.sequences import MixedUnmasker, SequenceState, Unmasker
 
 Bools = NDArray[np.bool_]
 
@@ -34,7 +34,7 @@ class Forward(Protocol):
     pages: PageTable
 
     def step(
-        self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker, reads: bool = True
+        self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker | MixedUnmasker, reads: bool = True
     ) -> Integers | None:
         """Reveal some tokens of N blocks, first computing what their slots have not cached yet.
 
@@ -123,7 +123,7 @@ class EagerForward:
         self.edge = torch.empty(0)  # (S, D) of the last token of each slot that is cached, under a logit shift
 
     def step(
-        self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker, reads: bool = True
+        self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker | MixedUnmasker, reads: bool = True
     ) -> Integers | None:
         """See `Forward.step`."""
         self.sequences.send_opened()

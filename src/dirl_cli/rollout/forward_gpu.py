@@ -8,7 +8,6 @@ query heads, K key heads, E head size.
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,11 +19,12 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.decoder import Decoder
 from dirl_cli.rollout.forward import previous_states
 from dirl_cli.rollout.pages import Integers, PageTable
-from dirl_cli.rollout.sequences import SequenceState, Unmasker, upload
+from dirl_cli.rollout.sequences import MixedUnmasker, SequenceState, Unmasker, upload
 from dirl_cli.types import Decoding
 
 PREFILL = 16384  # tokens of prompts in one forward
 RIDERS = 512  # tokens that a replayed forward has room for at least: few enough to cost little more than none
+RULES = 16  # of drawing and revealing that have graphs
 PAGE = 32  # tokens of a page, or as many more as make whole blocks: half of one is wasted by each answer
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -133,7 +133,7 @@ class GraphForward:
         self.unmaskers: dict[Decoding, Unmasker] = {}
 
     def step(
-        self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker, reads: bool = True
+        self, blocks: Integers, cached: Integers, count: int, unmask: Unmasker | MixedUnmasker, reads: bool = True
     ) -> Integers | None:
         """See `Forward.step`."""
         if self.sent:
@@ -168,14 +168,12 @@ class GraphForward:
 
         size = min(bucket(used), self.room)
         self.replay(size, partial(self._forward, size))
-        if unmask.is_built_in:
+        if isinstance(unmask, Unmasker) and self._has_graphs(unmask):
             count = min(bucket(count), self.slots * self.lm.block_size)
-            # A graph reads the tensors of one unmasker, and nothing of what differs between these.
-            captured = replace(unmask.decoding, max_new_tokens=1, stop_token_ids=(), seed=0)
-            unmask = self.unmaskers.setdefault(captured, unmask)
-            self.replay((count, captured), partial(self._unmask, unmask, count))
+            unmask = self.unmaskers.setdefault(unmask.decoding, unmask)  # a graph reads the tensors of one
+            self.replay((count, unmask.decoding), partial(self._unmask, unmask, count))
         else:
-            self._unmask(unmask, count)  # it may ask the device for sizes, which a capture cannot
+            self._unmask(unmask, count)
         return self.tokens[:opened].cpu().numpy() if reads else None
 
     def _prefill(self, slots: Integers, cached: Integers, missing: Integers) -> Integers:
@@ -218,7 +216,15 @@ class GraphForward:
 
         return self.decoder(self.cache, token_ids.flatten(), position, index, attend)
 
-    def _unmask(self, unmask: Unmasker, count: int) -> None:
+    def _has_graphs(self, unmask: Unmasker) -> bool:
+        """Whether an unmasker is replayed: one that never asks the device for sizes, which a capture cannot.
+
+        Beyond RULES of them the others are not, so that graphs do not pile up where each request brings its own.
+        """
+        is_known = unmask.decoding in self.unmaskers
+        return unmask.is_built_in and (is_known or len(self.unmaskers) < RULES)
+
+    def _unmask(self, unmask: Unmasker | MixedUnmasker, count: int) -> None:
         self.tokens.copy_(unmask(self.sequences, self.blocks[:4, : self.slots], self.hidden, count))
 
 

@@ -7,7 +7,8 @@ lives in this process and on the GPU of its model, so that each process of a run
 import asyncio
 import logging
 import queue
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import count
 from threading import Thread
@@ -22,13 +23,16 @@ from lmdeploy.pytorch.engine import Engine
 from lmdeploy.pytorch.weight_loader.model_weight_loader import process_weights_after_loading
 from torch import Tensor
 
+from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.save import published_weights
-from dirl_cli.rollout.lmdeploy_strategies import KeyedSampling, TracedSequences, UnmaskingAgent
-from dirl_cli.rollout.sampler import Hint, Watch, collect_samples
-from dirl_cli.rollout.scheduler import Request, make_requests
-from dirl_cli.types import Decoding, Trajectory
+from dirl_cli.rollout.lmdeploy_strategies import KeyedSampling, RequestTrace, TracedSequences, UnmaskingAgent
+from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Watch, collect_samples, cut_to
+from dirl_cli.rollout.scheduler import Request, make_requests, rule_of
+from dirl_cli.types import Decoding, StopReason, Trajectory
+
+PATIENCE = 0.02  # seconds that a step of a live batch waits for news, in which newcomers wait too
 
 
 class LmdeploySampler:
@@ -81,7 +85,7 @@ class LmdeploySampler:
 
         async def answer(request: Request, session: int) -> None:
             try:
-                finished.put((request, await self._answer(request, session, decoding)))
+                finished.put((request, await self.answer(request, session)))
             except BaseException as error:  # raised again where the stream is read
                 finished.put((request, error))
 
@@ -99,12 +103,21 @@ class LmdeploySampler:
             for future in futures:
                 future.cancel()
 
-    async def _answer(self, request: Request, session: int, decoding: Decoding) -> Trajectory:
-        """Sample one request. session: LMDeploy's number for it, by which its trace is found."""
+    async def answer(
+        self, request: Request, session: int, show: Callable[[RequestTrace], None] | None = None
+    ) -> Trajectory:
+        """Sample one request, in the thread of the engine's loop.
+
+        session: LMDeploy's number for it, by which its trace is found. show: called with that whenever it may have
+        grown.
+        """
+        decoding = request.decoding
         options = generation_config(request, decoding, self.lm)
         try:
             async for output in self.instance.async_stream_infer(session, request.prompt_ids, options):
                 status = output.status
+                if show and session in self.sequences.traces:
+                    show(self.sequences.traces[session])
         finally:
             trace = self.sequences.traces.pop(session, None)
         if status != ResponseType.FINISH or trace is None:
@@ -123,6 +136,10 @@ class LmdeploySampler:
             stop_token_ids=decoding.stop_token_ids,
             block_size=self.lm.block_size,
         )
+
+    def open_batch(self, length: int) -> "LmdeployBatch":
+        """See `Sampler.open_batch`."""
+        return LmdeployBatch(self, self.engine.scheduler_config.max_batches, length)
 
     def set_block_size(self, block_size: int) -> None:
         """See `Sampler.set_block_size`. Raises DirlError for another size than the engine was started with."""
@@ -167,6 +184,95 @@ class LmdeploySampler:
     def _wait_for(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something in the thread of the engine's loop and wait until it is done."""
         asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+
+class LmdeployBatch:
+    """See `LiveBatch`. All that is under way is decoded by one rule: others wait until there is none of it."""
+
+    def __init__(self, sampler: LmdeploySampler, slots: int, length: int) -> None:
+        self.sampler = sampler
+        self.slots = slots
+        self.length = length
+        self.running: dict[tuple[int, int], Future[None]] = {}  # by prompt and sample
+        self.news: queue.SimpleQueue[NewBlock | GivenUp] = queue.SimpleQueue()
+
+    def has_room(self, decoding: Decoding) -> bool:
+        """See `LiveBatch.has_room`."""
+        if not self.running:
+            return True
+        return len(self.running) < self.slots and rule_of(decoding) == rule_of(self.sampler.strategy.decoding)
+
+    def add(self, prompt: int, sample: int, prompt_ids: list[int], decoding: Decoding) -> None:
+        """See `LiveBatch.add`."""
+        decoding = cut_to(decoding, prompt_ids, self.length)
+        self.sampler.strategy.decoding = decoding
+        request = Request(prompt, sample, prompt_ids, decoding, request_key(decoding.seed, prompt_ids, sample))
+        answer = self._answer(request, next(self.sampler.sessions))
+        self.running[prompt, sample] = asyncio.run_coroutine_threadsafe(answer, self.sampler.loop)
+
+    async def _answer(self, request: Request, session: int) -> None:
+        """Sample one request and tell its blocks, in the thread of the engine's loop."""
+        shown = 0  # tokens
+
+        def tell(trace: RequestTrace | Trajectory, stop_reason: StopReason | None = None) -> None:
+            nonlocal shown
+            part = slice(shown, len(trace.token_ids))
+            shown = len(trace.token_ids)
+            self.news.put(
+                NewBlock(
+                    prompt=request.prompt,
+                    sample=request.sample,
+                    token_ids=trace.token_ids[part],
+                    reveal_step=trace.reveal_step[part],
+                    logprobs=trace.logprobs[part],
+                    denoise_forwards=trace.denoise_forwards,
+                    forwards=trace.forwards,
+                    weights_version=self.sampler.weights_version,
+                    stop_reason=stop_reason,
+                )
+            )
+
+        def show(trace: RequestTrace) -> None:
+            if len(trace.token_ids) > shown:
+                tell(trace)
+
+        try:
+            trajectory = await self.sampler.answer(request, session, show)
+        except DirlError as error:
+            self.news.put(GivenUp(request.prompt, request.sample, str(error)))
+        else:
+            tell(trajectory, trajectory.stop_reason)
+
+    def remove(self, prompt: int, sample: int) -> None:
+        """See `LiveBatch.remove`."""
+        future = self.running.pop((prompt, sample), None)
+        if future:
+            future.cancel()
+
+    def step(self) -> list[NewBlock | GivenUp]:
+        """See `LiveBatch.step`. Raises what ended the engine."""
+        news = []
+        try:
+            news.append(self.news.get(timeout=PATIENCE))
+            while True:
+                news.append(self.news.get_nowait())
+        except queue.Empty:
+            pass
+
+        # An error that is no sentence is no answer's, and is found in its future.
+        for future in list(self.running.values()):
+            if future.done():
+                future.result()
+        told = [one for one in news if (one.prompt, one.sample) in self.running]
+        for one in told:
+            if isinstance(one, GivenUp) or one.stop_reason:
+                del self.running[one.prompt, one.sample]
+        return told
+
+    def close(self) -> None:
+        """See `LiveBatch.close`."""
+        for prompt, sample in list(self.running):
+            self.remove(prompt, sample)
 
 
 def run_loop_on(device: torch.device, loop: asyncio.AbstractEventLoop) -> None:

@@ -7,10 +7,12 @@ its next block, so caching costs no forward of its own. Sequences join and leave
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
 from dirl_cli.models.kv_cache import bytes_per_token
 from dirl_cli.models.load import DiffusionLM
@@ -19,9 +21,9 @@ from dirl_cli.rollout.decoder import Decoder, decoder_of
 from dirl_cli.rollout.forward import EagerForward, Forward
 from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attention, page_size, run_eagerly
 from dirl_cli.rollout.products import Products
-from dirl_cli.rollout.sampler import Hint, Watch, collect_samples
-from dirl_cli.rollout.scheduler import Finished, Scheduler, make_requests, require_free_end
-from dirl_cli.types import Decoding, Trajectory
+from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Watch, collect_samples, cut_to
+from dirl_cli.rollout.scheduler import Finished, FullBlock, Request, Scheduler, make_requests, require_free_end
+from dirl_cli.types import Decoding, StopReason, Trajectory
 
 
 class NativeSampler:
@@ -89,22 +91,23 @@ class NativeSampler:
         end = min(longest + decoding.max_new_tokens, self.lm.longest_prompt + 1)
         length = -(-end // block_size) * block_size  # whole blocks
         slots = min(self.max_batch, len(queue))
-        lm = replace(self.lm, model=self._model())
-        decoder = self._decoder(lm.model)
-        forward: Forward
-        if self.by_blocks:
-            forward = self._graph_forward(lm, decoder, slots, length)
-        else:
-            forward = EagerForward(lm, decoder, slots, length)
+        forward = self.forward_of(slots, length)
 
         # Continuous batching: a slot that falls free takes the next request before the next forward.
-        scheduler = Scheduler(forward, decoding, slots)
+        scheduler = Scheduler(forward, slots)
         while queue or scheduler.running:
             while queue and scheduler.free:
                 scheduler.add(queue.pop())
             for finished in scheduler.step(watch):
-                yield finished.request.prompt, finished.request.sample, self._trajectory(finished, decoding)
-        self.idle_forward = forward if isinstance(forward, GraphForward) else None
+                yield finished.request.prompt, finished.request.sample, self._trajectory(finished)
+        self.keep_idle(forward)
+
+    def open_batch(self, length: int) -> "NativeBatch":
+        """See `Sampler.open_batch`."""
+        slots = self.max_batch
+        if self.lm.device.type == "cpu":  # on a GPU there are fewer pages, and as many slots
+            slots = min(slots, slots_on_cpu(self.lm, length, self.cache_share))
+        return NativeBatch(self, slots, length)
 
     def set_block_size(self, block_size: int) -> None:
         """See `Sampler.set_block_size`."""
@@ -210,7 +213,19 @@ class NativeSampler:
             )
         return self.lm.block_size
 
-    def _trajectory(self, finished: Finished, decoding: Decoding) -> Trajectory:
+    def keep_idle(self, forward: Forward) -> None:
+        """Take back a forward that nothing uses any more: the next stream goes on with its graphs."""
+        self.idle_forward = forward if isinstance(forward, GraphForward) else None
+
+    def forward_of(self, slots: int, length: int) -> Forward:
+        """The forwards of so many slots, each with room for `length` tokens."""
+        lm = replace(self.lm, model=self._model())
+        decoder = self._decoder(lm.model)
+        if self.by_blocks:
+            return self._graph_forward(lm, decoder, slots, length)
+        return EagerForward(lm, decoder, slots, length)
+
+    def _trajectory(self, finished: Finished) -> Trajectory:
         return Trajectory(
             prompt_ids=finished.request.prompt_ids,
             token_ids=finished.token_ids,
@@ -220,7 +235,7 @@ class NativeSampler:
             denoise_forwards=finished.forwards,
             forwards=finished.forwards,  # commits ride on denoising forwards
             weights_version=self.weights_version,
-            stop_token_ids=decoding.stop_token_ids,
+            stop_token_ids=finished.request.decoding.stop_token_ids,
             block_size=self.lm.block_size,
         )
 
@@ -240,3 +255,80 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
+
+
+class NativeBatch:
+    """See `LiveBatch`. While it is open, nothing else is sampled with its sampler."""
+
+    def __init__(self, sampler: NativeSampler, slots: int, length: int) -> None:
+        self.sampler = sampler
+        self.slots = slots
+        self.length = length
+        self.full_blocks: list[FullBlock] = []  # of the last forward
+        with torch.inference_mode():
+            self.forward = sampler.forward_of(slots, length)
+            self.scheduler = Scheduler(self.forward, slots, self.full_blocks.append)
+
+    def has_room(self, decoding: Decoding) -> bool:
+        """See `LiveBatch.has_room`."""
+        return bool(self.scheduler.free)
+
+    def add(self, prompt: int, sample: int, prompt_ids: list[int], decoding: Decoding) -> None:
+        """See `LiveBatch.add`."""
+        key = request_key(decoding.seed, prompt_ids, sample)
+        self.scheduler.add(Request(prompt, sample, prompt_ids, cut_to(decoding, prompt_ids, self.length), key))
+
+    def remove(self, prompt: int, sample: int) -> None:
+        """See `LiveBatch.remove`."""
+        for slot, request in self.scheduler.running.items():
+            if (request.prompt, request.sample) == (prompt, sample):
+                self.scheduler.remove(slot)
+                return
+
+    @torch.inference_mode()
+    def step(self) -> list[NewBlock | GivenUp]:
+        """See `LiveBatch.step`."""
+        stop_reasons: dict[tuple[int, int], StopReason] = {}
+        for finished in self.scheduler.step():
+            key = finished.request.prompt, finished.request.sample
+            stop_reasons[key] = "stop" if finished.stopped else "length"
+
+        news: list[NewBlock | GivenUp] = []
+        for block in self.full_blocks:
+            request = block.request
+            news.append(
+                NewBlock(
+                    prompt=request.prompt,
+                    sample=request.sample,
+                    token_ids=block.token_ids,
+                    reveal_step=block.reveal_step,
+                    logprobs=block.logprobs,
+                    denoise_forwards=block.forwards,
+                    forwards=block.forwards,
+                    weights_version=self.sampler.weights_version,
+                    stop_reason=stop_reasons.get((request.prompt, request.sample)),
+                )
+            )
+        self.full_blocks.clear()
+        return news
+
+    def close(self) -> None:
+        """See `LiveBatch.close`."""
+        self.sampler.keep_idle(self.forward)
+
+
+def slots_on_cpu(lm: DiffusionLM, length: int, share: float) -> int:
+    """How many answers of `length` tokens a share of the memory that is available has room for, on a CPU.
+
+    Raises DirlError where it has none for one.
+    """
+    of_answer = length * bytes_per_token(lm.model.config, lm.model.dtype)
+    available = psutil.virtual_memory().available
+    slots = int(share * available) // of_answer
+    if not slots:
+        raise DirlError(
+            f"keys and values of an answer of {length:,} tokens take {of_answer / 1e9:.2f} GB and"
+            f" rollout.cache_share={share:g} of what is available is {share * available / 1e9:.2f} GB:"
+            " lower serve.max_length or raise rollout.cache_share"
+        )
+    return slots

@@ -1,18 +1,96 @@
 """What every engine offers: prompts in, trajectories out, weights replaced between calls."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
+from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.types import Decoding, Trajectory
+from dirl_cli.types import Decoding, StopReason, Trajectory
 
 Watch = Callable[[int, int, list[int]], None]
 """Called after each forward with prompt index, sample index and the tokens so far, the mask token where masked."""
 
 Hint = Mapping[int, int]
 """Tokens that are held in an answer, which stand there from the start: by their index in it, the token id."""
+
+
+@dataclass(frozen=True)
+class NewBlock:
+    """A block that an answer of a `LiveBatch` has grown by.
+
+    prompt, sample: as they were given to `add`. token_ids, reveal_step, logprobs: of the block's tokens, the prompt's
+    left out. denoise_forwards, forwards: of the answer so far. stop_reason: of its last block, which may hold nothing.
+    """
+
+    prompt: int
+    sample: int
+    token_ids: list[int]
+    reveal_step: list[int]
+    logprobs: list[float]
+    denoise_forwards: int
+    forwards: int
+    weights_version: int
+    stop_reason: StopReason | None
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """An answer of a `LiveBatch` that its engine does not end. reason: a sentence."""
+
+    prompt: int
+    sample: int
+    reason: str
+
+
+class LiveBatch(Protocol):
+    """Answers that are sampled side by side, which others join and leave between forwards: what a server asks.
+
+    An answer is the one that `Sampler.stream` gives, whatever else is in the batch. Its sampler is used for nothing
+    else until it is closed, and so has one version of the weights.
+    slots: answers at once. length: tokens of a prompt and its answer at most.
+    """
+
+    slots: int
+    length: int
+
+    def has_room(self, decoding: Decoding) -> bool:
+        """Whether an answer that is decoded so may be added now."""
+        ...
+
+    def add(self, prompt: int, sample: int, prompt_ids: list[int], decoding: Decoding) -> None:
+        """Begin an answer; it depends on its tokens, decoding.seed and sample index alone.
+
+        prompt: a number that answers to the same prompt share; what is computed of it is computed once.
+        """
+        ...
+
+    def remove(self, prompt: int, sample: int) -> None:
+        """Drop an answer; nothing more is told of it."""
+        ...
+
+    def step(self) -> list[NewBlock | GivenUp]:
+        """Go on for a moment, a forward or so; what has become full. Only where there is an answer under way."""
+        ...
+
+    def close(self) -> None:
+        """End it; whatever is under way is dropped."""
+        ...
+
+
+def cut_to(decoding: Decoding, prompt_ids: list[int], length: int) -> Decoding:
+    """The same decoding, its answer no longer than leaves room for the prompt in `length` tokens.
+
+    Raises DirlError where that is no token.
+    """
+    room = length - len(prompt_ids)
+    if room < 1:
+        raise DirlError(f"a prompt has {len(prompt_ids)} tokens and there is room for {length - 1}: shorten it")
+    if decoding.max_new_tokens <= room:
+        return decoding
+    return replace(decoding, max_new_tokens=room)
 
 
 class Sampler(Protocol):
@@ -44,6 +122,10 @@ class Sampler(Protocol):
 
     def sample(self, prompts: Sequence[list[int]], n: int, decoding: Decoding) -> list[list[Trajectory]]:
         """Sample likewise and wait for all: `n` trajectories for each prompt, in order."""
+        ...
+
+    def open_batch(self, length: int) -> "LiveBatch":
+        """Begin to answer whatever comes, with room for `length` tokens of each prompt and its answer, whole blocks."""
         ...
 
     def set_block_size(self, block_size: int) -> None:

@@ -11,8 +11,9 @@ and step alone. The oldest always goes on, because any answer fits alone.
 Shapes: S slots, N blocks of B tokens in a forward, one a running slot.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.rollout.forward import Forward
 from dirl_cli.rollout.pages import Integers
 from dirl_cli.rollout.sampler import Hint, Watch
-from dirl_cli.rollout.sequences import Unmasker
+from dirl_cli.rollout.sequences import MixedUnmasker, Unmasker, UnmaskerPart
 from dirl_cli.types import Decoding
 
 SLOT, START, STEP, KEY = range(4)  # the rows of `Scheduler.blocks`
@@ -36,6 +37,7 @@ class Request:
     prompt: int
     sample: int
     prompt_ids: list[int]
+    decoding: Decoding
     key: int
     hint: Hint = field(default_factory=dict)
 
@@ -55,8 +57,18 @@ def make_requests(
         first_sample = first[i] if first else 0
         for sample in range(first_sample, n):
             hint = hints[i][sample] if hints else {}
-            requests.append(Request(i, sample, prompt_ids, request_key(seed, prompt_ids, sample), hint))
+            key = request_key(seed, prompt_ids, sample)
+            requests.append(Request(i, sample, prompt_ids, decoding, key, hint))
     return requests
+
+
+@lru_cache(maxsize=64)
+def rule_of(decoding: Decoding) -> Decoding:
+    """How tokens are drawn and revealed: the same decoding without what differs between requests that share a forward.
+
+    That is where an answer ends, and its seed.
+    """
+    return replace(decoding, max_new_tokens=1, stop_token_ids=(), seed=0)
 
 
 def require_free_end(hint: Hint, longest: int, stop_token_ids: Sequence[int]) -> None:
@@ -86,16 +98,29 @@ class Finished:
     stopped: bool
 
 
-class Scheduler:
-    """Decodes at most `slots` requests at once on `forward`, each block by block in a slot of its own."""
+@dataclass(frozen=True)
+class FullBlock:
+    """The part of a running completion that one block is; fields as those of `Finished`. forwards: up to its end."""
 
-    def __init__(self, forward: Forward, decoding: Decoding, slots: int) -> None:
+    request: Request
+    token_ids: list[int]
+    reveal_step: list[int]
+    logprobs: list[float]
+    forwards: int
+
+
+class Scheduler:
+    """Decodes at most `slots` requests at once on `forward`, each block by block in a slot of its own.
+
+    show_block: called with each block that is full, before what `step` yields of its answer.
+    """
+
+    def __init__(self, forward: Forward, slots: int, show_block: Callable[[FullBlock], None] | None = None) -> None:
         self.forward = forward
-        self.decoding = decoding
-        self.unmask = Unmasker(forward.lm, decoding, forward.decoder.head)
+        self.show_block = show_block
         self.block_size = forward.lm.block_size
         self.last_position = forward.lm.longest_prompt + 1
-        self.stop_token_ids = np.array(decoding.stop_token_ids, np.int64)
+        self.unmaskers: dict[int, Unmasker] = {}  # of the rules of running requests, by a number
 
         self.pages = forward.pages
         self.pages.clear()  # of what an earlier scheduler left
@@ -110,6 +135,11 @@ class Scheduler:
         self.masked_count = np.zeros(slots, np.int64)  # masked tokens of the current block
         self.prompt_length = np.zeros(slots, np.int64)
         self.forwards = np.zeros(slots, np.int64)  # that the request has taken
+        self.max_new_tokens = np.zeros(slots, np.int64)
+        self.stop_token_ids = np.full((slots, 1), -1)  # -1 where a request has fewer than another had
+        self.denoising_steps = np.zeros(slots, np.int64)
+        self.is_exact = np.zeros(slots, bool)  # reveals as many tokens as it owes, whatever is drawn
+        self.rule = np.full(slots, -1)  # the number of its unmasker, also after the answer ended
 
     def add(self, request: Request) -> None:
         """Give a request a free slot. What its prompt has beyond whole blocks begins its first block."""
@@ -124,7 +154,42 @@ class Scheduler:
         self.masked_count[slot] = start + self.block_size - length
         self.prompt_length[slot] = length
         self.forwards[slot] = 0
+        self._note_decoding(slot, request.decoding)
         self._begin_block(slot)
+
+    def _note_decoding(self, slot: int, decoding: Decoding) -> None:
+        """Write down for a slot how its request is decoded."""
+        self.max_new_tokens[slot] = decoding.max_new_tokens
+        self.denoising_steps[slot] = decoding.denoising_steps or self.block_size
+        self.is_exact[slot] = decoding.strategy in EXACT
+
+        ids = decoding.stop_token_ids
+        missing = len(ids) - self.stop_token_ids.shape[1]
+        if missing > 0:
+            self.stop_token_ids = np.pad(self.stop_token_ids, ((0, 0), (0, missing)), constant_values=-1)
+        self.stop_token_ids[slot] = -1
+        self.stop_token_ids[slot, : len(ids)] = ids
+        self.rule[slot] = self._rule_number(rule_of(decoding))
+
+    def _rule_number(self, rule: Decoding) -> int:
+        """The number under which the unmasker of a rule is kept. Those that no request needs any more are forgotten."""
+        for number, unmask in self.unmaskers.items():
+            if unmask.decoding == rule:
+                return number
+        needed = set(self.rule[list(self.running)].tolist())
+        self.unmaskers = {number: unmask for number, unmask in self.unmaskers.items() if number in needed}
+        number = max(self.unmaskers, default=-1) + 1
+        self.unmaskers[number] = Unmasker(self.forward.lm, rule, self.forward.decoder.head)
+        return number
+
+    def remove(self, slot: int) -> None:
+        """Let a request leave its slot before it has ended."""
+        if self.active[slot]:
+            self._leave(slot)
+        elif slot in self.prompt_in:
+            self._release(slot)  # what an earlier answer left there, of a prompt whose length is forgotten
+        del self.running[slot]
+        self.free.append(slot)
 
     def step(self, watch: Watch | None = None) -> Iterator[Finished]:
         """Run one forward, which reveals some tokens of each active block; yields what thereby finishes."""
@@ -138,7 +203,7 @@ class Scheduler:
         # The forward caches all before the current block, whose own keys and values are final only when it is full.
         left = None if watch else self._left_masked(slots)
         reads = left is None or not left.all()
-        tokens = self.forward.step(self.blocks[:, slots], self.cached[slots], count, self.unmask, reads)
+        tokens = self.forward.step(self.blocks[:, slots], self.cached[slots], count, self._unmasker(slots), reads)
         self.cached[slots] = self.blocks[START, slots]
         if tokens is not None:
             self.masked_count[slots] = (tokens < 0).sum(1)
@@ -156,11 +221,22 @@ class Scheduler:
 
         Where it leaves some of each, the host needs no tokens and sends the next step while the device is at this one.
         """
-        if self.decoding.strategy not in EXACT:
+        if not self.is_exact[slots].all():
             return None
         step = torch.from_numpy(self.blocks[STEP, slots])
-        owed = quota(step, self.block_size, self.decoding.denoising_steps).numpy()
+        owed = quota(step, self.block_size, torch.from_numpy(self.denoising_steps[slots])).numpy()
         return np.maximum(self.masked_count[slots] - owed, 0)
+
+    def _unmasker(self, slots: Integers) -> Unmasker | MixedUnmasker:
+        """What reveals tokens of these slots: the unmasker of their one rule, or several side by side."""
+        numbers = self.rule[slots]  # (N,)
+        if (numbers == numbers[0]).all():
+            return self.unmaskers[int(numbers[0])]
+        parts = []
+        for number in np.unique(numbers).tolist():
+            members = slots[numbers == number]
+            parts.append(UnmaskerPart(self.unmaskers[number], members, int(self.masked_count[members].sum())))
+        return MixedUnmasker(parts)
 
     def _extend_active(self) -> None:
         """Let active answers have pages for their current blocks, the oldest first, if need be the youngest's."""
@@ -291,9 +367,13 @@ class Scheduler:
 
         # The first block may hold the end of the prompt, in which a stop token ends nothing.
         in_answer = start[:, None] + np.arange(self.block_size) >= prompt_length[:, None]
-        is_stop = (tokens[:, :, None] == self.stop_token_ids).any(2)
+        is_stop = (tokens[:, :, None] == self.stop_token_ids[slots][:, None]).any(2)
         stopped = (is_stop & in_answer).any(1)
-        is_over = stopped | (end >= self.last_position) | (end - prompt_length >= self.decoding.max_new_tokens)
+        is_over = stopped | (end >= self.last_position) | (end - prompt_length >= self.max_new_tokens[slots])
+        if self.show_block:
+            parts = self.forward.sequences.fetch(slots, np.maximum(start, prompt_length), end)
+            for slot, part in zip(slots.tolist(), parts, strict=True):
+                self.show_block(FullBlock(self.running[slot], *part, int(self.forwards[slot])))
 
         # Those that end are moved on too, so that START is where their answer ends.
         self.blocks[START, slots] = end
@@ -304,12 +384,16 @@ class Scheduler:
         over = slots[is_over]
         if not len(over):
             return
-        self.active[over] = False
         answers = self.forward.sequences.fetch(over, self.prompt_length[over], self.blocks[START, over])
         for slot, answer, by_stop_token in zip(over.tolist(), answers, stopped[is_over].tolist(), strict=True):
             self.free.append(slot)
-            self.pages.trim(slot, self._prefix(slot))  # which the next answer to the prompt may begin with
+            self._leave(slot)
             yield Finished(self.running.pop(slot), *answer, int(self.forwards[slot]), by_stop_token)
+
+    def _leave(self, slot: int) -> None:
+        """Take an answer's pages back, but for those that the next answer to its prompt may begin with."""
+        self.active[slot] = False
+        self.pages.trim(slot, self._prefix(slot))
 
     def _show(self, slots: Integers, watch: Watch) -> None:
         ends = self.blocks[START, slots] + self.block_size

@@ -5,7 +5,8 @@ Which tokens that are is decided by the strategies of diffusion/unmasking.py.
 Shapes: S slots, N blocks of B tokens in a forward, D hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -156,3 +157,33 @@ class Unmasker:
             options.confidence,
             self.unsampled,
         )
+
+
+@dataclass(frozen=True)
+class UnmaskerPart:
+    """The slots whose blocks an unmasker is for, n of them. masked: how many of their tokens are, or more."""
+
+    unmask: Unmasker
+    slots: Integers
+    masked: int
+
+
+class MixedUnmasker:
+    """Several unmaskers side by side, each for the blocks of slots of its own, in one forward."""
+
+    is_built_in = False  # it is made for one forward, and so nothing that a CUDA graph could replay
+
+    def __init__(self, parts: Sequence[UnmaskerPart]) -> None:
+        self.parts = parts
+
+    def __call__(self, sequences: SequenceState, blocks: Tensor, hidden: Tensor, count: int) -> Tensor:
+        """See `Unmasker.__call__`."""
+        states = hidden.unflatten(0, (blocks.shape[1], -1))  # (N, B, D)
+        tokens = torch.full(states.shape[:2], -1, device=blocks.device)
+        for part in self.parts:
+            slots = upload(part.slots, blocks.device)
+            is_part = (blocks[0, :, None] == slots).any(1)  # (N,)
+            index = is_part.nonzero_static(size=len(part.slots))[:, 0]  # without asking the device for their number
+            own = part.unmask(sequences, blocks[:, index], states[index].flatten(0, 1), part.masked)
+            tokens[index] = own
+        return tokens
