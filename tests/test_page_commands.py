@@ -14,7 +14,7 @@ from dirl_cli.models.tiny import Tiny
 from tests.helpers.pages import PAGES, README, code_blocks, commands, files
 
 TRIED_ELSEWHERE = ("CONTRIBUTING", "quickstart", "smollm2", "multi_gpu")  # in tests of their own
-COMMANDS = ("download", "dpo", "eval", "generate", "merge", "rl", "sft")
+COMMANDS = ("download", "dpo", "eval", "generate", "merge", "rl", "serve", "sft")
 COMMANDS_OF_PAGES = [
     pytest.param(path, words, id=f"{path.stem} {' '.join(words)}")
     for path in PAGES

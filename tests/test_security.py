@@ -81,14 +81,15 @@ def trees():
 # No pickle and no code
 
 
-def test_no_module_unpickles_evaluates_or_opens_a_port():
+def test_no_module_unpickles_or_evaluates_and_one_alone_opens_a_port():
     unwanted = {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}  # they run what they read
     unwanted |= {"http", "socketserver", "fastapi", "flask", "uvicorn", "aiohttp"}  # they listen
     calls = r"(eval|exec|torch\.load|np\.load|os\.system|yaml\.load|mktemp"
-    calls += r"|\w+\.(listen|bind|load_state|load_checkpoint))"
+    calls += r"|\w+\.(listen|bind|create_server|load_state|load_checkpoint))"
     for name, tree in trees():
+        listens = name == "serving/listen.py"  # which `dirl serve` alone imports, when it starts
         for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
+            if isinstance(node, ast.Import) and not listens:
                 assert not {alias.name.split(".")[0] for alias in node.names} & unwanted, name
             if isinstance(node, ast.ImportFrom):
                 assert str(node.module).split(".")[0] not in unwanted, name
@@ -97,7 +98,8 @@ def test_no_module_unpickles_evaluates_or_opens_a_port():
                 is_signature = called == "inspect.signature(find_reward(name)).bind"
                 is_text = called == "yaml.load" and ast.unparse(node.args[1]) == "yaml.BaseLoader"
                 is_confined = called == "exec" and name == "reward/program_server.py"  # in forks, after `confine`
-                is_harmless = is_signature or is_text or is_confined
+                is_served = called == "socket.create_server" and listens
+                is_harmless = is_signature or is_text or is_confined or is_served
                 assert is_harmless or not re.fullmatch(calls, called), f"{name}: {called}"
                 for option in node.keywords:
                     allowed = option.arg not in ("shell", "trust_remote_code", "allow_pickle")

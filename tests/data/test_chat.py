@@ -15,6 +15,7 @@ from dirl_cli.data.chat import (
     encode_messages,
     encode_prompt,
     encode_question,
+    first_stop,
     question_text,
     turn_end,
 )
@@ -404,3 +405,8 @@ def test_a_published_demonstration_ends_in_one_end_of_turn_and_its_padding(
         assert published.decode([i for i, flag in zip(ids, trained, strict=True) if flag]) == row["response"]
         question = row["prompt"].removeprefix("<|im_start|>user\n").split("<|im_end|>")[0]
         assert encode_question(published, question, PLAIN) == ids[: trained.index(True)]
+
+
+def test_the_first_of_several_stop_strings_counts():
+    assert first_stop("a\n\nb END", ["END", "\n\n"]) == 1
+    assert first_stop("a", ["END"]) is None

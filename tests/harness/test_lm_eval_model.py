@@ -30,7 +30,7 @@ from lm_eval.tasks import TaskManager
 from dirl_cli.harness import plugin, stop_strings
 from dirl_cli.harness.lm_eval_model import DirlModel
 from dirl_cli.harness.log_likelihoods import Scoring, TextScorer
-from dirl_cli.harness.stop_strings import GenerationOptions, StopStringSampler, first_stop, read_options
+from dirl_cli.harness.stop_strings import GenerationOptions, StopStringSampler, read_options
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "max_position_embeddings": 256}
 QUESTION = "Tom has 7 pens. Tom buys 5. How many pens?"
@@ -121,11 +121,6 @@ def test_several_answers_to_a_question_differ_where_they_are_drawn(model):
     texts = model.generate_until(requests("generate_until", *[(QUESTION, options)] * 3))
     assert len(set(texts)) == 3
     assert model.generate_until(requests("generate_until", *[(QUESTION, options)] * 3)) == texts
-
-
-def test_the_first_of_several_stop_strings_counts():
-    assert first_stop("a\n\nb END", ["END", "\n\n"]) == 1
-    assert first_stop("a", ["END"]) is None
 
 
 @pytest.mark.parametrize(

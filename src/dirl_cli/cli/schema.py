@@ -278,6 +278,30 @@ class GenerateConfig(JobConfig):
 
 
 @dataclass
+class HttpConfig:
+    host: str
+    port: Annotated[int, Range(at_least=0, at_most=65535)]
+    key: str | None
+    name: str
+    max_length: Count | None
+    max_queue: Natural
+    timeout: Positive
+    grace: NotNegative
+    max_body: Count
+
+
+@dataclass
+class ServeConfig:
+    model: Any
+    serve: HttpConfig
+    rollout: Any
+    dtype: Dtype
+    attention: Attention
+    device: Device
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+@dataclass
 class MergeConfig:
     model: Any
     to: str
@@ -301,6 +325,7 @@ SCHEMAS = {
     "dpo": DpoConfig,
     "eval": EvalConfig,
     "generate": GenerateConfig,
+    "serve": ServeConfig,
     "merge": MergeConfig,
     "download": DownloadConfig,
 }

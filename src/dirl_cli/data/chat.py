@@ -186,6 +186,12 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str
     return str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
+def first_stop(text: str, stop_strings: Sequence[str]) -> int | None:
+    """Where the first of the stop strings begins in a text; None where none is in it."""
+    starts = [text.index(stop) for stop in stop_strings if stop in text]
+    return min(starts, default=None)
+
+
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
     """The conversation so far, ready for the assistant's turn."""
     require_rendered_turns(tokenizer, messages)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dirl_cli.data.chat import answer_text
+from dirl_cli.data.chat import answer_text, first_stop
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.sampler import Sampler, collect_samples
 from dirl_cli.types import Decoding, Trajectory
@@ -143,9 +143,3 @@ class StopStringSampler:
                     yield i, text[: first_stop(text, options.stop_strings)]
             self.tally.seconds += time.perf_counter() - began
             running = [i for i in running if i not in ended]
-
-
-def first_stop(text: str, stop_strings: Sequence[str]) -> int | None:
-    """Where the first of the stop strings begins in a text; None where none is in it."""
-    starts = [text.index(stop) for stop in stop_strings if stop in text]
-    return min(starts, default=None)

@@ -1,0 +1,107 @@
+"""`dirl serve`: answer requests over HTTP, in OpenAI's format."""
+
+import os
+import secrets
+from importlib.util import find_spec
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dirl_cli.cli.build import build
+from dirl_cli.console import PlainConsole, working
+from dirl_cli.errors import DirlError, Stopped, pip_install, stop_code
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.rollout.engines import Native
+from dirl_cli.types import Decoding
+
+KEY_VARIABLE = "DIRL_SERVE_KEY"
+PACKAGES = ("prometheus_client", "starlette", "uvicorn")
+JOIN = 10  # seconds for the engine's last step
+
+
+def run(cfg: DictConfig, out: Path | None) -> None:
+    """Serve cfg.model until a signal: SIGTERM, or Ctrl-C."""
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        raise DirlError(f"dirl serve wants {' and '.join(missing)}: {pip_install('serve')}")
+    key, is_new = key_of(cfg.serve)
+
+    # Imported here, since what they import is optional.
+    from dirl_cli.serving.engine_thread import EngineThread
+    from dirl_cli.serving.listen import StoppingServer, address_of, listener_at
+    from dirl_cli.serving.request_body import RequestReader
+    from dirl_cli.serving.routes import Routes
+    from dirl_cli.serving.service import Limits, Service
+
+    # A port that is taken and a package that is missing are told before the model takes its time to load.
+    console = PlainConsole(soft_wrap=True)
+    settings = cfg.serve
+    rollout = build(cfg.rollout)
+    rollout.require()
+    listener = listener_at(settings.host, settings.port)
+    with working(console, "loading the model"):
+        lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
+        lm.require_tokenizer()
+        own_weights = isinstance(rollout, Native) and lm.device.type == "cuda"
+        sampler = rollout.start(lm, own_weights)
+        engine = EngineThread(sampler, length_of(settings.max_length, lm), own_weights)
+        batch = engine.start()
+
+    reader = RequestReader(lm, [settings.name], build(cfg.decoding, Decoding), batch.length - 1)
+    limits = Limits(settings.max_queue, settings.timeout, settings.grace, settings.max_body)
+    service = Service(engine, reader, limits, batch.slots)
+    server = StoppingServer(Routes(service, key).app(), service)
+    console.print(
+        f"{settings.name} is at {address_of(listener)}/v1: {batch.slots} answers at once, prompt and answer of up to"
+        f" {batch.length} tokens"
+    )
+    if is_new:
+        print(f"key: {key}", flush=True)
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt as interrupt:
+        raise Stopped("stopped: what was under way is finished or given back", stop_code(interrupt)) from None
+    finally:
+        engine.stop()
+        engine.thread.join(JOIN)
+    engine.ended.result()  # raises what ended the engine
+
+
+def key_of(settings: Any) -> tuple[str | None, bool]:
+    """The key that clients have to show, None for none; and whether it is new, so that it has to be told.
+
+    Raises DirlError for a server without one that other machines reach.
+    """
+    if settings.key == "none":
+        if not is_loopback(settings.host):
+            raise DirlError(
+                f"serve.host={settings.host} lets other machines in, and serve.key=none all of them: give a key in"
+                f" {KEY_VARIABLE}, or serve.host=127.0.0.1"
+            )
+        return None, False
+    key = settings.key or os.environ.get(KEY_VARIABLE)
+    if key:
+        return key, False
+    return secrets.token_urlsafe(24), True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def length_of(max_length: int | None, lm: DiffusionLM) -> int:
+    """The tokens that a prompt and its answer may have: whole blocks, no more than the model has positions.
+
+    Raises DirlError where that is no block.
+    """
+    longest = lm.longest_prompt + 1
+    length = min(max_length or longest, longest) // lm.block_size * lm.block_size
+    if length < 1:
+        raise DirlError(f"serve.max_length={max_length} is less than a block of {lm.block_size} tokens: give more")
+    return length

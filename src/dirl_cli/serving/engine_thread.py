@@ -1,0 +1,266 @@
+"""The thread that owns an engine: it takes newcomers between forwards, and hands out blocks as they become full.
+
+Nothing else touches the sampler. Other threads leave orders, which are taken between two forwards. What changes the
+weights waits until nothing is under way, so that no answer has two versions of them.
+"""
+
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from threading import Thread
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dirl_cli.errors import DirlError
+from dirl_cli.rollout.sampler import GivenUp, LiveBatch, NewBlock, Sampler
+from dirl_cli.types import Decoding
+
+T = TypeVar("T")
+STOPPING = "the server is stopping: ask again when it is back"
+
+
+@dataclass(eq=False)
+class Query:
+    """Several answers to a prompt that somebody waits for.
+
+    samples: their indices, which decide their randomness together with decoding.seed. deliver: called in the engine's
+    thread with whatever becomes of them.
+    """
+
+    prompt_ids: list[int]
+    samples: range
+    decoding: Decoding
+    deliver: Callable[[NewBlock | GivenUp], None]
+    number: int = -1  # the engine's, of its prompt
+
+
+class EngineThread:
+    """Runs `sampler` in a thread of its own, with room for `length` tokens of a prompt and its answer.
+
+    own_weights: the sampler gives its weights away while it sleeps, so that they are kept here. ended: done when the
+    thread is over, with the error that ended it.
+    """
+
+    def __init__(self, sampler: Sampler, length: int, own_weights: bool = False) -> None:
+        self.sampler = sampler
+        self.length = length
+        self.own_weights = own_weights
+        self.weights_version = sampler.weights_version
+        self.batch: LiveBatch | None = None
+        self.is_asleep = False
+        self.kept: dict[str, Tensor] | None = None  # its own weights, while it sleeps
+        self.forwards = 0  # steps of the engine
+
+        self.orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.waiting: deque[tuple[Query, int]] = deque()  # with the index of the sample
+        self.running: dict[tuple[int, int], Query] = {}  # by prompt number and sample
+        self.numbers = count()
+        self.when_idle: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self.is_stopped = False
+        self.opened: Future[LiveBatch] = Future()
+        self.ended: Future[None] = Future()
+        self.thread = Thread(target=self._run, name="engine", daemon=True)
+
+    # From any thread
+
+    def start(self) -> LiveBatch:
+        """Start the thread and wait for its first batch. Raises what keeps it from opening one."""
+        self.thread.start()
+        return self.opened.result()
+
+    def submit(self, query: Query) -> None:
+        """Answer a query as soon as there is room."""
+        self.orders.put(partial(self._submit, query))
+
+    def withdraw(self, query: Query, samples: Iterable[int]) -> None:
+        """Forget some answers of a query; what was computed of them may still be delivered."""
+        self.orders.put(partial(self._withdraw, query, set(samples)))
+
+    def refuse_waiting(self) -> None:
+        """Give back what has not begun."""
+        self.orders.put(self._refuse_waiting)
+
+    def drop_running(self) -> None:
+        """Give back what has not ended."""
+        self.orders.put(self._drop_running)
+
+    def sleep(self) -> Future[None]:
+        """Give the device's memory back once nothing is under way; what comes then waits for `wake`."""
+        return self._do_when_idle(self._sleep)
+
+    def wake(self) -> Future[None]:
+        """Go on after `sleep`."""
+        return self._do_when_idle(self._wake)
+
+    def update_weights(self, read: Callable[[], dict[str, Tensor]], version: int | None) -> Future[int]:
+        """Answer with other weights once nothing is under way; the future holds their version.
+
+        read: gives them by name, in the engine's thread. version: None for the next one. A DirlError of `read` is the
+        future's, and the weights stay as they are.
+        """
+        return self._do_when_idle(partial(self._update_weights, read, version))
+
+    def stop(self) -> None:
+        """End the thread after the current step; whatever waits or runs is given back."""
+        self.orders.put(self._stop)
+
+    def _do_when_idle(self, work: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self.orders.put(lambda: self.when_idle.append((work, future)))
+        return future
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        try:
+            self._open()
+            self.opened.set_result(self.batch)  # type: ignore[arg-type]  # just opened
+            while not self.is_stopped:
+                self._take_orders()
+                self._do_idle_work()
+                self._admit()
+                if self.running:
+                    self._step()
+        except BaseException as error:  # raised again by whoever waits for the end
+            self._give_back(str(error) if isinstance(error, DirlError) else "the engine has failed: start it again")
+            if not self.opened.done():
+                self.opened.set_exception(error)
+            self.ended.set_exception(error)
+        else:
+            self._give_back(STOPPING)
+            self.ended.set_result(None)
+
+    def _take_orders(self) -> None:
+        """Do what was ordered meanwhile; wait for an order where there is nothing else to do."""
+        can_begin = self.waiting and not self.is_asleep
+        if not (self.running or self.when_idle or can_begin):
+            self.orders.get()()
+        while True:
+            try:
+                order = self.orders.get_nowait()
+            except queue.Empty:
+                return
+            order()
+
+    def _do_idle_work(self) -> None:
+        while self.when_idle and not self.running:
+            work, future = self.when_idle.popleft()
+            try:
+                future.set_result(work())
+            except DirlError as error:
+                future.set_exception(error)
+
+    def _admit(self) -> None:
+        """Begin what waits, in order, as far as there is room; nothing while somebody wants the engine idle."""
+        batch = self.batch
+        while batch and self.waiting and not self.when_idle:
+            query, sample = self.waiting[0]
+            if not batch.has_room(query.decoding):
+                return
+            self.waiting.popleft()
+            batch.add(query.number, sample, query.prompt_ids, query.decoding)
+            self.running[query.number, sample] = query
+
+    def _step(self) -> None:
+        if self.batch is None:
+            return
+        self.forwards += 1
+        for news in self.batch.step():
+            query = self.running[news.prompt, news.sample]
+            if isinstance(news, GivenUp) or news.stop_reason:
+                del self.running[news.prompt, news.sample]
+            query.deliver(news)
+
+    def _submit(self, query: Query) -> None:
+        query.number = next(self.numbers)
+        self.waiting.extend((query, sample) for sample in query.samples)
+
+    def _withdraw(self, query: Query, samples: set[int]) -> None:
+        is_kept = [not (one is query and sample in samples) for one, sample in self.waiting]
+        self.waiting = deque(entry for entry, kept in zip(self.waiting, is_kept, strict=True) if kept)
+        for sample in samples:
+            if self.running.pop((query.number, sample), None) and self.batch:
+                self.batch.remove(query.number, sample)
+
+    def _refuse_waiting(self) -> None:
+        while self.waiting:
+            query, sample = self.waiting.popleft()
+            query.deliver(GivenUp(query.number, sample, STOPPING))
+
+    def _drop_running(self) -> None:
+        for (number, sample), query in list(self.running.items()):
+            query.deliver(GivenUp(number, sample, STOPPING))
+            if self.batch:
+                self.batch.remove(number, sample)
+        self.running.clear()
+
+    def _stop(self) -> None:
+        self.is_stopped = True
+
+    def _give_back(self, reason: str) -> None:
+        """Tell everybody who still waits that nothing comes."""
+        for query, sample in self.waiting:
+            query.deliver(GivenUp(query.number, sample, reason))
+        for (number, sample), query in self.running.items():
+            query.deliver(GivenUp(number, sample, reason))
+        self.waiting.clear()
+        self.running.clear()
+        for _, future in self.when_idle:
+            future.set_exception(DirlError(reason))
+        self.when_idle.clear()
+
+    def _open(self) -> None:
+        if self.sampler.lm.device.type == "cuda":
+            torch.cuda.set_device(self.sampler.lm.device)  # a thread begins on the first GPU
+        self.batch = self.sampler.open_batch(self.length)
+
+    def _close(self) -> None:
+        if self.batch:
+            self.batch.close()
+        self.batch = None
+
+    def _sleep(self) -> None:
+        if self.is_asleep:
+            return
+        if self.own_weights:
+            self.kept = {name: tensor.detach().cpu() for name, tensor in self.sampler.lm.model.named_parameters()}
+        self._close()
+        self.sampler.sleep()
+        self.is_asleep = True
+
+    def _wake(self) -> None:
+        if not self.is_asleep:
+            return
+        self.sampler.wake()
+        if self.kept:
+            self.sampler.update_weights(self.kept.items(), self.weights_version)
+            self.kept = None
+        self._open()
+        self.is_asleep = False
+
+    def _update_weights(self, read: Callable[[], dict[str, Tensor]], version: int | None) -> int:
+        # Keys and values of the old weights end with their batch.
+        named_tensors = read()
+        self.weights_version = self.weights_version + 1 if version is None else version
+        if self.kept:
+            self.kept = named_tensors  # which it takes when it wakes
+        else:
+            self._close()
+            self.sampler.update_weights(named_tensors.items(), self.weights_version)
+            if not self.is_asleep:
+                self._reopen()
+        return self.weights_version
+
+    def _reopen(self) -> None:
+        """Open a batch once more; where that fails, as for want of memory, it is as if it slept, and can be woken."""
+        try:
+            self._open()
+        except DirlError:
+            self.is_asleep = True
+            raise

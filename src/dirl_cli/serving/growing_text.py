@@ -1,0 +1,71 @@
+"""The text of an answer as its blocks come: cut at stop strings, and handed out as far as no later token changes it."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from dirl_cli.data.chat import answer_text, first_stop
+
+UNFINISHED = "\ufffd"  # stands for the bytes of a letter whose other bytes are in a later token
+
+
+class GrowingText:
+    """The text of one answer. finish_reason: why it ended; None while it goes on.
+
+    token_ids: those of the text, without a stop token. max_tokens: of them at most. stops: texts before which it ends.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: Sequence[int],
+        stops: Sequence[str],
+        max_tokens: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.stop_token_ids = set(stop_token_ids)
+        self.stops = stops
+        self.max_tokens = max_tokens
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.sent = 0  # characters of it that were handed out
+        self.finish_reason: Literal["stop", "length"] | None = None
+
+    def grow(self, token_ids: Sequence[int], is_last: bool) -> str:
+        """Add the tokens of a block; returns what is new of the text and certain. is_last: no other block follows."""
+        for token in token_ids:
+            if self.finish_reason:
+                break
+            if token in self.stop_token_ids:
+                self.finish_reason = "stop"
+            else:
+                self.token_ids.append(token)
+                if len(self.token_ids) == self.max_tokens:
+                    self.finish_reason = "length"
+
+        self.text = answer_text(self.tokenizer, self.token_ids)
+        cut = first_stop(self.text, self.stops)
+        if cut is not None:
+            self.text = self.text[:cut]
+            self.finish_reason = "stop"
+        elif is_last and self.finish_reason is None:
+            self.finish_reason = "length"  # of the room that there was
+
+        certain = len(self.text)
+        if self.finish_reason is None:
+            certain -= self._uncertain()
+        new = self.text[self.sent : certain]
+        self.sent = max(self.sent, certain)
+        return new
+
+    def _uncertain(self) -> int:
+        """The characters at the end that a later token may change: half a letter, or the beginning of a stop string."""
+        half_letter = len(self.text) - len(self.text.rstrip(UNFINISHED))
+        longest = half_letter
+        for stop in self.stops:
+            for length in range(min(len(stop) - 1, len(self.text)), longest, -1):
+                if self.text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest

@@ -1,0 +1,230 @@
+"""The body of a request, in OpenAI's format with this field's own settings: read and checked.
+
+Whatever a body holds counts or is refused: a setting that changed nothing would be taken for one that did.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args, get_origin
+
+from dirl_cli.data.chat import encode_messages, tokenize
+from dirl_cli.data.conversation import read_turns
+from dirl_cli.diffusion.unmasking import BUILT_IN
+from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.ranges import Count, limit_of, refusal, require, types_of, without_none
+from dirl_cli.serving.refusals import Refusal
+from dirl_cli.types import Decoding
+
+# Fields of `Decoding` that a request may set, by the names that it has for them.
+DECODING = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    **{
+        name: name
+        for name in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "seed",
+            "strategy",
+            "threshold",
+            "denoising_steps",
+            "confidence",
+            "stop_token_ids",
+        )
+    },
+}
+COMMON = ("model", "n", "stop", "stream", "stream_options", "logprobs")
+WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")  # on an answer
+
+# What OpenAI's API has and blocks have not, with the values that ask for nothing.
+NEUTRAL: dict[str, Sequence[Any]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+MOST_STOPS = 64
+MOST_STOP_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for: `n` answers to each of its prompts.
+
+    decoding: how they are sampled, a seed of its own included. stops: texts before which an answer ends.
+    with_usage: whether a stream ends with the counts of tokens. with_logprobs: whether to fill OpenAI's field of them.
+    """
+
+    prompts: list[list[int]]
+    n: int
+    decoding: Decoding
+    stops: tuple[str, ...]
+    is_stream: bool
+    with_usage: bool
+    with_logprobs: bool
+
+
+class RequestReader:
+    """Reads requests to a model. decoding: what counts where a request says nothing. longest_prompt: in tokens."""
+
+    def __init__(self, lm: DiffusionLM, names: Sequence[str], decoding: Decoding, longest_prompt: int) -> None:
+        self.lm = lm
+        self.tokenizer = lm.require_tokenizer()
+        self.names = names
+        self.decoding = lm.decoding(decoding)
+        self.longest_prompt = longest_prompt
+
+    def completion(self, body: Mapping[str, Any]) -> Asked:
+        """Of /v1/completions. Raises Refusal or DirlError for what cannot be answered."""
+        body = present(body)
+        self._require_known(body, ("prompt",))
+        prompts = self._prompts(body.get("prompt"))
+        value = body.get("logprobs")
+        if value is not None and (type(value) is not int or value != 0):
+            raise Refusal(
+                400, "logprobs is the number of alternatives, and none are kept: give 0 for the tokens' own", "logprobs"
+            )
+        return self._asked(body, prompts, with_logprobs=value is not None)
+
+    def chat(self, body: Mapping[str, Any]) -> Asked:
+        """Of /v1/chat/completions. Raises Refusal or DirlError for what cannot be answered."""
+        body = present(body)
+        self._require_known(body, ("messages",))
+        messages, _ = read_turns("messages", body.get("messages"))
+        if not messages:
+            raise Refusal(400, "messages must be a list of objects with role and content, at least one", "messages")
+        prompt_ids = encode_messages(self.tokenizer, messages)
+        return self._asked(body, [prompt_ids], with_logprobs=flag(body, "logprobs"))
+
+    def _asked(self, body: Mapping[str, Any], prompts: list[list[int]], with_logprobs: bool) -> Asked:
+        """What both kinds of request have in common."""
+        name = body.get("model", self.names[0])
+        if name not in self.names:
+            hint = did_you_mean(str(name), self.names)
+            raise Refusal(404, f"no model is called {name} here: {hint}", "model")
+        for prompt_ids in prompts:
+            if len(prompt_ids) > self.longest_prompt:
+                raise Refusal(
+                    400,
+                    f"a prompt has {len(prompt_ids)} tokens and there is room for {self.longest_prompt}: shorten it",
+                )
+
+        n = checked("n", body.get("n", 1), Count)
+        stops = self._stops(body)
+        options = body.get("stream_options", {})
+        if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
+            raise Refusal(400, "stream_options may hold include_usage alone: leave the rest out", "stream_options")
+        return Asked(
+            prompts=prompts,
+            n=n,
+            decoding=self._decoding(body, stops),
+            stops=stops,
+            is_stream=flag(body, "stream"),
+            with_usage=flag(options, "include_usage"),
+            with_logprobs=with_logprobs,
+        )
+
+    def _require_known(self, body: Mapping[str, Any], own: Sequence[str]) -> None:
+        """Raises Refusal for the first field that nothing reads, or that asks for what blocks do not have."""
+        known = {*own, *COMMON, *DECODING}
+        for key, value in body.items():
+            if key in NEUTRAL and value not in NEUTRAL[key]:
+                raise Refusal(400, f"{key} is nothing that a block-diffusion engine has: leave it out", key)
+            if key not in known and key not in NEUTRAL and key not in WITHOUT_EFFECT:
+                raise Refusal(400, f"{key}: no such field; {did_you_mean(key, sorted(known))}", key)
+        if "max_tokens" in body and "max_completion_tokens" in body:
+            raise Refusal(400, "max_tokens and max_completion_tokens mean the same: give one", "max_tokens")
+
+    def _prompts(self, value: Any) -> list[list[int]]:
+        """One or several prompts, each text, taken as it is, or token ids."""
+        if isinstance(value, str) or is_token_ids(value):
+            value = [value]
+        if not isinstance(value, list) or not value:
+            raise Refusal(400, "prompt must be text or a list of token ids, or a list of such: give one", "prompt")
+        if all(isinstance(prompt, str) for prompt in value):
+            return tokenize(self.tokenizer, value)
+        for prompt_ids in value:
+            if not is_token_ids(prompt_ids) or not all(0 <= token < self.lm.vocab_size for token in prompt_ids):
+                raise Refusal(
+                    400, f"prompt must be text, or a list of token ids below {self.lm.vocab_size}: give one", "prompt"
+                )
+        return value
+
+    def _stops(self, body: Mapping[str, Any]) -> tuple[str, ...]:
+        value = body.get("stop", [])
+        stops = [value] if isinstance(value, str) else value
+        is_list = isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops)
+        if not is_list or len(stops) > MOST_STOPS:
+            raise Refusal(400, f"stop must be a text or a list of at most {MOST_STOPS}, none empty: give such", "stop")
+        return tuple(stops)
+
+    def _decoding(self, body: Mapping[str, Any], stops: Sequence[str]) -> Decoding:
+        """How the answers are sampled; with a seed that was drawn where none is given."""
+        types = types_of(Decoding)
+        settings: dict[str, Any] = {}
+        for key, name in DECODING.items():
+            if key in body:
+                settings[name] = checked(key, body[key], types[name])
+        settings.setdefault("seed", secrets.randbits(32))
+
+        # Any other name would be imported, which is for those who start the server.
+        strategy = settings.get("strategy", self.decoding.strategy)
+        if strategy not in (*BUILT_IN, self.decoding.strategy):
+            raise Refusal(400, f"strategy={strategy}: {did_you_mean(strategy, BUILT_IN)}", "strategy")
+        if len(settings.get("stop_token_ids", ())) > MOST_STOP_TOKENS:
+            raise Refusal(400, f"stop_token_ids has more than {MOST_STOP_TOKENS}: give fewer", "stop_token_ids")
+        decoding = self.lm.decoding(replace(self.decoding, **settings))
+
+        # A stop string that is a special token never stands in the text, which holds none.
+        vocabulary = self.tokenizer.get_vocab()
+        special = {vocabulary[stop] for stop in stops if stop in self.tokenizer.all_special_tokens}
+        return replace(decoding, stop_token_ids=tuple(sorted({*decoding.stop_token_ids, *special})))
+
+
+def present(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a body that hold something: null is what clients send for nothing."""
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def flag(body: Mapping[str, Any], key: str) -> bool:
+    """A field that is true or false, and false where it is left out."""
+    value = body.get(key) or False
+    if not isinstance(value, bool):
+        raise Refusal(400, f"{key}={value}: give true or false", key)
+    return value
+
+
+def checked(key: str, value: Any, hint: Any) -> Any:
+    """A value of a type as `ranges` has them, which JSON may hold otherwise. Raises Refusal where it is not."""
+    inner = without_none(hint)
+    if get_origin(inner) is tuple:
+        if not isinstance(value, list):
+            raise Refusal(400, refusal(key, value, hint), key)
+        return tuple(checked(f"{key}[{i}]", item, get_args(inner)[0]) for i, item in enumerate(value))
+
+    kind = get_args(inner)[0] if limit_of(hint) else inner
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise Refusal(400, refusal(key, value, hint), key)
+    try:
+        require(value, hint, key)
+    except DirlError as error:
+        raise Refusal(400, str(error), key) from error
+    return value
+
+
+def is_token_ids(value: Any) -> bool:
+    """Whether a value is a list of whole numbers, at least one."""
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)

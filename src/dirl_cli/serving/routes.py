@@ -1,0 +1,264 @@
+"""The HTTP server: OpenAI's paths, and those that put the engine to sleep, wake it and change its weights."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
+from hmac import compare_digest
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Send
+
+from dirl_cli.errors import DirlError
+from dirl_cli.ranges import Natural
+from dirl_cli.serving.refusals import KINDS, Refusal
+from dirl_cli.serving.request_body import Asked, checked
+from dirl_cli.serving.response_body import ResponseWriter
+from dirl_cli.serving.service import AnswerState, Service
+from dirl_cli.serving.stored_weights import published_shapes, read_weights, require_shapes
+
+T = TypeVar("T")
+HUNG_UP = 499  # for the log of a proxy: nobody reads it
+READ_PATIENCE = 60  # seconds that a client may take for a chunk, or to send its request
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. A client that does not take what it asked for is hung up on."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache"})
+        self.events = events
+
+    async def stream_response(self, send: Send) -> None:
+        async def send_in_time(message: Any) -> None:
+            await asyncio.wait_for(send(message), READ_PATIENCE)
+
+        try:
+            await super().stream_response(send_in_time)
+        finally:
+            await self.events.aclose()  # at once, so that the engine hears of it
+
+
+class Routes:
+    """The paths of a server. key: what its clients show; None for a server that lets everybody in."""
+
+    def __init__(self, service: Service, key: str | None) -> None:
+        self.service = service
+        self.engine = service.engine
+        self.reader = service.reader
+        self.key = key
+        self.shapes = published_shapes(service.reader.lm)
+
+    def app(self) -> Starlette:
+        """The application, which stops the engine at its end."""
+
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+            yield
+            self.engine.stop()
+
+        routes = [Route("/health", self.health)]
+        for path, endpoint, method in (
+            ("/metrics", self.metrics, "GET"),
+            ("/v1/models", self.models, "GET"),
+            ("/v1/models/{name:path}", self.model, "GET"),
+            ("/v1/completions", self.completions, "POST"),
+            ("/v1/chat/completions", self.chat_completions, "POST"),
+            ("/sleep", self.sleep, "POST"),
+            ("/wake", self.wake, "POST"),
+            ("/update_weights", self.update_weights, "POST"),
+        ):
+            routes.append(Route(path, self._guarded(endpoint), methods=[method]))
+        handlers: dict[Any, Any] = {
+            Refusal: self._refuse,
+            DirlError: self._refuse,
+            HTTPException: self._refuse,
+            ClientDisconnect: self._hung_up,
+        }
+        return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+
+    async def health(self, request: Request) -> Response:
+        """200 where requests are answered, else 503, and why."""
+        status = "ok"
+        if self.engine.ended.done():
+            status = "failed"
+        elif self.service.is_stopping:
+            status = "stopping"
+        elif self.engine.is_asleep:
+            status = "asleep"
+        body = {"status": status, "weights_version": self.engine.weights_version}
+        return JSONResponse(body, 200 if status == "ok" else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self.service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card(self.reader.names[0])]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self.reader.names:
+            raise Refusal(404, f"no model is called {name} here: GET /v1/models names the one that is", "model")
+        return JSONResponse(self._card(name))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "dirl",
+            "max_model_len": self.reader.longest_prompt + 1,
+            "block_size": self.reader.lm.block_size,
+            "weights_version": self.engine.weights_version,
+        }
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, self.reader.completion(await self._body(request)), is_chat=False)
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await self._answer(request, self.reader.chat(await self._body(request)), is_chat=True)
+
+    async def _answer(self, request: Request, asked: Asked, is_chat: bool) -> Response:
+        writer = ResponseWriter(self.reader.tokenizer, self.reader.names[0], asked, is_chat)
+        if asked.is_stream:
+            self.service.admit(asked)  # refused before a stream has begun, with a status of its own
+            return EventStream(self._events(asked, writer))
+        states = await unless_hung_up(request, self._all(asked))
+        return JSONResponse(writer.whole(states))
+
+    async def _all(self, asked: Asked) -> list[AnswerState]:
+        """All answers of a request, in order, once they are over."""
+        states: dict[int, AnswerState] = {}
+        async with aclosing(self.service.answers(asked)) as grown:
+            async for state in grown:
+                states[state.index] = state
+        return [states[index] for index in sorted(states)]
+
+    async def _events(self, asked: Asked, writer: ResponseWriter) -> AsyncGenerator[str, None]:
+        """The chunks of a stream, an event each time that an answer has grown."""
+        states: dict[int, AnswerState] = {}
+        told: dict[int, int] = {}  # tokens of each text
+        try:
+            async with aclosing(self.service.answers(asked)) as grown:
+                async for state in grown:
+                    yield event(writer.chunk(state, told.get(state.index, 0)))
+                    states[state.index] = state
+                    told[state.index] = len(state.text.token_ids)
+        except Refusal as refusal:
+            self.service.metrics.refused.labels(refusal.status).inc()
+            yield event(refusal.body())
+            return
+        if asked.with_usage:
+            yield event(writer.last_chunk(list(states.values())))
+        yield "data: [DONE]\n\n"
+
+    async def sleep(self, request: Request) -> Response:
+        await asyncio.wrap_future(self.engine.sleep())
+        return JSONResponse({"status": "asleep"})
+
+    async def wake(self, request: Request) -> Response:
+        await asyncio.wrap_future(self.engine.wake())
+        return JSONResponse({"status": "ok", "weights_version": self.engine.weights_version})
+
+    async def update_weights(self, request: Request) -> Response:
+        """Answer with the weights of a directory from now on; what is under way ends with the old ones."""
+        body = await self._body(request)
+        unknown = sorted(body.keys() - {"path", "version"})
+        if unknown:
+            raise Refusal(400, f"{unknown[0]}: no such field; give path, and version if it is not the next", unknown[0])
+        path = body.get("path")
+        if not isinstance(path, str) or not path:
+            raise Refusal(400, "path must be a directory with weights, as `dirl sft` leaves it: give one", "path")
+        version = body.get("version")
+        if version is not None:
+            version = checked("version", version, Natural)
+
+        # What is wrong with the files is told before anybody waits for the engine to be idle.
+        await run_in_threadpool(require_shapes, path, self.shapes)
+        update = self.engine.update_weights(lambda: read_weights(self.reader.lm, path), version)
+        return JSONResponse({"weights_version": await asyncio.wrap_future(update)})
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """The JSON object that a request holds. Raises Refusal where there is none, or too much of it."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refusal(415, "the body of a request is JSON: send Content-Type: application/json")
+        limit = self.service.limits.max_body * 2**20
+        content = bytearray()
+        try:
+            async with asyncio.timeout(READ_PATIENCE):
+                async for part in request.stream():
+                    content += part
+                    if len(content) > limit:
+                        raise Refusal(413, f"the request is larger than {limit >> 20} MB: ask for less at once")
+        except TimeoutError:
+            raise Refusal(400, f"the request did not come within {READ_PATIENCE} s: send it at once") from None
+        try:
+            body = json.loads(content)
+        except (ValueError, RecursionError):
+            raise Refusal(400, "the body of the request is no JSON: send an object") from None
+        if not isinstance(body, dict):
+            raise Refusal(400, "the body of the request is no JSON object: send one")
+        return body
+
+    def _guarded(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """The endpoint behind the key; without one, closed to a browser's pages, which anybody may have written."""
+
+        async def guarded(request: Request) -> Response:
+            if self.key is None:
+                if "origin" in request.headers:
+                    raise Refusal(403, "a server without a key answers no web page: start it with serve.key=KEY")
+            elif not compare_digest(request.headers.get("authorization", "").encode(), f"Bearer {self.key}".encode()):
+                raise Refusal(
+                    401,
+                    "the key is missing or wrong: send Authorization: Bearer KEY, with the one that the server"
+                    " printed when it started",
+                )
+            return await endpoint(request)
+
+        return guarded
+
+    async def _hung_up(self, request: Request, error: Exception) -> Response:
+        return Response(status_code=HUNG_UP)
+
+    async def _refuse(self, request: Request, error: Exception) -> Response:
+        """An error as OpenAI's clients read it; what a user can fix is a fault of the request."""
+        if isinstance(error, HTTPException):
+            status = error.status_code if error.status_code in KINDS else 400
+            path = request.url.path
+            error = Refusal(status, f"{request.method} {path} is nothing that is served here: see docs/serve.md")
+        refusal = error if isinstance(error, Refusal) else Refusal(400, str(error))
+        self.service.metrics.refused.labels(refusal.status).inc()
+        return refusal.response()
+
+
+def event(content: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def unless_hung_up(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What comes of the work, which is cancelled when the client hangs up. Raises ClientDisconnect then."""
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.ensure_future(work)
+    listening = asyncio.ensure_future(hang_up())
+    try:
+        await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        listening.cancel()

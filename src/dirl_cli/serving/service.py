@@ -1,0 +1,213 @@
+"""Between HTTP and the engine: who is let in, what becomes of answers, and how a server stops."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from dirl_cli.ranges import Count, Natural, NotNegative, Positive
+from dirl_cli.rollout.sampler import GivenUp, NewBlock
+from dirl_cli.serving.engine_thread import STOPPING, EngineThread, Query
+from dirl_cli.serving.growing_text import GrowingText
+from dirl_cli.serving.refusals import Refusal
+from dirl_cli.serving.request_body import Asked, RequestReader
+from dirl_cli.serving.server_metrics import ServerMetrics
+from dirl_cli.types import Trajectory
+
+LONGEST_PAUSE = 60  # seconds that a client is told to wait at most
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server bears.
+
+    max_queue: answers that wait while others are under way. timeout: seconds that a request may take. grace: seconds
+    that answers under way have once the server stops. max_body: megabytes of a request.
+    """
+
+    max_queue: Natural
+    timeout: Positive
+    grace: NotNegative
+    max_body: Count
+
+
+@dataclass
+class AnswerState:
+    """One of the answers that a request asks for. index: among its choices. new: text that its last block added."""
+
+    index: int
+    prompt_ids: list[int]
+    text: GrowingText
+    trajectory: Trajectory
+    new: str = ""
+    last_block: NewBlock | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.text.finish_reason is not None
+
+    def add(self, block: NewBlock) -> bool:
+        """Grow by a block; returns whether it is over."""
+        trajectory = self.trajectory
+        self.last_block = block
+        self.new = self.text.grow(block.token_ids, is_last=block.stop_reason is not None)
+        self.trajectory = Trajectory(
+            prompt_ids=self.prompt_ids,
+            token_ids=trajectory.token_ids + block.token_ids,
+            reveal_step=trajectory.reveal_step + block.reveal_step,
+            logprobs=trajectory.logprobs + block.logprobs,
+            stop_reason=block.stop_reason or self.text.finish_reason or "length",
+            denoise_forwards=block.denoise_forwards,
+            forwards=block.forwards,
+            weights_version=block.weights_version,
+            stop_token_ids=trajectory.stop_token_ids,
+            block_size=trajectory.block_size,
+        )
+        return self.is_over
+
+
+@dataclass(eq=False)
+class OpenAnswers:
+    """The answers of a request that its engine still works at, and what came of them. In the loop's thread."""
+
+    events: asyncio.Queue[tuple[int, NewBlock | GivenUp]] = field(default_factory=asyncio.Queue)
+    indices: set[int] = field(default_factory=set)
+
+
+class Service:
+    """Answers what `RequestReader` has read, on `engine`. capacity: answers that are let in at once."""
+
+    def __init__(self, engine: EngineThread, reader: RequestReader, limits: Limits, slots: int) -> None:
+        self.engine = engine
+        self.reader = reader
+        self.limits = limits
+        self.slots = slots
+        self.capacity = slots + limits.max_queue
+        self.metrics = ServerMetrics(engine)
+        self.open_answers = 0
+        self.mean_seconds = 1.0  # of an answer, the last ones counting most
+        self.is_stopping = False
+
+    def admit(self, asked: Asked) -> None:
+        """Raises Refusal where a request is not let in now: stopping, asleep, or more than there is room for."""
+        if self.is_stopping:
+            raise Refusal(503, STOPPING, headers={"Retry-After": str(LONGEST_PAUSE)})
+        if self.engine.is_asleep:
+            raise Refusal(503, "the server is asleep: POST /wake first")
+        count = len(asked.prompts) * asked.n
+        most = self.capacity
+        if count > most:
+            raise Refusal(400, f"{count} answers are more than the {most} that are let in at once: ask for fewer")
+        if self.open_answers + count > most:
+            pause = min(max(round(self.mean_seconds * self.open_answers / self.slots), 1), LONGEST_PAUSE)
+            raise Refusal(
+                429,
+                f"{self.open_answers} answers of at most {most} are under way or wait: ask again in {pause} s",
+                headers={"Retry-After": str(pause)},
+            )
+
+    async def answers(self, asked: Asked) -> AsyncGenerator[AnswerState, None]:
+        """Yield an answer each time that it has grown, until all are over; what is left at the end is withdrawn.
+
+        Raises Refusal where the request takes longer than it may, or its answers are given back.
+        """
+        self.admit(asked)
+        began = time.monotonic()
+        open_answers = OpenAnswers()
+        queries = self._ask(asked, open_answers)
+        states = [self._state(asked, index) for index in range(len(asked.prompts) * asked.n)]
+        reason = "hung_up"
+        try:
+            while not all(state.is_over for state in states):
+                left = began + self.limits.timeout - time.monotonic()
+                try:
+                    index, news = await asyncio.wait_for(open_answers.events.get(), max(left, 0))
+                except TimeoutError:
+                    reason = "timeout"
+                    raise Refusal(
+                        504,
+                        f"the answer takes longer than {self.limits.timeout:g} s: ask for fewer tokens, or raise"
+                        " serve.timeout",
+                    ) from None
+                if isinstance(news, GivenUp):
+                    reason = "given_back"
+                    self.metrics.dropped.labels(reason).inc()
+                    raise Refusal(503, news.reason, headers={"Retry-After": "1"})
+
+                state = states[index]
+                if state.is_over:
+                    continue  # what the engine did before it heard that the text is complete
+                has_ended = state.add(news)
+                self._count(state, news, time.monotonic() - began)
+                if has_ended and index in open_answers.indices:
+                    self._withdraw(queries, open_answers, [index], asked.n)
+                yield state
+        finally:
+            self._count_dropped(open_answers, reason)
+            self._withdraw(queries, open_answers, sorted(open_answers.indices), asked.n)
+
+    def begin_stop(self) -> None:
+        """Let nobody in any more, give back what has not begun, and after the grace what has not ended."""
+        if self.is_stopping:
+            return
+        self.is_stopping = True
+        self.engine.refuse_waiting()
+        asyncio.get_running_loop().call_later(self.limits.grace, self.engine.drop_running)
+
+    def _ask(self, asked: Asked, open_answers: OpenAnswers) -> list[Query]:
+        """Leave a request's queries with the engine, one a prompt."""
+        loop = asyncio.get_running_loop()
+        queries = []
+        for number, prompt_ids in enumerate(asked.prompts):
+            first = number * asked.n
+
+            def deliver(news: NewBlock | GivenUp, first: int = first) -> None:
+                loop.call_soon_threadsafe(self._receive, open_answers, first + news.sample, news)
+
+            query = Query(prompt_ids, range(asked.n), asked.decoding, deliver)
+            queries.append(query)
+            open_answers.indices.update(range(first, first + asked.n))
+            self.open_answers += asked.n
+            self.metrics.prompt_tokens.inc(len(prompt_ids))
+            self.engine.submit(query)
+        return queries
+
+    def _receive(self, open_answers: OpenAnswers, index: int, news: NewBlock | GivenUp) -> None:
+        """Take what the engine delivers. Its slot counts as free even where nobody reads what came of it."""
+        if isinstance(news, GivenUp) or news.stop_reason:
+            self._close(open_answers, index)
+        open_answers.events.put_nowait((index, news))
+
+    def _close(self, open_answers: OpenAnswers, index: int) -> None:
+        if index in open_answers.indices:
+            open_answers.indices.remove(index)
+            self.open_answers -= 1
+
+    def _withdraw(self, queries: list[Query], open_answers: OpenAnswers, indices: list[int], n: int) -> None:
+        """Tell the engine that nobody waits for these answers."""
+        for index in indices:
+            self._close(open_answers, index)
+            self.engine.withdraw(queries[index // n], [index % n])
+
+    def _state(self, asked: Asked, index: int) -> AnswerState:
+        decoding = asked.decoding
+        prompt_ids = asked.prompts[index // asked.n]
+        stop_ids = decoding.stop_token_ids
+        text = GrowingText(self.reader.tokenizer, stop_ids, asked.stops, decoding.max_new_tokens)
+        empty = Trajectory(prompt_ids, [], [], stop_token_ids=stop_ids, block_size=self.reader.lm.block_size)
+        return AnswerState(index, prompt_ids, text, empty)
+
+    def _count(self, state: AnswerState, block: NewBlock, seconds: float) -> None:
+        if block.token_ids:
+            self.metrics.blocks.inc()
+            self.metrics.tokens.inc(len(block.token_ids))
+            if len(state.trajectory.token_ids) == len(block.token_ids):
+                self.metrics.first_block.observe(seconds)
+        if state.text.finish_reason:
+            self.metrics.answers.labels(state.text.finish_reason).inc()
+            self.metrics.seconds.observe(seconds)
+            self.mean_seconds += 0.1 * (seconds - self.mean_seconds)
+
+    def _count_dropped(self, open_answers: OpenAnswers, reason: str) -> None:
+        if open_answers.indices:
+            self.metrics.dropped.labels(reason).inc(len(open_answers.indices))
