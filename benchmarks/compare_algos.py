@@ -89,7 +89,7 @@ def compare(task: str, algorithms: Sequence[str]) -> None:
             f" | {mean_and_error([found['tokens_per_forward'] for found in cards], 2)}"
             f" | {mean_and_error([late(one, 'token_forwards', 60) for one in runs], 0)} |"
         )
-    draw(task, best_first, Path(__file__).parent / f"compare_algos_{task}.png")
+    draw(task, {name: [run(task, name, seed) for seed in SEEDS] for name in best_first}, plot(task))
 
     if not long_steps:
         return
@@ -101,6 +101,7 @@ def compare(task: str, algorithms: Sequence[str]) -> None:
     print("|---|--:|--:|---|")
     for name in best_first:
         print(f"| {name} | {ending(long_run(task, name))} |")
+    draw(f"{task}, without KL", {name: [long_run(task, name)] for name in best_first}, plot(f"{task}_long"))
 
 
 def start(task: str, seed: int) -> Path:
@@ -116,6 +117,10 @@ def long_run(task: str, name: str) -> Path:
     return ROOT / f"{task}-{name}-long"
 
 
+def plot(name: str) -> Path:
+    return Path(__file__).parent / f"compare_algos_{name}.png"
+
+
 def accuracies(directory: Path) -> list[float]:
     """Of the rollouts, step by step."""
     return [line["accuracy"] for line in history(directory) if "accuracy" in line]
@@ -129,19 +134,18 @@ def ending(directory: Path) -> str:
     return f"{100 * max(windows):.1f} % | {100 * windows[-1]:.1f} % | {verdict}"
 
 
-def draw(task: str, algorithms: Sequence[str], file: Path) -> None:
-    """Rollout accuracy over steps, mean of the seeds, smoothed over 9 steps."""
+def draw(title: str, runs: dict[str, list[Path]], file: Path) -> None:
+    """Rollout accuracy over steps, mean of each algorithm's runs, smoothed over 9 steps."""
     colors = colormaps["tab20"]
     figure = Figure(figsize=(10, 5.5), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    for i, name in enumerate(algorithms):
-        curves = zip(*(accuracies(run(task, name, seed)) for seed in SEEDS), strict=True)
-        means = [mean(values) for values in curves]
+    for i, (name, of_seeds) in enumerate(runs.items()):
+        means = [mean(values) for values in zip(*map(accuracies, of_seeds), strict=True)]
         smooth = [mean(means[max(0, step - 4) : step + 5]) for step in range(len(means))]
         style = {"color": colors(i % 20), "linestyle": ("-", "--", ":")[i % 3]}
         axes.plot(range(1, len(smooth) + 1), smooth, label=name, linewidth=1.8, **style)
     axes.set_xlabel("step")
-    axes.set_title(f"{task}: accuracy of rollouts at temperature 1", loc="left")
+    axes.set_title(f"{title}: accuracy of rollouts at temperature 1", loc="left")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.grid(color="#d9dce1", linewidth=0.6)
     figure.legend(loc="outside right upper", frameon=False)  # best first, as the curves end
