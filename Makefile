@@ -30,7 +30,7 @@ check: install
 .venv/lmdeploy: tests/lmdeploy.txt | install
 	@$(BIN)/pip install -qq --no-deps $(PIP_FLAGS) -r $< && touch $@ || echo "LMDeploy is not there: its tests are skipped"
 
-# Likewise what lm-evaluation-harness takes: fifteen packages, a hundred megabytes of tasks among them.
+# Likewise what lm-evaluation-harness takes: sixteen packages, a hundred megabytes of tasks among them.
 .venv/lm_eval: tests/lm_eval.txt | install
 	@$(BIN)/pip install -qq --no-deps $(PIP_FLAGS) -r $< && touch $@ || echo "lm-eval is not there: its tests are skipped"
 

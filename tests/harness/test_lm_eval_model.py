@@ -371,6 +371,28 @@ def test_settings_that_tasks_have_no_use_for_are_told(config, key, value):
         eval_harness.require_harness(config)
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            FileNotFoundError("Unable to find 'pens.jsonl'\nat all"),
+            r"\(Unable to find 'pens.jsonl'\): .* once where the Hub",
+        ),
+        (
+            ModuleNotFoundError("No module named 'langdetect'"),
+            r"not here \(No module named 'langdetect'\): .*'lm-eval\[",
+        ),
+    ],
+)
+def test_what_a_task_lacks_is_told_with_what_brings_it(config, monkeypatch, error, sentence):
+    def fail(**settings):
+        raise error
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", fail, raising=False)
+    with pytest.raises(DirlError, match=sentence):
+        eval_harness.run_tasks(config, SimpleNamespace(), None)
+
+
 def test_a_task_that_runs_code_is_refused_in_a_sentence(config, here, monkeypatch):
     def refuse(**settings):
         raise ValueError("Attempted to run task: humaneval which is marked as unsafe.")

@@ -164,7 +164,13 @@ def test_block_size_and_mask_token_come_from_either_side_and_default_to_the_publ
     asked = load(copy, block_size=8, mask_token_id=3)
     assert (asked.block_size, asked.mask_token_id, asked.unsampled_ids) == (8, 3, (3,))
     assert load(copy, mask_token_id=3).block_size == 4
-    with pytest.raises(DirlError, match=r"mask token 151669 is outside the vocabulary of .*: set model.mask_token_id"):
+    with pytest.raises(DirlError, match=r"mask token 9999 is outside the vocabulary of .*: set model.mask_token_id"):
+        load(copy, mask_token_id=9999)
+
+
+def test_a_model_without_a_mask_token_may_be_a_causal_one_that_has_to_learn_blocks(copy):
+    edit_config(copy, block_size=None, mask_token_id=None)
+    with pytest.raises(DirlError, match=r"has no 151669: a causal model learns .* `dirl sft model=from_causal"):
         load(copy)
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,12 @@ def require_harness(cfg: DictConfig) -> None:
         raise DirlError("harness=… runs in one process: leave gpus and nodes at 1, and start one for each task instead")
 
 
+@cache
 def task_manager(tasks_from: str | None) -> Any:
-    """lm-eval's tasks by name, and those of the YAML files in a directory. Raises DirlError where it is not there."""
+    """lm-eval's tasks by name, and those of the YAML files in a directory, read once for the jobs of a sweep.
+
+    Raises DirlError where the directory is not there.
+    """
     from lm_eval.tasks import TaskManager
 
     if tasks_from and not Path(tasks_from).is_dir():
@@ -133,7 +138,15 @@ def run_tasks(cfg: DictConfig, model: Any, manager: Any) -> dict[str, Any]:
         )
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise DirlError(f"the data of {', '.join(cfg.harness)} cannot be read ({reason}): fetch them first") from error
+        raise DirlError(
+            f"the data of {', '.join(cfg.harness)} cannot be read ({reason}): correct their path, or give the same"
+            " command once where the Hub can be reached, which keeps them on this machine"
+        ) from error
+    except ImportError as error:
+        raise DirlError(
+            f"{', '.join(cfg.harness)} wants a package that is not here ({error}): install it, or what most tasks want"
+            f" with {pip_install('lm-eval')}"
+        ) from error
     except ValueError as error:
         if "unsafe" not in str(error):
             raise

@@ -147,6 +147,12 @@ class SavedModel:
             raise DirlError(
                 f"model.mask_token_id is {mask_id} and the checkpoint's is {stored_mask}: leave model.mask_token_id out"
             )
+        if mask_id >= config.vocab_size and self.mask_token_id is None and stored_mask is None:
+            raise DirlError(
+                f"{self.path} names no mask token, and its vocabulary of {config.vocab_size} has no {mask_id}: a causal"
+                f" model learns to write blocks first, by `dirl sft model=from_causal model.path={self.path}`, and of"
+                " another the mask token is given as model.mask_token_id"
+            )
         if mask_id >= config.vocab_size:
             raise DirlError(
                 f"mask token {mask_id} is outside the vocabulary of {self.path} ({config.vocab_size}):"
