@@ -235,3 +235,20 @@ def test_from_python_as_in_the_quick_start(tmp_path):
     again = load_sampler(path, rollout=Lmdeploy(4, 0.1))
     assert again.sample([[10, 11, 12, 13]], 1, Decoding(max_new_tokens=8)) == [[answer]]
     again.sleep()
+
+
+def test_a_live_batch_gives_the_answers_of_its_streams(engines):
+    _, _, theirs = engines
+    decoding = STRATEGIES["static"]
+    expected = [one for [one] in theirs.sample(PROMPTS, 1, decoding)]
+    batch = theirs.open_batch(64)
+    answers = []
+    for i, prompt in enumerate(PROMPTS):
+        batch.add(i, 0, prompt, decoding)
+        answers.append([])
+    while batch.running:
+        for block in batch.step():
+            answers[block.prompt] += block.token_ids
+    batch.close()
+    alike = sum(tokens == one.token_ids for tokens, one in zip(answers, expected, strict=True))
+    assert [len(tokens) for tokens in answers] == [len(one.token_ids) for one in expected] and alike >= 3

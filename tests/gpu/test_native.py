@@ -184,3 +184,26 @@ def test_sleep_gives_all_memory_back_and_answers_stay():
     assert torch.cuda.memory_allocated() <= before + 2**16
     sampler.wake()
     assert tokens(sampler.sample(PROMPTS, 8, decoding())) == awake[0] == awake[2]
+
+
+def test_a_live_batch_of_several_rules_gives_the_answers_of_streams():
+    """Of four strategies in one forward, unmasked side by side, and then of one, from graphs."""
+    lm = on_gpu(small_lm())
+    sampler = NativeSampler(lm, 12)
+    rules = [decoding(strategy, temperature=1.0) for strategy in STRATEGIES]
+    batch = sampler.open_batch(64)
+    answers: dict[tuple[int, int], list[int]] = {}
+    for i, rule in enumerate(rules):
+        for sample in range(3):
+            batch.add(i, sample, PROMPTS[i], rule)
+            answers[i, sample] = []
+    running = set(answers)
+    while running:
+        for block in batch.step():
+            answers[block.prompt, block.sample] += block.token_ids
+            if block.stop_reason:
+                running.remove((block.prompt, block.sample))
+    batch.close()
+    for i, rule in enumerate(rules):
+        [expected] = sampler.sample([PROMPTS[i]], 3, rule)
+        assert [answers[i, sample] for sample in range(3)] == [one.token_ids for one in expected]

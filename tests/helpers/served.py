@@ -79,7 +79,7 @@ def served(
     """A server that answers calls of `client`."""
     service, gate = service_of(lm, decoding or Decoding(max_new_tokens=16), max_batch, limits)
     app = Routes(service, key).app()
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
     try:
         with TestClient(app, headers=headers) as client:
             yield Served(service, service.engine, client, gate)

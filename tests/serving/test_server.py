@@ -1,5 +1,6 @@
 """`dirl serve`: answers that are the sampler's own, errors in OpenAI's shape, and a server that mixes nothing up."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -15,6 +16,7 @@ pytest.importorskip("starlette", reason="dirl serve wants starlette: make instal
 
 from dirl_cli.data.chat import answer_text, encode_messages
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.serving import routes
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers.served import KEY, listening, served, speaking_lm, wait_until
 
@@ -521,3 +523,42 @@ def test_two_engines_at_once_do_not_know_of_each_other(lm):
         answers = [one.client.post("/v1/completions", json=asked).json() for one in (first, second)]
         assert answers[0]["choices"][0]["trajectory"] != answers[1]["choices"][0]["trajectory"]
     assert threading.active_count() < 20
+
+
+def test_a_client_that_does_not_take_what_it_asked_for_is_hung_up_on(monkeypatch):
+    monkeypatch.setattr(routes, "READ_PATIENCE", 0.05)
+    ended = []
+
+    async def blocks():
+        try:
+            while True:
+                yield "data: {}\n\n"
+        finally:
+            ended.append(True)
+
+    async def stuck(message):
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(30)
+
+    asyncio.run(asyncio.wait_for(routes.EventStream(blocks()).stream_response(stuck), 10))
+    assert ended == [True]
+
+
+def test_a_key_may_hold_any_letter(lm):
+    with served(lm, key="schlüssel") as server:
+        shown = {"Authorization": "Bearer schlüssel".encode()}
+        assert server.client.get("/v1/models", headers=shown).status_code == 200
+        assert server.client.get("/v1/models", headers={"Authorization": b"Bearer schl"}).status_code == 401
+
+
+def test_an_update_whose_client_is_gone_leaves_the_engine_as_it_is(lm):
+    with served(lm) as server:
+        server.gate.shut()
+        first = in_background(server.client.post, "/v1/completions", json={"prompt": PROMPTS[0]})
+        wait_until(lambda: server.engine.running)
+        update = server.engine.update_weights(lambda: 1 / 0, None)
+        update.cancel()
+        server.gate.open.set()
+        assert first.result().status_code == 200
+        assert server.client.post("/v1/completions", json={"prompt": PROMPTS[0]}).status_code == 200
+        assert server.engine.weights_version == 0

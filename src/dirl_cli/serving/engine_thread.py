@@ -151,6 +151,8 @@ class EngineThread:
     def _do_idle_work(self) -> None:
         while self.when_idle and not self.running:
             work, future = self.when_idle.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue  # whoever ordered it is gone
             try:
                 future.set_result(work())
             except DirlError as error:
@@ -212,7 +214,8 @@ class EngineThread:
         self.waiting.clear()
         self.running.clear()
         for _, future in self.when_idle:
-            future.set_exception(DirlError(reason))
+            if future.set_running_or_notify_cancel():
+                future.set_exception(DirlError(reason))
         self.when_idle.clear()
 
     def _open(self) -> None:

@@ -14,6 +14,7 @@ class GrowingText:
     """The text of one answer. finish_reason: why it ended; None while it goes on.
 
     token_ids: those of the text, without a stop token. max_tokens: of them at most. stops: texts before which it ends.
+    is_shown: whether it is read while it grows, and not at its end alone.
     """
 
     def __init__(
@@ -22,11 +23,13 @@ class GrowingText:
         stop_token_ids: Sequence[int],
         stops: Sequence[str],
         max_tokens: int,
+        is_shown: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.stop_token_ids = set(stop_token_ids)
         self.stops = stops
         self.max_tokens = max_tokens
+        self.is_shown = is_shown
         self.token_ids: list[int] = []
         self.text = ""
         self.sent = 0  # characters of it that were handed out
@@ -44,6 +47,9 @@ class GrowingText:
                 if len(self.token_ids) == self.max_tokens:
                     self.finish_reason = "length"
 
+        # All of it is decoded anew, which is not done where nobody looks.
+        if not (self.is_shown or self.stops or self.finish_reason or is_last):
+            return ""
         self.text = answer_text(self.tokenizer, self.token_ids)
         cut = first_stop(self.text, self.stops)
         if cut is not None:

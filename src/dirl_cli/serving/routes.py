@@ -43,6 +43,8 @@ class EventStream(StreamingResponse):
 
         try:
             await super().stream_response(send_in_time)
+        except TimeoutError:
+            return  # the response stays incomplete, on which the connection is closed
         finally:
             await self.events.aclose()  # at once, so that the engine hears of it
 
@@ -82,6 +84,7 @@ class Routes:
             DirlError: self._refuse,
             HTTPException: self._refuse,
             ClientDisconnect: self._hung_up,
+            Exception: self._fail,
         }
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
@@ -216,7 +219,7 @@ class Routes:
             if self.key is None:
                 if "origin" in request.headers:
                     raise Refusal(403, "a server without a key answers no web page: start it with serve.key=KEY")
-            elif not compare_digest(request.headers.get("authorization", "").encode(), f"Bearer {self.key}".encode()):
+            elif not compare_digest(shown_key(request), f"Bearer {self.key}".encode()):
                 raise Refusal(
                     401,
                     "the key is missing or wrong: send Authorization: Bearer KEY, with the one that the server"
@@ -225,6 +228,10 @@ class Routes:
             return await endpoint(request)
 
         return guarded
+
+    async def _fail(self, request: Request, error: Exception) -> Response:
+        """What nobody foresaw: the log has its traceback."""
+        return Refusal(500, "the server failed at this request: its log says more").response()
 
     async def _hung_up(self, request: Request, error: Exception) -> Response:
         return Response(status_code=HUNG_UP)
@@ -238,6 +245,11 @@ class Routes:
         refusal = error if isinstance(error, Refusal) else Refusal(400, str(error))
         self.service.metrics.refused.labels(refusal.status).inc()
         return refusal.response()
+
+
+def shown_key(request: Request) -> bytes:
+    """What a client shows, byte for byte: Starlette reads headers as Latin-1."""
+    return request.headers.get("authorization", "").encode("latin-1")
 
 
 def event(content: dict[str, Any]) -> str:

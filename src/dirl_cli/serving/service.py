@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dirl_cli.ranges import Count, Natural, NotNegative, Positive
@@ -162,7 +163,8 @@ class Service:
             first = number * asked.n
 
             def deliver(news: NewBlock | GivenUp, first: int = first) -> None:
-                loop.call_soon_threadsafe(self._receive, open_answers, first + news.sample, news)
+                with suppress(RuntimeError):  # of a loop that is over: nobody listens any more
+                    loop.call_soon_threadsafe(self._receive, open_answers, first + news.sample, news)
 
             query = Query(prompt_ids, range(asked.n), asked.decoding, deliver)
             queries.append(query)
@@ -193,7 +195,9 @@ class Service:
         decoding = asked.decoding
         prompt_ids = asked.prompts[index // asked.n]
         stop_ids = decoding.stop_token_ids
-        text = GrowingText(self.reader.tokenizer, stop_ids, asked.stops, decoding.max_new_tokens)
+        text = GrowingText(
+            self.reader.tokenizer, stop_ids, asked.stops, decoding.max_new_tokens, is_shown=asked.is_stream
+        )
         empty = Trajectory(prompt_ids, [], [], stop_token_ids=stop_ids, block_size=self.reader.lm.block_size)
         return AnswerState(index, prompt_ids, text, empty)
 
