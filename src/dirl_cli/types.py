@@ -75,7 +75,8 @@ class Decoding:
     block_size: tokens per block; None takes the model's own.
     denoising_steps: forwards in which a block is filled at the latest; None for as many as it has tokens.
     strategy: a name from diffusion/unmasking.py, or the import path of a function like those.
-    threshold: reveal above this confidence (dynamic), or the bound on summed entropy in nats (entropy_bounded).
+    threshold: reveal above this confidence (dynamic) or margin of probability, or the bound on summed entropy in nats
+        (entropy_bounded).
     confidence: `sampled` (probability of the drawn token), `max` or `entropy` (of the distribution alone).
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
     max_new_tokens: the answer ends with the first whole block that reaches it, or with the model's last position.
@@ -96,9 +97,10 @@ class Decoding:
 
     def __post_init__(self) -> None:
         require_fields(self, "decoding")
-        if self.strategy == "low_confidence_dynamic" and self.threshold > 1:
+        if self.strategy in ("low_confidence_dynamic", "probability_margin") and self.threshold > 1:
+            scored = "a margin" if self.strategy == "probability_margin" else "confidence"
             raise DirlError(
-                f"decoding.threshold={self.threshold:g}: confidence is at most 1, so nothing is above it: give less"
+                f"decoding.threshold={self.threshold:g}: {scored} is at most 1, so nothing is above it: give less"
             )
 
     @property

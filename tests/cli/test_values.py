@@ -235,6 +235,10 @@ def refused(*words):
         ("sft data=mix 'data.sources=[{path: a, weight: 0}]'", "data.sources[0].weight=0: give a number above 0"),
         ("sft data=a.jsonl data.held_out=1.5", "data.held_out=1.5: give a share below 1, or a whole number of at le"),
         ("sft decoding.threshold=5", "decoding.threshold=5: confidence is at most 1"),
+        (
+            "eval decoding=margin decoding.threshold=5",
+            "decoding.threshold=5: a margin is at most 1",
+        ),
         ("sft +model.hidden_size=60", "model.hidden_size=60: give a multiple of twice model.num_attention_heads"),
         ("sft +foo=1", "foo: no such key; "),
         ("sft ++learning_rate=1e-5", "learning_rate: no such key; did you mean optim.lr?"),

@@ -34,7 +34,7 @@ def case(n: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> tuple[t
 
 def assert_same(logits, seeds, temperature, unsampled):
     """The kernels' answers are those of torch's own operations."""
-    tokens, logprobs, likeliest, entropies = draw_rows(logits, seeds, temperature, unsampled.to(DEVICE))
+    tokens, logprobs, likeliest, margins, entropies = draw_rows(logits, seeds, temperature, unsampled.to(DEVICE))
     expected = draw_candidates(
         logits.cpu(), None if seeds is None else seeds.cpu(), temperature, 0, 1.0, "max", unsampled.cpu()
     )
@@ -42,6 +42,8 @@ def assert_same(logits, seeds, temperature, unsampled):
     for ours, theirs in ((logprobs, expected.logprobs), (likeliest.exp(), expected.confidence)):
         torch.testing.assert_close(ours.cpu(), theirs, atol=2e-6, rtol=1e-6)
     torch.testing.assert_close(entropies.cpu(), expected.entropy, atol=5e-6, rtol=1e-6)
+    if logits.shape[1] > 1:
+        torch.testing.assert_close(margins.cpu(), expected.margin, atol=2e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 5, 16, 37, 300, 5000])  # less than a tile and more, chunks whole or not
@@ -60,7 +62,9 @@ def test_greedy_takes_the_largest(temperature):
 def test_the_left_one_of_equals_is_the_largest():
     logits = torch.zeros(3, 50, device=DEVICE)
     logits[0, [20, 40]] = logits[1, [16, 17]] = 1.0
-    assert draw_rows(logits, None, 1.0, NONE.to(DEVICE))[0].tolist() == [20, 16, 0]
+    tokens, _, _, margins, _ = draw_rows(logits, None, 1.0, NONE.to(DEVICE))
+    assert tokens.tolist() == [20, 16, 0]
+    assert margins.tolist() == [0, 0, 0]  # of two in different chunks, of two in one, of all
 
 
 def test_ids_that_are_not_sampled_are_never_drawn_even_where_they_fill_chunks():
@@ -109,7 +113,7 @@ def test_rows_that_lie_apart_are_read_where_they_are():
 
 def test_no_rows_draw_nothing():
     logits, seeds = case(4, 20)
-    assert [len(each) for each in draw_rows(logits[:0], seeds[:0], 1.0, NONE.to(DEVICE))] == [0] * 4
+    assert [len(each) for each in draw_rows(logits[:0], seeds[:0], 1.0, NONE.to(DEVICE))] == [0] * 5
 
 
 @pytest.mark.parametrize("confidence", ["sampled", "max", "entropy"])
@@ -119,7 +123,7 @@ def test_candidates_are_the_same_and_their_distribution_waits_to_be_asked_for(co
     found = draw_fused(logits, seeds, 0.8, confidence, unsampled)
     expected = draw_candidates(logits.cpu(), seeds.cpu(), 0.8, 0, 1.0, confidence, unsampled.cpu())
     assert found.tokens.tolist() == expected.tokens.tolist()
-    for name in ("logprobs", "confidence", "entropy"):
+    for name in ("logprobs", "confidence", "entropy", "margin"):
         torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), atol=5e-6, rtol=1e-5)
     assert "distribution" not in found.__dict__
     torch.testing.assert_close(found.distribution, temper(logits, 0.8, unsampled).log_softmax(-1))
@@ -129,7 +133,7 @@ def test_candidates_are_the_same_and_their_distribution_waits_to_be_asked_for(co
 COMPILE = """
 from dirl_cli.diffusion import kernels
 
-sums, found, sizes = ["*fp32"] * 3, ["*i64", *["*fp32"] * 3], ["i32", "i32", "fp32", "i32"]
+sums, found, sizes = ["*fp32"] * 3, ["*i64", *["*fp32"] * 4], ["i32", "i32", "fp32", "i32"]
 width = kernels.chunk_width(151_936)
 for logits in ("*bf16", "*fp32"):
     tile = {"in_tile": kernels.TILE // width, "width": width}

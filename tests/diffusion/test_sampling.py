@@ -77,6 +77,12 @@ def test_the_three_confidences_of_a_known_distribution():
     assert likeliest.confidence.item() == pytest.approx(0.6439, abs=1e-4)
 
 
+def test_the_margin_is_between_the_two_likeliest_before_truncation():
+    assert draw_candidates(torch.zeros(1, 4), SEED, 1.0, 0, 1.0, "max", NONE).margin.item() == 0
+    ahead = draw_candidates(torch.tensor([[0.5, 0.1, 0.3, 0.1]]).log(), SEED, 1.0, 1, 1.0, "sampled", NONE)
+    assert ahead.margin.item() == pytest.approx(0.2)
+
+
 def test_greedy_takes_the_largest_and_reports_the_models_own_log_prob():
     drawn = draw_candidates(LOGITS, SEED, 0.0, 1, 0.1, "sampled", NONE)
     assert drawn.tokens.item() == 0

@@ -11,10 +11,11 @@ NONE = torch.tensor([])
 
 
 def state(confidence, masked=(1, 1, 1, 1), owed=1, threshold=0.9) -> State:
-    """One block; the entropies of its positions are 0.1, 0.2, 0.3 and 0.4."""
+    """One block; the entropies of its positions are 0.1, 0.2, 0.3 and 0.4, the margins 0.2, 0.8, 0.4 and 0.6."""
     masked = torch.tensor([masked], dtype=torch.bool)
     candidates = Candidates(NONE, NONE, torch.tensor([confidence])[masked], NONE)
     candidates.__dict__["entropy"] = torch.tensor([[0.1, 0.2, 0.3, 0.4]])[masked]  # as if computed already
+    candidates.__dict__["margin"] = torch.tensor([[0.2, 0.8, 0.4, 0.6]])[masked]
     return State(masked, candidates, torch.tensor([owed]), threshold)
 
 
@@ -34,6 +35,12 @@ def test_dynamic_takes_all_above_the_threshold_or_what_it_owes():
     assert revealed("low_confidence_dynamic", state([0.95, 0.2, 0.91, 0.92])) == [1, 0, 1, 1]
     assert revealed("low_confidence_dynamic", state([0.5, 0.2, 0.3, 0.6], owed=2)) == [1, 0, 0, 1]
     assert revealed("low_confidence_dynamic", state([0.5, 0.2, 0.3, 0.95], owed=2)) == [1, 0, 0, 1]
+
+
+def test_the_margin_is_what_a_threshold_may_be_of():
+    assert revealed("probability_margin", state([0.0] * 4, threshold=0.5)) == [0, 1, 0, 1]
+    assert revealed("probability_margin", state([0.0] * 4, threshold=0.5, owed=3)) == [0, 1, 1, 1]
+    assert revealed("probability_margin", state([0.0] * 4, threshold=1.0, masked=[1, 0, 1, 0])) == [0, 0, 1, 0]
 
 
 def test_entropy_bounded_takes_the_longest_prefix_within_the_bound_and_at_least_one():

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
+STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "probability_margin", "entropy_bounded"]
 PROMPTS = [[10, 11, 12, 13], [20, 21, 22, 23, 24, 25], [30], list(range(1, 40)), [5] * 17]
 
 

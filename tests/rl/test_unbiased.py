@@ -188,6 +188,7 @@ EXACT = [
     ("low_confidence_dynamic", "max"),
     ("low_confidence_dynamic", "entropy"),
     ("entropy_bounded", "sampled"),  # goes by entropy alone
+    ("probability_margin", "sampled"),  # and this by probabilities
 ]
 
 

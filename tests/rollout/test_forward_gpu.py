@@ -20,7 +20,7 @@ from dirl_cli.types import Decoding
 from tests.helpers.small import random_lm, small_lm
 from tests.rollout.test_decoder import Kernels
 
-STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
+STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "probability_margin", "entropy_bounded"]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], [9, 8, 7, 6, 5, 4, 3, 2, 1, 12, 13]]
 
 

@@ -172,6 +172,7 @@ PROMPTS = [[2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16, 17], [18], [
         ("low_confidence_static", 2, 0.0),
         ("low_confidence_dynamic", 4, 0.5),
         ("low_confidence_dynamic", 2, 0.3),
+        ("probability_margin", 4, 0.3),
         ("entropy_bounded", 4, 1.5),
     ],
 )

@@ -15,7 +15,7 @@ from dirl_cli.types import HELD, Decoding
 from tests.helpers.small import MASK, VOCABULARY, small_lm
 from tests.reference.sampling import sequential_answer
 
-STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
+STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "probability_margin", "entropy_bounded"]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], []]
 
 

@@ -27,7 +27,7 @@ from tests.helpers.gpu_targets import compile_for  # noqa: E402
 from tests.helpers.small import small_lm  # noqa: E402
 from tests.rollout.test_decoder import Kernels  # noqa: E402
 
-STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded"]
+STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "probability_margin", "entropy_bounded"]
 HIDDEN = 12
 DISTINCT = torch.randn(HIDDEN, 50, generator=torch.Generator().manual_seed(5))
 
@@ -60,7 +60,11 @@ def test_they_reveal_what_plain_operations_do(strategy, block_size, steps, monke
     lm = on_device(block_size)
     head = lambda hidden: hidden @ DISTINCT.to(hidden.device)  # noqa: E731
     hidden = torch.randn(4 * block_size, HIDDEN, generator=torch.Generator().manual_seed(block_size)).to(DEVICE)
-    bounds = {"entropy_bounded": (0.0, 3.0, 100.0), "low_confidence_dynamic": (0.0, 0.3, 1.0)}
+    bounds = {
+        "entropy_bounded": (0.0, 3.0, 100.0),
+        "low_confidence_dynamic": (0.0, 0.3, 1.0),
+        "probability_margin": (0.0, 0.3, 1.0),
+    }
     for threshold in bounds.get(strategy, (0.5,)):
         decoding = Decoding(
             strategy=strategy, threshold=threshold, denoising_steps=steps, temperature=1.0, confidence="max"

@@ -20,9 +20,11 @@ STEP = tl.constexpr(GOLDEN)
 
 def draw_rows(
     logits: Tensor, seeds: Tensor | None, temperature: float, unsampled_ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw a token a row; returns it, its log-prob, the likeliest token's log-prob and the entropy, all (N,), in nats.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Draw a token a row; returns what is known of it, (N,) each, log-probs and entropy in nats.
 
+    These are the token, its log-prob, the likeliest token's log-prob, by how much that one's probability exceeds the
+    next one's, and the entropy.
     logits: (N, V), each row contiguous. seeds: (N,) int64; None takes the largest logit, the left one on a tie.
     temperature: 0 counts as 1. unsampled_ids are never drawn and in no probability.
     """
@@ -40,7 +42,7 @@ def draw_rows(
     _sum_up[(n, tiles)](logits, allowed, *sums, *size, chunks, in_tile=in_tile, width=width, num_warps=8)
 
     tokens = torch.empty(n, dtype=torch.long, device=logits.device)
-    logprobs, likeliest, entropies = torch.empty(3, n, device=logits.device)
+    logprobs, likeliest, margins, entropies = torch.empty(4, n, device=logits.device)
     _draw[(n,)](
         logits,
         allowed,
@@ -49,6 +51,7 @@ def draw_rows(
         tokens,
         logprobs,
         likeliest,
+        margins,
         entropies,
         *size,
         chunks,
@@ -57,7 +60,7 @@ def draw_rows(
         lanes=triton.next_power_of_2(chunks),
         num_warps=4,
     )
-    return tokens, logprobs, likeliest, entropies
+    return tokens, logprobs, likeliest, margins, entropies
 
 
 @triton.jit
@@ -141,6 +144,7 @@ def _draw(
     tokens,
     logprobs,
     likeliest,
+    margins,
     entropies,
     stride,
     vocabulary,
@@ -166,14 +170,21 @@ def _draw(
     total = tl.sum(weight, 0)
     log_total = tl.log(total)
 
+    # The likeliest token is in the first chunk with the largest logit, the next one there or the largest elsewhere.
+    place = tl.arange(0, width)
+    peak_chunk = _first(lane, peak == highest, lanes)
+    in_peak = _tempered(logits, allowed, row, peak_chunk * width + place, stride, vocabulary, temperature)
+    others = tl.where(place == _first(place, in_peak == highest, width), -float("inf"), in_peak)
+    elsewhere = tl.where(lane == peak_chunk, -float("inf"), peak)
+    following = tl.maximum(tl.max(others, 0), tl.max(elsewhere, 0))
+
     if greedy:
-        chunk = _first(lane, peak == highest, lanes)
+        chunk = peak_chunk
     else:
         seed = tl.load(seeds + row)
         speed = weight / _exponential(seed, width + lane)
         chunk = _first(lane, speed == tl.max(speed, 0), lanes)
 
-    place = tl.arange(0, width)
     x = _tempered(logits, allowed, row, chunk * width + place, stride, vocabulary, temperature)
     if greedy:
         token = _first(place, x == tl.max(x, 0), width)
@@ -186,5 +197,6 @@ def _draw(
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(logprobs + row, drawn - highest - log_total)
     tl.store(likeliest + row, -log_total)
+    tl.store(margins + row, (1 - tl.exp(following - highest)) / total)
     mean_below = tl.sum(scale * (moment + mass * below), 0) / total  # E[x] - the largest logit
     tl.store(entropies + row, log_total - mean_below)

@@ -50,7 +50,7 @@ class Candidates:
 
     tokens, logprobs (of the distribution they were drawn from), confidence (in (0, 1]): (N,).
     log_distribution: computes all log-probs before truncation, (N, V), for the few strategies that ask for them.
-    computed_entropy: of that distribution in nats, (N,), where drawing computed it anyway.
+    computed_entropy, computed_margin: see `entropy` and `margin`, (N,), where drawing computed them anyway.
     """
 
     tokens: Tensor
@@ -58,6 +58,7 @@ class Candidates:
     confidence: Tensor
     log_distribution: Callable[[], Tensor]
     computed_entropy: Tensor | None = None
+    computed_margin: Tensor | None = None
 
     @cached_property
     def distribution(self) -> Tensor:
@@ -70,6 +71,14 @@ class Candidates:
         if self.computed_entropy is not None:
             return self.computed_entropy
         return entropy(self.distribution)
+
+    @cached_property
+    def margin(self) -> Tensor:
+        """By how much the likeliest token's probability before truncation exceeds the next one's: (N,)."""
+        if self.computed_margin is not None:
+            return self.computed_margin
+        first, second = self.distribution.topk(2).values.exp().unbind(-1)
+        return first - second
 
 
 def draw_candidates(
@@ -105,13 +114,13 @@ def draw_fused(
     """`draw_candidates` without truncation, in one pass over the logits; seeds: None takes the likeliest token."""
     from dirl_cli.diffusion.kernels import draw_rows  # Triton, which torch brings along for CUDA
 
-    tokens, logprobs, likeliest, entropies = draw_rows(logits, seeds, temperature, unsampled_ids)
+    tokens, logprobs, likeliest, margins, entropies = draw_rows(logits, seeds, temperature, unsampled_ids)
     log_confidence = {"sampled": logprobs, "max": likeliest, "entropy": -entropies}[confidence]
 
     def log_distribution() -> Tensor:
         return temper(logits, temperature, unsampled_ids).log_softmax(-1)
 
-    return Candidates(tokens, logprobs, log_confidence.exp(), log_distribution, entropies)
+    return Candidates(tokens, logprobs, log_confidence.exp(), log_distribution, entropies, margins)
 
 
 def truncated(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -24,7 +24,7 @@ class State:
     """What a strategy decides on: N blocks that are being denoised.
 
     masked: (N, B) bool, still to be revealed. candidates: a token for each of the M masked positions, row by row.
-    confidence, entropy: (N, B), of the candidates, zero where revealed.
+    confidence, entropy, margin: (N, B), of the candidates, zero where revealed.
     quota: (N,) how many tokens this step owes so that the block is full after its last step.
     threshold: see `Decoding`.
     start: (N,) the position of each block's first token; every engine tells it.
@@ -44,6 +44,10 @@ class State:
     def entropy(self) -> Tensor:
         return spread(self.candidates.entropy, self.masked)
 
+    @cached_property
+    def margin(self) -> Tensor:
+        return spread(self.candidates.margin, self.masked)
+
 
 Strategy = Callable[[State], Tensor]
 
@@ -55,15 +59,20 @@ def sequential(state: State) -> Tensor:
 
 def low_confidence_static(state: State) -> Tensor:
     """The `quota` most confident positions."""
-    return state.masked & (rank(state.confidence, state.masked) < state.quota[:, None])
+    return highest(state.confidence, state)
 
 
 def low_confidence_dynamic(state: State) -> Tensor:
     """Every position above the threshold if those are at least `quota`, else the `quota` most confident."""
-    # Too few above the threshold would leave the block unfinished after its last step.
-    confident = state.masked & (state.confidence > state.threshold)
-    enough = confident.sum(-1, keepdim=True) >= state.quota[:, None]
-    return torch.where(enough, confident, low_confidence_static(state))
+    return above_threshold(state.confidence, state)
+
+
+def probability_margin(state: State) -> Tensor:
+    """As the dynamic one, by how far the likeliest token is ahead of the next (Kim et al., arXiv 2502.06768).
+
+    Dream's `topk_margin` is this with a threshold that nothing exceeds.
+    """
+    return above_threshold(state.margin, state)
 
 
 def entropy_bounded(state: State) -> Tensor:
@@ -73,6 +82,19 @@ def entropy_bounded(state: State) -> Tensor:
     in_order = state.entropy.masked_fill(~state.masked, 0).gather(-1, rank_by_entropy.argsort(-1))
     within_bound = (in_order.cumsum(-1) <= state.threshold).gather(-1, rank_by_entropy)
     return state.masked & (within_bound | (rank_by_entropy == 0))
+
+
+def highest(score: Tensor, state: State) -> Tensor:
+    """The `quota` masked positions of the highest score. score: (N, B)."""
+    return state.masked & (rank(score, state.masked) < state.quota[:, None])
+
+
+def above_threshold(score: Tensor, state: State) -> Tensor:
+    """Every masked position above the threshold if those are at least `quota`, else the `quota` highest."""
+    # Too few above the threshold would leave the block unfinished after its last step.
+    above = state.masked & (score > state.threshold)
+    enough = above.sum(-1, keepdim=True) >= state.quota[:, None]
+    return torch.where(enough, above, highest(score, state))
 
 
 def rank(score: Tensor, masked: Tensor) -> Tensor:
@@ -109,11 +131,18 @@ def quota(step: Tensor, block_size: int, steps: int | Tensor | None) -> Tensor:
 
 
 BUILT_IN: dict[str, Strategy] = {
-    f.__name__: f for f in (sequential, low_confidence_static, low_confidence_dynamic, entropy_bounded)
+    f.__name__: f
+    for f in (
+        sequential,
+        low_confidence_static,
+        low_confidence_dynamic,
+        probability_margin,
+        entropy_bounded,
+    )
 }
 
 FUSED = frozenset(  # have a branch in rollout/unmask_triton.py, which a new one need not
-    ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
+    ("sequential", "low_confidence_static", "low_confidence_dynamic", "probability_margin", "entropy_bounded")
 )
 EXACT = frozenset(("sequential", "low_confidence_static"))  # reveal as many as they owe, whatever was drawn
 

@@ -106,6 +106,10 @@ class DenseState(State):
     def entropy(self) -> Tensor:
         return self.candidates.entropy.view(self.masked.shape) * self.masked
 
+    @cached_property
+    def margin(self) -> Tensor:
+        return self.candidates.margin.view(self.masked.shape) * self.masked
+
 
 class UnmaskingAgent(DLLMModelAgentStrategy):
     """Draws, scores and reveals by this toolkit's rules. `decoding` is that of the requests in flight."""

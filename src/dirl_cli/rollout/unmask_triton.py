@@ -14,11 +14,12 @@ from dirl_cli.rollout.sequences import MASKED, SequenceState
 from dirl_cli.types import Decoding
 
 TILE = 1024  # tokens that `select_masked` looks at in a step
-SEQUENTIAL, STATIC, DYNAMIC, BOUNDED = (tl.constexpr(number) for number in range(4))
+SEQUENTIAL, STATIC, DYNAMIC, MARGIN, BOUNDED = (tl.constexpr(number) for number in range(5))
 STRATEGIES = {
     "sequential": SEQUENTIAL,
     "low_confidence_static": STATIC,
     "low_confidence_dynamic": DYNAMIC,
+    "probability_margin": MARGIN,
     "entropy_bounded": BOUNDED,
 }
 
@@ -60,6 +61,11 @@ def reveal_drawn(
     n = blocks.shape[1]
     tokens = torch.empty(n, size, dtype=torch.long, device=blocks.device)
     strategy = STRATEGIES[decoding.strategy]
+    scores = drawn.confidence
+    if strategy is BOUNDED:
+        scores = drawn.entropy
+    elif strategy is MARGIN:
+        scores = drawn.margin
     steps = decoding.denoising_steps or size
     _reveal_drawn[n,](
         sequences.tokens,
@@ -69,7 +75,7 @@ def reveal_drawn(
         first,
         drawn.tokens,
         drawn.logprobs,
-        drawn.entropy if strategy is BOUNDED else drawn.confidence,
+        scores,
         tokens,
         *blocks.stride(),
         sequences.length,
@@ -152,7 +158,7 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
     strategy: tl.constexpr,
     masked_is: tl.constexpr,
 ):
-    """One block. scores: of the candidates, entropies for BOUNDED, else confidences."""
+    """One block. scores: of the candidates, entropies for BOUNDED, margins for MARGIN, else confidences."""
     block = tl.program_id(0)
     fields = blocks + block * to_next_block
     slot = tl.load(fields)
@@ -180,7 +186,7 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
         rank = tl.sum(is_before.to(tl.int32), 1)
         if strategy == STATIC:
             is_revealed = is_masked & (rank < owed)
-        elif strategy == DYNAMIC:
+        elif strategy == DYNAMIC or strategy == MARGIN:  # noqa: SIM109, since Triton has no tuples to look into
             is_sure = is_masked & (score > threshold)
             is_enough = tl.sum(is_sure.to(tl.int32), 0) >= owed
             is_revealed = tl.where(is_enough, is_sure, is_masked & (rank < owed))
