@@ -76,6 +76,16 @@ def test_the_example_in_python_runs(model, capsys):
     assert str(names["answer"].reveal_step) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [("generate", "prompt=a"), ("eval",), ("eval", "dry_run=true"), ("rl",), ("serve",)])
+def test_a_strategy_that_the_engine_lacks_is_refused_before_a_model_is_looked_for(here, words):
+    result = dirl(*words, "model=sdar8b", "rollout=lmdeploy", "decoding=bacd", "device=cpu")
+    assert result.exit_code == 1
+    assert (
+        "decoding.strategy=bounded_adaptive wants rollout=native: LMDeploy does not"
+        in f"{result.output}{result.exception}"
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is none")
 def test_the_engine_of_the_example_is_refused_without_a_gpu_before_a_model_is_looked_for(here):
     [words] = [words for words in COMMANDS if words[0] == "generate"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 from dirl_cli.errors import DirlError
-from dirl_cli.ranges import Count, Natural, NotNegative, OneOf, Seed, SomeShare, require_fields
+from dirl_cli.ranges import Count, Finite, Natural, NotNegative, OneOf, Seed, Share, SomeShare, require_fields
 
 StopReason = Literal["stop", "length"]
 Confidence = Literal["sampled", "max", "entropy"]
@@ -75,8 +75,11 @@ class Decoding:
     block_size: tokens per block; None takes the model's own.
     denoising_steps: forwards in which a block is filled at the latest; None for as many as it has tokens.
     strategy: a name from diffusion/unmasking.py, or the import path of a function like those.
-    threshold: reveal above this confidence (dynamic) or margin of probability, or the bound on summed entropy in nats
-        (entropy_bounded).
+    threshold: reveal above this confidence (dynamic) or margin of probability, never ask for more confidence than this
+        (bounded_adaptive), or the bound on summed entropy in nats (entropy_bounded).
+    threshold_by_step, threshold_by_position: what the dynamic threshold gains from a block's first denoising step to
+        its last, and from its first token to its last.
+    lowest_threshold: never ask for less confidence than this (bounded_adaptive).
     confidence: `sampled` (probability of the drawn token), `max` or `entropy` (of the distribution alone).
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
     max_new_tokens: the answer ends with the first whole block that reaches it, or with the model's last position.
@@ -87,6 +90,9 @@ class Decoding:
     denoising_steps: Count | None = None
     strategy: str = "low_confidence_dynamic"
     threshold: NotNegative = 0.9
+    threshold_by_step: Finite = 0.0
+    threshold_by_position: Finite = 0.0
+    lowest_threshold: Share = 0.6
     confidence: Annotated[str, OneOf(*get_args(Confidence))] = "sampled"
     temperature: NotNegative = 0.0
     top_k: Natural = 0
@@ -102,6 +108,34 @@ class Decoding:
             raise DirlError(
                 f"decoding.threshold={self.threshold:g}: {scored} is at most 1, so nothing is above it: give less"
             )
+        if self.strategy == "bounded_adaptive" and not self.lowest_threshold <= self.threshold <= 1:
+            raise DirlError(
+                f"decoding.threshold={self.threshold:g} is to be from decoding.lowest_threshold="
+                f"{self.lowest_threshold:g} to 1, since these bound a confidence: change one of them"
+            )
+        if self.is_threshold_scheduled:
+            self._require_schedule()
+
+    def _require_schedule(self) -> None:
+        """Raises DirlError for a threshold that moves where no strategy reads it, or out of what confidence may be."""
+        if self.strategy != "low_confidence_dynamic":
+            raise DirlError(
+                "decoding.threshold_by_step and threshold_by_position are of decoding=dynamic, whose"
+                f" threshold they move: leave them out of decoding.strategy={self.strategy}"
+            )
+        changes = (self.threshold_by_step, self.threshold_by_position)
+        lowest = self.threshold + sum(min(change, 0.0) for change in changes)
+        highest = self.threshold + sum(max(change, 0.0) for change in changes)
+        if lowest < -1e-9 or highest > 1 + 1e-9:  # 0.9 and 0.1 add up to 1 but for rounding
+            raise DirlError(
+                f"decoding.threshold goes from {lowest:g} to {highest:g} by threshold_by_step and"
+                " threshold_by_position, and confidence from 0 to 1: change one of them"
+            )
+
+    @property
+    def is_threshold_scheduled(self) -> bool:
+        """Whether the threshold depends on the denoising step or the place in the block."""
+        return self.threshold_by_step != 0 or self.threshold_by_position != 0
 
     @property
     def truncates(self) -> bool:

@@ -105,8 +105,11 @@ def test_a_prompt_becomes_a_user_turn_and_its_answer_is_shown_and_written(model,
     assert f"1 completions in {tmp_path}/completions.jsonl" in shown
 
 
-def test_what_is_written_scores_as_it_was_sampled(model, tmp_path):
-    lines = dirl_generate(model, tmp_path, prompt="hi", samples=3)
+@pytest.mark.parametrize("decoding", sorted(path.stem for path in (conf_dir() / "decoding").iterdir()))
+def test_what_is_written_scores_as_it_was_sampled(decoding, model, tmp_path):
+    settings = OmegaConf.load(conf_dir() / f"decoding/{decoding}.yaml")
+    options = {f"decoding__{key}": value for key, value in settings.items()}
+    lines = dirl_generate(model, tmp_path, prompt="hi", samples=3, **options)
     names = ("prompt_ids", "token_ids", "reveal_step", "logprobs", "stop_reason")
     trajectories = [Trajectory(**{name: line[name] for name in names}) for line in lines]
     lm = SavedModel("", str(model)).load("float32", "cpu")

@@ -20,7 +20,14 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "probability_margin", "entropy_bounded"]
+STRATEGIES = [
+    "sequential",
+    "low_confidence_static",
+    "low_confidence_dynamic",
+    "probability_margin",
+    "bounded_adaptive",
+    "entropy_bounded",
+]
 PROMPTS = [[10, 11, 12, 13], [20, 21, 22, 23, 24, 25], [30], list(range(1, 40)), [5] * 17]
 
 
@@ -31,7 +38,8 @@ def on_gpu(lm, dtype=torch.float32):
 
 def decoding(strategy="low_confidence_dynamic", **options):
     threshold = 2.0 if strategy == "entropy_bounded" else 0.5
-    return Decoding(**{"strategy": strategy, "threshold": threshold, "max_new_tokens": 24} | options)
+    defaults = {"threshold": threshold, "lowest_threshold": 0.2, "max_new_tokens": 24}
+    return Decoding(strategy=strategy, **defaults | options)
 
 
 def tokens(groups):

@@ -16,6 +16,7 @@ from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal
 from dirl_cli.models.load import DiffusionLM, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.types import Decoding
+from tests.reference.sampling import scheduled
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def answers(lm: DiffusionLM, decoding: Decoding, prompt: Sequence[int]) -> Itera
 def _continued(lm: DiffusionLM, decoding: Decoding, before: list[int], given: list[int], left: int) -> Iterator[Way]:
     masks = lm.block_size - len(given)
     opened = [*given, *[lm.mask_token_id] * masks]
-    for first in _filled(lm, decoding, before, opened, [0] * lm.block_size, step=1):
+    nothing = torch.full((1, lm.block_size), -1.0)
+    for first in _filled(lm, decoding, before, opened, [0] * lm.block_size, nothing, step=1):
         token_ids, reveal_step = first.token_ids[len(given) :], first.reveal_step[len(given) :]
         if left <= masks or set(token_ids) & set(decoding.stop_token_ids):
             yield Way(token_ids, reveal_step, first.probability)
@@ -75,9 +77,15 @@ def _continued(lm: DiffusionLM, decoding: Decoding, before: list[int], given: li
 
 
 def _filled(
-    lm: DiffusionLM, decoding: Decoding, before: list[int], block: list[int], revealed_at: list[int], step: int
+    lm: DiffusionLM,
+    decoding: Decoding,
+    before: list[int],
+    block: list[int],
+    revealed_at: list[int],
+    earlier: Tensor,
+    step: int,
 ) -> Iterator[Way]:
-    """Every way to fill what is masked of a block."""
+    """Every way to fill what is masked of a block. earlier: (1, B) confidence at reveal, -1 where there was none."""
     places = [place for place, token in enumerate(block) if token == lm.mask_token_id]
     if not places:
         yield Way(tuple(block), tuple(revealed_at), torch.ones(()))
@@ -86,8 +94,9 @@ def _filled(
     logits = _block_logits(lm, before, block)[:, : lm.mask_token_id].float()
     probabilities = logits.softmax(-1)
     following: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
+    remembered = {}  # by state, which says all that confidences depend on
     for tokens in product(range(lm.mask_token_id), repeat=len(places)):
-        chosen = _chosen(logits, tokens, places, step, decoding)
+        chosen, confidences = _chosen(logits, tokens, places, earlier, step, decoding)
         filled, at = list(block), list(revealed_at)
         probability = torch.ones(())
         for place, token in zip(places, tokens, strict=True):
@@ -96,9 +105,10 @@ def _filled(
                 filled[place], at[place] = token, step
         state = (tuple(filled), tuple(at))
         following[state] = following.get(state, torch.zeros(())) + probability
+        remembered[state] = confidences
 
     for (filled, at), probability in following.items():
-        for rest in _filled(lm, decoding, before, list(filled), list(at), step + 1):
+        for rest in _filled(lm, decoding, before, list(filled), list(at), remembered[filled, at], step + 1):
             yield Way(rest.token_ids, rest.reveal_step, probability * rest.probability)
 
 
@@ -110,8 +120,13 @@ def _block_logits(lm: DiffusionLM, before: list[int], block: list[int]) -> Tenso
     return lm.model(input_ids=state, attention_mask=seen[None, None]).logits[0, len(before) :]
 
 
-def _chosen(logits: Tensor, tokens: tuple[int, ...], places: list[int], step: int, decoding: Decoding) -> list[bool]:
-    """What the sampler reveals when `tokens` are the candidates it draws at the masked places. logits: (B, V)."""
+def _chosen(
+    logits: Tensor, tokens: tuple[int, ...], places: list[int], earlier: Tensor, step: int, decoding: Decoding
+) -> tuple[list[bool], Tensor]:
+    """What the sampler reveals when `tokens` are the candidates it draws at the masked places, and `earlier` after it.
+
+    logits: (B, V). earlier: (1, B).
+    """
     masked = torch.zeros(len(logits), dtype=torch.bool)
     masked[places] = True
     of_masked = logits.detach()[masked]  # (N, V)
@@ -119,5 +134,7 @@ def _chosen(logits: Tensor, tokens: tuple[int, ...], places: list[int], step: in
     logprobs = of_masked.log_softmax(-1)
     drawn = make_candidates(logprobs, logprobs, torch.tensor(tokens), decoding.confidence)
     owed = quota(torch.tensor([step]), len(masked), decoding.denoising_steps)
-    state = State(masked[None], drawn, owed, decoding.threshold)
-    return reveal(find_strategy(decoding.strategy), state)[0].tolist()
+    threshold = scheduled(decoding, step, len(masked)) if decoding.is_threshold_scheduled else decoding.threshold
+    state = State(masked[None], drawn, owed, threshold, None, decoding.lowest_threshold, earlier)
+    revealed = reveal(find_strategy(decoding.strategy), state)
+    return revealed[0].tolist(), torch.where(revealed, state.confidence, earlier)

@@ -48,6 +48,7 @@ def greedy_answer(lm: DiffusionLM, prompt_ids: list[int], decoding: Decoding) ->
         masked = block == lm.mask_token_id
         steps = torch.zeros(size, dtype=torch.long)
         block_logprobs = torch.zeros(size, device=lm.device)
+        earlier = torch.full((1, size), -1.0, device=lm.device)
 
         step = 0
         while masked.any():
@@ -57,8 +58,13 @@ def greedy_answer(lm: DiffusionLM, prompt_ids: list[int], decoding: Decoding) ->
             full = temper(logits, 0.0, unsampled).log_softmax(-1)
             drawn = make_candidates(full, full, full.argmax(-1), decoding.confidence)
             owed = quota(torch.tensor([step], device=lm.device), size, decoding.denoising_steps)
-            state = State(masked[None], drawn, owed, decoding.threshold, torch.tensor([block_start], device=lm.device))
+            at = torch.tensor([block_start], device=lm.device)
+            threshold = decoding.threshold
+            if decoding.is_threshold_scheduled:
+                threshold = scheduled(decoding, step, size).to(lm.device)
+            state = State(masked[None], drawn, owed, threshold, at, decoding.lowest_threshold, earlier)
             revealed = reveal(find_strategy(decoding.strategy), state)[0]
+            earlier = torch.where(revealed, state.confidence, earlier)
 
             block = torch.where(revealed, spread(drawn.tokens, masked), block)
             block_logprobs = torch.where(revealed, spread(drawn.logprobs, masked), block_logprobs)
@@ -70,6 +76,18 @@ def greedy_answer(lm: DiffusionLM, prompt_ids: list[int], decoding: Decoding) ->
         logprobs += block_logprobs.tolist()[len(block_begins_with) :]
 
     return Trajectory(prompt_ids, sequence[start:], reveal_step, logprobs, "length", forwards, forwards)
+
+
+def scheduled(decoding: Decoding, step: int, size: int) -> Tensor:
+    """The threshold at a step for each token of a block: (B,)."""
+    last = (decoding.denoising_steps or size) - 1
+    thresholds = []
+    for place in range(size):
+        threshold = decoding.threshold
+        threshold += decoding.threshold_by_step * (min(step - 1, last) / last if last else 0)
+        threshold += decoding.threshold_by_position * (place / (size - 1) if size > 1 else 0)
+        thresholds.append(threshold)
+    return torch.tensor(thresholds)
 
 
 def sequential_answer(

@@ -40,7 +40,7 @@ Reward = Callable[[Sequence[int]], float]
 
 
 def options(strategy: str, confidence: str, steps: int, **more: object) -> Decoding:
-    threshold = 1.0 if strategy == "entropy_bounded" else THRESHOLD[confidence]
+    threshold = 1.0 if strategy in ("entropy_bounded", "bounded_adaptive") else THRESHOLD[confidence]
     return Decoding(
         strategy=strategy,
         confidence=confidence,
@@ -189,6 +189,7 @@ EXACT = [
     ("low_confidence_dynamic", "entropy"),
     ("entropy_bounded", "sampled"),  # goes by entropy alone
     ("probability_margin", "sampled"),  # and this by probabilities
+    ("bounded_adaptive", "max"),
 ]
 
 

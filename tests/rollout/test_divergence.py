@@ -12,13 +12,21 @@ from tests.helpers.small import small_lm
 from tests.reference.sampling import greedy_answer
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3]]
-STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic"]
+STRATEGIES = [
+    {"strategy": "sequential"},
+    {"strategy": "low_confidence_static"},
+    {"strategy": "low_confidence_dynamic"},
+    {"threshold_by_step": -0.4, "threshold_by_position": 0.3},
+    {"strategy": "probability_margin"},
+    {"strategy": "bounded_adaptive", "lowest_threshold": 0.2},
+    {"strategy": "entropy_bounded"},
+]
 
 
 @pytest.mark.parametrize("steps", [4, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_native_engine_answers_as_the_slow_loop(strategy, steps):
-    lm, decoding = small_lm(), Decoding(strategy=strategy, denoising_steps=steps, threshold=0.5, max_new_tokens=14)
+    lm, decoding = small_lm(), Decoding(denoising_steps=steps, threshold=0.5, max_new_tokens=14, **strategy)
     for prompt, [answer] in zip(PROMPTS, NativeSampler(lm).sample(PROMPTS, 1, decoding), strict=True):
         slow = greedy_answer(lm, prompt, decoding)
         assert first_divergence(lm, slow, answer, decoding) is None

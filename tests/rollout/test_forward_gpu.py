@@ -20,14 +20,21 @@ from dirl_cli.types import Decoding
 from tests.helpers.small import random_lm, small_lm
 from tests.rollout.test_decoder import Kernels
 
-STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "probability_margin", "entropy_bounded"]
+STRATEGIES = [
+    "sequential",
+    "low_confidence_static",
+    "low_confidence_dynamic",
+    "probability_margin",
+    "bounded_adaptive",
+    "entropy_bounded",
+]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], [9, 8, 7, 6, 5, 4, 3, 2, 1, 12, 13]]
 
 
 def decoding(strategy: str = "low_confidence_dynamic", **options) -> Decoding:
     threshold = 2.0 if strategy == "entropy_bounded" else 0.5
-    defaults = {"strategy": strategy, "threshold": threshold, "max_new_tokens": 14, "temperature": 1.0}
-    return Decoding(**defaults | options)
+    defaults = {"threshold": threshold, "lowest_threshold": 0.2, "max_new_tokens": 14, "temperature": 1.0}
+    return Decoding(strategy=strategy, **defaults | options)
 
 
 def two_best(state):

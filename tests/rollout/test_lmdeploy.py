@@ -259,6 +259,8 @@ def test_our_strategies_reveal_what_its_own_would(strategy, steps):
 
 def test_what_it_cannot_do_is_told():
     lm = small_lm()
+    with pytest.raises(DirlError, match="strategy=bounded_adaptive wants rollout=native: LMDeploy does not"):
+        check_prompts([], Decoding(strategy="bounded_adaptive"), lm, None)
     with pytest.raises(DirlError, match="watch=true wants rollout=native"):
         check_prompts([], Decoding(), lm, print)
     with pytest.raises(DirlError, match=r"decoding.block_size is 8 and the model's is 4"):

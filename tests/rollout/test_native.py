@@ -15,14 +15,21 @@ from dirl_cli.types import HELD, Decoding
 from tests.helpers.small import MASK, VOCABULARY, small_lm
 from tests.reference.sampling import sequential_answer
 
-STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "probability_margin", "entropy_bounded"]
+STRATEGIES = [
+    "sequential",
+    "low_confidence_static",
+    "low_confidence_dynamic",
+    "probability_margin",
+    "bounded_adaptive",
+    "entropy_bounded",
+]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], []]
 
 
 def decoding(strategy: str, **options) -> Decoding:
     threshold = 2.0 if strategy == "entropy_bounded" else 0.5
-    defaults = {"strategy": strategy, "threshold": threshold, "max_new_tokens": 14, "temperature": 1.0}
-    return Decoding(**defaults | options)
+    defaults = {"threshold": threshold, "lowest_threshold": 0.2, "max_new_tokens": 14, "temperature": 1.0}
+    return Decoding(strategy=strategy, **defaults | options)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

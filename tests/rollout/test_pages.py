@@ -24,8 +24,8 @@ HINTS = [{}, {0: 30, 1: 31, 2: 32, 3: 33}, {i: 30 + i for i in range(14)}, {2: 3
 
 def decoding(strategy: str = "low_confidence_dynamic", **options) -> Decoding:
     threshold = 2.0 if strategy == "entropy_bounded" else 0.5
-    defaults = {"strategy": strategy, "threshold": threshold, "max_new_tokens": 30, "temperature": 1.0}
-    return Decoding(**defaults | options)
+    defaults = {"threshold": threshold, "lowest_threshold": 0.2, "max_new_tokens": 30, "temperature": 1.0}
+    return Decoding(strategy=strategy, **defaults | options)
 
 
 # The table
@@ -203,7 +203,7 @@ def few_pages(kind: str, lm, slots: int, length: int, pages: int):
 
 @pytest.mark.parametrize("kind", ["eager", "graph"])
 @pytest.mark.parametrize(("shifted", "pages"), [(False, 7), (False, 12), (True, 7)])  # any fits into seven alone
-@pytest.mark.parametrize("strategy", ["low_confidence_dynamic", "sequential"])
+@pytest.mark.parametrize("strategy", ["low_confidence_dynamic", "sequential", "bounded_adaptive"])
 def test_answers_from_few_pages_are_those_from_enough(kind, shifted, pages, strategy, monkeypatch, stalled):
     monkeypatch.setattr(forward_gpu, "PAGE", 8)
     lm, options, length = small_lm(), decoding(strategy, denoising_steps=2), 56

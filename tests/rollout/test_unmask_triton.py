@@ -27,7 +27,14 @@ from tests.helpers.gpu_targets import compile_for  # noqa: E402
 from tests.helpers.small import small_lm  # noqa: E402
 from tests.rollout.test_decoder import Kernels  # noqa: E402
 
-STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "probability_margin", "entropy_bounded"]
+STRATEGIES = [
+    "sequential",
+    "low_confidence_static",
+    "low_confidence_dynamic",
+    "probability_margin",
+    "bounded_adaptive",
+    "entropy_bounded",
+]
 HIDDEN = 12
 DISTINCT = torch.randn(HIDDEN, 50, generator=torch.Generator().manual_seed(5))
 
@@ -64,10 +71,19 @@ def test_they_reveal_what_plain_operations_do(strategy, block_size, steps, monke
         "entropy_bounded": (0.0, 3.0, 100.0),
         "low_confidence_dynamic": (0.0, 0.3, 1.0),
         "probability_margin": (0.0, 0.3, 1.0),
+        "bounded_adaptive": (0.1, 0.4, 1.0),
     }
-    for threshold in bounds.get(strategy, (0.5,)):
+    schedules = [{"threshold": threshold} for threshold in bounds.get(strategy, (0.5,))]
+    if strategy == "low_confidence_dynamic":
+        schedules.append({"threshold": 0.4, "threshold_by_step": -0.3, "threshold_by_position": 0.3})
+    for schedule in schedules:
         decoding = Decoding(
-            strategy=strategy, threshold=threshold, denoising_steps=steps, temperature=1.0, confidence="max"
+            strategy=strategy,
+            lowest_threshold=0.1,
+            denoising_steps=steps,
+            temperature=1.0,
+            confidence="max",
+            **schedule,
         )
         sequences, blocks = some_sequences(lm)
         others = copy.deepcopy(sequences)
@@ -84,7 +100,8 @@ def test_they_reveal_what_plain_operations_do(strategy, block_size, steps, monke
             assert ours.tolist() == theirs.tolist()
             for name in ("tokens", "revealed_at"):
                 assert torch.equal(getattr(sequences, name), getattr(others, name)), name
-            torch.testing.assert_close(sequences.logprobs, others.logprobs, atol=1e-5, rtol=1e-5)
+            for name in ("logprobs", "confidences"):
+                torch.testing.assert_close(getattr(sequences, name), getattr(others, name), atol=1e-5, rtol=1e-5)
         assert (ours >= 0).all()
 
 
@@ -155,7 +172,8 @@ assert compiled(
     kernels._select_masked, ["*i64"] * 5 + ["i32"] * 5, 4, size=4, tile=kernels.TILE, masked_is=0
 ).asm["cubin"]
 for strategy in kernels.STRATEGIES.values():
-    types = ["*i64", "*i64", "*fp32", "*i64", "*i64", "*i64", "*fp32", "*fp32", "*i64", *["i32"] * 5, "fp32"]
+    written, read = ["*i64", "*i64", "*fp32", "*fp32"], ["*i64", "*i64", "*i64", *["*fp32"] * 4]
+    types = [*written, *read, "*i64", *["i32"] * 6, "fp32", "fp32"]
     for size in (4, 32):
         assert compiled(
             kernels._reveal_drawn, types, 4, size=size, width=size, strategy=strategy.value, masked_is=0

@@ -163,11 +163,13 @@ def test_each_request_is_decoded_as_it_says_though_all_share_forwards(lm):
         {"temperature": 1.0, "top_p": 0.8, "strategy": "low_confidence_static", "denoising_steps": 2},
         {"temperature": 1.0, "strategy": "entropy_bounded", "threshold": 2.0, "confidence": "entropy"},
         {"temperature": 1.0, "strategy": "sequential", "denoising_steps": 1, "stop_token_ids": [33]},
+        {"temperature": 1.0, "strategy": "bounded_adaptive", "threshold": 0.5, "lowest_threshold": 0.1},
+        {"temperature": 1.0, "threshold": 0.4, "threshold_by_step": -0.3, "threshold_by_position": 0.3},
     ]
     with listening(lm, max_batch=6) as (address, _, _):
 
         def ask(i: int) -> dict:
-            body = {"prompt": PROMPTS[i % 4], "seed": i, "max_tokens": 8 + 4 * (i % 3), **settings[i % 6]}
+            body = {"prompt": PROMPTS[i % 4], "seed": i, "max_tokens": 8 + 4 * (i % 3), **settings[i % len(settings)]}
             response = httpx.post(
                 f"{address}/v1/completions", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
             )
@@ -176,7 +178,7 @@ def test_each_request_is_decoded_as_it_says_though_all_share_forwards(lm):
         with ThreadPoolExecutor(12) as pool:
             told = list(pool.map(ask, range(12)))
     for i, trajectory in enumerate(told):
-        options = {**settings[i % 6]}
+        options = {**settings[i % len(settings)]}
         stops = tuple(options.pop("stop_token_ids", ()))
         decoding = Decoding(**options, seed=i, max_new_tokens=8 + 4 * (i % 3), stop_token_ids=stops)
         [[expected]] = NativeSampler(lm).sample([PROMPTS[i % 4]], 1, lm.decoding(decoding))

@@ -92,12 +92,14 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
     from dirl_cli.distributed import Processes, split_by_cost
     from dirl_cli.evaluation.questions import sample
     from dirl_cli.models.load import fingerprint
+    from dirl_cli.rollout.engines import require_strategy
 
     # Parts: all of them are checked before the model takes its time to load.
     processes = Processes(cfg.gpus * cfg.nodes, cfg.device)
     console.quiet = not processes.is_first
     problems = gradable(cfg.bench.name, problems, remarks)
     engine = build(cfg.rollout)
+    require_strategy(engine, build(cfg.decoding, Decoding))
     engine.require()
     lm = load_model(cfg, processes.device, console)
     tokenizer = lm.require_tokenizer()

@@ -40,13 +40,15 @@ def evaluate_harness(cfg: DictConfig, out: Path, console: PlainConsole) -> None:
     # Parts: all of them are checked before the model takes its time to load.
     from dirl_cli.harness.lm_eval_model import DirlModel
     from dirl_cli.harness.log_likelihoods import Scoring
+    from dirl_cli.rollout.engines import require_strategy
 
     settings = cfg.harness_settings
     scoring = Scoring(settings.likelihood, settings.draws, settings.rates, settings.row_tokens, cfg.seed)
     engine = build(cfg.rollout)
+    decoding = replace(build(cfg.decoding, Decoding), max_new_tokens=settings.max_new_tokens)
+    require_strategy(engine, decoding)
     engine.require()
     lm = load_model(cfg, cfg.device, console)
-    decoding = replace(build(cfg.decoding, Decoding), max_new_tokens=settings.max_new_tokens)
     model = DirlModel(engine.start(lm), decoding, scoring)
     if settings.chat_template and model.tokenizer.chat_template is None:
         raise DirlError("the tokenizer has no chat template: give harness_settings.chat_template=false")

@@ -25,6 +25,7 @@ from dirl_cli.evaluation.answers import drop_torn_line
 from dirl_cli.files import unused_name, writing
 from dirl_cli.models.load import DiffusionLM, fingerprint
 from dirl_cli.models.tiny import Tiny
+from dirl_cli.rollout.engines import require_strategy
 from dirl_cli.types import Decoding, Trajectory
 
 HIDDEN = "░"
@@ -43,6 +44,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     """
     console = PlainConsole(soft_wrap=True)
     engine = build(cfg.rollout)
+    require_strategy(engine, build(cfg.decoding, Decoding))
     engine.require()
     rows = requested_rows(cfg)
     if not cfg.input:

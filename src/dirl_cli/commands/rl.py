@@ -49,6 +49,7 @@ from dirl_cli.reward.scoring import RewardComputer
 from dirl_cli.rl.reporting import REMEDIES, RolloutReport
 from dirl_cli.rl.rollouts import RolloutState
 from dirl_cli.rl.train import train
+from dirl_cli.rollout.engines import require_strategy
 from dirl_cli.text import shell_word
 from dirl_cli.training.checkpoint import require_measured
 from dirl_cli.training.optim import warmup_remark
@@ -115,6 +116,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     require_compatible(cfg.rl, parts.objective, parts.decoding)
     require_kept(cfg.rl, parts.reward_settings)
     require_hints(cfg.rl, parts.engine)
+    require_strategy(parts.engine, parts.decoding)
     require_steps(parts, cfg.launch)
     parts.peft.require(cfg.launch)
     require_measured(cfg.keep_best, rl_metrics(cfg))

@@ -13,7 +13,7 @@ from dirl_cli.cli.build import build
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.errors import DirlError, Stopped, pip_install, stop_code
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.rollout.engines import Native
+from dirl_cli.rollout.engines import Native, require_strategy, strategies_of
 from dirl_cli.types import Decoding
 
 KEY_VARIABLE = "DIRL_SERVE_KEY"
@@ -39,6 +39,8 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     console = PlainConsole(soft_wrap=True)
     settings = cfg.serve
     rollout = build(cfg.rollout)
+    decoding = build(cfg.decoding, Decoding)
+    require_strategy(rollout, decoding)
     rollout.require()
     listener = listener_at(settings.host, settings.port)
     with working(console, "loading the model"):
@@ -49,7 +51,7 @@ def run(cfg: DictConfig, out: Path | None) -> None:
         engine = EngineThread(sampler, length_of(settings.max_length, lm), own_weights)
         batch = engine.start()
 
-    reader = RequestReader(lm, [settings.name], build(cfg.decoding, Decoding), batch.length - 1)
+    reader = RequestReader(lm, [settings.name], decoding, batch.length - 1, strategies_of(rollout))
     limits = Limits(settings.max_queue, settings.timeout, settings.grace, settings.max_body)
     service = Service(engine, reader, limits, batch.slots)
     server = StoppingServer(Routes(service, key).app(), service)

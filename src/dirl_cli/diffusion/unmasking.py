@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dirl_cli.diffusion.sampling import Candidates
 from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.types import Decoding
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,18 @@ class State:
     masked: (N, B) bool, still to be revealed. candidates: a token for each of the M masked positions, row by row.
     confidence, entropy, margin: (N, B), of the candidates, zero where revealed.
     quota: (N,) how many tokens this step owes so that the block is full after its last step.
-    threshold: see `Decoding`.
+    threshold: see `Decoding`; (N, B) where it depends on step or place. lowest_threshold: likewise.
     start: (N,) the position of each block's first token; every engine tells it.
+    earlier: (N, B) the confidence with which earlier steps revealed each token, -1 where none did; None from LMDeploy.
     """
 
     masked: Tensor
     candidates: Candidates
     quota: Tensor
-    threshold: float
+    threshold: float | Tensor
     start: Tensor | None = None
+    lowest_threshold: float = 0.0
+    earlier: Tensor | None = None
 
     @cached_property
     def confidence(self) -> Tensor:
@@ -73,6 +78,26 @@ def probability_margin(state: State) -> Tensor:
     Dream's `topk_margin` is this with a threshold that nothing exceeds.
     """
     return above_threshold(state.margin, state)
+
+
+def bounded_adaptive(state: State) -> Tensor:
+    """Every position whose confidence reaches a threshold of the block's own, or else the most confident one.
+
+    That is the mean confidence of what the block has revealed so far, before that its largest, between the two bounds:
+    BACD of TDAR (github.com/LuLuLuyi/TDAR, its LMDeploy's `unmasking.py`).
+    """
+    earlier = cast(Tensor, state.earlier)  # engines.require_strategy sees to that
+    surest = state.confidence.masked_fill(~state.masked, 0).amax(-1, keepdim=True)  # (N, 1)
+    was_revealed = earlier >= 0
+    count = was_revealed.sum(-1, keepdim=True)
+    # In fp64, so that no order of the sum shows in the mean.
+    total = earlier.double().masked_fill(~was_revealed, 0).sum(-1, keepdim=True)
+    own = torch.where(count > 0, (total / count.clamp(min=1)).to(surest.dtype), surest)
+
+    upper = cast(float, state.threshold)  # none but the dynamic one moves
+    confident = state.masked & (state.confidence >= own.clamp(state.lowest_threshold, upper))
+    most_confident = state.masked & (rank(state.confidence, state.masked) == 0)
+    return torch.where(confident.any(-1, keepdim=True), confident, most_confident)
 
 
 def entropy_bounded(state: State) -> Tensor:
@@ -137,14 +162,42 @@ BUILT_IN: dict[str, Strategy] = {
         low_confidence_static,
         low_confidence_dynamic,
         probability_margin,
+        bounded_adaptive,
         entropy_bounded,
     )
 }
 
 FUSED = frozenset(  # have a branch in rollout/unmask_triton.py, which a new one need not
-    ("sequential", "low_confidence_static", "low_confidence_dynamic", "probability_margin", "entropy_bounded")
+    (
+        "sequential",
+        "low_confidence_static",
+        "low_confidence_dynamic",
+        "probability_margin",
+        "bounded_adaptive",
+        "entropy_bounded",
+    )
 )
+REMEMBERING = frozenset(("bounded_adaptive",))  # look at `State.earlier`
 EXACT = frozenset(("sequential", "low_confidence_static"))  # reveal as many as they owe, whatever was drawn
+
+
+def threshold_table(decoding: Decoding, block_size: int) -> Tensor:
+    """The threshold at each denoising step of a block for each of its tokens: (S, B), fp32.
+
+    Both changes are linear: threshold + by_step (s - 1) / (S - 1) + by_position i / (B - 1), s from 1, i from 0.
+    """
+    steps = decoding.denoising_steps or block_size
+    step = torch.linspace(0, 1, steps, dtype=torch.float64)[:, None]  # of one step it is 0
+    place = torch.linspace(0, 1, block_size, dtype=torch.float64)
+    table = decoding.threshold + decoding.threshold_by_step * step + decoding.threshold_by_position * place
+    return table.float()
+
+
+def threshold_at(decoding: Decoding, table: Tensor, step: Tensor) -> float | Tensor:
+    """The threshold of N blocks at their steps (N,), from 1: (N, B), or a number where it is one. table: (S, B)."""
+    if not decoding.is_threshold_scheduled:
+        return decoding.threshold
+    return table[(step - 1).clamp(0, len(table) - 1)]  # of a block that only fills a graph it may be 0
 
 
 def find_strategy(name: str) -> Strategy:

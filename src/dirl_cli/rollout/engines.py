@@ -13,12 +13,14 @@ from typing import Protocol
 import torch
 
 from dirl_cli import hub
+from dirl_cli.diffusion.unmasking import BUILT_IN, REMEMBERING
 from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.ranges import Count, SomeShare
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.products import Products
 from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.types import Decoding
 
 LMDEPLOY = "0.18"
 LMDEPLOY_MODELS = ("sdar", "sdar_moe")
@@ -98,6 +100,28 @@ class Lmdeploy:
         sampler = LmdeploySampler(lm, start_engine(lm, on_disk(lm), self.max_batch, self.cache_share))
         sampler.update_weights(lm.model.named_parameters(), 0)
         return sampler
+
+
+def strategies_of(engine: Engine) -> list[str]:
+    """The built-in decoding strategies that an engine has."""
+    if isinstance(engine, Lmdeploy):
+        return [strategy for strategy in BUILT_IN if strategy not in REMEMBERING]
+    return list(BUILT_IN)
+
+
+def require_strategy(engine: Engine, decoding: Decoding) -> None:
+    """Raises DirlError for a decoding strategy that the engine lacks: to be asked before a large model is loaded."""
+    if isinstance(engine, Lmdeploy):
+        require_forgetful(decoding)
+
+
+def require_forgetful(decoding: Decoding) -> None:
+    """Raises DirlError for a strategy that asks how sure the model was of what is revealed, which LMDeploy forgets."""
+    if decoding.strategy in REMEMBERING:
+        raise DirlError(
+            f"decoding.strategy={decoding.strategy} wants rollout=native: LMDeploy does not keep how confident the"
+            " model was of what a block has revealed"
+        )
 
 
 @contextmanager

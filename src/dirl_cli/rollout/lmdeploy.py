@@ -27,6 +27,7 @@ from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.save import published_weights
+from dirl_cli.rollout.engines import require_forgetful
 from dirl_cli.rollout.lmdeploy_strategies import KeyedSampling, RequestTrace, TracedSequences, UnmaskingAgent
 from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Watch, collect_samples, cut_to
 from dirl_cli.rollout.scheduler import Request, make_requests, rule_of
@@ -323,7 +324,11 @@ def generation_config(request: Request, decoding: Decoding, lm: DiffusionLM) -> 
 
 
 def check_prompts(prompts: Sequence[list[int]], decoding: Decoding, lm: DiffusionLM, watch: Watch | None) -> None:
-    """Raises DirlError for what LMDeploy cannot do: a watched stream, another block size, a prompt that is too long."""
+    """Raises DirlError for what LMDeploy cannot do.
+
+    That is a watched stream, some strategies, another block size, a prompt that is too long.
+    """
+    require_forgetful(decoding)
     if watch:
         raise DirlError("watch=true wants rollout=native: LMDeploy does not show a block before it is full")
     if decoding.block_size not in (None, lm.block_size):

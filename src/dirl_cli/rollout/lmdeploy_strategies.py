@@ -23,7 +23,7 @@ from lmdeploy.pytorch.strategies.dllm.sequence import DLLMSequenceStrategy, Sche
 from torch import Tensor
 
 from dirl_cli.diffusion.sampling import draw_candidates, draw_seed
-from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal
+from dirl_cli.diffusion.unmasking import State, find_strategy, quota, reveal, threshold_at, threshold_table
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import Decoding
 
@@ -153,7 +153,8 @@ class UnmaskingAgent(DLLMModelAgentStrategy):
             self.unsampled,
         )
         owed = quota(step, size, options.denoising_steps)
-        revealed = reveal(find_strategy(options.strategy), DenseState(masked, drawn, owed, options.threshold, start))
+        threshold = threshold_at(options, threshold_table(options, size).to(step.device), step)
+        revealed = reveal(find_strategy(options.strategy), DenseState(masked, drawn, owed, threshold, start))
         states = states.masked_fill(revealed, DLLM_UNMASKED)
         tokens = torch.where(masked.flatten(), drawn.tokens, input_ids)
         return tokens, None, tokens, LogprobInputs(states.flatten(), drawn.logprobs)

@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dirl_cli.diffusion.sampling import Candidates, draw_candidates, draw_seed
-from dirl_cli.diffusion.unmasking import BUILT_IN, FUSED, State, find_strategy, quota, reveal, spread
+from dirl_cli.diffusion.unmasking import (
+    BUILT_IN,
+    FUSED,
+    State,
+    find_strategy,
+    quota,
+    reveal,
+    spread,
+    threshold_at,
+    threshold_table,
+)
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.pages import Integers
 from dirl_cli.rollout.sampler import Hint
@@ -28,7 +38,7 @@ class SequenceState:
     """The tokens of each slot's sequence and when they were revealed, by position: (S, length) each.
 
     tokens: the mask token where masked. revealed_at: the denoising step, from 1, or MASKED or GIVEN.
-    logprobs: of revealed tokens, when they were revealed.
+    logprobs, confidences: of revealed tokens, when they were revealed.
     """
 
     def __init__(self, lm: DiffusionLM, slots: int, length: int) -> None:
@@ -38,6 +48,7 @@ class SequenceState:
         self.tokens = torch.full((slots, length), lm.mask_token_id, device=lm.device)
         self.revealed_at = torch.full((slots, length), GIVEN, device=lm.device)
         self.logprobs = torch.zeros(slots, length, device=lm.device)
+        self.confidences = torch.zeros(slots, length, device=lm.device)  # read where the token was revealed only
 
     def open(self, slot: int, prompt_ids: list[int], hint: Hint) -> None:
         """Begin a sequence in `slot`: the prompt, and masked tokens after it but for those that the hint holds.
@@ -102,6 +113,7 @@ class Unmasker:
         self.is_fused = decoding.strategy in FUSED and (lm.device.type == "cuda" if is_fused is None else is_fused)
         self.unsampled = torch.tensor(lm.unsampled_ids, device=lm.device)
         self.offsets = torch.arange(lm.block_size, device=lm.device)
+        self.thresholds = threshold_table(decoding, lm.block_size).to(lm.device)
 
     def __call__(self, sequences: SequenceState, blocks: Tensor, hidden: Tensor, count: int) -> Tensor:
         """Reveal some tokens of N blocks in `sequences`; returns the blocks, -1 where still masked: (N, B).
@@ -126,8 +138,17 @@ class Unmasker:
         if options.temperature:
             seeds = draw_seed(key[:, None], position, step[:, None]).flatten()[masked_index]
         drawn = self._draw(hidden[masked_index], seeds)
-        owed = quota(step, len(self.offsets), options.denoising_steps)
-        revealed = reveal(self.strategy, State(masked, drawn, owed, options.threshold, start))  # (N, B) bool
+        confidences = sequences.confidences.take(index)
+        state = State(
+            masked,
+            drawn,
+            quota(step, len(self.offsets), options.denoising_steps),
+            threshold_at(options, self.thresholds, step),
+            start,
+            options.lowest_threshold,
+            earlier=torch.where(revealed_at > 0, confidences, -1.0),
+        )
+        revealed = reveal(self.strategy, state)  # (N, B) bool
 
         # In place, since a CUDA graph that replays this has to find the same tensors.
         tokens = torch.where(revealed, spread(drawn.tokens, masked), tokens)
@@ -135,6 +156,7 @@ class Unmasker:
         sequences.revealed_at.put_(index, torch.where(revealed, step[:, None], revealed_at))
         logprobs = torch.where(revealed, spread(drawn.logprobs, masked), sequences.logprobs.take(index))
         sequences.logprobs.put_(index, logprobs)
+        sequences.confidences.put_(index, torch.where(revealed, state.confidence, confidences))
         return torch.where(masked & ~revealed, -1, tokens)
 
     def _unmask_fused(self, sequences: SequenceState, blocks: Tensor, hidden: Tensor, count: int) -> Tensor:
@@ -143,7 +165,7 @@ class Unmasker:
         size = len(self.offsets)
         rows, seeds, first = select_masked(sequences, blocks, size, count)
         drawn = self._draw(hidden[rows], seeds if self.decoding.temperature else None)
-        return reveal_drawn(sequences, blocks, size, first, drawn, self.decoding)
+        return reveal_drawn(sequences, blocks, size, first, drawn, self.decoding, self.thresholds)
 
     def _draw(self, hidden: Tensor, seeds: Tensor | None) -> Candidates:
         """A candidate for each of the masked tokens that these hidden states predict."""

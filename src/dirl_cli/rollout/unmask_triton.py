@@ -14,12 +14,13 @@ from dirl_cli.rollout.sequences import MASKED, SequenceState
 from dirl_cli.types import Decoding
 
 TILE = 1024  # tokens that `select_masked` looks at in a step
-SEQUENTIAL, STATIC, DYNAMIC, MARGIN, BOUNDED = (tl.constexpr(number) for number in range(5))
+SEQUENTIAL, STATIC, DYNAMIC, MARGIN, ADAPTIVE, BOUNDED = (tl.constexpr(number) for number in range(6))
 STRATEGIES = {
     "sequential": SEQUENTIAL,
     "low_confidence_static": STATIC,
     "low_confidence_dynamic": DYNAMIC,
     "probability_margin": MARGIN,
+    "bounded_adaptive": ADAPTIVE,
     "entropy_bounded": BOUNDED,
 }
 
@@ -52,11 +53,17 @@ def select_masked(sequences: SequenceState, blocks: Tensor, size: int, count: in
 
 
 def reveal_drawn(
-    sequences: SequenceState, blocks: Tensor, size: int, first: Tensor, drawn: Candidates, decoding: Decoding
+    sequences: SequenceState,
+    blocks: Tensor,
+    size: int,
+    first: Tensor,
+    drawn: Candidates,
+    decoding: Decoding,
+    thresholds: Tensor,
 ) -> Tensor:
     """Reveal in `sequences` what a built-in strategy chooses; see `sequences.Unmasker`, also for what it returns.
 
-    first: from `select_masked`. drawn: of the M masked tokens.
+    first: from `select_masked`. drawn: of the M masked tokens. thresholds: see `unmasking.threshold_table`.
     """
     n = blocks.shape[1]
     tokens = torch.empty(n, size, dtype=torch.long, device=blocks.device)
@@ -71,17 +78,22 @@ def reveal_drawn(
         sequences.tokens,
         sequences.revealed_at,
         sequences.logprobs,
+        sequences.confidences,
         blocks,
         first,
         drawn.tokens,
         drawn.logprobs,
+        drawn.confidence,
         scores,
+        thresholds,
         tokens,
         *blocks.stride(),
         sequences.length,
         size // steps,
         size % steps,
+        len(thresholds),
         float(decoding.threshold),
+        float(decoding.lowest_threshold),
         size=size,
         width=triton.next_power_of_2(size),
         strategy=strategy,
@@ -141,18 +153,23 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
     tokens,
     revealed_at,
     logprobs,
+    confidences,
     blocks,
     first,
     drawn,
     drawn_logprobs,
+    drawn_confidences,
     scores,
+    thresholds,
     blocks_after,
     to_next_field,
     to_next_block,
     length,
     owed_always,
     steps_with_more,
+    steps,
     threshold,
+    lowest_threshold,
     size: tl.constexpr,
     width: tl.constexpr,
     strategy: tl.constexpr,
@@ -168,7 +185,8 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
     place = tl.arange(0, width)
     inside = place < size
     at = slot * length + start + place
-    is_masked = inside & (tl.load(revealed_at + at, inside, masked_is - 1) == masked_is)
+    when = tl.load(revealed_at + at, inside, masked_is - 1)
+    is_masked = inside & (when == masked_is)
     nth = tl.cumsum(is_masked.to(tl.int32), 0)  # from 1
     candidate = tl.load(first + block) + nth - 1
     owed = tl.maximum(owed_always + (step <= steps_with_more).to(tl.int64), 1)
@@ -187,9 +205,21 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
         if strategy == STATIC:
             is_revealed = is_masked & (rank < owed)
         elif strategy == DYNAMIC or strategy == MARGIN:  # noqa: SIM109, since Triton has no tuples to look into
-            is_sure = is_masked & (score > threshold)
+            at_step = tl.maximum(tl.minimum(step, steps), 1) - 1  # of a block that only fills a graph it may be 0
+            own = tl.load(thresholds + at_step * size + place, inside, 0.0)
+            is_sure = is_masked & (score > own)
             is_enough = tl.sum(is_sure.to(tl.int32), 0) >= owed
             is_revealed = tl.where(is_enough, is_sure, is_masked & (rank < owed))
+        elif strategy == ADAPTIVE:
+            was_revealed = inside & (when > masked_is)
+            count = tl.sum(was_revealed.to(tl.int32), 0)
+            earlier = tl.load(confidences + at, was_revealed, 0.0).to(tl.float64)
+            mean = (tl.sum(earlier, 0) / tl.maximum(count, 1)).to(tl.float32)
+            surest = tl.max(tl.where(is_masked, score, 0.0), 0)
+            own = tl.minimum(tl.maximum(tl.where(count > 0, mean, surest), lowest_threshold), threshold)
+            is_sure = is_masked & (score >= own)
+            is_any = tl.sum(is_sure.to(tl.int32), 0) > 0
+            is_revealed = tl.where(is_any, is_sure, is_masked & (rank == 0))
         else:
             is_summed = is_before | (place[None, :] == place[:, None])
             summed = tl.sum(tl.where(is_summed, score[None, :], 0.0), 1)
@@ -199,4 +229,5 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
     tl.store(tokens + at, token, is_revealed)
     tl.store(revealed_at + at, step + tl.zeros([width], tl.int64), is_revealed)
     tl.store(logprobs + at, tl.load(drawn_logprobs + candidate, is_revealed, 0.0), is_revealed)
+    tl.store(confidences + at, tl.load(drawn_confidences + candidate, is_revealed, 0.0), is_revealed)
     tl.store(blocks_after + block * size + place, tl.where(is_masked & ~is_revealed, -1, token), inside)

@@ -4,7 +4,7 @@ Whatever a body holds counts or is refused: a setting that changed nothing would
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args, get_origin
 
@@ -30,6 +30,9 @@ DECODING = {
             "seed",
             "strategy",
             "threshold",
+            "threshold_by_step",
+            "threshold_by_position",
+            "lowest_threshold",
             "denoising_steps",
             "confidence",
             "stop_token_ids",
@@ -76,14 +79,25 @@ class Asked:
 
 
 class RequestReader:
-    """Reads requests to a model. decoding: what counts where a request says nothing. longest_prompt: in tokens."""
+    """Reads requests to a model.
 
-    def __init__(self, lm: DiffusionLM, names: Sequence[str], decoding: Decoding, longest_prompt: int) -> None:
+    decoding: what counts where a request says nothing. longest_prompt: in tokens. strategies: that the engine has.
+    """
+
+    def __init__(
+        self,
+        lm: DiffusionLM,
+        names: Sequence[str],
+        decoding: Decoding,
+        longest_prompt: int,
+        strategies: Collection[str] = tuple(BUILT_IN),
+    ) -> None:
         self.lm = lm
         self.tokenizer = lm.require_tokenizer()
         self.names = names
         self.decoding = lm.decoding(decoding)
         self.longest_prompt = longest_prompt
+        self.strategies = strategies
 
     def completion(self, body: Mapping[str, Any]) -> Asked:
         """Of /v1/completions. Raises Refusal or DirlError for what cannot be answered."""
@@ -180,8 +194,8 @@ class RequestReader:
 
         # Any other name would be imported, which is for those who start the server.
         strategy = settings.get("strategy", self.decoding.strategy)
-        if strategy not in (*BUILT_IN, self.decoding.strategy):
-            raise Refusal(400, f"strategy={strategy}: {did_you_mean(strategy, BUILT_IN)}", "strategy")
+        if strategy not in (*self.strategies, self.decoding.strategy):
+            raise Refusal(400, f"strategy={strategy}: {did_you_mean(strategy, self.strategies)}", "strategy")
         if len(settings.get("stop_token_ids", ())) > MOST_STOP_TOKENS:
             raise Refusal(400, f"stop_token_ids has more than {MOST_STOP_TOKENS}: give fewer", "stop_token_ids")
         decoding = self.lm.decoding(replace(self.decoding, **settings))
