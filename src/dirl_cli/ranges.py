@@ -31,7 +31,8 @@ class Range:
 
     def holds(self, number: float) -> bool:
         """Whether a number is one of them."""
-        if isnan(number) or not (self.infinite or isfinite(number)):
+        is_whole = isinstance(number, int)  # and perhaps larger than any float
+        if not is_whole and (isnan(number) or not (self.infinite or isfinite(number))):
             return False
         if self.whole_from_one and number >= 1 and number != int(number):
             return False

@@ -332,3 +332,7 @@ def test_a_terminal_without_our_letters_gets_question_marks():
 def test_bytes_that_are_no_letters_here_are_told(here):
     word = b"name=caf\xc3\xa9".decode("ascii", errors="surrogateescape")  # as a shell in LC_ALL=POSIX hands it over
     assert refused("sft", word).endswith("start it with LC_ALL=C.UTF-8")
+
+
+def test_a_number_may_be_larger_than_any_float():
+    assert Range(at_least=1).holds(10**400) and not Range(at_most=1).holds(10**400)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +11,18 @@ from dataclasses import asdict, fields, replace
 import httpx
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("starlette", reason="dirl serve wants starlette: make install brings it")
 
+from dirl_cli.commands import generate
 from dirl_cli.data.chat import answer_text, encode_messages
+from dirl_cli.files import conf_dir
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.serving import routes
+from dirl_cli.serving.request_body import COMMON, DECODING_FIELDS, NEUTRAL, WITHOUT_EFFECT
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers.served import KEY, listening, served, speaking_lm, wait_until
 
@@ -92,6 +98,26 @@ def test_a_chat_is_put_as_generate_puts_it_and_text_as_it_is_written(lm, server)
     text = server.client.post("/v1/completions", json={"prompt": "How many", **WARM}).json()
     ids = lm.tokenizer("How many", add_special_tokens=False)["input_ids"]
     assert text["choices"][0]["trajectory"]["prompt_ids"] == ids
+
+
+def test_an_answer_is_the_one_that_dirl_generate_writes(lm, server, tmp_path):
+    lm.save(tmp_path / "model")
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("generate", ["~experiment", "model=path", f"model.path={tmp_path}/model", "device=cpu"])
+    changes = {"prompt": "How many pens?", "samples": 2, "attention": "sdpa"}
+    changes |= {"decoding.temperature": 1.0, "decoding.max_new_tokens": 12, "decoding.seed": 7}
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key, value)
+    OmegaConf.resolve(cfg)
+    generate.run(cfg, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out/completions.jsonl").read_text().splitlines()]
+
+    body = server.client.post("/v1/chat/completions", json={"messages": QUESTION, "n": 2, **WARM}).json()
+    for choice, line in zip(body["choices"], sorted(lines, key=lambda line: line["sample"]), strict=True):
+        for name in ("prompt_ids", "token_ids", "reveal_step", "stop_reason", "forwards"):
+            assert choice["trajectory"][name] == line[name]
+        assert choice["trajectory"]["logprobs"] == pytest.approx(line["logprobs"], abs=1e-5)
+        assert line["text"].startswith(choice["message"]["content"])
 
 
 def test_without_a_seed_answers_differ_and_each_can_be_asked_for_again(server):
@@ -203,6 +229,11 @@ def test_each_request_is_decoded_as_it_says_though_all_share_forwards(lm):
         ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens=0: give a whole number of at least 1"),
         ({"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens=1.5: give a whole number of at least 1"),
         ({"prompt": "a", "seed": -1}, 400, "seed=-1: give a whole number of at least 0"),
+        ({"prompt": "a", "temperature": 1e-40}, 400, "give 0, which is greedy, or at least 0.01"),
+        ({"prompt": "a", "denoising_steps": 10**30}, 400, "give at most 2147483647"),
+        ({"prompt": "a", "stop_token_ids": [10**30]}, 400, "stop_token_ids may hold 1024 token ids below"),
+        ({"prompt": ["a"] * 2000}, 400, "2000 prompts are more than 1024: give fewer"),
+        ({"prompt": "a" * 100_000}, 400, "a prompt has 100000 letters, more than the 127 tokens"),
         ({"prompt": "a", "threshold": 2}, 400, "confidence is at most 1"),
         ({"prompt": "a", "strategy": "sequental"}, 400, "strategy=sequental: did you mean sequential?"),
         ({"prompt": "a", "strategy": "os.system"}, 400, "strategy=os.system: choose one of"),
@@ -237,6 +268,47 @@ def test_a_conversation_that_cannot_be_read_is_told(server, messages, sentence):
     response = server.client.post("/v1/chat/completions", json={"messages": messages})
     assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
     assert sentence in response.json()["error"]["message"]
+
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1,
+    2,
+    0.5,
+    10**40,
+    10**400,
+    1e308,
+    -0.0,
+    "",
+    "a",
+    "sequential",
+    [],
+    [[]],
+    [1],
+    ["a"],
+    {},
+    {"a": 1},
+]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_a_body_holds_it_is_answered_or_refused_and_the_next_one_is_answered(lm, server, seed):
+    rng = random.Random(seed)
+    keys = sorted({*DECODING_FIELDS, *COMMON, *NEUTRAL, *WITHOUT_EFFECT, "prompt", "messages", "unknown"})
+    for _ in range(150):
+        path = rng.choice(["/v1/completions", "/v1/chat/completions", "/update_weights"])
+        body = {key: rng.choice(ODD) for key in rng.sample(keys, rng.randint(0, 3))}
+        if rng.random() < 0.7:
+            body |= {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+        response = server.client.post(path, json=body)
+        assert response.status_code in (200, 400, 404), (body, response.text)
+        if response.status_code != 200:
+            assert response.json()["error"]["message"].strip()
+    wait_until(lambda: not server.engine.running)
+    assert server.client.post("/v1/completions", json={"prompt": PROMPTS[0]}).status_code == 200
 
 
 def test_a_key_has_to_be_shown_everywhere_but_to_ask_for_health(server):

@@ -18,7 +18,7 @@ from dirl_cli.serving.refusals import Refusal
 from dirl_cli.types import Decoding
 
 # Fields of `Decoding` that a request may set, by the names that it has for them.
-DECODING = {
+DECODING_FIELDS = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     **{
@@ -57,8 +57,12 @@ NEUTRAL: dict[str, Sequence[Any]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
+# What a request may hold at most: no number may break the engine, and no text keep others waiting.
 MOST_STOPS = 64
 MOST_STOP_TOKENS = 1024
+MOST_PROMPTS = 1024
+LARGEST = 2**31 - 1
+LEAST_TEMPERATURE = 0.01  # above greedy: logits over much less are no numbers any more
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class RequestReader:
         self.decoding = lm.decoding(decoding)
         self.longest_prompt = longest_prompt
         self.strategies = strategies
+        self.longest_text = longest_prompt * max(map(len, self.tokenizer.get_vocab()))  # letters, of the longest token
 
     def completion(self, body: Mapping[str, Any]) -> Asked:
         """Of /v1/completions. Raises Refusal or DirlError for what cannot be answered."""
@@ -118,6 +123,7 @@ class RequestReader:
         messages, _ = read_turns("messages", body.get("messages"))
         if not messages:
             raise Refusal(400, "messages must be a list of objects with role and content, at least one", "messages")
+        self._require_short("".join(turn["content"] for turn in messages))
         prompt_ids = encode_messages(self.tokenizer, messages)
         return self._asked(body, [prompt_ids], with_logprobs=flag(body, "logprobs"))
 
@@ -151,7 +157,7 @@ class RequestReader:
 
     def _require_known(self, body: Mapping[str, Any], own: Sequence[str]) -> None:
         """Raises Refusal for the first field that nothing reads, or that asks for what blocks do not have."""
-        known = {*own, *COMMON, *DECODING}
+        known = {*own, *COMMON, *DECODING_FIELDS}
         for key, value in body.items():
             if key in NEUTRAL and value not in NEUTRAL[key]:
                 raise Refusal(400, f"{key} is nothing that a block-diffusion engine has: leave it out", key)
@@ -166,7 +172,11 @@ class RequestReader:
             value = [value]
         if not isinstance(value, list) or not value:
             raise Refusal(400, "prompt must be text or a list of token ids, or a list of such: give one", "prompt")
+        if len(value) > MOST_PROMPTS:
+            raise Refusal(400, f"{len(value)} prompts are more than {MOST_PROMPTS}: give fewer", "prompt")
         if all(isinstance(prompt, str) for prompt in value):
+            for text in value:
+                self._require_short(text)
             return tokenize(self.tokenizer, value)
         for prompt_ids in value:
             if not is_token_ids(prompt_ids) or not all(0 <= token < self.lm.vocab_size for token in prompt_ids):
@@ -174,6 +184,15 @@ class RequestReader:
                     400, f"prompt must be text, or a list of token ids below {self.lm.vocab_size}: give one", "prompt"
                 )
         return value
+
+    def _require_short(self, text: str) -> None:
+        """Raises Refusal for a text that is too long however it is tokenized, which would take its time."""
+        if len(text) > self.longest_text:
+            raise Refusal(
+                400,
+                f"a prompt has {len(text)} letters, more than the {self.longest_prompt} tokens that there is room for:"
+                " shorten it",
+            )
 
     def _stops(self, body: Mapping[str, Any]) -> tuple[str, ...]:
         value = body.get("stop", [])
@@ -187,17 +206,30 @@ class RequestReader:
         """How the answers are sampled; with a seed that was drawn where none is given."""
         types = types_of(Decoding)
         settings: dict[str, Any] = {}
-        for key, name in DECODING.items():
+        for key, name in DECODING_FIELDS.items():
             if key in body:
                 settings[name] = checked(key, body[key], types[name])
+                if type(settings[name]) is int and settings[name] > LARGEST and name != "seed":
+                    raise Refusal(400, f"{key}={settings[name]}: give at most {LARGEST}", key)
+        if 0 < settings.get("temperature", 0) < LEAST_TEMPERATURE:
+            raise Refusal(
+                400,
+                f"temperature={settings['temperature']:g}: give 0, which is greedy, or at least {LEAST_TEMPERATURE}",
+                "temperature",
+            )
         settings.setdefault("seed", secrets.randbits(32))
 
         # Any other name would be imported, which is for those who start the server.
         strategy = settings.get("strategy", self.decoding.strategy)
         if strategy not in (*self.strategies, self.decoding.strategy):
             raise Refusal(400, f"strategy={strategy}: {did_you_mean(strategy, self.strategies)}", "strategy")
-        if len(settings.get("stop_token_ids", ())) > MOST_STOP_TOKENS:
-            raise Refusal(400, f"stop_token_ids has more than {MOST_STOP_TOKENS}: give fewer", "stop_token_ids")
+        stop_token_ids = settings.get("stop_token_ids", ())
+        if len(stop_token_ids) > MOST_STOP_TOKENS or not all(token < self.lm.vocab_size for token in stop_token_ids):
+            raise Refusal(
+                400,
+                f"stop_token_ids may hold {MOST_STOP_TOKENS} token ids below {self.lm.vocab_size}: leave the rest out",
+                "stop_token_ids",
+            )
         decoding = self.lm.decoding(replace(self.decoding, **settings))
 
         # A stop string that is a special token never stands in the text, which holds none.
@@ -228,7 +260,7 @@ def checked(key: str, value: Any, hint: Any) -> Any:
         return tuple(checked(f"{key}[{i}]", item, get_args(inner)[0]) for i, item in enumerate(value))
 
     kind = get_args(inner)[0] if limit_of(hint) else inner
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= LARGEST:
         value = float(value)
     if type(value) is not kind:
         raise Refusal(400, refusal(key, value, hint), key)
