@@ -303,6 +303,32 @@ def test_real_demonstrations_with_the_real_tokenizer_train_save_and_go_on(shared
     assert AutoTokenizer.from_pretrained(tmp_path / "model").convert_tokens_to_ids("<|im_end|>") == 151645
 
 
+def test_blocks_grow_as_their_held_out_loss_stops_falling_and_a_run_goes_on_to_the_same_bytes(tmp_path):
+    """Nothing is learned at such a rate, so that the second evaluation of each stage is as the first."""
+    words = ["annealing.block_sizes=[1,2]", "annealing.patience=1", "eval_every=1", "eval_problems=0", "save_every=1"]
+    cfg = config(*words, "optim.lr=1e-30", "optim.adamw_lr=1e-30", "steps=5", "keep_checkpoints=0")
+    run(cfg, tmp_path)
+    states = [json.loads((tmp_path / f"checkpoints/step-{step:06d}/state.json").read_text()) for step in range(1, 6)]
+    assert [state["block_size"] for state in states] == [1, 1, 2, 2, 4]
+    assert [state["stages"]["ended"] for state in states] == [[], [2], [2], [2, 4], [2, 4]]
+    assert ["stage_loss" in line for line in lines(tmp_path)] == [True] * 5 + [False]
+    whole, losses = weights(tmp_path), [line.get("loss") for line in lines(tmp_path)]
+
+    shutil.rmtree(tmp_path / "model")
+    for step in range(2, 6):
+        shutil.rmtree(tmp_path / f"checkpoints/step-{step:06d}")
+    run(cfg, tmp_path)
+    assert weights(tmp_path) == whole and [line.get("loss") for line in lines(tmp_path)] == losses
+
+
+def test_a_run_that_ends_before_its_last_stage_leaves_a_model_of_its_blocks(tmp_path):
+    words = ["annealing.block_sizes=[2]", "annealing.patience=3", "eval_every=1", "eval_problems=0", "steps=2"]
+    run(config(*words), tmp_path)
+    assert json.loads((tmp_path / "model/config.json").read_text())["block_size"] == 2
+    with pytest.raises(DirlError, match="ends a stage by what is held out, and nothing is"):
+        run(config(*words, "data.held_out=0"), tmp_path / "b")
+
+
 def batches(batch_size: int, seed: int = 0) -> NoisedBatches:
     """Five demonstrations, each of its own token."""
     demonstrations = [example([i] * 8, [False] * 4 + [True] * 4, 4, 0) for i in range(1, 6)]

@@ -165,9 +165,37 @@ def test_the_plan_says_which_blocks_come_when(model, tmp_path, capsys):
     )
 
 
+MEASURED = ("model.block_size=8", "annealing.block_sizes=[2,4]", "annealing.patience=1", "eval_every=1", "save_every=1")
+
+
+def test_blocks_grow_as_held_out_accuracy_stops_rising_and_a_run_goes_on_to_the_same_bytes(model, tmp_path, capsys):
+    """A random model answers nothing right: the second evaluation of each stage is no better than its first."""
+    cfg = config(model, *MEASURED, "steps=5", "keep_checkpoints=0")
+    run(cfg, tmp_path)
+    assert "blocks of 2, of 4, each until greedy_accuracy has not improved for 1" in capsys.readouterr().out
+    assert [line["block_size"] for line in lines(tmp_path)[1:]] == [2, 2, 4, 4, 8]
+    whole, told = weights(tmp_path), updates(tmp_path)
+    for step, size in enumerate([2, 2, 4, 4, 8], start=1):
+        checkpoint = {"name": "a", "path": str(tmp_path / f"checkpoints/step-{step:06d}")}
+        OmegaConf.save(cfg, tmp_path / "config.yaml")
+        assert model_of_run(checkpoint)["base"]["block_size"] == size
+
+    shutil.rmtree(tmp_path / "model")
+    for step in (2, 3, 4, 5):
+        shutil.rmtree(tmp_path / f"checkpoints/step-{step:06d}")
+    run(cfg, tmp_path)
+    assert weights(tmp_path) == whole and updates(tmp_path) == told
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        ([*MEASURED, "eval_every=0"], r"annealing\.patience counts evaluations: give eval_every=N"),
+        ([*MEASURED, "rl.async_rollout=true"], r"leave out rl\.async_rollout, rl\.replay and"),
+        ([*MEASURED, "eval_problems=0"], r"ends a stage by what is held out, and nothing is"),
+        (["annealing.patience=1", "eval_every=1"], r"annealing\.patience is of annealing\.block_sizes"),
+        (["annealing.most_steps=1"], r"bound what annealing\.patience ends"),
+        ([*MEASURED, "annealing.least_steps=3", "annealing.most_steps=2"], r"most_steps=2 is less than"),
         (["annealing.block_sizes=[3]", "annealing.share=0.5"], r"each must divide the next, up to 4"),
         (["annealing=blocks"], r"are of dirl sft"),
         (["annealing.block_sizes=[2]", "annealing.share=0.5", "rollout=lmdeploy"], r"wants rollout=native"),

@@ -6,6 +6,7 @@ The training is rl/train.py.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from omegaconf import DictConfig
@@ -20,6 +21,7 @@ from dirl_cli.commands.rl_parts import (
     require_growth,
     require_hints,
     require_kept,
+    require_measured_growth,
     require_steps,
     settle_ratio,
 )
@@ -36,6 +38,7 @@ from dirl_cli.commands.start import (
     show_budget,
     training_setup,
 )
+from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.held_out import HeldOutEval, SamplerEvaluation
 from dirl_cli.evaluation.sweep_table import Column, show_sweep
 from dirl_cli.models.load import DiffusionLM, fingerprint, in_blocks_of
@@ -46,14 +49,16 @@ from dirl_cli.plan.rl_forecast import RL, rl_budget
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.scoring import RewardComputer
+from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.reporting import REMEDIES, RolloutReport
 from dirl_cli.rl.rollouts import RolloutState
 from dirl_cli.rl.train import train
 from dirl_cli.rollout.engines import require_strategy
 from dirl_cli.text import shell_word
+from dirl_cli.training.block_stages import NOTHING_TELLS, StagedEvaluation
 from dirl_cli.training.checkpoint import require_measured
 from dirl_cli.training.optim import warmup_remark
-from dirl_cli.training.session import Session
+from dirl_cli.training.session import Evaluation, Session
 from dirl_cli.training.stop_signal import StopSignal
 
 PANELS = (
@@ -117,6 +122,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     require_kept(cfg.rl, parts.reward_settings)
     require_hints(cfg.rl, parts.engine)
     require_strategy(parts.engine, parts.decoding)
+    require_measured_growth(cfg, parts.annealing)
     require_steps(parts, cfg.launch)
     parts.peft.require(cfg.launch)
     require_measured(cfg.keep_best, rl_metrics(cfg))
@@ -127,7 +133,8 @@ def run(cfg: DictConfig, out: Path) -> None:
 
     lm = load_model(cfg, parts.model, parts.peft, accelerator, progress)
     settled = replace(parts, decoding=lm.decoding(parts.decoding))  # for all that follows
-    session = reinforce(cfg, out, settled, pools, lm, accelerator, progress)
+    growth = block_growth(cfg, parts, lm)
+    session = reinforce(cfg, out, settled, pools, lm, growth, accelerator, progress)
     if cfg.rl.rollout_only:
         progress.print_line(
             f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`, or from"
@@ -135,7 +142,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         )
         return
     session.trainer.require_update(f"no group held a signal; {REMEDIES}")
-    trained = block_growth(cfg, parts, lm).at(lm, cfg.steps - 1)
+    trained = growth.at(lm, cfg.steps - 1)
     if trained.block_size != lm.block_size:  # the run ended before the last stage
         lm = in_blocks_of(lm, trained.block_size)
         cfg.model.block_size = lm.block_size  # which the cards name
@@ -156,7 +163,7 @@ def read_and_plan(
     teacher = teacher_parameters(cfg, parts.objective, lm)
     critic = parts.critic.kind
     growth = block_growth(cfg, parts, lm)
-    if growth.stages:
+    if growth != NO_GROWTH:
         progress.print_line(f"{growth}, of {lm.block_size} thereafter; memory and time are those of the largest")
     if cfg.dry_run and lm.tokenizer is None:
         longest = cfg.rl.max_prompt_tokens or PROMPT
@@ -198,6 +205,7 @@ def reinforce(
     parts: RlParts,
     pools: Pools,
     lm: DiffusionLM,
+    growth: BlockGrowth,
     accelerator: Accelerator,
     progress: StepProgress,
 ) -> Session:
@@ -205,7 +213,6 @@ def reinforce(
     fingerprints = {"base_fingerprint": fingerprint(lm.model), "data_fingerprint": pools.fingerprint}
     inference_lm = parts.peft.merged(lm)  # before processes share the parameters
     stop = StopSignal(accelerator)
-    growth = block_growth(cfg, parts, lm)
     update = policy_update(cfg, parts, lm, inference_lm, accelerator, updates_of(cfg), growth)
     if parts.objective.other_teacher and update.reference:
         fingerprints["teacher_fingerprint"] = fingerprint(update.reference.model)
@@ -216,6 +223,8 @@ def reinforce(
         session.others = {"critic": update.critic.trainer}
     needs_base = parts.objective.beta > 0 or parts.peft != FullFinetune()
     remembered = session.resume(cfg.resume, needs_base, cfg.data.name)
+    if growth.measured and remembered and "stages" in remembered:
+        growth.measured.restore(remembered["stages"])
     open_run_log(cfg, out, session)
     sampler = start_sampler(cfg, parts, inference_lm)
     update.publish(sampler)
@@ -224,12 +233,17 @@ def reinforce(
         """That of the last step that was finished, or of the first."""
         return growth.at(lm, max(session.step - 1, 0)).block_size
 
+    def growth_state() -> dict[str, Any]:
+        """What a checkpoint keeps of blocks that grow."""
+        state: dict[str, Any] = {} if growth == NO_GROWTH else {"block_size": block_size()}
+        return state | ({"stages": growth.measured.to_json()} if growth.measured else {})
+
     learns = not cfg.rl.rollout_only
     with RewardComputer(parts.reward_settings) as reward_computer:
         rollouts = rollout_source(cfg, parts, pools, lm, sampler, reward_computer, accelerator, growth)
         if remembered:
             rollouts.state = RolloutState.from_json(remembered)
-        session.state = lambda: rollouts.state.to_json() | ({"block_size": block_size()} if growth.stages else {})
+        session.state = lambda: rollouts.state.to_json() | growth_state()
         writes = accelerator.is_main_process and rollouts.is_new
         report = RolloutReport(out / "rollouts" if writes else None, cfg.show_every, learns, progress)
 
@@ -237,9 +251,13 @@ def reinforce(
         held_out = HeldOutEval(
             questions.problems, questions.prompts, lm, parts.decoding, accelerator, progress, stop.raising
         )
-        evaluation = None
+        evaluation: Evaluation | None = None
         if questions.problems and learns:
             evaluation = SamplerEvaluation(held_out, sampler, reward_computer.grader, block_size)
+        if growth.measured:
+            if evaluation is None:
+                raise DirlError(NOTHING_TELLS)
+            evaluation = StagedEvaluation(evaluation, growth.measured, lambda: session.step)
         with session:
             train(session, rollouts, update, sampler, report, evaluation, learns)
     return session

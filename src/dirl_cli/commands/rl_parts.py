@@ -103,8 +103,20 @@ def require_growth(parts: RlParts, lm: DiffusionLM) -> None:
         raise DirlError("annealing.block_sizes wants rollout=native: LMDeploy samples in blocks of one size")
 
 
+def require_measured_growth(cfg: DictConfig, annealing: Annealing) -> None:
+    """Raises DirlError where stages of blocks are to end by what is held out, and nothing tells in time."""
+    annealing.require_evaluations(cfg.eval_every)
+    if annealing.patience and (cfg.rl.async_rollout or cfg.rl.replay or cfg.rl.rollout_only):
+        raise DirlError(
+            "annealing.patience ends a stage by what was just learned: leave out rl.async_rollout, rl.replay and"
+            " rl.rollout_only, or give annealing.share alone"
+        )
+
+
 def block_growth(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> BlockGrowth:
     """The block size of each step. lm: the model in the blocks of the run's end."""
+    if stages := parts.annealing.stages(lm.block_size, "greedy_accuracy"):
+        return BlockGrowth(measured=stages)
     sizes = [parts.annealing.block_size(lm.block_size, step / cfg.steps) for step in range(cfg.steps)]
     return BlockGrowth.of(sizes, lm.block_size)
 

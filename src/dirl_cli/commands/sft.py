@@ -30,7 +30,7 @@ from dirl_cli.diffusion.reveal_order import TraceWindows
 from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.held_out import HeldOutEval
 from dirl_cli.evaluation.sweep_table import Column, show_sweep
-from dirl_cli.models.load import DiffusionLM, fingerprint, pick_dtype
+from dirl_cli.models.load import DiffusionLM, fingerprint, in_blocks_of, pick_dtype
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.models.save import require_pushable
 from dirl_cli.models.tiny import Tiny
@@ -43,18 +43,30 @@ from dirl_cli.reward.grading import Grader
 from dirl_cli.sft.batches import Noise, NoisedBatches, Padded
 from dirl_cli.sft.sampled_answers import SampledAnswers
 from dirl_cli.sft.train import train
-from dirl_cli.sft.validation import FinetuneEvaluation, cross_entropy, hold_out, metric
+from dirl_cli.sft.validation import (
+    STAGE_LOSS,
+    FinetuneEvaluation,
+    StageValidation,
+    cross_entropy,
+    hold_out,
+    metric,
+)
+from dirl_cli.training.block_stages import NOTHING_TELLS, BlockStages, StagedEvaluation
 from dirl_cli.training.checkpoint import require_measured
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, warmup_remark
 from dirl_cli.training.prepare import Questions, Reader, fingerprint_of
-from dirl_cli.training.session import Session
+from dirl_cli.training.session import Evaluation, Session
 from dirl_cli.training.stop_signal import StopSignal
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding, Instruction
 
 PANELS = (
-    Panel("Loss per answer token", {"loss": "training", "validation_loss": "validation"}, log=True),
+    Panel(
+        "Loss per answer token",
+        {"loss": "training", "validation_loss": "validation", "stage_loss": "in smaller blocks"},
+        log=True,
+    ),
     Panel("Entropy of what is right, per hidden token", {"certainty_loss": "nats"}),
     Panel("Greedy accuracy", {"greedy_accuracy": "accuracy"}, percent=True),
     Panel("Learning rate", {"lr": "learning rate", "adamw_lr": "of AdamW beside Muon"}, smooth=False),
@@ -130,6 +142,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     lm = shapes_of(cfg, parts.model)
     parts.annealing.check(lm.block_size)
     parts.annealing.require_whole_states(parts.masking)
+    parts.annealing.require_evaluations(cfg.eval_every)
     require_order(parts.masking, source)
     decoding = lm.decoding(parts.decoding)
     setup = training_setup(cfg, lm, parts.optim, parts.peft, FINETUNE)
@@ -160,14 +173,21 @@ def run(cfg: DictConfig, out: Path) -> None:
     warn(cfg, parts, budget.warnings(), progress)
 
     lm = load_model(cfg, parts.model, parts.peft, accelerator, progress)
+    stages = parts.annealing.stages(lm.block_size, STAGE_LOSS)
     stop = StopSignal(accelerator)
     with Grader(workers=1) as grader:
-        session, batches, evaluation = open_training(cfg, out, parts, data, lm, stop, grader, accelerator, progress)
+        session, batches, evaluation = open_training(
+            cfg, out, parts, data, lm, stop, grader, stages, accelerator, progress
+        )
         with session:
             train(session, batches, parts.annealing, cfg.certainty, evaluation, cfg.micro_rows)
     session.trainer.require_update(
         "its gradients were skipped or its rates 0 (grad_norm and lr in metrics.jsonl tell which)"
     )
+    if stages and stages.size(cfg.steps - 1) != lm.block_size:  # the run ended before the last stage
+        lm = in_blocks_of(lm, stages.size(cfg.steps - 1))
+        cfg.model.block_size = lm.block_size  # which the cards name
+        decoding = lm.decoding(parts.decoding)
     leave_model(cfg, out, session, lm, parts.peft, decoding, RECIPE)
 
 
@@ -268,21 +288,23 @@ def open_training(
     lm: DiffusionLM,
     stop: StopSignal,
     grader: Grader,
+    stages: BlockStages | None,
     accelerator: Accelerator,
     progress: StepProgress,
-) -> tuple[Session, NoisedBatches, FinetuneEvaluation | None]:
+) -> tuple[Session, NoisedBatches, Evaluation | None]:
     """The run where it goes on, its batches, and what it is measured by."""
     fingerprints = {
         "base_fingerprint": fingerprint(lm.model),
         "data_fingerprint": fingerprint_of([*data.training, *data.held_out]),
     }
-    # A batch is a function of its number alone, so that a run goes on with what it would have seen.
+    # A batch is a function of its number, and where blocks grow by what is held out of the stage that a checkpoint
+    # keeps: so a run goes on with what it would have seen.
     noise = Noise(parts.masking, lm.block_size, lm.mask_token_id, lm.pad_token_id, cfg.row_tokens)
     batches = NoisedBatches(
         Padded(data.training, lm.block_size, lm.pad_token_id),
         data.order(cfg.seed),
         cfg.batch_size,
-        lambda step: parts.annealing.noise(noise, step / cfg.steps),
+        lambda step: parts.annealing.noise(noise, step / cfg.steps, stages.size(step) if stages else None),
         cfg.seed,
         data.names,
     )
@@ -301,13 +323,20 @@ def open_training(
     unseen = Padded(data.held_out, lm.block_size, lm.pad_token_id)
     validation = None
     if len(unseen):
-        unseen_rows = hold_out([unseen[i] for i in range(len(unseen))], noise, cfg.mask_rates, cfg.seed)
-        validation = partial(unseen_rows.measure, trainer, cross_entropy, cfg.micro_rows)
+        examples = [unseen[i] for i in range(len(unseen))]
+        unseen_rows = hold_out(examples, noise, cfg.mask_rates, cfg.seed)
+        measure = unseen_rows.measure
+        if stages:
+            size = partial(trained_size, stages, trainer)
+            measure = StageValidation(unseen_rows, examples, noise, cfg.seed, size).measure
+        validation = partial(measure, trainer, cross_entropy, cfg.micro_rows)
+    elif stages:
+        raise DirlError(NOTHING_TELLS)
     questions = data.problems
     decoding = lm.decoding(parts.decoding)
     held_out = HeldOutEval(questions.problems, questions.prompts, lm, decoding, accelerator, progress, stop.raising)
     dtype = pick_dtype(cfg.dtype, lm.device.type)
-    evaluation = None
+    evaluation: Evaluation | None = None
     if validation or questions.problems:
         evaluation = FinetuneEvaluation(
             validation, "held-out demonstrations", held_out, lm, parts.peft, grader, dtype, progress
@@ -316,11 +345,21 @@ def open_training(
     # The log is opened last: where the run goes on tells which of its lines stay.
     by_rate = {metric(rate): f"{rate:.0%} masked" for rate in cfg.mask_rates}
     panels = (*PANELS, Panel("Denoising accuracy, held out", by_rate, percent=True))
-    noted = ("validation_loss", "greedy_accuracy", *by_rate)
+    noted = ("validation_loss", STAGE_LOSS, "greedy_accuracy", *by_rate)
     session = open_session(cfg, out, "sft", trainer, lm, progress, stop, panels, noted, fingerprints)
-    session.resume(cfg.resume, needs_base=parts.peft != FullFinetune(), data=cfg.data.name)
+    remembered = session.resume(cfg.resume, needs_base=parts.peft != FullFinetune(), data=cfg.data.name)
     open_run_log(cfg, out, session)
+    if stages and evaluation:
+        if remembered and "stages" in remembered:
+            stages.restore(remembered["stages"])
+        session.state = lambda: {"block_size": trained_size(stages, trainer), "stages": stages.to_json()}
+        evaluation = StagedEvaluation(evaluation, stages, lambda: session.step)
     return session, batches, evaluation
+
+
+def trained_size(stages: BlockStages, trainer: Trainer) -> int:
+    """The block size of the last step that was finished, or of the first."""
+    return stages.trained_size(trainer.steps_taken)
 
 
 def after_sweep(title: str, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:

@@ -16,6 +16,7 @@ FORMS = {
     "adamw_lr": "adamw_lr {:.2e}",
     "tokens_per_s": "{:,.0f} tokens/s",
     "validation_loss": "validation loss {:.4f}",
+    "stage_loss": "stage loss {:.4f}",
     "denoising_accuracy": "{1} hidden: {0:.0%} right",
     "reward_margin": "margin {:.3f}",
     "reward_accuracy": "{:.0%} told apart",

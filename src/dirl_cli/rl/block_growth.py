@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.training.block_stages import BlockStages
 
 
 @dataclass(frozen=True)
 class BlockGrowth:
     """The block sizes to begin with; then blocks have the model's own size. stages: of each its end and size.
 
-    The end is the first step, from 0, that has another size.
+    The end is the first step, from 0, that has another size. measured: stages whose ends evaluations tell, instead.
     """
 
     stages: tuple[tuple[int, int], ...] = ()
+    measured: BlockStages | None = None
 
     @classmethod
     def of(cls, sizes: Sequence[int], final: int) -> "BlockGrowth":
@@ -29,6 +31,9 @@ class BlockGrowth:
 
     def at(self, lm: DiffusionLM, step: int) -> DiffusionLM:
         """The model in the blocks of a step, from 0. lm: in those of its own size."""
+        if self.measured:
+            size = self.measured.size(step)
+            return lm if size == lm.block_size else replace(lm, block_size=size)
         for end, size in self.stages:
             if step < end:
                 return replace(lm, block_size=size)
@@ -36,6 +41,8 @@ class BlockGrowth:
 
     def __str__(self) -> str:
         """Such as: blocks of 4 up to step 30, of 8 up to step 60."""
+        if self.measured:
+            return str(self.measured)
         return "blocks " + ", ".join(f"of {size} up to step {end}" for end, size in self.stages)
 
 

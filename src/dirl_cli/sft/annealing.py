@@ -11,8 +11,9 @@ from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.masking import Example, Masking, causal_strip
 from dirl_cli.diffusion.reveal_order import TraceWindows
 from dirl_cli.errors import DirlError
-from dirl_cli.ranges import Count, NotNegative, Share, SomeShare
+from dirl_cli.ranges import Count, Natural, NotNegative, Share, SomeShare
 from dirl_cli.sft.batches import Noise
+from dirl_cli.training.block_stages import BlockStages
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,17 @@ class Annealing:
 
     block_sizes: those to begin with, in equal parts of it. masked: the share of what the schedule hides that is
     hidden at first; it grows to 1. causal_weight: of the next-token loss, which all steps have.
+    patience: where it is given, each size lasts instead until what is held out has not improved for so many
+    evaluations; least_steps, most_steps: how long at the least and at the most.
     """
 
     block_sizes: tuple[Count, ...]
     share: Share
     masked: SomeShare
     causal_weight: NotNegative
+    patience: Count | None = None
+    least_steps: Natural = 0
+    most_steps: Count | None = None
 
     def check(self, block_size: int) -> None:
         """Raises DirlError for what cannot lead to blocks of this size."""
@@ -35,6 +41,29 @@ class Annealing:
             raise DirlError(
                 f"annealing.block_sizes={list(self.block_sizes)}: each must divide the next, up to {block_size}"
             )
+        if self.patience is None and (self.least_steps or self.most_steps):
+            raise DirlError(
+                "annealing.least_steps and annealing.most_steps bound what annealing.patience ends: give that, or"
+                " annealing.share alone"
+            )
+        if self.patience and not self.block_sizes:
+            raise DirlError("annealing.patience is of annealing.block_sizes: name the sizes to begin with")
+        if self.most_steps and self.most_steps < self.least_steps:
+            raise DirlError(
+                f"annealing.most_steps={self.most_steps} is less than annealing.least_steps={self.least_steps}"
+            )
+
+    def require_evaluations(self, eval_every: int) -> None:
+        """Raises DirlError where evaluations are to end the stages, and there are none on the way."""
+        if self.patience and not eval_every:
+            raise DirlError("annealing.patience counts evaluations: give eval_every=N, or annealing.share alone")
+
+    def stages(self, final: int, metric: str) -> BlockStages | None:
+        """The stages that `metric` ends, on the way to blocks of `final`; None where they have set ends."""
+        if self.patience is None:
+            return None
+        sizes = tuple(size for size in self.block_sizes if size != final)
+        return BlockStages(sizes, final, metric, self.patience, self.least_steps, self.most_steps)
 
     def require_whole_states(self, masking: Masking | TraceWindows) -> None:
         """Raises DirlError where part of what a trace hides is to be shown, which no sampler ever saw."""
@@ -50,12 +79,16 @@ class Annealing:
             return final
         return self.block_sizes[int(progress / self.share * len(self.block_sizes))]
 
-    def noise(self, final: Noise, progress: float) -> Noise:
-        """The noise at a point of the run, of which `final` is that of its end. progress: from 0 to 1."""
-        if progress >= self.share:
+    def noise(self, final: Noise, progress: float, block_size: int | None = None) -> Noise:
+        """The noise at a point of the run, of which `final` is that of its end. progress: from 0 to 1.
+
+        block_size: of the stage that the run is in, where stages have no set ends.
+        """
+        if block_size is None:
+            block_size = self.block_size(final.block_size, progress)
+        if progress >= self.share and block_size == final.block_size:
             return final
-        block_size = self.block_size(final.block_size, progress)
-        if isinstance(final.masking, TraceWindows):
+        if progress >= self.share or isinstance(final.masking, TraceWindows):
             return replace(final, block_size=block_size)
         masked = self.masked + (1 - self.masked) * progress / self.share
         return replace(final, block_size=block_size, masking=Thinned(final.masking, masked))

@@ -5,8 +5,7 @@ import time
 from dirl_cli.sft.annealing import Annealing
 from dirl_cli.sft.batches import NoisedBatches
 from dirl_cli.sft.certainty import finetuning_loss
-from dirl_cli.sft.validation import FinetuneEvaluation
-from dirl_cli.training.session import Session
+from dirl_cli.training.session import Evaluation, Session
 
 
 def train(
@@ -14,7 +13,7 @@ def train(
     batches: NoisedBatches,
     annealing: Annealing,
     certainty: float,
-    evaluation: FinetuneEvaluation | None,
+    evaluation: Evaluation | None,
     micro_rows: int | None,
 ) -> None:
     """Take the steps that are left of a run.

@@ -18,6 +18,8 @@ from dirl_cli.sft.batches import Noise
 from dirl_cli.training.parallel import unsharded_model
 from dirl_cli.training.trainer import Loss, Sums, Trainer
 
+STAGE_LOSS = "stage_loss"
+
 
 def metric(rate: float) -> str:
     """The name of the denoising accuracy at a masking rate, such as denoising_accuracy/0.25."""
@@ -78,6 +80,28 @@ class FinetuneEvaluation:
         if self.held_out.problems:
             sampler = NativeSampler(unsharded_model(self.peft.merged(self.lm), self.dtype))
             metrics |= self.held_out.run(sampler, self.grader)
+        return metrics
+
+
+@dataclass(frozen=True)
+class StageValidation:
+    """Held-out demonstrations of a run whose blocks grow, in the blocks of its end and in those of its stage.
+
+    in_the_end: what they are there. noise: of the run's end. size: the block size of the stage.
+    """
+
+    in_the_end: Validation
+    examples: Sequence[Example]
+    noise: Noise
+    seed: int
+    size: Callable[[], int]
+
+    def measure(self, trainer: Trainer, loss: Loss, micro_rows: int | None) -> dict[str, float]:
+        """As of a `Validation`, and `stage_loss`, the same loss in smaller blocks as long as the run has those."""
+        metrics = self.in_the_end.measure(trainer, loss, micro_rows)
+        if self.size() != self.noise.block_size:
+            in_stage = hold_out(self.examples, replace(self.noise, block_size=self.size()), (), self.seed)
+            metrics[STAGE_LOSS] = in_stage.measure(trainer, loss, micro_rows)["validation_loss"]
         return metrics
 
 
