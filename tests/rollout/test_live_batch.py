@@ -15,6 +15,10 @@ DECODINGS = [
     Decoding(strategy="low_confidence_static", temperature=1.0, denoising_steps=4, max_new_tokens=20),
     Decoding(strategy="entropy_bounded", threshold=2.0, temperature=1.0, max_new_tokens=8, stop_token_ids=(3, 9)),
     Decoding(strategy="sequential", temperature=1.0, denoising_steps=3, max_new_tokens=12, stop_token_ids=(7,)),
+    Decoding(
+        strategy="bounded_adaptive", threshold=0.9, lowest_threshold=0.3, temperature=1.0, max_new_tokens=12, seed=3
+    ),
+    Decoding(threshold=0.5, threshold_by_step=-0.2, threshold_by_position=0.1, temperature=1.0, max_new_tokens=12),
 ]
 
 
@@ -50,11 +54,11 @@ def same(one: Trajectory, other: Trajectory) -> None:
 @pytest.mark.parametrize("by_blocks", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_answers_that_join_and_leave_at_any_time_are_those_of_a_stream(by_blocks, seed):
-    """Of five decodings at once; some leave early, and a slot that was left is as good as new."""
+    """Of several decodings at once; some leave early, and a slot that was left is as good as new."""
     rng = np.random.default_rng(seed)
     lm = small_lm()
     sampler = NativeSampler(lm, 4, by_blocks=by_blocks)
-    decodings = [DECODINGS[i % 5] for i in range(12)]
+    decodings = [DECODINGS[i % len(DECODINGS)] for i in range(12)]
     prompts = [PROMPTS[i % 4] for i in range(12)]
     batch = sampler.open_batch(64)
     queue = [(i, sample) for i in range(12) for sample in range(2)]

@@ -231,6 +231,7 @@ def test_each_request_is_decoded_as_it_says_though_all_share_forwards(lm):
         ({"prompt": "a", "seed": -1}, 400, "seed=-1: give a whole number of at least 0"),
         ({"prompt": "a", "temperature": 1e-40}, 400, "give 0, which is greedy, or at least 0.01"),
         ({"prompt": "a", "denoising_steps": 10**30}, 400, "give at most 2147483647"),
+        ({"prompt": "a", "denoising_steps": 10**6}, 400, "denoising_steps may be 4096 at most: give fewer"),
         ({"prompt": "a", "stop_token_ids": [10**30]}, 400, "stop_token_ids may hold 1024 token ids below"),
         ({"prompt": ["a"] * 2000}, 400, "2000 prompts are more than 1024: give fewer"),
         ({"prompt": "a" * 100_000}, 400, "a prompt has 100000 letters, more than the 127 tokens"),

@@ -61,6 +61,7 @@ NEUTRAL: dict[str, Sequence[Any]] = {
 MOST_STOPS = 64
 MOST_STOP_TOKENS = 1024
 MOST_PROMPTS = 1024
+MOST_STEPS = 4096  # there is a threshold for each
 LARGEST = 2**31 - 1
 LEAST_TEMPERATURE = 0.01  # above greedy: logits over much less are no numbers any more
 
@@ -211,6 +212,8 @@ class RequestReader:
                 settings[name] = checked(key, body[key], types[name])
                 if type(settings[name]) is int and settings[name] > LARGEST and name != "seed":
                     raise Refusal(400, f"{key}={settings[name]}: give at most {LARGEST}", key)
+        if settings.get("denoising_steps", 0) > MOST_STEPS:
+            raise Refusal(400, f"denoising_steps may be {MOST_STEPS} at most: give fewer", "denoising_steps")
         if 0 < settings.get("temperature", 0) < LEAST_TEMPERATURE:
             raise Refusal(
                 400,
