@@ -139,7 +139,7 @@ class Objective:
         """Whether the policy that sampled enters the loss once the present one has moved on from it."""
         return self.has_ratio or self.self_normalised
 
-    def loss(self, rows: Rows, logprobs: Tensor, entropy: Tensor) -> dict[str, Tensor]:
+    def loss(self, rows: Rows, logprobs: Tensor, entropy: Tensor, *_: Tensor) -> dict[str, Tensor]:
         """Sums over the scored tokens (N,) of `rows`: the loss, and what is worth watching.
 
         rows.extras: `sample` (which answer a token belongs to), `length` (its answer's tokens), `advantage`,
