@@ -329,6 +329,25 @@ def test_bf16_keeps_the_parameters_in_float32_and_saves_them_as_bf16(model, tmp_
     assert any(1e-5 < line.get("mismatch_max", 0) < 1 for line in lines(tmp_path))
 
 
+def test_rounds_on_the_best_answers_learn_from_these_alone_and_go_on_to_the_same_bytes(model, tmp_path):
+    words = ["algo=raft", "rl.epochs=2", "steps=2", "save_every=1", "eval_problems=0", "keep_checkpoints=0"]
+    run(config(model, *words), tmp_path)
+    whole, told = weights(tmp_path), updates(tmp_path)
+    for step in (1, 2):
+        learned = [r for r in read_rollout(tmp_path / f"rollouts/step-{step:06d}.jsonl") if r.learned_from]
+        assert {record.advantage for record in learned} == {0.0, 1.0}
+    assert json.loads((tmp_path / "checkpoints/step-000002/state.json").read_text())["updates"] == 4
+
+    # Where there is more to learn, from a reference, the others are computed too.
+    run(config(model, *words, "algo.beta=0.1", "steps=1"), tmp_path / "all")
+    assert lines(tmp_path / "all")[0]["token_forwards"] > lines(tmp_path)[0]["token_forwards"]
+
+    shutil.rmtree(tmp_path / "model")
+    shutil.rmtree(tmp_path / "checkpoints/step-000002")
+    run(config(model, *words), tmp_path)
+    assert weights(tmp_path) == whole and updates(tmp_path) == told
+
+
 def test_a_ranking_is_among_the_rewards_of_every_answer(model, tmp_path):
     run(config(model, "+reward.weights.speed_rank=0.2", "steps=1", "eval_problems=0"), tmp_path)
     assert lines(tmp_path)[-1]["reward/speed_rank"] == 0.0  # whose answers are all wrong

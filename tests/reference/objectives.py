@@ -215,6 +215,12 @@ def nothing(rewards: Sequence[float]) -> list[float]:
     return [0.0] * len(rewards)
 
 
+def best(rewards: Sequence[float]) -> list[float]:
+    if min(rewards) == max(rewards):
+        return [0.0] * len(rewards)
+    return [float(reward == max(rewards)) for reward in rewards]
+
+
 def softmax_contrast(rewards: Sequence[float]) -> list[float]:
     centre = sum(rewards) / len(rewards)
     up, down = [exp(reward - centre) for reward in rewards], [exp(centre - reward) for reward in rewards]
@@ -389,6 +395,7 @@ FORMULAS = {
     "dr_grpo": Formula(as_sampled, centred, each_token, "the longest allowed", 0.2, 0.2, k2),
     "grpo": Formula(as_sampled, normalised, each_token, "answers", 0.2, 0.2, k3),
     "tracerl": Formula(two_steps_as_one, normalised, each_token, "tokens", 0.2, 0.2, k2),
+    "raft": Formula(two_steps_as_one, best, token_likelihood, "tokens", inf, inf, k2),
     "diffu_grpo": Formula(whole_answer, centred, each_token, "tokens", 0.2, 0.2, k3),
     "unigrpo": Formula(one_random_mask, normalised, each_token, "answers", 0.2, 0.2, k3),
     "coupled_masks": Formula(mask_and_complement, leave_one_out, each_token, "answers", 0.2, 0.2, k3),

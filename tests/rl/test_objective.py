@@ -360,6 +360,28 @@ def test_a_softmax_contrast_raises_the_good_and_lowers_the_bad_by_as_much():
     assert ADVANTAGES["softmax_contrast"](torch.tensor([0.3, 0.3])).tolist() == [0.0, 0.0]
 
 
+def test_the_best_of_a_group_alone_count_and_none_where_all_are_alike():
+    assert estimated("best", [[1.0, 0.0, 1.0, 0.5], [0.3, 0.3]]) == [[1.0, 0.0, 1.0, 0.0], [0.0, 0.0]]
+    assert estimated("best", [[1.0, 1.0 - 1e-9, 0.0]]) == [[1.0, 1.0, 0.0]], "rewards that differ by rounding"
+
+
+def test_what_is_not_the_best_need_not_be_laid_out():
+    """But for the normaliser, which then counts the tokens of what is learned from."""
+    lm, objective = small_lm(scale=3.0), algorithm("raft")
+    assert objective.passes_over and not algorithm("raft", beta=0.1).passes_over and not algorithm("wd1").passes_over
+    everything = groups("best")
+    some = []
+    for group in everything:
+        kept = [i for i, advantage in enumerate(group.advantages) if advantage]
+        some.append(TrajectoryGroup([group.trajectories[i] for i in kept], [1.0] * len(kept)))
+    tokens = [sum(len(one.token_ids) for group in part for one in group.trajectories) for part in (everything, some)]
+    loss, grad, _ = packed(lm, objective, everything)
+    of_the_best = packed(lm, objective, some)
+    share = tokens[1] / tokens[0]
+    assert share < 1 and of_the_best[0] * share == pytest.approx(loss, rel=1e-5)
+    assert torch.allclose(of_the_best[1] * share, grad, atol=1e-6)
+
+
 def test_advantages_are_bounded_and_the_negative_ones_weighted():
     assert estimated("mean_only", [[4.0, 0.0, 2.0]], clip=1.5) == [[1.5, -1.5, 0.0]]
     assert estimated("mean_only", [[4.0, 0.0, 2.0]], negative_weight=0.5) == [[2.0, -1.0, 0.0]]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 LEAST_STD = 1e-4  # TRL adds as much to every spread; a floor leaves rewards of 0 and 1 exactly as they are
 VARIANCE_FLOOR = 1e-8  # as verl adds to a variance
+ROUNDING = 1e-6  # rewards nearer to each other than this are the same
 
 Advantage = Callable[[Tensor], Tensor]
 """From the rewards of a group (G,) to advantages (G,)."""
@@ -43,13 +44,20 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean()) * (n / (n - 1)) if n > 1 else torch.zeros_like(rewards)
 
 
+def best(rewards: Tensor) -> Tensor:
+    """1 for the answers of the highest reward, 0 for the others, and for all where all are equal (arXiv 2304.06767)."""
+    if rewards.max() - rewards.min() <= ROUNDING:
+        return torch.zeros_like(rewards)
+    return (rewards >= rewards.max() - ROUNDING).to(rewards)
+
+
 def nothing(rewards: Tensor) -> Tensor:
     """0 for every answer: rewards are reported, and something else is learned, such as a teacher's probabilities."""
     return torch.zeros_like(rewards)
 
 
 ADVANTAGES: dict[str, Advantage] = {
-    f.__name__: f for f in (normalised, mean_only, leave_one_out, softmax_contrast, nothing)
+    f.__name__: f for f in (normalised, mean_only, leave_one_out, softmax_contrast, best, nothing)
 }
 BATCH_ADVANTAGES = ("batch_normalised", "each_normalised")  # which all groups of a step are needed for
 
@@ -124,7 +132,6 @@ def whitened_by_tokens(advantages: Sequence[Tensor], groups: Sequence[GroupRewar
 
 
 FILTERS = ("accuracy", "reward", "none")
-ROUNDING = 1e-6  # rewards nearer to each other than this are the same
 
 
 def has_signal(rewards: Sequence[float], correct: Sequence[bool], rule: str) -> bool:

@@ -135,6 +135,12 @@ class Objective:
         return None if self.teacher == SELF else self.teacher
 
     @property
+    def passes_over(self) -> bool:
+        """Whether nothing is to be learned from answers of advantage 0, which then need not be laid out."""
+        has_more_terms = self.beta > 0 or self.entropy_bonus > 0 or self.self_normalised
+        return self.advantage == "best" and self.surrogate == "likelihood" and not has_more_terms
+
+    @property
     def needs_old_logprobs(self) -> bool:
         """Whether the policy that sampled enters the loss once the present one has moved on from it."""
         return self.has_ratio or self.self_normalised

@@ -79,10 +79,15 @@ class PolicyUpdate:
     growth: BlockGrowth = NO_GROWTH
 
     def run(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        """Learn from the groups of step `step` (from 0); returns the mean metrics of the optimizer steps.
+        """Learn from the groups of step `step` (from 0); returns the mean metrics of the optimizer steps, if any.
 
         staleness: optimizer steps since the answers were sampled.
         """
+        if self.objective.passes_over and not self.critic:
+            groups = with_advantage(groups)
+            if not groups:
+                return {}
+
         version = self.trainer.steps_taken
         batches = []
         for i, mini_batch in enumerate(split_evenly(groups, self.mini_batches)):
@@ -253,6 +258,15 @@ def move_towards(reference: nn.Module, weights: Iterable[tuple[str, Tensor]], ra
         parameter.lerp_(weight.to(parameter), rate)
     if parameters:  # a name that does not fit would leave a weight where it was, in silence
         raise KeyError(f"the policy has no {min(parameters)}")
+
+
+def with_advantage(groups: Sequence[Group]) -> list[Group]:
+    """The groups without answers that neither have an advantage nor steps with rewards, those with any left."""
+    learned_from = []
+    for group in groups:
+        if kept := [record for record in group if record.advantage or record.process]:
+            learned_from.append(kept)
+    return learned_from
 
 
 def split_evenly(groups: Sequence[Group], mini_batches: int) -> list[Sequence[Group]]:
