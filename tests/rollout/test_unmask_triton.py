@@ -102,6 +102,8 @@ def test_they_reveal_what_plain_operations_do(strategy, block_size, steps, monke
                 assert torch.equal(getattr(sequences, name), getattr(others, name)), name
             for name in ("logprobs", "confidences"):
                 torch.testing.assert_close(getattr(sequences, name), getattr(others, name), atol=1e-5, rtol=1e-5)
+            if (ours >= 0).all():
+                break
         assert (ours >= 0).all()
 
 
