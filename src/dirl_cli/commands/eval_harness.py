@@ -146,8 +146,8 @@ def run_tasks(cfg: DictConfig, model: Any, manager: Any) -> dict[str, Any]:
         ) from error
     except ImportError as error:
         raise DirlError(
-            f"{', '.join(cfg.harness)} wants a package that is not here ({error}): install it, or what most tasks want"
-            f" with {pip_install('lm-eval')}"
+            f"harness={list(cfg.harness)} wants a package that is not here ({error}): install it, or what most tasks"
+            f" want with {pip_install('lm-eval')}"
         ) from error
     except ValueError as error:
         if "unsafe" not in str(error):

@@ -8,6 +8,7 @@ from typing import Any
 
 from dirl_cli.evaluation import report
 from dirl_cli.evaluation.result_card import CARD
+from dirl_cli.text import counted
 
 SPEEDS = {"tokens_per_denoising_forward": "tokens per denoising forward", "tokens_per_forward": "per forward"}
 
@@ -59,7 +60,7 @@ def facts_text(facts: Mapping[str, float]) -> str:
     lines = ["±: standard error over the task's documents, as lm-eval tells it."]
     speeds = [f"{facts[name]:.2f} {words}" for name, words in SPEEDS.items() if name in facts]
     if speeds:
-        lines.append(f"{', '.join(speeds)}, over the {facts['answers']:,.0f} answers sampled now.")
+        lines.append(f"{', '.join(speeds)}, over the {counted(int(facts['answers']), 'answer')} sampled now.")
     if "elbo_standard_error" in facts:
         lines.append(f"Log-likelihoods are ELBOs, ± {facts['elbo_standard_error']:.3f} nats each on average.")
     return "\n".join(lines)
