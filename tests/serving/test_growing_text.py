@@ -2,7 +2,7 @@
 
 import pytest
 
-from dirl_cli.serving.growing_text import GrowingText
+from dirl_cli.serving.growing_text import WINDOW, GrowingText
 from tests.helpers.served import speaking_lm
 
 STOP = 1  # <|im_end|> of the embedded tokenizer is another; any number will do
@@ -55,3 +55,21 @@ def test_the_embedded_tokenizers_text_grows_as_it_is_decoded_at_once():
     text = GrowingText(tokenizer, (), (), 100)
     pieces = [text.grow(ids[i : i + 3], is_last=i + 3 >= len(ids)) for i in range(0, len(ids), 3)]
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 32])
+def test_of_a_long_answer_few_tokens_are_decoded_with_each_block(block_size):
+    """Letters of two and three bytes lie across blocks and across what settles."""
+    ids = list(("é€x" * 200).encode())
+    decoded = []
+
+    class Counting(Bytes):
+        def decode(self, token_ids, skip_special_tokens=False):
+            decoded.append(len(token_ids))
+            return super().decode(token_ids)
+
+    text = GrowingText(Counting(), (), ("never",), 10_000)
+    blocks = [ids[i : i + block_size] for i in range(0, len(ids), block_size)]
+    added = [text.grow(block, is_last=block is blocks[-1]) for block in blocks]
+    assert "".join(added) == text.text == "é€x" * 200
+    assert max(decoded) <= 2 * WINDOW + block_size + 2

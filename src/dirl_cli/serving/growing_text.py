@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.data.chat import answer_text, first_stop
 
+WINDOW = 64  # tokens that are decoded anew with each block
 UNFINISHED = "\ufffd"  # stands for the bytes of a letter whose other bytes are in a later token
 
 
@@ -32,6 +33,8 @@ class GrowingText:
         self.is_shown = is_shown
         self.token_ids: list[int] = []
         self.text = ""
+        self.settled_text = ""  # of the first `settled` tokens, which are decoded no more
+        self.settled = 0
         self.sent = 0  # characters of it that were handed out
         self.finish_reason: Literal["stop", "length"] | None = None
 
@@ -47,10 +50,10 @@ class GrowingText:
                 if len(self.token_ids) == self.max_tokens:
                     self.finish_reason = "length"
 
-        # All of it is decoded anew, which is not done where nobody looks.
+        # Nothing is decoded where nobody looks.
         if not (self.is_shown or self.stops or self.finish_reason or is_last):
             return ""
-        self.text = answer_text(self.tokenizer, self.token_ids)
+        self.text = self._decode()
         cut = first_stop(self.text, self.stops)
         if cut is not None:
             self.text = self.text[:cut]
@@ -64,6 +67,18 @@ class GrowingText:
         new = self.text[self.sent : certain]
         self.sent = max(self.sent, certain)
         return new
+
+    def _decode(self) -> str:
+        """The text of all tokens. Those before the last ones settle where the text may be cut without changing it."""
+        unsettled = self.token_ids[self.settled :]
+        text = answer_text(self.tokenizer, unsettled)
+        if len(unsettled) > 2 * WINDOW:
+            earlier = answer_text(self.tokenizer, unsettled[:-WINDOW])
+            if earlier + answer_text(self.tokenizer, unsettled[-WINDOW:]) == text:  # no letter lies across
+                self.settled += len(unsettled) - WINDOW
+                self.settled_text += earlier
+                text = text[len(earlier) :]
+        return self.settled_text + text
 
     def _uncertain(self) -> int:
         """The characters at the end that a later token may change: half a letter, or the beginning of a stop string."""
