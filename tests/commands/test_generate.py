@@ -23,8 +23,8 @@ from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.files import conf_dir
 from dirl_cli.models.load import SavedModel
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.sft.answer_credits import grade
 from dirl_cli.sft.sampled_answers import SampledAnswers
 from dirl_cli.text import escape_controls
 from dirl_cli.training.logprobs import trajectory_logprobs
@@ -114,8 +114,8 @@ def test_what_is_written_scores_as_it_was_sampled(decoding, model, tmp_path):
     trajectories = [Trajectory(**{name: line[name] for name in names}) for line in lines]
     lm = SavedModel("", str(model)).load("float32", "cpu")
     assert {(line["block_size"], *line["stop_token_ids"]) for line in lines} == {(4, *lm.stop_token_ids)}
-    with Grader(workers=1) as grader:  # and fine-tuning learns from it in the order in which it was revealed
-        table = SampledAnswers(str(tmp_path), least_reward=-math.inf).tables(lm, grader, 1000).training
+    # And fine-tuning learns from it in the order in which it was revealed.
+    table = SampledAnswers(str(tmp_path), least_reward=-math.inf).tables(lm, grade, 1000).training
     for i, answer in enumerate(trajectories):
         assert table.revealed_at(i) == [0] * len(answer.prompt_ids) + answer.revealed_at(4)
         assert max(table.revealed_at(i)) == lines[i]["denoise_forwards"]

@@ -7,7 +7,9 @@ from random import Random
 
 import pytest
 
-from dirl_cli.commands.sft import run
+from dirl_cli.cli.build import build
+from dirl_cli.commands.sft import read_demonstrations, run
+from dirl_cli.commands.start import join_processes, shapes_of
 from dirl_cli.data.chat import answer_text, encode_question
 from dirl_cli.errors import DirlError
 from dirl_cli.models.tiny import Tiny
@@ -21,7 +23,7 @@ OWN = [word for word in SMALL if not word.startswith("data.")]
 
 @pytest.fixture(scope="module")
 def rollouts(tmp_path_factory) -> Path:
-    """Two answers to each of twelve sums, revealed in random orders in blocks of four; the second is wrong."""
+    """Two answers to each of twelve sums, revealed in random orders in blocks of two; the second is wrong."""
     lm = Tiny(hidden_size=32, num_hidden_layers=1, intermediate_size=32).load("float32", "cpu", "sdpa")
     rng, [stop, *_] = Random(0), lm.stop_token_ids
     records = []
@@ -30,8 +32,8 @@ def rollouts(tmp_path_factory) -> Path:
         for sample in range(2):
             ids = lm.tokenizer(f"{i}+{i}={i + i + sample}", add_special_tokens=False)["input_ids"]
             ids += [stop] * (1 + -(len(prompt) + len(ids) + 1) % 4)
-            steps = [rng.randint(1, 4) for _ in ids]
-            answer = Trajectory(prompt, ids, steps, [-0.5] * len(ids), "stop", 9, 9, 0, lm.stop_token_ids, 4)
+            steps = [rng.randint(1, 2) for _ in ids]
+            answer = Trajectory(prompt, ids, steps, [-0.5] * len(ids), "stop", 9, 9, 0, lm.stop_token_ids, 2)
             text = answer_text(lm.tokenizer, answer.completion_ids)
             problem = Problem(str(i), f"What is {i}+{i}?", str(i + i))
             records.append(Record(problem, sample, text, answer, 1.0 - sample, {}, sample == 0))
@@ -87,6 +89,44 @@ def test_other_schedules_learn_from_the_answers_too(rollouts, tmp_path):
     assert lines(tmp_path)[-1]["loss"] > 0
 
 
+def ungraded(rollouts: Path, directory: Path) -> Path:
+    """The same answers, as nobody has graded them yet."""
+    file = directory / "rollouts/step-000001.jsonl"
+    file.parent.mkdir(parents=True)
+    answers = []
+    for line in (rollouts / "rollouts/step-000001.jsonl").read_text().splitlines():
+        answer = json.loads(line) | {"reward": None, "correct": False}
+        answers.append(json.dumps(answer) + "\n")
+    file.write_text("".join(answers))
+    return directory
+
+
+def test_a_run_that_goes_on_learns_from_what_was_graded_at_its_first_start(rollouts, tmp_path, monkeypatch):
+    """Whatever a second grading would say, as one that is given up on: it would be other data."""
+    mine, out = ungraded(rollouts, tmp_path / "mine"), tmp_path / "out"
+    verdicts = [[1.0, 0.0] * 11 + [1.0, None]]
+    monkeypatch.setattr("dirl_cli.sft.answer_credits.grade", lambda attempts: verdicts.pop() if attempts else [])
+    cfg = config(mine, "steps=2", "save_every=1", "eval_problems=0")
+    run(cfg, out)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints/step-000002")
+    run(cfg, out)
+    assert len(lines(out)) == 2 and not verdicts
+
+
+def test_held_out_problems_are_asked_as_the_answers_to_them_were_sampled(rollouts, tmp_path):
+    cfg = config(rollouts, "data.held_out=4", "eval_problems=3", "instruction.text=Other words.")
+    lm = shapes_of(cfg, build(cfg.model))
+    accelerator, progress = join_processes(cfg, ())
+    source = build(cfg.data)
+    questions = read_demonstrations(
+        cfg, tmp_path, source, build(cfg.instruction, Instruction), lm, accelerator, progress
+    ).problems
+    assert len(questions.problems) == 3
+    for problem, prompt in zip(questions.problems, questions.prompts, strict=True):
+        assert prompt == encode_question(lm.tokenizer, problem.question, Instruction())
+
+
 def test_a_plan_shows_the_answers(rollouts, tmp_path, capsys):
     run(config(rollouts, "dry_run=true"), tmp_path)
     shown = capsys.readouterr().out
@@ -99,6 +139,10 @@ def test_a_plan_shows_the_answers(rollouts, tmp_path, capsys):
     [
         (["data=arithmetic"], "which data=arithmetic does not tell: give data=RUN"),
         (["data=rollouts", "data.path=nowhere"], "nowhere is not there: sample answers with"),
+        (
+            ["annealing.block_sizes=[1]", "annealing.share=0.5"],
+            r"line 1 was sampled in blocks of 2, and masking=trace would follow it in blocks of 1: begin with",
+        ),
         (
             ["annealing.masked=0.5", "annealing.share=0.5"],
             r"masked=0\.5 shows some of what masking=trace hides",

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from dirl_cli.errors import DirlError
-from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
+from dirl_cli.sft.answer_credits import grade, grade_once, read_credits
 from dirl_cli.sft.sampled_answers import SampledAnswers, answer_files
 from dirl_cli.types import HELD, Problem, Trajectory
 from tests.helpers.small import small_lm
@@ -42,8 +42,7 @@ def written(directory: Path, *steps: list[Record]) -> SampledAnswers:
 
 
 def tables(source: SampledAnswers, lm=LM, longest: int = 100):
-    with Grader(workers=1) as grader:
-        return source.tables(lm, grader, longest)
+    return source.tables(lm, grade, longest)
 
 
 def learned(table) -> list[tuple[int, int]]:
@@ -119,6 +118,14 @@ def test_an_answer_counts_once_and_a_hinted_one_not_at_all(tmp_path):
     hinted = record(10, 21, [HELD, 1, 1, 1])
     source = written(tmp_path, [left_over, hinted], [replace(left_over, advantage=0.5, learned_from=True)])
     assert learned(tables(source).training) == [(10, 20)]
+    assert "to 1 problem, from 2 answers in" in tables(source).remarks[0]
+    assert "; 1 left out that were given hints" in tables(source).remarks[0]
+    nothing = "holds no answers without hints: sample some with"
+    with pytest.raises(DirlError, match=nothing):
+        tables(written(tmp_path / "hinted", [hinted]))
+    (tmp_path / "completions.jsonl").write_text("")
+    with pytest.raises(DirlError, match=nothing):
+        tables(SampledAnswers(str(tmp_path / "completions.jsonl")))
 
 
 def test_long_answers_are_left_out(tmp_path):
@@ -143,9 +150,13 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     numbers = replace(LM, tokenizer=SimpleNamespace(decode=lambda ids, **options: " ".join(map(str, ids))))
     said = replace(record(10, 20, SLOW), completion="20 20 20 20")
     assert len(tables(written(tmp_path / "a", [said]), numbers).training) == 1
-    source = written(tmp_path / "b", [replace(said, completion="something else")])
-    with pytest.raises(DirlError, match="reads its tokens otherwise than they were sampled"):
-        tables(source, numbers)
+    other = replace(said, completion="something else")
+    silent = replace(said, completion="", trajectory=replace(said.trajectory, token_ids=[2, 20, 20, 20]))
+    for number, answers in enumerate(([other], [silent, other])):
+        source = written(tmp_path / str(number), answers)
+        with pytest.raises(DirlError, match=f"line {len(answers)}: the model's tokenizer reads its tokens otherwise"):
+            tables(source, numbers)
+    assert len(tables(written(tmp_path / "c", [silent]), numbers).training) == 1
 
 
 def completion(index: int, sample: int, text: str, **columns) -> dict:
@@ -182,6 +193,11 @@ def test_a_broken_completion_is_told_with_its_line(tmp_path):
     for broken, reason in (
         ({**good, "reveal_step": [1]}, "line 2: token_ids, reveal_step and logprobs differ in length"),
         ({name: good[name] for name in good if name != "text"}, "line 2 has no text"),
+        ({**good, "text": None}, "index 0 has no text, as its model had no tokenizer: sample with one that has"),
+        (
+            {name: good[name] for name in good if name != "stop_token_ids"},
+            "index 0 has no stop_token_ids, which earlier versions did not write: sample it again",
+        ),
         ([], "line 2: a completion is an object"),
     ):
         with pytest.raises(DirlError, match=reason):
@@ -195,6 +211,81 @@ def test_code_that_answers_name_runs_only_where_the_config_names_it(tmp_path):
     with pytest.raises(DirlError, match=r"let it run with data\.scorers="):
         source.training_problems()
     assert len(replace(source, scorers=["mine.score"]).training_problems()) == 2
+
+
+def test_no_answer_is_graded_by_code_that_the_config_does_not_name(tmp_path):
+    """Only the name of it is in the data: importing it would be running it."""
+    ran = tmp_path / "ran"
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"open({str(ran)!r}, 'w')\ndef score(problem, answer):\n    return 1.0\n")
+    name = f"{evil}:score"
+    own = replace(record(10, 20, SLOW, None), problem=Problem("10", "?", "!", verifier=name), completion="yes")
+    source = written(tmp_path, [own, record(11, 21, SLOW)])
+    with pytest.raises(DirlError, match=r"problem 10 of .* names the code .*evil\.py:score: where you trust it"):
+        tables(source)
+    assert not ran.exists()
+    assert learned(tables(replace(source, least_reward=float("-inf"))).training) == [(10, 20), (11, 21)]
+    assert not ran.exists()
+    assert learned(tables(replace(source, scorers=[name])).training) == [(10, 20), (11, 21)] and ran.exists()
+
+
+def test_what_could_not_be_graded_is_told_apart_from_what_is_wrong(tmp_path):
+    def is_seven(attempts):
+        return [None if text == "slow" else float(text == "7") for _, text in attempts]
+
+    asked = {"question": "3+4?", "ground_truth_answer": "7"}
+    texts = ["7", "8", "slow", "slow", "7"]
+    source = generated(
+        tmp_path,
+        *(completion(0, i, text, **asked) for i, text in enumerate(texts)),
+        completion(0, 5, "7", stop_reason="length", **asked),
+        completion(1, 0, "7", question="what?"),
+    )
+    both = source.tables(LM, is_seven, 100)
+    assert learned(both.training) == [(10, 20), (10, 24)]
+    reasons = "2 left out that are not correct; 2 left out that took too long to grade; 1 left out that have nothing to"
+    assert both.remarks[0].endswith(f"from 7 answers in {tmp_path}; {reasons} be graded by")
+    assert "took too long to grade" in replace(source, least_reward=0.5).tables(LM, is_seven, 100).remarks[0]
+
+    # Where all are kept none is graded.
+    asked_for = []
+    everything = replace(source, least_reward=float("-inf")).tables(LM, lambda new: asked_for.extend(new) or [], 100)
+    assert len(everything.training) == 7 and not asked_for
+
+
+def test_a_trace_is_followed_in_its_own_blocks_or_larger_ones(tmp_path):
+    source = written(tmp_path, [record(10, 20, SLOW)])
+    source.require_blocks([4])
+    source.require_blocks([4, 8])
+    for sizes, smaller in (([2, 4], 2), ([2], 2), ([4, 6], 6)):
+        with pytest.raises(DirlError, match=f"line 1 was sampled in blocks of 4, .* in blocks of {smaller}: begin"):
+            source.require_blocks(sizes)
+
+
+def test_columns_of_prompts_may_have_other_names(tmp_path):
+    source = generated(tmp_path, completion(0, 0, r"\boxed{7}", task="3+4?", result="7"))
+    assert len(tables(source).training) == 0
+    assert len(tables(replace(source, columns={"question": "task", "ground_truth_answer": "result"})).training) == 1
+
+
+ALONE = SimpleNamespace(is_main_process=True)
+
+
+def test_an_answer_is_graded_once(tmp_path, monkeypatch):
+    graded = []
+    monkeypatch.setattr("dirl_cli.sft.answer_credits.grade", lambda new: graded.append(len(new)) or [0.5] * len(new))
+    attempts = [(Problem("a", "?", "7"), "7"), (Problem("a", "?", "7"), "8"), (Problem("b", "?", "7"), "7")]
+    file = tmp_path / "credits.json"
+    assert grade_once(attempts[:1], file, ALONE) == [0.5]
+    assert grade_once(attempts, file, ALONE) == [0.5, 0.5, 0.5] and graded == [1, 1]  # the last is as the first
+    assert len(read_credits(file)) == 2
+    grade_once(attempts, None, ALONE)
+    assert graded == [1, 1, 2]
+    assert grade_once([], tmp_path / "none.json", ALONE) == [] and not (tmp_path / "none.json").exists()
+    for damage in ("[", "[1]", '{"a": 2}'):
+        file.write_text(damage)
+        with pytest.raises(DirlError, match="holds no credits of answers: remove it"):
+            grade_once(attempts, file, ALONE)
 
 
 def test_where_nothing_was_sampled_the_sentence_says_how(tmp_path):

@@ -40,6 +40,7 @@ from dirl_cli.plan.sft_forecast import FINETUNE, sft_budget
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.grading import Grader
+from dirl_cli.sft.answer_credits import CREDITS, grade_once
 from dirl_cli.sft.batches import Noise, NoisedBatches, Padded
 from dirl_cli.sft.sampled_answers import SampledAnswers
 from dirl_cli.sft.train import train
@@ -88,6 +89,7 @@ RECIPE = (
     "masking",
     "annealing",
     "certainty",
+    "certainty_temperature",
     "optim",
     "schedule",
     "steps",
@@ -143,7 +145,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     parts.annealing.check(lm.block_size)
     parts.annealing.require_whole_states(parts.masking)
     parts.annealing.require_evaluations(cfg.eval_every)
-    require_order(parts.masking, source)
+    require_order(parts, source, lm)
     decoding = lm.decoding(parts.decoding)
     setup = training_setup(cfg, lm, parts.optim, parts.peft, FINETUNE)
     scoring = LEARNING_ENTROPY if cfg.certainty else SCORING
@@ -160,7 +162,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         show_budget(budget, cfg, progress)
         return
 
-    data = read_demonstrations(cfg, source, parts.instruction, lm, accelerator, progress)
+    data = read_demonstrations(cfg, out, source, parts.instruction, lm, accelerator, progress)
     del source  # and its rows
     if cfg.dry_run:
         preview(cfg, data, lm, progress)
@@ -205,17 +207,21 @@ def build_sft_parts(cfg: DictConfig) -> SftParts:
     )
 
 
-def require_order(masking: Any, source: Any) -> None:
-    """Raises DirlError where states of a trace are to be learned of answers that have none."""
-    if isinstance(masking, TraceWindows) and not isinstance(source, SampledAnswers):
+def require_order(parts: SftParts, source: Any, lm: DiffusionLM) -> None:
+    """Raises DirlError where states of a trace are to be learned of answers that have none in the run's blocks."""
+    if not isinstance(parts.masking, TraceWindows):
+        return
+    if not isinstance(source, SampledAnswers):
         raise DirlError(
             f"masking=trace follows the order in which sampled answers were revealed, which data={source.name} does not"
             " tell: give data=RUN, a run of `dirl rl` or `dirl generate`, or another masking"
         )
+    source.require_blocks([*parts.annealing.block_sizes, lm.block_size])
 
 
 def read_demonstrations(
     cfg: DictConfig,
+    out: Path,
     source: Any,
     instruction: Instruction,
     lm: DiffusionLM,
@@ -225,17 +231,7 @@ def read_demonstrations(
     """The data as tokens. Raises DirlError where nothing of one of its sources is left to learn from."""
     reader = Reader(lm, instruction, accelerator, progress, cfg.max_tokens)
     if isinstance(source, SampledAnswers):
-        with Grader() as grader, progress.working(f"reading the answers of {source.path}"):
-            answers = source.tables(lm, grader, min(cfg.max_tokens, lm.max_length))
-        for remark in answers.remarks:
-            progress.print_line(remark)
-        if not len(answers.training):
-            raise DirlError(
-                f"no answer of {source.path} is left to learn from: lower data.least_reward, raise max_tokens, or give"
-                " other answers"
-            )
-        problems = reader.problems("held-out problems", source.problems()[: cfg.eval_problems])
-        return Demonstrations([source.name], [1.0], [answers.training], [answers.held_out], problems)
+        return read_sampled_answers(cfg, out, source, lm, accelerator, progress)
 
     sources, weights = sources_of(source)
     names = [one.name for one in sources]
@@ -248,6 +244,35 @@ def read_demonstrations(
             raise DirlError(f"nothing of {name} is left to learn from: raise max_tokens, or give other data")
     problems = reader.problems("held-out problems", source.problems()[: cfg.eval_problems])
     return Demonstrations(names, list(weights), training, held_out, problems)
+
+
+def read_sampled_answers(
+    cfg: DictConfig,
+    out: Path,
+    source: SampledAnswers,
+    lm: DiffusionLM,
+    accelerator: Accelerator,
+    progress: StepProgress,
+) -> Demonstrations:
+    """Sampled answers as the tokens that they are. Raises DirlError where none is left to learn from."""
+    file = None if cfg.dry_run else out / CREDITS
+    grade = partial(grade_once, file=file, accelerator=accelerator)
+    with progress.working(f"reading the answers of {source.path}"):
+        answers = source.tables(lm, grade, min(cfg.max_tokens, lm.max_length))
+    for remark in answers.remarks:
+        progress.print_line(remark)
+    if not len(answers.training):
+        raise DirlError(
+            f"no answer of {source.path} is left to learn from: lower data.least_reward (-.inf keeps all, be they"
+            " graded or not), raise max_tokens, or give other answers"
+        )
+
+    # They are asked as they were when the answers were sampled.
+    asked = source.questions()[: cfg.eval_problems]
+    if asked:
+        progress.print_line(f"{len(asked):,} held-out problems")
+    questions = Questions([problem for problem, _ in asked], [prompt for _, prompt in asked])
+    return Demonstrations([source.name], [1.0], [answers.training], [answers.held_out], questions)
 
 
 def preview(cfg: DictConfig, data: Demonstrations, lm: DiffusionLM, progress: StepProgress) -> None:

@@ -75,19 +75,28 @@ class Grader:
     def finished(self) -> Iterator[tuple[Hashable, float]]:
         """The credits there are, without waiting for more."""
         while not self._results.empty():
-            yield self._next()
+            key, credit = self._next()
+            yield key, credit or 0.0
 
     def rest(self) -> Iterator[tuple[Hashable, float]]:
         """Every credit still due, as it comes."""
         while self._open:
-            yield self._next()
+            key, credit = self._next()
+            yield key, credit or 0.0
 
     def grade(self, items: Iterable[tuple[Hashable, Problem, str]]) -> Iterator[tuple[Hashable, float]]:
         """The credit under each key of (key, problem, completion), in the order in which they are reached."""
+        for key, credit in self.credits(items):
+            yield key, credit or 0.0
+
+    def credits(self, items: Iterable[tuple[Hashable, Problem, str]]) -> Iterator[tuple[Hashable, Credit]]:
+        """As `grade`, with None for what it gives up on."""
         for key, problem, completion in items:
             self.submit(key, problem, completion)
-            yield from self.finished()
-        yield from self.rest()
+            while not self._results.empty():
+                yield self._next()
+        while self._open:
+            yield self._next()
 
     def _compare(self, problem: Problem, answer: str) -> Credit:
         """Compare in the first idle process, in one of the threads that wait for them."""
@@ -97,7 +106,7 @@ class Grader:
         finally:
             self._idle.put(worker)
 
-    def _next(self) -> tuple[Hashable, float]:
+    def _next(self) -> tuple[Hashable, Credit]:
         """Wait for the next credit."""
         key, result = self._results.get()
         self._open -= 1
@@ -106,7 +115,7 @@ class Grader:
         credit = result.result()
         if credit is None:
             self.gave_up += 1
-        return key, credit or 0.0
+        return key, credit
 
 
 class Worker:

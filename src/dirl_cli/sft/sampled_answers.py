@@ -1,15 +1,18 @@
 """Sampled answers as demonstrations: of rollouts or of `dirl generate`, the right ones or the fastest of them kept."""
 
+import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, NoReturn
 
 from dirl_cli.data.chat import answer_text
+from dirl_cli.data.columns import rename_columns
 from dirl_cli.data.rows import Row
 from dirl_cli.data.tokens import TokenTable
 from dirl_cli.data.verified_rows import is_verifiable, name_verifiers, verified_problem, verified_question
@@ -17,7 +20,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.ranges import Range, Seed, ShareOrCount
 from dirl_cli.reward.functions import is_import_path
-from dirl_cli.reward.grading import Grader
+from dirl_cli.reward.grading import Credit
 from dirl_cli.rollout.storage import (
     Record,
     distinct,
@@ -29,10 +32,12 @@ from dirl_cli.rollout.storage import (
     trajectory_from_json,
     value_of_type,
 )
+from dirl_cli.sft.answer_credits import Grade
 from dirl_cli.text import counted
 from dirl_cli.types import HELD, Problem, Trajectory
 
 COMPLETIONS = "completions.jsonl"  # what `dirl generate` leaves
+SETTING = "data.columns="  # how a user says which column is which
 SAMPLED = {  # the columns of its lines that are none of the prompt's
     "index",
     "sample",
@@ -68,11 +73,12 @@ class SampledAnswers:
     least_reward: of an answer that is kept, its credit where it has no reward; None keeps the correct ones.
     fastest: of these, how many to each problem are kept: those with the fewest denoising forwards, as their reveal
     steps tell; a share below 1 or a number; None keeps all. held_out: problems to validate on, chosen by `seed`.
-    verifier, scorers: as in `name_verifiers`.
+    columns: how the prompts of `dirl generate` call theirs, by our names. verifier, scorers: as in `name_verifiers`.
     """
 
     path: str
     name: str = ""
+    columns: dict[str, str] | None = None
     least_reward: Annotated[float, Range(infinite=True)] | None = None
     fastest: Annotated[float, Range(above=0, whole_from_one=True)] | None = None
     held_out: ShareOrCount = 0
@@ -98,21 +104,51 @@ class SampledAnswers:
         _, held_out = self._splits
         return self._problems(held_out)
 
+    def questions(self) -> list[tuple[Problem, list[int]]]:
+        """As `problems`, those that answers can be graded to, each with the prompt that its answers were sampled of."""
+        _, held_out = self._splits
+        prompts = [group[0][1].trajectory.prompt_ids for group in held_out]
+        pairs = zip(self._problems(held_out), prompts, strict=True)
+        return [(problem, prompt) for problem, prompt in pairs if problem.is_gradable]
+
     def remarks(self) -> list[str]:
         return []
 
-    def tables(self, lm: DiffusionLM, grader: Grader, longest: int) -> AnswerTables:
+    def require_blocks(self, sizes: Sequence[int]) -> None:
+        """Raises DirlError for an answer whose trace says nothing of blocks of some size, since its own are larger.
+
+        sizes: of the blocks to learn in, the model's last. In a smaller block than it was sampled in a state would show
+        all of the blocks before, of which the sampler still had some masked.
+        """
+        for location, record in chain.from_iterable(chain.from_iterable(self._splits)):
+            sampled_in = record.trajectory.block_size or sizes[-1]
+            for size in sizes:
+                if size % sampled_in:
+                    raise DirlError(
+                        f"{location} was sampled in blocks of {sampled_in}, and masking=trace would follow it in blocks"
+                        f" of {size}: begin with annealing.block_sizes and end with a model.block_size that"
+                        f" {sampled_in} divides, or give another masking"
+                    )
+
+    def tables(self, lm: DiffusionLM, grade: Grade, longest: int) -> AnswerTables:
         """The answers that are kept, as they were sampled. longest: tokens of a prompt and answer.
 
         Raises DirlError, with file and line, for an answer that `lm` cannot learn from.
         """
-        left_out: Counter[str] = Counter()
         groups, held_out = self._splits
-        kept = [self._kept(group, lm, grader, longest, left_out) for group in (*groups, *held_out)]
+        for group in (*groups, *held_out):
+            require_answers_of(group, lm)
+
+        left_out: Counter[str] = Counter()
+        hinted = sum(record.trajectory.is_hinted for _, record in self._answers)
+        if hinted:
+            left_out["were given hints"] = hinted
+        graded, given_up = self._graded([*groups, *held_out], grade)
+        kept = [self._kept(group, lm, longest, given_up, left_out) for group in graded]
         training = [record.trajectory for group in kept[: len(groups)] for record in group]
         unseen = [record.trajectory for group in kept[len(groups) :] for record in group]
 
-        total = sum(map(len, [*groups, *held_out]))
+        total = hinted + sum(map(len, graded))
         problems = counted(sum(map(bool, kept)), "problem")
         summary = f"{len(training):,} training and {len(unseen):,} held-out answers to {problems}"
         reasons = [f"{n:,} left out that {why}" for why, n in left_out.items()]
@@ -123,46 +159,60 @@ class SampledAnswers:
             remarks.append(f"  they were sampled at {tokens / forwards:.2f} tokens per denoising forward")
         return AnswerTables(token_table(training, lm), token_table(unseen, lm), remarks)
 
+    def _graded(self, groups: Sequence[AnswerGroup], grade: Grade) -> tuple[list[AnswerGroup], set[str]]:
+        """The answers, rewarded by their credit where they had no reward; and where those are that were given up on.
+
+        Nothing is graded where all are kept. Raises DirlError where that would run code that the config does not name.
+        """
+        waiting = {}  # by file and line
+        credits: dict[str, Credit] = {}
+        for location, record in chain.from_iterable(groups):
+            if self.least_reward == -math.inf or record.reward is not None or not record.problem.is_gradable:
+                continue
+            if record.trajectory.stop_reason == "stop":
+                self._require_trusted(record.problem)
+                waiting[location] = (record.problem, record.completion)
+            else:
+                credits[location] = 0.0
+        credits |= zip(waiting, grade(list(waiting.values())), strict=True)
+
+        graded = []
+        for group in groups:
+            graded.append([(location, rewarded_by_credit(record, credits.get(location))) for location, record in group])
+        return graded, {location for location, credit in credits.items() if credit is None}
+
     def _kept(
-        self, group: AnswerGroup, lm: DiffusionLM, grader: Grader, longest: int, left_out: Counter[str]
+        self, group: AnswerGroup, lm: DiffusionLM, longest: int, given_up: Container[str], left_out: Counter[str]
     ) -> list[Record]:
         """The answers to a problem that are learned from, in order; the others are counted by why not."""
+        fitting = []
         for location, record in group:
-            answer = record.trajectory
-            require_learnable(location, answer, replace(lm, block_size=answer.block_size or lm.block_size))
-        require_same_words(*group[0], lm)
+            reason = self._reason_against(record, location in given_up)
+            if not reason and len(record.trajectory.prompt_ids) + len(record.trajectory.token_ids) > longest:
+                reason = f"with the prompt hold more than {longest:,} tokens"
+            if reason:
+                left_out[reason] += 1
+            else:
+                fitting.append(record)
 
-        ungraded = {}
-        for i, (_, record) in enumerate(group):
-            if record.reward is None and record.problem.is_gradable:
-                ungraded[i] = (i, record.problem, record.completion)
-        credits = dict(grader.grade(ungraded.values()))
-        right = []
-        for i, (_, record) in enumerate(group):
-            if i in credits:
-                credit = credits[i] if record.trajectory.stop_reason == "stop" else 0.0
-                record = replace(record, reward=credit, correct=credit == 1)
-            if self._is_worth_learning(record):
-                right.append(record)
-
-        fitting = [one for one in right if len(one.trajectory.prompt_ids) + len(one.trajectory.token_ids) <= longest]
         fastest = self._fastest(fitting, lm)
-        why = "are not correct" if self.least_reward is None else f"have a reward below {self.least_reward:g}"
-        for reason, number in (
-            (why, len(group) - len(right)),
-            (f"with the prompt hold more than {longest:,} tokens", len(right) - len(fitting)),
-            ("others to the problem are faster than", len(fitting) - len(fastest)),
-        ):
-            if number:
-                left_out[reason] += number
+        if len(fastest) < len(fitting):
+            left_out["others to the problem are faster than"] += len(fitting) - len(fastest)
         return fastest
 
-    def _is_worth_learning(self, record: Record) -> bool:
-        if self.least_reward is None:
-            return record.correct
+    def _reason_against(self, record: Record, is_given_up: bool) -> str | None:
+        """Why an answer is not worth learning from, in words; None where it is. is_given_up: by who graded it."""
         if self.least_reward == -math.inf:
-            return True
-        return record.reward is not None and record.reward >= self.least_reward
+            return None
+        if self.least_reward is None and record.correct:
+            return None
+        if is_given_up:
+            return "took too long to grade"
+        if record.reward is None:
+            return "have nothing to be graded by"
+        if self.least_reward is None:
+            return "are not correct"
+        return f"have a reward below {self.least_reward:g}" if record.reward < self.least_reward else None
 
     def _fastest(self, records: list[Record], lm: DiffusionLM) -> list[Record]:
         """Those with the fewest forwards, the first of equals, in the order in which they came."""
@@ -176,20 +226,29 @@ class SampledAnswers:
         """What the groups answer. Raises DirlError where one names code that the config does not."""
         problems = [group[0][1].problem for group in groups]
         for problem in problems:
-            if is_import_path(problem.verifier) and problem.verifier not in (*self.scorers, self.verifier):
-                raise DirlError(
-                    f"problem {problem.id} of {self.path} names the code {problem.verifier}: where you trust it, let it"
-                    f" run with data.scorers=[{problem.verifier}]"
-                )
+            self._require_trusted(problem)
         return problems
+
+    def _require_trusted(self, problem: Problem) -> None:
+        """Raises DirlError where grading an answer to the problem would run code that the config does not name."""
+        if is_import_path(problem.verifier) and problem.verifier not in (*self.scorers, self.verifier):
+            raise DirlError(
+                f"problem {problem.id} of {self.path} names the code {problem.verifier}: where you trust it, let it"
+                f" run with data.scorers=[{problem.verifier}]"
+            )
 
     @cached_property
     def _splits(self) -> tuple[list[AnswerGroup], list[AnswerGroup]]:
         """The answers by problem, to learn from and held out, in the order in which problems first came up."""
         by_problem: dict[tuple[str, tuple[int, ...]], AnswerGroup] = {}
-        for location, record in distinct(self._answers()):
+        for location, record in distinct(self._answers):
             by_problem.setdefault(problem_key(record), []).append((location, record))
         groups = list(by_problem.values())
+        if not groups:
+            raise DirlError(
+                f"{self.path} holds no answers without hints: sample some with `dirl rl rl.rollout_only=true` or"
+                " `dirl generate input=FILE`"
+            )
         size = int(self.held_out)
         if self.held_out < 1:
             size = round(self.held_out * len(groups))
@@ -204,9 +263,13 @@ class SampledAnswers:
         training = [group for i, group in enumerate(groups) if i not in unseen]
         return training, [groups[i] for i in sorted(unseen)]
 
-    def _answers(self) -> Iterator[tuple[str, Record]]:
+    @cached_property
+    def _answers(self) -> list[tuple[str, Record]]:
+        """All that the files hold, each with its file and line."""
+        answers: list[tuple[str, Record]] = []
         for file in answer_files(Path(self.path)):
-            yield from read_lines(file, self._record(file))
+            answers += read_lines(file, self._record(file))
+        return answers
 
     def _record(self, file: Path) -> Callable[[Any], Record] | None:
         """What makes a record of a line; None where lines are those of rollouts."""
@@ -219,11 +282,18 @@ class SampledAnswers:
         if not isinstance(line, dict):
             raise TypeError("a completion is an object")
         number = integer(line, "index")
-        row = Row(f"{file} index {number}", {name: line[name] for name in line if name not in SAMPLED})
-        [row] = name_verifiers([row], self.verifier, self.scorers, "data.columns=")
+        location = f"{file} index {number}"
+        if "stop_token_ids" not in line:
+            raise DirlError(f"{location} has no stop_token_ids, which earlier versions did not write: sample it again")
+        if "text" in line and line["text"] is None:
+            raise DirlError(f"{location} has no text, as its model had no tokenizer: sample with one that has")
+
+        row = Row(location, {name: line[name] for name in line if name not in SAMPLED})
+        rows = rename_columns([row], self.columns or {}, SETTING)
+        [row] = name_verifiers(rows, self.verifier, self.scorers, SETTING)
         default_id = f"{self.name}-{number}"
         if is_verifiable(row):
-            problem = verified_problem(verified_question(row, "data.columns="), default_id)
+            problem = verified_problem(verified_question(row, SETTING), default_id, SETTING)
         else:
             problem = Problem(default_id, str(row.fields.get("question", "")), "")
         return Record(
@@ -249,18 +319,39 @@ def answer_files(path: Path) -> list[Path]:
 
 
 def is_rollout(file: Path) -> bool:
-    """Whether a file's first line is one of rollouts, which alone have `parts` of a reward."""
+    """Whether a file's first line is one of rollouts, which alone say of what problem it is and if it was kept."""
     with file.open("rb") as lines:
-        return b'"parts":' in next(lines, b'"parts":')
+        first = next(lines, b"{}")
+    try:
+        line = json.loads(first)
+    except (ValueError, RecursionError):
+        return True  # who reads it says what is wrong with it
+    return isinstance(line, dict) and {"problem", "kept"} <= line.keys()
 
 
-def require_same_words(location: str, record: Record, lm: DiffusionLM) -> None:
-    """Raises DirlError where an answer's tokens say something else to this model's tokenizer than was sampled."""
-    if lm.tokenizer and answer_text(lm.tokenizer, record.trajectory.completion_ids) != record.completion:
+def require_answers_of(group: AnswerGroup, lm: DiffusionLM) -> None:
+    """Raises DirlError, with file and line, where `lm` cannot have given the answers to a problem.
+
+    They may be in other blocks than its own. That its tokenizer reads them as they were sampled is checked of the first
+    that says anything.
+    """
+    for location, record in group:
+        answer = record.trajectory
+        require_learnable(location, answer, replace(lm, block_size=answer.block_size or lm.block_size))
+    saying = [(location, record) for location, record in group if record.trajectory.completion_ids]
+    if not lm.tokenizer or not saying:
+        return
+    location, record = saying[0]
+    if answer_text(lm.tokenizer, record.trajectory.completion_ids) != record.completion:
         raise DirlError(
             f"{location}: the model's tokenizer reads its tokens otherwise than they were sampled: give answers of a"
             " model with the same tokens"
         )
+
+
+def rewarded_by_credit(record: Record, credit: Credit) -> Record:
+    """The record, rewarded by a credit; as it is where there is none."""
+    return record if credit is None else replace(record, reward=credit, correct=credit == 1)
 
 
 def forwards_of(answer: Trajectory, lm: DiffusionLM) -> int:
