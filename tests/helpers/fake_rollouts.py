@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from accelerate import Accelerator
 
-from dirl_cli.reward.scoring import RewardResult
+from dirl_cli.reward.scoring import RewardResult, RewardSettings
 from dirl_cli.rl.rollouts import SampledRollouts, problem_order
 from dirl_cli.types import Decoding, Problem, Trajectory
 
@@ -36,11 +36,15 @@ class FakeSampler:
                 yield i, sample, Trajectory(prompts[i], tokens, [step, 1], [-0.5, -0.25], "stop", 1, 2, 3, (9,))
 
 
+ACCURACY = RewardSettings({"accuracy": 1.0})
+
+
 @dataclass
 class FakeScorer:
     """Gives the sample's number among the problem's rewards; None leaves the answer out."""
 
     rewards: dict[str, list[float | None]]
+    settings: RewardSettings = ACCURACY
 
     def compute(self, answers):
         for key, answer in answers:
@@ -48,13 +52,13 @@ class FakeScorer:
             yield key, None if reward is None else RewardResult(reward, {"accuracy": reward}, reward == 1)
 
 
-def source(rewards: dict[str, list[float | None]], **options) -> SampledRollouts:
+def source(rewards: dict[str, list[float | None]], settings: RewardSettings = ACCURACY, **options) -> SampledRollouts:
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(str, ids)))
     lm = SimpleNamespace(require_tokenizer=lambda: tokenizer, block_size=2, longest_prompt=99)
     defaults = {"problems_per_step": 2, "group_size": 2, "filter": "accuracy", "max_rounds": 3, "seed": 0}
     defaults["order"] = problem_order([len(POOL)], [1.0], 0)
     decoding, prompts = Decoding(max_new_tokens=4), [[i] for i in range(len(POOL))]
-    doubles = FakeSampler(), FakeScorer(rewards)
+    doubles = FakeSampler(), FakeScorer(rewards, settings)
     return SampledRollouts(POOL, prompts, lm, *doubles, decoding, Accelerator(cpu=True), **defaults | options)
 
 

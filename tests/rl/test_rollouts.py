@@ -254,7 +254,7 @@ def test_a_group_that_is_all_right_is_kept_where_its_answers_are_told_apart_by_s
 
 
 def test_groups_are_ranked_as_they_are_sampled_and_as_they_are_rewarded_anew():
-    ours = source(each([1.0, 1.0, 0.0]), group_size=3, filter="reward", ranking=RANKED)
+    ours = source(each([1.0, 1.0, 0.0]), group_size=3, filter="reward", settings=RANKED)
     for group in ours.collect(0).groups:
         assert [record.parts["speed_rank"] for record in group] == [0.5, 0.5, 0.0]
         assert [record.reward for record in group] == [1.1, 1.1, 0.0]
@@ -264,9 +264,20 @@ def test_groups_are_ranked_as_they_are_sampled_and_as_they_are_rewarded_anew():
     texts = [r"\boxed{2}", r"\boxed{2}", r"\boxed{3}"]
     records = [Record(problem, k, text, one) for k, (text, one) in enumerate(zip(texts, answers, strict=True))]
     with RewardComputer(RANKED) as reward_computer:
-        rescorer = Rescorer(reward_computer, "reward", longest=8, ranking=RANKED)
+        rescorer = Rescorer(reward_computer, "reward", longest=8)
         [group] = rescorer.reward([records], block_size=4)
     assert [record.reward for record in group] == [1.0, 1.2, 0.0]
+
+
+def test_hints_make_no_answer_fast():
+    """Of four tokens one or three were held: what remains is revealed in fewer forwards whoever answers."""
+    group = []
+    for sample, steps in enumerate(([1, 2, 3, 4], [1, 2, 2, 3], [0, 1, 2, 3], [0, 0, 0, 1])):
+        trajectory = Trajectory([1], [9] * 4, steps, [0.0] * 4, "stop", 9)
+        group.append(Record(POOL[0], sample, "", trajectory, 1.0, {"accuracy": 1.0}, True))
+    ranks = [record.parts["speed_rank"] for record in ranked_group(group, RANKED, 8)]
+    assert ranks == [0.0, 1.0, 0.5, 0.5]
+    assert [record.parts["speed_rank"] for record in ranked_group(group[1:], RANKED, 8)] == [0.5] * 3
 
 
 def test_a_replay_may_be_rewarded_anew():

@@ -38,14 +38,7 @@ def rollout_source(
     decode = partial(answer_text, lm.require_tokenizer()) if parts.reward_settings.process else None
     if cfg.rl.replay:
         scorers = trusted_scorers(parts.data)
-        rescorer = Rescorer(
-            reward_computer,
-            cfg.rl.filter,
-            parts.decoding.max_new_tokens,
-            decode,
-            scorers,
-            parts.reward_settings,
-        )
+        rescorer = Rescorer(reward_computer, cfg.rl.filter, parts.decoding.max_new_tokens, decode, scorers)
         files = rollouts_of(Path(cfg.rl.replay), cfg.steps)
         return ReplayedRollouts(files, lm, rescorer if cfg.rl.rescore else None, growth)
     curriculum = EVERYTHING
@@ -73,7 +66,6 @@ def rollout_source(
         hints=Hints(cfg.rl.hints, tuple(cfg.rl.hint_share), tuple(cfg.rl.hint_tokens)),
         solutions=hintable_solutions(pools, parts, lm),
         growth=growth,
-        ranking=parts.reward_settings,
     )
 
 

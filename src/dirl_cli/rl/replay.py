@@ -9,7 +9,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.reward.functions import is_import_path
 from dirl_cli.reward.process import by_step
 from dirl_cli.reward.rewards import Answer
-from dirl_cli.reward.scoring import RewardComputer, RewardSettings
+from dirl_cli.reward.scoring import RewardComputer
 from dirl_cli.rl.batch import steps_of_blocks
 from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.rollouts import (
@@ -81,7 +81,6 @@ class Rescorer:
     """Rewards answers anew. filter: see `has_signal`. longest: tokens allowed in an answer.
 
     decode: the text of tokens, where steps are rewarded by it. scorers: of the user's own that problems may name.
-    ranking: the rewards, where some compare the answers of a group.
     """
 
     reward_computer: RewardComputer
@@ -89,7 +88,6 @@ class Rescorer:
     longest: int
     decode: Decode | None = None
     scorers: Collection[str] = ()
-    ranking: RewardSettings | None = None
 
     def reward(self, groups: Sequence[Group], block_size: int) -> list[Group]:
         """The groups with their new rewards, without answers that have none and groups that have no answer."""
@@ -102,7 +100,7 @@ class Rescorer:
                 if result is not None:
                     rewarded.append(with_reward(record, result))
             if rewarded:
-                rewarded_groups.append(ranked_group(rewarded, self.ranking, block_size))
+                rewarded_groups.append(ranked_group(rewarded, self.reward_computer.settings, block_size))
         return rewarded_groups
 
     def _answers(self, groups: Sequence[Group], block_size: int) -> Iterator[tuple[tuple[int, int], Answer]]:

@@ -122,7 +122,7 @@ class SampledRollouts:
     max_rounds: draws in which to find a step's problems. seed: of the answers. prefetches: whether the next step's
     answers are sampled while the policy is updated. curriculum: which problems are passed over. decode: the text of
     tokens, where steps are rewarded by it. hints: for groups that are all wrong, from the problems' `solutions`, in
-    tokens. growth: of the blocks to sample in. ranking: the rewards, where some compare the answers of a group.
+    tokens. growth: of the blocks to sample in.
     """
 
     pool: Sequence[Problem]
@@ -145,7 +145,6 @@ class SampledRollouts:
     hints: Hints = NO_HINTS
     solutions: Sequence[Sequence[int]] = ()
     growth: BlockGrowth = NO_GROWTH
-    ranking: RewardSettings | None = None
     state: RolloutState = field(default_factory=RolloutState)
     lengths: dict[int, float] = field(default_factory=dict)  # by problem: the mean of its last answers, in tokens
     is_new = True
@@ -256,7 +255,7 @@ class SampledRollouts:
 
     def ranked(self, group: Group) -> Group:
         """The group with the rewards that compare its answers."""
-        return ranked_group(group, self.ranking, self.sampler.lm.block_size)
+        return ranked_group(group, self.reward_computer.settings, self.sampler.lm.block_size)
 
     def cost(self, problem: int) -> float:
         """Tokens of a prompt and an answer to it, as long as its last or, until it has one, as all problems'."""
@@ -330,18 +329,18 @@ def with_reward(record: Record, result: RewardResult) -> Record:
     return replace(record, reward=result.total, parts=result.parts, process=result.process, correct=result.correct)
 
 
-def ranked_group(group: Group, settings: RewardSettings | None, block_size: int) -> Group:
+def ranked_group(group: Group, settings: RewardSettings, block_size: int) -> Group:
     """The group with the rewards that compare its answers, where there are any.
 
     An answer's forwards are as its reveal steps tell. block_size: that they were sampled in where they do not say.
     """
-    if settings is None or not settings.ranks:
+    if not settings.ranks:
         return group
     contenders = []
     for record in group:
         answer = record.trajectory
         forwards = max(answer.revealed_at(answer.block_size or block_size))
-        contenders.append(Contender(record.correct, len(answer.completion_ids), forwards))
+        contenders.append(Contender(record.correct, len(answer.completion_ids), forwards, answer.is_hinted))
     rewards = settings.ranked(contenders, [record.parts for record in group])
     return [replace(record, reward=reward, parts=parts) for record, (reward, parts) in zip(group, rewards, strict=True)]
 
