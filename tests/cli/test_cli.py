@@ -169,7 +169,10 @@ def test_a_path_takes_the_place_of_a_choice(jobs, here):
 def test_a_path_of_sampled_answers_is_read_as_such(jobs, here):
     for file in ("run/rollouts/step-000001.jsonl", "out/completions.jsonl", "rows/demos.jsonl"):
         (here / file).parent.mkdir(parents=True)
-        (here / file).touch()
+        (here / file).write_text('{"token_ids": [], "reveal_step": []}\n')
+    for file in ("steps/step-1.jsonl", "said/completions.jsonl", "empty/completions.jsonl"):
+        (here / file).parent.mkdir(parents=True)
+        (here / file).write_text("" if "empty" in file else '{"question": "3+4?", "response": "7"}\n')
     for path, kind in [
         ("run", "SampledAnswers"),
         ("run/rollouts", "SampledAnswers"),
@@ -177,11 +180,17 @@ def test_a_path_of_sampled_answers_is_read_as_such(jobs, here):
         ("out/completions.jsonl", "SampledAnswers"),
         ("nowhere/completions.jsonl", "TrainingFile"),
         ("rows", "TrainingFile"),
+        ("steps/step-1.jsonl", "TrainingFile"),
+        ("said", "TrainingFile"),
+        ("empty", "TrainingFile"),
     ]:
         assert dirl("sft", f"data={path}").exit_code == 0
         assert (jobs[-1]["data"]["path"], jobs[-1]["data"]["_target_"].rpartition(".")[2]) == (path, kind)
         assert dirl("sft", f"data.path={path}").exit_code == 0
         assert jobs[-1]["data"]["_target_"].endswith(kind)
+    for path in ("run", "out/completions.jsonl"):  # by any other command they are read as rows
+        assert dirl("rl", f"data={path}").exit_code == 0
+        assert jobs[-1]["data"]["_target_"].endswith("TrainingFile")
     assert refusal("sft", "-m", "data=run,rows").endswith(
         "data=run,rows mixes sampled answers and other rows: sweep over each by itself"
     )

@@ -34,7 +34,7 @@ def rejoin(words: Sequence[str]) -> list[str]:
 
 def all_completions(command: str, words: Sequence[str]) -> list[str]:
     """Full `key=value` words: every choice of every group, every key at its value, every model trained here."""
-    words = overrides.rewrite(words, config_tree.choices, sweep=False)
+    words = overrides.rewrite(words, config_tree.choices, sweep=False, answers=command == "sft")
     groups, values = config_tree.survey(command, overrides.drop_preset(words, config_tree.preset(command)))
     completions = []
     for group, names in groups.items():

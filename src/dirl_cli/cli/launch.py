@@ -109,9 +109,10 @@ def rewrite_words(name: str, flags: Sequence[str], words: Sequence[str]) -> Hydr
         words = name_gym_tasks(words)
 
     is_sweep = "--multirun" in flags
-    words = overrides.rewrite(words, config_tree.choices, is_sweep)
+    learns_from_answers = name == "sft"
+    words = overrides.rewrite(words, config_tree.choices, is_sweep, learns_from_answers)
     words = overrides.drop_preset(words, config_tree.preset(name))
-    words = overrides.choose_files(words, lambda key: config_tree.has_key(name, words, key))
+    words = overrides.choose_files(words, lambda key: config_tree.has_key(name, words, key), learns_from_answers)
 
     fixed = overrides.fixed_keys(words) if is_sweep else []
     swept = [short_words.get(word, word) for word in words if word.partition("=")[0] not in fixed]

@@ -4,6 +4,7 @@ Hydra has a grammar for values, in which commas, quotes, `=` and letters outside
 know nothing of it: the values of `TEXTS` and `PATHS`, and paths in the place of group choices, are taken as they are.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -42,10 +43,11 @@ LONGEST_KEY = 200  # characters; a file name, as Hydra looks for, may have few m
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
 
 
-def rewrite(words: Sequence[str], choices: Callable[[str], list[str]], sweep: bool) -> list[str]:
+def rewrite(words: Sequence[str], choices: Callable[[str], list[str]], sweep: bool, answers: bool = False) -> list[str]:
     """Put texts and paths in Hydra's quotes, spell `data=FILE` as `data=file data.path='FILE'`, check group choices.
 
     choices: what a group offers, nothing for a key that is no group. sweep: whether commas separate values.
+    answers: whether a path of data may be one of sampled answers, as for `dirl sft`.
     Raises DirlError for a word that is no override, and for a choice that its group does not offer.
     """
     for word in words:
@@ -56,7 +58,7 @@ def rewrite(words: Sequence[str], choices: Callable[[str], list[str]], sweep: bo
             raise DirlError(f"{word}: an override has the form KEY=VALUE, without spaces")
     rewritten = []
     for word in words:
-        rewritten += rewrite_word(word, choices, sweep)
+        rewritten += rewrite_word(word, choices, sweep, answers)
     return rewritten
 
 
@@ -115,33 +117,44 @@ def collect_bare_words(words: Sequence[str], key: str) -> list[str]:
     return overrides
 
 
-def choose_files(words: Sequence[str], has: Callable[[str], bool]) -> list[str]:
+def choose_files(words: Sequence[str], has: Callable[[str], bool], answers: bool) -> list[str]:
     """Put `bench=file` before a `bench.path=FILE` without it, where the default choice has no key `path`.
 
-    Of sampled answers it is `data=rollouts`. has: whether the config has a key.
+    has: whether the config has a key. answers: as in `rewrite`; of those it is `data=rollouts`.
     """
     keys = {word.partition("=")[0]: word.partition("=")[2] for word in words}
     choices = []
     for group in PATH_CHOICE:
         path_key = f"{group}.path"
         if path_key in keys and group not in keys and not has(path_key):
-            choices.append(f"{group}={path_choice(group, keys[path_key])}")
+            choices.append(f"{group}={path_choice(group, keys[path_key], answers)}")
     return [*choices, *words]
 
 
-def path_choice(group: str, path: str) -> str:
-    """The choice of a group that reads a path: of data that of sampled answers, where it holds those."""
-    if group == "data" and holds_answers(Path(unquote(path))):
+def path_choice(group: str, path: str, answers: bool) -> str:
+    """The choice of a group that reads a path: of data that of sampled answers, where it holds those and may."""
+    if group == "data" and answers and holds_answers(Path(unquote(path))):
         return "rollouts"
     return PATH_CHOICE[group]
 
 
 def holds_answers(path: Path) -> bool:
-    """Whether a path is of answers that were sampled, by its name or by what a directory holds."""
+    """Whether a path is of answers that were sampled, or of a directory with a file of them."""
+    if not exists(str(path)):
+        return False
+    files = [path] if path.is_file() else [file for pattern in ANSWERS for file in path.glob(pattern)]
     patterns = [pattern.rpartition("/")[2] for pattern in ANSWERS]
-    if any(path.match(pattern) for pattern in patterns):
-        return exists(str(path))
-    return exists(str(path)) and any(any(path.glob(pattern)) for pattern in ANSWERS)
+    return any(begins_with_answer(file) for file in files if any(file.match(pattern) for pattern in patterns))
+
+
+def begins_with_answer(file: Path) -> bool:
+    """Whether the first line of a file is an answer with the steps that revealed it."""
+    try:
+        with file.open("rb") as lines:
+            line = json.loads(next(lines, b"null"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(line, dict) and {"token_ids", "reveal_step"} <= line.keys()
 
 
 def drop_preset(words: Sequence[str], preset: str | None) -> list[str]:
@@ -155,7 +168,7 @@ def drop_preset(words: Sequence[str], preset: str | None) -> list[str]:
     return list(words)
 
 
-def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) -> list[str]:
+def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool, answers: bool) -> list[str]:
     """The overrides that a word stands for, as `rewrite` says."""
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
@@ -178,7 +191,7 @@ def rewrite_word(word: str, choices: Callable[[str], list[str]], sweep: bool) ->
     if last_part in PATHS:
         return [f"{key}={quote_paths(value, sweep)}"]
     if re.fullmatch(r"[\w/]+", key):
-        return rewrite_choice(word, choices, sweep)
+        return rewrite_choice(word, choices, sweep, answers)
     return [word]
 
 
@@ -190,7 +203,7 @@ def offered(group: str, choices: Callable[[str], list[str]]) -> list[str]:
     return names
 
 
-def rewrite_choice(word: str, choices: Callable[[str], list[str]], sweep: bool) -> list[str]:
+def rewrite_choice(word: str, choices: Callable[[str], list[str]], sweep: bool, answers: bool) -> list[str]:
     """Spell GROUP=PATH as Hydra's choice of the group that takes a path.
 
     Raises DirlError for a choice that the group does not offer.
@@ -219,7 +232,7 @@ def rewrite_choice(word: str, choices: Callable[[str], list[str]], sweep: bool) 
         raise DirlError(sentence)
     if len(paths) < len(values):
         raise DirlError(f"{word} mixes names and paths: sweep over the names, then over the paths")
-    kinds = {path_choice(group, path) for path in paths}
+    kinds = {path_choice(group, path, answers) for path in paths}
     if len(kinds) > 1:
         raise DirlError(f"{word} mixes sampled answers and other rows: sweep over each by itself")
     quoted = ",".join(quote(unquote(path)) for path in paths)
