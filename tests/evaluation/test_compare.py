@@ -117,6 +117,12 @@ def test_what_is_set_differently_is_listed(tmp_path: Path) -> None:
     assert differing_settings(*map(read_evaluation, (a, b))) == ["decoding.threshold: 0.5 → 0.9", "samples: 1 → 16"]
 
 
+def test_what_was_graded_by_other_code_is_listed(tmp_path: Path) -> None:
+    a = evaluation(tmp_path / "a", quiz("xx--"), SAME, scorers={"my.score": "a" * 64, "my.other": "c" * 64})
+    b = evaluation(tmp_path / "b", quiz("xx--"), SAME, scorers={"my.score": "b" * 64, "my.other": "c" * 64})
+    assert differing_settings(*map(read_evaluation, (a, b))) == ["the code of my.score: aaaaaaaa → bbbbbbbb"]
+
+
 def test_a_comparison_is_told_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     a, b = evaluation(tmp_path / "a", quiz("----"), SAME), evaluation(tmp_path / "b", quiz("xxx-"), SAME)
     command.show_comparison([str(a), str(b)])

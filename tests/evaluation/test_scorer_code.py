@@ -40,15 +40,18 @@ def test_only_answers_to_problems_whose_scorer_has_changed_are_graded_anew(tmp_p
     asked = [own[0], Problem("1", "?", "red", verifier="text"), own[2]]
     answered(tmp_path, "red", "red", "blue")
     with Grader(workers=1) as grader:
-        assert regrade_changed(tmp_path, asked[:2], grader) == 0  # noted for the first time
-        assert regrade_changed(tmp_path, asked, grader) == 0
-        before = (tmp_path / "answers.jsonl").read_text()
-        scorer.write_text("# another version\n" + RED)
-        assert regrade_changed(tmp_path, asked[:2], grader) == 1
+        assert regrade_changed(tmp_path, asked[:2], grader) == 1  # earlier versions noted nothing: once anew
+        assert regrade_changed(tmp_path, asked[:2], grader) == 0
+        assert regrade_changed(tmp_path, asked, grader) == 1
         assert credits(tmp_path) == {"0": 1, "1": 0, "2": 0}
+    before = (tmp_path / "answers.jsonl").read_text()
+    scorer.write_text(RED.replace("red", "blue"))
+    with Grader(workers=1) as grader:
+        assert regrade_changed(tmp_path, asked[:2], grader) == 1
+        assert credits(tmp_path) == {"0": 0, "1": 0, "2": 0}
         assert regrade_changed(tmp_path, asked, grader) == 1  # the third was not asked for then
         assert regrade_changed(tmp_path, asked, grader) == 0
-    assert credits(tmp_path) == {"0": 1, "1": 0, "2": 0}
+    assert credits(tmp_path) == {"0": 0, "1": 0, "2": 1}
     assert (tmp_path / "answers.jsonl").read_text().startswith(before)
     assert json.loads((tmp_path / "sampled_from.json").read_text())["weights"] == "w"
 
@@ -56,7 +59,7 @@ def test_only_answers_to_problems_whose_scorer_has_changed_are_graded_anew(tmp_p
 def test_where_a_changed_scorer_fails_the_next_start_grades_anew_all_the_same(tmp_path: Path, scorer: Path) -> None:
     asked = [Problem("0", "?", "", verifier=f"{scorer}:colour")]
     answered(tmp_path, "red")
-    noted = {"0": source_digest(f"{scorer}:colour", "scorer")}
+    noted = {"0": source_digest(f"{scorer}:colour")}
     (tmp_path / "sampled_from.json").write_text(json.dumps({"problems": {}, "scorers": noted}))
     scorer.write_text(RED.replace("float(", "colors("))
     with Grader(workers=1) as grader, pytest.raises(Exception, match="raised NameError"):
@@ -74,6 +77,13 @@ def test_a_module_has_its_file_and_what_python_itself_holds_its_version(scorer: 
     assert digests["json.loads"] == digests["json.dumps"] != digests["math.floor"]
 
 
+def test_a_scorer_runs_once_however_often_its_digest_is_taken(tmp_path: Path) -> None:
+    file, runs = tmp_path / "noisy.py", tmp_path / "runs"
+    file.write_text(f"with open({str(runs)!r}, 'a') as f:\n    f.write('x')\n" + RED)
+    asked = [Problem("a", "", "", verifier=f"{file}:colour")]
+    assert digests_by_scorer(asked) == digests_by_scorer(asked) and runs.read_text() == "x"
+
+
 def test_an_evaluation_that_goes_on_says_that_its_scorer_has_changed(
     tmp_path: Path, scorer: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -88,5 +98,5 @@ def test_an_evaluation_that_goes_on_says_that_its_scorer_has_changed(
         if value == "0.25":
             first = card["scorers"]
             assert "anew" not in said
-    assert "4 answers graded anew, since the code of a scorer has changed\n" in said
+    assert "4 answers graded anew, since a scorer's code is not known to be the same\n" in said
     assert card["scorers"].keys() == {f"{scorer}:colour"} and card["scorers"] != first

@@ -117,7 +117,7 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
         with Grader(cfg.grade_workers, cfg.grade_timeout) as grader:
             regraded_count = regrade_changed(out, problems, grader)
     if regraded_count:
-        line = f"{counted(regraded_count, 'answer')} graded anew, since the code of a scorer has changed"
+        line = f"{counted(regraded_count, 'answer')} graded anew, since a scorer's code is not known to be the same"
         console.print(line, soft_wrap=True)
     processes.wait()
     earlier = requested_answers(read_answers(out / ANSWERS), problems, cfg.samples)

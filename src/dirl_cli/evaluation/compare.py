@@ -165,6 +165,8 @@ def settings(card: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("samples", "dtype", "grade_timeout"):
         if key in card:
             dotted[key] = card[key]
+    for name, digest in card.get("scorers", {}).items():
+        dotted[f"the code of {name}"] = str(digest)[:8]
     return dotted
 
 

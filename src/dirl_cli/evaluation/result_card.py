@@ -14,7 +14,7 @@ from dirl_cli.files import write_json
 CARD = "eval_card.json"
 ANSWERS = "answers.jsonl"
 SOURCE = "sampled_from.json"
-SECTIONS = ("model", "bench", "instruction", "decoding")
+SECTIONS = ("model", "bench", "instruction", "decoding", "scorers")
 HOME = Path("runs/eval")
 
 

@@ -23,6 +23,8 @@ def digests_by_scorer(problems: Sequence[Problem]) -> dict[str, str]:
 def regrade_changed(out: Path, problems: Sequence[Problem], grader: Grader) -> int:
     """Grade the answers in `out` anew to problems whose scorer is in another file than when they were graded.
 
+    So are those of which it is not noted what graded them, as earlier versions did not.
+
     Their lines are appended, as the last of a sample counts. What graded each problem is noted afterwards, so that an
     interruption leaves nothing half done. Returns how many answers there were.
     """
@@ -32,7 +34,7 @@ def regrade_changed(out: Path, problems: Sequence[Problem], grader: Grader) -> i
     source = json.loads((out / SOURCE).read_text())
     before = source.get("scorers", {})
     now = {problem.id: digests[problem.verifier] for problem in problems if problem.verifier in digests}
-    changed = {problem_id for problem_id in now.keys() & before.keys() if now[problem_id] != before[problem_id]}
+    changed = {problem_id for problem_id, digest in now.items() if before.get(problem_id) != digest}
 
     answers = [answer for answer in read_answers(out / ANSWERS) if answer.problem in changed]
     if answers:

@@ -25,8 +25,9 @@ def find_scorer(name: str) -> Scorer:
 
 
 def scorer_digest(name: str) -> str:
-    """A digest of the file that the scorer of that import path is in."""
-    return source_digest(name, "scorer")
+    """A digest of the file that the scorer of that import path is in. Raises as `find_scorer`, which runs it once."""
+    find_scorer(name)
+    return source_digest(name)
 
 
 def own_credit(problem: Problem, completion: str) -> float:

@@ -43,12 +43,8 @@ def find_function(name: str, what: str) -> Callable[..., Any]:
     return function
 
 
-def source_digest(name: str, what: str) -> str:
-    """A digest of the file that holds the function of that import path; of Python's version where Python itself does.
-
-    Raises DirlError as `find_function` does.
-    """
-    find_function(name, what)
+def source_digest(name: str) -> str:
+    """A digest of the file that holds a function which was found; of Python's version where Python itself does."""
     path, is_file, _ = name.rpartition(":")
     file = path if is_file else getattr(sys.modules[name.rpartition(".")[0]], "__file__", None)
     source = Path(file).expanduser().read_bytes() if file else sys.version.encode()
