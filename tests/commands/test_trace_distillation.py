@@ -131,6 +131,7 @@ def test_a_plan_shows_the_answers(rollouts, tmp_path, capsys):
     run(config(rollouts, "dry_run=true"), tmp_path)
     shown = capsys.readouterr().out
     assert "example 1" in shown and "What is 0+0?" in shown and "after 6 steps" in shown
+    assert "at most" in shown  # as many states as tokens, of which a step may have revealed several
     assert not (tmp_path / "model").exists()
 
 

@@ -126,9 +126,24 @@ def test_the_path_counts_what_is_revealed_sooner_more_as_its_loss_is_written():
     groups = windows_of(ORDER.tolist(), 2)
     for first, (hidden, weights) in enumerate(zip(masked, weight, strict=True)):
         tokens = int(hidden.sum())
+        weights = weights * len(groups)  # of the mean over the states
         assert (weights * losses).sum() / tokens == pytest.approx(path_loss(losses.tolist(), groups[first:]))
         assert weights.sum() == pytest.approx(tokens)
     assert weight[0, 1] == weight[0, 5] > weight[0, 2] > weight[0, 7] > 0
+
+
+@pytest.mark.parametrize("counted", ["masked", "path"])
+def test_over_every_state_a_token_counts_what_it_does_in_the_mean_of_drawn_ones(counted):
+    """A block of three windows and one of a single window, which is hidden in the first state alone."""
+    block = torch.tensor([3, 3, 3, 3, 3, 3, 4, 4])
+    order = torch.tensor([1, 2, 3, 4, 5, 6, 7, 7])
+    weight = replace(EVERY, counted=counted).along(order)(block, generator(0))[1].sum(0)
+    if counted == "masked":
+        assert torch.allclose(weight, torch.tensor([1, 1, 2, 2, 3, 3, 3, 3]) / 3)
+    rule = replace(DRAWN, counted=counted, emphasis=0.0).along(order)
+    draws = generator(1)
+    mean = sum(rule(block, draws)[1].sum(0) for _ in range(2000)) / 2000
+    assert torch.allclose(weight, mean, atol=0.08)
 
 
 def test_the_path_of_several_blocks_is_that_of_each():

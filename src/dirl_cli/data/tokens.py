@@ -85,7 +85,9 @@ class TokenTable:
     def digest(self) -> str:
         """A SHA-256 that changes with any of the tokens, their order, which are trained on or when they came up."""
         sha256 = hashlib.sha256(self.indices.tobytes())
-        names = ["token_ids", "trained", *({REVEALED_AT} & set(self.table.column_names))]
+        names = ["token_ids", "trained"]
+        if REVEALED_AT in self.table.column_names:
+            names.append(REVEALED_AT)
         for name in names:
             for chunk in self.table[name].chunks:
                 sha256.update(chunk.offsets.to_numpy().tobytes())

@@ -24,6 +24,7 @@ class TraceWindows:
     states: `every` state once, each a view. Or `drawn`: one of each block's, in proportion to the share of its tokens
     that is hidden to the power of `emphasis`, so that it is most often the first; 0 draws evenly.
     counted: of a state the tokens of the next `window`; all that are `masked`; or these by `path`, see `path_weight`.
+    Of `every` state the latter two are averaged over a block's states: what is `drawn` with emphasis 0, in the mean.
 
     `every` and `window` is the trace method of dLLM-RL (arXiv 2509.06949, train/sft_sdar.py, `shrink`), in which each
     token counts once. `drawn` and `masked` is d3LLM's (arXiv 2601.07568), but that the share hidden is drawn and does
@@ -65,9 +66,13 @@ class TraceMasking:
 
         if self.windows.counted == "window":
             return masked, (window == first).float()
-        if self.windows.counted == "masked":
-            return masked, masked.float()
-        return masked, path_weight(block, window, masked)
+        weight = masked.float()
+        if self.windows.counted == "path":
+            weight = path_weight(block, window, masked)
+        if self.windows.states == "every":
+            windows = (counts(block, window) > 0).sum(1)  # (b,), the states in which something of a block is hidden
+            weight = weight / windows[block]
+        return masked, weight
 
 
 def drawn_windows(block: Tensor, window: Tensor, emphasis: float, generator: Generator) -> Tensor:

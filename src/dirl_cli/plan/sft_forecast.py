@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dirl_cli.data.order import generator
 from dirl_cli.diffusion.layout import Strip
 from dirl_cli.diffusion.masking import Masking, example, noised_strip
+from dirl_cli.diffusion.reveal_order import TraceWindows
 from dirl_cli.plan.budget import Budget, Settings, halvings
 from dirl_cli.plan.devices import NATIVE, Device
 from dirl_cli.plan.duration import SMALL, Duration, update_operations
@@ -45,7 +46,7 @@ EXAMPLES = 32  # demonstrations laid out to know what the mean one takes
 
 def sft_budget(
     setup: TrainingSetup,
-    masking: Masking,
+    masking: Masking | TraceWindows,
     decoding: Decoding,
     lengths: NDArray[np.int64],
     prompts: Sequence[Sequence[int]],
@@ -57,6 +58,8 @@ def sft_budget(
     lengths: tokens of each demonstration (N,). prompts: token ids of each problem that may be answered meanwhile, in
     order. known: whether the lengths are; else they are the longest there may be, and the mean is assumed.
     scoring: bytes of each logit that is scored.
+
+    An answer whose every state is learned from is taken to have been written token by token, the most states there are.
     """
     typical = lengths
     if not known and setup.assumptions.length:
@@ -70,14 +73,19 @@ def sft_budget(
         MemoryByPeft(setup),
         scoring,
         "tiny_sft",
-        is_bound=not known and not setup.assumptions.length,
+        is_bound=has_most_states(masking) or (not known and not setup.assumptions.length),
         learned=f"demonstrations of {typical.mean():,.0f} tokens",
     )
     return finetune_budget(forecast)
 
 
+def has_most_states(masking: Masking | TraceWindows) -> bool:
+    """Whether an answer of which no order is known has more states than any that was sampled."""
+    return isinstance(masking, TraceWindows) and masking.states == "every"
+
+
 def demonstration_batch(
-    setup: TrainingSetup, masking: Masking, lengths: NDArray[np.int64], settings: Settings
+    setup: TrainingSetup, masking: Masking | TraceWindows, lengths: NDArray[np.int64], settings: Settings
 ) -> MicroBatch:
     """The largest micro-batch: steps of demonstrations of average length, rows that the longest fits into."""
     lm = setup.lm
@@ -89,7 +97,9 @@ def demonstration_batch(
     return micro_batch_of(strip, strips, settings, setup.machine)
 
 
-def demonstration_work(setup: TrainingSetup, masking: Masking, lengths: NDArray[np.int64], settings: Settings) -> Work:
+def demonstration_work(
+    setup: TrainingSetup, masking: Masking | TraceWindows, lengths: NDArray[np.int64], settings: Settings
+) -> Work:
     """What a step on as many demonstrations computes in the mean, all of each hidden by the schedule."""
     lm = setup.lm
     lengths = np.sort(lengths[lengths <= max(settings["max_tokens"], lengths.min())])
@@ -168,7 +178,7 @@ class FinetuneForecast:
             batch.step,
             batch.width,
             settings["steps"] * operations,
-            is_bound=False,
+            is_bound=self.is_bound,
             knobs="steps, batch_size or row_tokens",
             preset=self.preset if model.parameters < SMALL else None,
         )
