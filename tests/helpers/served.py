@@ -66,10 +66,10 @@ def service_of(lm: DiffusionLM, decoding: Decoding, max_batch: int, limits: dict
         step()
 
     engine._step = held_step  # type: ignore[method-assign]
-    batch = engine.start()
-    reader = RequestReader(lm, ["tiny"], decoding, batch.length - 1)
+    slots, length = engine.start()
+    reader = RequestReader(lm, ["tiny"], decoding, length - 1)
     settings = {"max_queue": 8, "timeout": 60.0, "grace": 30.0, "max_body": 1}
-    return Service(engine, reader, Limits(**settings | limits), batch.slots), gate
+    return Service(engine, reader, Limits(**settings | limits), slots), gate
 
 
 @contextmanager

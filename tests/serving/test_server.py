@@ -19,6 +19,7 @@ pytest.importorskip("starlette", reason="dirl serve wants starlette: make instal
 
 from dirl_cli.commands import generate
 from dirl_cli.data.chat import answer_text, encode_messages
+from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.serving import routes
@@ -525,6 +526,25 @@ def test_what_the_engine_cannot_survive_ends_the_server_and_nobody_is_left_waiti
         assert server.client.get("/health").json()["status"] == "failed"
         with pytest.raises(ZeroDivisionError):
             server.engine.ended.result(10)
+        for path, body in [("/v1/completions", {"prompt": PROMPTS[0]}), ("/sleep", {}), ("/wake", {})]:
+            later = server.client.post(path, json=body)
+            assert later.status_code == 503 and "the engine has failed" in later.json()["error"]["message"]
+
+
+def test_what_the_server_itself_lacks_is_no_fault_of_the_request(lm, tmp_path, monkeypatch):
+    """Waking and new weights open a batch, for which there may be no memory left."""
+    lm.save(tmp_path / "model")
+
+    def short_of_memory(length):
+        raise DirlError("keys and values take more than there is: lower serve.max_length")
+
+    with served(lm) as server:
+        monkeypatch.setattr(server.engine.sampler, "open_batch", short_of_memory)
+        for path, body in [("/update_weights", {"path": str(tmp_path / "model")}), ("/wake", {})]:
+            response = server.client.post(path, json=body)
+            assert response.status_code == 503 and "lower serve.max_length" in response.json()["error"]["message"]
+        monkeypatch.undo()
+        assert server.client.post("/wake").json() == {"status": "ok", "weights_version": 1}
 
 
 # What is counted
@@ -616,8 +636,28 @@ def test_a_client_that_does_not_take_what_it_asked_for_is_hung_up_on(monkeypatch
         if message["type"] == "http.response.body":
             await asyncio.sleep(30)
 
-    asyncio.run(asyncio.wait_for(routes.EventStream(blocks()).stream_response(stuck), 10))
+    asyncio.run(asyncio.wait_for(routes.EventStream(blocks(), lambda: None).stream_response(stuck), 10))
     assert ended == [True]
+
+
+def test_a_stream_counts_from_when_it_is_let_in_also_where_its_client_is_gone_before_it_begins(server):
+    service = server.service
+    asked = service.reader.completion({"prompt": PROMPTS[0], "n": 3, "stream": True})
+    open_answers = service.admit(asked)
+    assert service.open_answers == 3
+
+    async def events():
+        yield "never asked for"
+
+    async def gone(message):
+        raise OSError
+
+    stream = routes.EventStream(events(), lambda: service.leave(open_answers))
+    with pytest.raises(Exception):  # noqa: B017  # whichever Starlette makes of it
+        asyncio.run(stream({"type": "http", "asgi": {"spec_version": "2.4"}}, None, gone))
+    assert service.open_answers == 0
+    service.leave(open_answers)
+    assert service.open_answers == 0, "nothing counts down twice"
 
 
 def test_a_key_may_hold_any_letter(lm):

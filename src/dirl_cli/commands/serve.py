@@ -49,15 +49,15 @@ def run(cfg: DictConfig, out: Path | None) -> None:
         own_weights = isinstance(rollout, Native) and lm.device.type == "cuda"
         sampler = rollout.start(lm, own_weights)
         engine = EngineThread(sampler, length_of(settings.max_length, lm), own_weights)
-        batch = engine.start()
+        slots, length = engine.start()
 
-    reader = RequestReader(lm, [settings.name], decoding, batch.length - 1, strategies_of(rollout))
+    reader = RequestReader(lm, [settings.name], decoding, length - 1, strategies_of(rollout))
     limits = Limits(settings.max_queue, settings.timeout, settings.grace, settings.max_body)
-    service = Service(engine, reader, limits, batch.slots)
+    service = Service(engine, reader, limits, slots)
     server = StoppingServer(Routes(service, key).app(), service)
     console.print(
-        f"{settings.name} is at {address_of(listener)}/v1: {batch.slots} answers at once, prompt and answer of up to"
-        f" {batch.length} tokens"
+        f"{settings.name} is at {address_of(listener)}/v1: {slots} answers at once, prompt and answer of up to"
+        f" {length} tokens"
     )
     if is_new:
         print(f"key: {key}", flush=True)

@@ -315,6 +315,7 @@ class NativeBatch:
     def close(self) -> None:
         """See `LiveBatch.close`."""
         self.sampler.keep_idle(self.forward)
+        del self.forward, self.scheduler  # and with them keys and values, whoever still has this batch
 
 
 def slots_on_cpu(lm: DiffusionLM, length: int, share: float) -> int:

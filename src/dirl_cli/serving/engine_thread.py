@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,8 @@ from dirl_cli.types import Decoding
 
 T = TypeVar("T")
 STOPPING = "the server is stopping: ask again when it is back"
+ASLEEP = "the server is asleep: POST /wake first"
+FAILED = "the engine has failed: start it again"
 
 
 @dataclass(eq=False)
@@ -63,20 +65,25 @@ class EngineThread:
         self.numbers = count()
         self.when_idle: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self.is_stopped = False
-        self.opened: Future[LiveBatch] = Future()
+        self.opened: Future[tuple[int, int]] = Future()  # slots and length of the first batch
         self.ended: Future[None] = Future()
+        self.end = STOPPING  # why nothing comes any more once it is over
+        self.giving_back = Lock()
         self.thread = Thread(target=self._run, name="engine", daemon=True)
 
     # From any thread
 
-    def start(self) -> LiveBatch:
-        """Start the thread and wait for its first batch. Raises what keeps it from opening one."""
+    def start(self) -> tuple[int, int]:
+        """Start the thread and wait for its first batch: its slots and its length.
+
+        Raises what keeps it from opening one.
+        """
         self.thread.start()
         return self.opened.result()
 
     def submit(self, query: Query) -> None:
         """Answer a query as soon as there is room."""
-        self.orders.put(partial(self._submit, query))
+        self._order(partial(self._submit, query))
 
     def withdraw(self, query: Query, samples: Iterable[int]) -> None:
         """Forget some answers of a query; what was computed of them may still be delivered."""
@@ -84,14 +91,14 @@ class EngineThread:
 
     def refuse_waiting(self) -> None:
         """Give back what has not begun."""
-        self.orders.put(self._refuse_waiting)
+        self.orders.put(partial(self._refuse_waiting, STOPPING))
 
     def drop_running(self) -> None:
         """Give back what has not ended."""
         self.orders.put(self._drop_running)
 
     def sleep(self) -> Future[None]:
-        """Give the device's memory back once nothing is under way; what comes then waits for `wake`."""
+        """Give the device's memory back once nothing is under way; what waits then, or comes, is given back."""
         return self._do_when_idle(self._sleep)
 
     def wake(self) -> Future[None]:
@@ -112,29 +119,40 @@ class EngineThread:
 
     def _do_when_idle(self, work: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
-        self.orders.put(lambda: self.when_idle.append((work, future)))
+        self._order(lambda: self.when_idle.append((work, future)))
         return future
+
+    def _order(self, order: Callable[[], None]) -> None:
+        """Leave an order whose answer somebody waits for. Where the thread is over, it is given back at once."""
+        self.orders.put(order)
+        if self.ended.done():
+            self._give_back()
 
     # In the engine's thread
 
     def _run(self) -> None:
         try:
-            self._open()
-            self.opened.set_result(self.batch)  # type: ignore[arg-type]  # just opened
-            while not self.is_stopped:
+            batch = self._open()
+            self.opened.set_result((batch.slots, batch.length))
+            del batch  # which sleeping has to free
+            while True:
                 self._take_orders()
+                if self.is_stopped:
+                    break
                 self._do_idle_work()
                 self._admit()
                 if self.running:
                     self._step()
         except BaseException as error:  # raised again by whoever waits for the end
-            self._give_back(str(error) if isinstance(error, DirlError) else "the engine has failed: start it again")
+            self.end = str(error) if isinstance(error, DirlError) else FAILED
+            self.batch = None
             if not self.opened.done():
                 self.opened.set_exception(error)
             self.ended.set_exception(error)
         else:
-            self._give_back(STOPPING)
+            self.batch = None
             self.ended.set_result(None)
+        self._give_back()  # after `ended`, so that whoever comes later sees that it is over
 
     def _take_orders(self) -> None:
         """Do what was ordered meanwhile; wait for an order where there is nothing else to do."""
@@ -150,13 +168,13 @@ class EngineThread:
 
     def _do_idle_work(self) -> None:
         while self.when_idle and not self.running:
-            work, future = self.when_idle.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue  # whoever ordered it is gone
-            try:
-                future.set_result(work())
-            except DirlError as error:
-                future.set_exception(error)
+            work, future = self.when_idle[0]
+            if future.set_running_or_notify_cancel():  # whoever ordered it is still there
+                try:
+                    future.set_result(work())
+                except DirlError as error:
+                    future.set_exception(error)
+            self.when_idle.popleft()  # now, so that what the engine does not survive is given back
 
     def _admit(self) -> None:
         """Begin what waits, in order, as far as there is room; nothing while somebody wants the engine idle."""
@@ -181,19 +199,24 @@ class EngineThread:
 
     def _submit(self, query: Query) -> None:
         query.number = next(self.numbers)
+        if self.is_asleep:
+            for sample in query.samples:
+                query.deliver(GivenUp(query.number, sample, ASLEEP))
+            return
         self.waiting.extend((query, sample) for sample in query.samples)
 
     def _withdraw(self, query: Query, samples: set[int]) -> None:
-        is_kept = [not (one is query and sample in samples) for one, sample in self.waiting]
-        self.waiting = deque(entry for entry, kept in zip(self.waiting, is_kept, strict=True) if kept)
+        self.waiting = deque(
+            (other, sample) for other, sample in self.waiting if other is not query or sample not in samples
+        )
         for sample in samples:
             if self.running.pop((query.number, sample), None) and self.batch:
                 self.batch.remove(query.number, sample)
 
-    def _refuse_waiting(self) -> None:
+    def _refuse_waiting(self, reason: str) -> None:
         while self.waiting:
             query, sample = self.waiting.popleft()
-            query.deliver(GivenUp(query.number, sample, STOPPING))
+            query.deliver(GivenUp(query.number, sample, reason))
 
     def _drop_running(self) -> None:
         for (number, sample), query in list(self.running.items()):
@@ -205,23 +228,25 @@ class EngineThread:
     def _stop(self) -> None:
         self.is_stopped = True
 
-    def _give_back(self, reason: str) -> None:
-        """Tell everybody who still waits that nothing comes."""
-        for query, sample in self.waiting:
-            query.deliver(GivenUp(query.number, sample, reason))
-        for (number, sample), query in self.running.items():
-            query.deliver(GivenUp(number, sample, reason))
-        self.waiting.clear()
-        self.running.clear()
-        for _, future in self.when_idle:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(DirlError(reason))
-        self.when_idle.clear()
+    def _give_back(self) -> None:
+        """Tell everybody who still waits, or has just come, that nothing comes. From any thread, once it is over."""
+        with self.giving_back:
+            while not self.orders.empty():
+                self.orders.get_nowait()()
+            self._refuse_waiting(self.end)
+            for (number, sample), query in self.running.items():
+                query.deliver(GivenUp(number, sample, self.end))
+            self.running.clear()
+            for _, future in self.when_idle:
+                if future.running() or future.set_running_or_notify_cancel():
+                    future.set_exception(DirlError(self.end))
+            self.when_idle.clear()
 
-    def _open(self) -> None:
+    def _open(self) -> LiveBatch:
         if self.sampler.lm.device.type == "cuda":
             torch.cuda.set_device(self.sampler.lm.device)  # a thread begins on the first GPU
-        self.batch = self.sampler.open_batch(self.length)
+        batch = self.batch = self.sampler.open_batch(self.length)
+        return batch
 
     def _close(self) -> None:
         if self.batch:
@@ -235,7 +260,12 @@ class EngineThread:
             self.kept = {name: tensor.detach().cpu() for name, tensor in self.sampler.lm.model.named_parameters()}
         self._close()
         self.sampler.sleep()
+        self._fall_asleep()
+
+    def _fall_asleep(self) -> None:
+        """Answer nothing until `wake`: what waits would wait for somebody else."""
         self.is_asleep = True
+        self._refuse_waiting(ASLEEP)
 
     def _wake(self) -> None:
         if not self.is_asleep:
@@ -250,20 +280,21 @@ class EngineThread:
     def _update_weights(self, read: Callable[[], dict[str, Tensor]], version: int | None) -> int:
         # Keys and values of the old weights end with their batch.
         named_tensors = read()
-        self.weights_version = self.weights_version + 1 if version is None else version
+        version = self.weights_version + 1 if version is None else version
         if self.kept:
             self.kept = named_tensors  # which it takes when it wakes
         else:
             self._close()
-            self.sampler.update_weights(named_tensors.items(), self.weights_version)
-            if not self.is_asleep:
-                self._reopen()
-        return self.weights_version
+            self.sampler.update_weights(named_tensors.items(), version)
+        self.weights_version = version
+        if not self.is_asleep:
+            self._reopen()
+        return version
 
     def _reopen(self) -> None:
         """Open a batch once more; where that fails, as for want of memory, it is as if it slept, and can be woken."""
         try:
             self._open()
         except DirlError:
-            self.is_asleep = True
+            self._fall_asleep()
             raise

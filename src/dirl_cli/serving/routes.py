@@ -3,7 +3,9 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from hmac import compare_digest
 from typing import Any, TypeVar
 
@@ -13,15 +15,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import Natural
 from dirl_cli.serving.refusals import KINDS, Refusal
 from dirl_cli.serving.request_body import Asked, checked
 from dirl_cli.serving.response_body import ResponseWriter
-from dirl_cli.serving.service import AnswerState, Service
-from dirl_cli.serving.stored_weights import published_shapes, read_weights, require_shapes
+from dirl_cli.serving.service import AnswerState, OpenAnswers, Service
+from dirl_cli.serving.stored_weights import WrongWeights, published_shapes, read_weights, require_shapes
 
 T = TypeVar("T")
 HUNG_UP = 499  # for the log of a proxy: nobody reads it
@@ -29,13 +31,23 @@ READ_PATIENCE = 60  # seconds that a client may take for a chunk, or to send its
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. A client that does not take what it asked for is hung up on."""
+    """Server-sent events. A client that does not take what it asked for is hung up on.
+
+    leave: called at the end, also where the client was gone before the first event was asked for.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], leave: Callable[[], None]) -> None:
         super().__init__(events, headers={"Cache-Control": "no-cache"})
         self.events = events
+        self.leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.leave()
 
     async def stream_response(self, send: Send) -> None:
         async def send_in_time(message: Any) -> None:
@@ -132,25 +144,27 @@ class Routes:
     async def _answer(self, request: Request, asked: Asked, is_chat: bool) -> Response:
         writer = ResponseWriter(self.reader.tokenizer, self.reader.names[0], asked, is_chat)
         if asked.is_stream:
-            self.service.admit(asked)  # refused before a stream has begun, with a status of its own
-            return EventStream(self._events(asked, writer))
+            open_answers = self.service.admit(asked)  # or refused before a stream has begun, with a status of its own
+            return EventStream(self._events(asked, open_answers, writer), partial(self.service.leave, open_answers))
         states = await unless_hung_up(request, self._all(asked))
         return JSONResponse(writer.whole(states))
 
     async def _all(self, asked: Asked) -> list[AnswerState]:
         """All answers of a request, in order, once they are over."""
         states: dict[int, AnswerState] = {}
-        async with aclosing(self.service.answers(asked)) as grown:
+        async with aclosing(self.service.answers(asked, self.service.admit(asked))) as grown:
             async for state in grown:
                 states[state.index] = state
         return [states[index] for index in sorted(states)]
 
-    async def _events(self, asked: Asked, writer: ResponseWriter) -> AsyncGenerator[str, None]:
+    async def _events(
+        self, asked: Asked, open_answers: OpenAnswers, writer: ResponseWriter
+    ) -> AsyncGenerator[str, None]:
         """The chunks of a stream, an event each time that an answer has grown."""
         states: dict[int, AnswerState] = {}
         told: dict[int, int] = {}  # tokens of each text
         try:
-            async with aclosing(self.service.answers(asked)) as grown:
+            async with aclosing(self.service.answers(asked, open_answers)) as grown:
                 async for state in grown:
                     yield event(writer.chunk(state, told.get(state.index, 0)))
                     states[state.index] = state
@@ -164,11 +178,11 @@ class Routes:
         yield "data: [DONE]\n\n"
 
     async def sleep(self, request: Request) -> Response:
-        await asyncio.wrap_future(self.engine.sleep())
+        await self._done(self.engine.sleep())
         return JSONResponse({"status": "asleep"})
 
     async def wake(self, request: Request) -> Response:
-        await asyncio.wrap_future(self.engine.wake())
+        await self._done(self.engine.wake())
         return JSONResponse({"status": "ok", "weights_version": self.engine.weights_version})
 
     async def update_weights(self, request: Request) -> Response:
@@ -187,7 +201,16 @@ class Routes:
         # What is wrong with the files is told before anybody waits for the engine to be idle.
         await run_in_threadpool(require_shapes, path, self.shapes)
         update = self.engine.update_weights(lambda: read_weights(self.reader.lm, path), version)
-        return JSONResponse({"weights_version": await asyncio.wrap_future(update)})
+        return JSONResponse({"weights_version": await self._done(update)})
+
+    async def _done(self, work: Future[T]) -> T:
+        """What comes of work of the engine. Raises Refusal where the server cannot, as for want of memory."""
+        try:
+            return await asyncio.wrap_future(work)
+        except WrongWeights:
+            raise
+        except DirlError as error:
+            raise Refusal(503, str(error)) from error
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """The JSON object that a request holds. Raises Refusal where there is none, or too much of it."""

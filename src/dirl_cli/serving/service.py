@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from dirl_cli.ranges import Count, Natural, NotNegative, Positive
 from dirl_cli.rollout.sampler import GivenUp, NewBlock
-from dirl_cli.serving.engine_thread import STOPPING, EngineThread, Query
+from dirl_cli.serving.engine_thread import ASLEEP, STOPPING, EngineThread, Query
 from dirl_cli.serving.growing_text import GrowingText
 from dirl_cli.serving.refusals import Refusal
 from dirl_cli.serving.request_body import Asked, RequestReader
@@ -69,10 +69,13 @@ class AnswerState:
 
 @dataclass(eq=False)
 class OpenAnswers:
-    """The answers of a request that its engine still works at, and what came of them. In the loop's thread."""
+    """The answers of a request that was let in: the indices of those that count as open, and what came of them.
 
+    In the loop's thread.
+    """
+
+    indices: set[int]
     events: asyncio.Queue[tuple[int, NewBlock | GivenUp]] = field(default_factory=asyncio.Queue)
-    indices: set[int] = field(default_factory=set)
 
 
 class Service:
@@ -89,12 +92,17 @@ class Service:
         self.mean_seconds = 1.0  # of an answer, the last ones counting most
         self.is_stopping = False
 
-    def admit(self, asked: Asked) -> None:
-        """Raises Refusal where a request is not let in now: stopping, asleep, or more than there is room for."""
+    def admit(self, asked: Asked) -> OpenAnswers:
+        """Let a request in: its answers count as open until `answers` is through with them, or `leave`.
+
+        Raises Refusal where it is not let in now: over, stopping, asleep, or more than there is room for.
+        """
+        if self.engine.ended.done():
+            raise Refusal(503, self.engine.end)
         if self.is_stopping:
             raise Refusal(503, STOPPING, headers={"Retry-After": str(LONGEST_PAUSE)})
         if self.engine.is_asleep:
-            raise Refusal(503, "the server is asleep: POST /wake first")
+            raise Refusal(503, ASLEEP)
         count = len(asked.prompts) * asked.n
         most = self.capacity
         if count > most:
@@ -106,15 +114,21 @@ class Service:
                 f"{self.open_answers} answers of at most {most} are under way or wait: ask again in {pause} s",
                 headers={"Retry-After": str(pause)},
             )
+        self.open_answers += count
+        return OpenAnswers(set(range(count)))
 
-    async def answers(self, asked: Asked) -> AsyncGenerator[AnswerState, None]:
+    def leave(self, open_answers: OpenAnswers) -> None:
+        """Count what is still open of a request no more: nobody will ask for it."""
+        self._count_dropped(open_answers, "hung_up")
+        for index in list(open_answers.indices):
+            self._close(open_answers, index)
+
+    async def answers(self, asked: Asked, open_answers: OpenAnswers) -> AsyncGenerator[AnswerState, None]:
         """Yield an answer each time that it has grown, until all are over; what is left at the end is withdrawn.
 
         Raises Refusal where the request takes longer than it may, or its answers are given back.
         """
-        self.admit(asked)
         began = time.monotonic()
-        open_answers = OpenAnswers()
         queries = self._ask(asked, open_answers)
         states = [self._state(asked, index) for index in range(len(asked.prompts) * asked.n)]
         reason = "hung_up"
@@ -122,7 +136,8 @@ class Service:
             while not all(state.is_over for state in states):
                 left = began + self.limits.timeout - time.monotonic()
                 try:
-                    index, news = await asyncio.wait_for(open_answers.events.get(), max(left, 0))
+                    async with asyncio.timeout(max(left, 0)):
+                        index, news = await open_answers.events.get()
                 except TimeoutError:
                     reason = "timeout"
                     raise Refusal(
@@ -168,8 +183,6 @@ class Service:
 
             query = Query(prompt_ids, range(asked.n), asked.decoding, deliver)
             queries.append(query)
-            open_answers.indices.update(range(first, first + asked.n))
-            self.open_answers += asked.n
             self.metrics.prompt_tokens.inc(len(prompt_ids))
             self.engine.submit(query)
         return queries

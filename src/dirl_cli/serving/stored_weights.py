@@ -16,6 +16,10 @@ from dirl_cli.text import counted
 Shapes = dict[str, tuple[int, ...]]
 
 
+class WrongWeights(DirlError):  # noqa: N818
+    """Weights that cannot replace those of a model, which is the fault of whoever gave them."""
+
+
 def published_shapes(lm: DiffusionLM) -> Shapes:
     """The shape of each tensor of a model, by its name in a file."""
     return {name: tuple(tensor.shape) for name, tensor in published_weights(lm.model, lm.model.named_parameters())}
@@ -62,10 +66,13 @@ def stored_shapes(directory: Path) -> Shapes:
 def read_weights(lm: DiffusionLM, path: str) -> dict[str, Tensor]:
     """The weights in a directory by the names of the model that is served, on the CPU.
 
-    Raises DirlError where they are damaged, incomplete, of another shape, or not finite.
+    Raises WrongWeights where they are damaged, incomplete, of another shape, or not finite.
     """
     stored = ModelDirectory(path)
     config = deepcopy(lm.model.config)
-    model = stored.model(stored.directory(), config, lm.model.dtype)
-    require_finite(model)
+    try:
+        model = stored.model(stored.directory(), config, lm.model.dtype)
+        require_finite(model)
+    except DirlError as error:
+        raise WrongWeights(str(error)) from error
     return dict(model.named_parameters())
