@@ -15,6 +15,7 @@ pytest.importorskip("starlette", reason="dirl serve wants starlette: make instal
 from dirl_cli.commands import serve
 from dirl_cli.errors import DirlError
 from dirl_cli.serving.listen import address_of, listener_at
+from dirl_cli.types import Decoding
 from tests.helpers.command_line import dirl
 from tests.helpers.paths import ROOT
 from tests.helpers.served import speaking_lm
@@ -67,6 +68,15 @@ def test_a_package_that_is_missing_is_told_with_how_to_install_it(monkeypatch):
 def test_a_model_has_to_be_given(here):
     refused = dirl("serve")
     assert refused.exit_code == 1 and "give a value for model.path" in refused.stderr
+
+
+def test_a_decoding_that_nothing_can_be_answered_by_is_told_before_anybody_asks(here):
+    refused = dirl("serve", "model=path", "model.path=nowhere", "decoding.strategy=sequental")
+    assert refused.exit_code == 1 and "no decoding strategy is called sequental: did you mean seq" in refused.stderr
+    lm = small_lm()
+    serve.require_own_block_size(Decoding(block_size=lm.block_size), lm)
+    with pytest.raises(DirlError, match=r"decoding.block_size is 8 and the model's is 4: leave it"):
+        serve.require_own_block_size(Decoding(block_size=8), lm)
 
 
 @pytest.mark.slow

@@ -11,11 +11,13 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from dirl_cli.cli.build import build
 from dirl_cli.data.arithmetic import Arithmetic
 from dirl_cli.data.chat import (
+    LONGEST_FRAME,
     encode_demonstrations,
     encode_messages,
     encode_prompt,
     encode_question,
     first_stop,
+    first_unrendered_turn,
     question_text,
     turn_end,
 )
@@ -196,6 +198,17 @@ def test_a_turn_that_the_template_leaves_out_is_told_with_its_row(
         encode_demonstration(published, {"messages": messages})
     with pytest.raises(DirlError, match=sentence):
         encode_messages(published, messages[:2])
+
+
+def test_fields_of_a_conversation_are_remembered_only_where_they_are_short(published: PreTrainedTokenizerBase) -> None:
+    """What a server is asked would stay in its memory otherwise."""
+    first_unrendered_turn.cache_clear()
+    encode_messages(published, [{**ASK, "name": "a" * LONGEST_FRAME}])
+    assert first_unrendered_turn.cache_info().currsize == 0
+    encode_messages(published, [{**ASK, "name": "a"}])
+    assert first_unrendered_turn.cache_info().currsize == 1
+    with pytest.raises(DirlError, match="writes nothing of turn 2, whose role is narrator"):
+        encode_messages(published, [ASK, {"role": "narrator", "content": "hi", "name": "a" * LONGEST_FRAME}])
 
 
 def test_a_system_prompt_that_the_template_leaves_out_is_told(changeable: PreTrainedTokenizerBase) -> None:

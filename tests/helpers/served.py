@@ -67,9 +67,9 @@ def service_of(lm: DiffusionLM, decoding: Decoding, max_batch: int, limits: dict
 
     engine._step = held_step  # type: ignore[method-assign]
     slots, length = engine.start()
-    reader = RequestReader(lm, ["tiny"], decoding, length - 1)
-    settings = {"max_queue": 8, "timeout": 60.0, "grace": 30.0, "max_body": 1}
-    return Service(engine, reader, Limits(**settings | limits), slots), gate
+    settings = {"max_queue": 8, "timeout": 60.0, "grace": 30.0, "max_body": 1} | limits
+    reader = RequestReader(lm, "tiny", decoding, length - 1, slots + settings["max_queue"])
+    return Service(engine, reader, Limits(**settings), slots), gate
 
 
 @contextmanager

@@ -43,6 +43,23 @@ def test_a_stop_string_is_cut_off_also_across_blocks_and_what_only_begins_like_o
     assert grown([list(block.encode()) for block in blocks], ["END", "\n\n"]) == (added, reason)
 
 
+def test_a_stop_string_is_cut_off_also_where_a_letter_of_it_is_split_over_blocks():
+    letter = list("问".encode())
+    assert grown([[97, 10, *letter[:1]], [*letter[1:], 98]], ["\n问"]) == (["a", ""], "stop")
+    assert grown([[97, 10, *letter[:1]], [*list("闻".encode())[1:], 98]], ["\n问"])[0][0] == "a"
+
+
+def test_a_stop_string_is_looked_for_in_what_is_not_handed_out_yet():
+    text = GrowingText(Bytes(), (), ("ab",), 1000)
+    looked = []
+
+    for letter in b"xyza":
+        text.grow([letter], is_last=False)
+        looked.append(len(text.text) - text.sent)
+    assert looked == [0, 0, 0, 1]
+    assert text.grow(list(b"b!"), is_last=False) == "" and text.text == "xyz"
+
+
 def test_a_stop_token_and_the_most_tokens_end_it():
     assert grown([[65, 66], [67, STOP, 68]]) == (["AB", "C"], "stop")
     assert grown([[65, 66], [67, 68]], max_tokens=3) == (["AB", "C"], "length")

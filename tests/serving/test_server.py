@@ -22,8 +22,13 @@ from dirl_cli.data.chat import answer_text, encode_messages
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.serving import routes
-from dirl_cli.serving.request_body import COMMON, DECODING_FIELDS, NEUTRAL, WITHOUT_EFFECT
+from dirl_cli.rollout.sampler import NewBlock
+from dirl_cli.serving import request_body, routes
+from dirl_cli.serving.growing_text import GrowingText
+from dirl_cli.serving.refusals import Refusal
+from dirl_cli.serving.request_body import COMMON, DECODING_FIELDS, NEUTRAL, WITHOUT_EFFECT, RequestReader
+from dirl_cli.serving.response_body import ResponseWriter
+from dirl_cli.serving.service import AnswerState
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers.served import KEY, listening, served, speaking_lm, wait_until
 
@@ -232,8 +237,16 @@ def test_each_request_is_decoded_as_it_says_though_all_share_forwards(lm):
         ({"prompt": "a", "seed": -1}, 400, "seed=-1: give a whole number of at least 0"),
         ({"prompt": "a", "temperature": 1e-40}, 400, "give 0, which is greedy, or at least 0.01"),
         ({"prompt": "a", "denoising_steps": 10**30}, 400, "give at most 2147483647"),
+        ({"prompt": "a", "top_p": 1e-60}, 400, "top_p=1e-60: give at least 0.000001, or top_k=1"),
+        ({"prompt": "a", "n": 10**400}, 400, "give at most 2147483647"),
         ({"prompt": "a", "denoising_steps": 10**6}, 400, "denoising_steps may be 4096 at most: give fewer"),
-        ({"prompt": "a", "stop_token_ids": [10**30]}, 400, "stop_token_ids may hold 1024 token ids below"),
+        ({"prompt": "a", "stop_token_ids": [10**30]}, 400, "give at most 2147483647"),
+        ({"prompt": "a", "stop_token_ids": [10**6]}, 400, "stop_token_ids may hold 64 token ids below"),
+        ({"prompt": "a", "stop_token_ids": [1] * 65}, 400, "stop_token_ids may hold 64 token ids below"),
+        ({"prompt": "a", "stop_token_ids": []}, 400, "stop_token_ids holds none: leave it out"),
+        ({"prompt": "a", "stop": ["a" * 257]}, 400, "none of more than 256 letters"),
+        ({"prompt": ""}, 400, "a prompt holds no token: give at least one"),
+        ({"prompt": ["a", ""]}, 400, "a prompt holds no token: give at least one"),
         ({"prompt": ["a"] * 2000}, 400, "2000 prompts are more than 1024: give fewer"),
         ({"prompt": "a" * 100_000}, 400, "a prompt has 100000 letters, more than the 127 tokens"),
         ({"prompt": "a", "threshold": 2}, 400, "confidence is at most 1"),
@@ -339,10 +352,55 @@ def test_paths_bodies_and_methods_that_are_not_served_are_refused_in_the_same_sh
         (b"[1]", "application/json", 400),
         (b"{}", "text/plain", 415),
         (b"[" * 100_000, "application/json", 400),
+        (b'{"prompt": "\\ud800"}', "application/json", 400),
+        (b'{"prompt": "a", "model": "\\uDfff"}', "application/json", 400),
+        (b'{"\\udc00": 1}', "application/json", 400),
+        (b'{"prompt": "\xed\xa0\x80"}', "application/json", 400),
+        (b'{"prompt": "a", "n": ' + b"9" * 4299 + b"}", "application/json", 400),
         (b" " * 2**21, "application/json", 413),
     ]:
         refused = client.post("/v1/completions", content=content, headers={"Content-Type": kind})
         assert (refused.status_code, list(refused.json())) == (status, ["error"])
+
+
+def test_a_letter_of_two_halves_is_read(server):
+    content = b'{"prompt": "\\ud83d\\ude00"}'
+    answer = server.client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200
+
+
+def test_more_answers_than_are_ever_let_in_are_refused_before_their_prompts_are_tokenized(lm, monkeypatch):
+    reader = RequestReader(lm, "tiny", DECODING, 100, 12)
+    monkeypatch.setattr(request_body, "tokenize", lambda *_: 1 / 0)
+    monkeypatch.setattr(request_body, "encode_messages", lambda *_: 1 / 0)
+    with pytest.raises(Refusal, match="20 answers are more than the 12 that are let in at once: ask for fewer"):
+        reader.completion({"prompt": ["a"] * 10, "n": 2})
+    with pytest.raises(Refusal, match="13 answers are more than the 12"):
+        reader.chat({"messages": QUESTION, "n": 13})
+
+
+def test_a_stop_string_that_is_a_special_token_is_found_without_the_vocabulary(lm, monkeypatch):
+    reader = RequestReader(lm, "tiny", DECODING, 100, 12)
+    monkeypatch.setattr(type(lm.tokenizer), "get_vocab", lambda _: 1 / 0)
+    special = lm.tokenizer.all_special_tokens[0]
+    asked = reader.completion({"prompt": "a", "stop": [special, "a"]})
+    assert lm.tokenizer.convert_tokens_to_ids(special) in asked.decoding.stop_token_ids
+
+
+def test_a_chunk_of_a_long_answer_costs_no_more_than_its_block(lm):
+    """What it holds is the block's, and the lists of the answer grow in place."""
+    reader = RequestReader(lm, "tiny", DECODING, 100, 12)
+    asked = reader.completion({"prompt": "a", "stream": True, "logprobs": 0})
+    text = GrowingText(lm.tokenizer, (), (), 10_000)
+    state = AnswerState(0, asked.prompts[0], text, Trajectory(asked.prompts[0], [], []))
+    writer = ResponseWriter(lm.tokenizer, "tiny", asked, is_chat=False)
+    token_ids = state.trajectory.token_ids
+    for told in range(0, 40, 4):
+        state.add(NewBlock(0, 0, [20, 30, 40, 50], [1, 2, 3, 4], [-0.5] * 4, told, told, 0, None))
+        [choice] = writer.chunk(state, told)["choices"]
+        assert choice["trajectory"]["token_ids"] == [20, 30, 40, 50] and state.trajectory.token_ids is token_ids
+        assert len(choice["logprobs"]["tokens"]) == 4
+    assert token_ids == [20, 30, 40, 50] * 10
 
 
 def test_the_model_is_told_with_its_length_and_the_version_of_its_weights(server):
@@ -418,7 +476,7 @@ def test_what_is_under_way_when_a_server_stops_is_finished_and_the_rest_given_ba
         server.gate.open.set()
         assert running.result().status_code == 200
         assert waiting.result().status_code == 503
-        with pytest.raises(httpx.ConnectError):
+        with pytest.raises(httpx.TransportError):  # no connection, or one that is closed at once
             wait_until(lambda: not ask())
 
 
@@ -507,6 +565,7 @@ def test_weights_of_another_model_are_refused_and_the_old_ones_stay(lm, tmp_path
         assert "with shape (2, 2), and the model" in refusal(server, weights | {name: torch.zeros(2, 2)})
         assert "holds nan or inf in" in refusal(server, weights | {name: weights[name] * torch.nan})
         for body, sentence in [
+            ({"path": "a\0b"}, "path must be a directory"),
             ({"path": "nowhere"}, "nowhere is not a directory"),
             ({"path": str(tmp_path)}, "holds no model.safetensors"),
             ({}, "path must be a directory"),

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from dirl_cli.cli.build import build
 from dirl_cli.console import PlainConsole, working
+from dirl_cli.diffusion.unmasking import find_strategy
 from dirl_cli.errors import DirlError, Stopped, pip_install, stop_code
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.engines import Native, require_strategy, strategies_of
@@ -41,17 +42,20 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     rollout = build(cfg.rollout)
     decoding = build(cfg.decoding, Decoding)
     require_strategy(rollout, decoding)
+    find_strategy(decoding.strategy)
     rollout.require()
     listener = listener_at(settings.host, settings.port)
     with working(console, "loading the model"):
         lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
         lm.require_tokenizer()
+        require_own_block_size(decoding, lm)
         own_weights = isinstance(rollout, Native) and lm.device.type == "cuda"
         sampler = rollout.start(lm, own_weights)
         engine = EngineThread(sampler, length_of(settings.max_length, lm), own_weights)
         slots, length = engine.start()
 
-    reader = RequestReader(lm, [settings.name], decoding, length - 1, strategies_of(rollout))
+    most_answers = slots + settings.max_queue
+    reader = RequestReader(lm, settings.name, decoding, length - 1, most_answers, strategies_of(rollout))
     limits = Limits(settings.max_queue, settings.timeout, settings.grace, settings.max_body)
     service = Service(engine, reader, limits, slots)
     server = StoppingServer(Routes(service, key).app(), service)
@@ -95,6 +99,14 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def require_own_block_size(decoding: Decoding, lm: DiffusionLM) -> None:
+    """Raises DirlError for blocks of another size than the model's, in which nothing would be answered."""
+    if decoding.block_size not in (None, lm.block_size):
+        raise DirlError(
+            f"decoding.block_size is {decoding.block_size} and the model's is {lm.block_size}: leave it out"
+        )
 
 
 def length_of(max_length: int | None, lm: DiffusionLM) -> int:

@@ -17,6 +17,7 @@ Piece = tuple[str, bool]  # a stretch of text, and whether it is trained
 
 # Private-use characters that hold the place of what the assistant says in the n-th message.
 PLACEHOLDER = "\ue000{}\ue001"
+LONGEST_FRAME = 4096  # letters of the messages with placeholders, of which a thousand are remembered
 THOUGHTS_ADDED = re.compile("<think>\\s*(</think>\\s*)?(?=\ue000|\\Z)")
 
 
@@ -241,7 +242,9 @@ def require_rendered_turns(tokenizer: PreTrainedTokenizerBase, messages: list[di
     for i, message in enumerate(messages):
         content = PLACEHOLDER.format(i) if message["content"].strip() else ""
         marked.append({**message, "content": content, "reasoning_content": None})
-    unrendered = first_unrendered_turn(tokenizer, json.dumps(marked, default=str))
+    frame = json.dumps(marked, default=str)
+    find = first_unrendered_turn if len(frame) <= LONGEST_FRAME else first_unrendered_turn.__wrapped__
+    unrendered = find(tokenizer, frame)
     if unrendered is not None:
         raise DirlError(
             f"the tokenizer's chat template writes nothing of turn {unrendered + 1}, whose role is"

@@ -54,9 +54,9 @@ class GrowingText:
         if not (self.is_shown or self.stops or self.finish_reason or is_last):
             return ""
         self.text = self._decode()
-        cut = first_stop(self.text, self.stops)
+        cut = first_stop(self.text[self.sent :], self.stops)  # none begins in what was handed out
         if cut is not None:
-            self.text = self.text[:cut]
+            self.text = self.text[: self.sent + cut]
             self.finish_reason = "stop"
         elif is_last and self.finish_reason is None:
             self.finish_reason = "length"  # of the room that there was
@@ -81,12 +81,15 @@ class GrowingText:
         return self.settled_text + text
 
     def _uncertain(self) -> int:
-        """The characters at the end that a later token may change: half a letter, or the beginning of a stop string."""
-        half_letter = len(self.text) - len(self.text.rstrip(UNFINISHED))
-        longest = half_letter
+        """The characters at the end that a later token may change.
+
+        That is half a letter, and before it the beginning of a stop string, which that letter may go on.
+        """
+        letters = self.text.rstrip(UNFINISHED)
+        longest = 0
         for stop in self.stops:
-            for length in range(min(len(stop) - 1, len(self.text)), longest, -1):
-                if self.text.endswith(stop[:length]):
+            for length in range(min(len(stop) - 1, len(letters)), longest, -1):
+                if letters.endswith(stop[:length]):
                     longest = length
                     break
-        return longest
+        return longest + len(self.text) - len(letters)

@@ -59,11 +59,13 @@ NEUTRAL: dict[str, Sequence[Any]] = {
 }
 # What a request may hold at most: no number may break the engine, and no text keep others waiting.
 MOST_STOPS = 64
-MOST_STOP_TOKENS = 1024
+LONGEST_STOP = 256  # letters
+MOST_STOP_TOKENS = 64  # each block of whatever runs beside it is compared with as many
 MOST_PROMPTS = 1024
 MOST_STEPS = 4096  # there is a threshold for each
 LARGEST = 2**31 - 1
 LEAST_TEMPERATURE = 0.01  # above greedy: logits over much less are no numbers any more
+LEAST_TOP_P = 1e-6  # of much less, rounding leaves nothing
 
 
 @dataclass(frozen=True)
@@ -86,30 +88,37 @@ class Asked:
 class RequestReader:
     """Reads requests to a model.
 
-    decoding: what counts where a request says nothing. longest_prompt: in tokens. strategies: that the engine has.
+    name: of the model. decoding: what counts where a request says nothing. longest_prompt: in tokens. most_answers:
+    that are let in at once. strategies: that the engine has.
     """
 
     def __init__(
         self,
         lm: DiffusionLM,
-        names: Sequence[str],
+        name: str,
         decoding: Decoding,
         longest_prompt: int,
+        most_answers: int,
         strategies: Collection[str] = tuple(BUILT_IN),
     ) -> None:
         self.lm = lm
         self.tokenizer = lm.require_tokenizer()
-        self.names = names
+        self.name = name
         self.decoding = lm.decoding(decoding)
         self.longest_prompt = longest_prompt
+        self.most_answers = most_answers
         self.strategies = strategies
+        special_tokens = self.tokenizer.all_special_tokens
+        self.special_ids = dict(
+            zip(special_tokens, self.tokenizer.convert_tokens_to_ids(special_tokens), strict=True)  # type: ignore[arg-type]  # a list for a list
+        )
         self.longest_text = longest_prompt * max(map(len, self.tokenizer.get_vocab()))  # letters, of the longest token
 
     def completion(self, body: Mapping[str, Any]) -> Asked:
         """Of /v1/completions. Raises Refusal or DirlError for what cannot be answered."""
         body = present(body)
         self._require_known(body, ("prompt",))
-        prompts = self._prompts(body.get("prompt"))
+        prompts = self._prompts(body.get("prompt"), self._answers(body))
         value = body.get("logprobs")
         if value is not None and (type(value) is not int or value != 0):
             raise Refusal(
@@ -125,36 +134,50 @@ class RequestReader:
         if not messages:
             raise Refusal(400, "messages must be a list of objects with role and content, at least one", "messages")
         self._require_short("".join(turn["content"] for turn in messages))
+        self._require_room(self._answers(body))
         prompt_ids = encode_messages(self.tokenizer, messages)
         return self._asked(body, [prompt_ids], with_logprobs=flag(body, "logprobs"))
 
     def _asked(self, body: Mapping[str, Any], prompts: list[list[int]], with_logprobs: bool) -> Asked:
         """What both kinds of request have in common."""
-        name = body.get("model", self.names[0])
-        if name not in self.names:
-            hint = did_you_mean(str(name), self.names)
+        name = body.get("model", self.name)
+        if name != self.name:
+            hint = did_you_mean(str(name), [self.name])
             raise Refusal(404, f"no model is called {name} here: {hint}", "model")
         for prompt_ids in prompts:
+            if not prompt_ids:
+                raise Refusal(400, "a prompt holds no token: give at least one")
             if len(prompt_ids) > self.longest_prompt:
                 raise Refusal(
                     400,
                     f"a prompt has {len(prompt_ids)} tokens and there is room for {self.longest_prompt}: shorten it",
                 )
 
-        n = checked("n", body.get("n", 1), Count)
         stops = self._stops(body)
         options = body.get("stream_options", {})
         if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
             raise Refusal(400, "stream_options may hold include_usage alone: leave the rest out", "stream_options")
         return Asked(
             prompts=prompts,
-            n=n,
+            n=self._answers(body),
             decoding=self._decoding(body, stops),
             stops=stops,
             is_stream=flag(body, "stream"),
             with_usage=flag(options, "include_usage"),
             with_logprobs=with_logprobs,
         )
+
+    def _answers(self, body: Mapping[str, Any]) -> int:
+        """How many answers to each prompt a request asks for."""
+        return int(checked("n", body.get("n", 1), Count))
+
+    def _require_room(self, answers: int) -> None:
+        """Raises Refusal for more answers than are ever let in at once."""
+        if answers > self.most_answers:
+            raise Refusal(
+                400,
+                f"{answers} answers are more than the {self.most_answers} that are let in at once: ask for fewer",
+            )
 
     def _require_known(self, body: Mapping[str, Any], own: Sequence[str]) -> None:
         """Raises Refusal for the first field that nothing reads, or that asks for what blocks do not have."""
@@ -167,14 +190,15 @@ class RequestReader:
         if "max_tokens" in body and "max_completion_tokens" in body:
             raise Refusal(400, "max_tokens and max_completion_tokens mean the same: give one", "max_tokens")
 
-    def _prompts(self, value: Any) -> list[list[int]]:
-        """One or several prompts, each text, taken as it is, or token ids."""
+    def _prompts(self, value: Any, n: int) -> list[list[int]]:
+        """One or several prompts, each text, taken as it is, or token ids. n: answers to each."""
         if isinstance(value, str) or is_token_ids(value):
             value = [value]
         if not isinstance(value, list) or not value:
             raise Refusal(400, "prompt must be text or a list of token ids, or a list of such: give one", "prompt")
         if len(value) > MOST_PROMPTS:
             raise Refusal(400, f"{len(value)} prompts are more than {MOST_PROMPTS}: give fewer", "prompt")
+        self._require_room(len(value) * n)  # before they are tokenized, which takes its time
         if all(isinstance(prompt, str) for prompt in value):
             for text in value:
                 self._require_short(text)
@@ -199,8 +223,13 @@ class RequestReader:
         value = body.get("stop", [])
         stops = [value] if isinstance(value, str) else value
         is_list = isinstance(stops, list) and all(isinstance(stop, str) and stop for stop in stops)
-        if not is_list or len(stops) > MOST_STOPS:
-            raise Refusal(400, f"stop must be a text or a list of at most {MOST_STOPS}, none empty: give such", "stop")
+        if not is_list or len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
+            raise Refusal(
+                400,
+                f"stop must be a text or a list of at most {MOST_STOPS}, none empty and none of more than"
+                f" {LONGEST_STOP} letters: give such",
+                "stop",
+            )
         return tuple(stops)
 
     def _decoding(self, body: Mapping[str, Any], stops: Sequence[str]) -> Decoding:
@@ -210,8 +239,6 @@ class RequestReader:
         for key, name in DECODING_FIELDS.items():
             if key in body:
                 settings[name] = checked(key, body[key], types[name])
-                if type(settings[name]) is int and settings[name] > LARGEST and name != "seed":
-                    raise Refusal(400, f"{key}={settings[name]}: give at most {LARGEST}", key)
         if settings.get("denoising_steps", 0) > MOST_STEPS:
             raise Refusal(400, f"denoising_steps may be {MOST_STEPS} at most: give fewer", "denoising_steps")
         if 0 < settings.get("temperature", 0) < LEAST_TEMPERATURE:
@@ -220,14 +247,18 @@ class RequestReader:
                 f"temperature={settings['temperature']:g}: give 0, which is greedy, or at least {LEAST_TEMPERATURE}",
                 "temperature",
             )
+        if settings.get("top_p", 1) < LEAST_TOP_P:
+            raise Refusal(400, f"top_p={settings['top_p']:g}: give at least {LEAST_TOP_P:f}, or top_k=1", "top_p")
         settings.setdefault("seed", secrets.randbits(32))
 
         # Any other name would be imported, which is for those who start the server.
         strategy = settings.get("strategy", self.decoding.strategy)
         if strategy not in (*self.strategies, self.decoding.strategy):
             raise Refusal(400, f"strategy={strategy}: {did_you_mean(strategy, self.strategies)}", "strategy")
-        stop_token_ids = settings.get("stop_token_ids", ())
-        if len(stop_token_ids) > MOST_STOP_TOKENS or not all(token < self.lm.vocab_size for token in stop_token_ids):
+        stop_token_ids = settings.get("stop_token_ids")
+        if stop_token_ids == ():
+            raise Refusal(400, "stop_token_ids holds none: leave it out for those of the model", "stop_token_ids")
+        if stop_token_ids and (len(stop_token_ids) > MOST_STOP_TOKENS or max(stop_token_ids) >= self.lm.vocab_size):
             raise Refusal(
                 400,
                 f"stop_token_ids may hold {MOST_STOP_TOKENS} token ids below {self.lm.vocab_size}: leave the rest out",
@@ -236,8 +267,7 @@ class RequestReader:
         decoding = self.lm.decoding(replace(self.decoding, **settings))
 
         # A stop string that is a special token never stands in the text, which holds none.
-        vocabulary = self.tokenizer.get_vocab()
-        special = {vocabulary[stop] for stop in stops if stop in self.tokenizer.all_special_tokens}
+        special = {self.special_ids[stop] for stop in stops if stop in self.special_ids}
         return replace(decoding, stop_token_ids=tuple(sorted({*decoding.stop_token_ids, *special})))
 
 
@@ -271,6 +301,8 @@ def checked(key: str, value: Any, hint: Any) -> Any:
         require(value, hint, key)
     except DirlError as error:
         raise Refusal(400, str(error), key) from error
+    if kind is int and limit_of(hint).at_most is None and value > LARGEST:
+        raise Refusal(400, f"{key}={value}: give at most {LARGEST}", key)
     return value
 
 

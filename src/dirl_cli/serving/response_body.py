@@ -3,7 +3,6 @@
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,15 +18,16 @@ class ResponseWriter:
         self.tokenizer = tokenizer
         self.asked = asked
         self.is_chat = is_chat
-        prefix, kind = ("chatcmpl", "chat.completion") if is_chat else ("cmpl", "text_completion")
+        prefix, name = ("chatcmpl", "chat.completion") if is_chat else ("cmpl", "text_completion")
         self.head = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": f"{kind}.chunk" if is_chat and asked.is_stream else kind,
+            "object": f"{name}.chunk" if is_chat and asked.is_stream else name,
             "created": int(time.time()),
             "model": model,
             "seed": asked.decoding.seed,
         }
         self.begun: set[int] = set()  # choices of which a chunk was written
+        self.offsets: dict[int, int] = {}  # of the next token of each choice, in letters
 
     def whole(self, states: Sequence[AnswerState]) -> dict[str, Any]:
         """The response that holds all answers, which are over."""
@@ -41,7 +41,7 @@ class ResponseWriter:
                     **content,
                     "logprobs": self._logprobs(state, 0),
                     "finish_reason": state.text.finish_reason,
-                    "trajectory": asdict(state.trajectory),
+                    "trajectory": vars(state.trajectory),
                 }
             )
         return {**self.head, "choices": choices, "usage": self.usage(states)}
@@ -57,11 +57,10 @@ class ResponseWriter:
         self.begun.add(state.index)
 
         # Lists are the block's, to be joined; the other fields hold up to its end.
-        trajectory = asdict(state.trajectory)
+        trajectory = dict(vars(state.trajectory))
         block = state.last_block
         if block:
-            own = {"token_ids": block.token_ids, "reveal_step": block.reveal_step, "logprobs": block.logprobs}
-            trajectory |= own
+            trajectory |= {"token_ids": block.token_ids, "reveal_step": block.reveal_step, "logprobs": block.logprobs}
         if tokens_before:
             del trajectory["prompt_ids"]
         if not state.is_over:
@@ -98,9 +97,11 @@ class ResponseWriter:
                 content.append({"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []})
             return {"content": content, "refusal": None}
 
-        offset = len(str(self.tokenizer.decode(state.text.token_ids[:first])))
+        # Token by token, so that they are the same in a stream.
+        offset = self.offsets.get(state.index, 0)
         offsets = []
         for token in tokens:
             offsets.append(offset)
             offset += len(token)
+        self.offsets[state.index] = offset
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}

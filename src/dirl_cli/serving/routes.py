@@ -69,6 +69,7 @@ class Routes:
         self.engine = service.engine
         self.reader = service.reader
         self.key = key
+        self.reading = asyncio.Lock()
         self.shapes = published_shapes(service.reader.lm)
 
     def app(self) -> Starlette:
@@ -116,11 +117,11 @@ class Routes:
         return Response(self.service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card(self.reader.names[0])]})
+        return JSONResponse({"object": "list", "data": [self._card(self.reader.name)]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in self.reader.names:
+        if name != self.reader.name:
             raise Refusal(404, f"no model is called {name} here: GET /v1/models names the one that is", "model")
         return JSONResponse(self._card(name))
 
@@ -136,13 +137,21 @@ class Routes:
         }
 
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, self.reader.completion(await self._body(request)), is_chat=False)
+        asked = await self._read(self.reader.completion, request)
+        return await self._answer(request, asked, is_chat=False)
 
     async def chat_completions(self, request: Request) -> Response:
-        return await self._answer(request, self.reader.chat(await self._body(request)), is_chat=True)
+        asked = await self._read(self.reader.chat, request)
+        return await self._answer(request, asked, is_chat=True)
+
+    async def _read(self, read: Callable[[dict[str, Any]], Asked], request: Request) -> Asked:
+        """What a request asks for, read beside the loop, since tokenizing takes its time; one at a time."""
+        body = await self._body(request)
+        async with self.reading:
+            return await run_in_threadpool(read, body)
 
     async def _answer(self, request: Request, asked: Asked, is_chat: bool) -> Response:
-        writer = ResponseWriter(self.reader.tokenizer, self.reader.names[0], asked, is_chat)
+        writer = ResponseWriter(self.reader.tokenizer, self.reader.name, asked, is_chat)
         if asked.is_stream:
             open_answers = self.service.admit(asked)  # or refused before a stream has begun, with a status of its own
             return EventStream(self._events(asked, open_answers, writer), partial(self.service.leave, open_answers))
@@ -192,7 +201,7 @@ class Routes:
         if unknown:
             raise Refusal(400, f"{unknown[0]}: no such field; give path, and version if it is not the next", unknown[0])
         path = body.get("path")
-        if not isinstance(path, str) or not path:
+        if not isinstance(path, str) or not path or "\0" in path:
             raise Refusal(400, "path must be a directory with weights, as `dirl sft` leaves it: give one", "path")
         version = body.get("version")
         if version is not None:
@@ -214,8 +223,8 @@ class Routes:
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """The JSON object that a request holds. Raises Refusal where there is none, or too much of it."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
             raise Refusal(415, "the body of a request is JSON: send Content-Type: application/json")
         limit = self.service.limits.max_body * 2**20
         content = bytearray()
@@ -228,7 +237,7 @@ class Routes:
         except TimeoutError:
             raise Refusal(400, f"the request did not come within {READ_PATIENCE} s: send it at once") from None
         try:
-            body = json.loads(content)
+            body = await run_in_threadpool(read_json, content)
         except (ValueError, RecursionError):
             raise Refusal(400, "the body of the request is no JSON: send an object") from None
         if not isinstance(body, dict):
@@ -273,6 +282,15 @@ class Routes:
 def shown_key(request: Request) -> bytes:
     """What a client shows, byte for byte: Starlette reads headers as Latin-1."""
     return request.headers.get("authorization", "").encode("latin-1")
+
+
+def read_json(content: bytearray) -> Any:
+    """The value that JSON in UTF-8 holds. Raises ValueError where it is none, or holds text that UTF-8 has not."""
+    text = content.decode()
+    value = json.loads(text)
+    if "\\ud" in text.lower():  # half of a letter of two, whose other half may be missing
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def event(content: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dirl_cli.ranges import Count, Natural, NotNegative, Positive
 from dirl_cli.rollout.sampler import GivenUp, NewBlock
@@ -49,20 +49,18 @@ class AnswerState:
 
     def add(self, block: NewBlock) -> bool:
         """Grow by a block; returns whether it is over."""
-        trajectory = self.trajectory
         self.last_block = block
         self.new = self.text.grow(block.token_ids, is_last=block.stop_reason is not None)
-        self.trajectory = Trajectory(
-            prompt_ids=self.prompt_ids,
-            token_ids=trajectory.token_ids + block.token_ids,
-            reveal_step=trajectory.reveal_step + block.reveal_step,
-            logprobs=trajectory.logprobs + block.logprobs,
+        # Its lists grow in place: a copy for each block would take time that is quadratic in their number.
+        self.trajectory.token_ids.extend(block.token_ids)
+        self.trajectory.reveal_step.extend(block.reveal_step)
+        self.trajectory.logprobs.extend(block.logprobs)
+        self.trajectory = replace(
+            self.trajectory,
             stop_reason=block.stop_reason or self.text.finish_reason or "length",
             denoise_forwards=block.denoise_forwards,
             forwards=block.forwards,
             weights_version=block.weights_version,
-            stop_token_ids=trajectory.stop_token_ids,
-            block_size=trajectory.block_size,
         )
         return self.is_over
 
@@ -79,14 +77,14 @@ class OpenAnswers:
 
 
 class Service:
-    """Answers what `RequestReader` has read, on `engine`. capacity: answers that are let in at once."""
+    """Answers what `RequestReader` has read, on `engine`. slots: answers that are under way at once."""
 
     def __init__(self, engine: EngineThread, reader: RequestReader, limits: Limits, slots: int) -> None:
         self.engine = engine
         self.reader = reader
         self.limits = limits
         self.slots = slots
-        self.capacity = slots + limits.max_queue
+        self.capacity = reader.most_answers
         self.metrics = ServerMetrics(engine)
         self.open_answers = 0
         self.mean_seconds = 1.0  # of an answer, the last ones counting most
@@ -104,14 +102,11 @@ class Service:
         if self.engine.is_asleep:
             raise Refusal(503, ASLEEP)
         count = len(asked.prompts) * asked.n
-        most = self.capacity
-        if count > most:
-            raise Refusal(400, f"{count} answers are more than the {most} that are let in at once: ask for fewer")
-        if self.open_answers + count > most:
+        if self.open_answers + count > self.capacity:
             pause = min(max(round(self.mean_seconds * self.open_answers / self.slots), 1), LONGEST_PAUSE)
             raise Refusal(
                 429,
-                f"{self.open_answers} answers of at most {most} are under way or wait: ask again in {pause} s",
+                f"{self.open_answers} answers of at most {self.capacity} are under way or wait: ask again in {pause} s",
                 headers={"Retry-After": str(pause)},
             )
         self.open_answers += count
