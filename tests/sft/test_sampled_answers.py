@@ -288,6 +288,17 @@ def test_an_answer_is_graded_once(tmp_path, monkeypatch):
             grade_once(attempts, file, ALONE)
 
 
+def test_every_process_has_the_credits_that_the_main_one_gave(tmp_path, monkeypatch):
+    def from_the_main_process(credits):
+        credits[0] = [0.25]
+
+    monkeypatch.setattr("dirl_cli.sft.answer_credits.broadcast_object_list", from_the_main_process)
+    monkeypatch.delattr("dirl_cli.sft.answer_credits.grade")
+    file = tmp_path / "credits.json"
+    other = SimpleNamespace(is_main_process=False)
+    assert grade_once([(Problem("a", "?", "7"), "7")], file, other) == [0.25] and not file.exists()
+
+
 def test_where_nothing_was_sampled_the_sentence_says_how(tmp_path):
     with pytest.raises(DirlError, match=r"sample answers with `dirl rl rl\.rollout_only=true"):
         answer_files(tmp_path / "nowhere")
