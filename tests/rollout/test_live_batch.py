@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.sequences import SequenceState
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers.small import small_lm
 
@@ -96,6 +98,31 @@ def test_blocks_come_as_they_are_full_and_the_last_says_why_it_is():
     blocks = [block for blocks in news for block in blocks]
     assert [block.forwards for block in blocks] == [1, 3, 5]
     assert [block.stop_reason for block in blocks] == [None, None, "length"]
+
+
+def test_of_a_full_block_its_own_tokens_alone_are_fetched(monkeypatch):
+    """Of answers of any length, and of one that ends no more than of the others."""
+    fetch, sizes = SequenceState.fetch, []
+
+    def noting(self, slots, begin, end):
+        parts = fetch(self, slots, begin, end)
+        sizes.append([len(tokens) for tokens, _, _ in parts])
+        return parts
+
+    monkeypatch.setattr(SequenceState, "fetch", noting)
+    batch = NativeSampler(small_lm(), 2).open_batch(64)
+    for number, prompt_ids in enumerate([[5, 6, 7], [8] * 8]):
+        batch.add(number, 0, prompt_ids, Decoding(strategy="sequential", denoising_steps=1, max_new_tokens=9))
+    news = [block for _ in range(3) for block in batch.step()]
+    assert sizes == [[1, 4], [4, 4], [4, 4]]
+    assert [block.stop_reason for block in news] == [None] * 4 + ["length"] * 2
+
+
+def test_what_is_fetched_of_some_slots_ends_where_each_says():
+    sequences = SequenceState(small_lm(), 3, 8)
+    sequences.tokens = torch.arange(24).reshape(3, 8)
+    parts = sequences.fetch(np.array([2, 0]), np.array([5, 1]), np.array([8, 7]))
+    assert [tokens for tokens, _, _ in parts] == [[21, 22, 23], [1, 2, 3, 4, 5, 6]]
 
 
 def test_an_answer_has_no_more_room_than_the_batch():

@@ -23,7 +23,7 @@ from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attenti
 from dirl_cli.rollout.products import Products
 from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Watch, collect_samples, cut_to
 from dirl_cli.rollout.scheduler import Finished, FullBlock, Request, Scheduler, make_requests, require_free_end
-from dirl_cli.types import Decoding, StopReason, Trajectory
+from dirl_cli.types import Decoding, Trajectory
 
 
 class NativeSampler:
@@ -288,11 +288,7 @@ class NativeBatch:
     @torch.inference_mode()
     def step(self) -> list[NewBlock | GivenUp]:
         """See `LiveBatch.step`."""
-        stop_reasons: dict[tuple[int, int], StopReason] = {}
-        for finished in self.scheduler.step():
-            key = finished.request.prompt, finished.request.sample
-            stop_reasons[key] = "stop" if finished.stopped else "length"
-
+        list(self.scheduler.step())  # which shows full blocks, and yields nothing besides
         news: list[NewBlock | GivenUp] = []
         for block in self.full_blocks:
             request = block.request
@@ -306,7 +302,7 @@ class NativeBatch:
                     denoise_forwards=block.forwards,
                     forwards=block.forwards,
                     weights_version=self.sampler.weights_version,
-                    stop_reason=stop_reasons.get((request.prompt, request.sample)),
+                    stop_reason=block.stop_reason,
                 )
             )
         self.full_blocks.clear()

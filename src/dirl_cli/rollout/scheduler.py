@@ -25,7 +25,7 @@ from dirl_cli.rollout.forward import Forward
 from dirl_cli.rollout.pages import Integers
 from dirl_cli.rollout.sampler import Hint, Watch
 from dirl_cli.rollout.sequences import MixedUnmasker, Unmasker, UnmaskerPart
-from dirl_cli.types import Decoding
+from dirl_cli.types import Decoding, StopReason
 
 SLOT, START, STEP, KEY = range(4)  # the rows of `Scheduler.blocks`
 
@@ -100,19 +100,23 @@ class Finished:
 
 @dataclass(frozen=True)
 class FullBlock:
-    """The part of a running completion that one block is; fields as those of `Finished`. forwards: up to its end."""
+    """The part of a running completion that one block is; fields as those of `Finished`.
+
+    forwards: up to its end. stop_reason: of the last one.
+    """
 
     request: Request
     token_ids: list[int]
     reveal_step: list[int]
     logprobs: list[float]
     forwards: int
+    stop_reason: StopReason | None
 
 
 class Scheduler:
     """Decodes at most `slots` requests at once on `forward`, each block by block in a slot of its own.
 
-    show_block: called with each block that is full, before what `step` yields of its answer.
+    show_block: called with each block that is full, in place of what `step` yields of whole answers.
     """
 
     def __init__(self, forward: Forward, slots: int, show_block: Callable[[FullBlock], None] | None = None) -> None:
@@ -372,8 +376,11 @@ class Scheduler:
         is_over = stopped | (end >= self.last_position) | (end - prompt_length >= self.max_new_tokens[slots])
         if self.show_block:
             parts = self.forward.sequences.fetch(slots, np.maximum(start, prompt_length), end)
-            for slot, part in zip(slots.tolist(), parts, strict=True):
-                self.show_block(FullBlock(self.running[slot], *part, int(self.forwards[slot])))
+            for i, (slot, part) in enumerate(zip(slots.tolist(), parts, strict=True)):
+                stop_reason: StopReason | None = None
+                if is_over[i]:
+                    stop_reason = "stop" if stopped[i] else "length"
+                self.show_block(FullBlock(self.running[slot], *part, int(self.forwards[slot]), stop_reason))
 
         # Those that end are moved on too, so that START is where their answer ends.
         self.blocks[START, slots] = end
@@ -382,13 +389,21 @@ class Scheduler:
         for slot in slots[~is_over].tolist():
             self._begin_block(slot)
         over = slots[is_over]
+        if self.show_block:
+            for slot in over.tolist():
+                self._end(slot)
+            return
         if not len(over):
             return
         answers = self.forward.sequences.fetch(over, self.prompt_length[over], self.blocks[START, over])
         for slot, answer, by_stop_token in zip(over.tolist(), answers, stopped[is_over].tolist(), strict=True):
-            self.free.append(slot)
-            self._leave(slot)
-            yield Finished(self.running.pop(slot), *answer, int(self.forwards[slot]), by_stop_token)
+            yield Finished(self._end(slot), *answer, int(self.forwards[slot]), by_stop_token)
+
+    def _end(self, slot: int) -> Request:
+        """Free a slot, whose request has ended; returns that."""
+        self.free.append(slot)
+        self._leave(slot)
+        return self.running.pop(slot)
 
     def _leave(self, slot: int) -> None:
         """Take an answer's pages back, but for those that the next answer to its prompt may begin with."""

@@ -76,14 +76,16 @@ class SequenceState:
 
     def fetch(self, slots: Integers, begin: Integers, end: Integers) -> list[tuple[list[int], list[int], list[float]]]:
         """Tokens, reveal steps and log-probs of some slots, each from its own position `begin` to `end`; all (n,)."""
-        index = upload(slots, self.tokens.device)
+        length = end - begin
+        position = begin[:, None] + np.arange(length.max())  # (n, the longest), of which the shorter ones need less
+        index = upload(slots[:, None] * self.length + np.minimum(position, self.length - 1), self.tokens.device)
         tokens, revealed_at, logprobs = (
-            each[index].cpu().numpy() for each in (self.tokens, self.revealed_at, self.logprobs)
+            each.take(index).cpu().numpy() for each in (self.tokens, self.revealed_at, self.logprobs)
         )
         revealed_at[revealed_at == GIVEN] = HELD
         answers = []
-        for i, (first, last) in enumerate(zip(begin, end, strict=True)):
-            part = slice(first, last)
+        for i, last in enumerate(length):
+            part = slice(0, last)
             answers.append((tokens[i, part].tolist(), revealed_at[i, part].tolist(), logprobs[i, part].tolist()))
         return answers
 
