@@ -100,6 +100,17 @@ def test_blocks_come_as_they_are_full_and_the_last_says_why_it_is():
     assert [block.stop_reason for block in blocks] == [None, None, "length"]
 
 
+def test_a_model_that_predicts_from_the_token_before_wants_one_in_the_prompt():
+    """The state of another answer's last token would stand in for it."""
+    lm = small_lm()
+    lm.model.config.logit_shift = True
+    sampler = NativeSampler(lm, 2)
+    with pytest.raises(DirlError, match="a prompt holds no token, and this model predicts each from the one before"):
+        sampler.sample([[5], []], 1, Decoding(max_new_tokens=4))
+    with pytest.raises(DirlError, match="a prompt holds no token"):
+        sampler.open_batch(16).add(0, 0, [], Decoding(max_new_tokens=4))
+
+
 def test_of_a_full_block_its_own_tokens_alone_are_fetched(monkeypatch):
     """Of answers of any length, and of one that ends no more than of the others."""
     fetch, sizes = SequenceState.fetch, []

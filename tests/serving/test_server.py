@@ -699,6 +699,28 @@ def test_a_client_that_does_not_take_what_it_asked_for_is_hung_up_on(monkeypatch
     assert ended == [True]
 
 
+def test_a_cancellation_that_meets_a_block_is_not_lost(server, monkeypatch):
+    service = server.service
+    monkeypatch.setattr(service.engine, "submit", lambda query: None)
+    asked = service.reader.completion({"prompt": PROMPTS[0]})
+
+    async def cancelled():
+        open_answers = service.admit(asked)
+
+        async def first():
+            return await anext(service.answers(asked, open_answers))
+
+        waiting = asyncio.create_task(first())
+        await asyncio.sleep(0.01)
+        open_answers.events.put_nowait((0, NewBlock(0, 0, [20], [1], [0.0], 1, 1, 0, None)))
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(cancelled())
+    assert service.open_answers == 0
+
+
 def test_a_stream_counts_from_when_it_is_let_in_also_where_its_client_is_gone_before_it_begins(server):
     service = server.service
     asked = service.reader.completion({"prompt": PROMPTS[0], "n": 3, "stream": True})

@@ -84,6 +84,7 @@ class NativeSampler:
                 f"a prompt has {longest} tokens and the model has room for {self.lm.longest_prompt}: shorten it"
             )
         for request in queue:
+            self.require_start(request.prompt_ids)
             room = self.lm.longest_prompt + 1 - len(request.prompt_ids)
             require_free_end(request.hint, min(decoding.max_new_tokens, room), decoding.stop_token_ids)
 
@@ -213,6 +214,13 @@ class NativeSampler:
             )
         return self.lm.block_size
 
+    def require_start(self, prompt_ids: list[int]) -> None:
+        """Raises DirlError for an empty prompt where a token is predicted by the one before it: it has no first."""
+        if self.lm.logit_shift and not prompt_ids:
+            raise DirlError(
+                "a prompt holds no token, and this model predicts each from the one before it: give at least one"
+            )
+
     def keep_idle(self, forward: Forward) -> None:
         """Take back a forward that nothing uses any more: the next stream goes on with its graphs."""
         self.idle_forward = forward if isinstance(forward, GraphForward) else None
@@ -275,6 +283,7 @@ class NativeBatch:
 
     def add(self, prompt: int, sample: int, prompt_ids: list[int], decoding: Decoding) -> None:
         """See `LiveBatch.add`."""
+        self.sampler.require_start(prompt_ids)
         key = request_key(decoding.seed, prompt_ids, sample)
         self.scheduler.add(Request(prompt, sample, prompt_ids, cut_to(decoding, prompt_ids, self.length), key))
 

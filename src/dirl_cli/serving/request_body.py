@@ -179,9 +179,9 @@ class RequestReader:
                 f"{answers} answers are more than the {self.most_answers} that are let in at once: ask for fewer",
             )
 
-    def _require_known(self, body: Mapping[str, Any], own: Sequence[str]) -> None:
+    def _require_known(self, body: Mapping[str, Any], question_fields: Sequence[str]) -> None:
         """Raises Refusal for the first field that nothing reads, or that asks for what blocks do not have."""
-        known = {*own, *COMMON, *DECODING_FIELDS}
+        known = {*question_fields, *COMMON, *DECODING_FIELDS}
         for key, value in body.items():
             if key in NEUTRAL and value not in NEUTRAL[key]:
                 raise Refusal(400, f"{key} is nothing that a block-diffusion engine has: leave it out", key)
@@ -292,16 +292,16 @@ def checked(key: str, value: Any, hint: Any) -> Any:
             raise Refusal(400, refusal(key, value, hint), key)
         return tuple(checked(f"{key}[{i}]", item, get_args(inner)[0]) for i, item in enumerate(value))
 
-    kind = get_args(inner)[0] if limit_of(hint) else inner
-    if kind is float and type(value) is int and abs(value) <= LARGEST:
+    plain_type = get_args(inner)[0] if limit_of(hint) else inner
+    if plain_type is float and type(value) is int and abs(value) <= LARGEST:
         value = float(value)
-    if type(value) is not kind:
+    if type(value) is not plain_type:
         raise Refusal(400, refusal(key, value, hint), key)
     try:
         require(value, hint, key)
     except DirlError as error:
         raise Refusal(400, str(error), key) from error
-    if kind is int and limit_of(hint).at_most is None and value > LARGEST:
+    if plain_type is int and limit_of(hint).at_most is None and value > LARGEST:
         raise Refusal(400, f"{key}={value}: give at most {LARGEST}", key)
     return value
 

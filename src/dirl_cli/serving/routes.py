@@ -171,13 +171,13 @@ class Routes:
     ) -> AsyncGenerator[str, None]:
         """The chunks of a stream, an event each time that an answer has grown."""
         states: dict[int, AnswerState] = {}
-        told: dict[int, int] = {}  # tokens of each text
+        sent_tokens: dict[int, int] = {}  # of each text, how many
         try:
             async with aclosing(self.service.answers(asked, open_answers)) as grown:
                 async for state in grown:
-                    yield event(writer.chunk(state, told.get(state.index, 0)))
+                    yield event(writer.chunk(state, sent_tokens.get(state.index, 0)))
                     states[state.index] = state
-                    told[state.index] = len(state.text.token_ids)
+                    sent_tokens[state.index] = len(state.text.token_ids)
         except Refusal as refusal:
             self.service.metrics.refused.labels(refusal.status).inc()
             yield event(refusal.body())
