@@ -363,6 +363,13 @@ def test_paths_bodies_and_methods_that_are_not_served_are_refused_in_the_same_sh
         assert (refused.status_code, list(refused.json())) == (status, ["error"])
 
 
+def test_of_a_long_value_a_refusal_tells_the_ends_and_the_remedy(server):
+    for body in ({"prompt": "a", "temperature": "hot" * 100_000}, {"prompt": "a", "a" * 300_000: 1}):
+        message = server.client.post("/v1/completions", json=body).json()["error"]["message"]
+        assert len(message) < 1010 and " … " in message
+    assert message.endswith("top_p")
+
+
 def test_a_letter_of_two_halves_is_read(server):
     content = b'{"prompt": "\\ud83d\\ude00"}'
     answer = server.client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
@@ -392,7 +399,7 @@ def test_a_chunk_of_a_long_answer_costs_no_more_than_its_block(lm):
     reader = RequestReader(lm, "tiny", DECODING, 100, 12)
     asked = reader.completion({"prompt": "a", "stream": True, "logprobs": 0})
     text = GrowingText(lm.tokenizer, (), (), 10_000)
-    state = AnswerState(0, asked.prompts[0], text, Trajectory(asked.prompts[0], [], []))
+    state = AnswerState(0, text, Trajectory(asked.prompts[0], [], []))
     writer = ResponseWriter(lm.tokenizer, "tiny", asked, is_chat=False)
     token_ids = state.trajectory.token_ids
     for told in range(0, 40, 4):

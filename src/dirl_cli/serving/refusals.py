@@ -5,6 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+LONGEST_END = 500  # letters of a sentence at its beginning, and at its end
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -26,6 +27,8 @@ class Refusal(Exception):  # noqa: N818
     def __init__(
         self, status: int, sentence: str, parameter: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
+        if len(sentence) > 2 * LONGEST_END:  # it names a value of any length, and ends in the remedy
+            sentence = f"{sentence[:LONGEST_END]} … {sentence[-LONGEST_END:]}"
         super().__init__(sentence)
         self.status = status
         self.parameter = parameter

@@ -37,7 +37,6 @@ class AnswerState:
     """One of the answers that a request asks for. index: among its choices. new: text that its last block added."""
 
     index: int
-    prompt_ids: list[int]
     text: GrowingText
     trajectory: Trajectory
     new: str = ""
@@ -51,6 +50,7 @@ class AnswerState:
         """Grow by a block; returns whether it is over."""
         self.last_block = block
         self.new = self.text.grow(block.token_ids, is_last=block.stop_reason is not None)
+
         # Its lists grow in place: a copy for each block would take time that is quadratic in their number.
         self.trajectory.token_ids.extend(block.token_ids)
         self.trajectory.reveal_step.extend(block.reveal_step)
@@ -207,7 +207,7 @@ class Service:
             self.reader.tokenizer, stop_ids, asked.stops, decoding.max_new_tokens, is_shown=asked.is_stream
         )
         empty = Trajectory(prompt_ids, [], [], stop_token_ids=stop_ids, block_size=self.reader.lm.block_size)
-        return AnswerState(index, prompt_ids, text, empty)
+        return AnswerState(index, text, empty)
 
     def _count(self, state: AnswerState, block: NewBlock, seconds: float) -> None:
         if block.token_ids:
