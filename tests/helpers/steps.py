@@ -233,7 +233,7 @@ def take(
     optimizers = OPTIMIZERS[optimizer].build(lm.model)
     trainer = Trainer(accelerator, LogprobModel(lm.model), optimizers, lambda step: 1.0, clip_norm=0.5)
     found = TASKS[task](lm, trainer, micro_rows)
-    assert (counters["stats"]["unique_graphs"] > 0) == compiled
+    assert not compiled or counters["stats"]["unique_graphs"] > 0
     assert all(isinstance(one, DTensor) == (launch in SHARDED_LAUNCHES) for one in lm.model.parameters())
     copied = {name: tensor.detach().cpu().clone() for name, tensor in unsharded(lm.model.named_parameters())}
     sampler_lm = unsharded_model(lm)
