@@ -6,9 +6,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib import import_module
+from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from dirl_cli.errors import DirlError, did_you_mean
@@ -51,10 +52,18 @@ def source_digest(name: str) -> str:
     return hashlib.sha256(source).hexdigest()
 
 
+class UncachedLoader(SourceFileLoader):
+    """Compiles a file whenever it is loaded: Python's cache takes one of the same size and second to be unchanged."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_file(path: Path) -> ModuleType:
     """A Python file as a module; registered, since dataclasses and pickle look their module up by name."""
-    spec = spec_from_file_location(f"reward file {path}", path)
-    if spec is None or spec.loader is None:
+    name = f"reward file {path}"
+    spec = spec_from_file_location(name, path, loader=UncachedLoader(name, str(path)))
+    if path.suffix != ".py" or spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
