@@ -179,7 +179,7 @@ def noised_strip(
     masked[:, answer] = answer_masked
     weight = torch.zeros(masked.shape)
     weight[:, answer] = answer_weight
-    scored = masked & (weight > 0)
+    scored = masked & (weight != 0)  # so that a weight that is no number is seen
     return lay_out(demonstration.token_ids, masked, scored, weight, block_size, mask_id)
 
 
