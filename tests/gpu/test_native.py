@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from dirl_cli.diffusion.unmasking import BUILT_IN
 from dirl_cli.models.kv_cache import bytes_per_token
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout import forward_gpu, native, scheduler
@@ -19,14 +20,6 @@ from tests.helpers.small import random_lm, small_lm
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-STRATEGIES = [
-    "sequential",
-    "low_confidence_static",
-    "low_confidence_dynamic",
-    "probability_margin",
-    "bounded_adaptive",
-    "entropy_bounded",
 ]
 PROMPTS = [[10, 11, 12, 13], [20, 21, 22, 23, 24, 25], [30], list(range(1, 40)), [5] * 17]
 
@@ -71,7 +64,7 @@ def test_attention_is_torchs(count, block, heads, key_heads, dtype):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("strategy", [*STRATEGIES, f"{__name__}.two_best"])
+@pytest.mark.parametrize("strategy", [*BUILT_IN, f"{__name__}.two_best"])
 def test_answers_from_graphs_are_those_of_plain_forwards(strategy, temperature):
     lm, options = on_gpu(small_lm()), decoding(strategy, temperature=temperature)
     sampler = NativeSampler(lm, 3)
@@ -111,7 +104,7 @@ def test_pages_take_the_share_of_free_memory_that_was_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize("confidence", ["sampled", "entropy"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BUILT_IN)
 def test_kernels_choose_and_reveal_what_plain_operations_do(strategy, confidence, monkeypatch):
     lm, options = on_gpu(small_lm()), decoding(strategy, temperature=1.0, confidence=confidence)
     by_kernels = NativeSampler(lm, 3).sample(PROMPTS, 4, options)
@@ -198,7 +191,7 @@ def test_a_live_batch_of_several_rules_gives_the_answers_of_streams():
     """Of four strategies in one forward, unmasked side by side, and then of one, from graphs."""
     lm = on_gpu(small_lm())
     sampler = NativeSampler(lm, 12)
-    rules = [decoding(strategy, temperature=1.0) for strategy in STRATEGIES]
+    rules = [decoding(strategy, temperature=1.0) for strategy in BUILT_IN]
     batch = sampler.open_batch(64)
     answers: dict[tuple[int, int], list[int]] = {}
     for i, rule in enumerate(rules):

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dirl_cli.diffusion.layout import Coordinates
-from dirl_cli.diffusion.unmasking import EXACT
+from dirl_cli.diffusion.unmasking import BUILT_IN, EXACT
 from dirl_cli.models.attention import dense_mask
 from dirl_cli.models.low_precision import cast_linear_weights, recast
 from dirl_cli.rollout.decoder import JoinedDecoder, decoder_of
@@ -20,14 +20,6 @@ from dirl_cli.types import Decoding
 from tests.helpers.small import random_lm, small_lm
 from tests.rollout.test_decoder import Kernels
 
-STRATEGIES = [
-    "sequential",
-    "low_confidence_static",
-    "low_confidence_dynamic",
-    "probability_margin",
-    "bounded_adaptive",
-    "entropy_bounded",
-]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], [9, 8, 7, 6, 5, 4, 3, 2, 1, 12, 13]]
 
 
@@ -48,7 +40,7 @@ def pairs(ours, theirs):
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 8])
-@pytest.mark.parametrize("strategy", [*STRATEGIES, f"{__name__}.two_best"])
+@pytest.mark.parametrize("strategy", [*BUILT_IN, f"{__name__}.two_best"])
 def test_answers_are_those_of_plain_forwards(strategy, block_size):
     lm = small_lm(block_size)
     for options in ({}, {"temperature": 0.0, "denoising_steps": 2}, {"stop_token_ids": (3, 7, 36), "top_k": 9}):
@@ -111,7 +103,7 @@ def test_only_blocks_that_are_denoised_or_to_be_cached_are_computed():
     assert [size for size in tape.sizes if isinstance(size, int)] == [7, 3, 6, 3]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BUILT_IN)
 @pytest.mark.parametrize("by_blocks", [False, True])
 def test_the_host_reads_tokens_only_where_a_block_may_be_full(strategy, by_blocks, monkeypatch):
     kind = GraphForward if by_blocks else EagerForward

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dirl_cli.diffusion.unmasking import BUILT_IN
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.decoder import JoinedDecoder, ModelDecoder
 from dirl_cli.rollout.native import NativeSampler
@@ -15,14 +16,6 @@ from dirl_cli.types import HELD, Decoding
 from tests.helpers.small import MASK, VOCABULARY, small_lm
 from tests.reference.sampling import sequential_answer
 
-STRATEGIES = [
-    "sequential",
-    "low_confidence_static",
-    "low_confidence_dynamic",
-    "probability_margin",
-    "bounded_adaptive",
-    "entropy_bounded",
-]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], []]
 
 
@@ -53,7 +46,7 @@ def test_left_to_the_model_a_block_takes_a_forward_for_each_of_its_tokens():
 
 
 @pytest.mark.parametrize("confidence", ["sampled", "max", "entropy"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BUILT_IN)
 def test_log_probs_at_reveal_equal_the_trainers(strategy, confidence):
     lm = small_lm()
     greedy = {"temperature": 0.0, "top_k": 3}  # what greedy decoding does not look at, scoring must not either
@@ -65,7 +58,7 @@ def test_log_probs_at_reveal_equal_the_trainers(strategy, confidence):
             assert trajectory.logprobs == pytest.approx(logprobs, abs=1e-5)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BUILT_IN)
 def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(strategy):
     lm, options = small_lm(), decoding(strategy)
     prompts = [prompt for prompt in PROMPTS if prompt]  # before any token all positions are alike: rounding picks one
@@ -112,7 +105,7 @@ def test_nothing_of_the_model_is_switched_while_its_sampler_decodes(by_blocks, d
     assert set(seen) == {("sdpa", True)}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BUILT_IN)
 def test_the_mask_token_is_never_sampled_even_where_it_is_likeliest(strategy):
     lm = small_lm()
     with torch.no_grad():
@@ -189,7 +182,7 @@ def test_held_tokens_stay_where_they_are_and_the_others_are_drawn_beside_them(
         assert one.logprobs == pytest.approx(scored[0], abs=1e-5)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BUILT_IN)
 def test_every_strategy_reveals_around_a_hint_and_scores_what_it_reveals(strategy):
     lm, options = small_lm(), decoding(strategy, stop_token_ids=(1,))
     hints = [[hint] * 2 for hint in HINTS]

@@ -27,14 +27,6 @@ from tests.helpers.gpu_targets import compile_for  # noqa: E402
 from tests.helpers.small import small_lm  # noqa: E402
 from tests.rollout.test_decoder import Kernels  # noqa: E402
 
-STRATEGIES = [
-    "sequential",
-    "low_confidence_static",
-    "low_confidence_dynamic",
-    "probability_margin",
-    "bounded_adaptive",
-    "entropy_bounded",
-]
 HIDDEN = 12
 DISTINCT = torch.randn(HIDDEN, 50, generator=torch.Generator().manual_seed(5))
 
@@ -60,7 +52,7 @@ def some_sequences(lm: DiffusionLM) -> tuple[SequenceState, torch.Tensor]:
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 6, 16])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BUILT_IN)
 @pytest.mark.parametrize("steps", [None, 3])
 def test_they_reveal_what_plain_operations_do(strategy, block_size, steps, monkeypatch):
     monkeypatch.setattr(unmask_triton, "TILE", 8)  # several steps
@@ -146,7 +138,7 @@ def plainly(function):
     return call
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", BUILT_IN)
 @pytest.mark.parametrize("confidence", ["sampled", "entropy"])
 def test_few_operations_are_left_around_the_kernels_and_none_waits_for_the_device(strategy, confidence, monkeypatch):
     lm = on_device(4)
