@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dirl_cli.commands import loaded_model
-from dirl_cli.commands.loaded_model import load_model, sharing_models
+from dirl_cli.commands.loaded_model import load_for_answers, sharing_models
 from dirl_cli.console import PlainConsole
 from dirl_cli.models.tiny import Tiny
 from tests.helpers.command_line import dirl
@@ -31,7 +31,7 @@ loaded: list[tuple[str, ...]] = []
 def ask(name: str, dtype: str = "float32", device: str = "cpu") -> object:
     model = {"_target_": f"{__name__}.Counted", "name": name}
     cfg = OmegaConf.create({"model": model, "dtype": dtype, "attention": "auto"})
-    return load_model(cfg, device, PlainConsole(quiet=True))
+    return load_for_answers(cfg, device, PlainConsole(quiet=True))
 
 
 def test_within_a_sweep_the_same_model_is_loaded_once_and_one_is_held_at_a_time() -> None:

@@ -45,9 +45,9 @@ def test_a_server_that_others_reach_has_a_key(host):
 
 def test_an_answer_has_room_for_whole_blocks_within_the_models_positions():
     lm = small_lm()  # 256 positions, blocks of four
-    assert [serve.length_of(length, lm) for length in (None, 1000, 66)] == [256, 256, 64]
+    assert [serve.served_length(length, lm) for length in (None, 1000, 66)] == [256, 256, 64]
     with pytest.raises(DirlError, match=r"serve.max_length=3 is less than a block of 4 tokens: give more"):
-        serve.length_of(3, lm)
+        serve.served_length(3, lm)
 
 
 def test_a_port_that_is_taken_is_told():

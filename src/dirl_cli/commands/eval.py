@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from dirl_cli.cli.build import build
-from dirl_cli.commands.loaded_model import load_model
+from dirl_cli.commands.loaded_model import load_for_answers
 from dirl_cli.console import PlainConsole
 from dirl_cli.data.rows import read_rows
 from dirl_cli.errors import DirlError, NotDownloaded, Stopped, stop_code
@@ -101,7 +101,7 @@ def evaluate_model(cfg: DictConfig, out: Path, problems: Sequence[Problem], rema
     engine = build(cfg.rollout)
     require_strategy(engine, build(cfg.decoding, Decoding))
     engine.require()
-    lm = load_model(cfg, processes.device, console)
+    lm = load_for_answers(cfg, processes.device, console)
     tokenizer = lm.require_tokenizer()
     decoding = lm.decoding(build(cfg.decoding, Decoding))
     instruction = build(cfg.instruction, Instruction)

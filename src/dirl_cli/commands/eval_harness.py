@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dirl_cli.cli.build import build
-from dirl_cli.commands.loaded_model import load_model
+from dirl_cli.commands.loaded_model import load_for_answers
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.evaluation.harness_results import facts_text, score_line, scores_of, scores_table
@@ -48,7 +48,7 @@ def evaluate_harness(cfg: DictConfig, out: Path, console: PlainConsole) -> None:
     decoding = replace(build(cfg.decoding, Decoding), max_new_tokens=settings.max_new_tokens)
     require_strategy(engine, decoding)
     engine.require()
-    lm = load_model(cfg, cfg.device, console)
+    lm = load_for_answers(cfg, cfg.device, console)
     model = DirlModel(engine.start(lm), decoding, scoring)
     if settings.chat_template and model.tokenizer.chat_template is None:
         raise DirlError("the tokenizer has no chat template: give harness_settings.chat_template=false")

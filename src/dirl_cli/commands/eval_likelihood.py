@@ -13,7 +13,7 @@ from torch import Generator
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.cli.build import build
-from dirl_cli.commands.loaded_model import load_model
+from dirl_cli.commands.loaded_model import load_for_answers
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.data.chat import encode_demonstrations, tokenize
 from dirl_cli.data.columns import text_field
@@ -54,7 +54,7 @@ def evaluate_likelihood(cfg: DictConfig, out: Path, bench: Likelihood, console: 
     processes = Processes(cfg.gpus * cfg.nodes, cfg.device)
     console.quiet = not processes.is_first
     rows = text_rows(build(cfg.data), bench.column)[: cfg.limit]
-    lm = load_model(cfg, processes.device, console)
+    lm = load_for_answers(cfg, processes.device, console)
     texts = encode_texts(lm, rows, bench, build(cfg.instruction, Instruction), console)
 
     # Resume: texts that an earlier start has scored count, if weights and texts are the same.

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.cli.build import build
 from dirl_cli.commands.eval import hash_values, to_dict
-from dirl_cli.commands.loaded_model import load_model
+from dirl_cli.commands.loaded_model import load_for_answers
 from dirl_cli.commands.prompts import Prompt, encode_rows, format_request, requested_rows
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.data.chat import answer_text
@@ -26,6 +26,7 @@ from dirl_cli.files import unused_name, writing
 from dirl_cli.models.load import DiffusionLM, fingerprint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.engines import require_strategy
+from dirl_cli.rollout.storage import TRAJECTORY_COLUMNS
 from dirl_cli.types import Decoding, Trajectory
 
 HIDDEN = "░"
@@ -51,7 +52,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         console.print(format_request(rows[0].fields), style="dim")
     if isinstance(build(cfg.model), Tiny):
         console.print(UNTRAINED)
-    lm = load_model(cfg, cfg.device, console)
+    lm = load_for_answers(cfg, cfg.device, console)
     prompts = encode_rows(cfg, lm, rows)
     decoding = lm.decoding(build(cfg.decoding, Decoding))
     sampler = engine.start(lm)
@@ -178,15 +179,7 @@ def write(
                 "index": index,
                 "sample": sample,
                 "text": text,
-                "prompt_ids": trajectory.prompt_ids,
-                "token_ids": trajectory.token_ids,
-                "reveal_step": trajectory.reveal_step,
-                "logprobs": trajectory.logprobs,
-                "stop_reason": trajectory.stop_reason,
-                "denoise_forwards": trajectory.denoise_forwards,
-                "forwards": trajectory.forwards,
-                "stop_token_ids": trajectory.stop_token_ids,
-                "block_size": trajectory.block_size,
+                **{column: getattr(trajectory, column) for column in TRAJECTORY_COLUMNS},
             }
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             lines.flush()

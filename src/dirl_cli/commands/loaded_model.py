@@ -28,7 +28,7 @@ def sharing_models() -> Iterator[None]:
         _of_last_job.reset(token)
 
 
-def load_model(cfg: DictConfig, device: str, console: PlainConsole) -> "DiffusionLM":
+def load_for_answers(cfg: DictConfig, device: str, console: PlainConsole) -> "DiffusionLM":
     """Load cfg.model for a device, in cfg.dtype and with cfg.attention; what is said meanwhile goes to `console`."""
     settings = json.dumps([OmegaConf.to_container(cfg.model, resolve=True), cfg.dtype, device, cfg.attention])
     models = _of_last_job.get()

@@ -51,7 +51,7 @@ def run(cfg: DictConfig, out: Path | None) -> None:
         require_own_block_size(decoding, lm)
         own_weights = isinstance(rollout, Native) and lm.device.type == "cuda"
         sampler = rollout.start(lm, own_weights)
-        engine = EngineThread(sampler, length_of(settings.max_length, lm), own_weights)
+        engine = EngineThread(sampler, served_length(settings.max_length, lm), own_weights)
         slots, length = engine.start()
 
     most_answers = slots + settings.max_queue
@@ -109,7 +109,7 @@ def require_own_block_size(decoding: Decoding, lm: DiffusionLM) -> None:
         )
 
 
-def length_of(max_length: int | None, lm: DiffusionLM) -> int:
+def served_length(max_length: int | None, lm: DiffusionLM) -> int:
     """The tokens that a prompt and its answer may have: whole blocks, no more than the model has positions.
 
     Raises DirlError where that is no block.

@@ -16,6 +16,17 @@ from dirl_cli.types import HELD, Problem, StopReason, Trajectory
 INTEGER_LIMIT = 2**31  # no step, token or count reaches it
 FLOAT_LIMIT = 1e15  # no reward or log-prob reaches it: float32 holds its square
 ROUNDING = 1e-3  # by which a log-prob may be above 0
+TRAJECTORY_COLUMNS = (  # what `dirl generate` writes of an answer's trajectory, each by its field's name
+    "prompt_ids",
+    "token_ids",
+    "reveal_step",
+    "logprobs",
+    "stop_reason",
+    "denoise_forwards",
+    "forwards",
+    "stop_token_ids",
+    "block_size",
+)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ class RequestReader:
 
     def _answers(self, body: Mapping[str, Any]) -> int:
         """How many answers to each prompt a request asks for."""
-        return int(checked("n", body.get("n", 1), Count))
+        return int(checked_value("n", body.get("n", 1), Count))
 
     def _require_room(self, answers: int) -> None:
         """Raises Refusal for more answers than are ever let in at once."""
@@ -238,7 +238,7 @@ class RequestReader:
         settings: dict[str, Any] = {}
         for key, name in DECODING_FIELDS.items():
             if key in body:
-                settings[name] = checked(key, body[key], types[name])
+                settings[name] = checked_value(key, body[key], types[name])
         if settings.get("denoising_steps", 0) > MOST_STEPS:
             raise Refusal(400, f"denoising_steps may be {MOST_STEPS} at most: give fewer", "denoising_steps")
         if 0 < settings.get("temperature", 0) < LEAST_TEMPERATURE:
@@ -284,13 +284,13 @@ def flag(body: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def checked(key: str, value: Any, hint: Any) -> Any:
+def checked_value(key: str, value: Any, hint: Any) -> Any:
     """A value of a type as `ranges` has them, which JSON may hold otherwise. Raises Refusal where it is not."""
     inner = without_none(hint)
     if get_origin(inner) is tuple:
         if not isinstance(value, list):
             raise Refusal(400, refusal(key, value, hint), key)
-        return tuple(checked(f"{key}[{i}]", item, get_args(inner)[0]) for i, item in enumerate(value))
+        return tuple(checked_value(f"{key}[{i}]", item, get_args(inner)[0]) for i, item in enumerate(value))
 
     plain_type = get_args(inner)[0] if limit_of(hint) else inner
     if plain_type is float and type(value) is int and abs(value) <= LARGEST:

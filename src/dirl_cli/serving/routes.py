@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import Natural
 from dirl_cli.serving.refusals import KINDS, Refusal
-from dirl_cli.serving.request_body import Asked, checked
+from dirl_cli.serving.request_body import Asked, checked_value
 from dirl_cli.serving.response_body import ResponseWriter
 from dirl_cli.serving.service import AnswerState, OpenAnswers, Service
 from dirl_cli.serving.stored_weights import WrongWeights, published_shapes, read_weights, require_shapes
@@ -205,7 +205,7 @@ class Routes:
             raise Refusal(400, "path must be a directory with weights, as `dirl sft` leaves it: give one", "path")
         version = body.get("version")
         if version is not None:
-            version = checked("version", version, Natural)
+            version = checked_value("version", version, Natural)
 
         # What is wrong with the files is told before anybody waits for the engine to be idle.
         await run_in_threadpool(require_shapes, path, self.shapes)

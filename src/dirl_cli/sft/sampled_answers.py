@@ -22,6 +22,7 @@ from dirl_cli.ranges import Range, Seed, ShareOrCount
 from dirl_cli.reward.functions import is_import_path
 from dirl_cli.reward.grading import Credit
 from dirl_cli.rollout.storage import (
+    TRAJECTORY_COLUMNS,
     Record,
     distinct,
     integer,
@@ -38,20 +39,7 @@ from dirl_cli.types import HELD, Problem, Trajectory
 
 COMPLETIONS = "completions.jsonl"  # what `dirl generate` leaves
 SETTING = "data.columns="  # how a user says which column is which
-SAMPLED = {  # the columns of its lines that are none of the prompt's
-    "index",
-    "sample",
-    "text",
-    "prompt_ids",
-    "token_ids",
-    "reveal_step",
-    "logprobs",
-    "stop_reason",
-    "denoise_forwards",
-    "forwards",
-    "stop_token_ids",
-    "block_size",
-}
+SAMPLED = {"index", "sample", "text", *TRAJECTORY_COLUMNS}  # the columns that are none of the prompt's
 
 AnswerGroup = list[tuple[str, Record]]  # the answers to one problem, each with its file and line
 
