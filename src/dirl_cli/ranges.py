@@ -95,6 +95,7 @@ class OneOf:
 Count = Annotated[int, Range(at_least=1)]
 Natural = Annotated[int, Range(at_least=0)]
 Seed = Annotated[int, Range(at_least=0, at_most=2**32 - 1)]  # what every generator of numbers takes
+AnswerSeed = Annotated[int, Range(at_least=0, at_most=2**63 - 1)]  # of which only a hash is taken
 Finite = Annotated[float, Range()]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(at_least=0)]

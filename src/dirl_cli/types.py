@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 from dirl_cli.errors import DirlError
-from dirl_cli.ranges import Count, Finite, Natural, NotNegative, OneOf, Seed, Share, SomeShare, require_fields
+from dirl_cli.ranges import AnswerSeed, Count, Finite, Natural, NotNegative, OneOf, Share, SomeShare, require_fields
 
 StopReason = Literal["stop", "length"]
 Confidence = Literal["sampled", "max", "entropy"]
@@ -99,7 +99,7 @@ class Decoding:
     top_p: SomeShare = 1.0
     max_new_tokens: Count = 256
     stop_token_ids: tuple[Natural, ...] = ()
-    seed: Seed = 0
+    seed: AnswerSeed = 0
 
     def __post_init__(self) -> None:
         require_fields(self, "decoding")

@@ -118,7 +118,7 @@ def test_weights_that_the_engine_does_not_survive_are_told_and_never_counted():
     with pytest.raises(DirlError, match=FAILED):
         engine.update_weights(dict, 9).result(30)
     engine.thread.join(30)
-    assert engine.weights_version == 0
+    assert engine.weights.version == 0
 
 
 def test_what_waits_when_a_server_falls_asleep_or_comes_then_is_given_back():

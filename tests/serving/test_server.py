@@ -22,8 +22,9 @@ from dirl_cli.data.chat import answer_text, encode_messages
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.pushed_weights import write_weights
 from dirl_cli.rollout.sampler import NewBlock
-from dirl_cli.serving import request_body, routes
+from dirl_cli.serving import request_body, routes, stored_weights
 from dirl_cli.serving.growing_text import GrowingText
 from dirl_cli.serving.refusals import Refusal
 from dirl_cli.serving.request_body import COMMON, DECODING_FIELDS, NEUTRAL, WITHOUT_EFFECT, RequestReader
@@ -367,7 +368,7 @@ def test_of_a_long_value_a_refusal_tells_the_ends_and_the_remedy(server):
     for body in ({"prompt": "a", "temperature": "hot" * 100_000}, {"prompt": "a", "a" * 300_000: 1}):
         message = server.client.post("/v1/completions", json=body).json()["error"]["message"]
         assert len(message) < 1010 and " … " in message
-    assert message.endswith("top_p")
+    assert message.endswith("weights")
 
 
 def test_a_letter_of_two_halves_is_read(server):
@@ -547,6 +548,88 @@ def test_weights_change_between_answers_and_never_within_one(tmp_path):
         assert update.result().json() == {"weights_version": 1}
         later = server.client.post("/update_weights", json={"path": str(tmp_path / "new"), "version": 40})
         assert later.json() == {"weights_version": 40}
+
+
+def test_weights_that_a_request_names_answer_it_or_nothing_does(tmp_path):
+    old, new = speaking_lm(0), speaking_lm(1)
+    path, weights = write_weights(tmp_path, new.model, new.model.named_parameters(), 5)
+    named = {"version": 5, "sha256": weights.sha256}
+    asked = {"prompt": PROMPTS[0], **WARM}
+    with served(old, max_batch=1) as server:
+        refused = server.client.post("/v1/completions", json={**asked, "weights": named})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (409, "conflict_error")
+        assert "asked of version 5, and other weights answer, of version 0" in refused.json()["error"]["message"]
+
+        # What waits when they come is of the old ones, as it says, and is given back.
+        server.gate.shut()
+        first = in_background(server.client.post, "/v1/completions", json=asked)
+        wait_until(lambda: server.engine.running)
+        of_old = {**asked, "weights": {"version": 0, "sha256": None}}
+        second = in_background(server.client.post, "/v1/completions", json=of_old)
+        wait_until(lambda: server.engine.waiting or not server.engine.orders.empty())
+        update = in_background(server.client.post, "/update_weights", json={"path": str(path), **named})
+        wait_until(lambda: server.engine.when_idle or server.engine.orders.qsize() > 1)
+        server.gate.open.set()
+        assert first.result().json()["choices"][0]["trajectory"]["weights_version"] == 0
+        assert update.result().json() == {"weights_version": 5}
+        assert second.result().status_code == 409
+
+        told = server.client.get("/health").json()
+        assert (told["weights_version"], told["weights_sha256"]) == (5, weights.sha256)
+        [choice] = server.client.post("/v1/completions", json={**asked, "weights": named}).json()["choices"]
+        [[expected]] = NativeSampler(new).sample([PROMPTS[0]], 1, lm_decoding(new))
+        same({**choice["trajectory"], "weights_version": 0}, expected)
+
+
+def test_weights_that_a_server_has_already_are_not_read_again(tmp_path, monkeypatch):
+    lm, new = speaking_lm(0), speaking_lm(1)
+    path, weights = write_weights(tmp_path, new.model, new.model.named_parameters(), 5)
+    pushed = {"path": str(path), "version": 5, "sha256": weights.sha256}
+    reads = []
+    monkeypatch.setattr(routes, "read_weights", lambda *of: reads.append(of) or stored_weights.read_weights(*of))
+    with served(lm) as server:
+        for _ in range(3):
+            assert server.client.post("/update_weights", json=pushed).json() == {"weights_version": 5}
+        assert len(reads) == 1
+        assert server.client.post("/update_weights", json={"path": str(path), "version": 5}).status_code == 200
+        assert len(reads) == 2  # nobody says what they are
+
+
+def test_weights_that_are_not_what_their_sum_says_are_refused_and_the_old_ones_stay(lm, tmp_path):
+    new = speaking_lm(1)
+    path, weights = write_weights(tmp_path, new.model, new.model.named_parameters(), 5)
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+    with served(lm) as server:
+        before = server.client.post("/v1/completions", json={"prompt": PROMPTS[0], **WARM}).json()["choices"]
+        for sha256, sentence in (
+            (weights.sha256, "is not what its SHA-256 says"),
+            ("f", "must be 64 hexadecimal digits"),
+        ):
+            body = {"path": str(path), "version": 5, "sha256": sha256}
+            response = server.client.post("/update_weights", json=body)
+            assert response.status_code == 400 and sentence in response.json()["error"]["message"]
+        assert server.client.get("/health").json()["weights_version"] == 0
+        assert server.client.post("/v1/completions", json={"prompt": PROMPTS[0], **WARM}).json()["choices"] == before
+
+
+def test_the_answers_from_a_sample_index_on_are_those_of_all(server):
+    asked = {"prompt": [PROMPTS[0], PROMPTS[1]], **WARM}
+    of_all = server.client.post("/v1/completions", json={**asked, "n": 4}).json()["choices"]
+    later = server.client.post("/v1/completions", json={**asked, "first": 2, "n": 2}).json()["choices"]
+    assert [choice["index"] for choice in later] == [0, 1, 2, 3]
+    for choice, same_choice in zip(later, [*of_all[2:4], *of_all[6:8]], strict=True):
+        assert choice["trajectory"]["token_ids"] == same_choice["trajectory"]["token_ids"]
+
+
+def test_a_seed_may_be_as_long_as_those_that_a_run_derives(lm, server):
+    seed = 2**63 - 1
+    [choice] = server.client.post("/v1/completions", json={"prompt": PROMPTS[0], **WARM, "seed": seed}).json()[
+        "choices"
+    ]
+    [(_, _, expected)] = NativeSampler(lm).stream([PROMPTS[0]], 1, lm_decoding(lm), seeds=[seed])
+    same(choice["trajectory"], expected)
 
 
 def lm_decoding(lm):
@@ -765,4 +848,4 @@ def test_an_update_whose_client_is_gone_leaves_the_engine_as_it_is(lm):
         server.gate.open.set()
         assert first.result().status_code == 200
         assert server.client.post("/v1/completions", json={"prompt": PROMPTS[0]}).status_code == 200
-        assert server.engine.weights_version == 0
+        assert server.engine.weights.version == 0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dirl_cli.errors import DirlError
+from dirl_cli.rollout.pushed_weights import WeightsId
 from dirl_cli.rollout.sampler import GivenUp, LiveBatch, NewBlock, Sampler
 from dirl_cli.types import Decoding
 
@@ -27,18 +28,24 @@ ASLEEP = "the server is asleep: POST /wake first"
 FAILED = "the engine has failed: start it again"
 
 
+@dataclass(frozen=True)
+class OtherWeights(GivenUp):
+    """An answer that was asked for of weights which are not those that answer."""
+
+
 @dataclass(eq=False)
 class Query:
     """Several answers to a prompt that somebody waits for.
 
     samples: their indices, which decide their randomness together with decoding.seed. deliver: called in the engine's
-    thread with whatever becomes of them.
+    thread with whatever becomes of them. weights: that it is asked of; None for whichever there are.
     """
 
     prompt_ids: list[int]
     samples: range
     decoding: Decoding
     deliver: Callable[[NewBlock | GivenUp], None]
+    weights: WeightsId | None = None
     number: int = -1  # the engine's, of its prompt
 
 
@@ -53,7 +60,7 @@ class EngineThread:
         self.sampler = sampler
         self.length = length
         self.own_weights = own_weights
-        self.weights_version = sampler.weights_version
+        self.weights = WeightsId(sampler.weights_version)
         self.batch: LiveBatch | None = None
         self.is_asleep = False
         self.kept: dict[str, Tensor] | None = None  # its own weights, while it sleeps
@@ -105,13 +112,22 @@ class EngineThread:
         """Go on after `sleep`."""
         return self._do_when_idle(self._wake)
 
-    def update_weights(self, read: Callable[[], dict[str, Tensor]], version: int | None) -> Future[int]:
+    def update_weights(
+        self, read: Callable[[], dict[str, Tensor]], version: int | None, sha256: str | None = None
+    ) -> Future[int]:
         """Answer with other weights once nothing is under way; the future holds their version.
 
-        read: gives them by name, in the engine's thread. version: None for the next one. A DirlError of `read` is the
-        future's, and the weights stay as they are.
+        read: gives them by name, in the engine's thread; it is not called where these are the weights already, as their
+        version and sha256 tell. version: None for the next one. A DirlError of `read` is the future's, and the weights
+        stay as they are.
         """
-        return self._do_when_idle(partial(self._update_weights, read, version))
+        return self._do_when_idle(partial(self._update_weights, read, version, sha256))
+
+    def refusal_of(self, weights: WeightsId | None) -> str | None:
+        """Why what is asked of these weights is not answered now; None where it is."""
+        if weights is None or weights == self.weights:
+            return None
+        return f"asked of version {weights.version}, and other weights answer, of version {self.weights.version}"
 
     def stop(self) -> None:
         """End the thread after the current step; whatever waits or runs is given back."""
@@ -203,7 +219,16 @@ class EngineThread:
             for sample in query.samples:
                 query.deliver(GivenUp(query.number, sample, ASLEEP))
             return
-        self.waiting.extend((query, sample) for sample in query.samples)
+        self._wait(query, query.samples)
+
+    def _wait(self, query: Query, samples: Iterable[int]) -> None:
+        """Let answers wait for room, or give them back where they are asked of other weights."""
+        reason = self.refusal_of(query.weights)
+        for sample in samples:
+            if reason:
+                query.deliver(OtherWeights(query.number, sample, reason))
+            else:
+                self.waiting.append((query, sample))
 
     def _withdraw(self, query: Query, samples: set[int]) -> None:
         self.waiting = deque(
@@ -272,21 +297,29 @@ class EngineThread:
             return
         self.sampler.wake()
         if self.kept:
-            self.sampler.update_weights(self.kept.items(), self.weights_version)
+            self.sampler.update_weights(self.kept.items(), self.weights.version)
             self.kept = None
         self._open()
         self.is_asleep = False
 
-    def _update_weights(self, read: Callable[[], dict[str, Tensor]], version: int | None) -> int:
+    def _update_weights(self, read: Callable[[], dict[str, Tensor]], version: int | None, sha256: str | None) -> int:
+        version = self.weights.version + 1 if version is None else version
+        weights = WeightsId(version, sha256)
+        if sha256 and weights == self.weights:
+            return version  # several processes of a run may each bring them
+
         # Keys and values of the old weights end with their batch.
         named_tensors = read()
-        version = self.weights_version + 1 if version is None else version
         if self.kept:
             self.kept = named_tensors  # which it takes when it wakes
         else:
             self._close()
             self.sampler.update_weights(named_tensors.items(), version)
-        self.weights_version = version
+        self.weights = weights
+        waiting = self.waiting
+        self.waiting = deque()
+        for query, sample in waiting:
+            self._wait(query, [sample])
         if not self.is_asleep:
             self._reopen()
         return version

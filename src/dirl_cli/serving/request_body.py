@@ -3,6 +3,7 @@
 Whatever a body holds counts or is refused: a setting that changed nothing would be taken for one that did.
 """
 
+import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ from dirl_cli.data.conversation import read_turns
 from dirl_cli.diffusion.unmasking import BUILT_IN
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.ranges import Count, limit_of, refusal, require, types_of, without_none
+from dirl_cli.ranges import Count, Natural, limit_of, refusal, require, types_of, without_none
+from dirl_cli.rollout.pushed_weights import WeightsId
 from dirl_cli.serving.refusals import Refusal
 from dirl_cli.types import Decoding
 
@@ -39,7 +41,7 @@ DECODING_FIELDS = {
         )
     },
 }
-COMMON = ("model", "n", "stop", "stream", "stream_options", "logprobs")
+COMMON = ("model", "n", "stop", "stream", "stream_options", "logprobs", "first", "weights")
 WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")  # on an answer
 
 # What OpenAI's API has and blocks have not, with the values that ask for nothing.
@@ -70,19 +72,22 @@ LEAST_TOP_P = 1e-6  # of much less, rounding leaves nothing
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for: `n` answers to each of its prompts.
+    """What a request asks for: `n` answers to each of its prompts, from the sample index `first` on.
 
     decoding: how they are sampled, a seed of its own included. stops: texts before which an answer ends.
     with_usage: whether a stream ends with the counts of tokens. with_logprobs: whether to fill OpenAI's field of them.
+    weights: that are to answer; None for whichever there are.
     """
 
     prompts: list[list[int]]
+    first: int
     n: int
     decoding: Decoding
     stops: tuple[str, ...]
     is_stream: bool
     with_usage: bool
     with_logprobs: bool
+    weights: WeightsId | None
 
 
 class RequestReader:
@@ -159,12 +164,14 @@ class RequestReader:
             raise Refusal(400, "stream_options may hold include_usage alone: leave the rest out", "stream_options")
         return Asked(
             prompts=prompts,
+            first=checked_value("first", body.get("first", 0), Natural),
             n=self._answers(body),
             decoding=self._decoding(body, stops),
             stops=stops,
             is_stream=flag(body, "stream"),
             with_usage=flag(options, "include_usage"),
             with_logprobs=with_logprobs,
+            weights=weights_of(body),
         )
 
     def _answers(self, body: Mapping[str, Any]) -> int:
@@ -303,6 +310,25 @@ def checked_value(key: str, value: Any, hint: Any) -> Any:
         raise Refusal(400, str(error), key) from error
     if plain_type is int and limit_of(hint).at_most is None and value > LARGEST:
         raise Refusal(400, f"{key}={value}: give at most {LARGEST}", key)
+    return value
+
+
+def weights_of(body: Mapping[str, Any]) -> WeightsId | None:
+    """The weights that a request is asked of; None where it does not say."""
+    value = body.get("weights")
+    if value is None:
+        return None
+    if not isinstance(value, dict) or value.keys() != {"version", "sha256"}:
+        raise Refusal(400, "weights must hold version and sha256, as GET /health tells them: give both", "weights")
+    version = checked_value("weights.version", value["version"], Natural)
+    sha256 = value["sha256"]
+    return WeightsId(version, None if sha256 is None else checked_sha256("weights.sha256", sha256))
+
+
+def checked_sha256(key: str, value: Any) -> str:
+    """A SHA-256 in hexadecimal digits. Raises Refusal where it is none."""
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise Refusal(400, f"{key} must be 64 hexadecimal digits, as sha256sum prints them: give such", key)
     return value
 
 

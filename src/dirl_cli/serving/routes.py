@@ -20,10 +20,10 @@ from starlette.types import Receive, Scope, Send
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import Natural
 from dirl_cli.serving.refusals import KINDS, Refusal
-from dirl_cli.serving.request_body import Asked, checked_value
+from dirl_cli.serving.request_body import Asked, checked_sha256, checked_value
 from dirl_cli.serving.response_body import ResponseWriter
 from dirl_cli.serving.service import AnswerState, OpenAnswers, Service
-from dirl_cli.serving.stored_weights import WrongWeights, published_shapes, read_weights, require_shapes
+from dirl_cli.serving.stored_weights import WrongWeights, published_shapes, read_weights, require_weights
 
 T = TypeVar("T")
 HUNG_UP = 499  # for the log of a proxy: nobody reads it
@@ -110,7 +110,12 @@ class Routes:
             status = "stopping"
         elif self.engine.is_asleep:
             status = "asleep"
-        body = {"status": status, "weights_version": self.engine.weights_version}
+        body = {
+            "status": status,
+            "weights_version": self.engine.weights.version,
+            "weights_sha256": self.engine.weights.sha256,
+            "forwards": self.engine.forwards,  # which tells a slow engine from one that hangs
+        }
         return JSONResponse(body, 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
@@ -133,7 +138,9 @@ class Routes:
             "owned_by": "dirl",
             "max_model_len": self.reader.longest_prompt + 1,
             "block_size": self.reader.lm.block_size,
-            "weights_version": self.engine.weights_version,
+            "mask_token_id": self.reader.lm.mask_token_id,
+            "logit_shift": self.reader.lm.logit_shift,
+            "weights_version": self.engine.weights.version,
         }
 
     async def completions(self, request: Request) -> Response:
@@ -192,14 +199,16 @@ class Routes:
 
     async def wake(self, request: Request) -> Response:
         await self._done(self.engine.wake())
-        return JSONResponse({"status": "ok", "weights_version": self.engine.weights_version})
+        return JSONResponse({"status": "ok", "weights_version": self.engine.weights.version})
 
     async def update_weights(self, request: Request) -> Response:
         """Answer with the weights of a directory from now on; what is under way ends with the old ones."""
         body = await self._body(request)
-        unknown = sorted(body.keys() - {"path", "version"})
+        unknown = sorted(body.keys() - {"path", "version", "sha256"})
         if unknown:
-            raise Refusal(400, f"{unknown[0]}: no such field; give path, and version if it is not the next", unknown[0])
+            raise Refusal(
+                400, f"{unknown[0]}: no such field; give path, version if it is not the next, and sha256", unknown[0]
+            )
         path = body.get("path")
         if not isinstance(path, str) or not path or "\0" in path:
             raise Refusal(400, "path must be a directory with weights, as `dirl sft` leaves it: give one", "path")
@@ -207,9 +216,13 @@ class Routes:
         if version is not None:
             version = checked_value("version", version, Natural)
 
+        sha256 = body.get("sha256")
+        if sha256 is not None:
+            sha256 = checked_sha256("sha256", sha256)
+
         # What is wrong with the files is told before anybody waits for the engine to be idle.
-        await run_in_threadpool(require_shapes, path, self.shapes)
-        update = self.engine.update_weights(lambda: read_weights(self.reader.lm, path), version)
+        await run_in_threadpool(require_weights, path, self.shapes, sha256)
+        update = self.engine.update_weights(lambda: read_weights(self.reader.lm, path), version, sha256)
         return JSONResponse({"weights_version": await self._done(update)})
 
     async def _done(self, work: Future[T]) -> T:

@@ -32,7 +32,7 @@ class ServerMetrics:
         self._gauge("dirl_running_answers", "Answers under way.", lambda: len(engine.running))
         self._gauge("dirl_waiting_answers", "Answers that have not begun.", lambda: len(engine.waiting))
         self._gauge("dirl_engine_steps", "Forwards of the engine so far.", lambda: engine.forwards)
-        self._gauge("dirl_weights_version", "Version of the weights.", lambda: engine.weights_version)
+        self._gauge("dirl_weights_version", "Version of the weights.", lambda: engine.weights.version)
         self._gauge("dirl_asleep", "1 while the engine sleeps.", lambda: engine.is_asleep)
 
     def _gauge(self, name: str, what: str, value: Callable[[], float]) -> None:

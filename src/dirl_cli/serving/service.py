@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from dirl_cli.ranges import Count, Natural, NotNegative, Positive
 from dirl_cli.rollout.sampler import GivenUp, NewBlock
-from dirl_cli.serving.engine_thread import ASLEEP, STOPPING, EngineThread, Query
+from dirl_cli.serving.engine_thread import ASLEEP, STOPPING, EngineThread, OtherWeights, Query
 from dirl_cli.serving.growing_text import GrowingText
 from dirl_cli.serving.refusals import Refusal
 from dirl_cli.serving.request_body import Asked, RequestReader
@@ -93,7 +93,8 @@ class Service:
     def admit(self, asked: Asked) -> OpenAnswers:
         """Let a request in: its answers count as open until `answers` is through with them, or `leave`.
 
-        Raises Refusal where it is not let in now: over, stopping, asleep, or more than there is room for.
+        Raises Refusal where it is not let in now: over, stopping, asleep, of other weights than it is asked of, or more
+        than there is room for.
         """
         if self.engine.ended.done():
             raise Refusal(503, self.engine.end)
@@ -101,6 +102,8 @@ class Service:
             raise Refusal(503, STOPPING, headers={"Retry-After": str(LONGEST_PAUSE)})
         if self.engine.is_asleep:
             raise Refusal(503, ASLEEP)
+        if reason := self.engine.refusal_of(asked.weights):
+            raise Refusal(409, f"{reason}: POST /update_weights first", "weights")
         count = len(asked.prompts) * asked.n
         if self.open_answers + count > self.capacity:
             pause = min(max(round(self.mean_seconds * self.open_answers / self.slots), 1), LONGEST_PAUSE)
@@ -143,6 +146,8 @@ class Service:
                 if isinstance(news, GivenUp):
                     reason = "given_back"
                     self.metrics.dropped.labels(reason).inc()
+                    if isinstance(news, OtherWeights):
+                        raise Refusal(409, f"{news.reason}: POST /update_weights first", "weights")
                     raise Refusal(503, news.reason, headers={"Retry-After": "1"})
 
                 state = states[index]
@@ -151,11 +156,11 @@ class Service:
                 has_ended = state.add(news)
                 self._count(state, news, time.monotonic() - began)
                 if has_ended and index in open_answers.indices:
-                    self._withdraw(queries, open_answers, [index], asked.n)
+                    self._withdraw(queries, open_answers, [index], asked)
                 yield state
         finally:
             self._count_dropped(open_answers, reason)
-            self._withdraw(queries, open_answers, sorted(open_answers.indices), asked.n)
+            self._withdraw(queries, open_answers, sorted(open_answers.indices), asked)
 
     def begin_stop(self) -> None:
         """Let nobody in any more, give back what has not begun, and after the grace what has not ended."""
@@ -174,9 +179,10 @@ class Service:
 
             def deliver(news: NewBlock | GivenUp, first: int = first) -> None:
                 with suppress(RuntimeError):  # of a loop that is over: nobody listens any more
-                    loop.call_soon_threadsafe(self._receive, open_answers, first + news.sample, news)
+                    loop.call_soon_threadsafe(self._receive, open_answers, first + news.sample - asked.first, news)
 
-            query = Query(prompt_ids, range(asked.n), asked.decoding, deliver)
+            samples = range(asked.first, asked.first + asked.n)
+            query = Query(prompt_ids, samples, asked.decoding, deliver, asked.weights)
             queries.append(query)
             self.metrics.prompt_tokens.inc(len(prompt_ids))
             self.engine.submit(query)
@@ -193,11 +199,12 @@ class Service:
             open_answers.indices.remove(index)
             self.open_answers -= 1
 
-    def _withdraw(self, queries: list[Query], open_answers: OpenAnswers, indices: list[int], n: int) -> None:
+    def _withdraw(self, queries: list[Query], open_answers: OpenAnswers, indices: list[int], asked: Asked) -> None:
         """Tell the engine that nobody waits for these answers."""
         for index in indices:
             self._close(open_answers, index)
-            self.engine.withdraw(queries[index // n], [index % n])
+            number, sample = divmod(index, asked.n)
+            self.engine.withdraw(queries[number], [asked.first + sample])
 
     def _state(self, asked: Asked, index: int) -> AnswerState:
         decoding = asked.decoding

@@ -11,6 +11,7 @@ from dirl_cli.models.load import DiffusionLM, require_finite
 from dirl_cli.models.model_directory import ModelDirectory
 from dirl_cli.models.safe_files import INDEX, WEIGHTS, read_object
 from dirl_cli.models.save import published_weights
+from dirl_cli.rollout.pushed_weights import sha256_of
 from dirl_cli.text import counted
 
 Shapes = dict[str, tuple[int, ...]]
@@ -25,10 +26,25 @@ def published_shapes(lm: DiffusionLM) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in published_weights(lm.model, lm.model.named_parameters())}
 
 
-def require_shapes(path: str, shapes: Shapes) -> None:
-    """Raises DirlError where the weights in a directory are not those of a model. It reads their headers alone."""
+def require_weights(path: str, shapes: Shapes, sha256: str | None = None) -> None:
+    """Raises DirlError where the weights in a directory are not those of a model.
+
+    It reads their headers alone; where `sha256` is given, all of the one file that they are to be in.
+    """
     directory = ModelDirectory(path).directory()
-    stored = stored_shapes(directory)
+    require_shapes(path, stored_shapes(directory), shapes)
+    if sha256 is None:
+        return
+    try:
+        stored_sha256 = sha256_of(directory / WEIGHTS)
+    except OSError as error:
+        raise DirlError(f"{directory / WEIGHTS} cannot be read ({error.strerror}): give one file of weights") from error
+    if stored_sha256 != sha256:
+        raise DirlError(f"{directory / WEIGHTS} is not what its SHA-256 says: write or copy it again")
+
+
+def require_shapes(path: str, stored: Shapes, shapes: Shapes) -> None:
+    """Raises DirlError where tensors that are stored in `path` are not those of a model."""
     missing = sorted(shapes.keys() - stored.keys())
     if missing:
         raise DirlError(
