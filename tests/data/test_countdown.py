@@ -78,6 +78,13 @@ def test_the_question_holds_numbers_and_target_within_their_bounds() -> None:
     assert any(puzzle.details["numbers"] != sorted(puzzle.details["numbers"]) for puzzle in puzzles)
 
 
+def test_a_game_of_fewer_operators_is_reached_by_these_alone() -> None:
+    rng = Random(0)
+    answers = [Countdown(largest_number=20, operators="+-").draw(rng).answer for _ in range(200)]
+    assert set("".join(answers)) - set("0123456789") == set("+-")
+    assert targets_of((2, 3, 7), "+-").keys() == {2, 6, 8, 12}
+
+
 def test_targets_out_of_reach_are_not_looked_for_endlessly() -> None:
-    with pytest.raises(DirlError, match="2 numbers from 1 to 3 reach no target from 50 to 60: widen the targets"):
+    with pytest.raises(DirlError, match=r"2 numbers from 1 to 3 reach no target from 50 to 60 by \+-\*/: widen"):
         Countdown(numbers=2, largest_number=3, smallest_target=50, largest_target=60).draw(Random(0))

@@ -10,9 +10,8 @@ from typing import Annotated, NamedTuple
 from dirl_cli.data.arithmetic import pick
 from dirl_cli.data.embedded import Puzzle
 from dirl_cli.errors import DirlError
-from dirl_cli.ranges import Count, Range
+from dirl_cli.ranges import Count, OneOf, Range
 
-OPERATORS = "+-*/"
 IN_VAIN = 1_000  # draws of numbers that reach no target of the range, after which there are taken to be none
 
 
@@ -21,12 +20,14 @@ class Countdown:
     """Some numbers and a target that uses each exactly once (TinyZero's and d1's rule). The question is 3 5 7 = 22.
 
     numbers: how many; the solver takes ten times longer with each, 3 ms for five. largest_number: each is drawn from 1
-    to this. smallest_target, largest_target: of those that the numbers reach, each is drawn as often.
+    to this. operators: those that the solver joins numbers by; the verifier takes all four.
+    smallest_target, largest_target: of those that the numbers reach, each is drawn as often.
     steps: whether demonstrations compute each part before they give the expression.
     """
 
     numbers: Annotated[int, Range(at_least=2, at_most=6)] = 3
     largest_number: Count = 9
+    operators: Annotated[str, OneOf("+-", "+-*", "+-*/")] = "+-*/"
     smallest_target: Count = 1
     largest_target: Count = 50
     steps: bool = True
@@ -36,14 +37,14 @@ class Countdown:
         """Numbers in any order and a target that they reach, with the solver's expression."""
         for _ in range(IN_VAIN):
             numbers = [pick(rng, range(1, self.largest_number + 1)) for _ in range(self.numbers)]
-            reached = targets_of(tuple(sorted(numbers)))
+            reached = targets_of(tuple(sorted(numbers)), self.operators)
             targets = [target for target in sorted(reached) if self.smallest_target <= target <= self.largest_target]
             if targets:
                 break
         else:
             raise DirlError(
                 f"{self.numbers} numbers from 1 to {self.largest_number} reach no target from {self.smallest_target}"
-                f" to {self.largest_target}: widen the targets"
+                f" to {self.largest_target} by {self.operators}: widen the targets"
             )
 
         target = pick(rng, targets)
@@ -66,10 +67,10 @@ class Computed(NamedTuple):
 
 
 @lru_cache(maxsize=100_000)
-def targets_of(numbers: tuple[int, ...]) -> dict[int, Computed]:
+def targets_of(numbers: tuple[int, ...], operators: str = "+-*/") -> dict[int, Computed]:
     """Every whole number above 0 that uses each of the numbers once, with one way to it; all steps are such, too.
 
-    Of several ways the one whose last operator comes first in + - * / is taken.
+    Of several ways the one whose last operator comes first in `operators` is taken.
     """
     reached: dict[int, dict[int, Computed]] = {}  # by the set of numbers used, as bits of their places
     for subset in range(1, 1 << len(numbers)):
@@ -77,14 +78,14 @@ def targets_of(numbers: tuple[int, ...]) -> dict[int, Computed]:
             number = numbers[subset.bit_length() - 1]
             reached[subset] = {number: Computed(number)}
         else:
-            reached[subset] = joined(subset, reached)
+            reached[subset] = joined(subset, reached, operators)
     return reached[(1 << len(numbers)) - 1]
 
 
-def joined(subset: int, reached: dict[int, dict[int, Computed]]) -> dict[int, Computed]:
+def joined(subset: int, reached: dict[int, dict[int, Computed]], operators: str) -> dict[int, Computed]:
     """What a set of numbers reaches from what each two parts of it do."""
     ways: dict[int, Computed] = {}
-    for operator in OPERATORS:
+    for operator in operators:
         half = (subset - 1) & subset
         while half:
             for left in reached[half].values():
