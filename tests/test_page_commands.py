@@ -10,16 +10,26 @@ from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
+from dirl_cli.doctor.imports import Imported
 from dirl_cli.models.tiny import Tiny
 from tests.helpers.pages import PAGES, README, code_blocks, commands, files
 
 TRIED_ELSEWHERE = ("CONTRIBUTING", "quickstart", "smollm2", "multi_gpu")  # in tests of their own
 COMMANDS = ("download", "dpo", "eval", "generate", "merge", "rl", "serve", "sft")
+LOOKING = ("doctor",)  # these have no config
 COMMANDS_OF_PAGES = [
     pytest.param(path, words, id=f"{path.stem} {' '.join(words)}")
     for path in PAGES
     if path.stem not in TRIED_ELSEWHERE
     for words in commands(path.read_text())
+    if words[0] not in LOOKING
+]
+
+LOOKING_OF_PAGES = [
+    pytest.param(words, id=f"{path.stem} {' '.join(words)}")
+    for path in PAGES
+    for words in commands(path.read_text())
+    if words[0] in LOOKING
 ]
 
 
@@ -48,6 +58,13 @@ def test_every_command_is_accepted(path, words, own_modules, monkeypatch):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert handed
+
+
+@pytest.mark.parametrize("words", LOOKING_OF_PAGES)
+def test_every_command_that_looks_is_accepted(words, here, monkeypatch):
+    monkeypatch.setattr("dirl_cli.doctor.examination.import_all", lambda names: {"torch": Imported()})
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
 
 
 def test_the_example_in_python_of_the_readme_runs(here):

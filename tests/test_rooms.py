@@ -10,7 +10,7 @@ SOURCE = ROOT / "src" / "dirl_cli"
 # Everyone may import these:
 FREE = {"console", "distributed", "errors", "files", "ranges", "text", "types"}
 MAY_IMPORT = {
-    "cli/app": {"cli/launch", "cli/complete", "cli/overrides"},  # when a command starts
+    "cli/app": {"cli/launch", "cli/complete", "cli/overrides", "doctor"},  # when a command starts
     "cli/launch": {
         "cli/build",
         "cli/config_tree",
@@ -66,6 +66,8 @@ MAY_IMPORT = {
     "hub": set(),
     "models": {"diffusion", "hub"},
     "diffusion": set(),
+    "doctor": {"overview"},
+    "overview": set(),
     "report": set(),
     "serving": {"data", "diffusion", "models", "rollout"},
     "harness": {"api", "data", "models", "rollout", "training"},
@@ -90,6 +92,8 @@ MUST_NOT_IMPORT = {
     "sft": {"hydra", "omegaconf", "typer"},
     "dpo": {"hydra", "omegaconf", "typer"},
     "plan": {"hydra", "omegaconf", "typer"},
+    "doctor": {"hydra", "omegaconf", "torch", "transformers", "typer"},
+    "overview": {"hydra", "omegaconf", "torch", "transformers", "typer"},
     "report": {"hydra", "omegaconf", "transformers", "typer"},
     "reward": {"hydra", "omegaconf", "torch", "transformers", "typer"},
     "evaluation": {"hydra", "omegaconf", "typer"},

@@ -158,3 +158,15 @@ def download(
     if to:
         words.append(f"to={quote(str(to))}")
     run_command("download", words, multirun, cfg, info, config_dir)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what of it works, and the remedy for what does not."""
+    from dirl_cli.console import PlainConsole
+    from dirl_cli.doctor.examination import examine, is_sound, show
+
+    needed, extras = examine()
+    show(needed, extras, PlainConsole())
+    if not is_sound([*needed, *extras]):
+        raise typer.Exit(1)
