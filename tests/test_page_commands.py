@@ -13,10 +13,11 @@ from dirl_cli.cli.app import app
 from dirl_cli.doctor.imports import Imported
 from dirl_cli.models.tiny import Tiny
 from tests.helpers.pages import PAGES, README, code_blocks, commands, files
+from tests.helpers.run_directories import make_run
 
 TRIED_ELSEWHERE = ("CONTRIBUTING", "quickstart", "smollm2", "multi_gpu")  # in tests of their own
 COMMANDS = ("download", "dpo", "eval", "generate", "merge", "rl", "serve", "sft")
-LOOKING = ("doctor",)  # these have no config
+LOOKING = ("doctor", "runs")  # these have no config
 COMMANDS_OF_PAGES = [
     pytest.param(path, words, id=f"{path.stem} {' '.join(words)}")
     for path in PAGES
@@ -63,6 +64,8 @@ def test_every_command_is_accepted(path, words, own_modules, monkeypatch):
 @pytest.mark.parametrize("words", LOOKING_OF_PAGES)
 def test_every_command_that_looks_is_accepted(words, here, monkeypatch):
     monkeypatch.setattr("dirl_cli.doctor.examination.import_all", lambda names: {"torch": Imported()})
+    for directory in re.findall(r"runs/[\w/-]+", " ".join(words)):
+        make_run(Path(directory))
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
 

@@ -10,7 +10,7 @@ SOURCE = ROOT / "src" / "dirl_cli"
 # Everyone may import these:
 FREE = {"console", "distributed", "errors", "files", "ranges", "text", "types"}
 MAY_IMPORT = {
-    "cli/app": {"cli/launch", "cli/complete", "cli/overrides", "doctor"},  # when a command starts
+    "cli/app": {"cli/launch", "cli/complete", "cli/overrides", "cli/runs", "doctor"},  # when a command starts
     "cli/launch": {
         "cli/build",
         "cli/config_tree",
@@ -24,6 +24,7 @@ MAY_IMPORT = {
         "commands",
     },
     "cli/processes": {"cli/worker"},
+    "cli/runs": {"overview"},
     "cli/worker": {"cli/run_dir", "commands"},
     "cli/complete": {"cli/config_tree", "cli/overrides"},
     "cli/explain": {"cli/config_tree", "cli/schema"},
@@ -67,7 +68,7 @@ MAY_IMPORT = {
     "models": {"diffusion", "hub"},
     "diffusion": set(),
     "doctor": {"overview"},
-    "overview": set(),
+    "overview": {"report"},
     "report": set(),
     "serving": {"data", "diffusion", "models", "rollout"},
     "harness": {"api", "data", "models", "rollout", "training"},
@@ -79,6 +80,7 @@ ALSO = {("models/tiny.py", "data")}  # the embedded tokenizer is trained on the 
 
 MUST_NOT_IMPORT = {
     "cli/app": {"accelerate", "hydra", "omegaconf", "torch", "transformers"},
+    "cli/runs": {"accelerate", "hydra", "omegaconf", "torch", "transformers"},
     "cli/launch": {"torch", "transformers", "typer"},
     "cli/processes": {"torch", "transformers", "typer"},
     "cli/complete": {"accelerate", "torch", "transformers", "typer"},

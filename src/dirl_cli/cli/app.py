@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dirl_cli.cli import runs
 from dirl_cli.errors import DirlError
 
 app = typer.Typer(
@@ -170,3 +171,6 @@ def doctor() -> None:
     show(needed, extras, PlainConsole())
     if not is_sound([*needed, *extras]):
         raise typer.Exit(1)
+
+
+app.add_typer(runs.app, name="runs")

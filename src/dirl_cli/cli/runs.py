@@ -1,0 +1,71 @@
+"""`dirl runs`: look at the runs on the disk. It has no configuration, reads files alone and imports no torch."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dirl_cli.errors import DirlError
+
+HOME = Path("runs")
+LIST = "list"  # what `dirl runs` does where none of its commands follows
+
+
+class ListingGroup(TyperGroup):
+    """A group that takes directories in the place of a command, and lists them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and not args[0].startswith("-")):
+            args = [LIST, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=ListingGroup,
+    help="List the runs in runs/, or in other directories: dirl runs [DIR]…",
+    rich_markup_mode=None,
+)
+
+
+@contextmanager
+def telling_errors() -> Iterator[None]:
+    """End with the sentence of what the user can fix."""
+    from dirl_cli.console import replace_unencodable
+
+    replace_unencodable(sys.stdout, sys.stderr)
+    try:
+        yield
+    except DirlError as error:
+        typer.echo(f"dirl runs: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+@app.command(LIST, hidden=True)
+def list_command(directories: Annotated[list[Path] | None, typer.Argument(metavar="[DIR]…")] = None) -> None:
+    with telling_errors():
+        list_runs(directories or [])
+
+
+def list_runs(directories: Sequence[Path]) -> None:
+    """Print the table of the runs below some directories. Raises DirlError where one is none."""
+    from dirl_cli.console import PlainConsole
+    from dirl_cli.overview.find import find_runs
+    from dirl_cli.overview.listing import show_runs
+    from dirl_cli.overview.status import read_status
+
+    roots = directories or [HOME]
+    if not directories and not HOME.exists():
+        typer.echo("no runs yet: begin one with dirl sft")
+        return
+    for root in roots:
+        if not root.is_dir():
+            raise DirlError(f"{root} is no directory: give one that holds runs")
+    runs = [read_status(run) for root in roots for run in find_runs(root)]
+    if not runs:
+        typer.echo(f"no runs in {', '.join(map(str, roots))}: begin one with dirl sft")
+        return
+    show_runs(runs, roots[0] if len(roots) == 1 else Path(), PlainConsole())
