@@ -3,6 +3,9 @@
 import heapq
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def split_by_cost(costs: Sequence[float], processes: int) -> list[list[int]]:
@@ -19,6 +22,43 @@ def split_by_cost(costs: Sequence[float], processes: int) -> list[list[int]]:
         shares[process].append(index)
         heapq.heappush(loads, (load + costs[index], process))
     return [sorted(share) for share in shares]
+
+
+def is_group() -> bool:
+    """Whether this process is one of several that train together."""
+    import torch.distributed  # which takes seconds to import
+
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
+
+
+def is_first_of_group() -> bool:
+    """Whether this process is alone, or the first of those that train together."""
+    import torch.distributed
+
+    return not is_group() or torch.distributed.get_rank() == 0
+
+
+def wait_for_group() -> None:
+    """Wait until all processes that train together have come here."""
+    import torch.distributed
+
+    if is_group():
+        torch.distributed.barrier()
+
+
+def first_tells(value: T) -> T:
+    """The value that the first of the processes that train together has. Every one of them has to call."""
+    import torch.distributed
+
+    if not is_group():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 class Processes:

@@ -91,13 +91,13 @@ def served(
 
 @contextmanager
 def listening(
-    lm: DiffusionLM, decoding: Decoding | None = None, max_batch: int = 4, **limits: float
+    lm: DiffusionLM, decoding: Decoding | None = None, max_batch: int = 4, key: str | None = KEY, **limits: float
 ) -> Iterator[tuple[str, Served, StoppingServer]]:
     """A server at a real port, in a thread: its address."""
     service, gate = service_of(lm, decoding or Decoding(max_new_tokens=16), max_batch, limits)
     listener = listener_at("127.0.0.1", 0)
     address = address_of(listener)
-    server = StoppingServer(Routes(service, KEY).app(), service)
+    server = StoppingServer(Routes(service, key).app(), service)
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
     thread.start()
     try:

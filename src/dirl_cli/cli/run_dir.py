@@ -30,6 +30,11 @@ WORK = {  # how it is done
     "compile",
     "rollout.max_batch",
     "rollout.cache_share",
+    "rollout.url",
+    "rollout.directory",
+    "rollout.silence",
+    "rollout.push_timeout",
+    "rollout.patience",
     "reward.workers",
     "grade_workers",
 }

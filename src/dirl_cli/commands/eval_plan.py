@@ -9,11 +9,12 @@ from dirl_cli.cli.build import build
 from dirl_cli.commands.start import planned_machine, planned_time
 from dirl_cli.console import PlainConsole
 from dirl_cli.data.chat import encode_problems
+from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.result_card import CARD, read_card
 from dirl_cli.models.shapes import outline
 from dirl_cli.plan.eval_forecast import EVAL, eval_budget
 from dirl_cli.plan.time import NOTHING_ASSUMED, Assumptions
-from dirl_cli.rollout.engines import require_strategy
+from dirl_cli.rollout.engines import Servers, require_strategy
 from dirl_cli.types import Decoding, Instruction, Problem
 
 PROMPT = 256  # tokens of a problem of which nothing is known
@@ -38,6 +39,8 @@ def plan_evaluation(cfg: DictConfig, out: Path, problems: Sequence[Problem], cou
     settings = {key: OmegaConf.select(cfg, key) for key in EVAL}
     assumptions = planned_time(cfg, machine, known_answers(cfg, out, decoding.strategy))
     engine = build(cfg.rollout)
+    if isinstance(engine, Servers):
+        raise DirlError("dry_run tells what sampling takes here, and rollout=server samples elsewhere: leave one out")
     require_strategy(engine, decoding)
     budget = eval_budget(lm, machine, settings, engine, decoding, prompts, cfg.samples, assumptions)
     budget.show(OmegaConf.to_container(cfg), console)

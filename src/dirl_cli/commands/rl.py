@@ -53,7 +53,7 @@ from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.reporting import REMEDIES, RolloutReport
 from dirl_cli.rl.rollouts import RolloutState
 from dirl_cli.rl.train import train
-from dirl_cli.rollout.engines import require_strategy
+from dirl_cli.rollout.engines import Servers, require_strategy
 from dirl_cli.text import shell_word
 from dirl_cli.training.block_stages import NOTHING_TELLS, StagedEvaluation
 from dirl_cli.training.checkpoint import require_measured
@@ -154,7 +154,7 @@ def read_and_plan(
 ) -> Pools | None:
     """The problems, once the run is known to fit; None where it was to be looked at only, which it then was."""
     lm = shapes_of(cfg, parts.model)
-    engine = None if cfg.rl.replay else parts.engine
+    engine = None if cfg.rl.replay or isinstance(parts.engine, Servers) else parts.engine
     learns = not cfg.rl.rollout_only
     require_growth(parts, lm)
     decoding = lm.decoding(parts.decoding)
@@ -180,7 +180,10 @@ def read_and_plan(
     teacher_prompt = teacher_prompt_of(cfg, parts, lm)
     if teacher_prompt:
         require_teacher_room(teacher_prompt, pools, lm, decoding.max_new_tokens)
-    longest, asked = pools.longest_prompt, pools.held_out.prompts
+    longest = pools.longest_prompt
+    asked = [] if isinstance(parts.engine, Servers) else pools.held_out.prompts
+    if cfg.dry_run and isinstance(parts.engine, Servers):
+        progress.print_line("what servers take, in memory and time, is theirs and not in this plan")
     budget = rl_budget(setup, parts.objective, decoding, longest, engine, learns, teacher, critic, asked)
     if cfg.dry_run:
         show_budget(budget, cfg, progress)

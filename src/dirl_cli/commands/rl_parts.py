@@ -100,7 +100,7 @@ def require_growth(parts: RlParts, lm: DiffusionLM) -> None:
             " leave annealing at none and give annealing.block_sizes and annealing.share"
         )
     if annealing.block_sizes and not isinstance(parts.engine, Native):
-        raise DirlError("annealing.block_sizes wants rollout=native: LMDeploy samples in blocks of one size")
+        raise DirlError("annealing.block_sizes wants rollout=native: other engines sample in blocks of one size")
 
 
 def require_measured_growth(cfg: DictConfig, annealing: Annealing) -> None:

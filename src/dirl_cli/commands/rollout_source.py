@@ -19,7 +19,7 @@ from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
 from dirl_cli.rl.hints import Hints, cut_at
 from dirl_cli.rl.replay import ReplayedRollouts, Rescorer, rollouts_of
 from dirl_cli.rl.rollouts import RolloutSource, SampledRollouts, problem_order
-from dirl_cli.rollout.engines import Native
+from dirl_cli.rollout.engines import Native, Servers
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.parallel import unsharded_model
 
@@ -80,6 +80,8 @@ def hintable_solutions(pools: Pools, parts: RlParts, lm: DiffusionLM) -> list[li
 
 def start_sampler(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> Sampler:
     """The engine with weights to sample from; a copy of them where they would change while it samples."""
+    if isinstance(parts.engine, Servers):  # which hold weights of their own
+        return parts.engine.start(lm)
     sampler_lm = unsharded_model(lm, pick_dtype(cfg.dtype, lm.device.type))
     if cfg.rl.async_rollout and sampler_lm is lm and isinstance(parts.engine, Native):
         sampler_lm = FullFinetune().reference(lm)

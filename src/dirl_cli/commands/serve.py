@@ -14,10 +14,10 @@ from dirl_cli.console import PlainConsole, working
 from dirl_cli.diffusion.unmasking import find_strategy
 from dirl_cli.errors import DirlError, Stopped, pip_install, stop_code
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.rollout.engines import Native, require_strategy, strategies_of
+from dirl_cli.rollout.engines import Native, Servers, require_strategy, strategies_of
+from dirl_cli.rollout.server_client import KEY_VARIABLE
 from dirl_cli.types import Decoding
 
-KEY_VARIABLE = "DIRL_SERVE_KEY"
 PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 JOIN = 10  # seconds for the engine's last step
 
@@ -40,6 +40,8 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     console = PlainConsole(soft_wrap=True)
     settings = cfg.serve
     rollout = build(cfg.rollout)
+    if isinstance(rollout, Servers):
+        raise DirlError("rollout=server asks servers, and this is one: give rollout=native or rollout=lmdeploy")
     decoding = build(cfg.decoding, Decoding)
     require_strategy(rollout, decoding)
     find_strategy(decoding.strategy)

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import torch
 
@@ -16,10 +17,12 @@ from dirl_cli import hub
 from dirl_cli.diffusion.unmasking import BUILT_IN, REMEMBERING
 from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.ranges import Count, SomeShare
+from dirl_cli.ranges import Count, Positive, SomeShare
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.products import Products
 from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.rollout.server_client import KEY_VARIABLE, Patience
+from dirl_cli.rollout.server_sampler import ServerSampler
 from dirl_cli.types import Decoding
 
 LMDEPLOY = "0.18"
@@ -100,6 +103,44 @@ class Lmdeploy:
         sampler = LmdeploySampler(lm, start_engine(lm, on_disk(lm), self.max_batch, self.cache_share))
         sampler.update_weights(lm.model.named_parameters(), 0)
         return sampler
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Servers (`dirl serve`) on any machines: see `ServerSampler`. url: their addresses.
+
+    max_batch: answers that each process asks of a server at once. silence, push_timeout, patience: see `Patience`.
+    """
+
+    url: tuple[str, ...]
+    directory: str
+    max_batch: Count
+    silence: Positive
+    push_timeout: Positive
+    patience: Positive
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses without what is the same in all."""
+        return [url.rstrip("/") for url in self.url]
+
+    def require(self) -> None:
+        """Raises DirlError for addresses that are none."""
+        if not self.url:
+            raise DirlError("rollout=server wants addresses: give rollout.url=[http://HOST:8000] of each `dirl serve`")
+        for url in self.addresses:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
+                raise DirlError(f"rollout.url holds {url}: give addresses such as http://HOST:8000")
+        if len(set(self.addresses)) < len(self.addresses):
+            raise DirlError("rollout.url holds an address twice: give each server once")
+
+    def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
+        """A sampler that has the weights of `lm` once it is given them, or asked before it is given any."""
+        self.require()
+        patience = Patience(self.silence, self.push_timeout, self.patience)
+        key = os.environ.get(KEY_VARIABLE)
+        return ServerSampler(lm, self.addresses, Path(self.directory), self.max_batch, patience, key)
 
 
 def strategies_of(engine: Engine) -> list[str]:

@@ -38,11 +38,12 @@ def write_weights(
 
     named_tensors: by the names that `model` has for them. Raises DirlError where they cannot be written.
     """
+    tensors = {}  # all of them before anything can fail, since other processes may help to gather them
+    for name, tensor in published_weights(model, named_tensors):
+        tensors[name] = tensor.cpu().contiguous()
+
     path = (directory / f"version-{version:06d}").absolute()
     with atomic_directory(path) as partial:
-        tensors = {}
-        for name, tensor in published_weights(model, named_tensors):
-            tensors[name] = tensor.cpu().contiguous()
         save_file(tensors, partial / WEIGHTS, {"format": "pt"})
         (partial / WEIGHTS).chmod(0o644)  # safetensors makes it readable for its owner only
         model.config.save_pretrained(partial)

@@ -1,0 +1,190 @@
+"""A server as those see it that sample with it: asked over HTTP, given weights, and held to answer in time."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from dirl_cli.errors import DirlError
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.rollout.pushed_weights import WeightsId
+
+T = TypeVar("T")
+KEY_VARIABLE = "DIRL_SERVE_KEY"
+CONNECT = 10  # seconds to connect, and to tell how it is
+REFUSED = (400, 401, 403, 404, 405, 413, 415)  # statuses of requests that would be refused again
+CONFLICT = "conflict_error"  # of other weights than were asked of
+
+
+class ServerFailed(Exception):  # noqa: N818
+    """What a server did not do, and another one may. pause: seconds after which it wants to be asked again."""
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long servers are waited for, in seconds.
+
+    silence: in which an engine takes no step, though it has something to do; it hangs where the next are as silent.
+    push: that new weights may take. outage: in which no server answers, before the run ends.
+    """
+
+    silence: float
+    push: float
+    outage: float
+
+
+class ServerClient:
+    """One server, and what is known of it.
+
+    connections: that are held at once. tokens, answers: that it still owes, at most. failures: in a row. is_up: whether
+    it may be asked. failure: why it may not.
+    """
+
+    def __init__(self, url: str, key: str | None, lm: DiffusionLM, patience: Patience, connections: int) -> None:
+        self.url = url
+        self.lm = lm
+        self.patience = patience
+        headers = [(b"Authorization", f"Bearer {key}".encode())] if key else []
+        self.http = httpx.AsyncClient(
+            base_url=url,
+            headers=headers,
+            timeout=httpx.Timeout(CONNECT, read=None, pool=None),  # `_while_it_steps` bounds reading
+            limits=httpx.Limits(max_connections=connections),
+            trust_env=False,  # a proxy for the world is none for a neighbour
+        )
+        self.tokens = 0
+        self.answers = 0
+        self.failures = 0
+        self.is_up = False
+        self.failure = "was not asked yet"
+        self.length = 0  # tokens of a prompt and its answer
+
+    async def prepare(self, path: Path, weights: WeightsId) -> None:
+        """See to it that it answers with these weights, which lie in `path`.
+
+        Raises ServerFailed where it does not, and DirlError where it serves another model.
+        """
+        if not self.length:
+            self.length = self._checked_length((await self._get("/v1/models"))["data"][0])
+        health = await self._get("/health")
+        if WeightsId(health["weights_version"], health["weights_sha256"]) == weights:
+            return
+        body = {"path": str(path), "version": weights.version, "sha256": weights.sha256}
+        try:
+            async with asyncio.timeout(self.patience.push):
+                response = await self.http.post("/update_weights", json=body)
+        except TimeoutError:
+            raise ServerFailed(f"took no new weights within {self.patience.push:g} s") from None
+        except httpx.HTTPError as error:
+            raise ServerFailed(described(error)) from error
+        if response.status_code != 200:
+            self._require_key(response.status_code)
+            raise ServerFailed(f"took no new weights: {sentence_of(response.content)}")
+
+    async def choices(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        """The choices of a stream's chunks, a block each.
+
+        Raises ServerFailed where it ends too soon, and DirlError for a request that any server would refuse.
+        """
+        try:
+            request = self.http.build_request("POST", "/v1/completions", json={**body, "stream": True})
+            response = await self._while_it_steps(self.http.send(request, stream=True))
+            try:
+                if response.status_code != 200:
+                    self._refuse(response, await self._while_it_steps(response.aread()))
+                lines = response.aiter_lines()
+                while (line := await self._while_it_steps(anext(lines, None))) != "data: [DONE]":
+                    if line is None:
+                        raise ServerFailed("hung up in the middle of an answer")
+                    if line:
+                        yield self._choice(line)
+            finally:
+                await response.aclose()
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise ServerFailed(described(error)) from error
+
+    def _choice(self, line: str) -> dict[str, Any]:
+        try:
+            chunk = json.loads(line.removeprefix("data: "))
+        except ValueError as error:
+            raise ServerFailed("sends what is no answer") from error
+        if "error" in chunk:
+            raise ServerFailed(chunk["error"]["message"])
+        choice: dict[str, Any] = chunk["choices"][0]
+        return choice
+
+    def _refuse(self, response: httpx.Response, content: bytes) -> None:
+        """Raises what comes of a response that is none: DirlError for a request that is wrong."""
+        self._require_key(response.status_code)
+        if response.status_code in REFUSED:
+            raise DirlError(f"{self.url} refuses what it is asked: {sentence_of(content)}")
+        pause = response.headers.get("retry-after", "")
+        raise ServerFailed(sentence_of(content), float(pause) if pause.isdigit() else 0.0)
+
+    def _require_key(self, status: int) -> None:
+        if status == 401:
+            raise DirlError(f"{self.url} wants its key: give it in {KEY_VARIABLE}, the same for all servers")
+
+    def _checked_length(self, card: dict[str, Any]) -> int:
+        """The tokens that it has room for. Raises DirlError where it samples otherwise than the model that is given."""
+        for name in ("block_size", "mask_token_id", "logit_shift"):
+            if card.get(name) != getattr(self.lm, name):
+                raise DirlError(
+                    f"{self.url} serves a model whose {name} is {card.get(name)}, and here it is"
+                    f" {getattr(self.lm, name)}: serve the same model, by the same version of dirl"
+                )
+        return int(card["max_model_len"])
+
+    async def _get(self, path: str) -> dict[str, Any]:
+        """What it tells of itself. Raises ServerFailed where it cannot answer now."""
+        try:
+            async with asyncio.timeout(CONNECT):
+                response = await self.http.get(path)
+            told: dict[str, Any] = response.json()
+        except TimeoutError:
+            raise ServerFailed(f"does not say how it is within {CONNECT} s") from None
+        except (httpx.HTTPError, ValueError) as error:
+            raise ServerFailed(described(error)) from error
+        self._require_key(response.status_code)
+        if response.status_code != 200:
+            raise ServerFailed(
+                f"says that it is {told['status']}" if "status" in told else sentence_of(response.content)
+            )
+        return told
+
+    async def _while_it_steps(self, work: Awaitable[T]) -> T:
+        """What comes of the work, as long as the engine takes steps, be it for others. Raises ServerFailed else."""
+        task = asyncio.ensure_future(work)
+        forwards = None
+        try:
+            while not (await asyncio.wait({task}, timeout=self.patience.silence))[0]:
+                before = forwards
+                forwards = (await self._get("/health"))["forwards"]
+                if forwards == before:
+                    raise ServerFailed(f"takes no step in {self.patience.silence:g} s")
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+
+def described(error: Exception) -> str:
+    """What went wrong with a connection, in a few words."""
+    return str(error).strip().rstrip(".") or type(error).__name__
+
+
+def sentence_of(content: bytes) -> str:
+    """The sentence of an error in OpenAI's shape; of anything else its beginning."""
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return content[:200].decode(errors="replace") or "an empty response"

@@ -1,0 +1,408 @@
+"""Samples with any number of servers (`dirl serve`): each prompt's answers are asked of the one that owes least.
+
+What a server does not answer is asked of another with the same seed, and so has the same answer. A server that fails is
+left out, and asked ever more rarely how it is, until it has the weights that count. Every answer is of the weights that
+its request names, or there is none: see `WeightsId`.
+
+The servers are asked from a thread of its own; `stream` takes from a queue what comes.
+"""
+
+import asyncio
+import queue
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from dirl_cli.distributed import first_tells, is_first_of_group, is_group, wait_for_group
+from dirl_cli.errors import DirlError
+from dirl_cli.models.load import DiffusionLM
+from dirl_cli.rollout.pushed_weights import WeightsId, remove_other_weights, write_weights
+from dirl_cli.rollout.sampler import Hint, LiveBatch, Watch, collect_samples
+from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
+from dirl_cli.rollout.storage import trajectory_from_json
+from dirl_cli.types import Decoding, Trajectory
+
+T = TypeVar("T")
+POLL = 0.05  # seconds between looks at who has room
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a server that failed is asked again
+MOST_TRIES = 20  # of a prompt, each failed by a server that goes on otherwise
+SENT = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "strategy",
+    "threshold",
+    "threshold_by_step",
+    "threshold_by_position",
+    "lowest_threshold",
+    "confidence",
+)  # of `Decoding`, by the same names
+LISTS = ("token_ids", "reveal_step", "logprobs")  # of which a chunk has a block's
+
+Answer = tuple[int, int, Trajectory]  # with the indices of its prompt and sample
+
+
+@dataclass
+class Question:
+    """The answers to a prompt that are to be asked for together, since what is computed of it is computed once.
+
+    first, n: sample indices from `first` to `first` + `n`. answered: those that have come. tries: that have failed.
+    """
+
+    prompt: int
+    prompt_ids: list[int]
+    first: int
+    n: int
+    seed: int
+    answered: set[int] = field(default_factory=set)
+    tries: int = 0
+
+
+class ServerSampler:
+    """See `Sampler`. It has no weights until `update_weights` brings them to the servers, but then `lm`'s.
+
+    urls: of the servers. directory: where weights are handed over, on a disk that all see under this path. max_batch:
+    answers that are asked of each server at once, by each process. key: that servers want to be shown.
+    """
+
+    def __init__(
+        self, lm: DiffusionLM, urls: Sequence[str], directory: Path, max_batch: int, patience: Patience, key: str | None
+    ) -> None:
+        self.lm = lm
+        self.weights_version = 0
+        self.directory = directory
+        self.max_batch = max_batch
+        self.patience = patience
+        self.servers = [ServerClient(url, key, lm, patience, 2 * max_batch + 4) for url in urls]
+        self.weights: WeightsId | None = None
+        self.path = directory  # of the weights
+        self.returning: set[asyncio.Task[None]] = set()  # what brings servers back
+        self.last_heard = 0.0
+
+        self.loop = asyncio.new_event_loop()
+        Thread(target=self.loop.run_forever, name="servers", daemon=True).start()
+
+    # Of `Sampler`
+
+    def sample(self, prompts: Sequence[list[int]], n: int, decoding: Decoding) -> list[list[Trajectory]]:
+        """See `Sampler.sample`."""
+        return collect_samples(self.stream(prompts, n, decoding), len(prompts), n)
+
+    def stream(
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        decoding: Decoding,
+        first: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
+        watch: Watch | None = None,
+        hints: Sequence[Sequence[Hint]] | None = None,
+    ) -> Iterator[Answer]:
+        """See `Sampler.stream`. Raises DirlError for what servers cannot do, and where none answers any more."""
+        require_servable(prompts, decoding, self.lm, watch, hints)
+        if self.weights is None:
+            if is_group():
+                raise DirlError(
+                    "rollout=server shares the work among its servers, and wants one process: leave out gpus"
+                )
+            self.update_weights(self.lm.model.named_parameters(), 0)
+
+        questions = []
+        for prompt, prompt_ids in enumerate(prompts):
+            begin = first[prompt] if first else 0
+            if begin < n:
+                seed = seeds[prompt] if seeds else decoding.seed
+                questions.append(Question(prompt, prompt_ids, begin, n - begin, seed))
+
+        told: queue.SimpleQueue[Answer | Future[None]] = queue.SimpleQueue()
+        work = asyncio.run_coroutine_threadsafe(self._answer_all(questions, decoding, told.put), self.loop)
+        work.add_done_callback(told.put)
+        try:
+            while not isinstance(news := told.get(), Future):
+                yield news
+            news.result()  # raises what ended it
+        finally:
+            work.cancel()
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See `Sampler.update_weights`. The first process of a run writes them; every process has to call.
+
+        Servers that cannot take them now are left out until they have. Raises DirlError where that is all of them.
+        """
+        self._wait_for(self._forget_weights())
+        wait_for_group()  # before there are new ones, so that no process brings the old ones to a server that returns
+        outcome: tuple[Path, WeightsId] | DirlError | None = None
+        if is_first_of_group():
+            try:
+                outcome = write_weights(self.directory, self.lm.model, named_tensors, version)
+                self._wait_for(self._adopt(*outcome))
+                remove_other_weights(self.directory, outcome[0])
+            except DirlError as error:
+                outcome = error
+        else:
+            for _ in named_tensors:
+                pass  # gathering them is every process's work
+
+        outcome = first_tells(outcome)
+        if isinstance(outcome, DirlError):
+            raise outcome
+        if outcome and not is_first_of_group():
+            self._wait_for(self._adopt(*outcome))
+        self.weights_version = version
+
+    def open_batch(self, length: int) -> LiveBatch:
+        """Raises DirlError: servers have batches of their own."""
+        raise DirlError("rollout=server asks servers, and is none: give rollout=native or rollout=lmdeploy")
+
+    def set_block_size(self, block_size: int) -> None:
+        """See `Sampler.set_block_size`. Raises DirlError for another size than the servers'."""
+        if block_size != self.lm.block_size:
+            raise DirlError("servers sample in blocks of one size: give rollout=native where they grow")
+
+    def sleep(self) -> None:
+        """Nothing: the memory is the servers'."""
+
+    def wake(self) -> None:
+        """Nothing likewise."""
+
+    # In the loop's thread
+
+    async def _answer_all(
+        self, questions: Sequence[Question], decoding: Decoding, tell: Callable[[Answer], None]
+    ) -> None:
+        """Ask all questions, each of the server that owes least, again where it fails; tell answers as they come."""
+        waiting = deque(questions)
+        running: set[asyncio.Task[Question | None]] = set()
+        self.last_heard = time.monotonic()
+        try:
+            while waiting or running:
+                while waiting and (server := self._least_busy(waiting[0].n)):
+                    running.add(self._begin(server, waiting.popleft(), decoding, tell))
+
+                self._require_hope()
+                if not running:
+                    await asyncio.sleep(POLL)
+                else:
+                    done, running = await asyncio.wait(running, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
+                    unanswered = [task.result() for task in done]
+                    waiting.extend(question for question in unanswered if question)
+        finally:
+            await cancelled(running)
+
+    def _least_busy(self, answers: int) -> ServerClient | None:
+        """The server with the fewest tokens outstanding, among those that have room for so many answers."""
+        able = []
+        for server in self.servers:
+            if server.is_up and (not server.answers or server.answers + answers <= self.max_batch):
+                able.append(server)
+        return min(able, key=lambda server: server.tokens, default=None)
+
+    def _begin(
+        self, server: ServerClient, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
+    ) -> "asyncio.Task[Question | None]":
+        """Ask a server a question, what it owes thereby counted from now on."""
+        tokens = question.n * (len(question.prompt_ids) + decoding.max_new_tokens)
+        server.tokens += tokens
+        server.answers += question.n
+
+        def settle(_: object) -> None:
+            server.tokens -= tokens
+            server.answers -= question.n
+
+        task = asyncio.create_task(self._ask(server, question, decoding, tell))
+        task.add_done_callback(settle)
+        return task
+
+    async def _ask(
+        self, server: ServerClient, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
+    ) -> Question | None:
+        """Tell the answers that a server gives to a question; returns the question where some are missing."""
+        weights = self.weights
+        if weights is None:
+            return question
+        self._require_room(server, question, decoding)
+        body = body_of(question, decoding, weights, self.lm.block_size)
+        parts: list[dict[str, Any]] = [{name: [] for name in LISTS} for _ in range(question.n)]
+        try:
+            async with aclosing(server.choices(body)) as choices:
+                async for choice in choices:
+                    self.last_heard = time.monotonic()
+                    index, told = choice["index"], choice["trajectory"]
+                    if told["weights_version"] != weights.version:
+                        raise ServerFailed(f"answers with version {told['weights_version']} of the weights")
+                    part = parts[index]
+                    for name in LISTS:
+                        part[name] += told.pop(name)
+                    part |= told
+                    if "stop_reason" in told and index not in question.answered:
+                        trajectory = trajectory_from_json({**part, "prompt_ids": question.prompt_ids})
+                        question.answered.add(index)
+                        tell((question.prompt, question.first + index, trajectory))
+            if len(question.answered) < question.n:
+                raise ServerFailed("leaves answers out")
+            server.failures = 0
+        except (LookupError, TypeError, ValueError):
+            return self._failed(server, question, ServerFailed("sends what is no answer"))
+        except ServerFailed as failure:
+            return self._failed(server, question, failure)
+        return None
+
+    def _require_room(self, server: ServerClient, question: Question, decoding: Decoding) -> None:
+        """Raises DirlError where a server would cut an answer short that may be longer here."""
+        longest = min(len(question.prompt_ids) + decoding.max_new_tokens, self.lm.longest_prompt + 1)
+        if server.length < longest:
+            raise DirlError(
+                f"{server.url} has room for {server.length} tokens, and a prompt and its answer may have {longest}:"
+                f" start it with serve.max_length={longest + self.lm.block_size}"
+            )
+
+    def _failed(self, server: ServerClient, question: Question, failure: ServerFailed) -> Question:
+        """Leave a server out whose answer failed; returns the question, to be asked again."""
+        question.tries += 1
+        if question.tries == MOST_TRIES:
+            raise DirlError(
+                f"{server.url} {failure}, as servers did {MOST_TRIES} times at the same prompt: see their logs"
+            )
+        if server.is_up:
+            self._leave_out(server, failure)
+        return question
+
+    def _leave_out(self, server: ServerClient, failure: ServerFailed | DirlError) -> None:
+        """Ask a server nothing until it has the weights that count; from now on that is looked after."""
+        server.is_up = False
+        server.failure = str(failure)
+        server.failures += 1
+        if is_first_of_group():
+            print(f"{server.url} is left out until it is back: {failure}", file=sys.stderr, flush=True)
+        self._look_after(server, failure.pause if isinstance(failure, ServerFailed) else 0.0)
+
+    def _look_after(self, server: ServerClient, pause: float = 0.0) -> None:
+        task = asyncio.create_task(self._bring_back(server, pause))
+        self.returning.add(task)
+        task.add_done_callback(self.returning.discard)
+
+    async def _bring_back(self, server: ServerClient, pause: float = 0.0) -> None:
+        """Look after a server that was left out, ever more rarely, until it may be asked again."""
+        while not server.is_up:
+            doublings = min(server.failures - 1, 16)
+            await asyncio.sleep(max(pause, min(FIRST_PAUSE * 2**doublings, LONGEST_PAUSE)))
+            pause = 0.0
+            try:
+                await self._prepare(server)
+            except (ServerFailed, DirlError) as failure:
+                server.failure = str(failure)
+                server.failures += 1
+
+    async def _prepare(self, server: ServerClient) -> None:
+        """Let a server be asked, once it has the weights that count. Raises what keeps it from that."""
+        if self.weights is None:
+            raise ServerFailed("waits for weights")
+        try:
+            await server.prepare(self.path, self.weights)
+        except (LookupError, TypeError, ValueError) as error:
+            raise ServerFailed("is no server of dirl, or of another version") from error
+        server.is_up = True
+        self.last_heard = time.monotonic()
+
+    async def _forget_weights(self) -> None:
+        """Ask no server any more, and bring none any weights, until `_adopt` says which."""
+        self.weights = None
+        await cancelled(self.returning)
+        for server in self.servers:
+            server.is_up = False
+
+    async def _adopt(self, path: Path, weights: WeightsId) -> None:
+        """Ask for answers of these weights from now on, as soon as any server has them.
+
+        Those that fail are left out; others are waited for. Raises DirlError where none is left.
+        """
+        self.path = path
+        self.weights = weights
+        self.last_heard = time.monotonic()
+        is_start = not any(server.length for server in self.servers)
+        sound = [server for server in self.servers if not server.failures]
+        for server in self.servers:
+            if server.failures:  # it may hang, for which the others do not wait
+                self._look_after(server)
+        outcomes = await asyncio.gather(*map(self._prepare, sound), return_exceptions=True)
+        for server, outcome in zip(sound, outcomes, strict=True):
+            if isinstance(outcome, DirlError) and is_start:
+                raise outcome  # a wrong key or model, which waiting does not mend
+            if isinstance(outcome, ServerFailed | DirlError):
+                self._leave_out(server, outcome)
+            elif outcome:
+                raise outcome
+        while not any(server.is_up for server in self.servers):
+            self._require_hope()
+            await asyncio.sleep(POLL)
+
+    def _require_hope(self) -> None:
+        """Raises DirlError where no server has answered for as long as the run may wait."""
+        if any(server.is_up for server in self.servers):
+            return
+        if time.monotonic() - self.last_heard > self.patience.outage:
+            reasons = "; ".join(f"{server.url} {server.failure}" for server in self.servers)
+            raise DirlError(
+                f"no server has answered for {self.patience.outage:g} s ({reasons}): start them again and give the same"
+                " command, which goes on"
+            )
+
+    def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        """What comes of work in the loop's thread; it is given up where this thread is interrupted."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+
+def require_servable(
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    lm: DiffusionLM,
+    watch: Watch | None,
+    hints: Sequence[Sequence[Hint]] | None,
+) -> None:
+    """Raises DirlError for what servers cannot do: a watched stream, hints, another block size, a prompt too long."""
+    if watch or hints:
+        raise DirlError("watch=true and hints want rollout=native: servers tell of whole blocks, and hold no tokens")
+    if decoding.block_size not in (None, lm.block_size):
+        raise DirlError(
+            f"decoding.block_size is {decoding.block_size} and the model's is {lm.block_size}: leave it out"
+        )
+    longest = max(map(len, prompts), default=0)
+    if longest > lm.longest_prompt:
+        raise DirlError(f"a prompt has {longest} tokens and the model has room for {lm.longest_prompt}: shorten it")
+
+
+def body_of(question: Question, decoding: Decoding, weights: WeightsId, block_size: int) -> dict[str, Any]:
+    """The request that a question is, with all that decides its answers, whatever the server's own defaults are."""
+    return {
+        "prompt": question.prompt_ids,
+        "first": question.first,
+        "n": question.n,
+        "max_tokens": decoding.max_new_tokens,
+        "weights": {"version": weights.version, "sha256": weights.sha256},
+        **{name: getattr(decoding, name) for name in SENT},
+        "denoising_steps": decoding.denoising_steps or block_size,
+        "stop_token_ids": list(decoding.stop_token_ids) or None,
+        "seed": question.seed,
+    }
+
+
+async def cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Give tasks up, and wait until they are."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)

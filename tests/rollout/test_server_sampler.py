@@ -1,0 +1,335 @@
+"""Sampling with servers: the in-process sampler's answers, whatever becomes of a server meanwhile."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from threading import Lock
+
+import pytest
+
+pytest.importorskip("starlette", reason="servers want starlette: make install brings it")
+
+from dirl_cli.errors import DirlError
+from dirl_cli.models.load import SavedModel
+from dirl_cli.rollout import server_sampler
+from dirl_cli.rollout.engines import Servers
+from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.server_client import Patience
+from dirl_cli.rollout.server_sampler import ServerSampler
+from dirl_cli.rollout.storage import rollout_path
+from dirl_cli.serving import routes
+from dirl_cli.types import Decoding
+from tests.helpers import rl_runs
+from tests.helpers.flaky_network import Line, line_to
+from tests.helpers.served import KEY, Served, listening, speaking_lm, wait_until
+
+PROMPTS = [[20, 30, 40], [50, 60, 70, 80], [90] * 9]
+SEEDS = [2**62 + 1, 5, 6]
+PATIENCE = Patience(silence=30, push=30, outage=30)
+
+
+@pytest.fixture(autouse=True)
+def quick_returns(monkeypatch):
+    monkeypatch.setattr(server_sampler, "FIRST_PAUSE", 0.02)
+
+
+@pytest.fixture(autouse=True)
+def one_by_one(monkeypatch):
+    """These servers share a process, in which transformers loads one model at a time."""
+    read_weights, loading = routes.read_weights, Lock()
+
+    def read(*arguments):
+        with loading:
+            return read_weights(*arguments)
+
+    monkeypatch.setattr(routes, "read_weights", read)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return speaking_lm(3)
+
+
+@pytest.fixture(scope="module")
+def decoding(lm):
+    return lm.decoding(Decoding(temperature=1.0, max_new_tokens=12))
+
+
+@pytest.fixture(scope="module")
+def expected(lm, decoding):
+    """The in-process sampler's answers, each alone in its batch."""
+    return answers_of(NativeSampler(lm, max_batch=1), decoding)
+
+
+def answers_of(sampler, decoding, n=3):
+    return {(prompt, i): answer for prompt, i, answer in sampler.stream(PROMPTS, n, decoding, seeds=SEEDS)}
+
+
+@dataclass
+class Farm:
+    """Some servers, each behind a line, and a sampler that asks them."""
+
+    sampler: ServerSampler
+    servers: list[Served]
+    lines: list[Line]
+
+    def is_up(self, number: int) -> bool:
+        return self.sampler.servers[number].is_up
+
+
+@contextmanager
+def farm(lm, directory, count: int = 2, patience: Patience = PATIENCE, max_batch: int = 1, key=KEY) -> Iterator[Farm]:
+    """Servers that begin with weights of their own."""
+    with ExitStack() as stack:
+        servers = []
+        lines = []
+        for seed in range(count):
+            address, served, _ = stack.enter_context(listening(speaking_lm(seed), max_batch=max_batch))
+            servers.append(served)
+            lines.append(stack.enter_context(line_to(address)))
+        urls = [line.address for line in lines]
+        yield Farm(ServerSampler(lm, urls, directory / "weights", max_batch, patience, key), servers, lines)
+
+
+def test_the_answers_are_the_in_process_samplers_to_the_bit(lm, decoding, expected, tmp_path):
+    with farm(lm, tmp_path) as two:
+        assert answers_of(two.sampler, decoding) == expected
+        asked = [served.engine.forwards for served in two.servers]
+        assert min(asked) > 0, "one server had nothing to do"
+        assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-000000"]
+
+
+def test_in_larger_batches_log_probs_are_rounded_otherwise_and_nothing_else(lm, decoding, expected, tmp_path):
+    with farm(lm, tmp_path, count=1, max_batch=4) as one:
+        answers = answers_of(one.sampler, decoding)
+    assert answers.keys() == expected.keys()
+    for key, answer in answers.items():
+        assert replace(answer, logprobs=[]) == replace(expected[key], logprobs=[])
+        assert answer.logprobs == pytest.approx(expected[key].logprobs, abs=1e-5)
+
+
+def test_what_a_server_owes_that_is_cut_off_comes_from_another_and_it_is_taken_back(lm, decoding, expected, tmp_path):
+    with farm(lm, tmp_path) as two:
+        two.servers[0].gate.shut()  # so that it owes something for sure
+        stream = two.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS)
+        answers = {}
+        for prompt, sample, answer in stream:
+            answers[prompt, sample] = answer
+            two.lines[0].cut()
+        assert answers == expected
+        assert not two.is_up(0)
+        two.servers[0].gate.open.set()
+        two.lines[0].mend()
+        wait_until(lambda: two.is_up(0))
+        assert answers_of(two.sampler, decoding) == expected
+
+
+def test_a_server_whose_engine_hangs_is_left_out(lm, decoding, expected, tmp_path):
+    with farm(lm, tmp_path, patience=replace(PATIENCE, silence=0.3)) as two:
+        two.sampler.update_weights(lm.model.named_parameters(), 0)
+        two.servers[1].gate.shut()
+        assert answers_of(two.sampler, decoding) == expected
+        assert two.sampler.servers[1].failure == "takes no step in 0.3 s"
+
+
+def test_a_line_on_which_nothing_moves_is_as_good_as_cut(lm, decoding, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("dirl_cli.rollout.server_client.CONNECT", 0.3)
+    with farm(lm, tmp_path, patience=replace(PATIENCE, silence=0.3)) as two:
+        two.sampler.update_weights(lm.model.named_parameters(), 0)
+        two.lines[0].moves.clear()
+        assert answers_of(two.sampler, decoding) == expected
+        assert "does not say how it is" in two.sampler.servers[0].failure
+
+
+def test_weights_that_somebody_else_gave_a_server_answer_nothing(lm, decoding, expected, tmp_path):
+    with farm(lm, tmp_path, count=1) as one:
+        assert answers_of(one.sampler, decoding) == expected
+        other = speaking_lm(1)
+        one.servers[0].engine.update_weights(lambda: dict(other.model.named_parameters()), 0).result(30)
+        assert answers_of(one.sampler, decoding) == expected
+
+
+def test_a_block_of_another_version_is_no_part_of_an_answer(lm, decoding, expected, tmp_path):
+    with farm(lm, tmp_path) as two:
+        two.sampler.update_weights(lm.model.named_parameters(), 0)
+        liar = two.sampler.servers[0]
+        honest = liar.choices
+
+        async def choices(body):
+            async for choice in honest(body):
+                yield {**choice, "trajectory": {**choice["trajectory"], "weights_version": 7}}
+
+        liar.choices = choices
+        assert answers_of(two.sampler, decoding) == expected
+        assert liar.failure == "answers with version 7 of the weights"
+
+
+def test_a_server_that_misses_a_push_is_left_out_until_it_has_it(lm, decoding, tmp_path):
+    new = speaking_lm(4)
+    of_new = {
+        key: replace(answer, weights_version=1) for key, answer in answers_of(NativeSampler(new, 1), decoding).items()
+    }
+    with farm(lm, tmp_path) as two:
+        two.sampler.update_weights(lm.model.named_parameters(), 0)
+        two.lines[1].cut()
+        two.sampler.update_weights(new.model.named_parameters(), 1)
+        assert (two.is_up(0), two.is_up(1)) == (True, False)
+        assert answers_of(two.sampler, decoding) == of_new
+        assert two.servers[1].engine.weights.version == 0
+        two.lines[1].mend()
+        wait_until(lambda: two.is_up(1))
+        assert two.servers[1].engine.weights == two.sampler.weights
+        assert answers_of(two.sampler, decoding) == of_new
+
+
+def test_weights_that_are_damaged_on_the_way_are_taken_by_nobody(lm, decoding, tmp_path, monkeypatch):
+    write_weights = server_sampler.write_weights
+
+    def damaged(*arguments):
+        path, weights = write_weights(*arguments)
+        file = path / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        return path, weights
+
+    with farm(lm, tmp_path, count=1, patience=replace(PATIENCE, outage=0.5)) as one:
+        one.sampler.update_weights(lm.model.named_parameters(), 0)
+        before = one.servers[0].engine.weights
+        monkeypatch.setattr(server_sampler, "write_weights", damaged)
+        with pytest.raises(DirlError, match=r"no server has answered for 0.5 s .* is not what its SHA-256 says"):
+            one.sampler.update_weights(speaking_lm(4).model.named_parameters(), 1)
+        assert one.servers[0].engine.weights == before
+
+        monkeypatch.setattr(server_sampler, "write_weights", write_weights)
+        one.sampler.update_weights(lm.model.named_parameters(), 1)
+        assert one.servers[0].engine.weights.version == 1
+
+
+def test_where_no_server_answers_the_run_ends_in_a_sentence(lm, decoding, tmp_path):
+    with farm(lm, tmp_path, patience=replace(PATIENCE, outage=0.3)) as two:
+        two.sampler.update_weights(lm.model.named_parameters(), 0)
+        stream = two.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS)
+        next(stream)
+        for line in two.lines:
+            line.cut()
+        with pytest.raises(DirlError, match=r"no server has answered for 0.3 s .*: start them again and give the same"):
+            list(stream)
+
+
+def test_an_outage_that_ends_in_time_costs_nothing(lm, decoding, expected, tmp_path):
+    with farm(lm, tmp_path, count=1) as one:
+        stream = one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS)
+        answers = [next(stream)]
+        one.lines[0].cut()
+        wait_until(lambda: not one.is_up(0))
+        one.lines[0].mend()
+        answers += stream
+        assert {(prompt, sample): answer for prompt, sample, answer in answers} == expected
+        assert len(answers) == len(expected)  # each once, though a whole group was asked again
+
+
+def test_what_is_wrong_at_the_start_is_told_at_once(lm, tmp_path):
+    wrong_key = "wants its key: give it in DIRL_SERVE_KEY"
+    with farm(lm, tmp_path, key="another") as two, pytest.raises(DirlError, match=wrong_key):
+        two.sampler.update_weights(lm.model.named_parameters(), 0)
+    wrong_model = "serves a model whose mask_token_id is 3, and here it is 5"
+    with farm(replace(lm, mask_token_id=5), tmp_path) as two, pytest.raises(DirlError, match=wrong_model):
+        two.sampler.update_weights(lm.model.named_parameters(), 0)
+
+
+def test_what_servers_cannot_do_is_told(lm, decoding, tmp_path):
+    with farm(lm, tmp_path, count=1) as one:
+        for options, sentence in (({"watch": print}, "watch=true"), ({"hints": [[{0: 9}]]}, "hints want")):
+            with pytest.raises(DirlError, match=sentence):
+                list(one.sampler.stream(PROMPTS[:1], 1, decoding, **options))
+        with pytest.raises(DirlError, match="has room for 128 tokens, and a prompt and its answer may have 203"):
+            list(one.sampler.stream(PROMPTS[:1], 1, replace(decoding, max_new_tokens=200)))
+        with pytest.raises(DirlError, match="refuses what it is asked: strategy=a"):
+            list(one.sampler.stream(PROMPTS[:1], 1, replace(decoding, strategy="a")))
+        with pytest.raises(DirlError, match="blocks of one size"):
+            one.sampler.set_block_size(8)
+
+
+def test_what_nobody_waits_for_any_more_is_dropped_by_the_servers(lm, decoding, tmp_path):
+    with farm(lm, tmp_path, count=1) as one:
+        one.sampler.update_weights(lm.model.named_parameters(), 0)
+        stream = one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS)
+        next(stream)
+        one.servers[0].gate.shut()
+        stream.close()
+        wait_until(lambda: one.servers[0].service.open_answers == 0)
+        one.servers[0].gate.open.set()
+
+
+def test_answers_that_are_there_already_are_not_asked_for(lm, decoding, expected, tmp_path):
+    with farm(lm, tmp_path, count=1) as one:
+        asked = list(one.sampler.stream(PROMPTS, 3, decoding, first=[3, 1, 0], seeds=SEEDS))
+    assert sorted((prompt, sample) for prompt, sample, _ in asked) == [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+    assert all(answer.token_ids == expected[prompt, sample].token_ids for prompt, sample, answer in asked)
+
+
+def test_a_run_that_samples_with_servers_ends_in_the_bytes_of_one_that_samples_itself(tmp_path):
+    model = rl_runs.save_sharp_model(tmp_path / "model")
+    words = ("steps=2", "eval_problems=2", "save_every=0", "show_every=0", "rollout.max_batch=1")
+    rl_runs.run(rl_runs.config(model, *words), tmp_path / "own")
+    with ExitStack() as stack:
+        addresses = []
+        for _ in range(2):
+            lm = SavedModel("sharp", str(model)).load("float32", "cpu", "sdpa")
+            addresses.append(stack.enter_context(listening(lm, max_batch=1, key=None))[0])
+        url = f"rollout.url=[{','.join(addresses)}]"
+        served = ("rollout=server", url, f"rollout.directory={tmp_path}/weights")
+        rl_runs.run(rl_runs.config(model, *words, *served), tmp_path / "served")
+
+    assert rl_runs.weights(tmp_path / "served") == rl_runs.weights(tmp_path / "own")
+    for step in (1, 2):
+        own, other = (rollout_path(tmp_path / name / "rollouts", step) for name in ("own", "served"))
+        assert own.read_bytes() == other.read_bytes()
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-000002"]
+
+
+def test_who_is_asked_is_who_owes_least(lm, tmp_path):
+    sampler = ServerSampler(lm, ["http://a", "http://b", "http://c"], tmp_path, 4, PATIENCE, None)
+    a, b, c = sampler.servers
+    for server, tokens, answers in ((a, 50, 2), (b, 30, 3), (c, 0, 0)):
+        server.is_up, server.tokens, server.answers = True, tokens, answers
+    assert sampler._least_busy(2) is c
+    c.is_up = False
+    assert sampler._least_busy(1) is b
+    assert sampler._least_busy(2) is a  # b has no room
+    assert sampler._least_busy(3) is None
+    b.answers = 0
+    assert sampler._least_busy(9) is b  # more than it may be asked at once, and so alone
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ((), "wants addresses"),
+        (("a:8000",), "holds a:8000"),
+        (("http://a:8000/v1",), "holds http://a:8000/v1"),
+        (("http://a:8000", "http://a:8000/"), "an address twice"),
+    ],
+)
+def test_addresses_that_are_none_are_told_before_anything_is_loaded(url, sentence):
+    with pytest.raises(DirlError, match=sentence):
+        Servers(url, "weights", 64, 60, 600, 600).require()
+
+
+def test_the_pause_before_a_server_is_asked_again_doubles(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_sampler, "FIRST_PAUSE", 0.5)
+    sampler = ServerSampler(lm, ["http://127.0.0.1:9"], tmp_path, 4, PATIENCE, None)
+    [server] = sampler.servers
+    server.failures = 1
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 9:
+            server.is_up = True
+
+    monkeypatch.setattr(server_sampler.asyncio, "sleep", sleep)
+    asyncio.run(sampler._bring_back(server))
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
