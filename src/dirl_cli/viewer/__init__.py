@@ -1,0 +1,1 @@
+"""The trace viewer: answers of any kind as one HTML file, or one answer as a picture."""
