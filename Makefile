@@ -5,7 +5,7 @@ JOBS ?= 2
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-slow test-faults fuzz check compare-algos clean
+.PHONY: install demo test test-slow test-browser test-faults fuzz check compare-algos clean
 
 install: .venv/installed
 
@@ -38,7 +38,11 @@ test: check .venv/lmdeploy .venv/lm_eval
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 test-slow: install
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'slow and not gpu and not faults'
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'slow and not gpu and not faults and not browser'
+
+# Of the page that `dirl view` writes, in a headless Chromium: apt-get install chromium chromium-driver
+test-browser: install
+	@$(BIN)/pytest -m browser -rs tests/viewer
 
 # Ends with a table of what was tried, survived and lost; in minutes.
 test-faults: install

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 from tests.helpers.paths import ROOT
 
@@ -17,6 +18,10 @@ def test_the_wheel_prints_the_same_config_as_the_checkout(tmp_path):
     assert {path.relative_to(ROOT) for path in (ROOT / "conf").rglob("*.yaml")} == {
         path.relative_to(tmp_path / "site" / "dirl_cli") for path in (tmp_path / "site").rglob("*.yaml")
     }
+
+    page = Path("dirl_cli", "viewer", "page")
+    files = {path.name for path in (ROOT / "src" / page).iterdir()}
+    assert {path.name for path in (tmp_path / "site" / page).iterdir()} == files > {"page.html", "page.css"}
 
     def dirl(source, *words):
         command = [sys.executable, "-c", "from dirl_cli.cli.app import app; app()", "sft", *words]
