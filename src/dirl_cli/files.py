@@ -35,12 +35,18 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
 
     text: one, or its lines with their line breaks. Raises DirlError where it cannot be written.
     """
+    lines = [text] if isinstance(text, str) else text
+    write_bytes(path, (line.encode() for line in lines))
+
+
+def write_bytes(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """The same of bytes. content: all of it, or one part after another."""
     partial = partial_path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            lines = [text] if isinstance(text, str) else text
-            file.writelines(lines)
+        with partial.open("wb") as file:
+            parts = [content] if isinstance(content, bytes) else content
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -65,6 +65,12 @@ Requests = Annotated[
         metavar="GROUP=NAME or ID", help="What to fetch: choices in conf/, ids on the Hub.", autocompletion=complete
     ),
 ]
+Answers = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RUN or FILE", help="What holds the answers; several side by side.", autocompletion=complete
+    ),
+]
 To = Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Where to put it, instead of the Hub's cache.")]
 Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of comma-separated values.")]
 Cfg = Annotated[View | None, typer.Option("--cfg", "-c", help="Print the composed config and exit.")]
@@ -136,6 +142,23 @@ add("eval", "Score a model on a benchmark.", "model=runs/sft/tiny-arithmetic/mod
 add("generate", "Sample completions of prompts.", "model=sdar8b prompt='What is 7 times 8?' watch=true")
 add("serve", "Answer requests over HTTP, in OpenAI's format.", "model=runs/sft/tiny-arithmetic/model")
 add("merge", "Make a LoRA adapter part of a model's weights.", "model=sdar8b model.adapter=DIR to=merged")
+
+
+@app.command(
+    help="Look at answers: one HTML file to open in a browser.",
+    context_settings=ANY_OPTION,
+    epilog=hints("view", "runs/rl/tiny-arithmetic-dipo, or: dirl view FILE export=answer.svg number=3"),
+)
+def view(
+    overrides: Answers = None,
+    multirun: Multirun = False,
+    cfg: Cfg = None,
+    info: Info = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    from dirl_cli.cli.overrides import collect_bare_words
+
+    run_command("view", collect_bare_words(overrides or [], "answers"), multirun, cfg, info, config_dir)
 
 
 @app.command(

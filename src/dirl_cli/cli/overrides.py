@@ -23,7 +23,9 @@ TEXTS = ("prompt", "messages", "instruction.text", "algo.teacher_prompt")  # the
 # Last parts of the keys whose values are paths.
 PATHS = (
     "adapter",
+    "answers",
     "compare",
+    "export",
     "input",
     "name",
     "out",
@@ -104,11 +106,12 @@ def require_alone(words: Sequence[str], group: str, name: str) -> None:
 
 
 def collect_bare_words(words: Sequence[str], key: str) -> list[str]:
-    """Spell the words that are no overrides as one list, the value of `key`."""
+    """Spell the words that are no overrides, or paths that exist, as one list, the value of `key`."""
     bare = []
     overrides = []
     for word in words:
-        if "=" in word or word.startswith("~"):
+        is_override = "=" in word or word.startswith("~")
+        if is_override and not exists(word):  # a sweep's directories have = in their names
             overrides.append(word)
         else:
             bare.append(QuotedString(word, Quote.single).with_quotes())

@@ -310,6 +310,16 @@ class MergeConfig:
 
 
 @dataclass
+class ViewConfig:
+    answers: list[str]
+    to: str
+    limit: Count
+    export: str | None
+    number: Count
+    model: Any = None
+
+
+@dataclass
 class DownloadConfig:
     ids: list[str]
     to: str | None
@@ -327,6 +337,7 @@ SCHEMAS = {
     "generate": GenerateConfig,
     "serve": ServeConfig,
     "merge": MergeConfig,
+    "view": ViewConfig,
     "download": DownloadConfig,
 }
 
@@ -340,11 +351,17 @@ def register() -> None:
         ConfigStore.instance().store(f"{name}_schema", node)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
     OmegaConf.register_new_resolver("asked", asked, replace=True)
+    OmegaConf.register_new_resolver("joined", joined, replace=True)
 
 
 def asked(tasks: Sequence[str] | None, bench: str) -> str:
     """What an evaluation asks, as part of its name: tasks of lm-evaluation-harness, or a benchmark."""
     return "-".join(tasks) if tasks else bench
+
+
+def joined(texts: Sequence[str]) -> str:
+    """Several texts as part of a name."""
+    return "-".join(texts)
 
 
 def slug(*texts: str | None) -> str:

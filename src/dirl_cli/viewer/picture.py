@@ -1,0 +1,197 @@
+"""One answer as a picture for papers and slides: where its tokens stand, as SVG by step and as GIF by forward."""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+from dirl_cli.text import escape_controls
+from dirl_cli.types import HELD
+
+COLUMNS = 72  # characters of a line
+MOST_FRAMES = 150  # of a GIF; of a longer answer each shows several forwards
+FRAME, LAST_FRAME = 250, 3000  # milliseconds
+SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+# Characters that turn the direction of the text around them, or that nobody sees.
+UNSEEN = dict.fromkeys([*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF], "�")
+
+# Pixels, before a GIF doubles them.
+CHARACTER, LINE, TOKEN, FONT, SMALL, EDGE, LEGEND = 9, 38, 20, 15, 9, 16, 300
+SCALE = ("#d3e7fb", "#cbe8c3", "#f6b65a")  # of the first step, the middle and the last
+INK, FAINT, MASKED, GROUND = "#1d2024", "#5f666e", "#dad7cf", "#ffffff"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A token, or the part of one that is on a line. column, width: in characters."""
+
+    text: str
+    line: int
+    column: int
+    width: int
+    step: int
+    order: int
+    block: int
+
+
+def cells_of(answer: dict[str, Any], texts: Sequence[str]) -> list[Cell]:
+    """Lay out the tokens of an answer of the payload, up to its stop token, blocks a character apart."""
+    cells: list[Cell] = []
+    line = column = 0
+    before = None  # the block of the token before
+    for i, place in enumerate(answer["tokens"][: answer["length"] + 1]):
+        block = (answer["offset"] + i) // answer["block_size"]
+        if column and block != before:
+            column += 1
+        before = block
+        for part in parts_of(texts[place]):
+            width = sum(map(width_of, part))
+            if column and column + width > COLUMNS:
+                line, column = line + 1, 0
+            cells.append(Cell(part, line, column, width, answer["steps"][i], answer["order"][i], block))
+            column += width
+            if part.endswith(SIGNS["\n"]):
+                line, column = line + 1, 0
+    return cells
+
+
+def parts_of(text: str) -> Iterator[str]:
+    """A token's text with signs for what cannot be seen, cut behind line breaks and where a line is full."""
+    for line in text.splitlines(keepends=True) or ["·"]:
+        shown = escape_controls("".join(SIGNS.get(letter, letter) for letter in line)).translate(UNSEEN)
+        shown = shown.encode("utf-8", "replace").decode()
+        half = COLUMNS // 2  # of characters that may be two columns wide
+        for first in range(0, len(shown), half):
+            yield shown[first : first + half]
+
+
+def width_of(letter: str) -> int:
+    """Columns that a letter takes in a font of equal widths."""
+    if unicodedata.combining(letter):
+        return 0
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+
+
+def colour_of(step: int, last: int) -> str:
+    """The colour of a reveal step on the scale, as #rrggbb."""
+    share = (max(step, 1) - 1) / max(1, last - 1) * (len(SCALE) - 1)
+    left = min(int(share), len(SCALE) - 2)
+    channels = []
+    for at in (1, 3, 5):
+        low, high = int(SCALE[left][at : at + 2], 16), int(SCALE[left + 1][at : at + 2], 16)
+        channels.append(round(low + (high - low) * (share - left)))
+    return "#{:02x}{:02x}{:02x}".format(*channels)
+
+
+def size_of(cells: Sequence[Cell]) -> tuple[int, int]:
+    """Width and height of the picture in pixels, a line for the legend included."""
+    width = max(cell.column + cell.width for cell in cells) * CHARACTER
+    of_legend = 2 * max(cell.step for cell in cells) * CHARACTER + LEGEND
+    height = (cells[-1].line + 2) * LINE
+    return max(width, of_legend) + 2 * EDGE, height + EDGE
+
+
+def svg(answer: dict[str, Any], texts: Sequence[str]) -> str:
+    """The whole answer, coloured by denoising step, whose number is under each token; a line under each block."""
+    cells = cells_of(answer, texts)
+    last = max(cell.step for cell in cells)
+    width, height = size_of(cells)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+        f' font-family="DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="{FONT}">',
+        "<title>An answer by the denoising step of its block that revealed each token</title>",
+        f'<rect width="{width}" height="{height}" fill="{GROUND}"/>',
+    ]
+    for cell in cells:
+        x, y, wide = EDGE + cell.column * CHARACTER, EDGE + cell.line * LINE, cell.width * CHARACTER
+        number = "held" if cell.step == HELD else str(cell.step)
+        lines += [
+            f'<rect x="{x + 0.5}" y="{y}" width="{max(1, wide - 1)}" height="{TOKEN}" rx="2"'
+            f' fill="{GROUND if cell.step == HELD else colour_of(cell.step, last)}"/>',
+            f'<text x="{x}" y="{y + FONT}" textLength="{wide}" lengthAdjust="spacingAndGlyphs" fill="{INK}"'
+            f' xml:space="preserve">{escape(cell.text)}</text>',
+            f'<text x="{x + wide / 2}" y="{y + TOKEN + SMALL}" font-size="{SMALL}" text-anchor="middle"'
+            f' fill="{FAINT}">{number}</text>',
+        ]
+    for x, y, wide in block_lines(cells):
+        lines.append(f'<path d="M{x} {y}h{wide}" stroke="{FAINT}" stroke-width="1.5"/>')
+
+    y = height - EDGE
+    for step in range(1, last + 1):
+        x = EDGE + 2 * (step - 1) * CHARACTER
+        lines.append(
+            f'<rect x="{x}" y="{y - SMALL}" width="{2 * CHARACTER}" height="{SMALL + 2}"'
+            f' fill="{colour_of(step, last)}"/>'
+        )
+    x = EDGE + 2 * last * CHARACTER + 6
+    legend = f"denoising steps 1 to {last}; a line under each block"
+    lines.append(f'<text x="{x}" y="{y}" font-size="{SMALL}" fill="{FAINT}">{legend}</text>')
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def block_lines(cells: Sequence[Cell]) -> Iterator[tuple[int, int, int]]:
+    """Where to draw the lines under blocks: left, height and length of each in pixels."""
+    ends: dict[tuple[int, int], list[int]] = {}  # of each block on each line, in characters
+    for cell in cells:
+        first, _ = ends.setdefault((cell.line, cell.block), [cell.column, 0])
+        ends[cell.line, cell.block] = [first, cell.column + cell.width]
+    for (line, _), (first, end) in ends.items():
+        yield EDGE + first * CHARACTER + 1, EDGE + line * LINE + LINE - 6, (end - first) * CHARACTER - 2
+
+
+def gif(answer: dict[str, Any], texts: Sequence[str]) -> bytes:
+    """The answer as its blocks fill, a frame a forward, the last one longer."""
+    cells = cells_of(answer, texts)
+    last = max(cell.order for cell in cells)
+    stride = -(-last // MOST_FRAMES)
+    moments = [*range(0, last, stride), last]
+    palette = colours_of_frames(cells, last)
+    frames = [frame(cells, moment, last).quantize(palette=palette, dither=Image.Dither.NONE) for moment in moments]
+    file = BytesIO()
+    durations = [FRAME] * (len(frames) - 1) + [LAST_FRAME]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return file.getvalue()
+
+
+def colours_of_frames(cells: Sequence[Cell], last: int) -> Image.Image:
+    """A palette for all frames: the colours of the first, where all is masked, and of the last."""
+    both = [frame(cells[:200], moment, last) for moment in (0, last)]
+    joined = Image.new("RGB", (both[0].width, 2 * both[0].height))
+    for place, image in enumerate(both):
+        joined.paste(image, (0, place * image.height))
+    return joined.quantize(128)
+
+
+def frame(cells: Sequence[Cell], moment: int, last: int) -> Image.Image:
+    """The answer after some forwards. last: the forward after which it is whole."""
+    width, height = size_of(cells)
+    image = Image.new("RGB", (2 * width, 2 * height), GROUND)
+    draw = ImageDraw.Draw(image)
+    font = font_of(2 * FONT)
+    steps = max(cell.step for cell in cells)
+    for cell in cells:
+        x, y, wide = EDGE + cell.column * CHARACTER, EDGE + cell.line * LINE, cell.width * CHARACTER
+        box = (2 * x + 1, 2 * y, 2 * (x + wide) - 2, 2 * (y + TOKEN))
+        if cell.order > moment:
+            draw.rounded_rectangle(box, 4, fill=MASKED)
+            continue
+        is_new = cell.order == moment and moment < last
+        fill = GROUND if cell.step == HELD else colour_of(cell.step, steps)
+        draw.rounded_rectangle(box, 4, fill=fill, outline=INK if is_new else None, width=2)
+        draw.text((2 * x, 2 * (y + FONT)), cell.text, INK, font, anchor="ls")
+    for x, y, wide in block_lines(cells):
+        draw.line((2 * x, 2 * y, 2 * (x + wide), 2 * y), FAINT, 3)
+    legend = f"after forward {moment} of {last}"
+    draw.text((2 * EDGE, 2 * (height - EDGE)), legend, FAINT, font_of(2 * SMALL + 4), anchor="ls")
+    return image
+
+
+def font_of(size: int) -> ImageFont.FreeTypeFont:
+    """The font of equal widths that comes with matplotlib."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf"), size)
