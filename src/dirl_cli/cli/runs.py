@@ -4,14 +4,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from dirl_cli.errors import DirlError
 
-HOME = Path("runs")
+if TYPE_CHECKING:
+    from dirl_cli.overview.summary import RunFiles
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A directory, or a name in runs/.")]
 LIST = "list"  # what `dirl runs` does where none of its commands follows
 
 
@@ -53,7 +56,7 @@ def list_command(directories: Annotated[list[Path] | None, typer.Argument(metava
 def list_runs(directories: Sequence[Path]) -> None:
     """Print the table of the runs below some directories. Raises DirlError where one is none."""
     from dirl_cli.console import PlainConsole
-    from dirl_cli.overview.find import find_runs
+    from dirl_cli.overview.find import HOME, find_runs
     from dirl_cli.overview.listing import show_runs
     from dirl_cli.overview.status import read_status
 
@@ -69,3 +72,24 @@ def list_runs(directories: Sequence[Path]) -> None:
         typer.echo(f"no runs in {', '.join(map(str, roots))}: begin one with dirl sft")
         return
     show_runs(runs, roots[0] if len(roots) == 1 else Path(), PlainConsole())
+
+
+@app.command("show", help="Show a run: settings, figures, time, where its parts lie, how it goes on.")
+def show_command(run: Run) -> None:
+    from dirl_cli.console import PlainConsole
+    from dirl_cli.overview.find import run_named
+    from dirl_cli.overview.summary import read_run, show_summary
+
+    with telling_errors():
+        files = read_run(run_named(run))
+        show_summary(files, departures_of(files), PlainConsole())
+
+
+def departures_of(run: "RunFiles") -> list[str]:
+    """The settings of a run that are no defaults."""
+    from dirl_cli.cli.departures import departures
+    from dirl_cli.overview.summary import said_words
+
+    if not run.settings:
+        return []
+    return departures(run.status.command, run.settings, said_words(run.environment))

@@ -4,6 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from dirl_cli.errors import DirlError, did_you_mean
+
+HOME = Path("runs")
+LONGEST_HINT = 100  # letters: of many runs not all are named
 MARKS = ("environment.json", "lock")  # which a start writes beside config.yaml, and hardly anybody else
 PARTS = {"model", "checkpoints", "rollouts", "adapter", "tensorboard", "wandb"}  # of a run, with no run in them
 
@@ -22,3 +26,21 @@ def find_runs(root: Path) -> Iterator[Path]:
         below[:] = sorted(entry for entry in below if not entry.startswith(".") and not (found and entry in PARTS))
         if found:
             yield directory
+
+
+def run_named(name: str) -> Path:
+    """The run that a path or a name in runs/ stands for; a path within a run, such as its model's, stands for it too.
+
+    Raises DirlError where there is none.
+    """
+    for path in (Path(name).expanduser(), HOME / name):
+        if is_run(path):
+            return path
+        for parent in path.parents[:3]:
+            if path.exists() and is_run(parent):
+                return parent
+    if Path(name).is_dir():
+        raise DirlError(f"{name} is no run's directory: dirl runs {name} lists those in it")
+    names = [run.relative_to(HOME).as_posix() for run in find_runs(HOME)]
+    hint = did_you_mean(name, names) if names else "begin one with dirl sft"
+    raise DirlError(f"{name} is no run: {hint if len(hint) < LONGEST_HINT else 'dirl runs lists them'}")
