@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from dirl_cli.overview.summary import RunFiles
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A directory, or a name in runs/.")]
+Compared = Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Directories, or names in runs/.")]
+Plot = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw their curves, too: a .png, .svg or .pdf.")
+]
 LIST = "list"  # what `dirl runs` does where none of its commands follows
 
 
@@ -83,6 +87,23 @@ def show_command(run: Run) -> None:
     with telling_errors():
         files = read_run(run_named(run))
         show_summary(files, departures_of(files), PlainConsole())
+
+
+@app.command("compare", help="Show runs side by side: what sets them apart, and where their metrics ended.")
+def compare_command(runs: Compared, plot: Plot = None) -> None:
+    from dirl_cli.console import PlainConsole
+    from dirl_cli.overview.comparison import draw_comparison, show_comparison
+    from dirl_cli.overview.find import run_named
+    from dirl_cli.overview.summary import read_run
+
+    with telling_errors():
+        if len(runs) < 2:
+            raise DirlError("one run alone is nothing to compare: give two or more")
+        files = [read_run(run_named(run)) for run in runs]
+        show_comparison(files, PlainConsole())
+        if plot:
+            draw_comparison(files, plot)
+            typer.echo(str(plot))
 
 
 def departures_of(run: "RunFiles") -> list[str]:
