@@ -19,6 +19,7 @@ Compared = Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="Direc
 Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw their curves, too: a .png, .svg or .pdf.")
 ]
+ReportTo = Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Where, instead of RUN/report.html.")]
 LIST = "list"  # what `dirl runs` does where none of its commands follows
 
 
@@ -104,6 +105,19 @@ def compare_command(runs: Compared, plot: Plot = None) -> None:
         if plot:
             draw_comparison(files, plot)
             typer.echo(str(plot))
+
+
+@app.command("report", help="Write a run as one page of HTML: curves, answers, settings. It needs no network.")
+def report_command(run: Run, to: ReportTo = None) -> None:
+    from dirl_cli.overview.find import run_named
+    from dirl_cli.overview.page import write_page
+    from dirl_cli.overview.summary import read_run
+
+    with telling_errors():
+        files = read_run(run_named(run))
+        file = to or files.status.directory / "report.html"
+        write_page(files, departures_of(files), file)
+        typer.echo(str(file))
 
 
 def departures_of(run: "RunFiles") -> list[str]:

@@ -34,7 +34,7 @@ from dirl_cli.models.save import require_pushable
 from dirl_cli.plan.dpo_forecast import dpo_budget, unknown_pairs
 from dirl_cli.plan.forecast import PROMPT
 from dirl_cli.plan.sft_forecast import FINETUNE
-from dirl_cli.report.plot import Panel
+from dirl_cli.report.panels import DPO_PANELS
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rl.update import reference_model
@@ -47,17 +47,6 @@ from dirl_cli.training.session import Session
 from dirl_cli.training.stop_signal import StopSignal
 from dirl_cli.training.trainer import Trainer
 
-PANELS = (
-    Panel("Loss per pair", {"loss": "training", "validation_loss": "validation"}),
-    Panel(
-        "Pairs told apart", {"reward_accuracy": "training", "validation_reward_accuracy": "validation"}, percent=True
-    ),
-    Panel("Margin of implicit rewards", {"reward_margin": "training", "validation_reward_margin": "validation"}),
-    Panel("Implicit rewards", {"chosen_reward": "chosen", "rejected_reward": "rejected"}),
-    Panel("Log-probs of answers", {"chosen_logprob": "chosen", "rejected_logprob": "rejected"}),
-    Panel("Greedy accuracy", {"greedy_accuracy": "accuracy"}, percent=True),
-    Panel("Gradient norm", {"grad_norm": "gradient norm"}),
-)
 COLUMNS = {
     "loss": Column("loss", 4),
     "reward_accuracy": Column("told apart %", 1, scale=100),
@@ -215,7 +204,7 @@ def open_training(
         )
 
     noted = (*VALIDATED, "greedy_accuracy")
-    session = open_session(cfg, out, "dpo", trainer, lm, progress, stop, PANELS, noted, fingerprints)
+    session = open_session(cfg, out, "dpo", trainer, lm, progress, stop, DPO_PANELS, noted, fingerprints)
     session.resume(cfg.resume, needs_base=True, data=data.names[0] if len(data.names) == 1 else cfg.data.name)
     open_run_log(cfg, out, session)
     return session, batches, reference, evaluation

@@ -46,7 +46,7 @@ from dirl_cli.models.peft import FullFinetune
 from dirl_cli.models.save import require_pushable
 from dirl_cli.plan.forecast import PROMPT
 from dirl_cli.plan.rl_forecast import RL, rl_budget
-from dirl_cli.report.plot import Panel
+from dirl_cli.report.panels import RL_PANELS
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.scoring import RewardComputer
 from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
@@ -61,25 +61,6 @@ from dirl_cli.training.optim import warmup_remark
 from dirl_cli.training.session import Evaluation, Session
 from dirl_cli.training.stop_signal import StopSignal
 
-PANELS = (
-    Panel(
-        "Accuracy",
-        {
-            "accuracy": "rollouts",
-            "greedy_accuracy": "greedy, held out",
-            "hinted_accuracy": "with hints",
-            "greedy_credit": "greedy, in part",
-        },
-        percent=True,
-    ),
-    Panel("Reward", {"reward": "reward"}),
-    Panel("Tokens per forward", {"tokens_per_forward": "tokens"}),
-    Panel("Answer length", {"length": "tokens"}),
-    Panel("Entropy", {"entropy": "nats"}),
-    Panel("Sampler against trainer", {"mismatch_mean": "mean", "mismatch_max": "largest"}),
-    Panel("Critic", {"explained_variance": "explained variance", "value_loss": "loss"}),
-    Panel("Divergence from the reference", {"kl": "nats"}),
-)
 COLUMNS = {
     "reward": Column("reward", 3),
     "accuracy": Column("accuracy %", 1, scale=100),
@@ -220,7 +201,7 @@ def reinforce(
     if parts.objective.other_teacher and update.reference:
         fingerprints["teacher_fingerprint"] = fingerprint(update.reference.model)
     noted = ("greedy_accuracy", "greedy_credit")
-    session = open_session(cfg, out, "rl", update.trainer, lm, progress, stop, PANELS, noted, fingerprints)
+    session = open_session(cfg, out, "rl", update.trainer, lm, progress, stop, RL_PANELS, noted, fingerprints)
     session.further = update.tensors
     if update.critic:
         session.others = {"critic": update.critic.trainer}

@@ -37,6 +37,7 @@ from dirl_cli.models.tiny import Tiny
 from dirl_cli.plan.forecast import PROMPT
 from dirl_cli.plan.memory import LEARNING_ENTROPY, SCORING
 from dirl_cli.plan.sft_forecast import FINETUNE, sft_budget
+from dirl_cli.report.panels import SFT_PANELS
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.grading import Grader
@@ -62,18 +63,6 @@ from dirl_cli.training.stop_signal import StopSignal
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding, Instruction
 
-PANELS = (
-    Panel(
-        "Loss per answer token",
-        {"loss": "training", "validation_loss": "validation", "stage_loss": "in smaller blocks"},
-        log=True,
-    ),
-    Panel("Entropy of what is right, per hidden token", {"certainty_loss": "nats"}),
-    Panel("Greedy accuracy", {"greedy_accuracy": "accuracy"}, percent=True),
-    Panel("Learning rate", {"lr": "learning rate", "adamw_lr": "of AdamW beside Muon"}, smooth=False),
-    Panel("Gradient norm", {"grad_norm": "gradient norm"}),
-    Panel("Tokens per second", {"tokens_per_s": "tokens"}),
-)
 COLUMNS = {
     "loss": Column("loss", 4),
     "validation_loss": Column("validation loss", 4),
@@ -369,7 +358,7 @@ def open_training(
 
     # The log is opened last: where the run goes on tells which of its lines stay.
     by_rate = {metric(rate): f"{rate:.0%} masked" for rate in cfg.mask_rates}
-    panels = (*PANELS, Panel("Denoising accuracy, held out", by_rate, percent=True))
+    panels = (*SFT_PANELS, Panel("Denoising accuracy, held out", by_rate, percent=True))
     noted = ("validation_loss", STAGE_LOSS, "greedy_accuracy", *by_rate)
     session = open_session(cfg, out, "sft", trainer, lm, progress, stop, panels, noted, fingerprints)
     remembered = session.resume(cfg.resume, needs_base=parts.peft != FullFinetune(), data=cfg.data.name)

@@ -8,7 +8,9 @@ from dirl_cli.overview.files import Numbers
 
 HIGHER = re.compile(r"(?:accuracy|credit|reward|margin|tokens_per_forward|tokens_per_s)(?:/|$)")  # is better
 LOWER = re.compile(r"loss$")
-SHARES = re.compile(r"(?:accuracy|credit|kept|truncated|clipped)(?:/|$)")  # of 1, as percentages
+SHARES = re.compile(
+    r"(?:accuracy|credit|kept|truncated|clipped|standard_error)(?:/|$)|^(?:low|high)$"
+)  # of 1, as percentages
 LEADING = (  # the metrics that are read first, in this order
     "loss",
     "validation_loss",

@@ -1,0 +1,79 @@
+"""Some of a run's answers, to be read: from the first and last steps, or right and wrong ones of an evaluation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dirl_cli.overview.files import read_rows, rollout_files
+
+LOOKED_AT = 400  # answers of a file, from which some are chosen
+PROBLEMS = 4  # that are shown of a step
+OF_EACH = 6  # right and wrong answers that are shown of an evaluation
+LONGEST = 4000  # letters that are shown of a text
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """An answer as it is shown. facts: what is known of it in a few words."""
+
+    question: str
+    reference: str
+    text: str
+    is_correct: bool
+    facts: str
+
+
+def sampled_answers(run: Path) -> dict[str, list[ShownAnswer]]:
+    """Answers to look at, under headings; nothing where the run kept none."""
+    files = rollout_files(run)
+    shown = {}
+    for file in dict.fromkeys([*files[:1], *files[-1:]]):
+        answers = of_some_problems(read_rows(file, LOOKED_AT))
+        if answers:
+            shown[f"Step {int(file.stem.removeprefix('step-'))}" if is_numbered(file) else file.stem] = answers
+    rows = read_rows(run / "answers.jsonl", LOOKED_AT)
+    for heading, is_correct in (("Wrong", False), ("Right", True)):
+        chosen = [shown_answer(row) for row in rows if bool(row.get("correct")) == is_correct][:OF_EACH]
+        if chosen:
+            shown[heading] = chosen
+    return shown
+
+
+def is_numbered(file: Path) -> bool:
+    return file.stem.removeprefix("step-").isdigit()
+
+
+def of_some_problems(rows: Sequence[Mapping[str, Any]]) -> list[ShownAnswer]:
+    """A right and a wrong answer, as far as there are such, to the first problems."""
+    by_problem: dict[str, dict[bool, ShownAnswer]] = {}
+    for row in rows:
+        answers = by_problem.setdefault(str(row.get("problem")), {})
+        answer = shown_answer(row)
+        answers.setdefault(answer.is_correct, answer)
+    return [answer for answers in list(by_problem.values())[:PROBLEMS] for answer in answers.values()]
+
+
+def shown_answer(row: Mapping[str, Any]) -> ShownAnswer:
+    """A line of a rollout or of an evaluation."""
+    facts = []
+    for name in ("reward", "credit", "advantage"):
+        if isinstance(row.get(name), int | float):
+            facts.append(f"{name} {row[name]:.3g}")
+    for name in ("length", "forwards"):
+        if isinstance(row.get(name), int):
+            facts.append(f"{name} {row[name]}")
+    if row.get("stop_reason") == "length":
+        facts.append("cut at the longest")
+    return ShownAnswer(
+        question=shortened(row.get("question")),
+        reference=shortened(row.get("reference", row.get("answer"))),
+        text=shortened(row.get("completion", row.get("text"))),
+        is_correct=bool(row.get("correct")),
+        facts=", ".join(facts),
+    )
+
+
+def shortened(text: Any) -> str:
+    text = "" if text is None else str(text)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text):,} letters)"
