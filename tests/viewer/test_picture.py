@@ -6,7 +6,21 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from dirl_cli.viewer.picture import COLUMNS, SCALE, cells_of, colour_of, gif, svg
+from dirl_cli.viewer.picture import (
+    CHARACTER,
+    COLUMNS,
+    EDGE,
+    GROUND,
+    INK,
+    LINE,
+    MASKED,
+    SCALE,
+    cells_of,
+    colour_of,
+    draw_frames,
+    gif,
+    svg,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -75,3 +89,21 @@ def test_a_long_answer_has_no_more_frames_than_may_be(monkeypatch):
     texts = ["a"] * 10
     image = Image.open(BytesIO(gif(answer(texts, [1, 2] * 5, list(range(1, 11))), texts)))
     assert image.n_frames == 5  # after forwards 0, 3, 6, 9 and 10
+
+
+def test_a_frame_masks_what_is_still_to_come_and_rings_what_is_new():
+    texts = ["a", "b", "c", "d"]
+    cells = cells_of(answer(texts, [0, 1, 2, 1], [0, 1, 2, 3]), texts)
+    frames = [frame.convert("RGB") for frame in draw_frames(cells, [0, 2, 3])]
+
+    def seen(frame, cell):
+        """The colour in the upper left of a token, and of its edge."""
+        left, top = 2 * (EDGE + cell.column * CHARACTER), 2 * (EDGE + cell.line * LINE)
+        return tuple(
+            "#{:02x}{:02x}{:02x}".format(*frame.getpixel(place)) for place in ((left + 4, top + 5), (left + 8, top))
+        )
+
+    low, high = colour_of(1, 2), colour_of(2, 2)
+    assert [seen(frames[0], cell) for cell in cells] == [(GROUND, GROUND)] + [(MASKED, MASKED)] * 3
+    assert [seen(frames[1], cell) for cell in cells] == [(GROUND, GROUND), (low, INK), (high, INK), (MASKED, MASKED)]
+    assert [seen(frames[2], cell) for cell in cells] == [(GROUND, GROUND), (low, low), (high, high), (low, low)]

@@ -3,26 +3,27 @@
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
 import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from dirl_cli.text import escape_controls
 from dirl_cli.types import HELD
 
 COLUMNS = 72  # characters of a line
-MOST_FRAMES = 150  # of a GIF; of a longer answer each shows several forwards
+MOST_FRAMES = 100  # of a GIF; of a longer answer each shows several forwards
 FRAME, LAST_FRAME = 250, 3000  # milliseconds
 SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 # Characters that turn the direction of the text around them, or that nobody sees.
 UNSEEN = dict.fromkeys([*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF], "�")
 
 # Pixels, before a GIF doubles them.
-CHARACTER, LINE, TOKEN, FONT, SMALL, EDGE, LEGEND = 9, 38, 20, 15, 9, 16, 300
+CHARACTER, LINE, TOKEN, FONT, SMALL, EDGE, LEGEND = 9, 38, 20, 15, 9, 16, 420
 SCALE = ("#d3e7fb", "#cbe8c3", "#f6b65a")  # of the first step, the middle and the last
 INK, FAINT, MASKED, GROUND = "#1d2024", "#5f666e", "#dad7cf", "#ffffff"
 
@@ -110,13 +111,14 @@ def svg(answer: dict[str, Any], texts: Sequence[str]) -> str:
     ]
     for cell in cells:
         x, y, wide = EDGE + cell.column * CHARACTER, EDGE + cell.line * LINE, cell.width * CHARACTER
-        number = "held" if cell.step == HELD else str(cell.step)
+        number = "·" if cell.step == HELD else str(cell.step)
+        size = SMALL if len(number) * SMALL * 0.6 <= wide else 0.75 * SMALL
         lines += [
             f'<rect x="{x + 0.5}" y="{y}" width="{max(1, wide - 1)}" height="{TOKEN}" rx="2"'
             f' fill="{GROUND if cell.step == HELD else colour_of(cell.step, last)}"/>',
             f'<text x="{x}" y="{y + FONT}" textLength="{wide}" lengthAdjust="spacingAndGlyphs" fill="{INK}"'
             f' xml:space="preserve">{escape(cell.text)}</text>',
-            f'<text x="{x + wide / 2}" y="{y + TOKEN + SMALL}" font-size="{SMALL}" text-anchor="middle"'
+            f'<text x="{x + wide / 2}" y="{y + TOKEN + SMALL}" font-size="{size}" text-anchor="middle"'
             f' fill="{FAINT}">{number}</text>',
         ]
     for x, y, wide in block_lines(cells):
@@ -131,6 +133,8 @@ def svg(answer: dict[str, Any], texts: Sequence[str]) -> str:
         )
     x = EDGE + 2 * last * CHARACTER + 6
     legend = f"denoising steps 1 to {last}; a line under each block"
+    if any(cell.step == HELD for cell in cells):
+        legend += "; · held from the start"
     lines.append(f'<text x="{x}" y="{y}" font-size="{SMALL}" fill="{FAINT}">{legend}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
@@ -151,47 +155,66 @@ def gif(answer: dict[str, Any], texts: Sequence[str]) -> bytes:
     last = max(cell.order for cell in cells)
     stride = -(-last // MOST_FRAMES)
     moments = [*range(0, last, stride), last]
-    palette = colours_of_frames(cells, last)
-    frames = [frame(cells, moment, last).quantize(palette=palette, dither=Image.Dither.NONE) for moment in moments]
+    frames = list(draw_frames(cells, moments))
     file = BytesIO()
     durations = [FRAME] * (len(frames) - 1) + [LAST_FRAME]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     return file.getvalue()
 
 
-def colours_of_frames(cells: Sequence[Cell], last: int) -> Image.Image:
-    """A palette for all frames: the colours of the first, where all is masked, and of the last."""
-    both = [frame(cells[:200], moment, last) for moment in (0, last)]
-    joined = Image.new("RGB", (both[0].width, 2 * both[0].height))
-    for place, image in enumerate(both):
-        joined.paste(image, (0, place * image.height))
-    return joined.quantize(128)
-
-
-def frame(cells: Sequence[Cell], moment: int, last: int) -> Image.Image:
-    """The answer after some forwards. last: the forward after which it is whole."""
+def draw_frames(cells: Sequence[Cell], moments: Sequence[int]) -> Iterator[Image.Image]:
+    """The answer after each of some forwards, of which the first is 0: before any."""
     width, height = size_of(cells)
-    image = Image.new("RGB", (2 * width, 2 * height), GROUND)
-    draw = ImageDraw.Draw(image)
-    font = font_of(2 * FONT)
+    canvas = Image.new("RGB", (2 * width, 2 * height), GROUND)
+    draw = ImageDraw.Draw(canvas)
     steps = max(cell.step for cell in cells)
-    for cell in cells:
-        x, y, wide = EDGE + cell.column * CHARACTER, EDGE + cell.line * LINE, cell.width * CHARACTER
-        box = (2 * x + 1, 2 * y, 2 * (x + wide) - 2, 2 * (y + TOKEN))
-        if cell.order > moment:
-            draw.rounded_rectangle(box, 4, fill=MASKED)
-            continue
-        is_new = cell.order == moment and moment < last
-        fill = GROUND if cell.step == HELD else colour_of(cell.step, steps)
-        draw.rounded_rectangle(box, 4, fill=fill, outline=INK if is_new else None, width=2)
-        draw.text((2 * x, 2 * (y + FONT)), cell.text, INK, font, anchor="ls")
+    palette = palette_of(steps)
     for x, y, wide in block_lines(cells):
         draw.line((2 * x, 2 * y, 2 * (x + wide), 2 * y), FAINT, 3)
-    legend = f"after forward {moment} of {last}"
-    draw.text((2 * EDGE, 2 * (height - EDGE)), legend, FAINT, font_of(2 * SMALL + 4), anchor="ls")
-    return image
+
+    # A frame differs from the one before in what is new now and in what was new then: no more is drawn.
+    changing = list(cells)
+    before = -1
+    for moment, following in zip(moments, [*moments[1:], moments[-1]], strict=True):
+        for cell in changing:
+            is_new = max(0, before) < cell.order <= moment < moments[-1]
+            draw_cell(draw, cell, colour_of(cell.step, steps), cell.order > moment, is_new)
+        legend = f"after forward {moment} of {moments[-1]}"
+        y = 2 * (height - EDGE)
+        draw.rectangle((0, y - LINE, 2 * width, 2 * height), GROUND)
+        draw.text((2 * EDGE, y), legend, FAINT, font_of(2 * SMALL + 4), anchor="ls")
+        yield canvas.quantize(palette=palette, dither=Image.Dither.NONE)
+
+        changing = [cell for cell in cells if before < cell.order <= following]
+        before = moment
 
 
+def draw_cell(draw: ImageDraw.ImageDraw, cell: Cell, colour: str, is_masked: bool, is_new: bool) -> None:
+    """Draw a token over whatever stands in its place. colour: that of its step."""
+    x, y, wide = EDGE + cell.column * CHARACTER, EDGE + cell.line * LINE, cell.width * CHARACTER
+    box = (2 * x + 1, 2 * y, 2 * (x + wide) - 2, 2 * (y + TOKEN))
+    if is_masked:
+        draw.rounded_rectangle(box, 4, fill=MASKED)
+        return
+    fill = GROUND if cell.step == HELD else colour
+    draw.rounded_rectangle(box, 4, fill=fill, outline=INK if is_new else None, width=2)
+    draw.text((2 * x, 2 * (y + FONT)), cell.text, INK, font_of(2 * FONT), anchor="ls")
+
+
+def palette_of(steps: int) -> Image.Image:
+    """The colours of all frames: each that stands behind a letter, and its shades toward the ink."""
+    shown = {colour_of(round(1 + (steps - 1) * k / 39), steps) for k in range(40)}
+    colours = []
+    for behind in [GROUND, MASKED, *sorted(shown)]:
+        for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+            for low, high in zip(ImageColor.getrgb(behind), ImageColor.getrgb(INK), strict=True):
+                colours.append(round(low + (high - low) * share))
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colours)
+    return palette
+
+
+@cache
 def font_of(size: int) -> ImageFont.FreeTypeFont:
     """The font of equal widths that comes with matplotlib."""
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf"), size)

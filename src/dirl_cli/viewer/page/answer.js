@@ -84,7 +84,7 @@ function column(answer) {
 
 function factsLine(answer) {
   const facts = [];
-  if (answer.step !== undefined) facts.push(`step ${answer.step}`);
+  if (answer.step !== undefined) facts.push(`step ${answer.step} of the run`);
   facts.push(`sample ${answer.sample}`);
   if (answer.reward !== undefined) facts.push(`${worth(answer)} ${short(answer.reward)}${partsOf(answer)}`);
   if (answer.advantage !== undefined) facts.push(`advantage ${short(answer.advantage)}`);
