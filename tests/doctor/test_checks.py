@@ -103,7 +103,7 @@ def test_more_threads_than_cores_are_told_with_the_number_that_fits(cores, quota
     ],
 )
 def test_a_disk_that_takes_no_more_is_broken(free, inodes, writable, state, word):
-    disk = Disk(Path("/data"), free=int(free), total=int(100e9), inodes=inodes, is_writable=writable, device=1)
+    disk = Disk(Path("/data"), free=int(free), total=int(100e9), inodes=inodes, is_writable=writable)
     check = checks.check_disk("cache", disk, "export HF_HOME=DIR")
     assert check.state == state and word in check.finding
     assert check.remedy.endswith("export HF_HOME=DIR") == (state == "broken")

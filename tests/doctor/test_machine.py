@@ -37,7 +37,7 @@ def test_a_containers_share_of_the_cores_is_read(tmp_path):
 
 def test_the_disk_of_what_is_still_to_be_made_is_that_of_where_it_will_be(tmp_path):
     disk = machine.disk_of(tmp_path / "not" / "there")
-    assert disk.is_writable and disk.total >= disk.free > 0 and disk.device == tmp_path.stat().st_dev
+    assert disk.is_writable and disk.total >= disk.free > 0 and disk.inodes > 0
 
 
 def test_a_hub_that_cannot_be_reached_or_has_trouble_is_told(monkeypatch):

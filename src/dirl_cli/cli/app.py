@@ -186,7 +186,7 @@ def download(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has, what of it works, and the remedy for what does not."""
+    """Say what works on this machine, and the remedies."""
     from dirl_cli.console import PlainConsole
     from dirl_cli.doctor.examination import examine, is_sound, show
 

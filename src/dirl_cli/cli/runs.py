@@ -34,7 +34,7 @@ class ListingGroup(TyperGroup):
 
 app = typer.Typer(
     cls=ListingGroup,
-    help="List the runs in runs/, or in other directories: dirl runs [DIR]…",
+    help="List runs: those in runs/, or dirl runs DIR…",
     rich_markup_mode=None,
 )
 
@@ -79,7 +79,7 @@ def list_runs(directories: Sequence[Path]) -> None:
     show_runs(runs, roots[0] if len(roots) == 1 else Path(), PlainConsole())
 
 
-@app.command("show", help="Show a run: settings, figures, time, where its parts lie, how it goes on.")
+@app.command("show", help="Show a run: settings, figures, how it goes on.")
 def show_command(run: Run) -> None:
     from dirl_cli.console import PlainConsole
     from dirl_cli.overview.find import run_named
@@ -90,7 +90,7 @@ def show_command(run: Run) -> None:
         show_summary(files, departures_of(files), PlainConsole())
 
 
-@app.command("compare", help="Show runs side by side: what sets them apart, and where their metrics ended.")
+@app.command("compare", help="Show runs side by side: figures, settings.")
 def compare_command(runs: Compared, plot: Plot = None) -> None:
     from dirl_cli.console import PlainConsole
     from dirl_cli.overview.comparison import draw_comparison, show_comparison
@@ -107,7 +107,7 @@ def compare_command(runs: Compared, plot: Plot = None) -> None:
             typer.echo(str(plot))
 
 
-@app.command("report", help="Write a run as one page of HTML: curves, answers, settings. It needs no network.")
+@app.command("report", help="Write a run as one page of HTML, to keep or send.")
 def report_command(run: Run, to: ReportTo = None) -> None:
     from dirl_cli.overview.find import run_named
     from dirl_cli.overview.page import write_page

@@ -93,7 +93,7 @@ def has_compiler() -> bool:
 
 
 def disk_checks() -> list[Check]:
-    """Of the runs and of the Hub's cache, which may share a disk."""
+    """Of the disks that the runs and the Hub's cache are on."""
     runs = machine.disk_of(RUNS.absolute())
     cache = machine.disk_of(Path(constants.HF_HUB_CACHE))
     return [

@@ -77,7 +77,7 @@ def examine_cuda() -> dict[str, Any]:
     torch = import_module("torch")
     torch.cuda.init()
     (torch.ones(1, device="cuda") + 1).item()
-    return {"devices": torch.cuda.device_count()}
+    return {}
 
 
 def examine_triton() -> dict[str, Any]:

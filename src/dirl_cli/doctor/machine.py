@@ -46,7 +46,6 @@ class Disk:
     total: int
     inodes: int
     is_writable: bool
-    device: int
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,6 @@ def disk_of(path: Path) -> Disk:
         total=stat.f_blocks * stat.f_frsize,
         inodes=stat.f_favail if stat.f_files else 1,  # some file systems count none
         is_writable=os.access(existing, os.W_OK | os.X_OK),
-        device=existing.stat().st_dev,
     )
 
 

@@ -90,8 +90,10 @@ def progress_text(status: RunStatus) -> str:
     if status.command == "eval":
         of_all = f" of {status.steps:,}" if status.steps else ""
         return f"dirl eval, {counted(status.step, 'answer')}{of_all}"
+    if not status.command:
+        return "of no command that is known"
     left = f", {format_clock(status.seconds_left)} left" if status.seconds_left is not None else ""
-    return f"dirl {status.command or '?'}, step {status.step} of {status.steps}{left}"
+    return f"dirl {status.command}, step {status.step} of {status.steps}{left}"
 
 
 def facts(run: RunFiles, departures: Sequence[str]) -> list[tuple[str, str]]:
