@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from dirl_cli.cli import schema
-from dirl_cli.commands import rl, sft
+from dirl_cli.commands import rl, serve, sft
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir
 from dirl_cli.models.tiny import Tiny
@@ -37,14 +37,16 @@ RL += ("rl.filter=reward", "decoding.max_new_tokens=12", f"decoding.stop_token_i
 RL += ("+reward.options={soft_overlong: {cache: 12}}",)
 RL += (*DATA, "optim.lr=1e-2", "schedule.warmup=0", "show_every=0", "device=cpu", "steps=6")
 TRACEBACK = 70  # the exit code of a bug
-COMMANDS = {"sft": sft.run, "rl": rl.run}
+SERVE = ("model=path", "device=cpu", "serve.key=none", "serve.max_length=256", "rollout.max_batch=1")
+WORDS = {"sft": SFT, "rl": RL, "serve": SERVE}
+COMMANDS = {"sft": sft.run, "rl": rl.run, "serve": serve.run}
 
 
 def config(name: str, *words: str) -> DictConfig:
     """The configuration of a small run."""
     schema.register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose(name, [*(SFT if name == "sft" else RL), *words])
+        cfg = compose(name, [*WORDS[name], *words])
     OmegaConf.resolve(cfg)
     return cfg
 

@@ -17,7 +17,7 @@ from dirl_cli.rollout.engines import Servers
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.server_client import Patience
 from dirl_cli.rollout.server_sampler import ServerSampler
-from dirl_cli.rollout.storage import rollout_path
+from dirl_cli.rollout.storage import rollout_path, trajectory_from_json
 from dirl_cli.serving import routes
 from dirl_cli.types import Decoding
 from tests.helpers import rl_runs
@@ -218,16 +218,53 @@ def test_where_no_server_answers_the_run_ends_in_a_sentence(lm, decoding, tmp_pa
             list(stream)
 
 
-def test_an_outage_that_ends_in_time_costs_nothing(lm, decoding, expected, tmp_path):
+def hold_after_an_answer(monkeypatch, server: Served) -> None:
+    """Let a server stand still as soon as an answer has come from it, so that it owes the others for sure."""
+
+    def held(line):
+        server.gate.shut()
+        return trajectory_from_json(line)
+
+    monkeypatch.setattr(server_sampler, "trajectory_from_json", held)
+
+
+def test_an_outage_that_ends_in_time_costs_nothing(lm, decoding, expected, tmp_path, monkeypatch):
     with farm(lm, tmp_path, count=1) as one:
+        hold_after_an_answer(monkeypatch, one.servers[0])
         stream = one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS)
         answers = [next(stream)]
         one.lines[0].cut()
         wait_until(lambda: not one.is_up(0))
+        monkeypatch.setattr(server_sampler, "trajectory_from_json", trajectory_from_json)
+        one.servers[0].gate.open.set()
         one.lines[0].mend()
         answers += stream
         assert {(prompt, sample): answer for prompt, sample, answer in answers} == expected
         assert len(answers) == len(expected)  # each once, though a whole group was asked again
+
+
+def test_a_server_that_has_too_much_to_do_is_asked_again_when_it_says_so(lm, decoding, expected, tmp_path):
+    with listening(speaking_lm(0), max_batch=1, max_queue=1) as (address, served, _):
+        sampler = ServerSampler(lm, [address], tmp_path / "weights", 8, PATIENCE, KEY)
+        sampler.update_weights(lm.model.named_parameters(), 0)
+        answers = answers_of(sampler, decoding, n=1)
+        assert answers == {key: answer for key, answer in expected.items() if key[1] == 0}
+        refused = served.service.metrics.refused.labels(429)._value.get()
+        assert refused > 0 and sampler.servers[0].failures == 0
+
+
+def test_a_server_that_comes_back_with_less_room_does_not_cut_answers_short(lm, decoding, tmp_path, monkeypatch):
+    with farm(lm, tmp_path, count=1) as one:
+        hold_after_an_answer(monkeypatch, one.servers[0])
+        stream = one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS)
+        next(stream)
+        one.lines[0].cut()
+        wait_until(lambda: not one.is_up(0))
+        one.servers[0].service.reader.longest_prompt = 9
+        one.servers[0].gate.open.set()
+        one.lines[0].mend()
+        with pytest.raises(DirlError, match="has room for 10 tokens, and a prompt and its answer may have"):
+            list(stream)
 
 
 def test_what_is_wrong_at_the_start_is_told_at_once(lm, tmp_path):

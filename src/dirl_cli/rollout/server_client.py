@@ -21,11 +21,15 @@ CONFLICT = "conflict_error"  # of other weights than were asked of
 
 
 class ServerFailed(Exception):  # noqa: N818
-    """What a server did not do, and another one may. pause: seconds after which it wants to be asked again."""
+    """What a server did not do, and another one may.
 
-    def __init__(self, reason: str, pause: float = 0.0) -> None:
+    pause: seconds after which it wants to be asked again. is_busy: it has too much to do, and nothing is wrong.
+    """
+
+    def __init__(self, reason: str, pause: float = 0.0, is_busy: bool = False) -> None:
         super().__init__(reason)
         self.pause = pause
+        self.is_busy = is_busy
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ class ServerClient:
         if response.status_code in REFUSED:
             raise DirlError(f"{self.url} refuses what it is asked: {sentence_of(content)}")
         pause = response.headers.get("retry-after", "")
-        raise ServerFailed(sentence_of(content), float(pause) if pause.isdigit() else 0.0)
+        seconds = float(pause) if pause.isdigit() else 0.0
+        raise ServerFailed(sentence_of(content), seconds, is_busy=response.status_code == 429)
 
     def _require_key(self, status: int) -> None:
         if status == 401:

@@ -227,7 +227,7 @@ class ServerSampler:
     ) -> Question | None:
         """Tell the answers that a server gives to a question; returns the question where some are missing."""
         weights = self.weights
-        if weights is None:
+        if weights is None or not server.is_up:  # since another question has just failed there
             return question
         self._require_room(server, question, decoding)
         body = body_of(question, decoding, weights, self.lm.block_size)
@@ -267,6 +267,11 @@ class ServerSampler:
 
     def _failed(self, server: ServerClient, question: Question, failure: ServerFailed) -> Question:
         """Leave a server out whose answer failed; returns the question, to be asked again."""
+        if failure.is_busy:
+            if server.is_up:
+                server.is_up = False
+                self._look_after(server, failure.pause)
+            return question
         question.tries += 1
         if question.tries == MOST_TRIES:
             raise DirlError(
@@ -279,6 +284,7 @@ class ServerSampler:
     def _leave_out(self, server: ServerClient, failure: ServerFailed | DirlError) -> None:
         """Ask a server nothing until it has the weights that count; from now on that is looked after."""
         server.is_up = False
+        server.length = 0  # what comes back may be started otherwise
         server.failure = str(failure)
         server.failures += 1
         if is_first_of_group():
@@ -293,7 +299,7 @@ class ServerSampler:
     async def _bring_back(self, server: ServerClient, pause: float = 0.0) -> None:
         """Look after a server that was left out, ever more rarely, until it may be asked again."""
         while not server.is_up:
-            doublings = min(server.failures - 1, 16)
+            doublings = min(max(server.failures - 1, 0), 16)
             await asyncio.sleep(max(pause, min(FIRST_PAUSE * 2**doublings, LONGEST_PAUSE)))
             pause = 0.0
             try:

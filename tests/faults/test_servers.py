@@ -1,0 +1,193 @@
+"""A run that samples with servers ends with the bytes of one that samples itself, whatever becomes of a server."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("starlette", reason="servers want starlette: make install brings it")
+
+from dirl_cli.rollout import server_client
+from tests.faults.trials import RL, Child, config, finished, result, save_random_model, without_pictures
+from tests.helpers.flaky_network import line_to
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+
+
+class Servers:
+    """Two servers that can be killed, stopped and started again at the same addresses."""
+
+    def __init__(self, word: str, directory: Path) -> None:
+        self.word = word
+        self.directory = directory
+        self.ports = [free_port() for _ in range(2)]
+        self.children: list[Child] = []
+        self.starts = 0
+        for number in range(2):
+            self.children.append(self._started(number))
+        self.wait()
+
+    @property
+    def url(self) -> str:
+        return f"rollout.url=[{','.join(f'http://127.0.0.1:{port}' for port in self.ports)}]"
+
+    def _started(self, number: int) -> Child:
+        self.starts += 1
+        cfg = config("serve", self.word, f"serve.port={self.ports[number]}")
+        return Child("serve", cfg, self.directory / f"server-{self.starts}")
+
+    def wait(self) -> None:
+        for child in self.children:
+            child.wait_for(" answers at once")
+
+    def kill(self, number: int) -> None:
+        assert self.children[number].kill()
+
+    def start(self, number: int) -> None:
+        self.children[number] = self._started(number)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def word(tmp_path_factory) -> str:
+    torch.set_num_threads(1)
+    return save_random_model(tmp_path_factory.mktemp("model"), 8.0)
+
+
+@pytest.fixture(scope="module")
+def expected(word, tmp_path_factory) -> dict:
+    """Of a run that samples itself, each answer alone in its batch."""
+    out = tmp_path_factory.mktemp("own") / "run"
+    assert finished("rl", config("rl", word, "rollout.max_batch=1"), out)
+    return result(out)
+
+
+@pytest.fixture(scope="module")
+def servers(word, tmp_path_factory):
+    two = Servers(word, tmp_path_factory.mktemp("servers"))
+    yield two
+    for child in two.children:
+        child.send(signal.SIGKILL)
+        child.end()
+
+
+def served_config(word: str, url: str, out: Path, *words: str):
+    own = ("rollout=server", url, "rollout.max_batch=1", f"rollout.directory={out}/weights", "rollout.silence=2")
+    return config("rl", word, *own, *words)
+
+
+def impatient() -> None:
+    server_client.CONNECT = 2
+    sys.stderr = sys.stdout  # where it says which servers are left out
+    without_pictures()
+
+
+@contextmanager
+def run_of(cfg, out: Path, survives: list[int], expected: dict):
+    """A run under way at its third step, which is to end with the expected bytes."""
+    child = Child("rl", cfg, out, impatient).wait_for("step 2/")
+    yield child
+    code = child.end()
+    assert code == 0 and "is left out until it is back" in child.told, child.told
+    survives.append(int(result(out) == expected))
+
+
+def test_a_server_that_is_killed_in_mid_rollout(word, servers, expected, tmp_path, tell):
+    survives: list[int] = []
+    with run_of(served_config(word, servers.url, tmp_path / "run"), tmp_path / "run", survives, expected) as child:
+        for number, step in ((0, 3), (1, 4)):
+            servers.kill(number)
+            child.wait_for(f"step {step}/")
+            servers.start(number)
+            servers.wait()
+    tell("kill -9 of one of two servers in mid-rollout, and then of the other", 1, sum(survives))
+
+
+def test_a_server_that_hangs(word, servers, expected, tmp_path, tell):
+    survives: list[int] = []
+    with run_of(served_config(word, servers.url, tmp_path / "run"), tmp_path / "run", survives, expected) as child:
+        servers.children[1].send(signal.SIGSTOP)
+        child.wait_for("step 4/")
+        servers.children[1].send(signal.SIGCONT)
+    tell("a server hangs (SIGSTOP) for two steps", 1, sum(survives))
+
+
+def test_a_push_that_fails_half_way(word, servers, expected, tmp_path, tell):
+    survives: list[int] = []
+    out = tmp_path / "run"
+    with run_of(served_config(word, servers.url, out), out, survives, expected):
+        while not (out / "weights/version-000003").exists():
+            time.sleep(0.001)
+        servers.kill(0)
+        servers.start(0)
+        servers.wait()
+    tell("kill -9 of a server while weights are pushed", 1, sum(survives))
+
+
+def test_a_network_that_drops(word, servers, expected, tmp_path, tell):
+    survives: list[int] = []
+    out = tmp_path / "run"
+    with line_to(f"http://127.0.0.1:{servers.ports[0]}") as near, line_to(f"http://x:{servers.ports[1]}") as far:
+        cfg = served_config(word, f"rollout.url=[{near.address},{far.address}]", out)
+        with run_of(cfg, out, survives, expected) as child:
+            near.cut()
+            far.cut()
+            time.sleep(1)
+            near.mend()
+            child.wait_for("step 4/")
+            far.mend()
+    tell("the network to all servers drops for a second, to one of them for two steps", 1, sum(survives))
+
+
+def test_a_trainer_that_is_killed_while_servers_run_on(word, servers, expected, tmp_path, tell):
+    out = tmp_path / "run"
+    cfg = served_config(word, servers.url, out)
+    for step in (1, 3):
+        assert Child("rl", cfg, out, impatient).wait_for(f"step {step}/").kill()
+    tell("kill -9 of a run while its servers run on", 2, 2 * (finished("rl", cfg, out) == expected))
+
+
+def test_no_server_left(word, servers, expected, tmp_path, tell):
+    out = tmp_path / "run"
+    cfg = served_config(word, servers.url, out, "rollout.patience=2")
+    child = Child("rl", cfg, out, impatient).wait_for("step 2/")
+    servers.kill(0)
+    servers.kill(1)
+    code = child.end()
+    last = child.told.splitlines()[-1]
+    assert code == 1 and "no server has answered for 2 s" in last and "give the same command" in last, child.told
+    servers.start(0)
+    servers.start(1)
+    servers.wait()
+    tell(
+        "all servers are killed: a sentence, and the same command goes on", 1, int(finished("rl", cfg, out) == expected)
+    )
+
+
+def test_two_processes_and_two_servers(word, servers, tmp_path, tell):
+    """The whole of it, by the command: what two processes learn from servers is what they learn by themselves."""
+    ways = {
+        "own": ["rollout=native"],
+        "served": ["rollout=server", servers.url, f"rollout.directory={tmp_path}/weights"],
+    }
+    results = []
+    for name, words in ways.items():
+        command = [Path(sys.executable).with_name("dirl"), "rl", *RL, word, "gpus=2", "launch=cpu_gloo", "steps=4"]
+        command += [*words, "rollout.max_batch=1", f"out={tmp_path}/{name}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        results.append(result(tmp_path / name))
+    tell("none: two processes and two servers, beside two that sample themselves", 1, int(results[0] == results[1]))
