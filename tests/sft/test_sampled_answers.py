@@ -10,7 +10,8 @@ import pytest
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
 from dirl_cli.sft.answer_credits import grade, grade_once, read_credits
-from dirl_cli.sft.sampled_answers import SampledAnswers, answer_files
+from dirl_cli.sft.answer_files import answer_files
+from dirl_cli.sft.sampled_answers import SampledAnswers
 from dirl_cli.types import HELD, Problem, Trajectory
 from tests.helpers.small import small_lm
 

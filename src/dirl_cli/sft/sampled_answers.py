@@ -1,45 +1,27 @@
 """Sampled answers as demonstrations: of rollouts or of `dirl generate`, the right ones or the fastest of them kept."""
 
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 from dirl_cli.data.chat import answer_text
-from dirl_cli.data.columns import rename_columns
-from dirl_cli.data.rows import Row
 from dirl_cli.data.tokens import TokenTable
-from dirl_cli.data.verified_rows import is_verifiable, name_verifiers, verified_problem, verified_question
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.ranges import Range, Seed, ShareOrCount
 from dirl_cli.reward.functions import is_import_path
 from dirl_cli.reward.grading import Credit
-from dirl_cli.rollout.storage import (
-    TRAJECTORY_COLUMNS,
-    Record,
-    distinct,
-    integer,
-    problem_key,
-    read_lines,
-    require_learnable,
-    rollout_files,
-    trajectory_from_json,
-    value_of_type,
-)
+from dirl_cli.rollout.storage import Record, distinct, problem_key, require_learnable
 from dirl_cli.sft.answer_credits import Grade
+from dirl_cli.sft.answer_files import Naming, read_answers
 from dirl_cli.text import counted
 from dirl_cli.types import HELD, Problem, Trajectory
-
-COMPLETIONS = "completions.jsonl"  # what `dirl generate` leaves
-SETTING = "data.columns="  # how a user says which column is which
-SAMPLED = {"index", "sample", "text", *TRAJECTORY_COLUMNS}  # the columns that are none of the prompt's
 
 AnswerGroup = list[tuple[str, Record]]  # the answers to one problem, each with its file and line
 
@@ -254,67 +236,8 @@ class SampledAnswers:
     @cached_property
     def _answers(self) -> list[tuple[str, Record]]:
         """All that the files hold, each with its file and line."""
-        answers: list[tuple[str, Record]] = []
-        for file in answer_files(Path(self.path)):
-            answers += read_lines(file, self._record(file))
-        return answers
-
-    def _record(self, file: Path) -> Callable[[Any], Record] | None:
-        """What makes a record of a line; None where lines are those of rollouts."""
-        if is_rollout(file):
-            return None
-        return lambda line: self._completion(file, line)
-
-    def _completion(self, file: Path, line: Any) -> Record:
-        """A line that `dirl generate` wrote, graded by nobody yet. Raises as `from_json` does for anything else."""
-        if not isinstance(line, dict):
-            raise TypeError("a completion is an object")
-        number = integer(line, "index")
-        location = f"{file} index {number}"
-        if "stop_token_ids" not in line:
-            raise DirlError(f"{location} has no stop_token_ids, which earlier versions did not write: sample it again")
-        if "text" in line and line["text"] is None:
-            raise DirlError(f"{location} has no text, as its model had no tokenizer: sample with one that has")
-
-        row = Row(location, {name: line[name] for name in line if name not in SAMPLED})
-        rows = rename_columns([row], self.columns or {}, SETTING)
-        [row] = name_verifiers(rows, self.verifier, self.scorers, SETTING)
-        default_id = f"{self.name}-{number}"
-        if is_verifiable(row):
-            problem = verified_problem(verified_question(row, SETTING), default_id, SETTING)
-        else:
-            problem = Problem(default_id, str(row.fields.get("question", "")), "")
-        return Record(
-            problem=problem,
-            sample=integer(line, "sample"),
-            completion=value_of_type(line, "text", str),
-            trajectory=trajectory_from_json({"weights_version": 0, **line}),
-        )
-
-
-def answer_files(path: Path) -> list[Path]:
-    """The files of answers in a directory, in order, or the file itself. Raises DirlError where there is none."""
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise DirlError(
-            f"{path} is not there: sample answers with `dirl rl rl.rollout_only=true out={path}` or `dirl generate"
-            f" input=FILE out={path}` first"
-        )
-    if (path / COMPLETIONS).exists():
-        return [path / COMPLETIONS]
-    return list(rollout_files(path).values())
-
-
-def is_rollout(file: Path) -> bool:
-    """Whether a file's first line is one of rollouts, which alone say of what problem it is and if it was kept."""
-    with file.open("rb") as lines:
-        first = next(lines, b"{}")
-    try:
-        line = json.loads(first)
-    except (ValueError, RecursionError):
-        return True  # who reads it says what is wrong with it
-    return isinstance(line, dict) and {"problem", "kept"} <= line.keys()
+        naming = Naming(self.name, self.columns or {}, self.verifier, self.scorers)
+        return read_answers(Path(self.path), naming)
 
 
 def require_answers_of(group: AnswerGroup, lm: DiffusionLM) -> None:
