@@ -39,7 +39,7 @@ class Naming(NamedTuple):
     scorers: Sequence[str]
 
 
-def read_answers(path: Path, naming: Naming) -> list[tuple[str, Record]]:
+def read_records(path: Path, naming: Naming) -> list[tuple[str, Record]]:
     """All answers of a directory or file, each with its file and line. Raises DirlError for what is none."""
     answers: list[tuple[str, Record]] = []
     for file in answer_files(path):

@@ -19,7 +19,7 @@ from dirl_cli.reward.functions import is_import_path
 from dirl_cli.reward.grading import Credit
 from dirl_cli.rollout.storage import Record, distinct, problem_key, require_learnable
 from dirl_cli.sft.answer_credits import Grade
-from dirl_cli.sft.answer_files import Naming, read_answers
+from dirl_cli.sft.answer_files import Naming, read_records
 from dirl_cli.text import counted
 from dirl_cli.types import HELD, Problem, Trajectory
 
@@ -237,7 +237,7 @@ class SampledAnswers:
     def _answers(self) -> list[tuple[str, Record]]:
         """All that the files hold, each with its file and line."""
         naming = Naming(self.name, self.columns or {}, self.verifier, self.scorers)
-        return read_answers(Path(self.path), naming)
+        return read_records(Path(self.path), naming)
 
 
 def require_answers_of(group: AnswerGroup, lm: DiffusionLM) -> None:

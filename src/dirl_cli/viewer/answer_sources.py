@@ -12,7 +12,7 @@ from dirl_cli.evaluation.answers import GradedAnswer, read_answers
 from dirl_cli.evaluation.predictions import NEEDED
 from dirl_cli.evaluation.result_card import ANSWERS
 from dirl_cli.rollout.storage import Record, integer, read_lines, rollout_files, trajectory_from_json
-from dirl_cli.sft.sampled_answers import COMPLETIONS
+from dirl_cli.sft.answer_files import COMPLETIONS
 from dirl_cli.types import Problem, Trajectory
 
 Kind = Literal["rollouts", "completions", "evaluation"]
