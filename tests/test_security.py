@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from huggingface_hub.utils import filter_repo_objects
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +34,7 @@ from dirl_cli.models.adapter import merge_adapter
 from dirl_cli.models.load import SavedModel, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
 from dirl_cli.models.tiny import train_tokenizer
+from dirl_cli.overview.files import SAFE_LOADER
 from dirl_cli.reward.equality import verified
 from dirl_cli.text import escape_controls, is_secret, redact
 from tests.helpers.paths import ROOT
@@ -96,14 +98,19 @@ def test_no_module_unpickles_or_evaluates_and_one_alone_opens_a_port():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 is_signature = called == "inspect.signature(find_reward(name)).bind"
-                is_text = called == "yaml.load" and ast.unparse(node.args[1]) == "yaml.BaseLoader"
+                is_plain = called == "yaml.load" and ast.unparse(node.args[1]) in ("yaml.BaseLoader", "SAFE_LOADER")
                 is_confined = called == "exec" and name == "reward/program_server.py"  # in forks, after `confine`
                 is_served = called == "socket.create_server" and listens
-                is_harmless = is_signature or is_text or is_confined or is_served
+                is_harmless = is_signature or is_plain or is_confined or is_served
                 assert is_harmless or not re.fullmatch(calls, called), f"{name}: {called}"
                 for option in node.keywords:
                     allowed = option.arg not in ("shell", "trust_remote_code", "allow_pickle")
                     assert allowed or ast.unparse(option.value) == "False", f"{name}: {called}"
+
+
+def test_the_configs_of_runs_are_read_by_a_loader_that_makes_plain_values_alone():
+    with pytest.raises(yaml.YAMLError):
+        yaml.load("!!python/object/apply:os.system [true]", SAFE_LOADER)
 
 
 def test_nothing_is_guarded_by_what_an_option_of_python_removes():
