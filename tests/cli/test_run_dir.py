@@ -1,10 +1,12 @@
 """Run directories: continued by the same configuration, refused to another one, held by one process, never deleted."""
 
+import fcntl
 import json
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from omegaconf import OmegaConf
@@ -137,6 +139,18 @@ def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
                 start(tmp_path / "run", resume)
         other.kill()
     start(tmp_path / "run", resume="never")  # a killed process holds nothing
+
+
+def test_who_looks_at_a_lock_for_a_moment_keeps_no_run_from_starting(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/lock").touch()
+    with (tmp_path / "run/lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        letting_go = Timer(0.1, fcntl.flock, (lock, fcntl.LOCK_UN))
+        letting_go.start()
+        start(tmp_path / "run")
+        letting_go.join()
+    assert (tmp_path / "run/work").exists()
 
 
 def test_a_directory_that_cannot_be_written_is_told(tmp_path):

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ MAPPINGS = ("options", "weights")  # whose keys are a run's own: one that is abs
 BEGINNINGS = {"config.yaml", "environment.json", "lock", "failure.txt"}  # files of a run that failed at once
 PATH_MODEL = "dirl_cli.models.load.SavedModel"  # the model whose path may be a run's, or one of its checkpoints
 PACKAGES = ("dirl", "torch", "transformers", "accelerate")
+MOMENT = 1.0  # seconds that a start tries to lock: `dirl runs` and `dirl doctor` hold a lock while they look at it
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,22 @@ def locked(out: Path) -> Iterator[IO[str]]:
     except OSError as error:
         raise DirlError(f"{out} cannot be written ({error.strerror}): give another directory with out=…") from error
     with lock:
+        if not take(lock):
+            raise DirlError(f"{out} is in use by another process: wait for it, or give this run a name=…")
+        yield lock
+
+
+def take(lock: IO[str]) -> bool:
+    """Take a lock, and keep it as long as its file stays open; False where others hold it for longer than a moment."""
+    deadline = time.monotonic() + MOMENT
+    while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DirlError(f"{out} is in use by another process: wait for it, or give this run a name=…") from error
-        yield lock
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+        time.sleep(0.02)
 
 
 def refuse_other(out: Path, config: str, said: Said) -> None:

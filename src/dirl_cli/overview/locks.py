@@ -29,7 +29,7 @@ def lock_holder(lock: Path) -> Holder | None:
     """Who holds a lock file; None where nobody does, where there is none, and where it may not be read."""
     try:
         with lock.open() as file:
-            # Shared and for no longer than this line: who starts the run in that very moment would be refused.
+            # Shared and for no longer than this line: a run that starts in that very moment tries again.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None
     except BlockingIOError:
