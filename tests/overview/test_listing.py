@@ -68,6 +68,7 @@ def test_what_a_narrow_terminal_leaves_out_is_said():
 
 def test_the_past_is_told_in_its_largest_unit():
     assert [ago(seconds) for seconds in (5, 61, 7300, 200_000)] == ["now", "1 min ago", "2 h ago", "2 d ago"]
+    assert ago(3599) == "59 min ago" and ago(86_399) == "23 h ago"
 
 
 def test_runs_lists_what_is_in_runs_or_in_directories(here):

@@ -46,6 +46,14 @@ def test_the_sentence_of_a_process_that_failed_is_the_remark(tmp_path):
     run = make_run(tmp_path / "a", finished=False, steps=2, saved=2)
     (run / "failure.txt").write_text(json.dumps(["process 1 was killed by SIGKILL", 1]))
     assert read_status(run).state == "failed" and read_status(run).remark == "process 1 was killed by SIGKILL"
+    (run / "failure.txt").write_text(json.dumps(['seed="a": give a number…\nfor example 1', 1]))
+    assert read_status(run).remark == 'seed="a": give a number…\nfor example 1'
+    (run / "failure.txt").write_text('["process 1 was kil')
+    assert read_status(run).state == "failed"
+
+
+def test_one_that_did_all_steps_and_left_no_model_goes_on_to_leave_it(tmp_path):
+    assert state(make_run(tmp_path / "a", steps=4, saved=4, finished=False)) == "stopped"
 
 
 def test_an_evaluation_is_counted_in_answers(tmp_path):
@@ -60,6 +68,11 @@ def test_the_time_that_is_left_is_by_the_last_steps_and_not_by_a_pause():
     assert seconds_left(lines, 6, now=4020.0) == 60.0
     assert seconds_left(lines, 6, now=4025.0) == 55.0
     assert seconds_left(lines[:1], 6, now=0.0) is None
+
+
+def test_a_clock_that_was_set_back_tells_nothing_of_the_pace():
+    assert seconds_left([{"time": 100.0}, {"time": 40.0}], 6, now=40.0) is None
+    assert seconds_left([{"time": time} for time in (100.0, 40.0, 50.0)], 6, now=50.0) == 60.0
 
 
 @pytest.mark.parametrize(

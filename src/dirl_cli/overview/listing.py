@@ -84,7 +84,7 @@ def ago(seconds: float) -> str:
     """How long something is past, in the largest unit of which there is one."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
-            return f"{seconds / length:.0f} {unit} ago"
+            return f"{seconds // length:.0f} {unit} ago"
     return "now"
 
 

@@ -1,5 +1,6 @@
 """How far a run has come, and whether it goes on: from its lock, its records and what else it left."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ def training_status(run: Path, settings: dict[str, Any], holder: Holder | None, 
     step = int(last_values(lines[-3:], ["step"]).get("step", 0))  # the very last may be torn
     steps = settings.get("steps")
     steps = steps if isinstance(steps, int) else 0
-    state, remark = state_of(run, holder, is_finished=(run / "model").is_dir() or 0 < steps <= step)
+    state, remark = state_of(run, holder, is_finished=(run / "model").is_dir())
 
     # A run that stops saves its last step first: one with later steps than its checkpoints was cut short.
     saved = max(checkpoint_steps(run), default=0)
@@ -110,10 +111,18 @@ def state_of(run: Path, holder: Holder | None, is_finished: bool) -> tuple[RunSt
         return "running", f"process {holder.pid}" if holder.pid else "on another machine or in a container"
     if is_finished:
         return "finished", ""
-    failure = read_text(run / "failure.txt")
-    if failure:
-        return "failed", failure.strip().removeprefix('["').rpartition('"')[0]
+    if (run / "failure.txt").is_file():
+        return "failed", failure_of(run)
     return "stopped", ""
+
+
+def failure_of(run: Path) -> str:
+    """The sentence of the process of a run that failed first, "" where it is torn."""
+    try:
+        content = json.loads(read_text(run / "failure.txt"))
+    except (ValueError, RecursionError):
+        return ""
+    return str(content[0]) if isinstance(content, list) and content else ""
 
 
 def seconds_left(lines: Sequence[Numbers], steps: int, now: float) -> float | None:
@@ -122,7 +131,7 @@ def seconds_left(lines: Sequence[Numbers], steps: int, now: float) -> float | No
     lines: the last ones of its metrics. steps: that are left.
     """
     times = [line["time"] for line in lines if "time" in line]
-    took = [after - before for before, after in pairwise(times)]
+    took = [after - before for before, after in pairwise(times) if after >= before]  # a clock may be set back
     if not took:
         return None
     # The gap of a restart is no step; an evaluation, which takes as long as some steps, is part of the pace.
