@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 
 from dirl_cli.errors import DirlError
 
+GO_ON = "make room or give out=DIR another disk, then the same command goes on from what is there"  # of runs
+
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, remedy: str = GO_ON) -> Iterator[None]:
     """Raise what goes wrong in the block, such as a full disk, as a DirlError with its remedy. path: is written."""
     try:
         yield
@@ -24,25 +26,22 @@ def writing(path: Path) -> Iterator[None]:
             reason = error.strerror
         else:  # safetensors quotes the system: … I/O error: No space left on device (os error 28)
             reason = str(error).split(": ")[-1].partition(" (os error")[0]
-        raise DirlError(
-            f"{path} cannot be written ({reason}): make room or give out=DIR another disk,"
-            " then the same command goes on from what is there"
-        ) from error
+        raise DirlError(f"{path} cannot be written ({reason}): {remedy}") from error
 
 
-def write_text(path: Path, text: str | Iterable[str]) -> None:
+def write_text(path: Path, text: str | Iterable[str], remedy: str = GO_ON) -> None:
     """Write a file atomically, and make its directory: a reader finds all of the old text or all of the new.
 
-    text: one, or its lines with their line breaks. Raises DirlError where it cannot be written.
+    text: one, or its lines with their line breaks. Raises DirlError with the remedy where it cannot be written.
     """
     lines = [text] if isinstance(text, str) else text
-    write_bytes(path, (line.encode() for line in lines))
+    write_bytes(path, (line.encode() for line in lines), remedy)
 
 
-def write_bytes(path: Path, content: bytes | Iterable[bytes]) -> None:
+def write_bytes(path: Path, content: bytes | Iterable[bytes], remedy: str = GO_ON) -> None:
     """The same of bytes. content: all of it, or one part after another."""
     partial = partial_path(path)
-    with writing(path):
+    with writing(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             parts = [content] if isinstance(content, bytes) else content

@@ -90,6 +90,14 @@ def test_what_cannot_be_exported_is_told(run, here):
     assert "an evaluation keeps no tokens" in refusal("view", "graded", "export=a.svg")
 
 
+def test_a_place_that_cannot_be_written_is_told_with_the_setting_that_names_another(run):
+    Path("file").touch()
+    for setting in ("to", "export"):
+        told = refusal("view", "words", f"{setting}=file/a.gif")
+        assert told.startswith("dirl view: file/a.gif cannot be written (")
+        assert told.endswith(f": give another file with {setting}=FILE")
+
+
 def test_nothing_to_look_at_is_told(here):
     assert refusal("view") == "dirl view: say whose answers, such as `dirl view runs/rl/tiny-arithmetic-dipo`"
     assert refusal("view", "nowhere").startswith("dirl view: nowhere is not there: give what `dirl rl`")

@@ -87,6 +87,9 @@ def test_curves_are_drawn_where_they_are_asked_for(runs):
     assert result.exit_code == 0 and "pictures/curves.png" in result.output
     assert Image.open("pictures/curves.png").size[0] > 800
     assert "ends in .png" in dirl("runs", "compare", *names, "--plot", "curves.txt").stderr
+    Path("file").touch()
+    refused = dirl("runs", "compare", *names, "--plot", "file/curves.png")
+    assert refused.exit_code == 1 and refused.stderr.endswith("): give another file with --plot\n")
     make_evaluation(Path("runs/eval/e"))
     make_evaluation(Path("runs/eval/f"))
     refused = dirl("runs", "compare", "eval/e", "eval/f", "--plot", "a.png")

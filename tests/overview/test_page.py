@@ -13,7 +13,7 @@ from dirl_cli.overview.answers import sampled_answers
 from dirl_cli.overview.page import page_of, write_page
 from dirl_cli.overview.summary import read_run
 from tests.helpers.command_line import dirl
-from tests.helpers.run_directories import make_evaluation, make_run
+from tests.helpers.run_directories import RL, make_evaluation, make_run
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J"
 
@@ -115,5 +115,12 @@ def test_report_writes_the_page_into_the_run_or_where_it_is_told(here):
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     assert dirl("runs", "report", "rl/a", "--to", "pages/a.html").output == "pages/a.html\n"
     Path("file").touch()
-    with pytest.raises(DirlError, match="--to"):
-        write_page(read_run(run), [], Path("file/a.html"))
+    for unwritable in ("file/a.html", "pages"):
+        with pytest.raises(DirlError, match=f"{unwritable} cannot be written .*: give another file with --to$"):
+            write_page(read_run(run), [], Path(unwritable))
+
+
+def test_no_secret_is_on_the_page(tmp_path):
+    run = make_run(tmp_path / "a", settings=RL | {"rollout": {"url": "http://me:hunter2@host:1"}})
+    page = page_of(read_run(run), [])
+    assert "http://***@host:1" in page and "hunter2" not in page

@@ -37,7 +37,7 @@ def run(cfg: DictConfig, out: Path | None) -> None:
         return
     content = page(data)
     to = Path(cfg.to)
-    write_text(to, content)
+    write_text(to, content, "give another file with to=FILE")
     total = sum(len(source.answers) for source in sources)
     console.print(f"{counted(total, 'answer')} in {to} ({decimal(len(content))}): open it in a browser")
     for source in sources:
@@ -61,10 +61,11 @@ def export(data: dict[str, Any], number: int, file: Path) -> None:
     answer = answers[number - 1]
     if "tokens" not in answer:
         raise DirlError("an evaluation keeps no tokens, so there is nothing to draw: give answers of `dirl generate`")
+    remedy = "give another file with export=FILE"
     if file.suffix == ".svg":
-        write_text(file, svg(answer, data["texts"]))
+        write_text(file, svg(answer, data["texts"]), remedy)
     elif file.suffix == ".gif":
-        write_bytes(file, gif(answer, data["texts"]))
+        write_bytes(file, gif(answer, data["texts"]), remedy)
     else:
         raise DirlError(f"export={file}: give a name that ends in .gif or .svg")
 

@@ -48,9 +48,7 @@ def show_comparison(runs: Sequence[RunFiles], console: PlainConsole) -> None:
         if i:
             console.print()
         print_table(rows, [NAME, *block], name_width, console)
-    console.print(
-        "\nof each metric the last value, in brackets the best where that is another", soft_wrap=True, style="dim"
-    )
+    console.print(f"\n{CAPTION}", soft_wrap=True, style="dim")
 
 
 def blocks_of(labels: Sequence[str], widths: Mapping[str, int], room: int) -> list[list[str]]:
@@ -148,7 +146,7 @@ def figures_of(run: RunFiles) -> dict[str, str]:
 def draw_comparison(runs: Sequence[RunFiles], file: Path) -> None:
     """Draw the leading metrics of runs, a panel each, with a curve for each run.
 
-    Raises DirlError where the file is no picture, or where there is nothing to draw.
+    Raises DirlError where the file is no picture or cannot be written, or where there is nothing to draw.
     """
     if file.suffix not in PICTURES:
         raise DirlError(f"{file} is no picture: give a name that ends in {' or '.join(PICTURES)}")
@@ -166,5 +164,5 @@ def draw_comparison(runs: Sequence[RunFiles], file: Path) -> None:
 
     ordered = sorted(names, key=rank_of)[:MOST_PANELS]
     panels = [Panel(name, names[name], percent=SHARES.search(name) is not None) for name in ordered]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    plot(sorted(merged, key=lambda line: line["step"]), panels, " · ".join(labels), file)
+    history = sorted(merged, key=lambda line: line["step"])
+    plot(history, panels, " · ".join(labels), file, "give another file with --plot")

@@ -1,7 +1,6 @@
 """A run as one page of HTML: curves, answers, settings and environment, without network, scripts or other files."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -9,7 +8,6 @@ from string import Template
 
 import yaml
 
-from dirl_cli.errors import DirlError
 from dirl_cli.files import write_text
 from dirl_cli.overview.answers import ShownAnswer, sampled_answers
 from dirl_cli.overview.charts import chart
@@ -67,13 +65,7 @@ def write_page(run: RunFiles, departures: Sequence[str], to: Path) -> None:
 
     Raises DirlError where it cannot be written.
     """
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DirlError(f"{to} cannot be written ({error.strerror}): give another file with --to") from error
-    if not os.access(to.parent, os.W_OK):
-        raise DirlError(f"{to} cannot be written: give another file with --to")
-    write_text(to, page_of(run, departures))
+    write_text(to, page_of(run, departures), "give another file with --to")
 
 
 def page_of(run: RunFiles, departures: Sequence[str]) -> str:
@@ -83,7 +75,7 @@ def page_of(run: RunFiles, departures: Sequence[str]) -> str:
         section("Figures", figures(run)),
         section("Curves", curves(run)),
         section("Answers", answers(sampled_answers(status.directory))),
-        section("Settings", folded("All settings", yaml.safe_dump(dict(run.settings), sort_keys=False))),
+        section("Settings", folded("All settings", redact(yaml.safe_dump(dict(run.settings), sort_keys=False)))),
         section("Environment", pre(redact(json.dumps(run.environment, indent=2, ensure_ascii=False)))),
     ]
     remark = f" · {status.remark}" if status.remark else ""

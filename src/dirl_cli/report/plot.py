@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dirl_cli.files import writing
+from dirl_cli.files import GO_ON, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,8 +33,10 @@ class Panel:
     smooth: bool = True
 
 
-def plot(history: Sequence[Mapping[str, float]], panels: Sequence[Panel], title: str, file: Path) -> None:
-    """Draw the panels that have something to show, the first of them wide."""
+def plot(
+    history: Sequence[Mapping[str, float]], panels: Sequence[Panel], title: str, file: Path, remedy: str = GO_ON
+) -> None:
+    """Draw the panels that have something to show, the first of them wide. remedy: where `file` cannot be written."""
     from matplotlib.figure import Figure
 
     measured = set().union(*history)
@@ -55,7 +57,8 @@ def plot(history: Sequence[Mapping[str, float]], panels: Sequence[Panel], title:
         axes = figure.add_subplot(cell)
         draw_panel(axes, panel, history)
         axes.set_xlim(0, history[-1]["step"])
-    with writing(file):
+    with writing(file, remedy):
+        file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=120)
 
 
