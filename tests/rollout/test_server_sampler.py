@@ -1,6 +1,8 @@
 """Sampling with servers: the in-process sampler's answers, whatever becomes of a server meanwhile."""
 
 import asyncio
+import gc
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,10 +17,12 @@ from dirl_cli.models.load import SavedModel
 from dirl_cli.rollout import server_sampler
 from dirl_cli.rollout.engines import Servers
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.rollout.server_client import Patience
+from dirl_cli.rollout.pushed_weights import WeightsId
+from dirl_cli.rollout.server_client import Patience, ServerFailed
 from dirl_cli.rollout.server_sampler import ServerSampler
 from dirl_cli.rollout.storage import rollout_path, trajectory_from_json
 from dirl_cli.serving import routes
+from dirl_cli.serving.engine_thread import Query
 from dirl_cli.types import Decoding
 from tests.helpers import rl_runs
 from tests.helpers.flaky_network import Line, line_to
@@ -131,6 +135,34 @@ def test_a_server_whose_engine_hangs_is_left_out(lm, decoding, expected, tmp_pat
         two.servers[1].gate.shut()
         assert answers_of(two.sampler, decoding) == expected
         assert two.sampler.servers[1].failure == "takes no step in 0.3 s"
+
+
+def test_a_server_that_hangs_over_an_answer_does_not_hold_up_new_weights(lm, decoding, tmp_path):
+    with farm(lm, tmp_path, patience=replace(PATIENCE, silence=0.3)) as two:
+        two.sampler.update_weights(lm.model.named_parameters(), 0)
+        hung = two.servers[1]
+        hung.gate.shut()
+        hung.engine.submit(Query([20, 30], range(1), decoding, lambda news: None))  # as one that nobody waits for
+        wait_until(lambda: hung.engine.running)
+        two.sampler.update_weights(lm.model.named_parameters(), 1)
+        assert two.is_up(0) and not two.is_up(1)
+        assert two.sampler.servers[1].failure == "takes no step in 0.3 s"
+        hung.gate.open.set()
+        wait_until(lambda: two.is_up(1))
+        assert hung.engine.weights == two.sampler.weights
+
+
+def test_a_server_that_takes_its_time_to_read_new_weights_does_not_hang(lm, tmp_path, monkeypatch):
+    read_weights = routes.read_weights
+
+    def read_slowly(*arguments):
+        time.sleep(0.6)
+        return read_weights(*arguments)
+
+    monkeypatch.setattr(routes, "read_weights", read_slowly)
+    with farm(lm, tmp_path, count=1, patience=replace(PATIENCE, silence=0.1)) as one:
+        one.sampler.update_weights(lm.model.named_parameters(), 0)
+        assert one.is_up(0) and one.sampler.servers[0].failures == 0
 
 
 def test_a_line_on_which_nothing_moves_is_as_good_as_cut(lm, decoding, expected, tmp_path, monkeypatch):
@@ -276,17 +308,19 @@ def test_what_is_wrong_at_the_start_is_told_at_once(lm, tmp_path):
         two.sampler.update_weights(lm.model.named_parameters(), 0)
 
 
-def test_what_servers_cannot_do_is_told(lm, decoding, tmp_path):
-    with farm(lm, tmp_path, count=1) as one:
+def test_what_servers_cannot_do_is_told_and_once(lm, decoding, tmp_path, caplog):
+    with farm(lm, tmp_path, count=1, max_batch=4) as one:
         for options, sentence in (({"watch": print}, "watch=true"), ({"hints": [[{0: 9}]]}, "hints want")):
             with pytest.raises(DirlError, match=sentence):
                 list(one.sampler.stream(PROMPTS[:1], 1, decoding, **options))
         with pytest.raises(DirlError, match="has room for 128 tokens, and a prompt and its answer may have 203"):
-            list(one.sampler.stream(PROMPTS[:1], 1, replace(decoding, max_new_tokens=200)))
+            list(one.sampler.stream([PROMPTS[0]] * 3, 1, replace(decoding, max_new_tokens=200)))
         with pytest.raises(DirlError, match="refuses what it is asked: strategy=a"):
             list(one.sampler.stream(PROMPTS[:1], 1, replace(decoding, strategy="a")))
         with pytest.raises(DirlError, match="blocks of one size"):
             one.sampler.set_block_size(8)
+    gc.collect()
+    assert not caplog.records, "asyncio complains of errors that nobody took"
 
 
 def test_what_nobody_waits_for_any_more_is_dropped_by_the_servers(lm, decoding, tmp_path):
@@ -355,6 +389,30 @@ def test_addresses_that_are_none_are_told_before_anything_is_loaded(url, sentenc
         Servers(url, "weights", 64, 60, 600, 600).require()
 
 
+def test_a_server_rests_no_longer_where_new_weights_come_more_often_than_its_rest_ends(lm, tmp_path, monkeypatch):
+    sampler = ServerSampler(lm, ["http://a", "http://b"], tmp_path, 4, PATIENCE, None)
+    sound, failing = sampler.servers
+    asked = []
+
+    async def prepare(server, path, weights):
+        asked.append(server)
+
+    monkeypatch.setattr(server_sampler.ServerClient, "prepare", prepare)
+    monkeypatch.setattr(server_sampler, "FIRST_PAUSE", 0.3)
+
+    async def updates():
+        sampler._leave_out(failing, ServerFailed("fell over"))
+        for version in range(20):
+            await sampler._forget_weights()
+            await sampler._adopt(tmp_path, WeightsId(version, "a" * 64))
+            if failing in asked:
+                return
+            await asyncio.sleep(0.05)
+
+    asyncio.run(updates())
+    assert failing in asked and asked.count(sound) > 1
+
+
 def test_the_pause_before_a_server_is_asked_again_doubles(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(server_sampler, "FIRST_PAUSE", 0.5)
     sampler = ServerSampler(lm, ["http://127.0.0.1:9"], tmp_path, 4, PATIENCE, None)
@@ -368,5 +426,6 @@ def test_the_pause_before_a_server_is_asked_again_doubles(lm, tmp_path, monkeypa
             server.is_up = True
 
     monkeypatch.setattr(server_sampler.asyncio, "sleep", sleep)
+    sampler._let_rest(server, ServerFailed("fell over"))
     asyncio.run(sampler._bring_back(server))
-    assert pauses == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+    assert pauses == pytest.approx([0.5, 1, 2, 4, 8, 16, 32, 60, 60], abs=0.4)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +14,10 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.pushed_weights import WeightsId
 
 T = TypeVar("T")
+Health = Mapping[str, Any]  # what a server says at /health
 KEY_VARIABLE = "DIRL_SERVE_KEY"
 CONNECT = 10  # seconds to connect, and to tell how it is
 REFUSED = (400, 401, 403, 404, 405, 413, 415)  # statuses of requests that would be refused again
-CONFLICT = "conflict_error"  # of other weights than were asked of
 
 
 class ServerFailed(Exception):  # noqa: N818
@@ -49,7 +49,7 @@ class ServerClient:
     """One server, and what is known of it.
 
     connections: that are held at once. tokens, answers: that it still owes, at most. failures: in a row. is_up: whether
-    it may be asked. failure: why it may not.
+    it may be asked. failure: why it may not. rests_until: when it is to be asked again how it is, by `time.monotonic`.
     """
 
     def __init__(self, url: str, key: str | None, lm: DiffusionLM, patience: Patience, connections: int) -> None:
@@ -60,7 +60,7 @@ class ServerClient:
         self.http = httpx.AsyncClient(
             base_url=url,
             headers=headers,
-            timeout=httpx.Timeout(CONNECT, read=None, pool=None),  # `_while_it_steps` bounds reading
+            timeout=httpx.Timeout(CONNECT, read=None, pool=None),  # `_while` bounds reading
             limits=httpx.Limits(max_connections=connections),
             trust_env=False,  # a proxy for the world is none for a neighbour
         )
@@ -69,6 +69,7 @@ class ServerClient:
         self.failures = 0
         self.is_up = False
         self.failure = "was not asked yet"
+        self.rests_until = 0.0
         self.length = 0  # tokens of a prompt and its answer
 
     async def prepare(self, path: Path, weights: WeightsId) -> None:
@@ -84,7 +85,7 @@ class ServerClient:
         body = {"path": str(path), "version": weights.version, "sha256": weights.sha256}
         try:
             async with asyncio.timeout(self.patience.push):
-                response = await self.http.post("/update_weights", json=body)
+                response = await self._while(steps_or_rests, self.http.post("/update_weights", json=body))
         except TimeoutError:
             raise ServerFailed(f"took no new weights within {self.patience.push:g} s") from None
         except httpx.HTTPError as error:
@@ -100,12 +101,12 @@ class ServerClient:
         """
         try:
             request = self.http.build_request("POST", "/v1/completions", json={**body, "stream": True})
-            response = await self._while_it_steps(self.http.send(request, stream=True))
+            response = await self._while(steps, self.http.send(request, stream=True))
             try:
                 if response.status_code != 200:
-                    self._refuse(response, await self._while_it_steps(response.aread()))
+                    self._refuse(response, await self._while(steps, response.aread()))
                 lines = response.aiter_lines()
-                while (line := await self._while_it_steps(anext(lines, None))) != "data: [DONE]":
+                while (line := await self._while(steps, anext(lines, None))) != "data: [DONE]":
                     if line is None:
                         raise ServerFailed("hung up in the middle of an answer")
                     if line:
@@ -165,21 +166,32 @@ class ServerClient:
             )
         return told
 
-    async def _while_it_steps(self, work: Awaitable[T]) -> T:
-        """What comes of the work, as long as the engine takes steps, be it for others. Raises ServerFailed else."""
+    async def _while(self, is_well: Callable[[Health, Health], bool], work: Awaitable[T]) -> T:
+        """What comes of the work, as long as the server is well from one look to the next. Raises ServerFailed else."""
         task = asyncio.ensure_future(work)
-        forwards = None
+        before = None
         try:
             while not (await asyncio.wait({task}, timeout=self.patience.silence))[0]:
-                before = forwards
-                forwards = (await self._get("/health"))["forwards"]
-                if forwards == before:
+                now = await self._get("/health")
+                is_hanging = before is not None and not is_well(before, now)
+                before = now
+                if is_hanging:
                     raise ServerFailed(f"takes no step in {self.patience.silence:g} s")
             return task.result()
         finally:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
+
+
+def steps(before: Health, now: Health) -> bool:
+    """Whether the engine has taken steps since, be it for others."""
+    return bool(now["forwards"] != before["forwards"])
+
+
+def steps_or_rests(before: Health, now: Health) -> bool:
+    """Whether it has, or has no answers under way, as while it reads new weights."""
+    return not now["running"] or steps(before, now)
 
 
 def described(error: Exception) -> str:

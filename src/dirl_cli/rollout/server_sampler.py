@@ -192,8 +192,9 @@ class ServerSampler:
                 if not running:
                     await asyncio.sleep(POLL)
                 else:
-                    done, running = await asyncio.wait(running, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
+                    done, _ = await asyncio.wait(running, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
                     unanswered = [task.result() for task in done]
+                    running -= done
                     waiting.extend(question for question in unanswered if question)
         finally:
             await cancelled(running)
@@ -270,7 +271,8 @@ class ServerSampler:
         if failure.is_busy:
             if server.is_up:
                 server.is_up = False
-                self._look_after(server, failure.pause)
+                self._let_rest(server, failure)
+                self._look_after(server)
             return question
         question.tries += 1
         if question.tries == MOST_TRIES:
@@ -289,24 +291,35 @@ class ServerSampler:
         server.failures += 1
         if is_first_of_group():
             print(f"{server.url} is left out until it is back: {failure}", file=sys.stderr, flush=True)
-        self._look_after(server, failure.pause if isinstance(failure, ServerFailed) else 0.0)
+        self._let_rest(server, failure)
+        self._look_after(server)
 
-    def _look_after(self, server: ServerClient, pause: float = 0.0) -> None:
-        task = asyncio.create_task(self._bring_back(server, pause))
+    def _let_rest(self, server: ServerClient, failure: ServerFailed | DirlError) -> None:
+        """Ask a server nothing for as long as it says, and the longer the more often it has failed."""
+        doublings = min(max(server.failures - 1, 0), 16)
+        pause = min(FIRST_PAUSE * 2**doublings, LONGEST_PAUSE)
+        if isinstance(failure, ServerFailed):
+            pause = max(pause, failure.pause)
+        server.rests_until = time.monotonic() + pause
+
+    def _look_after(self, server: ServerClient) -> None:
+        task = asyncio.create_task(self._bring_back(server))
         self.returning.add(task)
         task.add_done_callback(self.returning.discard)
 
-    async def _bring_back(self, server: ServerClient, pause: float = 0.0) -> None:
-        """Look after a server that was left out, ever more rarely, until it may be asked again."""
+    async def _bring_back(self, server: ServerClient) -> None:
+        """Look after a server that was left out, ever more rarely, until it may be asked again.
+
+        A rest that has begun goes on where new weights have come meanwhile: they may come more often than it ends.
+        """
         while not server.is_up:
-            doublings = min(max(server.failures - 1, 0), 16)
-            await asyncio.sleep(max(pause, min(FIRST_PAUSE * 2**doublings, LONGEST_PAUSE)))
-            pause = 0.0
+            await asyncio.sleep(max(server.rests_until - time.monotonic(), 0))
             try:
                 await self._prepare(server)
             except (ServerFailed, DirlError) as failure:
                 server.failure = str(failure)
                 server.failures += 1
+                self._let_rest(server, failure)
 
     async def _prepare(self, server: ServerClient) -> None:
         """Let a server be asked, once it has the weights that count. Raises what keeps it from that."""
@@ -406,9 +419,8 @@ def body_of(question: Question, decoding: Decoding, weights: WeightsId, block_si
 
 
 async def cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Give tasks up, and wait until they are."""
+    """Give tasks up, and wait until they are; what they raise is taken, since asyncio prints what nobody takes."""
     tasks = list(tasks)
     for task in tasks:
         task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -115,6 +115,7 @@ class Routes:
             "weights_version": self.engine.weights.version,
             "weights_sha256": self.engine.weights.sha256,
             "forwards": self.engine.forwards,  # which tells a slow engine from one that hangs
+            "running": len(self.engine.running),  # and an idle one
         }
         return JSONResponse(body, 200 if status == "ok" else 503)
 
