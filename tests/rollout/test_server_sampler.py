@@ -381,12 +381,22 @@ def test_who_is_asked_is_who_owes_least(lm, tmp_path):
         ((), "wants addresses"),
         (("a:8000",), "holds a:8000"),
         (("http://a:8000/v1",), "holds http://a:8000/v1"),
+        (("http://a:99999",), "holds http://a:99999"),
+        (("http://[::1",), "holds http://"),
+        (("http://me:secret@a:8000",), r"^(?!.*secret).* give the key in DIRL_SERVE_KEY"),
         (("http://a:8000", "http://a:8000/"), "an address twice"),
     ],
 )
 def test_addresses_that_are_none_are_told_before_anything_is_loaded(url, sentence):
     with pytest.raises(DirlError, match=sentence):
         Servers(url, "weights", 64, 60, 600, 600).require()
+
+
+@pytest.mark.parametrize("key", ["secret\n", " secret", "sec\r\nret"])
+def test_a_key_that_no_header_holds_is_told_without_telling_it(key, monkeypatch):
+    monkeypatch.setenv("DIRL_SERVE_KEY", key)
+    with pytest.raises(DirlError, match=r"^(?!.*sec).*DIRL_SERVE_KEY.* leave that out"):
+        Servers(("http://a:8000",), "weights", 64, 60, 600, 600).require()
 
 
 def test_a_server_rests_no_longer_where_new_weights_come_more_often_than_its_rest_ends(lm, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from dirl_cli.ranges import Count, Positive, SomeShare
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.products import Products
 from dirl_cli.rollout.sampler import Sampler
-from dirl_cli.rollout.server_client import KEY_VARIABLE, Patience
+from dirl_cli.rollout.server_client import KEY_VARIABLE, Patience, require_showable
 from dirl_cli.rollout.server_sampler import ServerSampler
 from dirl_cli.types import Decoding
 
@@ -129,11 +129,13 @@ class Servers:
         if not self.url:
             raise DirlError("rollout=server wants addresses: give rollout.url=[http://HOST:8000] of each `dirl serve`")
         for url in self.addresses:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
+            if "@" in url:  # which would be in the run's config.yaml, and would be shown instead of the key
+                raise DirlError(f"rollout.url holds a name or a password before an @: give the key in {KEY_VARIABLE}")
+            if not is_address(url):
                 raise DirlError(f"rollout.url holds {url}: give addresses such as http://HOST:8000")
         if len(set(self.addresses)) < len(self.addresses):
             raise DirlError("rollout.url holds an address twice: give each server once")
+        require_showable(os.environ.get(KEY_VARIABLE, ""))
 
     def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
         """A sampler that has the weights of `lm` once it is given them, or asked before it is given any."""
@@ -141,6 +143,17 @@ class Servers:
         patience = Patience(self.silence, self.push_timeout, self.patience)
         key = os.environ.get(KEY_VARIABLE)
         return ServerSampler(lm, self.addresses, Path(self.directory), self.max_batch, patience, key)
+
+
+def is_address(url: str) -> bool:
+    """Whether it is that of a server and of nothing below it, such as http://HOST:8000."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # which is looked at only now
+    except ValueError:
+        return False
+    has_more = parts.path or parts.query or parts.fragment
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not has_more
 
 
 def strategies_of(engine: Engine) -> list[str]:

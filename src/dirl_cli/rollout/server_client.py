@@ -194,6 +194,12 @@ def steps_or_rests(before: Health, now: Health) -> bool:
     return not now["running"] or steps(before, now)
 
 
+def require_showable(key: str) -> None:
+    """Raises DirlError for a key that no request can show. Whoever sends it nevertheless is told it, with the error."""
+    if key != key.strip() or any(ord(letter) < 32 or ord(letter) == 127 for letter in key):
+        raise DirlError(f"the key in {KEY_VARIABLE} begins or ends in a space, or holds a line break: leave that out")
+
+
 def described(error: Exception) -> str:
     """What went wrong with a connection, in a few words."""
     return str(error).strip().rstrip(".") or type(error).__name__
