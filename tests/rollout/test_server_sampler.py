@@ -239,6 +239,13 @@ def test_weights_that_are_damaged_on_the_way_are_taken_by_nobody(lm, decoding, t
         assert one.servers[0].engine.weights.version == 1
 
 
+def test_where_no_server_ever_answers_it_is_told_how_long_that_is_waited_for(lm, tmp_path, capsys):
+    sampler = ServerSampler(lm, ["http://127.0.0.1:9"], tmp_path, 4, replace(PATIENCE, outage=0.2), KEY)
+    with pytest.raises(DirlError, match=r"no server has answered for 0.2 s"):
+        sampler.update_weights(lm.model.named_parameters(), 0)
+    assert "no server answers: waiting for up to 0.2 s" in capsys.readouterr().err
+
+
 def test_where_no_server_answers_the_run_ends_in_a_sentence(lm, decoding, tmp_path):
     with farm(lm, tmp_path, patience=replace(PATIENCE, outage=0.3)) as two:
         two.sampler.update_weights(lm.model.named_parameters(), 0)

@@ -226,36 +226,51 @@ class ServerSampler:
     async def _ask(
         self, server: ServerClient, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
     ) -> Question | None:
-        """Tell the answers that a server gives to a question; returns the question where some are missing."""
+        """Have a server answer a question; returns the question where some answers are missing."""
         weights = self.weights
         if weights is None or not server.is_up:  # since another question has just failed there
             return question
         self._require_room(server, question, decoding)
-        body = body_of(question, decoding, weights, self.lm.block_size)
-        parts: list[dict[str, Any]] = [{name: [] for name in LISTS} for _ in range(question.n)]
         try:
-            async with aclosing(server.choices(body)) as choices:
-                async for choice in choices:
-                    self.last_heard = time.monotonic()
-                    index, told = choice["index"], choice["trajectory"]
-                    if told["weights_version"] != weights.version:
-                        raise ServerFailed(f"answers with version {told['weights_version']} of the weights")
-                    part = parts[index]
-                    for name in LISTS:
-                        part[name] += told.pop(name)
-                    part |= told
-                    if "stop_reason" in told and index not in question.answered:
-                        trajectory = trajectory_from_json({**part, "prompt_ids": question.prompt_ids})
-                        question.answered.add(index)
-                        tell((question.prompt, question.first + index, trajectory))
-            if len(question.answered) < question.n:
-                raise ServerFailed("leaves answers out")
+            await self._tell_answers(server, question, decoding, weights, tell)
             server.failures = 0
         except (LookupError, TypeError, ValueError):
             return self._failed(server, question, ServerFailed("sends what is no answer"))
         except ServerFailed as failure:
             return self._failed(server, question, failure)
         return None
+
+    async def _tell_answers(
+        self,
+        server: ServerClient,
+        question: Question,
+        decoding: Decoding,
+        weights: WeightsId,
+        tell: Callable[[Answer], None],
+    ) -> None:
+        """Join the blocks that a server sends, and tell each answer once it is whole and was not told before.
+
+        Raises ServerFailed where some are missing at the end, or are of other weights.
+        """
+        body = body_of(question, decoding, weights, self.lm.block_size)
+        parts: list[dict[str, Any]] = [{name: [] for name in LISTS} for _ in range(question.n)]
+        async with aclosing(server.choices(body)) as choices:
+            async for choice in choices:
+                self.last_heard = time.monotonic()
+                index, block = choice["index"], choice["trajectory"]
+                if block["weights_version"] != weights.version:
+                    raise ServerFailed(f"answers with version {block['weights_version']} of the weights")
+                part = parts[index]
+                for name in LISTS:
+                    part[name] += block.pop(name)
+                part |= block  # the other fields hold up to its end
+                if "stop_reason" in block and index not in question.answered:
+                    trajectory = trajectory_from_json({**part, "prompt_ids": question.prompt_ids})
+                    question.answered.add(index)
+                    tell((question.prompt, question.first + index, trajectory))
+
+        if len(question.answered) < question.n:
+            raise ServerFailed("leaves answers out")
 
     def _require_room(self, server: ServerClient, question: Question, decoding: Decoding) -> None:
         """Raises DirlError where a server would cut an answer short that may be longer here."""
@@ -360,6 +375,9 @@ class ServerSampler:
                 self._leave_out(server, outcome)
             elif outcome:
                 raise outcome
+
+        if is_first_of_group() and not any(server.is_up for server in self.servers):
+            print(f"no server answers: waiting for up to {self.patience.outage:g} s", file=sys.stderr, flush=True)
         while not any(server.is_up for server in self.servers):
             self._require_hope()
             await asyncio.sleep(POLL)
