@@ -131,6 +131,15 @@ def test_the_list_is_walked_filtered_and_sorted(show, tmp_path):
     assert window.run("return state.listed.map(answer => answer.step)") == [2, 2]
 
 
+def test_answers_without_a_reward_come_last_in_either_order(show, tmp_path):
+    window = show(completions_of(tmp_path / "a"), run_of(tmp_path / "words", steps=1), completions_of(tmp_path / "b"))
+    for order, places in (("reward", [2, 3, 1, 4]), ("-reward", [3, 2, 1, 4])):
+        window.run(f"$('sort').value = '{order}'; $('filters').dispatchEvent(new Event('input'))")
+        assert window.run("return state.listed.map(answer => answer.place + 1)") == places
+    marks = window.run("return [...document.querySelectorAll('#rows .facts')].map(facts => facts.innerText[0])")
+    assert marks == ["✗", "✓", "1", "4"]
+
+
 def test_keys_typed_into_the_search_are_letters(show, tmp_path):
     window = show(run_of(tmp_path / "words"))
     window.press("/")
@@ -150,7 +159,7 @@ def test_two_sources_answer_a_problem_side_by_side(show, tmp_path):
 
 def test_an_answer_stays_beside_the_next_ones(show, tmp_path):
     window = show(run_of(tmp_path / "words"))
-    window.press("k")
+    window.press("K")  # as with the capitals locked
     window.press("down")
     heads = window.run("return [...document.querySelectorAll('#shown h2')].map(head => head.innerText)")
     assert heads == ["words: answer 2", "words: answer 1"]

@@ -92,7 +92,7 @@ function factsLine(answer) {
   if (answer.speed !== undefined) facts.push(`${short(answer.speed)} a forward`);
   facts.push(answer.stop === "stop" ? "ended by a stop token" : "cut off at the length limit");
   if (answer.extracted !== undefined) facts.push(`final answer ${oneLine(answer.extracted.slice(0, 100))}`);
-  return element("p", "faint", verdict(answer), facts.join(" · "));
+  return element("p", "faint", mark(answer, " right · ", " wrong · "), facts.join(" · "));
 }
 
 function partsOf(answer) {
@@ -100,9 +100,10 @@ function partsOf(answer) {
   return ` (${Object.entries(answer.parts).map(([name, value]) => `${name} ${short(value)}`).join(", ")})`;
 }
 
-function verdict(answer) {
+// ✓ or ✗, with words behind it if there are any; nothing of an answer that nobody graded.
+function mark(answer, whenRight = "", whenWrong = "") {
   if (answer.correct === undefined) return "";
-  return element("span", answer.correct ? "right" : "wrong", answer.correct ? "✓ right · " : "✗ wrong · ");
+  return answer.correct ? element("span", "right", `✓${whenRight}`) : element("span", "wrong", `✗${whenWrong}`);
 }
 
 // What else there is to the problem: the answers of its group, and those of other steps and sources.
@@ -130,7 +131,7 @@ function table(answers, current) {
   const columns = [["", (answer) => goTo(answer)]];
   if (data.sources.length > 1) columns.push(["from", (answer) => visible(data.sources[answer.source].name)]);
   if (!isOneStep) columns.push(["step", (answer) => short(answer.step)]);
-  if (has("correct")) columns.push(["", (answer) => element("span", answer.correct ? "right" : "wrong", answer.correct ? "✓" : "✗")]);
+  if (has("correct")) columns.push(["", mark]);
   if (has("reward")) columns.push([worth(answers[0]), (answer) => short(answer.reward)]);
   if (has("advantage")) columns.push(["advantage", (answer) => advantageBar(answer, largest)]);
   columns.push(["tokens", (answer) => String(answer.length)]);

@@ -62,8 +62,8 @@ function answerText(answer, most = Infinity) {
   return text.slice(0, most);
 }
 
-const isShort = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
-const short = (number) => (number === undefined ? "" : isShort.format(number).replace("-", "−"));
+const threeDigits = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+const short = (number) => (number === undefined ? "" : threeDigits.format(number).replace("-", "−"));
 const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 // What a reward is called: that of an evaluation is the credit that the verifier gave.
 const worth = (answer) => (data.sources[answer.source].kind === "evaluation" ? "credit" : "reward");

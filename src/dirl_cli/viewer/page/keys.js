@@ -43,7 +43,7 @@ function onKey(event) {
     Escape: hideCursor,
   };
   const isPressed = event.key === " " && target.matches("button, summary, input");
-  const action = actions[event.key];
+  const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!action || isPressed) return;
   event.preventDefault();
   action();

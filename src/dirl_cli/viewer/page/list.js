@@ -25,7 +25,9 @@ function filter() {
 
   const key = $("sort").value.replace("-", "");
   const sign = $("sort").value.startsWith("-") ? 1 : -1;
-  if (key) state.listed.sort((a, b) => sign * ((a[key] ?? NaN) - (b[key] ?? NaN)) || a.place - b.place);
+  // What has no such number comes last; among equals the order of the page stays.
+  const has = (answer) => Number(answer[key] !== undefined);
+  if (key) state.listed.sort((a, b) => has(b) - has(a) || sign * (a[key] - b[key]) || 0);
   $("count").textContent = `${state.listed.length.toLocaleString("en")} of ${counted(data.answers.length, "answer")}`;
   $("list").scrollTop = 0;
   document.querySelectorAll("#steps button").forEach((button) => {
@@ -58,7 +60,7 @@ function drawRows() {
 
 function entry(answer, n) {
   const facts = element("div", "facts");
-  if (answer.correct !== undefined) facts.append(element("span", answer.correct ? "right" : "wrong", answer.correct ? "✓" : "✗"));
+  if (answer.correct !== undefined) facts.append(mark(answer));
   facts.append(element("b", "", String(answer.place + 1)));
   if (answer.step !== undefined) facts.append(element("span", "", `step ${answer.step}`));
   if (answer.reward !== undefined) facts.append(element("span", "", `${worth(answer)} ${short(answer.reward)}`));
