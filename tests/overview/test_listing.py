@@ -14,17 +14,17 @@ from tests.helpers.run_directories import make_evaluation, make_run
 
 METRICS = {"reward": 0.12345, "greedy_accuracy": 0.987, "length": 123.4, "tokens_per_forward": 3.456}
 NAMES = ("rl/short", "rl/a-name-of-some-length/with=overrides,seed=1")
-NOW = time.time()
-RUNS = [
-    RunStatus(Path("runs", name), "rl", state, 12, 1200, METRICS, left, NOW - past)
-    for name, state, left, past in zip(NAMES, ("running", "stopped"), (3700.0, None), (5, 7300), strict=True)
-]
 
 
 def lines(width, terminal=True, colours=None):
+    now = time.time()
+    runs = [
+        RunStatus(Path("runs", NAMES[0]), "rl", "running", 12, 1200, METRICS, 3700.0, now - 5),
+        RunStatus(Path("runs", NAMES[1]), "rl", "stopped", 12, 1200, METRICS, None, now - 7300),
+    ]
     file = io.StringIO()
     console = PlainConsole(file=file, width=width, force_terminal=terminal, color_system=colours)
-    show_runs(RUNS, Path("runs"), console)
+    show_runs(runs, Path("runs"), console)
     return file.getvalue().splitlines()
 
 
@@ -80,6 +80,9 @@ def test_runs_lists_what_is_in_runs_or_in_directories(here):
     assert listed.splitlines()[1].split()[:4] == ["b", "eval", "stopped", "1/4"]
     assert "2 runs" in dirl("runs", "runs", "elsewhere").output
     refused = dirl("runs", "nowhere")
-    assert refused.exit_code == 1 and "nowhere is no directory" in refused.stderr
+    assert refused.exit_code == 1
+    assert refused.stderr == (
+        "dirl runs: nowhere is no directory: give one that holds runs, or a command (show, compare, report)\n"
+    )
     Path("empty").mkdir()
     assert dirl("runs", "empty").exit_code == 0

@@ -35,6 +35,7 @@ class ListingGroup(TyperGroup):
 app = typer.Typer(
     cls=ListingGroup,
     help="List runs: those in runs/, or dirl runs DIR…",
+    subcommand_metavar="[DIR]… or COMMAND RUN…",
     rich_markup_mode=None,
 )
 
@@ -61,17 +62,18 @@ def list_command(directories: Annotated[list[Path] | None, typer.Argument(metava
 def list_runs(directories: Sequence[Path]) -> None:
     """Print the table of the runs below some directories. Raises DirlError where one is none."""
     from dirl_cli.console import PlainConsole
-    from dirl_cli.overview.find import HOME, find_runs
+    from dirl_cli.overview.find import RUNS, find_runs
     from dirl_cli.overview.listing import show_runs
     from dirl_cli.overview.status import read_status
 
-    roots = directories or [HOME]
-    if not directories and not HOME.exists():
+    roots = directories or [RUNS]
+    if not directories and not RUNS.exists():
         typer.echo("no runs yet: begin one with dirl sft")
         return
     for root in roots:
         if not root.is_dir():
-            raise DirlError(f"{root} is no directory: give one that holds runs")
+            commands = ", ".join(str(command.name) for command in app.registered_commands if not command.hidden)
+            raise DirlError(f"{root} is no directory: give one that holds runs, or a command ({commands})")
     runs = [read_status(run) for root in roots for run in find_runs(root)]
     if not runs:
         typer.echo(f"no runs in {', '.join(map(str, roots))}: begin one with dirl sft")

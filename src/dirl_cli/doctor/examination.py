@@ -24,7 +24,7 @@ from dirl_cli.doctor.requirements import (
     torch_wanted_by,
 )
 from dirl_cli.files import installed
-from dirl_cli.overview.find import find_runs
+from dirl_cli.overview.find import RUNS, find_runs
 from dirl_cli.overview.locks import lock_holder
 from dirl_cli.text import counted
 
@@ -32,7 +32,6 @@ HUB_PATIENCE = 3.0  # seconds, while torch is imported anyway
 TRIED = ("lmdeploy", "flash-attn", "bitsandbytes")  # made for one torch or one CUDA: versions tell too little
 STYLES = {"ok": "green", "absent": "dim", "partly": "yellow", "broken": "bold red"}
 LABELS = 7 + 2  # letters before a check's name
-RUNS = Path("runs")
 
 
 def examine() -> tuple[list[Check], list[Check]]:
@@ -105,19 +104,19 @@ def disk_checks() -> list[Check]:
 def extra_checks(
     requirements: Requirements, versions: dict[str, str | None], imported: dict[str, Imported], has_gpu: bool
 ) -> list[Check]:
-    found = []
+    results = []
     for name in checks.EXTRAS:
         lines = requirements.extras.get(name)
         if lines:
             packages = [name_of(line) for line in lines]
             errors = [imported[package].error for package in packages if package in imported]
             wanted = torch_wanted_by(packages)
-            found.append(checks.check_extra(name, lines, versions, wanted, "; ".join(filter(None, errors)), has_gpu))
-    return found
+            results.append(checks.check_extra(name, lines, versions, wanted, "; ".join(filter(None, errors)), has_gpu))
+    return results
 
 
 def show(needed: Sequence[Check], extras: Sequence[Check], console: PlainConsole) -> None:
-    """Print what the checks found, a line each where this is no terminal."""
+    """Print what the checks came to, a line each where this is no terminal."""
     for check in needed:
         show_check(check, console)
     console.print("\nOptional:", soft_wrap=True)
@@ -153,6 +152,6 @@ def show_check(check: Check, console: PlainConsole) -> None:
         console.print(f"{'':{margin}}→ {check.remedy}", soft_wrap=True, style="bold" if check.state == "broken" else "")
 
 
-def is_sound(found: Sequence[Check]) -> bool:
+def is_sound(results: Sequence[Check]) -> bool:
     """Whether nothing is broken."""
-    return not any(check.state == "broken" for check in found)
+    return not any(check.state == "broken" for check in results)
