@@ -70,6 +70,17 @@ def test_a_model_that_is_gone_is_told(here):
     assert refusal("view", "mine").startswith("dirl view: the model that mine is of cannot be read (./gone is not")
 
 
+@pytest.mark.parametrize(
+    ("note", "torn"), [("sampled_from.json", '{"model": {"na'), ("config.yaml", "model: {path: [")]
+)
+def test_a_torn_note_of_the_model_is_told(here, note, torn):
+    completions_of(here / "mine")
+    (here / "mine" / note).write_text(torn)
+    assert refusal("view", "mine") == (
+        f"dirl view: mine/{note}, which names the model, cannot be read: give the model with model=DIR"
+    )
+
+
 def test_an_answer_is_exported_as_svg_and_as_gif(run):
     result = dirl("view", "words", "number=2", "export=answer.svg")
     assert result.stdout == "answer 2 in answer.svg\n"

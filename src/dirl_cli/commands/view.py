@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.filesize import decimal
+from yaml import YAMLError
 
 from dirl_cli.cli.build import build, build_settings
 from dirl_cli.console import PlainConsole, working
@@ -19,6 +20,7 @@ from dirl_cli.viewer.payload import TokenReader, payload
 from dirl_cli.viewer.picture import gif, svg
 
 SAVED = "dirl_cli.models.load.SavedModel"
+NOTES = ("sampled_from.json", "config.yaml")  # which name a model: of `dirl generate`, of a run
 
 
 def run(cfg: DictConfig, out: Path | None) -> None:
@@ -99,22 +101,22 @@ def named_model(path: Path) -> Any:
     for directory in [path, *path.resolve().parents][:3]:
         if (directory / "model" / "config.json").is_file():
             return build_settings("model", {"_target_": SAVED, "name": "", "path": str(directory / "model")})
-        for settings in (sampled_from(directory), run_config(directory)):
+        for name in NOTES:
+            settings = read_note(directory / name)
             if "model" in settings:
                 return build_settings("model", settings["model"])
     return None
 
 
-def sampled_from(directory: Path) -> dict[str, Any]:
-    """What `dirl generate` notes beside its completions; nothing elsewhere."""
-    file = directory / "sampled_from.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-
-
-def run_config(directory: Path) -> dict[str, Any]:
-    """The config of a run; nothing elsewhere."""
-    file = directory / "config.yaml"
+def read_note(file: Path) -> dict[str, Any]:
+    """What a file notes; nothing where it is not there. Raises DirlError where it is damaged."""
     if not file.is_file():
         return {}
-    settings: Any = OmegaConf.to_container(OmegaConf.load(file))
-    return dict(settings)
+    try:
+        if file.suffix == ".json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            content = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, RecursionError, YAMLError) as error:
+        raise DirlError(f"{file}, which names the model, cannot be read: give the model with model=DIR") from error
+    return content if isinstance(content, dict) else {}
