@@ -110,12 +110,12 @@ def test_a_disk_that_takes_no_more_is_broken(free, inodes, writable, state, word
 
 
 def test_to_be_offline_is_no_fault_and_says_what_works():
-    offline = HubAnswer("https://huggingface.co", "no route to host", is_told=False, has_token=False)
+    offline = HubAnswer("https://huggingface.co", "no route to host", is_switched_off=False, has_token=False)
     check = checks.check_hub(offline, {"model": 2, "dataset": 1})
     assert check.state == "absent" and "2 models and 1 data set" in check.finding and "no route" in check.finding
-    told = checks.check_hub(HubAnswer("https://huggingface.co", "", is_told=True, has_token=True), NO_CACHE)
+    told = checks.check_hub(HubAnswer("https://huggingface.co", "", is_switched_off=True, has_token=True), NO_CACHE)
     assert told.state == "absent" and "HF_HUB_OFFLINE" in told.remedy
-    online = checks.check_hub(HubAnswer("https://huggingface.co", "", is_told=False, has_token=True), NO_CACHE)
+    online = checks.check_hub(HubAnswer("https://huggingface.co", "", is_switched_off=False, has_token=True), NO_CACHE)
     assert online.state == "ok" and "with a token" in online.finding
 
 

@@ -40,6 +40,11 @@ def test_the_disk_of_what_is_still_to_be_made_is_that_of_where_it_will_be(tmp_pa
     assert disk.is_writable and disk.total >= disk.free > 0 and disk.inodes > 0
 
 
+def test_a_path_that_may_not_be_looked_at_is_on_the_disk_above_it(tmp_path):
+    too_long = tmp_path / ("x" * 300)  # as for one in another's directory, Path.exists raises
+    assert machine.disk_of(too_long / "hub").total == machine.disk_of(tmp_path).total
+
+
 def test_a_hub_that_cannot_be_reached_or_has_trouble_is_told(monkeypatch):
     def unreachable(address, timeout):
         raise httpx.ConnectError("[Errno -2] Name or service not known")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dirl_cli.errors import DirlError
-from dirl_cli.overview.answers import sampled_answers
+from dirl_cli.overview.answers import answers_to_read
 from dirl_cli.overview.page import page_of, write_page
 from dirl_cli.overview.summary import read_run
 from tests.helpers.command_line import dirl
@@ -95,7 +95,7 @@ def test_of_each_problem_a_right_and_a_wrong_answer_are_shown(tmp_path):
     run = make_run(tmp_path / "a")
     rows = [answer(f"p{i}", correct) for i in range(9) for correct in (True, True, False, False)]
     write_rollouts(run, step_000002=[*rows, {"problem": 3, "completion": "x" * 9999}])
-    [(heading, shown)] = sampled_answers(run).items()
+    [(heading, shown)] = answers_to_read(run).items()
     assert heading == "Step 2" and [a.is_correct for a in shown] == [True, False] * 4
 
 

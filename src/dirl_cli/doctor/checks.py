@@ -202,10 +202,10 @@ def check_hub(answer: HubAnswer, cached: Mapping[str, int]) -> Check:
     """Offline is a state, not a fault. cached: repositories in the Hub's cache, by kind."""
     token = "with a token" if answer.has_token else "without a token: public models and data sets"
     here = f"{counted(cached['model'], 'model')} and {counted(cached['dataset'], 'data set')} of it are in the cache"
-    if not answer.is_told and not answer.problem:
+    if not answer.is_switched_off and not answer.problem:
         return Check("Hub", "ok", f"{answer.endpoint} answers; {token}")
-    reason = "HF_HUB_OFFLINE is set" if answer.is_told else f"{answer.endpoint}: {answer.problem}"
-    remedy = "unset HF_HUB_OFFLINE to download" if answer.is_told else ""
+    reason = "HF_HUB_OFFLINE is set" if answer.is_switched_off else f"{answer.endpoint}: {answer.problem}"
+    remedy = "unset HF_HUB_OFFLINE to download" if answer.is_switched_off else ""
     return Check("Hub", "absent", f"offline ({reason}); {here}, and all that is embedded works without", remedy)
 
 

@@ -50,11 +50,11 @@ class Disk:
 
 @dataclass(frozen=True)
 class HubAnswer:
-    """Whether the Hub answered. problem: "" where it did. is_told: whether it was not to be asked."""
+    """Whether the Hub answered. problem: "" where it did. is_switched_off: whether it was not to be asked."""
 
     endpoint: str
     problem: str
-    is_told: bool
+    is_switched_off: bool
     has_token: bool
 
 
@@ -134,7 +134,7 @@ def read_bytes(file: Path) -> int | None:
 def disk_of(path: Path) -> Disk:
     """The file system of a path; one that does not exist will be made in the nearest directory that does."""
     existing = path.expanduser().absolute()
-    while not existing.exists():
+    while not os.path.exists(existing):  # unlike Path's it is False, too, for one that may not be looked at
         existing = existing.parent
     stat = os.statvfs(existing)
     return Disk(
@@ -157,17 +157,17 @@ def asking_hub(seconds: float) -> Callable[[], HubAnswer]:
 
     seconds: to wait. Looking up a name knows no time limit: a thread does it, which may be left behind.
     """
-    is_told = constants.HF_HUB_OFFLINE
+    is_switched_off = constants.HF_HUB_OFFLINE
     problems: list[str] = []
     thread = Thread(target=lambda: problems.append(hub_problem(seconds)), daemon=True)
-    if not is_told:
+    if not is_switched_off:
         thread.start()
 
     def answer() -> HubAnswer:
-        if not is_told:
+        if not is_switched_off:
             thread.join(seconds)
         problem = problems[0] if problems else f"no answer within {seconds:.0f} s"
-        return HubAnswer(constants.ENDPOINT, problem, is_told, has_token=get_token() is not None)
+        return HubAnswer(constants.ENDPOINT, problem, is_switched_off, has_token=get_token() is not None)
 
     return answer
 

@@ -14,7 +14,7 @@ LONGEST = 4000  # letters that are shown of a text
 
 
 @dataclass(frozen=True)
-class ShownAnswer:
+class AnswerExcerpt:
     """An answer as it is shown. facts: what is known of it in a few words."""
 
     question: str
@@ -24,7 +24,7 @@ class ShownAnswer:
     facts: str
 
 
-def sampled_answers(run: Path) -> dict[str, list[ShownAnswer]]:
+def answers_to_read(run: Path) -> dict[str, list[AnswerExcerpt]]:
     """Answers to look at, under headings; nothing where the run kept none."""
     files = rollout_files(run)
     shown = {}
@@ -34,7 +34,7 @@ def sampled_answers(run: Path) -> dict[str, list[ShownAnswer]]:
             shown[f"Step {int(file.stem.removeprefix('step-'))}" if is_numbered(file) else file.stem] = answers
     rows = read_rows(run / "answers.jsonl", LOOKED_AT)
     for heading, is_correct in (("Wrong", False), ("Right", True)):
-        chosen = [shown_answer(row) for row in rows if bool(row.get("correct")) == is_correct][:OF_EACH]
+        chosen = [excerpt(row) for row in rows if bool(row.get("correct")) == is_correct][:OF_EACH]
         if chosen:
             shown[heading] = chosen
     return shown
@@ -44,17 +44,17 @@ def is_numbered(file: Path) -> bool:
     return file.stem.removeprefix("step-").isdigit()
 
 
-def of_some_problems(rows: Sequence[Mapping[str, Any]]) -> list[ShownAnswer]:
+def of_some_problems(rows: Sequence[Mapping[str, Any]]) -> list[AnswerExcerpt]:
     """A right and a wrong answer, as far as there are such, to the first problems."""
-    by_problem: dict[str, dict[bool, ShownAnswer]] = {}
+    by_problem: dict[str, dict[bool, AnswerExcerpt]] = {}
     for row in rows:
         answers = by_problem.setdefault(str(row.get("problem")), {})
-        answer = shown_answer(row)
+        answer = excerpt(row)
         answers.setdefault(answer.is_correct, answer)
     return [answer for answers in list(by_problem.values())[:PROBLEMS] for answer in answers.values()]
 
 
-def shown_answer(row: Mapping[str, Any]) -> ShownAnswer:
+def excerpt(row: Mapping[str, Any]) -> AnswerExcerpt:
     """A line of a rollout or of an evaluation."""
     facts = []
     for name in ("reward", "credit", "advantage"):
@@ -65,7 +65,7 @@ def shown_answer(row: Mapping[str, Any]) -> ShownAnswer:
             facts.append(f"{name} {row[name]}")
     if row.get("stop_reason") == "length":
         facts.append("cut at the longest")
-    return ShownAnswer(
+    return AnswerExcerpt(
         question=shortened(row.get("question")),
         reference=shortened(row.get("reference", row.get("answer"))),
         text=shortened(row.get("completion", row.get("text"))),

@@ -9,7 +9,7 @@ from string import Template
 import yaml
 
 from dirl_cli.files import write_text
-from dirl_cli.overview.answers import ShownAnswer, sampled_answers
+from dirl_cli.overview.answers import AnswerExcerpt, answers_to_read
 from dirl_cli.overview.charts import chart
 from dirl_cli.overview.curves import cells_of, course_of, format_metric, is_leading, names_of
 from dirl_cli.overview.files import only_numbers, read_mapping
@@ -74,7 +74,7 @@ def page_of(run: RunFiles, departures: Sequence[str]) -> str:
         section("", facts_table(facts(run, departures))),
         section("Figures", figures(run)),
         section("Curves", curves(run)),
-        section("Answers", answers(sampled_answers(status.directory))),
+        section("Answers", answers(answers_to_read(status.directory))),
         section("Settings", folded("All settings", redact(yaml.safe_dump(dict(run.settings), sort_keys=False)))),
         section("Environment", pre(redact(json.dumps(run.environment, indent=2, ensure_ascii=False)))),
     ]
@@ -152,7 +152,7 @@ def curves(run: RunFiles) -> str:
     return content
 
 
-def answers(groups: Mapping[str, Sequence[ShownAnswer]]) -> str:
+def answers(groups: Mapping[str, Sequence[AnswerExcerpt]]) -> str:
     parts = []
     for heading, group in groups.items():
         parts.append(f"<h3>{text(heading)}</h3>")
