@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from dirl_cli.cli import schema
 from dirl_cli.commands import generate
+from dirl_cli.commands.block_screen import HIDDEN, Screen
 from dirl_cli.console import PlainConsole
 from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.files import conf_dir
@@ -365,7 +366,7 @@ def terminal(monkeypatch) -> io.StringIO:
 def test_the_blocks_are_watched_filling(model, tmp_path, terminal):
     lines = dirl_generate(model, tmp_path, prompt="hi", samples=8, watch=True, pace=0.0, decoding__max_new_tokens=16)
     shown = terminal.getvalue()
-    assert generate.HIDDEN in shown and "0.0" in shown
+    assert HIDDEN in shown and "0.0" in shown
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert all(f"{len(line['token_ids'])} tokens in" in plain for line in lines)
     assert len(lines) == 8
@@ -374,14 +375,14 @@ def test_the_blocks_are_watched_filling(model, tmp_path, terminal):
 def test_what_a_forward_revealed_is_lit(model):
     lm = SavedModel("", str(model)).load("float32", "cpu")
     mask = lm.mask_token_id
-    screen = generate.Screen(PlainConsole(file=io.StringIO()), lm, pace=0.0)
+    screen = Screen(PlainConsole(file=io.StringIO()), lm, pace=0.0)
     screen.show(0, 0, [20, mask])
     screen.show(0, 0, [20, 21])
     picture = screen.picture((0, 0))
     assert picture.plain == lm.tokenizer.decode([20]) + lm.tokenizer.decode([21])
     assert [str(span.style) for span in picture.spans if span.style] == ["bold green"]
     screen.show(0, 0, [20, 21, mask, mask])
-    assert screen.picture((0, 0)).plain.endswith(generate.HIDDEN * 4)
+    assert screen.picture((0, 0)).plain.endswith(HIDDEN * 4)
     screen.finish(0, 0)
     assert not screen.answers
 

@@ -1,20 +1,16 @@
 """Sample completions of a prompt, a conversation or a file of prompts, and watch the blocks fill."""
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Group
-from rich.live import Live
-from rich.panel import Panel
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dirl_cli.cli.build import build
+from dirl_cli.commands.block_screen import Screen
 from dirl_cli.commands.eval import hash_values, to_dict
 from dirl_cli.commands.loaded_model import load_for_answers
 from dirl_cli.commands.prompts import Prompt, encode_rows, format_request, requested_rows
@@ -23,15 +19,13 @@ from dirl_cli.data.chat import answer_text
 from dirl_cli.errors import Stopped, stop_code
 from dirl_cli.evaluation.answers import drop_torn_line
 from dirl_cli.files import unused_name, writing
-from dirl_cli.models.load import DiffusionLM, fingerprint
+from dirl_cli.models.load import fingerprint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.engines import require_strategy
 from dirl_cli.rollout.storage import TRAJECTORY_COLUMNS
 from dirl_cli.types import Decoding, Trajectory
 
-HIDDEN = "░"
 SOURCE = "sampled_from.json"
-PANELS = 6  # answers watched at a time
 UNTRAINED = (
     "model=tiny has random weights, so what it says is noise: run `dirl sft`, then give"
     " `model=runs/sft/tiny-arithmetic/model`"
@@ -96,7 +90,8 @@ def run(cfg: DictConfig, out: Path) -> None:
                     finished += 1
                     if screen:
                         screen.finish(line["index"], line["sample"])
-                    console.print(format_summary(line), style="dim")
+                    tokens = len(line["token_ids"])
+                    console.print(format_summary(tokens, line["forwards"], line["stop_reason"]), style="dim")
                     console.print(line["text"])
     except KeyboardInterrupt as interrupt:
         hint = ", and the same command goes on" if cfg.input else ""
@@ -186,49 +181,6 @@ def write(
             yield line
 
 
-def format_summary(line: dict[str, Any]) -> str:
+def format_summary(tokens: int, forwards: int, ending: str) -> str:
     """Such as: 32 tokens in 8 forwards (4.00 each), ended by stop."""
-    tokens = len(line["token_ids"])
-    forwards = line["forwards"]
-    return f"{tokens} tokens in {forwards} forwards ({tokens / forwards:.2f} each), ended by {line['stop_reason']}"
-
-
-class Screen:
-    """Blocks filling in the terminal: what a forward revealed is lit, what is hidden is shaded."""
-
-    def __init__(self, console: PlainConsole, lm: DiffusionLM, pace: float) -> None:
-        self.lm = lm
-        self.tokenizer = lm.require_tokenizer()
-        self.pace = pace  # seconds
-        self.live = Live(console=console, refresh_per_second=30)
-        self.answers: dict[tuple[int, int], list[int]] = {}  # token ids by (prompt, sample), as of the last forward
-        self.previous: dict[tuple[int, int], list[int]] = {}  # and as of the one before
-
-    def show(self, prompt: int, sample: int, token_ids: list[int]) -> None:
-        """Draw an answer so far; waits `pace` seconds so that the eye can follow."""
-        self.previous[prompt, sample] = self.answers.get((prompt, sample), [])
-        self.answers[prompt, sample] = token_ids
-        watched = list(self.answers)[:PANELS]
-        pictures = [Panel(self.picture(key), title=f"{key[0]}.{key[1]}") for key in watched]
-        self.live.update(Group(*pictures), refresh=True)
-        # All that are watched move on in one forward, so that one pause does for them.
-        if (prompt, sample) == watched[-1]:
-            time.sleep(self.pace)
-
-    def finish(self, prompt: int, sample: int) -> None:
-        """Take a finished answer off the screen."""
-        self.answers.pop((prompt, sample), None)
-        self.live.update(Group())
-
-    def picture(self, key: tuple[int, int]) -> Text:
-        """An answer's tokens: masked ones shaded, those of the last forward lit."""
-        before = self.previous[key]
-        text = Text()
-        for i, token in enumerate(self.answers[key]):
-            if token == self.lm.mask_token_id:
-                text.append(HIDDEN * 2, style="dim")
-            else:
-                is_new = i >= len(before) or before[i] == self.lm.mask_token_id
-                style = "bold green" if is_new else ""
-                text.append(str(self.tokenizer.decode([token])), style=style)
-        return text
+    return f"{tokens} tokens in {forwards} forwards ({tokens / forwards:.2f} each), ended by {ending}"
