@@ -68,9 +68,10 @@ def build_choice(group: str, name: str, **settings: Any) -> Any:
     return build(cast(DictConfig, cfg)[group])
 
 
-def build_settings(group: str, settings: dict[str, Any]) -> Any:
-    """The object that plain settings describe. group: what they are called in a sentence."""
-    return build(OmegaConf.create({group: literal(settings)})[group])
+def build_settings(group: str, settings: dict[str, Any], kind: type | None = None) -> Any:
+    """The object that plain settings describe, as `build` makes it. group: what they are called in a sentence."""
+    cfg = OmegaConf.create({group: literal(settings)})[group]
+    return build(cfg, kind) if kind else build(cfg)
 
 
 def value_at(container: Any, key: str) -> Any:

@@ -62,15 +62,13 @@ def conversation(messages: Any) -> Any:
         content = read_stdin("messages, a JSON list")
     else:
         source = messages
-        content = read_text(Path(messages))
+        content = read_text(Path(messages), f"messages={messages}")
 
     try:
         return json.loads(content)
     except ValueError as error:
         if not is_text:
-            raise DirlError(
-                f"{source} is not valid JSON ({error}): give a list of objects with role and content"
-            ) from error
+            raise not_json(source, error) from error
 
     # What is typed by hand may be YAML.
     try:
@@ -82,12 +80,27 @@ def conversation(messages: Any) -> Any:
         ) from error
 
 
-def read_text(file: Path) -> str:
-    """The text of a file of messages. Raises DirlError where it cannot be read."""
+def read_messages(file: Path) -> list[dict[str, str]]:
+    """The turns of a file of messages. Raises DirlError where it cannot be read as such."""
+    content = read_text(file, str(file))
+    try:
+        messages = json.loads(content)
+    except ValueError as error:
+        raise not_json(str(file), error) from error
+    return messages_of(Row(str(file), {"messages": messages}))
+
+
+def not_json(source: str, error: ValueError) -> DirlError:
+    """The error for messages that are no JSON."""
+    return DirlError(f"{source} is not valid JSON ({error}): give a list of objects with role and content")
+
+
+def read_text(file: Path, name: str) -> str:
+    """The text of a file of messages. name: what to call it. Raises DirlError where it cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise DirlError(f"messages={file} cannot be read ({error.strerror}): check the path") from error
+        raise DirlError(f"{name} cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
         raise DirlError(f"{file} is not UTF-8 text (byte {error.start}): convert it first") from error
 
