@@ -16,7 +16,7 @@ from tests.helpers.pages import PAGES, README, code_blocks, commands, files
 from tests.helpers.run_directories import make_run
 
 TRIED_ELSEWHERE = ("CONTRIBUTING", "quickstart", "smollm2", "multi_gpu")  # in tests of their own
-COMMANDS = ("download", "dpo", "eval", "generate", "merge", "rl", "serve", "sft", "view")
+COMMANDS = ("chat", "download", "dpo", "eval", "generate", "merge", "rl", "serve", "sft", "view")
 LOOKING = ("doctor", "runs")  # these have no config
 COMMANDS_OF_PAGES = [
     pytest.param(path, words, id=f"{path.stem} {' '.join(words)}")

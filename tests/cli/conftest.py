@@ -19,6 +19,6 @@ def jobs(here, monkeypatch):
         if cfg.get("seed") == 13:
             raise DirlError("13 brings bad luck: take another seed")
 
-    for name in ("sft", "rl", "dpo", "eval", "generate", "serve", "view", "download"):
+    for name in ("sft", "rl", "dpo", "eval", "generate", "chat", "serve", "view", "download"):
         monkeypatch.setitem(sys.modules, f"dirl_cli.commands.{name}", SimpleNamespace(run=run))
     return handed

@@ -54,7 +54,7 @@ def test_a_command_alone_is_the_embedded_preset_and_gives_way_to_the_command_lin
     assert (mine.optim._target_.split(".")[-1], mine.steps, mine.dtype) == ("AdamW", 7, "auto")
 
 
-@pytest.mark.parametrize("command", ["sft", "rl", "dpo", "eval", "generate"])
+@pytest.mark.parametrize("command", ["sft", "rl", "dpo", "eval", "generate", "chat"])
 def test_a_checkpoint_is_treated_alike_however_it_is_spelled(jobs, here, command):
     """Nor does a path to the embedded model's, which no command can tell from another, bring that model's preset."""
     spellings = ["model=sdar8b", "model=JetLM/SDAR-8B-Chat", "model.path=some/DIR", "model=some/DIR"]
@@ -418,6 +418,7 @@ EXPERIMENTS = {
     "tiny_dpo": "dpo",
     "tiny_eval": "eval",
     "tiny_generate": "generate",
+    "tiny_chat": "chat",
     "sudoku_sft": "sft",
     "sudoku_rl": "rl",
     "countdown_sft": "sft",

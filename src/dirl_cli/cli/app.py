@@ -140,6 +140,7 @@ add("rl", "Reinforce a model with verifiable rewards.", "model=sdar1b data=bigma
 add("dpo", "Prefer the better answer of pairs.", "model=sdar8b data=pairs.jsonl dpo.beta=0.2")
 add("eval", "Score a model on a benchmark.", "model=runs/sft/tiny-arithmetic/model bench=problems.json samples=4")
 add("generate", "Sample completions of prompts.", "model=sdar8b prompt='What is 7 times 8?' watch=true")
+add("chat", "Converse with a model in the terminal.", "model=sdar8b decoding.temperature=0.7")
 add("serve", "Answer requests over HTTP, in OpenAI's format.", "model=runs/sft/tiny-arithmetic/model")
 add("merge", "Make a LoRA adapter part of a model's weights.", "model=sdar8b model.adapter=DIR to=merged")
 

@@ -278,6 +278,18 @@ class GenerateConfig(JobConfig):
 
 
 @dataclass
+class ChatConfig:
+    model: Any
+    seed: Seed
+    pace: NotNegative
+    rollout: Any
+    dtype: Dtype
+    attention: Attention
+    device: Device
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+@dataclass
 class HttpConfig:
     host: str
     port: Annotated[int, Range(at_least=0, at_most=65535)]
@@ -335,6 +347,7 @@ SCHEMAS = {
     "dpo": DpoConfig,
     "eval": EvalConfig,
     "generate": GenerateConfig,
+    "chat": ChatConfig,
     "serve": ServeConfig,
     "merge": MergeConfig,
     "view": ViewConfig,
