@@ -40,7 +40,7 @@ class Method(NamedTuple):
 
 
 CERTAIN = ["certainty=2"]
-IN_ORDER = ["masking=trace", "masking.window=16"]  # no block has more steps: each is learned as one
+ONE_STEP = ["masking=trace", "masking.window=16"]  # no block has more steps
 SPEED = ["reward=speed_rank", "rl.filter=reward"]
 METHODS = {
     "masked at random": Method([]),
@@ -48,8 +48,8 @@ METHODS = {
     "… and grown": Method(["annealing.share=0.6"]),
     "… then reinforced": Method([], ["reward=accuracy"]),
     "… then reinforced for speed": Method([], SPEED),
-    "in the order revealed": Method(IN_ORDER),
-    "together": Method([*IN_ORDER, *CERTAIN], SPEED),
+    "a block, one step": Method(ONE_STEP),
+    "together": Method([*ONE_STEP, *CERTAIN], SPEED),
 }
 SMALLER = {4: [], 8: [4], 16: [4, 8]}  # the sizes that blocks grow through
 
