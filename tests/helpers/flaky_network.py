@@ -61,4 +61,5 @@ def line_to(address: str) -> Iterator[Line]:
     finally:
         line.moves.set()
         line.cut()
+        line.listener.shutdown(socket.SHUT_RDWR)  # which wakes who waits in `accept`
         line.listener.close()
