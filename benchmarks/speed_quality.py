@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.experiment import at_once
-from dirl_cli.evaluation.report import accuracy_text, with_digits
+from dirl_cli.evaluation.report import accuracy_text
 from dirl_cli.evaluation.result_card import Evaluation, read_evaluation
 from dirl_cli.report.plot import Point, scatter
+from dirl_cli.text import with_digits
 
 WORDS, ROOT = Path("runs/smollm2/words/model"), Path("runs/speed_quality")
 THRESHOLDS = (0.5, 0.7, 0.9, 0.98)

@@ -1,11 +1,18 @@
 """The processes of an evaluation, and how work is split among processes."""
 
 import heapq
+import os
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def split_by_cost(costs: Sequence[float], processes: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Make text fit to be shown and saved: redact secrets, escape control characters and OmegaConf's references."""
+"""Make text fit to be shown and saved: numbers by digits, secrets redacted, control characters escaped."""
 
 import os
 import re
@@ -64,3 +64,13 @@ def counted(count: int, noun: str) -> str:
 def shell_word(key: str, value: object) -> str:
     """`key=value` as it is typed in a shell."""
     return shlex.quote(f"{key}={value}")
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 in percent, without the sign; "" for None."""
+    return "" if share is None else with_digits(100 * share, 1)
+
+
+def with_digits(value: float | None, digits: int) -> str:
+    """A number with so many digits after the point; "" for None."""
+    return "" if value is None else f"{value:.{digits}f}"

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from dirl_cli.commands import chat
 from dirl_cli.commands.block_screen import HIDDEN, AnswerScreen
@@ -17,11 +16,11 @@ from dirl_cli.console import PlainConsole
 from dirl_cli.data.chat import answer_text, encode_messages
 from dirl_cli.errors import DirlError, Interrupted, Stopped
 from dirl_cli.models.load import SavedModel
-from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding
 from tests.helpers.command_line import dirl
 from tests.helpers.composed import composed
+from tests.helpers.rl_runs import save_sharp_model
 
 # What is typed
 
@@ -184,14 +183,7 @@ def test_a_loaded_question_without_an_answer_is_answered_by_retry(dialogue, here
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    lm = Tiny(hidden_size=32, num_hidden_layers=1, intermediate_size=32).load("float32", "cpu", "sdpa")
-    with torch.no_grad():
-        for parameter in lm.model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-    directory = tmp_path_factory.mktemp("random") / "model"
-    lm.save(directory)
-    return directory
+    return save_sharp_model(tmp_path_factory.mktemp("random") / "model")
 
 
 def dirl_chat(model: Path, monkeypatch, *lines: str, given: bytes | None = None) -> None:

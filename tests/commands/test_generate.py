@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
@@ -23,13 +22,13 @@ from dirl_cli.console import PlainConsole
 from dirl_cli.errors import DirlError, Stopped
 from dirl_cli.files import conf_dir
 from dirl_cli.models.load import SavedModel
-from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.answer_credits import grade
 from dirl_cli.sft.sampled_answers import SampledAnswers
 from dirl_cli.text import escape_controls
 from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding, Trajectory
+from tests.helpers.rl_runs import save_sharp_model
 from tests.helpers.small import MASK, small_lm
 
 OURS = (
@@ -49,14 +48,7 @@ OURS = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    lm = Tiny(hidden_size=32, num_hidden_layers=1, intermediate_size=32).load("float32", "cpu", "sdpa")
-    with torch.no_grad():
-        for parameter in lm.model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-    directory = tmp_path_factory.mktemp("random") / "model"
-    lm.save(directory)
-    return directory
+    return save_sharp_model(tmp_path_factory.mktemp("random") / "model")
 
 
 @pytest.fixture(scope="module")

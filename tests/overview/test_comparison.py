@@ -8,7 +8,7 @@ from PIL import Image
 
 from dirl_cli.console import PlainConsole
 from dirl_cli.errors import DirlError
-from dirl_cli.overview.comparison import blocks_of, differing_settings, labels_of, show_comparison
+from dirl_cli.overview.comparison import blocks_of, labels_of, settings_apart, show_side_by_side
 from dirl_cli.overview.summary import read_run
 from tests.helpers.command_line import dirl
 from tests.helpers.run_directories import RL, STEP, make_evaluation, make_run
@@ -25,7 +25,7 @@ def runs(here):
 def shown(runs, width=80, terminal=True):
     file = io.StringIO()
     console = PlainConsole(file=file, width=width, force_terminal=terminal, color_system=None)
-    show_comparison([read_run(run) for run in runs], console)
+    show_side_by_side([read_run(run) for run in runs], console)
     return file.getvalue().splitlines()
 
 
@@ -71,14 +71,14 @@ def test_settings_that_differ_are_told_but_not_what_follows_from_them():
         "optim": {"lr": 2.0, "weight_decay": 0.0},
         "data": {"path": "y"},
     }
-    assert differing_settings([a, b]) == [
+    assert settings_apart([a, b]) == [
         ("masking", ["A", "B"]),
         ("optim.lr", ["1", "2"]),
         ("optim.eps", ["2", ""]),
         ("data.path", ["…" + "x" * 29, "y"]),
     ]
     # Of another command only what both have.
-    assert [key for key, _ in differing_settings([a, b | {"rl": {}}])] == ["masking", "optim.lr", "data.path"]
+    assert [key for key, _ in settings_apart([a, b | {"rl": {}}])] == ["masking", "optim.lr", "data.path"]
 
 
 def test_curves_are_drawn_where_they_are_asked_for(runs):

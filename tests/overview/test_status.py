@@ -6,23 +6,23 @@ import json
 import pytest
 
 from dirl_cli.overview.find import find_runs
-from dirl_cli.overview.status import read_status, seconds_left
+from dirl_cli.overview.status import seconds_left, status_of
 from tests.helpers.run_directories import RL, make_evaluation, make_run
 
 
 def state(run):
-    return read_status(run).state
+    return status_of(run).state
 
 
 def test_a_run_that_left_its_model_is_finished(tmp_path):
-    status = read_status(make_run(tmp_path / "a"))
+    status = status_of(make_run(tmp_path / "a"))
     assert (status.state, status.step, status.steps, status.command) == ("finished", 4, 4, "rl")
     assert status.metrics["reward"] == 0.5 and status.metrics["greedy_accuracy"] == 0.25
 
 
 def test_one_that_saved_its_last_step_is_stopped_and_one_with_later_steps_was_cut_short(tmp_path):
     assert state(make_run(tmp_path / "stopped", steps=3, saved=3, finished=False)) == "stopped"
-    killed = read_status(make_run(tmp_path / "killed", steps=3, saved=2, finished=False))
+    killed = status_of(make_run(tmp_path / "killed", steps=3, saved=2, finished=False))
     assert killed.state == "failed" and "after step 3" in killed.remark and "step 2" in killed.remark
     assert state(make_run(tmp_path / "begun", steps=0, saved=0, finished=False)) == "stopped"
 
@@ -37,7 +37,7 @@ def test_one_whose_lock_is_held_is_running_whatever_else_it_left(tmp_path):
     run = make_run(tmp_path / "a", steps=3)
     with (run / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        status = read_status(run)
+        status = status_of(run)
     assert status.state == "running" and status.seconds_left == 0.0  # by the clock it should have long been done
     assert state(run) == "finished"
 
@@ -45,11 +45,11 @@ def test_one_whose_lock_is_held_is_running_whatever_else_it_left(tmp_path):
 def test_the_sentence_of_a_process_that_failed_is_the_remark(tmp_path):
     run = make_run(tmp_path / "a", finished=False, steps=2, saved=2)
     (run / "failure.txt").write_text(json.dumps(["process 1 was killed by SIGKILL", 1]))
-    assert read_status(run).state == "failed" and read_status(run).remark == "process 1 was killed by SIGKILL"
+    assert status_of(run).state == "failed" and status_of(run).remark == "process 1 was killed by SIGKILL"
     (run / "failure.txt").write_text(json.dumps(['seed="a": give a number…\nfor example 1', 1]))
-    assert read_status(run).remark == 'seed="a": give a number…\nfor example 1'
+    assert status_of(run).remark == 'seed="a": give a number…\nfor example 1'
     (run / "failure.txt").write_text('["process 1 was kil')
-    assert read_status(run).state == "failed"
+    assert status_of(run).state == "failed"
 
 
 def test_one_that_did_all_steps_and_left_no_model_goes_on_to_leave_it(tmp_path):
@@ -57,9 +57,9 @@ def test_one_that_did_all_steps_and_left_no_model_goes_on_to_leave_it(tmp_path):
 
 
 def test_an_evaluation_is_counted_in_answers(tmp_path):
-    done = read_status(make_evaluation(tmp_path / "done"))
+    done = status_of(make_evaluation(tmp_path / "done"))
     assert (done.state, done.step, done.steps, done.metrics["accuracy"]) == ("finished", 4, 4, 0.75)
-    half = read_status(make_evaluation(tmp_path / "half", answers=1, finished=False))
+    half = status_of(make_evaluation(tmp_path / "half", answers=1, finished=False))
     assert (half.state, half.step, half.steps) == ("stopped", 1, 4)
 
 
@@ -94,19 +94,19 @@ def test_torn_and_foreign_lines_of_metrics_are_passed_over(tmp_path):
     run = make_run(tmp_path / "a", steps=2, finished=False, saved=2)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "reward": "much"}\n[1]\n' + "[" * 5000 + '\n{"step": 2, "rew')
-    assert read_status(run).metrics["reward"] == 0.5
+    assert status_of(run).metrics["reward"] == 0.5
     for name in ("metrics.jsonl", "lock", "environment.json"):
         (run / name).unlink()
         (run / name).mkdir()  # worse than damaged
-    assert read_status(run).step == 0
+    assert status_of(run).step == 0
 
 
 def test_settings_of_other_types_than_ours_are_no_failure(tmp_path):
-    assert read_status(make_run(tmp_path / "a", settings=RL | {"steps": "many"}, finished=False)).steps == 0
+    assert status_of(make_run(tmp_path / "a", settings=RL | {"steps": "many"}, finished=False)).steps == 0
     run = make_evaluation(tmp_path / "b")
     (run / "eval_card.json").write_text('{"metrics": [1]}')
     (run / "sampled_from.json").write_text('{"problems": [1]}')
-    assert read_status(run).steps == 0
+    assert status_of(run).steps == 0
 
 
 def test_runs_are_found_at_any_depth_but_not_within_what_a_run_is_made_of(tmp_path):

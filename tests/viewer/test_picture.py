@@ -15,11 +15,11 @@ from dirl_cli.viewer.picture import (
     LINE,
     MASKED,
     SCALE,
-    cells_of,
     colour_of,
     draw_frames,
     gif,
     svg,
+    token_cells,
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -38,7 +38,7 @@ def answer(texts: list[str], steps: list[int], order: list[int], offset: int = 0
 
 def test_blocks_stand_a_character_apart_and_a_line_break_ends_the_line():
     texts = ["ab", "c\n", "d", "e"]
-    cells = cells_of(answer(texts, [1, 2, 1, 1], [1, 2, 3, 3], offset=1), texts)
+    cells = token_cells(answer(texts, [1, 2, 1, 1], [1, 2, 3, 3], offset=1), texts)
     assert [(cell.text, cell.line, cell.column, cell.block) for cell in cells] == [
         ("ab", 0, 0, 0),
         ("c↵", 0, 3, 1),
@@ -49,7 +49,7 @@ def test_blocks_stand_a_character_apart_and_a_line_break_ends_the_line():
 
 def test_a_full_line_is_broken_and_wide_letters_count_twice():
     texts = ["x" * 100, "漢字", "y" * 30]
-    cells = cells_of(answer(texts, [1, 1, 1], [1, 1, 2]), texts)
+    cells = token_cells(answer(texts, [1, 1, 1], [1, 1, 2]), texts)
     assert max(cell.column + cell.width for cell in cells) <= COLUMNS
     assert "".join(cell.text for cell in cells) == "".join(texts)
     assert [cell.width for cell in cells if cell.text == "漢字"] == [4]
@@ -57,7 +57,10 @@ def test_a_full_line_is_broken_and_wide_letters_count_twice():
 
 def test_the_tail_is_left_out_and_the_stop_token_is_not():
     texts = ["four", "<end>", "<end>"]
-    assert [cell.text for cell in cells_of(answer(texts, [1, 1, 1], [1, 1, 1], length=1), texts)] == ["four", "<end>"]
+    assert [cell.text for cell in token_cells(answer(texts, [1, 1, 1], [1, 1, 1], length=1), texts)] == [
+        "four",
+        "<end>",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_a_long_answer_has_no_more_frames_than_may_be(monkeypatch):
 
 def test_a_frame_masks_what_is_still_to_come_and_rings_what_is_new():
     texts = ["a", "b", "c", "d"]
-    cells = cells_of(answer(texts, [0, 1, 2, 1], [0, 1, 2, 3]), texts)
+    cells = token_cells(answer(texts, [0, 1, 2, 1], [0, 1, 2, 3]), texts)
     frames = [frame.convert("RGB") for frame in draw_frames(cells, [0, 2, 3])]
 
     def seen(frame, cell):

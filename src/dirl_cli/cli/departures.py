@@ -44,11 +44,11 @@ def departures(command: str, settings: Mapping[str, Any], said: Sequence[str]) -
                 if composed_choices(command, preset, choices | others).get(group) == choice:
                     del likelier[group]
             choices |= likelier
-            cfg = compose(command, [*preset, *as_words(choices)])
+            cfg = compose(command, [*preset, *choice_words(choices)])
     except (HydraException, OmegaConfBaseException):
         return []
 
-    words = [*(word for word in preset if "=" in word), *as_words(choices), *differing_values(cfg, settings)]
+    words = [*(word for word in preset if "=" in word), *choice_words(choices), *differing_values(cfg, settings)]
     path = settings["model"].get("path") if "model" in settings else None
     if f"model.path={format_completion(path)}" in words and "model=path" in words:  # as it is usually said
         words[words.index("model=path")] = f"model={format_completion(path)}"
@@ -58,7 +58,7 @@ def departures(command: str, settings: Mapping[str, Any], said: Sequence[str]) -
 
 def composed_choices(command: str, preset: Sequence[str], choices: Mapping[str, str]) -> dict[str, Any]:
     """The choice of each group once some are made, while Hydra is initialised."""
-    cfg = compose(command, [*preset, *as_words(choices)], return_hydra_config=True)
+    cfg = compose(command, [*preset, *choice_words(choices)], return_hydra_config=True)
     return {str(group): choice for group, choice in cfg.hydra.runtime.choices.items()}
 
 
@@ -72,7 +72,7 @@ def said_choices(said: Sequence[str]) -> dict[str, str]:
     return choices
 
 
-def as_words(choices: Mapping[str, str]) -> list[str]:
+def choice_words(choices: Mapping[str, str]) -> list[str]:
     return [f"{group}={choice}" for group, choice in choices.items()]
 
 

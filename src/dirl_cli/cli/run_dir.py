@@ -167,12 +167,12 @@ def locked(out: Path) -> Iterator[IO[str]]:
     except OSError as error:
         raise DirlError(f"{out} cannot be written ({error.strerror}): give another directory with out=…") from error
     with lock:
-        if not take(lock):
+        if not take_lock(lock):
             raise DirlError(f"{out} is in use by another process: wait for it, or give this run a name=…")
         yield lock
 
 
-def take(lock: IO[str]) -> bool:
+def take_lock(lock: IO[str]) -> bool:
     """Take a lock, and keep it as long as its file stays open; False where others hold it for longer than a moment."""
     deadline = time.monotonic() + MOMENT
     while True:

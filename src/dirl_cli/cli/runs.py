@@ -64,7 +64,7 @@ def list_runs(directories: Sequence[Path]) -> None:
     from dirl_cli.console import PlainConsole
     from dirl_cli.overview.find import RUNS, find_runs
     from dirl_cli.overview.listing import show_runs
-    from dirl_cli.overview.status import read_status
+    from dirl_cli.overview.status import status_of
 
     roots = directories or [RUNS]
     if not directories and not RUNS.exists():
@@ -74,7 +74,7 @@ def list_runs(directories: Sequence[Path]) -> None:
         if not root.is_dir():
             commands = ", ".join(str(command.name) for command in app.registered_commands if not command.hidden)
             raise DirlError(f"{root} is no directory: give one that holds runs, or a command ({commands})")
-    runs = [read_status(run) for root in roots for run in find_runs(root)]
+    runs = [status_of(run) for root in roots for run in find_runs(root)]
     if not runs:
         typer.echo(f"no runs in {', '.join(map(str, roots))}: begin one with dirl sft")
         return
@@ -95,7 +95,7 @@ def show_command(run: Run) -> None:
 @app.command("compare", help="Show runs side by side: figures, settings.")
 def compare_command(runs: Compared, plot: Plot = None) -> None:
     from dirl_cli.console import PlainConsole
-    from dirl_cli.overview.comparison import draw_comparison, show_comparison
+    from dirl_cli.overview.comparison import draw_comparison, show_side_by_side
     from dirl_cli.overview.find import run_named
     from dirl_cli.overview.summary import read_run
 
@@ -103,7 +103,7 @@ def compare_command(runs: Compared, plot: Plot = None) -> None:
         if len(runs) < 2:
             raise DirlError("one run alone is nothing to compare: give two or more")
         files = [read_run(run_named(run)) for run in runs]
-        show_comparison(files, PlainConsole())
+        show_side_by_side(files, PlainConsole())
         if plot:
             draw_comparison(files, plot)
             typer.echo(str(plot))

@@ -364,7 +364,7 @@ def register() -> None:
         ConfigStore.instance().store(f"{name}_schema", node)
     OmegaConf.register_new_resolver("slug", slug, replace=True)
     OmegaConf.register_new_resolver("asked", asked, replace=True)
-    OmegaConf.register_new_resolver("joined", joined, replace=True)
+    OmegaConf.register_new_resolver("joined", joined_name, replace=True)
 
 
 def asked(tasks: Sequence[str] | None, bench: str) -> str:
@@ -372,7 +372,7 @@ def asked(tasks: Sequence[str] | None, bench: str) -> str:
     return "-".join(tasks) if tasks else bench
 
 
-def joined(texts: Sequence[str]) -> str:
+def joined_name(texts: Sequence[str]) -> str:
     """Several texts as part of a name."""
     return "-".join(texts)
 

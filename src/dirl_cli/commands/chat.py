@@ -30,19 +30,22 @@ def run(cfg: DictConfig, out: None) -> None:
     notes = PlainConsole(soft_wrap=True, stderr=True)
     engine: Engine = build(cfg.rollout)
     decoding = build(cfg.decoding, Decoding)
-    require_strategy(engine, decoding)
-    find_strategy(decoding.strategy)
+
+    def require_known(decoding: Decoding) -> None:
+        require_strategy(engine, decoding)
+        find_strategy(decoding.strategy)
+
+    def require(decoding: Decoding) -> None:
+        require_known(decoding)
+        require_own_block_size(decoding, lm)
+
+    require_known(decoding)  # before the model is loaded, which takes longer
     engine.require()
     if isinstance(build(cfg.model), Tiny):
         notes.print(UNTRAINED)
     lm = load_for_answers(cfg, cfg.device, notes)
-    require_own_block_size(decoding, lm)
+    require(decoding)
     encode_messages(lm.require_tokenizer(), [{"role": "user", "content": "?"}])  # raises without a chat template
-
-    def require(decoding: Decoding) -> None:
-        require_strategy(engine, decoding)
-        find_strategy(decoding.strategy)
-        require_own_block_size(decoding, lm)
 
     dialogue = Dialogue(decoding, require)
     answerer = Answerer(lm, engine.start(lm), console, notes, cfg.pace, is_watched=isinstance(engine, Native))
@@ -77,7 +80,7 @@ def next_entry(notes: PlainConsole) -> Entry | None:
     """What is typed next; None at the end. Raises Stopped on SIGTERM, and on Ctrl-C where nobody types."""
     while True:
         try:
-            return read_entry(read_line)
+            return read_entry(typed_line)
         except EOFError:
             if is_typed():
                 notes.print()
@@ -90,7 +93,7 @@ def next_entry(notes: PlainConsole) -> Entry | None:
             notes.print("\nCtrl-D or /quit ends the chat", style="dim")
 
 
-def read_line(prompt: str) -> str:
+def typed_line(prompt: str) -> str:
     """A line of standard input. prompt: shown to somebody who types. Raises EOFError at the end."""
     return input(prompt if is_typed() else "")
 

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from rich.text import Text
 
 from dirl_cli.console import PlainConsole, working
+from dirl_cli.distributed import cores
 from dirl_cli.doctor import checks, machine
 from dirl_cli.doctor.checks import Check, name_of
 from dirl_cli.doctor.imports import Imported, import_all
@@ -61,7 +62,7 @@ def examine() -> tuple[list[Check], list[Check]]:
         needed.append(checks.check_triton(imported["triton"], has_compiler()))
     needed += [
         checks.check_cores(
-            machine.cores(), machine.core_quota(), environment.get("OMP_NUM_THREADS"), torch.facts.get("threads")
+            cores(), machine.core_quota(), environment.get("OMP_NUM_THREADS"), torch.facts.get("threads")
         ),
         checks.check_memory(*machine.memory()),
         *disk_checks(),

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +97,6 @@ def parse_driver(text: str) -> Driver:
 def megabytes(text: str) -> int:
     """A number of nvidia-smi; 0 where it has none, as for GPUs that share the memory of the machine."""
     return int(text) if text.isdigit() else 0
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def core_quota(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:

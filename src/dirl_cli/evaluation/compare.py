@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.metrics import Metrics, by_problem
-from dirl_cli.evaluation.report import with_digits
 from dirl_cli.evaluation.result_card import Evaluation
+from dirl_cli.text import with_digits
 
 CAPTION = (
     "z: the difference in standard errors (s.e.); by chance alone it exceeds 1 in one comparison of three,"

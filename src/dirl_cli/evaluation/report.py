@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dirl_cli.evaluation.metrics import Metrics
+from dirl_cli.text import percent, with_digits
 
 INTERVAL = "±: standard error over problems. 95 %: Wilson's interval, also where all are right or wrong."
 SPEEDS = "tok/step: tokens per denoising forward. tok/fwd: per forward, those that only cache included."
@@ -138,18 +139,6 @@ def interval_text(metrics: Metrics) -> str:
 def credit_text(metrics: Metrics) -> str:
     """The mean credit in %, where it is not the accuracy."""
     return "" if metrics.credit == metrics.accuracy else percent(metrics.credit)
-
-
-def percent(share: float | None) -> str:
-    if share is None:
-        return ""
-    return with_digits(100 * share, 1)
-
-
-def with_digits(value: float | None, digits: int) -> str:
-    if value is None:
-        return ""
-    return f"{value:.{digits}f}"
 
 
 def beside(published: Sequence[float], ours: Metrics, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a card says of the circumstances of a run, so that its figures can stand in a leaderboard and be repeated."""
 
 import json
-import os
 import platform
 import re
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from dirl_cli.distributed import cores
 from dirl_cli.evaluation.result_card import read_card
 
 ENVIRONMENT = "environment.json"  # of a run directory: command, versions, commit
@@ -47,7 +47,7 @@ def hardware() -> dict[str, Any]:
     described: dict[str, Any] = {
         "platform": platform.platform(),
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpus": [],
     }

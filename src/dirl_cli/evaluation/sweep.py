@@ -13,6 +13,7 @@ from dirl_cli.evaluation.aup import Curve, Speed, curve_of, weight
 from dirl_cli.evaluation.metrics import Metrics, mean_over_benchmarks, mean_over_seeds
 from dirl_cli.evaluation.result_card import Evaluation
 from dirl_cli.report.plot import Point
+from dirl_cli.text import with_digits
 
 PUBLISHED = (
     "published: avg@16 of the papers; z: by how many of our standard errors ours is above it,"
@@ -136,7 +137,7 @@ def metric_columns(metrics: Metrics, k: str, figure: str) -> dict[str, str]:
             cells[name] = cell
         if name == "95 %":
             cells["published (z)"] = figure
-    cells["TPF"] = report.with_digits(metrics.tpf, 2)
+    cells["TPF"] = with_digits(metrics.tpf, 2)
     return cells
 
 

@@ -8,10 +8,11 @@ from statistics import fmean
 
 from dirl_cli.console import PlainConsole
 from dirl_cli.evaluation.metrics import standard_error
-from dirl_cli.evaluation.report import csv_text, draw, with_digits
+from dirl_cli.evaluation.report import csv_text, draw
 from dirl_cli.evaluation.sweep import folder_of, overrides, with_means
 from dirl_cli.files import write_text
 from dirl_cli.report.metrics_log import read_metrics
+from dirl_cli.text import with_digits
 
 CAPTION = "What each run measured last. ±: the standard error over seeds."
 PASSING = ("time", "seconds/", "epoch")  # metrics of a step that say nothing of the run's end

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dirl_cli.overview.files import read_rows, rollout_files
+from dirl_cli.overview.files import read_objects, step_files
 
 LOOKED_AT = 400  # answers of a file, from which some are chosen
 PROBLEMS = 4  # that are shown of a step
@@ -26,13 +26,13 @@ class AnswerExcerpt:
 
 def answers_to_read(run: Path) -> dict[str, list[AnswerExcerpt]]:
     """Answers to look at, under headings; nothing where the run kept none."""
-    files = rollout_files(run)
+    files = step_files(run)
     shown = {}
     for file in dict.fromkeys([*files[:1], *files[-1:]]):
-        answers = of_some_problems(read_rows(file, LOOKED_AT))
+        answers = of_some_problems(read_objects(file, LOOKED_AT))
         if answers:
             shown[f"Step {int(file.stem.removeprefix('step-'))}" if is_numbered(file) else file.stem] = answers
-    rows = read_rows(run / "answers.jsonl", LOOKED_AT)
+    rows = read_objects(run / "answers.jsonl", LOOKED_AT)
     for heading, is_correct in (("Wrong", False), ("Right", True)):
         chosen = [excerpt(row) for row in rows if bool(row.get("correct")) == is_correct][:OF_EACH]
         if chosen:
@@ -66,14 +66,14 @@ def excerpt(row: Mapping[str, Any]) -> AnswerExcerpt:
     if row.get("stop_reason") == "length":
         facts.append("cut at the longest")
     return AnswerExcerpt(
-        question=shortened(row.get("question")),
-        reference=shortened(row.get("reference", row.get("answer"))),
-        text=shortened(row.get("completion", row.get("text"))),
+        question=shortened_text(row.get("question")),
+        reference=shortened_text(row.get("reference", row.get("answer"))),
+        text=shortened_text(row.get("completion", row.get("text"))),
         is_correct=bool(row.get("correct")),
         facts=", ".join(facts),
     )
 
 
-def shortened(text: Any) -> str:
+def shortened_text(text: Any) -> str:
     text = "" if text is None else str(text)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text):,} letters)"

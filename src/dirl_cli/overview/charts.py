@@ -55,16 +55,16 @@ def curve(points: Sequence[Point], colour: str, is_smoothed: bool, place: Place)
         dots = "".join('<circle cx="{}" cy="{}" r="2.5"/>'.format(*place(point)) for point in points)
         return f'<g class="{colour}">{line(points, place, "mean")}<g class="dots">{dots}</g></g>'
     if not is_smoothed:
-        return f'<g class="{colour}">{line(thinned(points), place, "mean")}</g>'
+        return f'<g class="{colour}">{line(sparser(points), place, "mean")}</g>'
     mean = list(zip(steps, smooth(values, len(points) // 100), strict=True))
-    return f'<g class="{colour}">{line(thinned(points), place, "noise")}{line(thinned(mean), place, "mean")}</g>'
+    return f'<g class="{colour}">{line(sparser(points), place, "noise")}{line(sparser(mean), place, "mean")}</g>'
 
 
 def line(points: Sequence[Point], place: Place, kind: str) -> str:
     return f'<polyline class="{kind}" points="{" ".join("{},{}".format(*place(point)) for point in points)}"/>'
 
 
-def thinned(points: Sequence[Point]) -> Sequence[Point]:
+def sparser(points: Sequence[Point]) -> Sequence[Point]:
     """Every so many of the points, the last one included."""
     stride = ceil(len(points) / MOST_POINTS)
     return [*points[:-1:stride], points[-1]]

@@ -36,10 +36,10 @@ def labels_of(directories: Sequence[Path]) -> list[str]:
     return ["/".join(path[shared:]) or str(directory) for path, directory in zip(parts, directories, strict=True)]
 
 
-def show_comparison(runs: Sequence[RunFiles], console: PlainConsole) -> None:
+def show_side_by_side(runs: Sequence[RunFiles], console: PlainConsole) -> None:
     """Print a column a run; where a terminal is too narrow for all of them, some below the others."""
     labels = labels_of([run.status.directory for run in runs])
-    rows = rows_of(runs, labels)
+    rows = comparison_rows(runs, labels)
     width = console.width if console.is_terminal else EVERYWHERE
     name_width = min(max(len(row[NAME]) for row in rows), max(16, width // 3))
 
@@ -62,7 +62,7 @@ def blocks_of(labels: Sequence[str], widths: Mapping[str, int], room: int) -> li
     return blocks
 
 
-def rows_of(runs: Sequence[RunFiles], labels: Sequence[str]) -> list[dict[str, str]]:
+def comparison_rows(runs: Sequence[RunFiles], labels: Sequence[str]) -> list[dict[str, str]]:
     """What is compared, a row each with a cell for each run: state, metrics, time, then the settings that differ."""
     rows = [
         cells("command", [run.status.command for run in runs], labels),
@@ -76,7 +76,7 @@ def rows_of(runs: Sequence[RunFiles], labels: Sequence[str]) -> list[dict[str, s
     if any(seconds):
         rows.append(cells("time", [format_clock(value) if value else "" for value in seconds], labels))
 
-    rows += [cells(key, values, labels) for key, values in differing_settings([run.settings for run in runs])]
+    rows += [cells(key, values, labels) for key, values in settings_apart([run.settings for run in runs])]
     return rows
 
 
@@ -84,7 +84,7 @@ def cells(name: str, values: Sequence[str], labels: Sequence[str]) -> dict[str, 
     return {NAME: name, **dict(zip(labels, values, strict=True))}
 
 
-def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+def settings_apart(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """The settings in which runs differ, with the value of each run; "" where one lacks it.
 
     What follows from a difference is left out: the keys of another class or of another command.
@@ -101,14 +101,14 @@ def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str,
             continue
         classes = {mapping.get(key.rpartition(".")[0] + TARGET) for mapping in flat}
         if all(key in mapping for mapping in flat) or (is_one_command and len(classes) == 1):
-            differing.append((key.removesuffix(TARGET), [shortened(key, value) for value in values]))
+            differing.append((key.removesuffix(TARGET), [shortened_value(key, value) for value in values]))
     if len(differing) > MOST_SETTINGS:
         more = [""] * len(settings)
         differing = [*differing[:MOST_SETTINGS], (f"and {len(differing) - MOST_SETTINGS} more settings", more)]
     return differing
 
 
-def shortened(key: str, value: str) -> str:
+def shortened_value(key: str, value: str) -> str:
     """A class by its name alone, the end of what is long."""
     if key.endswith(TARGET):
         return value.rpartition(".")[2]

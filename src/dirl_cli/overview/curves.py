@@ -103,7 +103,7 @@ def phase_seconds(history: Sequence[Numbers]) -> dict[str, float]:
     return total
 
 
-def cells_of(course: MetricCourse) -> Mapping[str, str]:
+def course_cells(course: MetricCourse) -> Mapping[str, str]:
     """A row of a table of metrics."""
     best, at = course.best or (None, 0)
     return {

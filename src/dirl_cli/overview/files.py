@@ -14,7 +14,7 @@ COMMANDS = {"rl": "rl", "dpo": "dpo", "bench": "eval", "masking": "sft"}  # by a
 Numbers = dict[str, float]
 
 
-def read_text(file: Path) -> str:
+def text_of(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -24,7 +24,7 @@ def read_text(file: Path) -> str:
 def read_mapping(file: Path) -> dict[str, Any]:
     """What a JSON file holds, where that is an object."""
     try:
-        content = json.loads(read_text(file))
+        content = json.loads(text_of(file))
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -33,7 +33,7 @@ def read_mapping(file: Path) -> dict[str, Any]:
 def read_settings(run: Path) -> dict[str, Any]:
     """A run's config.yaml; nothing where it is none of ours."""
     try:
-        content = yaml.load(read_text(run / "config.yaml"), SAFE_LOADER)
+        content = yaml.load(text_of(run / "config.yaml"), SAFE_LOADER)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) and command_of(content) else {}
@@ -50,7 +50,7 @@ def command_of(settings: Mapping[str, Any]) -> str:
 def read_history(run: Path) -> list[Numbers]:
     """The lines of metrics.jsonl, by ascending steps: of a step that stands there twice the later line."""
     by_step = {}
-    for text in read_text(run / "metrics.jsonl").splitlines():
+    for text in text_of(run / "metrics.jsonl").splitlines():
         line = numbers_of(text)
         if "step" in line:
             by_step[line["step"]] = line
@@ -74,7 +74,7 @@ def only_numbers(content: Mapping[str, Any]) -> Numbers:
     return numbers
 
 
-def last_values(lines: Sequence[str], names: Iterable[str]) -> Numbers:
+def last_measured(lines: Sequence[str], names: Iterable[str]) -> Numbers:
     """The last value of each of some metrics; of a long file only the lines that tell them are parsed."""
     values: Numbers = {}
     missing = set(names)
@@ -88,7 +88,7 @@ def last_values(lines: Sequence[str], names: Iterable[str]) -> Numbers:
     return values
 
 
-def read_rows(file: Path, most: int) -> list[dict[str, Any]]:
+def read_objects(file: Path, most: int) -> list[dict[str, Any]]:
     """The first objects of a file with one a line."""
     rows: list[dict[str, Any]] = []
     try:
@@ -117,6 +117,6 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted(steps)
 
 
-def rollout_files(run: Path) -> list[Path]:
+def step_files(run: Path) -> list[Path]:
     """The files of a run's rollouts, by step."""
     return sorted((run / "rollouts").glob("step-*.jsonl"))

@@ -11,7 +11,7 @@ from rich.text import Text
 from dirl_cli.console import PlainConsole
 from dirl_cli.overview.status import RunStatus
 from dirl_cli.report.progress import format_clock
-from dirl_cli.text import counted
+from dirl_cli.text import counted, percent, with_digits
 
 STYLES = {
     "running": "green",
@@ -40,14 +40,6 @@ LEFT = ("state", "command")
 EVERYWHERE = 10_000  # columns, where nothing is to be fitted into any
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
 def row_of(run: RunStatus, root: Path, now: float) -> dict[str, str]:
     """The cells of a run; empty where it has no such thing."""
     metrics = run.metrics
@@ -60,12 +52,12 @@ def row_of(run: RunStatus, root: Path, now: float) -> dict[str, str]:
         "command": run.command,
         "state": run.state,
         "step": f"{run.step}/{run.steps}" if run.steps else str(run.step or ""),
-        "loss": number(metrics.get("loss") if is_learning else None, 4),
-        "held out": number(metrics.get("validation_loss"), 4),
-        "reward": number(metrics.get("reward"), 3),
+        "loss": with_digits(metrics.get("loss") if is_learning else None, 4),
+        "held out": with_digits(metrics.get("validation_loss"), 4),
+        "reward": with_digits(metrics.get("reward"), 3),
         "accuracy %": percent(accuracy),
-        "length": number(metrics.get("length"), 0),
-        "tok/fwd": number(metrics.get("tokens_per_forward"), 2),
+        "length": with_digits(metrics.get("length"), 0),
+        "tok/fwd": with_digits(metrics.get("tokens_per_forward"), 2),
         "left": "" if run.seconds_left is None else format_clock(run.seconds_left),
         "last": ago(now - run.changed) if run.changed else "",
     }

@@ -11,9 +11,9 @@ import yaml
 from dirl_cli.files import write_text
 from dirl_cli.overview.answers import AnswerExcerpt, answers_to_read
 from dirl_cli.overview.charts import chart
-from dirl_cli.overview.curves import cells_of, course_of, format_metric, is_leading, names_of
+from dirl_cli.overview.curves import course_cells, course_of, format_metric, is_leading, names_of
 from dirl_cli.overview.files import only_numbers, read_mapping
-from dirl_cli.overview.summary import RunFiles, facts, progress_text
+from dirl_cli.overview.summary import RunFiles, progress_text, run_facts
 from dirl_cli.report.panels import PANELS_OF
 from dirl_cli.report.plot import Panel
 from dirl_cli.text import escape_controls, redact
@@ -71,7 +71,7 @@ def write_page(run: RunFiles, departures: Sequence[str], to: Path) -> None:
 def page_of(run: RunFiles, departures: Sequence[str]) -> str:
     status = run.status
     sections = [
-        section("", facts_table(facts(run, departures))),
+        section("", facts_table(run_facts(run, departures))),
         section("Figures", figures(run)),
         section("Curves", curves(run)),
         section("Answers", answers(answers_to_read(status.directory))),
@@ -111,7 +111,7 @@ def facts_table(lines: Sequence[tuple[str, str]]) -> str:
     return f'<table class="facts">{rows}</table>' if rows else ""
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> str:
+def html_table(rows: Sequence[Mapping[str, str]]) -> str:
     if not rows:
         return ""
     head = "".join(f"<th>{text(name)}</th>" for name in rows[0])
@@ -123,7 +123,7 @@ def figures(run: RunFiles) -> str:
     """The metrics of a training run: first, last and best; of an evaluation those of all and of its subsets."""
     if run.status.command != "eval":
         names = [name for name in names_of(run.history) if is_leading(name, run.status.command)]
-        return table([cells_of(course_of(run.history, name)) for name in names])
+        return html_table([course_cells(course_of(run.history, name)) for name in names])
     subsets = read_mapping(run.status.directory / "eval_card.json").get("subsets")
     columns: dict[str, Mapping[str, float]] = {"all": run.status.metrics}
     if isinstance(subsets, dict):
@@ -132,7 +132,7 @@ def figures(run: RunFiles) -> str:
     for name in run.status.metrics:
         cells = {label: format_metric(name, numbers.get(name)) for label, numbers in columns.items()}
         rows.append({"metric": name, **cells})
-    return table(rows)
+    return html_table(rows)
 
 
 def curves(run: RunFiles) -> str:

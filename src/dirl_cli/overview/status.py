@@ -13,12 +13,12 @@ from dirl_cli.overview.files import (
     Numbers,
     checkpoint_steps,
     command_of,
-    last_values,
+    last_measured,
     numbers_of,
     only_numbers,
     read_mapping,
     read_settings,
-    read_text,
+    text_of,
 )
 from dirl_cli.overview.locks import Holder, lock_holder
 
@@ -56,7 +56,7 @@ class RunStatus:
     remark: str = ""
 
 
-def read_status(run: Path) -> RunStatus:
+def status_of(run: Path) -> RunStatus:
     """The status of a run that may be written right now."""
     holder = lock_holder(run / "lock")
     changed = last_change(run)
@@ -69,8 +69,8 @@ def read_status(run: Path) -> RunStatus:
 
 
 def training_status(run: Path, settings: dict[str, Any], holder: Holder | None, changed: float) -> RunStatus:
-    lines = read_text(run / "metrics.jsonl").splitlines()
-    step = int(last_values(lines[-3:], ["step"]).get("step", 0))  # the very last may be torn
+    lines = text_of(run / "metrics.jsonl").splitlines()
+    step = int(last_measured(lines[-3:], ["step"]).get("step", 0))  # the very last may be torn
     steps = settings.get("steps")
     steps = steps if isinstance(steps, int) else 0
     state, remark = state_of(run, holder, is_finished=(run / "model").is_dir())
@@ -85,11 +85,11 @@ def training_status(run: Path, settings: dict[str, Any], holder: Holder | None, 
     left = None
     if state == "running" and steps:
         left = seconds_left([numbers_of(text) for text in lines[-PACE - 1 :]], steps - step, time.time())
-    return RunStatus(run, command_of(settings), state, step, steps, last_values(lines, SHOWN), left, changed, remark)
+    return RunStatus(run, command_of(settings), state, step, steps, last_measured(lines, SHOWN), left, changed, remark)
 
 
 def evaluation_status(run: Path, settings: dict[str, Any], holder: Holder | None, changed: float) -> RunStatus:
-    answers = read_text(run / "answers.jsonl").count("\n")
+    answers = text_of(run / "answers.jsonl").count("\n")
     problems = read_mapping(run / "sampled_from.json").get("problems")
     samples = settings.get("samples")
     of_all = len(problems) * samples if isinstance(problems, dict) and isinstance(samples, int) else 0
@@ -119,7 +119,7 @@ def state_of(run: Path, holder: Holder | None, is_finished: bool) -> tuple[RunSt
 def failure_of(run: Path) -> str:
     """The sentence of the process of a run that failed first, "" where it is torn."""
     try:
-        content = json.loads(read_text(run / "failure.txt"))
+        content = json.loads(text_of(run / "failure.txt"))
     except (ValueError, RecursionError):
         return ""
     return str(content[0]) if isinstance(content, list) and content else ""

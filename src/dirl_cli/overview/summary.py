@@ -10,17 +10,17 @@ from typing import Any
 from rich.text import Text
 
 from dirl_cli.console import PlainConsole
-from dirl_cli.overview.curves import cells_of, course_of, format_metric, is_leading, names_of, phase_seconds
+from dirl_cli.overview.curves import course_cells, course_of, format_metric, is_leading, names_of, phase_seconds
 from dirl_cli.overview.files import (
     Numbers,
     checkpoint_steps,
     read_history,
     read_mapping,
     read_settings,
-    rollout_files,
+    step_files,
 )
 from dirl_cli.overview.listing import EVERYWHERE, GAP, STYLES, print_table
-from dirl_cli.overview.status import RunStatus, read_status
+from dirl_cli.overview.status import RunStatus, status_of
 from dirl_cli.report.progress import format_clock, format_shares
 from dirl_cli.text import counted, redact, shell_word
 
@@ -47,7 +47,7 @@ class RunFiles:
 
 def read_run(run: Path) -> RunFiles:
     environment = read_mapping(run / "environment.json")
-    return RunFiles(read_status(run), read_settings(run), environment, read_history(run))
+    return RunFiles(status_of(run), read_settings(run), environment, read_history(run))
 
 
 def said_words(environment: Mapping[str, Any]) -> list[str]:
@@ -70,10 +70,10 @@ def show_summary(run: RunFiles, departures: Sequence[str], console: PlainConsole
     console.print(head.append(f", {progress_text(status)}"), soft_wrap=True)
     if status.remark:
         say(console, "", status.remark)
-    for name, text in facts(run, departures):
+    for name, text in run_facts(run, departures):
         say(console, name, text)
     show_metrics(run, console)
-    for name, command in next_commands(run):  # in one line, so that they can be copied
+    for name, command in following_commands(run):  # in one line, so that they can be copied
         console.print(f"{name:<{MARGIN}}{command}", soft_wrap=True)
 
 
@@ -96,7 +96,7 @@ def progress_text(status: RunStatus) -> str:
     return f"dirl {status.command}, step {status.step} of {status.steps}{left}"
 
 
-def facts(run: RunFiles, departures: Sequence[str]) -> list[tuple[str, str]]:
+def run_facts(run: RunFiles, departures: Sequence[str]) -> list[tuple[str, str]]:
     """What is said of a run before its figures, by name."""
     lines = []
     if departures:
@@ -113,7 +113,7 @@ def facts(run: RunFiles, departures: Sequence[str]) -> list[tuple[str, str]]:
         best = best_checkpoint(directory, run.settings, steps)
         names = ", ".join(f"{step} (best)" if step == best else str(step) for step in steps[-6:])
         lines.append(("checkpoints", f"{directory / 'checkpoints'}: {'… ' if len(steps) > 6 else ''}{names}"))
-    if rollouts := rollout_files(directory):
+    if rollouts := step_files(directory):
         lines.append(("rollouts", f"{directory / 'rollouts'}: {counted(len(rollouts), 'step')}"))
     for name, what in PARTS.items():
         if (directory / name).exists():
@@ -168,7 +168,7 @@ def show_metrics(run: RunFiles, console: PlainConsole) -> None:
             rows.append({"metric": name, "value": format_metric(name, value)})
     else:
         courses = [course_of(run.history, name) for name in names_of(run.history)]
-        rows = [cells_of(course) for course in courses if is_leading(course.name, run.status.command)]
+        rows = [course_cells(course) for course in courses if is_leading(course.name, run.status.command)]
     if not rows:
         return
     console.print()
@@ -180,7 +180,7 @@ def show_metrics(run: RunFiles, console: PlainConsole) -> None:
     console.print()
 
 
-def next_commands(run: RunFiles) -> list[tuple[str, str]]:
+def following_commands(run: RunFiles) -> list[tuple[str, str]]:
     """How a run goes on, or what can be done with what it left."""
     status = run.status
     lines = []

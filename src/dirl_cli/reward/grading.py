@@ -2,7 +2,6 @@
 
 import logging
 import multiprocessing
-import os
 import queue
 import signal
 import sys
@@ -13,6 +12,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
 
+from dirl_cli.distributed import cores
 from dirl_cli.errors import DirlError
 from dirl_cli.reward.verifiers import verifier_of
 from dirl_cli.types import Problem
@@ -218,8 +218,3 @@ def prepare_grading_worker() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-
-
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

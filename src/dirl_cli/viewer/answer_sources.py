@@ -79,7 +79,7 @@ def read_source(path: Path, limit: int) -> AnswerSource:
 
     # Of several steps none is cut off; all else is.
     if kind == "rollouts":
-        steps = spread(steps, total, limit)
+        steps = spread_steps(steps, total, limit)
     most = limit if len(steps) == 1 else None
     answers: Iterator[ShownAnswer]
     if kind == "evaluation":
@@ -128,7 +128,7 @@ def kind_of(file: Path) -> Kind:
     raise DirlError(f"{file} holds no answers: {REMEDY}")
 
 
-def spread(steps: dict[int, Path], total: int, limit: int) -> dict[int, Path]:
+def spread_steps(steps: dict[int, Path], total: int, limit: int) -> dict[int, Path]:
     """As many steps as hold `limit` of the `total` answers where all hold the same: first, last and between."""
     count = min(len(steps), max(1, limit * len(steps) // total))
     numbers = list(steps)
@@ -178,14 +178,14 @@ def completion(line: Any) -> Record:
     number = integer(line, "index")
     text = line.get("text")  # None of a model without a tokenizer
     return Record(
-        problem=Problem(str(line.get("id", number)), asked(line), ""),
+        problem=Problem(str(line.get("id", number)), question_of(line), ""),
         sample=integer(line, "sample"),
         completion=text if isinstance(text, str) else "",
         trajectory=trajectory_from_json({"weights_version": 0, "stop_token_ids": [], **line}),
     )
 
 
-def asked(line: dict[str, Any]) -> str:
+def question_of(line: dict[str, Any]) -> str:
     """What was asked: the question, the prompt, or the last turn of the chat."""
     content = line.get("question", line.get("prompt", ""))
     turns = line.get("messages")

@@ -88,7 +88,7 @@ def payload(sources: Sequence[AnswerSource], readers: Sequence[TokenReader], com
                 "source": number,
                 "problem": place,
                 "group": groups.index((number, answer.step, place)),
-                **facts(answer),
+                **answer_facts(answer),
             }
             if answer.trajectory is None:
                 shown["text"] = answer.text
@@ -109,7 +109,7 @@ def payload(sources: Sequence[AnswerSource], readers: Sequence[TokenReader], com
     }
 
 
-def facts(answer: ShownAnswer) -> dict[str, Any]:
+def answer_facts(answer: ShownAnswer) -> dict[str, Any]:
     """What is known of an answer besides its tokens; what nobody told is left out."""
     known = {
         "sample": answer.sample,

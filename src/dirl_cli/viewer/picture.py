@@ -41,7 +41,7 @@ class Cell:
     block: int
 
 
-def cells_of(answer: dict[str, Any], texts: Sequence[str]) -> list[Cell]:
+def token_cells(answer: dict[str, Any], texts: Sequence[str]) -> list[Cell]:
     """Lay out the tokens of an answer of the payload, up to its stop token, blocks a character apart."""
     cells: list[Cell] = []
     line = column = 0
@@ -100,7 +100,7 @@ def size_of(cells: Sequence[Cell]) -> tuple[int, int]:
 
 def svg(answer: dict[str, Any], texts: Sequence[str]) -> str:
     """The whole answer, coloured by denoising step, whose number is under each token; a line under each block."""
-    cells = cells_of(answer, texts)
+    cells = token_cells(answer, texts)
     last = max(cell.step for cell in cells)
     width, height = size_of(cells)
     lines = [
@@ -151,7 +151,7 @@ def block_lines(cells: Sequence[Cell]) -> Iterator[tuple[int, int, int]]:
 
 def gif(answer: dict[str, Any], texts: Sequence[str]) -> bytes:
     """The answer as its blocks fill, a frame a forward, the last one longer."""
-    cells = cells_of(answer, texts)
+    cells = token_cells(answer, texts)
     last = max(cell.order for cell in cells)
     stride = -(-last // MOST_FRAMES)
     moments = [*range(0, last, stride), last]
