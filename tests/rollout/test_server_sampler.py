@@ -14,11 +14,11 @@ pytest.importorskip("starlette", reason="servers want starlette: make install br
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import SavedModel
-from dirl_cli.rollout import server_sampler
+from dirl_cli.rollout import server_pool, server_sampler
 from dirl_cli.rollout.engines import Servers
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.pushed_weights import WeightsId
-from dirl_cli.rollout.server_client import Patience, ServerFailed
+from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
 from dirl_cli.rollout.server_sampler import ServerSampler
 from dirl_cli.rollout.storage import rollout_path, trajectory_from_json
 from dirl_cli.serving import routes
@@ -35,7 +35,7 @@ PATIENCE = Patience(silence=30, push=30, outage=30)
 
 @pytest.fixture(autouse=True)
 def quick_returns(monkeypatch):
-    monkeypatch.setattr(server_sampler, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(server_pool, "FIRST_PAUSE", 0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ class Farm:
     lines: list[Line]
 
     def is_up(self, number: int) -> bool:
-        return self.sampler.servers[number].is_up
+        return self.sampler.pool.servers[number].is_up
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def test_a_server_whose_engine_hangs_is_left_out(lm, decoding, expected, tmp_pat
         two.sampler.update_weights(lm.model.named_parameters(), 0)
         two.servers[1].gate.shut()
         assert answers_of(two.sampler, decoding) == expected
-        assert two.sampler.servers[1].failure == "takes no step in 0.3 s"
+        assert two.sampler.pool.servers[1].failure == "takes no step in 0.3 s"
 
 
 def test_a_server_that_hangs_over_an_answer_does_not_hold_up_new_weights(lm, decoding, tmp_path):
@@ -146,10 +146,10 @@ def test_a_server_that_hangs_over_an_answer_does_not_hold_up_new_weights(lm, dec
         wait_until(lambda: hung.engine.running)
         two.sampler.update_weights(lm.model.named_parameters(), 1)
         assert two.is_up(0) and not two.is_up(1)
-        assert two.sampler.servers[1].failure == "takes no step in 0.3 s"
+        assert two.sampler.pool.servers[1].failure == "takes no step in 0.3 s"
         hung.gate.open.set()
         wait_until(lambda: two.is_up(1))
-        assert hung.engine.weights == two.sampler.weights
+        assert hung.engine.weights == two.sampler.pool.weights
 
 
 def test_a_server_that_takes_its_time_to_read_new_weights_does_not_hang(lm, tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_a_server_that_takes_its_time_to_read_new_weights_does_not_hang(lm, tmp_
     monkeypatch.setattr(routes, "read_weights", read_slowly)
     with farm(lm, tmp_path, count=1, patience=replace(PATIENCE, silence=0.1)) as one:
         one.sampler.update_weights(lm.model.named_parameters(), 0)
-        assert one.is_up(0) and one.sampler.servers[0].failures == 0
+        assert one.is_up(0) and one.sampler.pool.servers[0].failures == 0
 
 
 def test_a_line_on_which_nothing_moves_is_as_good_as_cut(lm, decoding, expected, tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_a_line_on_which_nothing_moves_is_as_good_as_cut(lm, decoding, expected,
         two.sampler.update_weights(lm.model.named_parameters(), 0)
         two.lines[0].moves.clear()
         assert answers_of(two.sampler, decoding) == expected
-        assert "does not say how it is" in two.sampler.servers[0].failure
+        assert "does not say how it is" in two.sampler.pool.servers[0].failure
 
 
 def test_weights_that_somebody_else_gave_a_server_answer_nothing(lm, decoding, expected, tmp_path):
@@ -185,7 +185,7 @@ def test_weights_that_somebody_else_gave_a_server_answer_nothing(lm, decoding, e
 def test_a_block_of_another_version_is_no_part_of_an_answer(lm, decoding, expected, tmp_path):
     with farm(lm, tmp_path) as two:
         two.sampler.update_weights(lm.model.named_parameters(), 0)
-        liar = two.sampler.servers[0]
+        liar = two.sampler.pool.servers[0]
         honest = liar.choices
 
         async def choices(body):
@@ -211,7 +211,7 @@ def test_a_server_that_misses_a_push_is_left_out_until_it_has_it(lm, decoding, t
         assert two.servers[1].engine.weights.version == 0
         two.lines[1].mend()
         wait_until(lambda: two.is_up(1))
-        assert two.servers[1].engine.weights == two.sampler.weights
+        assert two.servers[1].engine.weights == two.sampler.pool.weights
         assert answers_of(two.sampler, decoding) == of_new
 
 
@@ -289,7 +289,7 @@ def test_a_server_that_has_too_much_to_do_is_asked_again_when_it_says_so(lm, dec
         answers = answers_of(sampler, decoding, n=1)
         assert answers == {key: answer for key, answer in expected.items() if key[1] == 0}
         refused = served.service.metrics.refused.labels(429)._value.get()
-        assert refused > 0 and sampler.servers[0].failures == 0
+        assert refused > 0 and sampler.pool.servers[0].failures == 0
 
 
 def test_a_server_that_comes_back_with_less_room_does_not_cut_answers_short(lm, decoding, tmp_path, monkeypatch):
@@ -370,16 +370,16 @@ def test_a_run_that_samples_with_servers_ends_in_the_bytes_of_one_that_samples_i
 
 def test_who_is_asked_is_who_owes_least(lm, tmp_path):
     sampler = ServerSampler(lm, ["http://a", "http://b", "http://c"], tmp_path, 4, PATIENCE, None)
-    a, b, c = sampler.servers
+    a, b, c = sampler.pool.servers
     for server, tokens, answers in ((a, 50, 2), (b, 30, 3), (c, 0, 0)):
         server.is_up, server.tokens, server.answers = True, tokens, answers
-    assert sampler._least_busy(2) is c
+    assert sampler.pool.least_busy(2) is c
     c.is_up = False
-    assert sampler._least_busy(1) is b
-    assert sampler._least_busy(2) is a  # b has no room
-    assert sampler._least_busy(3) is None
+    assert sampler.pool.least_busy(1) is b
+    assert sampler.pool.least_busy(2) is a  # b has no room
+    assert sampler.pool.least_busy(3) is None
     b.answers = 0
-    assert sampler._least_busy(9) is b  # more than it may be asked at once, and so alone
+    assert sampler.pool.least_busy(9) is b  # more than it may be asked at once, and so alone
 
 
 @pytest.mark.parametrize(
@@ -408,20 +408,20 @@ def test_a_key_that_no_header_holds_is_told_without_telling_it(key, monkeypatch)
 
 def test_a_server_rests_no_longer_where_new_weights_come_more_often_than_its_rest_ends(lm, tmp_path, monkeypatch):
     sampler = ServerSampler(lm, ["http://a", "http://b"], tmp_path, 4, PATIENCE, None)
-    sound, failing = sampler.servers
+    sound, failing = sampler.pool.servers
     asked = []
 
     async def prepare(server, path, weights):
         asked.append(server)
 
-    monkeypatch.setattr(server_sampler.ServerClient, "prepare", prepare)
-    monkeypatch.setattr(server_sampler, "FIRST_PAUSE", 0.3)
+    monkeypatch.setattr(ServerClient, "prepare", prepare)
+    monkeypatch.setattr(server_pool, "FIRST_PAUSE", 0.3)
 
     async def updates():
-        sampler._leave_out(failing, ServerFailed("fell over"))
+        sampler.pool.leave_out(failing, ServerFailed("fell over"))
         for version in range(20):
-            await sampler._forget_weights()
-            await sampler._adopt(tmp_path, WeightsId(version, "a" * 64))
+            await sampler.pool.forget_weights()
+            await sampler.pool.adopt(tmp_path, WeightsId(version, "a" * 64))
             if failing in asked:
                 return
             await asyncio.sleep(0.05)
@@ -431,9 +431,9 @@ def test_a_server_rests_no_longer_where_new_weights_come_more_often_than_its_res
 
 
 def test_the_pause_before_a_server_is_asked_again_doubles(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr(server_sampler, "FIRST_PAUSE", 0.5)
+    monkeypatch.setattr(server_pool, "FIRST_PAUSE", 0.5)
     sampler = ServerSampler(lm, ["http://127.0.0.1:9"], tmp_path, 4, PATIENCE, None)
-    [server] = sampler.servers
+    [server] = sampler.pool.servers
     server.failures = 1
     pauses = []
 
@@ -442,7 +442,7 @@ def test_the_pause_before_a_server_is_asked_again_doubles(lm, tmp_path, monkeypa
         if len(pauses) == 9:
             server.is_up = True
 
-    monkeypatch.setattr(server_sampler.asyncio, "sleep", sleep)
-    sampler._let_rest(server, ServerFailed("fell over"))
-    asyncio.run(sampler._bring_back(server))
+    monkeypatch.setattr(server_pool.asyncio, "sleep", sleep)
+    sampler.pool._let_rest(server, ServerFailed("fell over"))
+    asyncio.run(sampler.pool._bring_back(server))
     assert pauses == pytest.approx([0.5, 1, 2, 4, 8, 16, 32, 60, 60], abs=0.4)

@@ -1,16 +1,13 @@
 """Samples with any number of servers (`dirl serve`): each prompt's answers are asked of the one that owes least.
 
-What a server does not answer is asked of another with the same seed, and so has the same answer. A server that fails is
-left out, and asked ever more rarely how it is, until it has the weights that count. Every answer is of the weights that
-its request names, or there is none: see `WeightsId`.
+What a server does not answer is asked of another with the same seed, and so has the same answer; server_pool.py says
+which may be asked. Every answer is of the weights that its request names, or there is none: see `WeightsId`.
 
 The servers are asked from a thread of its own; `stream` takes from a queue what comes.
 """
 
 import asyncio
 import queue
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -28,12 +25,11 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.pushed_weights import WeightsId, remove_other_weights, write_weights
 from dirl_cli.rollout.sampler import Hint, LiveBatch, Watch, collect_samples
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
+from dirl_cli.rollout.server_pool import POLL, ServerPool, cancelled
 from dirl_cli.rollout.storage import trajectory_from_json
 from dirl_cli.types import Decoding, Trajectory
 
 T = TypeVar("T")
-POLL = 0.05  # seconds between looks at who has room
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a server that failed is asked again
 MOST_TRIES = 20  # of a prompt, each failed by a server that goes on otherwise
 SENT = (
     "temperature",
@@ -80,13 +76,8 @@ class ServerSampler:
         self.lm = lm
         self.weights_version = 0
         self.directory = directory
-        self.max_batch = max_batch
-        self.patience = patience
-        self.servers = [ServerClient(url, key, lm, patience, 2 * max_batch + 4) for url in urls]
-        self.weights: WeightsId | None = None
-        self.path = directory  # of the weights
-        self.returning: set[asyncio.Task[None]] = set()  # what brings servers back
-        self.last_heard = 0.0
+        servers = [ServerClient(url, key, lm, patience, 2 * max_batch + 4) for url in urls]
+        self.pool = ServerPool(servers, max_batch, patience)
 
         self.loop = asyncio.new_event_loop()
         Thread(target=self.loop.run_forever, name="servers", daemon=True).start()
@@ -109,7 +100,7 @@ class ServerSampler:
     ) -> Iterator[Answer]:
         """See `Sampler.stream`. Raises DirlError for what servers cannot do, and where none answers any more."""
         require_servable(prompts, decoding, self.lm, watch, hints)
-        if self.weights is None:
+        if self.pool.weights is None:
             if is_group():
                 raise DirlError(
                     "rollout=server shares the work among its servers, and wants one process: leave out gpus"
@@ -138,13 +129,13 @@ class ServerSampler:
 
         Servers that cannot take them now are left out until they have. Raises DirlError where that is all of them.
         """
-        self._wait_for(self._forget_weights())
+        self._wait_for(self.pool.forget_weights())
         wait_for_group()  # before there are new ones, so that no process brings the old ones to a server that returns
         outcome: tuple[Path, WeightsId] | DirlError | None = None
         if is_first_of_group():
             try:
                 outcome = write_weights(self.directory, self.lm.model, named_tensors, version)
-                self._wait_for(self._adopt(*outcome))
+                self._wait_for(self.pool.adopt(*outcome))
                 remove_other_weights(self.directory, outcome[0])
             except DirlError as error:
                 outcome = error
@@ -156,7 +147,7 @@ class ServerSampler:
         if isinstance(outcome, DirlError):
             raise outcome
         if outcome and not is_first_of_group():
-            self._wait_for(self._adopt(*outcome))
+            self._wait_for(self.pool.adopt(*outcome))
         self.weights_version = version
 
     def open_batch(self, length: int) -> LiveBatch:
@@ -182,13 +173,13 @@ class ServerSampler:
         """Ask all questions, each of the server that owes least, again where it fails; tell answers as they come."""
         waiting = deque(questions)
         running: set[asyncio.Task[Question | None]] = set()
-        self.last_heard = time.monotonic()
+        self.pool.heard()
         try:
             while waiting or running:
-                while waiting and (server := self._least_busy(waiting[0].n)):
+                while waiting and (server := self.pool.least_busy(waiting[0].n)):
                     running.add(self._begin(server, waiting.popleft(), decoding, tell))
 
-                self._require_hope()
+                self.pool.require_hope()
                 if not running:
                     await asyncio.sleep(POLL)
                 else:
@@ -198,14 +189,6 @@ class ServerSampler:
                     waiting.extend(question for question in unanswered if question)
         finally:
             await cancelled(running)
-
-    def _least_busy(self, answers: int) -> ServerClient | None:
-        """The server with the fewest tokens outstanding, among those that have room for so many answers."""
-        able = []
-        for server in self.servers:
-            if server.is_up and (not server.answers or server.answers + answers <= self.max_batch):
-                able.append(server)
-        return min(able, key=lambda server: server.tokens, default=None)
 
     def _begin(
         self, server: ServerClient, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
@@ -227,7 +210,7 @@ class ServerSampler:
         self, server: ServerClient, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
     ) -> Question | None:
         """Have a server answer a question; returns the question where some answers are missing."""
-        weights = self.weights
+        weights = self.pool.weights
         if weights is None or not server.is_up:  # since another question has just failed there
             return question
         self._require_room(server, question, decoding)
@@ -256,7 +239,7 @@ class ServerSampler:
         parts: list[dict[str, Any]] = [{name: [] for name in LISTS} for _ in range(question.n)]
         async with aclosing(server.choices(body)) as choices:
             async for choice in choices:
-                self.last_heard = time.monotonic()
+                self.pool.heard()
                 index, block = choice["index"], choice["trajectory"]
                 if block["weights_version"] != weights.version:
                     raise ServerFailed(f"answers with version {block['weights_version']} of the weights")
@@ -285,9 +268,7 @@ class ServerSampler:
         """Leave a server out whose answer failed; returns the question, to be asked again."""
         if failure.is_busy:
             if server.is_up:
-                server.is_up = False
-                self._let_rest(server, failure)
-                self._look_after(server)
+                self.pool.pause(server, failure)
             return question
         question.tries += 1
         if question.tries == MOST_TRIES:
@@ -295,103 +276,8 @@ class ServerSampler:
                 f"{server.url} {failure}, as servers did {MOST_TRIES} times at the same prompt: see their logs"
             )
         if server.is_up:
-            self._leave_out(server, failure)
+            self.pool.leave_out(server, failure)
         return question
-
-    def _leave_out(self, server: ServerClient, failure: ServerFailed | DirlError) -> None:
-        """Ask a server nothing until it has the weights that count; from now on that is looked after."""
-        server.is_up = False
-        server.length = 0  # what comes back may be started otherwise
-        server.failure = str(failure)
-        server.failures += 1
-        if is_first_of_group():
-            print(f"{server.url} is left out until it is back: {failure}", file=sys.stderr, flush=True)
-        self._let_rest(server, failure)
-        self._look_after(server)
-
-    def _let_rest(self, server: ServerClient, failure: ServerFailed | DirlError) -> None:
-        """Ask a server nothing for as long as it says, and the longer the more often it has failed."""
-        doublings = min(max(server.failures - 1, 0), 16)
-        pause = min(FIRST_PAUSE * 2**doublings, LONGEST_PAUSE)
-        if isinstance(failure, ServerFailed):
-            pause = max(pause, failure.pause)
-        server.rests_until = time.monotonic() + pause
-
-    def _look_after(self, server: ServerClient) -> None:
-        task = asyncio.create_task(self._bring_back(server))
-        self.returning.add(task)
-        task.add_done_callback(self.returning.discard)
-
-    async def _bring_back(self, server: ServerClient) -> None:
-        """Look after a server that was left out, ever more rarely, until it may be asked again.
-
-        A rest that has begun goes on where new weights have come meanwhile: they may come more often than it ends.
-        """
-        while not server.is_up:
-            await asyncio.sleep(max(server.rests_until - time.monotonic(), 0))
-            try:
-                await self._prepare(server)
-            except (ServerFailed, DirlError) as failure:
-                server.failure = str(failure)
-                server.failures += 1
-                self._let_rest(server, failure)
-
-    async def _prepare(self, server: ServerClient) -> None:
-        """Let a server be asked, once it has the weights that count. Raises what keeps it from that."""
-        if self.weights is None:
-            raise ServerFailed("waits for weights")
-        try:
-            await server.prepare(self.path, self.weights)
-        except (LookupError, TypeError, ValueError) as error:
-            raise ServerFailed("is no server of dirl, or of another version") from error
-        server.is_up = True
-        self.last_heard = time.monotonic()
-
-    async def _forget_weights(self) -> None:
-        """Ask no server any more, and bring none any weights, until `_adopt` says which."""
-        self.weights = None
-        await cancelled(self.returning)
-        for server in self.servers:
-            server.is_up = False
-
-    async def _adopt(self, path: Path, weights: WeightsId) -> None:
-        """Ask for answers of these weights from now on, as soon as any server has them.
-
-        Those that fail are left out; others are waited for. Raises DirlError where none is left.
-        """
-        self.path = path
-        self.weights = weights
-        self.last_heard = time.monotonic()
-        is_start = not any(server.length for server in self.servers)
-        sound = [server for server in self.servers if not server.failures]
-        for server in self.servers:
-            if server.failures:  # it may hang, for which the others do not wait
-                self._look_after(server)
-        outcomes = await asyncio.gather(*map(self._prepare, sound), return_exceptions=True)
-        for server, outcome in zip(sound, outcomes, strict=True):
-            if isinstance(outcome, DirlError) and is_start:
-                raise outcome  # a wrong key or model, which waiting does not mend
-            if isinstance(outcome, ServerFailed | DirlError):
-                self._leave_out(server, outcome)
-            elif outcome:
-                raise outcome
-
-        if is_first_of_group() and not any(server.is_up for server in self.servers):
-            print(f"no server answers: waiting for up to {self.patience.outage:g} s", file=sys.stderr, flush=True)
-        while not any(server.is_up for server in self.servers):
-            self._require_hope()
-            await asyncio.sleep(POLL)
-
-    def _require_hope(self) -> None:
-        """Raises DirlError where no server has answered for as long as the run may wait."""
-        if any(server.is_up for server in self.servers):
-            return
-        if time.monotonic() - self.last_heard > self.patience.outage:
-            reasons = "; ".join(f"{server.url} {server.failure}" for server in self.servers)
-            raise DirlError(
-                f"no server has answered for {self.patience.outage:g} s ({reasons}): start them again and give the same"
-                " command, which goes on"
-            )
 
     def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         """What comes of work in the loop's thread; it is given up where this thread is interrupted."""
@@ -434,11 +320,3 @@ def body_of(question: Question, decoding: Decoding, weights: WeightsId, block_si
         "stop_token_ids": list(decoding.stop_token_ids) or None,
         "seed": question.seed,
     }
-
-
-async def cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Give tasks up, and wait until they are; what they raise is taken, since asyncio prints what nobody takes."""
-    tasks = list(tasks)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
