@@ -33,6 +33,6 @@ Curves     $tuned/loss.png
            $reinforced/rl.png
 Models     $tuned/model
            $reinforced/model
-Try it     dirl generate model=$reinforced/model watch=true prompt="Emma has 5 eggs. Emma finds 8. How many eggs?"
+Try it     dirl generate model=$reinforced/model watch=true prompt="Emma has 5 eggs. Emma finds 8. Emma eats 2. How many eggs?"
 Next       your own data or a published model: docs/quickstart.md
 EOT
