@@ -40,12 +40,13 @@ class Method(NamedTuple):
 
 
 CERTAIN = ["certainty=2"]
+GROWN = ["annealing.share=0.6"]  # through the sizes that come before
 ONE_STEP = ["masking=trace", "masking.window=16"]  # no block has more steps
 SPEED = ["reward=speed_rank", "rl.filter=reward"]
 METHODS = {
     "masked at random": Method([]),
     "… and certain": Method(CERTAIN),
-    "… and grown": Method(["annealing.share=0.6"]),
+    "… and grown": Method(GROWN),
     "… then reinforced": Method([], ["reward=accuracy"]),
     "… then reinforced for speed": Method([], SPEED),
     "a block, one step": Method(ONE_STEP),
@@ -126,8 +127,8 @@ def own_answers(seed: int) -> list[object]:
 
 
 def tuning(size: int, method: Method, seed: int) -> list[object]:
-    words = [*method.tuning]
-    if "annealing.share=0.6" in words:
+    words = list(method.tuning)
+    if method.tuning == GROWN:
         words.append(f"annealing.block_sizes={SMALLER[size]}".replace(" ", ""))
     data = ["data=rollouts", f"data.path={sampled(seed)}", "data.fastest=1"]
     steps = ["steps=1000", "optim.lr=0.01", "eval_every=0", "eval_problems=0"]

@@ -23,13 +23,17 @@ Place = Callable[[Point], Point]  # from step and value to where that is in the 
 
 def chart(panel: Panel, history: Sequence[Numbers]) -> str:
     """The curves of a panel over the steps of a run; "" where nothing of it was measured."""
-    curves = {label: points_of(history, name) for name, label in panel.curves.items()}
-    curves = {label: points for label, points in curves.items() if points}
+    curves = {}
+    values: list[float] = []
+    for name, label in panel.curves.items():
+        if points := points_of(history, name):
+            curves[label] = points
+            values += [y for _, y in points]
     if not curves:
         return ""
-    is_log = panel.log and all(y > 0 for points in curves.values() for _, y in points)
+    is_log = panel.log and min(values) > 0
     last_step = max(points[-1][0] for points in curves.values())
-    ticks = ticks_of([y for points in curves.values() for _, y in points], is_log, panel.percent)
+    ticks = ticks_of(values, is_log, panel.percent)
     low, high = scaled(ticks[0], is_log), scaled(ticks[-1], is_log)
 
     def place(point: Point) -> Point:

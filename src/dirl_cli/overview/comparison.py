@@ -70,7 +70,7 @@ def comparison_rows(runs: Sequence[RunFiles], labels: Sequence[str]) -> list[dic
         cells("step", [f"{run.status.step}/{run.status.steps}" for run in runs], labels),
     ]
     measured = [figures_of(run) for run in runs]
-    names = sorted({name for figures in measured for name in figures}, key=lambda name: (rank_of(name), name))
+    names = sorted(set().union(*measured), key=lambda name: (rank_of(name), name))
     rows += [cells(name, [figures.get(name, "") for figures in measured], labels) for name in names]
     seconds = [sum(phase_seconds(run.history).values()) for run in runs]
     if any(seconds):
