@@ -10,6 +10,7 @@ import yaml
 from dirl_cli.cli.build import build_settings
 from dirl_cli.commands.prompts import read_messages
 from dirl_cli.errors import DirlError, did_you_mean
+from dirl_cli.files import writing
 from dirl_cli.ranges import format_value
 from dirl_cli.text import counted
 from dirl_cli.types import Decoding
@@ -182,10 +183,8 @@ class Dialogue:
             raise DirlError("nothing has been said that could be saved: ask something first")
         if file.exists() and file.resolve() not in self.own_files:
             raise DirlError(f"{file} is there already: give a name that is free")
-        try:
+        with writing(file, "give another file"):
             file.write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DirlError(f"{file} cannot be written ({error.strerror}): give another file") from error
         self.own_files.add(file.resolve())
         return Consequence(f"{counted(len(self.messages), 'turn')} in {file}")
 
