@@ -12,6 +12,7 @@ class Line:
     def __init__(self, port: int) -> None:
         self.port = port
         self.is_cut = False
+        self.lock = threading.Lock()  # so that no connection that is being made outlives a cut
         self.moves = threading.Event()
         self.moves.set()
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -21,11 +22,12 @@ class Line:
 
     def cut(self) -> None:
         """Drop all connections, and any new one, until `mend`."""
-        self.is_cut = True
-        for end in self.ends:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        self.ends.clear()
+        with self.lock:
+            self.is_cut = True
+            for end in self.ends:
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+            self.ends.clear()
 
     def mend(self) -> None:
         self.is_cut = False
@@ -34,11 +36,12 @@ class Line:
         with suppress(OSError):  # of a listener that is closed
             while True:
                 near, _ = self.listener.accept()
-                if self.is_cut:
-                    near.close()
-                    continue
-                far = socket.create_connection(("127.0.0.1", self.port))
-                self.ends += [near, far]
+                with self.lock:
+                    if self.is_cut:
+                        near.close()
+                        continue
+                    far = socket.create_connection(("127.0.0.1", self.port))
+                    self.ends += [near, far]
                 for source, target in ((near, far), (far, near)):
                     threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
 

@@ -37,9 +37,13 @@ def speaking_lm(seed: int = 0) -> DiffusionLM:
 
 @dataclass
 class Gate:
-    """Holds an engine before its next step as long as it is shut."""
+    """Holds an engine before its next step as long as it is shut.
+
+    shuts_itself: as soon as an answer is whole, so that the others are owed for sure.
+    """
 
     open: threading.Event
+    shuts_itself: bool = False
 
     def shut(self) -> None:
         self.open.clear()
@@ -63,7 +67,10 @@ def service_of(lm: DiffusionLM, decoding: Decoding, max_batch: int, limits: dict
 
     def held_step() -> None:
         gate.open.wait(30)
+        answers = len(engine.running)
         step()
+        if gate.shuts_itself and len(engine.running) < answers:
+            gate.shut()
 
     engine._step = held_step  # type: ignore[method-assign]
     slots, length = engine.start()

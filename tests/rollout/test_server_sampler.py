@@ -20,7 +20,7 @@ from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.pushed_weights import WeightsId
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
 from dirl_cli.rollout.server_sampler import ServerSampler
-from dirl_cli.rollout.storage import rollout_path, trajectory_from_json
+from dirl_cli.rollout.storage import rollout_path
 from dirl_cli.serving import routes
 from dirl_cli.serving.engine_thread import Query
 from dirl_cli.types import Decoding
@@ -257,24 +257,14 @@ def test_where_no_server_answers_the_run_ends_in_a_sentence(lm, decoding, tmp_pa
             list(stream)
 
 
-def hold_after_an_answer(monkeypatch, server: Served) -> None:
-    """Let a server stand still as soon as an answer has come from it, so that it owes the others for sure."""
-
-    def held(line):
-        server.gate.shut()
-        return trajectory_from_json(line)
-
-    monkeypatch.setattr(server_sampler, "trajectory_from_json", held)
-
-
-def test_an_outage_that_ends_in_time_costs_nothing(lm, decoding, expected, tmp_path, monkeypatch):
+def test_an_outage_that_ends_in_time_costs_nothing(lm, decoding, expected, tmp_path):
     with farm(lm, tmp_path, count=1) as one:
-        hold_after_an_answer(monkeypatch, one.servers[0])
+        one.servers[0].gate.shuts_itself = True
         stream = one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS)
         answers = [next(stream)]
         one.lines[0].cut()
         wait_until(lambda: not one.is_up(0))
-        monkeypatch.setattr(server_sampler, "trajectory_from_json", trajectory_from_json)
+        one.servers[0].gate.shuts_itself = False
         one.servers[0].gate.open.set()
         one.lines[0].mend()
         answers += stream
@@ -292,9 +282,9 @@ def test_a_server_that_has_too_much_to_do_is_asked_again_when_it_says_so(lm, dec
         assert refused > 0 and sampler.pool.servers[0].failures == 0
 
 
-def test_a_server_that_comes_back_with_less_room_does_not_cut_answers_short(lm, decoding, tmp_path, monkeypatch):
+def test_a_server_that_comes_back_with_less_room_does_not_cut_answers_short(lm, decoding, tmp_path):
     with farm(lm, tmp_path, count=1) as one:
-        hold_after_an_answer(monkeypatch, one.servers[0])
+        one.servers[0].gate.shuts_itself = True
         stream = one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS)
         next(stream)
         one.lines[0].cut()
