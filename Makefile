@@ -5,7 +5,7 @@ JOBS ?= 2
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install demo test test-slow test-browser test-faults fuzz check compare-algos clean
+.PHONY: install demo test test-slow test-browser test-faults fuzz check docs docs-serve compare-algos clean
 
 install: .venv/installed
 
@@ -34,7 +34,11 @@ check: install
 .venv/lm_eval: tests/lm_eval.txt | install
 	@$(BIN)/pip install -qq --no-deps $(PIP_FLAGS) -r $< && touch $@ || echo "lm-eval is not there: its tests are skipped"
 
-test: check .venv/lmdeploy .venv/lm_eval
+# And what builds the pages as a site.
+.venv/docs: pyproject.toml constraints.txt | install
+	@$(BIN)/pip install -qq -c constraints.txt $(PIP_FLAGS) -e '.[docs]' && touch $@ || echo "MkDocs is not there: the site's tests are skipped"
+
+test: check .venv/lmdeploy .venv/lm_eval .venv/docs
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 test-slow: install
@@ -54,9 +58,17 @@ FINDINGS ?= runs/fuzz
 fuzz: install
 	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --findings $(FINDINGS)
 
+# The pages as a site: site/index.html. The variable silences what MkDocs' future is feared to be.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: .venv/docs
+	@$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: .venv/docs
+	@$(BIN)/mkdocs serve
+
 compare-algos: install
 	@$(BIN)/python -m benchmarks.compare_algos
 
 clean:
-	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

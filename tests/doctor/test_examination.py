@@ -49,4 +49,4 @@ def test_the_exit_code_says_whether_anything_is_broken(here, monkeypatch, torch,
 
 
 def test_every_extra_is_told_but_the_developers():
-    assert set(read_requirements(checkout_directory()).extras) - {"dev"} == set(EXTRAS)
+    assert set(read_requirements(checkout_directory()).extras) - {"dev", "docs"} == set(EXTRAS)

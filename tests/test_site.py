@@ -1,0 +1,74 @@
+"""The site that `make docs` builds of the pages: its links lead somewhere, and it asks nothing of the network."""
+
+import re
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+pytest.importorskip("mkdocs", reason="wants the extra `docs`")
+pytest.importorskip("material", reason="wants the extra `docs`")
+
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+from mkdocs.exceptions import Abort
+
+from scripts.site_links import outside_code, place, targets
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; to build it is the test of links and headings, since it is strict about them."""
+    directory = tmp_path_factory.mktemp("site")
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(directory), strict=True))
+    return directory
+
+
+def test_the_site_has_every_page(site):
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "RESULTS.md"]:
+        name = page.relative_to(ROOT).as_posix().removeprefix("docs/")
+        assert (site / name).with_suffix(".html").is_file()
+    assert "block-diffusion" in (site / "index.html").read_text()
+
+
+def test_the_site_asks_nothing_of_the_network(site):
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]*\bsrc=\"?([^\s\">]+)", page.read_text())
+        loaded += re.findall(r"<link[^>]*\bhref=\"?([^\s\">]+)", page.read_text())
+        assert loaded and not [address for address in loaded if "//" in address], page
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()[\"' ]*(https?:)?//", sheet.read_text()), sheet
+
+
+def test_a_link_into_the_repository_leads_to_a_page_that_shows_it(site):
+    [there] = re.findall(r'href="?([^" >]*time\.py\.html)', (site / "runs.html").read_text())
+    assert "TimePlan" in (site / there).read_text()
+
+
+@pytest.mark.parametrize("link", ["nowhere.md", "../src/nowhere.py", "#nowhere", "eval.md#nowhere"])
+def test_a_link_that_leads_nowhere_is_an_error(link, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "eval.md").write_text(f"# Evaluating\n\n[a link]({link})\n")
+    config = load_config(
+        str(ROOT / "mkdocs.yml"),
+        docs_dir=str(tmp_path / "docs"),
+        site_dir=str(tmp_path / "site"),
+        nav=[{"Eval": "eval.md"}],
+        hooks=[],
+        plugins=[],
+        strict=True,
+    )
+    with pytest.raises(Abort):
+        build(config)
+
+
+def test_code_is_left_alone_and_links_of_code_are_links():
+    page = "[`a`](b.md) and `x[0](c.md)`\n\n```\n[d](e.md)\n```\n"
+    assert targets("docs/page.md", page) == ["docs/b.md"]
+    assert outside_code(page, str.upper) == "[`a`](B.MD) AND `x[0](c.md)`\n\n```\n[d](e.md)\n```\n"
+
+
+def test_each_file_of_the_repository_has_a_place():
+    names = ("README.md", "docs/rl.md", "benchmarks/RESULTS.md", "conf/rl.yaml", "conf/algo")
+    pages = ["index.md", "rl.md", "benchmarks/RESULTS.md", "conf/rl.yaml.md", "conf/algo.md"]
+    assert [place(name) for name in names] == pages
