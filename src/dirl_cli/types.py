@@ -147,6 +147,7 @@ class Decoding:
 class Trajectory:
     """A completion and how it came about; one entry per answer token, whole blocks, stop token and tail included.
 
+    What other processes sampled has arrays for lists, which read alike: see rollout/packed.py.
     reveal_step: the denoising step inside its block, from 1, at which a token was revealed; HELD for a token of a hint,
         which stood there from the start.
     logprobs: its log-probability then, under the distribution it was drawn from
@@ -168,9 +169,9 @@ class Trajectory:
     block_size: int | None = None
 
     @property
-    def revealed(self) -> list[int]:
-        """The indices of the answer tokens that denoising steps revealed: all but those that were held."""
-        return [i for i, step in enumerate(self.reveal_step) if step != HELD]
+    def num_revealed(self) -> int:
+        """How many answer tokens denoising steps revealed: all but those that were held."""
+        return len(self.reveal_step) - self.reveal_step.count(HELD)
 
     def revealed_at(self, block_size: int) -> list[int]:
         """The denoising forward of the answer, counted from 1 over all its blocks, that revealed each of its tokens.

@@ -10,9 +10,11 @@ Shapes: V views of L tokens, prompt and answer; A answer tokens, F of them revea
 held.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Protocol
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -69,9 +71,9 @@ class SampledTrace:
     choose: Annotated[str, OneOf("uniform", "surprisal", "most_surprising")]
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
-        revealed = torch.tensor(trajectory.revealed)  # (F,)
+        revealed = revealed_tokens(trajectory)  # (F,)
         block = (len(trajectory.prompt_ids) + revealed) // spec.block_size
-        step_of_token = torch.stack([block, torch.tensor(trajectory.reveal_step)[revealed]])  # (2, F)
+        step_of_token = torch.stack([block, as_integers(trajectory.reveal_step)[revealed]])  # (2, F)
         steps, index = step_of_token.unique(dim=1, return_inverse=True)  # (2, S) and (F,)
         step_weight = self._weights(mean_surprisals(trajectory, index, steps.shape[1]), generator)  # (S,)
         weight = torch.zeros(len(trajectory.token_ids))
@@ -103,7 +105,7 @@ def mean_surprisals(trajectory: Trajectory, index: Tensor, steps: int) -> Tensor
     """
     if not trajectory.logprobs:
         return torch.zeros(steps, dtype=torch.float64)
-    surprisal = -torch.tensor(trajectory.logprobs, dtype=torch.float64)[trajectory.revealed]
+    surprisal = -torch.from_numpy(np.array(trajectory.logprobs, np.float64))[revealed_tokens(trajectory)]
     totals = torch.zeros(steps, dtype=torch.float64).index_add(0, index, surprisal)
     return (totals / index.bincount(minlength=steps)).clamp(min=0)
 
@@ -152,10 +154,10 @@ class AnswerMasked:
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         start = len(trajectory.prompt_ids)
-        token_ids = torch.tensor([*trajectory.prompt_ids, *trajectory.token_ids])
+        token_ids = all_ids(trajectory)
         position = torch.arange(len(token_ids))
         masked = (torch.rand(len(token_ids), generator=generator) < self.prompt_rate) & (position < start)  # (L,)
-        scored = start + torch.tensor(trajectory.revealed)  # (F,)
+        scored = start + revealed_tokens(trajectory)  # (F,)
         masked[scored] = True
         # The masked sequence stands in the clean copy's place, so that later blocks read masks where an answer was.
         return Strip(
@@ -183,7 +185,7 @@ class RandomMasks:
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         rates = self.low + (self.high - self.low) * torch.rand(self.draws, 1, generator=generator)  # (V, 1)
-        masked = torch.rand(self.draws, len(trajectory.revealed), generator=generator) < rates
+        masked = torch.rand(self.draws, trajectory.num_revealed, generator=generator) < rates
         masked[0] |= ~masked.any()  # an answer without a scored token would not be trained at all
         return masked_strip(trajectory, spec, masked, torch.full(masked.shape, 1 / self.draws))
 
@@ -197,7 +199,7 @@ class ComplementaryMasks:
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         rate = self.low + (self.high - self.low) * torch.rand(1, generator=generator)
-        masked = torch.rand(len(trajectory.revealed), generator=generator) < rate
+        masked = torch.rand(trajectory.num_revealed, generator=generator) < rate
         weight = 0.5 / torch.stack([rate, 1 - rate]).expand(2, len(masked))
         return masked_strip(trajectory, spec, torch.stack([masked, ~masked]), weight)
 
@@ -215,7 +217,7 @@ class CoupledMasks:
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
         rate = self.low + (self.high - self.low) * torch.rand(1, generator=generator)
-        masked = torch.rand(len(trajectory.revealed), generator=generator) < rate
+        masked = torch.rand(trajectory.num_revealed, generator=generator) < rate
         weight = 0.5 / torch.stack([torch.ones(1), rate, 1 - rate]).expand(3, len(masked))
         return masked_strip(trajectory, spec, torch.stack([torch.ones_like(masked), masked, ~masked]), weight)
 
@@ -231,7 +233,7 @@ class BlockMasks:
     draws: Count
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
-        position = len(trajectory.prompt_ids) + torch.tensor(trajectory.revealed)  # (F,)
+        position = len(trajectory.prompt_ids) + revealed_tokens(trajectory)  # (F,)
         block, sizes = (position // spec.block_size).unique_consecutive(return_inverse=True, return_counts=True)[1:]
 
         # One level of noise for each draw and block, one in each of as many equal intervals.
@@ -263,7 +265,7 @@ class QuadratureMasks:
             raise DirlError(f"algo.views.nodes={self.nodes}: give {' or '.join(map(str, GAUSS_LEGENDRE))}")
 
     def __call__(self, trajectory: Trajectory, spec: BlockSpec, generator: Generator) -> Strip:
-        length = len(trajectory.revealed)
+        length = trajectory.num_revealed
         masked = []
         weight = []
         for rate, share in GAUSS_LEGENDRE[self.nodes]:
@@ -279,10 +281,25 @@ GAUSS_LEGENDRE = {  # nodes and weights on [0, 1]
 }
 
 
+def all_ids(trajectory: Trajectory) -> Tensor:
+    """The ids of the prompt and of the answer: (L,)."""
+    return torch.cat([as_integers(trajectory.prompt_ids), as_integers(trajectory.token_ids)])
+
+
+def revealed_tokens(trajectory: Trajectory) -> Tensor:
+    """Which of the answer's tokens denoising steps revealed: (F,) indices, all but those that were held."""
+    return (as_integers(trajectory.reveal_step) != HELD).nonzero().squeeze(1)
+
+
+def as_integers(values: Sequence[int]) -> Tensor:
+    """Values of a list or array, (n,)."""
+    return torch.from_numpy(np.array(values, np.int64))
+
+
 def masked_strip(trajectory: Trajectory, spec: BlockSpec, masked: Tensor, weight: Tensor) -> Strip:
     """The trajectory in V views, each with these answer tokens masked and scored. masked, weight: (V, F)."""
-    token_ids = torch.tensor([*trajectory.prompt_ids, *trajectory.token_ids])
-    position = len(trajectory.prompt_ids) + torch.tensor(trajectory.revealed)  # nothing else is masked
+    token_ids = all_ids(trajectory)
+    position = len(trajectory.prompt_ids) + revealed_tokens(trajectory)  # nothing else is masked
     everywhere = torch.zeros(len(masked), len(token_ids), dtype=torch.bool)  # (V, L)
     everywhere[:, position] = masked
     weights = torch.zeros(everywhere.shape)
@@ -303,19 +320,20 @@ def trajectory_strip(trajectory: Trajectory, block_size: int, mask_id: int, weig
             f"an answer was sampled in blocks of {trajectory.block_size} and the model's are of {block_size}:"
             " set model.block_size as it was"
         )
-    token_ids = torch.tensor([*trajectory.prompt_ids, *trajectory.token_ids])
+    token_ids = all_ids(trajectory)
     if len(token_ids) % block_size:
         raise DirlError(
             f"a trajectory of {len(token_ids)} tokens is not whole blocks of {block_size}: keep its last block whole"
         )
 
     # What step s revealed was hidden up to then, and so was all that came later.
-    prompt_steps = [HELD] * len(trajectory.prompt_ids)  # before the first
-    reveal_step = torch.tensor([*prompt_steps, *trajectory.reveal_step])  # (L,)
+    prompt = len(trajectory.prompt_ids)
+    reveal_step = torch.full((len(token_ids),), HELD)  # (L,), a prompt's before the first
+    reveal_step[prompt:] = as_integers(trajectory.reveal_step)
     step = torch.arange(1, int(reveal_step.max()) + 1)[:, None]  # (V, 1), a view a step
     token_weight = torch.ones(len(token_ids))  # (L,)
     if weight is not None:
-        token_weight[len(prompt_steps) :] = weight
+        token_weight[prompt:] = weight
     scored = (reveal_step == step) & (token_weight > 0)  # (V, L)
     masked = reveal_step >= step
     return lay_out(token_ids, masked, scored, token_weight.expand(scored.shape), block_size, mask_id)

@@ -57,7 +57,7 @@ class Answer:
             completion=completion,
             length=len(trajectory.completion_ids),
             truncated=trajectory.stop_reason == "length",
-            tokens_per_step=len(trajectory.revealed) / trajectory.denoise_forwards,
+            tokens_per_step=trajectory.num_revealed / trajectory.denoise_forwards,
             max_new_tokens=max_new_tokens,
             block_size=block_size,
             blocks=blocks,

@@ -25,6 +25,7 @@ from dirl_cli.rl.batch import steps_of_tokens
 from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
 from dirl_cli.rl.hints import NO_HINTS, Hints, is_all_wrong
+from dirl_cli.rollout.packed import packed
 from dirl_cli.rollout.sampler import Hint, Sampler
 from dirl_cli.rollout.storage import Record, from_json, to_json
 from dirl_cli.types import HELD, Decoding, Problem, Trajectory
@@ -242,7 +243,8 @@ class SampledRollouts:
         """Every process's answers as groups, in the order of their problems and samples."""
         answers = own_answers
         if self.accelerator.num_processes > 1:
-            answers = gather_object(own_answers)
+            own_indices = [index for index, _ in own_answers]
+            answers = gather_object(list(zip(own_indices, packed(record for _, record in own_answers), strict=True)))
         groups: dict[int, Group] = {index: [] for index in indices}
         for index, record in answers:
             groups[index].append(record)
@@ -367,7 +369,7 @@ def rewards_of(group: Group, parts: Sequence[str]) -> GroupRewards:
     return GroupRewards(
         total=torch.tensor([record.reward for record in group]),
         parts=torch.tensor([[record.parts[name] for name in parts] for record in group]),
-        tokens=torch.tensor([len(record.trajectory.revealed) for record in group]),
+        tokens=torch.tensor([record.trajectory.num_revealed for record in group]),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,8 +185,14 @@ def to_json(record: Record) -> dict[str, Any]:
         "kept": record.learned_from,
         "verifier": record.problem.verifier,
         "details": record.problem.details,
-        **vars(record.trajectory),
+        **trajectory_to_json(record.trajectory),
     }
+
+
+def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
+    """Its fields, arrays as lists."""
+    fields = vars(trajectory)
+    return {name: list(value) if isinstance(value, array) else value for name, value in fields.items()}
 
 
 def from_json(line: Any) -> Record:

@@ -1,0 +1,48 @@
+"""Trajectories as arrays, as processes that train together exchange them: 13 bytes a token where lists take 89."""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dirl_cli.rollout.storage import Record
+
+BYTE, INT32, FLOAT32, FLOAT64 = "B", "i", "f", "d"  # as `array` names them
+
+
+def packed(records: Iterable[Record]) -> list[Record]:
+    """The same answers with arrays for the lists of their trajectories; every value stays what it is.
+
+    Answers to one prompt share its array, which so is sent once.
+    """
+    prompts: dict[int, Any] = {}  # by the list they were
+    smaller = []
+    for record in records:
+        trajectory = record.trajectory
+        key = id(trajectory.prompt_ids)
+        if key not in prompts:
+            prompts[key] = integer_array(trajectory.prompt_ids)
+        arrays = replace(
+            trajectory,
+            prompt_ids=prompts[key],
+            token_ids=integer_array(trajectory.token_ids),
+            reveal_step=integer_array(trajectory.reveal_step),
+            logprobs=float_array(trajectory.logprobs),
+        )
+        smaller.append(replace(record, trajectory=arrays))
+    return smaller
+
+
+def integer_array(values: Sequence[int]) -> Any:
+    """As an array of bytes where they fit, else of int32, which every token's id is."""
+    try:
+        return array(BYTE, values)
+    except OverflowError:
+        return array(INT32, values)
+
+
+def float_array(values: Sequence[float]) -> Any:
+    """As an array of float32, in which the samplers compute; of float64 where that would round any."""
+    narrow = array(FLOAT32, values)
+    wide = array(FLOAT64, values)
+    return narrow if array(FLOAT64, narrow) == wide else wide
