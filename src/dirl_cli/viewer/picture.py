@@ -23,7 +23,8 @@ SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 UNSEEN = dict.fromkeys([*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF], "�")
 
 # Pixels, before a GIF doubles them.
-CHARACTER, LINE, TOKEN, FONT, SMALL, EDGE, LEGEND = 9, 38, 20, 15, 9, 16, 420
+CHARACTER, LINE, TOKEN, FONT, SMALL, EDGE = 9, 38, 20, 15, 9, 16
+STEPS_LEGEND, FORWARD_LEGEND = 420, 180  # widths
 SCALE = ("#d3e7fb", "#cbe8c3", "#f6b65a")  # of the first step, the middle and the last
 INK, FAINT, MASKED, GROUND = "#1d2024", "#5f666e", "#dad7cf", "#ffffff"
 
@@ -90,19 +91,18 @@ def colour_of(step: int, last: int) -> str:
     return "#{:02x}{:02x}{:02x}".format(*channels)
 
 
-def size_of(cells: Sequence[Cell]) -> tuple[int, int]:
-    """Width and height of the picture in pixels, a line for the legend included."""
+def size_of(cells: Sequence[Cell], legend: int) -> tuple[int, int]:
+    """Width and height of the picture in pixels, with a line for a legend of some width."""
     width = max(cell.column + cell.width for cell in cells) * CHARACTER
-    of_legend = 2 * max(cell.step for cell in cells) * CHARACTER + LEGEND
     height = (cells[-1].line + 2) * LINE
-    return max(width, of_legend) + 2 * EDGE, height + EDGE
+    return max(width, legend) + 2 * EDGE, height + EDGE
 
 
 def svg(answer: dict[str, Any], texts: Sequence[str]) -> str:
     """The whole answer, coloured by denoising step, whose number is under each token; a line under each block."""
     cells = token_cells(answer, texts)
     last = max(cell.step for cell in cells)
-    width, height = size_of(cells)
+    width, height = size_of(cells, 2 * last * CHARACTER + STEPS_LEGEND)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
         f' font-family="DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="{FONT}">',
@@ -164,7 +164,7 @@ def gif(answer: dict[str, Any], texts: Sequence[str]) -> bytes:
 
 def draw_frames(cells: Sequence[Cell], moments: Sequence[int]) -> Iterator[Image.Image]:
     """The answer after each of some forwards, of which the first is 0: before any."""
-    width, height = size_of(cells)
+    width, height = size_of(cells, FORWARD_LEGEND)
     canvas = Image.new("RGB", (2 * width, 2 * height), GROUND)
     draw = ImageDraw.Draw(canvas)
     steps = max(cell.step for cell in cells)
