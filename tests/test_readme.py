@@ -146,6 +146,24 @@ def test_the_words_of_the_glossary_are_the_codes():
             assert name in of_house or (ROOT / name).exists(), f"{term}: {name}"
 
 
+def test_the_sentences_that_are_answered_are_the_codes():
+    """Those that `docs/faq.md` quotes, wherever a string is broken into lines."""
+    code = "\n".join(file.read_text() for file in HOUSE.rglob("*.py"))
+    code = re.sub(r'"\s*f?"', "", code)
+    quoted = re.findall(r'^\*\*"(.+?)"\*\*', page("faq"), re.M)
+    assert len(quoted) >= 8
+    assert [sentence for sentence in quoted if sentence not in code] == []
+
+
+def test_the_changelog_has_the_version():
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert version and f"({version[1]})" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readme_fits_on_a_few_screens():
+    assert len(README.splitlines()) <= 180
+
+
 def test_pages_say_a_thing_once():
     """No sentence of some length stands in two pages, nor twice in one."""
     seen: dict[str, str] = {}

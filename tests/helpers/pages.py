@@ -6,7 +6,8 @@ from textwrap import dedent
 
 from tests.helpers.paths import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 README = PAGES[0].read_text()
 
 
