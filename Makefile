@@ -61,7 +61,7 @@ fuzz: install
 # The pages as a site: site/index.html. The variable silences what MkDocs' future is feared to be.
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs: .venv/docs
-	@$(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/mkdocs build --strict
 
 docs-serve: .venv/docs
 	@$(BIN)/mkdocs serve

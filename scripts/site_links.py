@@ -1,7 +1,7 @@
 """A hook of the docs site: pages link into the repository as they stand in it, and the site holds what they link to.
 
-README.md is the site's first page, docs/NAME.md is NAME.html. Every other file that a page links to is a page of its
-own: another page as it is, a directory or any other text as a listing.
+README.md is the site's first page, docs/NAME.md is NAME.html, and directories of conf/ are pages of the configuration
+reference. Every other file that a page links to is a page of its own, a text that is no page as a listing.
 """
 
 import posixpath
@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(\]\()(?![\w+.-]+:|#)([^)#\s]+)(?=[)#])")
 CODE = re.compile(r"(^ *```.*?^ *```$|`[^`\n]+`)", re.M | re.S)
 LANGUAGES = {".py": "python", ".pth": "python", ".yaml": "yaml", ".sh": "bash"}
-PAGES = {"README.md": "index.md"}  # of the repository, at a place of their own
+PAGES = {"README.md": "index.md", "conf": "configuration/index.md"}  # of the repository, at a place of their own
+PAGES |= {f"conf/{folder.name}": f"configuration/groups/{folder.name}.md" for folder in ROOT.glob("conf/*/")}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -79,7 +80,7 @@ def place(name: str) -> str:
 def origin(uri: str) -> str:
     """The file of the repository that a page of the site was made of."""
     for name, page in PAGES.items():
-        if page == uri:
+        if page == uri and (ROOT / name).is_file():
             return name
     return f"docs/{uri}" if (ROOT / "docs" / uri).exists() else uri
 
@@ -93,11 +94,7 @@ def generated(name: str, config: MkDocsConfig) -> File:
 
 
 def listing(name: str) -> str:
-    """A page that shows a text, or the texts of a directory; which the search leaves out."""
-    file = ROOT / name
-    texts = sorted(file.glob("*.yaml")) if file.is_dir() else [file]
-    page = f"---\nsearch: {{exclude: true}}\n---\n\n# {name}\n"
-    for text in texts:
-        heading = f"\n## {text.name}\n" if file.is_dir() else ""
-        page += f"{heading}\n````{LANGUAGES.get(text.suffix, 'text')}\n{text.read_text()}````\n"
-    return page
+    """A page that shows a text, which the search leaves out."""
+    language = LANGUAGES.get(Path(name).suffix, "text")
+    text = (ROOT / name).read_text()
+    return f"---\nsearch: {{exclude: true}}\n---\n\n# {name}\n\n````{language}\n{text}````\n"

@@ -1,6 +1,7 @@
 """The site that `make docs` builds of the pages: its links lead somewhere, and it asks nothing of the network."""
 
 import re
+from dataclasses import dataclass
 
 import pytest
 
@@ -13,7 +14,11 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 
+from dirl_cli.cli.schema import SCHEMAS
 from scripts.site_links import outside_code, place, targets
+from scripts.site_settings import command_settings, explanations, group_settings, groups, of_docstring
+
+pytestmark = pytest.mark.timeout(600)  # torch and what else the configuration names is imported
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,56 @@ def test_a_link_that_leads_nowhere_is_an_error(link, tmp_path):
         build(config)
 
 
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_every_key_of_a_command_is_explained(command):
+    settings = command_settings(command)
+    assert settings
+    assert [setting.key for setting in settings if not setting.line] == []
+
+
+@pytest.mark.parametrize("group", groups())
+def test_every_key_of_a_group_is_explained(group):
+    missing = [
+        f"conf/{group}/{choice}.yaml: {setting.key}"
+        for choice, settings in group_settings(group).items()
+        for setting in settings
+        if not setting.line
+    ]
+    assert missing == []
+
+
+def test_the_reference_has_every_key_with_its_default(site):
+    rl = (site / "configuration" / "rl.html").read_text()
+    for setting in command_settings("rl"):
+        assert f"<code>{setting.key.replace('_', '&#95;')}</code>" in rl or f"<code>{setting.key}</code>" in rl
+    optim = (site / "configuration" / "groups" / "optim.html").read_text()
+    assert "<code>5e-7</code>" in optim and "<code>momentum" not in optim and "<code>optim.momentum</code>" in optim
+
+
+def test_a_key_is_explained_by_its_line_and_what_follows_or_by_what_stands_above():
+    text = "# Of the file.\nsteps: 3   # how many\n           # there are\n"
+    text += "rl:\n  # of both\n  old: a\n  new: b  # this\nbare: 1\n"
+    assert explanations(text) == {"steps": "how many there are", "rl.old": "of both", "rl.new": "this"}
+
+
+def test_a_key_is_explained_by_a_docstring():
+    @dataclass
+    class Kind:
+        """What it is, drawn from `seed`.
+
+        low, high: the bounds. steps: how many
+        of them.
+        """
+
+        low: int
+        high: int
+        steps: int
+        seed: int
+
+    lines = [of_docstring(Kind, name) for name in ("high", "steps", "seed")]
+    assert lines == ["the bounds", "how many of them", "What it is, drawn from `seed`"]
+
+
 def test_code_is_left_alone_and_links_of_code_are_links():
     page = "[`a`](b.md) and `x[0](c.md)`\n\n```\n[d](e.md)\n```\n"
     assert targets("docs/page.md", page) == ["docs/b.md"]
@@ -70,5 +125,5 @@ def test_code_is_left_alone_and_links_of_code_are_links():
 
 def test_each_file_of_the_repository_has_a_place():
     names = ("README.md", "docs/rl.md", "benchmarks/RESULTS.md", "conf/rl.yaml", "conf/algo")
-    pages = ["index.md", "rl.md", "benchmarks/RESULTS.md", "conf/rl.yaml.md", "conf/algo.md"]
+    pages = ["index.md", "rl.md", "benchmarks/RESULTS.md", "conf/rl.yaml.md", "configuration/groups/algo.md"]
     assert [place(name) for name in names] == pages
