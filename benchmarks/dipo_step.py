@@ -21,10 +21,11 @@ from torch import Tensor
 from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM, diffusion_lm
 from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
-from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
+from dirl_cli.rl.batch import TrajectoryGroup
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.types import Trajectory
 from tests.helpers.algorithms import algorithm
+from tests.helpers.whole_batch import objective_rows
 from tests.reference.expanded import dipo_sum, expand, expanded_logprobs
 
 REPOSITORY = Path(__file__).parents[1]

@@ -9,12 +9,13 @@ from torch import Tensor
 from dirl_cli.diffusion.layout import PADDING, PER_TOKEN, Rows, pack
 from dirl_cli.diffusion.states import BlockSpec, trajectory_strip
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
+from dirl_cli.rl.batch import TrajectoryGroup
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.update import self_normalised_weights
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.types import Trajectory
 from tests.helpers.small import MASK, PAD
+from tests.helpers.whole_batch import objective_rows
 
 BLOCK, STOP, LONGEST = 4, 1, 16
 TOKENS = BlockSpec(BLOCK, MASK)
@@ -85,7 +86,7 @@ def packed(
     reference policy; nothing by default. padding: tokens of padding behind every row.
     """
     rows, lengths = objective_rows(
-        groups, objective, TOKENS, PAD, row_tokens, train_tail, torch.Generator().manual_seed(7)
+        groups, objective, TOKENS, PAD, row_tokens, train_tail, torch.Generator().manual_seed(8)
     )
     norm = objective.denominator(lengths, LONGEST)
     scorer = LogprobModel(lm.model, lm.unsampled_ids)

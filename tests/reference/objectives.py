@@ -438,6 +438,8 @@ def algorithm_loss(
     formula, tokens = FORMULAS[name], BlockSpec(lm.block_size, lm.mask_token_id)
     sample, token_count = 0, 0
     sum_of_sums, sum_of_means = torch.zeros(()), torch.zeros(())
+    # Each answer draws from a generator of its own, so that any process can repeat it.
+    seeds = torch.randint(2**62, (sum(len(answers) for answers, _ in groups),), generator=generator).tolist()
 
     for answers, rewards in groups:
         lengths = []  # of what the model drew and learns from
@@ -445,7 +447,7 @@ def algorithm_loss(
         for answer in answers:
             end = len(answer.token_ids) if train_tail else up_to_stop_token(answer)
             lengths.append(len([k for k in drawn_tokens(answer) if k < end]))
-            states = formula.states(answer, tokens, generator)
+            states = formula.states(answer, tokens, Generator().manual_seed(seeds[sample]))
             scores.append(list(score_states(lm, answer, states, end, old[sample], reference[sample])))
             sample += 1
 

@@ -60,12 +60,15 @@ def preference_loss(
 ) -> Tensor:
     """The mean loss of pairs of a chosen and a rejected answer: ()."""
     total = torch.zeros(())
+    # Each answer draws from a generator of its own.
+    seeds = iter(torch.randint(2**62, (2 * len(pairs),), generator=generator).tolist())
     for pair in pairs:
         rewards = []
         lengths = []
         logprobs = []
         for answer in pair:
-            policy, frozen = answer_logprobs(lm, reference, answer, states, train_tail, generator)
+            draws = Generator().manual_seed(next(seeds))
+            policy, frozen = answer_logprobs(lm, reference, answer, states, train_tail, draws)
             length = len(answer.token_ids) if train_tail else up_to_stop_token(answer)
             rewards.append(beta * (policy - frozen) / (length if length_normalised else 1))
             lengths.append(length)

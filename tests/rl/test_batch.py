@@ -8,10 +8,12 @@ import torch
 from dirl_cli.diffusion.layout import SHARED, common_blocks, join_strips, pack
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.rl.advantages import normalised
-from dirl_cli.rl.batch import TrajectoryGroup, fitting, joined_length, objective_rows, reward_shares, steps_of_blocks
+from dirl_cli.rl.answer_strips import fitting, joined_length
+from dirl_cli.rl.batch import TrajectoryGroup, reward_shares, steps_of_blocks
 from tests.helpers.algorithms import algorithm
 from tests.helpers.answers import ANSWERS, BLOCK, EIGHT, REWARDS, SIX, TOKENS, answer, assert_same, packed, with_hint
 from tests.helpers.small import MASK, PAD, small_lm
+from tests.helpers.whole_batch import objective_rows
 
 GROUPS = [TrajectoryGroup(a, normalised(torch.tensor(r)).tolist()) for a, r in zip(ANSWERS, REWARDS, strict=True)]
 ALONE = [

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError
 from dirl_cli.models.peft import FullFinetune
-from dirl_cli.rl.batch import TrajectoryGroup, objective_rows, steps_of_blocks
+from dirl_cli.rl.batch import TrajectoryGroup, steps_of_blocks
 from dirl_cli.rl.critic import Critic, LearnedCritic, StepAdvantages, ValueModel, value_metrics
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rollout.storage import read_rollout
@@ -21,6 +21,7 @@ from tests.helpers.algorithms import algorithm
 from tests.helpers.answers import ANSWERS, BLOCK, TOKENS, answer, assert_same
 from tests.helpers.rl_runs import config, lines, run, save_sharp_model, updates, weights
 from tests.helpers.small import PAD, small_lm
+from tests.helpers.whole_batch import objective_rows
 from tests.reference.steps_worth import value_loss, values_of_steps, worth_of_tokens
 
 EVERY = [one for some in ANSWERS for one in some]

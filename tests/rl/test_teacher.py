@@ -11,12 +11,12 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.batch import TrajectoryGroup
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.objective import Objective
-from dirl_cli.rl.teacher import TeacherPrompt, of_the_same_tokens
+from dirl_cli.rl.teacher import TeacherPrompt, of_the_same_tokens, token_keys
 from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.storage import Record
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.parallel import start_accelerator
-from dirl_cli.training.trainer import Trainer
+from dirl_cli.training.trainer import Trainer, own
 from dirl_cli.types import Instruction, Problem, Trajectory
 from tests.helpers.algorithms import ALGORITHMS, algorithm
 from tests.helpers.answers import ANSWERS, BLOCK, LONGEST, TOKENS, assert_same, gradient
@@ -150,11 +150,16 @@ def test_whatever_an_algorithm_draws_the_teacher_is_asked_the_same(name):
     policy = update(objective, prompt("{question} {answer}"), row_tokens=40)
     annotated = [TrajectoryGroup([record.trajectory for record in group], [0.0] * len(group)) for group in groups()]
     moved = policy.teacher_prompt.put(annotated, [group[0].problem for group in groups()])
-    ours, theirs = policy.pack_groups(annotated, 0, 0)[0], policy.pack_groups(moved, 0, 0)[0]
+    ours = list(own(policy.own_micro_batches(policy.pack_groups(annotated, 0, 0))))
+    theirs = list(own(policy.own_micro_batches(policy.pack_groups(moved, 0, 0))))
+    keys = torch.cat([token_keys(rows) for rows in theirs])
+    assert len(keys.unique()) == len(keys)
     for each in ("targets", "weight"):
         scored = torch.cat([getattr(rows, each) for rows in theirs])
-        for rows, values in zip(ours, of_the_same_tokens(scored, theirs, ours), strict=True):
-            assert torch.equal(values, getattr(rows, each))
+        for rows in ours:
+            assert torch.equal(of_the_same_tokens(keys, scored, rows), getattr(rows, each))
+    with pytest.raises(KeyError, match="other tokens than the policy"):
+        of_the_same_tokens(keys[:-1], keys[:-1], theirs[-1])
 
 
 def test_braces_of_a_problem_mean_nothing():

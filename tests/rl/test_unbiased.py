@@ -20,7 +20,7 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.states import BlockSpec, LeftToRight, MergedTrace, Trace
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.advantages import ADVANTAGES
-from dirl_cli.rl.batch import TrajectoryGroup, objective_rows, trained_length
+from dirl_cli.rl.batch import TrajectoryGroup, trained_length
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.units import LEVELS
 from dirl_cli.rollout.native import NativeSampler
@@ -28,6 +28,7 @@ from dirl_cli.training.logprobs import LogprobModel, trajectory_logprobs
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers.algorithms import algorithm
 from tests.helpers.paths import ROOT
+from tests.helpers.whole_batch import objective_rows
 from tests.reference.enumerated import answers, toy
 
 THRESHOLD = {"sampled": 0.7, "max": 0.9, "entropy": 0.75}  # at which a dynamic step reveals now one token, now several

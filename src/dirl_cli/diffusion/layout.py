@@ -250,6 +250,11 @@ def common_blocks(strips: Sequence[Strip], block_size: int) -> int:
 def pack(strips: Sequence[Strip], row_tokens: int, block_size: int, pad_id: int) -> Rows:
     """Lay strips into rows of at most `row_tokens` tokens (more only where one strip has them), first fit by length."""
     bins = first_fit([len(strip) for strip in strips], row_tokens)
+    return fill_rows(bins, dict(enumerate(strips)), block_size, pad_id)
+
+
+def fill_rows(bins: Sequence[Sequence[int]], strips: Mapping[int, Strip], block_size: int, pad_id: int) -> Rows:
+    """Rows of these strips, as wide as the longest. bins: by row, the numbers of the strips in it."""
     width = 0
     for row in bins:
         width = max(width, sum(len(strips[i]) for i in row))

@@ -296,6 +296,11 @@ def as_integers(values: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.array(values, np.int64))
 
 
+def as_floats(values: Sequence[float]) -> Tensor:
+    """The same of floats, as float32."""
+    return torch.from_numpy(np.array(values, np.float32))
+
+
 def masked_strip(trajectory: Trajectory, spec: BlockSpec, masked: Tensor, weight: Tensor) -> Strip:
     """The trajectory in V views, each with these answer tokens masked and scored. masked, weight: (V, F)."""
     token_ids = all_ids(trajectory)

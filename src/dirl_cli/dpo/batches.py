@@ -12,7 +12,7 @@ from dirl_cli.diffusion.states import BlockSpec, Views
 from dirl_cli.dpo.pairs import Pair, Pairs
 from dirl_cli.dpo.preference import Preference
 from dirl_cli.rl.batch import answer_rows, trained_lengths
-from dirl_cli.training.trainer import Trainer
+from dirl_cli.training.trainer import MicroBatches, Trainer
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ class PairRows:
         """Packed rows of the pairs, what is random in their views drawn anew."""
         groups = [pair.answers for pair in pairs]
         lengths = trained_lengths(list(chain.from_iterable(groups)), self.train_tail)
-        return answer_rows(
-            groups, lengths, self.views, self.spec, self.pad_id, self.row_tokens, generator(*seed), keeps_groups=True
-        )
+        return answer_rows(groups, lengths, self.views, self.spec, self.pad_id, self.row_tokens, generator(*seed))
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class PairBatches:
 class PairValidation:
     """Held-out pairs in views that stay the same, with what the reference makes of them."""
 
-    micro_batches: Sequence[Rows]
+    micro_batches: MicroBatches
     num_pairs: int
     trainer: Trainer
     preference: Preference

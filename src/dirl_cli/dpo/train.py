@@ -28,8 +28,8 @@ def train(
 
         # The frozen reference scores the very same states, then one optimizer step on the mean over all pairs.
         with run.showing():
-            micro_batches = run.trainer.add_scores(micro_batches, reference, "ref_logprobs")
-            metrics = run.trainer.step(micro_batches, preference.loss, batches.batch_size)
+            scored = run.trainer.add_scores(micro_batches, reference, "ref_logprobs")
+            metrics = run.trainer.step(scored, preference.loss, batches.batch_size)
 
         # Report, evaluate and save where it is due; stop where it was asked for.
         tokens = sum(rows.num_tokens for rows in micro_batches)

@@ -1,16 +1,17 @@
 """From sampled groups and their advantages to packed rows with everything an objective asks of each token."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import chain
 
 import torch
 from torch import Generator, Tensor
 
-from dirl_cli.diffusion.layout import Rows, Strip, common_blocks, join_strips, pack, without_first
-from dirl_cli.diffusion.states import BlockSpec, Views
+from dirl_cli.diffusion.layout import Rows, fill_rows, first_fit
+from dirl_cli.diffusion.states import BlockSpec, Views, as_floats
 from dirl_cli.reward.process import by_step
+from dirl_cli.rl.answer_strips import ALONE, AnswerStrips, Part, Run, all_runs
 from dirl_cli.rl.objective import Objective
 from dirl_cli.types import HELD, Trajectory
 
@@ -29,42 +30,65 @@ class TrajectoryGroup:
     filler: int = 0
 
 
-def objective_rows(
-    groups: Sequence[TrajectoryGroup],
-    objective: Objective,
-    spec: BlockSpec,
-    pad_id: int,
-    row_tokens: int,
-    train_tail: bool,
-    generator: Generator,
-) -> tuple[Rows, list[int]]:
-    """Packed rows of the groups' trajectories in the objective's views, and each answer's number of trained tokens.
+class ObjectiveRows:
+    """Packed rows of groups of trajectories in an objective's views, made when they are asked for.
 
-    Extras of each scored token: those of `answer_rows`, its advantage, sampler_logprobs and the version of the weights
-    that it was sampled from; and process_reward where there are any.
+    All processes know how the rows are packed, for which each lays out its share of the groups; then each makes those
+    that it computes.
+    bins: the strips in each row. lengths: each answer's number of trained tokens. num_tokens: of all rows, without
+    padding. num_scored: how often tokens are scored in them.
     """
-    trajectories = list(chain.from_iterable(group.trajectories for group in groups))
-    advantages = list(chain.from_iterable(group.advantages for group in groups))
-    lengths = trained_lengths(trajectories, train_tail)
-    if objective.mask_overlong:
-        for i, trajectory in enumerate(trajectories):
-            if trajectory.stop_reason == "length":
-                lengths[i] = 0
 
-    answers = [group.trajectories for group in groups]
-    fillers = [group.filler for group in groups]
-    rows = answer_rows(answers, lengths, objective.views, spec, pad_id, row_tokens, generator, fillers=fillers)
-    sample, index = rows.extras["sample"], rows.extras["index"]
-    extras = {
-        "advantage": torch.tensor(advantages)[sample],
-        "version": torch.tensor([trajectory.weights_version for trajectory in trajectories])[sample],
-        "sampler_logprobs": padded([trajectory.logprobs for trajectory in trajectories])[sample, index],
-    }
-    process = list(chain.from_iterable(group.process for group in groups))
-    if any(process):
-        shares = [reward_shares(*pair, spec.block_size) for pair in zip(trajectories, process, strict=True)]
-        extras["process_reward"] = padded(shares)[sample, index]
-    return rows.with_extras(**extras), revealed_lengths(trajectories, lengths)
+    def __init__(
+        self,
+        groups: Sequence[TrajectoryGroup],
+        objective: Objective,
+        spec: BlockSpec,
+        pad_id: int,
+        row_tokens: int,
+        train_tail: bool,
+        generator: Generator,
+        part: Part = ALONE,
+    ) -> None:
+        self._trajectories = list(chain.from_iterable(group.trajectories for group in groups))
+        self._advantages = torch.tensor(list(chain.from_iterable(group.advantages for group in groups)))
+        self._process = list(chain.from_iterable(group.process for group in groups))
+        self._pad_id = pad_id
+        self._trained = trained_lengths(self._trajectories, train_tail)
+        if objective.mask_overlong:
+            for i, trajectory in enumerate(self._trajectories):
+                if trajectory.stop_reason == "length":
+                    self._trained[i] = 0
+        self.lengths = revealed_lengths(self._trajectories, self._trained)
+
+        answers = [group.trajectories for group in groups]
+        fillers = [group.filler for group in groups]
+        self._strips = AnswerStrips(answers, objective.views, spec, row_tokens, generator, fillers=fillers)
+        self._runs = all_runs(self._strips, part)
+        self.bins = first_fit([run.tokens for run in self._runs], row_tokens)
+        self.num_tokens = sum(run.tokens for run in self._runs)
+        self.num_scored = sum(run.scored for run in self._runs)
+
+    def rows(self, bins: Sequence[Sequence[int]]) -> Rows:
+        """Some of the rows.
+
+        Extras of each scored token: those of `packed_runs`, its advantage, sampler_logprobs and the version of the
+        weights that it was sampled from; and process_reward where there are any.
+        """
+        rows = packed_runs(self._strips, self._runs, bins, self._trained, self.lengths, self._pad_id)
+        sample, index = rows.extras["sample"], rows.extras["index"]
+        versions = torch.tensor([trajectory.weights_version for trajectory in self._trajectories])
+        extras = {
+            "advantage": self._advantages[sample],
+            "version": versions[sample],
+            "sampler_logprobs": of_tokens(lambda i: self._trajectories[i].logprobs, sample, index),
+        }
+        if any(self._process):
+            extras["process_reward"] = of_tokens(self._reward_shares, sample, index)
+        return rows.with_extras(**extras)
+
+    def _reward_shares(self, answer: int) -> list[float]:
+        return reward_shares(self._trajectories[answer], self._process[answer], self._strips.spec.block_size)
 
 
 def answer_rows(
@@ -75,37 +99,51 @@ def answer_rows(
     pad_id: int,
     row_tokens: int,
     generator: Generator,
-    keeps_groups: bool = False,
-    fillers: Sequence[int] | None = None,
 ) -> Rows:
-    """Packed rows of groups of answers in these views. Tokens that were held are context, like a prompt's.
+    """Packed rows of groups of answers in these views, each group in one row however long; see `packed_runs`.
 
-    What the answers of a group begin with in common is laid out once, as long as they fit into a row together; with
-    `keeps_groups` they are in one row in any case.
-    lengths: how many tokens of each answer are trained, from its first on; those after them weigh 0. fillers: by group,
-    how many tokens at the beginning of its prompts only keep a place and are seen by nothing; none unless given.
+    lengths: how many tokens of each answer are trained, from its first on; those after them weigh 0.
+    """
+    strips = AnswerStrips(groups, views, spec, row_tokens, generator, keeps_groups=True)
+    runs = all_runs(strips)
+    bins = first_fit([run.tokens for run in runs], row_tokens)
+    revealed = revealed_lengths(list(chain.from_iterable(groups)), lengths)
+    return packed_runs(strips, runs, bins, lengths, revealed, pad_id)
+
+
+def packed_runs(
+    strips: AnswerStrips,
+    runs: Sequence[Run],
+    bins: Sequence[Sequence[int]],
+    trained: Sequence[int],
+    revealed: Sequence[int],
+    pad_id: int,
+) -> Rows:
+    """Rows of the strips of these runs. Tokens that were held are context, like a prompt's.
+
+    trained: how many tokens of each answer are, from its first on; those after them weigh 0. revealed: how many of
+    those were not held.
     Extras of each scored token: `sample`, the answer it belongs to, counted over all groups; `index`, which of its
     tokens it is; and `length`, the trained tokens of its answer that were not held, or 1 where there are none.
     """
-    strips: list[Strip] = []
-    sizes = []  # answers in each strip
-    for group, filler in zip(groups, fillers or [0] * len(groups), strict=True):
-        answers = [views(trajectory, spec, generator) for trajectory in group]
-        runs = [answers] if keeps_groups else fitting(answers, row_tokens, spec.block_size)
-        for joined in runs:
-            strips.append(without_first(join_strips(joined, spec.block_size), filler))
-            sizes.append(len(joined))
-    rows = pack(strips, row_tokens, spec.block_size, pad_id)
+    laid_out = {i: strips.strip(runs[i]) for i in chain.from_iterable(bins)}
+    rows = fill_rows(bins, laid_out, strips.spec.block_size, pad_id)
 
     # Of a group that is too long for a row there are several strips.
-    first_of_strip = torch.tensor([0, *accumulate(sizes)])
+    first_of_strip = torch.tensor([run.first for run in runs])
     sample = first_of_strip[rows.at_targets(rows.strip)] + rows.at_targets(rows.sequence) - 1  # (N,)
-    trajectories = list(chain.from_iterable(groups))
-    prompt_lengths = torch.tensor([len(trajectory.prompt_ids) for trajectory in trajectories])
+    prompt_lengths = torch.tensor([len(trajectory.prompt_ids) for trajectory in strips.trajectories])
     index = rows.at_targets(rows.position) - prompt_lengths[sample]  # (N,)
-    length = torch.tensor(revealed_lengths(trajectories, lengths))[sample]  # (N,)
+    length = torch.tensor(revealed)[sample]  # (N,)
     extras = {"sample": sample, "index": index, "length": length.clamp(min=1).float()}
-    return replace(rows, weight=rows.weight * (index < torch.tensor(lengths)[sample]), extras=extras)
+    return replace(rows, weight=rows.weight * (index < torch.tensor(trained)[sample]), extras=extras)
+
+
+def of_tokens(values_of: Callable[[int], Sequence[float]], sample: Tensor, index: Tensor) -> Tensor:
+    """A value for each scored token: (N,). values_of: an answer, gives those of its tokens. sample, index: (N,)."""
+    answers, row = sample.unique(return_inverse=True)
+    values = [as_floats(values_of(i)) for i in answers.tolist()]
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)[row, index]
 
 
 def trained_lengths(trajectories: Sequence[Trajectory], train_tail: bool) -> list[int]:
@@ -122,21 +160,6 @@ def revealed_lengths(trajectories: Sequence[Trajectory], lengths: Sequence[int])
     """How many of the first `lengths` tokens of each answer were not held."""
     pairs = zip(trajectories, lengths, strict=True)
     return [length - trajectory.reveal_step[:length].count(HELD) for trajectory, length in pairs]
-
-
-def fitting(strips: Sequence[Strip], row_tokens: int, block_size: int) -> list[list[Strip]]:
-    """The strips in order, in runs of at most `row_tokens` tokens once they are joined."""
-    runs: list[list[Strip]] = []
-    for strip in strips:
-        if runs and joined_length([*runs[-1], strip], block_size) <= row_tokens:
-            runs[-1].append(strip)
-        else:
-            runs.append([strip])
-    return runs
-
-
-def joined_length(strips: Sequence[Strip], block_size: int) -> int:
-    return sum(map(len, strips)) - (len(strips) - 1) * common_blocks(strips, block_size)
 
 
 def reward_shares(trajectory: Trajectory, values: Sequence[float], block_size: int) -> list[float]:
@@ -169,8 +192,3 @@ def steps_of_tokens(trajectory: Trajectory, block_size: int) -> list[tuple[int, 
 def trained_length(trajectory: Trajectory) -> int:
     """Answer tokens up to and with the stop token."""
     return min(len(trajectory.completion_ids) + 1, len(trajectory.token_ids))
-
-
-def padded(lists: Sequence[Sequence[float]]) -> Tensor:
-    """Lists of different lengths as one tensor, zeros at the ends."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(values) for values in lists], batch_first=True)

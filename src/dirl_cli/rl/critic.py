@@ -34,7 +34,7 @@ from dirl_cli.ranges import NotNegative, Positive, Share, ShareBelowOne, SomeSha
 from dirl_cli.rl.objective import Cap, Objective
 from dirl_cli.rl.units import unit_index
 from dirl_cli.training.optim import Rate, adamw
-from dirl_cli.training.trainer import Sums, Trainer
+from dirl_cli.training.trainer import MicroBatches, Sums, Trainer
 from dirl_cli.types import SHARDED_LAUNCHES
 
 
@@ -127,9 +127,8 @@ class Critic:
     trainer: Trainer
     clip: float
 
-    def step(self, micro_batches: Sequence[Rows]) -> dict[str, float]:
-        """Take an optimizer step on the mean loss of all scored tokens."""
-        tokens = sum(len(rows.targets) for rows in micro_batches)
+    def step(self, micro_batches: MicroBatches, tokens: int) -> dict[str, float]:
+        """Take an optimizer step on the mean loss of all scored tokens, of which there are `tokens`."""
         return self.trainer.step(micro_batches, self.loss, max(tokens, 1))
 
     def loss(self, rows: Rows, values: Tensor) -> Sums:

@@ -4,7 +4,7 @@ It scores the policy's own answers in the very states that the policy's tokens a
 (on-policy self-distillation, arXiv 2601.18734). Where its prompt is longer, the answer moves to later positions. Blocks
 begin at multiples of their size, so that the prompt may have to begin inside a block for the answer's to stay the same.
 
-Shapes: N scored tokens of all micro-batches.
+Shapes: N scored tokens of a micro-batch.
 """
 
 import re
@@ -20,6 +20,8 @@ from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError
 from dirl_cli.rl.batch import TrajectoryGroup
 from dirl_cli.types import Instruction, Problem
+
+VIEWS, PLACES = 2**16, 2**28  # more than an answer has; and of answers 2**19
 
 
 @dataclass(frozen=True)
@@ -72,20 +74,19 @@ class TeacherPrompt:
             )
 
 
-def of_the_same_tokens(scores: Tensor, scored: Sequence[Rows], micro_batches: Sequence[Rows]) -> list[Tensor]:
-    """Scores of the tokens of some micro-batches, brought into the order of others that score the same: (N,) in all.
+def of_the_same_tokens(keys: Tensor, scores: Tensor, rows: Rows) -> Tensor:
+    """The scores of the scored tokens of `rows`, (N,), among those of all tokens. keys, scores: of these, (T,) each.
 
-    scores: (N,), of the tokens of `scored`.
+    Raises KeyError where a token is not among them.
     """
-    by_rank = torch.empty_like(scores)
-    by_rank[token_ranks(scored)] = scores
-    lengths = [len(rows.targets) for rows in micro_batches]
-    return list(by_rank[token_ranks(micro_batches)].split(lengths))
+    keys, order = keys.sort()
+    own_keys = token_keys(rows)
+    place = torch.searchsorted(keys, own_keys).clamp(max=len(keys) - 1)
+    if not torch.equal(keys[place], own_keys):
+        raise KeyError("the teacher scores other tokens than the policy")
+    return scores[order[place]]
 
 
-def token_ranks(micro_batches: Sequence[Rows]) -> Tensor:
-    """Which of all scored tokens each is, counted by answer, state and position, wherever it is packed: (N,)."""
-    keys = []
-    for rows in micro_batches:
-        keys.append(torch.stack([rows.extras["sample"], rows.at_targets(rows.view), rows.at_targets(rows.position)]))
-    return torch.cat(keys, 1).unique(dim=1, return_inverse=True)[1]
+def token_keys(rows: Rows) -> Tensor:
+    """A number for each scored token, the same wherever it is packed: of its answer, state and place there: (N,)."""
+    return (rows.extras["sample"] * VIEWS + rows.at_targets(rows.view)) * PLACES + rows.extras["index"]

@@ -16,18 +16,19 @@ from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.rl.advantages import AdvantageEstimator
-from dirl_cli.rl.batch import TrajectoryGroup, objective_rows
+from dirl_cli.rl.answer_strips import ALONE, Part
+from dirl_cli.rl.batch import ObjectiveRows, TrajectoryGroup
 from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, StepAdvantages, require_whole_trace, value_metrics
 from dirl_cli.rl.objective import Objective, k3
 from dirl_cli.rl.rollouts import Group
-from dirl_cli.rl.teacher import TeacherPrompt, of_the_same_tokens
+from dirl_cli.rl.teacher import TeacherPrompt, of_the_same_tokens, token_keys
 from dirl_cli.rl.units import at_level
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.parallel import unsharded
-from dirl_cli.training.trainer import Trainer
+from dirl_cli.training.trainer import MicroBatches, Trainer, of_each, own
 from dirl_cli.types import Decoding
 
 # Of `Objective.loss`, over tokens by weight.
@@ -36,15 +37,17 @@ TOKEN_SUMS = ("entropy", "ratio", "clipped", "kl", "correction", "correction_squ
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """What one optimizer step learns from."""
+    """What one optimizer step learns from.
 
-    micro_batches: list[Rows]
-    denominator: float  # of the loss: see `Objective.denominator`
-    group_sizes: list[int]  # answers in each group, in order
+    denominator: of the loss, see `Objective.denominator`. group_sizes: answers in each group, in order. num_tokens,
+    num_scored: of all processes' rows, see `ObjectiveRows`.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(rows.num_tokens for rows in self.micro_batches)
+    micro_batches: MicroBatches
+    denominator: float
+    group_sizes: list[int]
+    num_tokens: int
+    num_scored: int
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class PolicyUpdate:
                 self.move_reference()
                 if self.critic:
                     with self.trainer.times("critic"):
-                        value_sums.append(self.critic.step(batch.micro_batches))
+                        value_sums.append(self.critic.step(batch.micro_batches, batch.num_scored))
 
         metrics = self.take_mismatch(sums[0], mismatch)
         metrics |= mean_metrics(sums)
@@ -148,32 +151,37 @@ class PolicyUpdate:
             advantages = [record.advantage or 0.0 for record in group]
             process = [record.process for record in group]
             annotated.append(TrajectoryGroup([record.trajectory for record in group], advantages, process))
-        micro_batches, lengths = self.pack_groups(annotated, step, number)
+        rows = self.pack_groups(annotated, step, number)
+        micro_batches = self.own_micro_batches(rows)
 
         # The ratio's denominator: what the sampler recorded, or what the trainer says before its first step.
         if self.old_from_sampler:
-            micro_batches = [rows.with_extras(old_logprobs=rows.extras["sampler_logprobs"]) for rows in micro_batches]
+            micro_batches = of_each(micro_batches, with_old_from_sampler)
         elif (self.objective.needs_old_logprobs and self.mini_batches * self.epochs > 1) or self.correction.cap:
             micro_batches = self.trainer.add_scores(micro_batches, self.trainer.model, "old_logprobs")
         if self.correction.cap and not self.old_from_sampler:
-            micro_batches = [self.add_importance_weights(rows) for rows in micro_batches]
+            micro_batches = of_each(micro_batches, self.add_importance_weights)
 
         if self.reference is not None and self.teacher_prompt is not None:
             teacher_prompt = replace(self.teacher_prompt, block_size=self.growth.at(self.lm, step).block_size)
             told = teacher_prompt.put(annotated, [group[0].problem for group in groups])
-            scored, _ = self.pack_groups(told, step, number)
-            pairs = zip(micro_batches, self.teachers_logprobs(self.reference, scored, micro_batches), strict=True)
-            micro_batches = [rows.with_extras(ref_logprobs=logprobs) for rows, logprobs in pairs]
+            scored = self.own_micro_batches(self.pack_groups(told, step, number))
+            micro_batches = self.add_teachers_logprobs(self.reference, scored, micro_batches)
         elif self.reference is not None:
             micro_batches = self.trainer.add_scores(micro_batches, self.reference, "ref_logprobs")
         micro_batches = self.add_step_advantages(micro_batches)
-        group_sizes = [len(group) for group in groups]
-        return MiniBatch(micro_batches, self.objective.denominator(lengths, self.longest), group_sizes)
+        denominator = self.objective.denominator(rows.lengths, self.longest)
+        sizes = [len(group) for group in groups]
+        return MiniBatch(micro_batches, denominator, sizes, rows.num_tokens, rows.num_scored)
 
-    def pack_groups(self, groups: Sequence[TrajectoryGroup], step: int, number: int) -> tuple[list[Rows], list[int]]:
-        """Micro-batches of a mini-batch in the objective's views, and each answer's number of trained tokens."""
+    def pack_groups(self, groups: Sequence[TrajectoryGroup], step: int, number: int) -> ObjectiveRows:
+        """How a mini-batch is packed in the objective's views. Every process has to call."""
+        accelerator = self.trainer.accelerator
+        part = ALONE
+        if accelerator.num_processes > 1:
+            part = Part(accelerator.process_index, accelerator.num_processes, gather_object)
         with self.trainer.times("rows"):
-            rows, lengths = objective_rows(
+            return ObjectiveRows(
                 groups,
                 self.objective,
                 BlockSpec(self.growth.at(self.lm, step).block_size, self.lm.mask_token_id),
@@ -181,48 +189,55 @@ class PolicyUpdate:
                 self.row_tokens,
                 self.train_tail,
                 generator(self.seed, step, number),
+                part,
             )
-            return self.trainer.cut(rows, self.micro_rows), lengths
 
-    def add_step_advantages(self, micro_batches: list[Rows]) -> list[Rows]:
+    def own_micro_batches(self, rows: ObjectiveRows) -> MicroBatches:
+        """The micro-batches of some rows, of which this process makes those that it computes."""
+        with self.trainer.times("rows"):
+            each = self.trainer.rows_each(len(rows.bins), self.micro_rows)
+            starts = range(0, len(rows.bins), each)
+            computed = {i for i, _ in self.trainer.turns(len(starts))}
+            micro_batches: list[Rows | None] = []
+            for i, start in enumerate(starts):
+                micro_batches.append(rows.rows(rows.bins[start : start + each]) if i in computed else None)
+            return micro_batches
+
+    def add_step_advantages(self, micro_batches: MicroBatches) -> MicroBatches:
         """The micro-batches with an advantage for each token where steps differ: in value, reward or distance to it."""
         if self.critic:
             micro_batches = self.trainer.add_scores(micro_batches, self.critic.trainer.model, "values")
-            return [self.step_advantages(rows) if "values" in rows.extras else rows for rows in micro_batches]
-        if any("process_reward" in rows.extras for rows in micro_batches):
+        elif any("process_reward" in rows.extras for rows in own(micro_batches)):
             require_whole_trace(self.objective, "a process reward")
         elif self.step_advantages.gamma == 1:
             return micro_batches
-        return [self.step_advantages(rows) for rows in micro_batches]
+        return of_each(micro_batches, self.step_advantages)
 
     def add_importance_weights(self, rows: Rows) -> Rows:
         """The rows with the weights that make up for a sampler that was not the trainer; see corrections.py."""
-        if "old_logprobs" not in rows.extras:  # another process's share
-            return rows
         extras = rows.extras
         weights, is_cut = self.correction.weights(rows, extras["old_logprobs"], extras["sampler_logprobs"])
         return rows.with_extras(importance_weight=weights, is_cut=is_cut.float())
 
-    def add_answer_weights(self, batch: MiniBatch) -> list[Rows]:
+    def add_answer_weights(self, batch: MiniBatch) -> MicroBatches:
         """The micro-batches with each answer's weight in its group; see `self_normalised_weights`.
 
         One more pass, since an answer's weight depends on all answers of its group, wherever they are computed.
         """
-        if not any("old_logprobs" in rows.extras for rows in batch.micro_batches):
+        if not all("old_logprobs" in rows.extras for rows in own(batch.micro_batches)):
             return batch.micro_batches  # the policy is still the one that sampled
         micro_batches = self.trainer.add_scores(batch.micro_batches, self.trainer.model, "present_logprobs")
         own_log_ratios: dict[int, float] = {}  # by answer
-        for rows in micro_batches:
-            if "present_logprobs" in rows.extras:
-                log_ratio = at_level("sequence", rows.extras["present_logprobs"] - rows.extras["old_logprobs"], rows)
-                own_log_ratios |= dict(zip(rows.extras["sample"].tolist(), log_ratio.tolist(), strict=True))
+        for rows in own(micro_batches):
+            log_ratio = at_level("sequence", rows.extras["present_logprobs"] - rows.extras["old_logprobs"], rows)
+            own_log_ratios |= dict(zip(rows.extras["sample"].tolist(), log_ratio.tolist(), strict=True))
 
         log_ratios = own_log_ratios
         if self.trainer.accelerator.num_processes > 1:
             log_ratios = dict(gather_object(list(own_log_ratios.items())))
         by_answer = torch.tensor([log_ratios.get(sample, 0.0) for sample in range(sum(batch.group_sizes))])
         weights = self_normalised_weights(by_answer, batch.group_sizes, 1 + self.objective.clip_high)
-        return [rows.with_extras(answer_weight=weights[rows.extras["sample"]]) for rows in micro_batches]
+        return of_each(micro_batches, lambda rows: rows.with_extras(answer_weight=weights[rows.extras["sample"]]))
 
     def move_reference(self) -> None:
         """Move the reference towards the policy, every `reference_every` optimizer steps by `reference_rate`."""
@@ -231,19 +246,24 @@ class PolicyUpdate:
             return
         move_towards(self.reference.model, unsharded(self.peft.pushed(self.lm)), self.objective.reference_rate)
 
-    def teachers_logprobs(
-        self, teacher: LogprobModel, scored: Sequence[Rows], micro_batches: Sequence[Rows]
-    ) -> list[Tensor]:
-        """What the teacher says of the tokens of each micro-batch, from the rows in which it sees them itself."""
-        own_logprobs = {}  # by micro-batch of the teacher's
-        for i, rows in enumerate(self.trainer.add_scores(scored, teacher, "ref_logprobs")):
-            if "ref_logprobs" in rows.extras:
-                own_logprobs[i] = rows.extras["ref_logprobs"]
-
-        logprobs = own_logprobs
+    def add_teachers_logprobs(
+        self, teacher: LogprobModel, scored: MicroBatches, micro_batches: MicroBatches
+    ) -> MicroBatches:
+        """The micro-batches with what the teacher says of their tokens, from the rows in which it sees them itself."""
+        parts = []
+        for rows in own(self.trainer.add_scores(scored, teacher, "ref_logprobs")):
+            parts.append((token_keys(rows), rows.extras["ref_logprobs"]))
         if self.trainer.accelerator.num_processes > 1:
-            logprobs = dict(gather_object(list(own_logprobs.items())))
-        return of_the_same_tokens(torch.cat([logprobs[i] for i in range(len(scored))]), scored, micro_batches)
+            parts = gather_object(parts)
+        keys, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return of_each(
+            micro_batches, lambda rows: rows.with_extras(ref_logprobs=of_the_same_tokens(keys, scores, rows))
+        )
+
+
+def with_old_from_sampler(rows: Rows) -> Rows:
+    """The rows with the sampler's log-probs for those of the policy before the step."""
+    return rows.with_extras(old_logprobs=rows.extras["sampler_logprobs"])
 
 
 @torch.no_grad()

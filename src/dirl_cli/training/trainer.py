@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -53,6 +54,8 @@ class PhaseTimes:
 
 
 Sums = dict[str, Tensor]
+MicroBatches = Sequence[Rows | None]
+"""Those of all processes in one order, and None for one that only others compute."""
 Loss = Callable[..., Sums]
 """From rows and their N scored tokens' log-probs, entropies and is_likeliest, (N,) each, to `loss` and any metrics.
 
@@ -104,11 +107,11 @@ class Trainer:
         self.updates_applied = 0  # that moved the parameters: not skipped, and neither gradient nor rate is 0
         self.times = PhaseTimes()
 
-    def step(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
+    def step(self, micro_batches: MicroBatches, loss: Loss, normalizer: float) -> dict[str, float]:
         """Descend on Σ loss ÷ `normalizer`; returns that, the other sums likewise, the gradient's norm and the rates.
 
-        micro_batches: those of all processes, the same list on each, which computes its share. How they are cut and
-        how many processes there are changes nothing but the time. An update whose loss or gradient is not finite, or
+        micro_batches: those of all processes, of which each computes its share. How they are cut and how many processes
+        there are changes nothing but the time. An update whose loss or gradient is not finite, or
         whose gradient is longer than `skip_norm`, is skipped but counts as a step, since its batch would come again.
         Raises DirlError where more than `max_skipped` in a row would be.
         """
@@ -178,7 +181,7 @@ class Trainer:
             raise DirlError(f"no step changed the model, so there is none to save: {remedy}")
 
     @torch.no_grad()
-    def measure(self, micro_batches: Sequence[Rows], loss: Loss, normalizer: float) -> dict[str, float]:
+    def measure(self, micro_batches: MicroBatches, loss: Loss, normalizer: float) -> dict[str, float]:
         """What `step` would return as its sums, and `likeliest`, those that greedy decoding takes; learns nothing."""
         self.model.eval()
         with self.stoppable():
@@ -187,40 +190,48 @@ class Trainer:
         return self.reduce(totals)
 
     @torch.no_grad()
-    def add_scores(self, micro_batches: Sequence[Rows], model: nn.Module, name: str) -> list[Rows]:
+    def add_scores(self, micro_batches: MicroBatches, model: nn.Module, name: str) -> list[Rows | None]:
         """The micro-batches with a model's log-probs or values as `name`, by each process on its share of them."""
         accelerator = self.accelerator
         model.eval()
         with self.times("logprobs"):
             scores = {}
             with accelerator.autocast():
-                for rows, _ in self.share(micro_batches):
-                    scores[id(rows)] = model(rows.to(accelerator.device))[0]
+                for own_rows, _ in self.share(micro_batches):
+                    scores[id(own_rows)] = model(own_rows.to(accelerator.device))[0]
             reshard(model)
 
-            annotated = []
+            annotated: list[Rows | None] = []
             for rows in micro_batches:
-                if id(rows) in scores:
+                if rows is not None and id(rows) in scores:
                     rows = rows.with_extras(**{name: scores[id(rows)].to(rows.target_index.device)})
                 annotated.append(rows)
         return annotated
 
     def cut(self, rows: Rows, micro_rows: int | None) -> list[Rows]:
         """Micro-batches of at most `micro_rows` rows, one for every process at least where the rows allow it."""
-        rows_per_process = -(-len(rows.token_ids) // self.accelerator.num_processes)  # rounded up
-        return rows.split(min(micro_rows or rows_per_process, rows_per_process))
+        return rows.split(self.rows_each(len(rows.token_ids), micro_rows))
 
-    def share(self, micro_batches: Sequence[Rows]) -> list[tuple[Rows, float]]:
-        """This process's micro-batches with their weights, as many as every other process has.
+    def rows_each(self, rows: int, micro_rows: int | None) -> int:
+        """The rows of each micro-batch that `rows` of them are cut into; see `cut`."""
+        rows_per_process = -(-rows // self.accelerator.num_processes)  # rounded up
+        return min(micro_rows or rows_per_process, rows_per_process)
+
+    def share(self, micro_batches: MicroBatches) -> list[tuple[Rows, float]]:
+        """This process's micro-batches with their weights, as many as every other process has."""
+        return [(cast(Rows, micro_batches[i]), counts) for i, counts in self.turns(len(micro_batches))]
+
+    def turns(self, micro_batches: int) -> list[tuple[int, float]]:
+        """Which of some micro-batches this process computes, with their weights.
 
         Processes wait for each other in every backward, so that one with less to do repeats the first micro-batch with
         weight 0; the others weigh 1.
         """
         processes = self.accelerator.num_processes
-        own = [(rows, 1.0) for rows in micro_batches[self.accelerator.process_index :: processes]]
-        most = -(-len(micro_batches) // processes)  # rounded up
+        own = [(i, 1.0) for i in range(self.accelerator.process_index, micro_batches, processes)]
+        most = -(-micro_batches // processes)  # rounded up
         while len(own) < most:
-            own.append((micro_batches[0], 0.0))
+            own.append((0, 0.0))
         return own
 
     def sums(self, rows: Rows, loss: Loss, scale: float) -> Sums:
@@ -253,3 +264,13 @@ class Trainer:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
         return {name: rates[0] * factor for name, rates in zip(self.rate_names, self.full_rates, strict=True)}
+
+
+def own(micro_batches: MicroBatches) -> Iterator[Rows]:
+    """Those that this process has made."""
+    return (rows for rows in micro_batches if rows is not None)
+
+
+def of_each(micro_batches: MicroBatches, change: Callable[[Rows], Rows]) -> MicroBatches:
+    """The micro-batches, those that this process has made as they are changed."""
+    return [None if rows is None else change(rows) for rows in micro_batches]
