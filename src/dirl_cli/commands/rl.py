@@ -230,6 +230,7 @@ def reinforce(
         session.state = lambda: rollouts.state.to_json() | growth_state()
         writes = accelerator.is_main_process and rollouts.is_new
         report = RolloutReport(out / "rollouts" if writes else None, cfg.show_every, learns, progress)
+        session.before_saving = report.wait
 
         questions = pools.held_out
         held_out = HeldOutEval(
@@ -242,7 +243,7 @@ def reinforce(
             if evaluation is None:
                 raise DirlError(NOTHING_TELLS)
             evaluation = StagedEvaluation(evaluation, growth.measured, lambda: session.step)
-        with session:
+        with session, report:
             train(session, rollouts, update, sampler, report, evaluation, learns)
     return session
 

@@ -1,9 +1,12 @@
 """What a reinforcement step leaves on the disk and on the screen besides its metrics."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from dirl_cli.report.progress import StepProgress, due
 from dirl_cli.rl.rollout_metrics import answer_table, records
@@ -21,6 +24,7 @@ PATIENCE = 5  # steps in a row without a signal after which it is said why
 class RolloutReport:
     """Writes each step's answers into `directory`, shows some, and says why there is nothing to learn where that is so.
 
+    A thread writes them while the policy is updated.
     directory: None where the answers are on the disk already, and in all processes but one. show_every: steps; 0 for
     never. learns: whether anything is to be learned at all.
     """
@@ -30,16 +34,40 @@ class RolloutReport:
     learns: bool
     progress: StepProgress
     without_signal: int = 0  # steps in a row
+    pending_write: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+        elif self.pending_write:
+            self.pending_write.exception()  # it is written to its end, but what is reported is why the run ended
 
     def write(self, step: int, groups: Sequence[Group], sampled: Sequence[Group]) -> None:
         """Write and show step `step` (from 1). groups: those learned from, with their advantages."""
+        self.wait()
         if self.directory:
-            write_rollout(rollout_path(self.directory, step), records(groups, sampled))
+            thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
+            self.pending_write = thread.submit(
+                write_rollout, rollout_path(self.directory, step), records(groups, sampled)
+            )
+            thread.shutdown(wait=False)  # which ends it with what it writes
         self.without_signal = 0 if any_advantage(groups) else self.without_signal + 1
         if self.without_signal == PATIENCE and self.learns:
             self.progress.print_line(f"nothing is learned: {why_without_signal(sampled)}")
         if due(step, self.show_every):
             self.progress.console.print(answer_table(groups or sampled, step))
+
+    def wait(self) -> None:
+        """Wait until the last step's answers are on the disk. Raises DirlError where they could not be written."""
+        pending = self.pending_write
+        self.pending_write = None
+        if pending:
+            pending.result()
 
 
 def any_advantage(groups: Sequence[Group]) -> bool:

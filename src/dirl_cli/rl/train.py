@@ -26,6 +26,7 @@ def train(
             rollout = rollouts.collect(step)
         groups = add_advantages(rollout.groups, update.advantages)
         metrics = rollout_metrics(rollout, rollouts.answers_per_problem) | rollouts.epochs()
+        report.write(step + 1, groups, rollout.sampled + (rollout.hinted or []))
 
         # Update: optimizer steps on the groups, each token in the state in which it was revealed. Meanwhile the
         # sampler is offloaded, or prefetches the next step's answers.
@@ -36,5 +37,4 @@ def train(
             update.publish(sampler)
 
         # Report, evaluate and save where it is due; stop where it was asked for.
-        report.write(step + 1, groups, rollout.sampled + (rollout.hinted or []))
         run.end_of_step(metrics)

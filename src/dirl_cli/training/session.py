@@ -45,7 +45,7 @@ class Session:
     command: `sft` or `rl`. steps: of the whole run. picture: where its curves are drawn. noted: the metrics of an
     evaluation that get a line of their own. state: what the command itself remembers, to be kept in checkpoints;
     further: and tensors, by the name of their file, which are read into on resuming. others: what learns beside the
-    model, by the name of its file, such as a critic.
+    model, by the name of its file, such as a critic. before_saving: waits for what a checkpoint counts on.
     """
 
     command: str
@@ -66,6 +66,7 @@ class Session:
     state: Callable[[], Mapping[str, Any]] = dict
     further: NamedTensors = field(default_factory=dict)
     others: Mapping[str, Trainer] = field(default_factory=dict)
+    before_saving: Callable[[], object] = dict
     log: MetricsLog | NoLog = field(default_factory=NoLog)
     step: int = 0  # steps that are finished
     saved_at: int = 0
@@ -167,6 +168,8 @@ class Session:
 
     def save(self, metrics: Metrics, **more: Any) -> None:
         """Save the last whole step, of which these are the metrics."""
+        self.before_saving()
+
         # What training depends on besides the tensors, then what the command itself remembers.
         trainer = self.trainer
         remembered = {
