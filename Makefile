@@ -38,10 +38,14 @@ check: install
 .venv/docs: pyproject.toml constraints.txt | install
 	@$(BIN)/pip install -qq -c constraints.txt $(PIP_FLAGS) -e '.[docs]' && touch $@ || echo "MkDocs is not there: the site's tests are skipped"
 
-test: check .venv/lmdeploy .venv/lm_eval .venv/docs
+# And two of the trackers.
+.venv/tracking: tests/tracking.txt | install
+	@$(BIN)/pip install -qq --no-deps $(PIP_FLAGS) -r $< && touch $@ || echo "Trackio and MLflow are not there: their tests are skipped"
+
+test: check .venv/lmdeploy .venv/lm_eval .venv/docs .venv/tracking
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
-test-slow: install
+test-slow: install .venv/tracking
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'slow and not gpu and not faults and not browser'
 
 # Of the page that `dirl view` writes, in a headless Chromium: apt-get install chromium chromium-driver

@@ -1,17 +1,15 @@
 """The run's record: every step once, whatever happens in between, and curves that can be looked at."""
 
 import json
-import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from dirl_cli.errors import DirlError
-from dirl_cli.report.metrics_log import FileOnly, MetricsLog, NoLog, TensorBoard, Wandb, read_metrics
+from dirl_cli.report.metrics_log import MetricsLog, NoLog, read_metrics
 from dirl_cli.report.plot import Panel, plot, smooth
 from dirl_cli.report.progress import StepProgress, due, format_clock, format_metrics, format_shares
+from dirl_cli.report.trackers import FileOnly
 from dirl_cli.training.trainer import PhaseTimes
 
 NOWHERE = FileOnly().open(None, {}, 0)
@@ -54,40 +52,6 @@ def test_a_process_that_is_not_the_main_one_writes_nothing():
     log = NoLog()
     log.write(1, {"loss": 1.0})
     log.close()
-
-
-def test_tensorboard_shows_a_resumed_run_without_the_steps_taken_twice(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for step, losses in ((0, {1: 3.0, 2: 2.0, 3: 9.0}), (2, {3: 1.0})):
-        tracker = TensorBoard().open(tmp_path, {}, step)
-        for number, loss in losses.items():
-            tracker.log(number, {"loss": loss})
-        tracker.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in events] == [(1, 3.0), (2, 2.0), (3, 1.0)]
-
-
-def test_wandb_is_given_its_run_again(tmp_path, monkeypatch):
-    asked, logged = [], []
-
-    def init(**options):
-        asked.append(options)
-        return SimpleNamespace(id="abc", log=lambda metrics, step: logged.append((step, metrics)), finish=lambda: None)
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    settings = Wandb(project="dirl", mode="offline")
-    settings.open(tmp_path, {"steps": 9}, 0).log(1, {"loss": 2.0})
-    settings.open(tmp_path, {"steps": 9}, 1)
-    assert asked[0]["id"] is None and asked[0]["config"] == {"steps": 9} and asked[0]["mode"] == "offline"
-    assert asked[1]["id"] == "abc" and asked[1]["resume"] == "allow"
-    assert logged == [(1, {"loss": 2.0})]
-
-
-def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(DirlError, match=r"logger=wandb needs the package wandb \(.*\): pip install wandb"):
-        Wandb(project="dirl", mode="online").open(tmp_path, {}, 0)
 
 
 def test_the_plot_is_a_picture_with_what_there_is_to_show(tmp_path):

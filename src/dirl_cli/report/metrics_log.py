@@ -1,16 +1,12 @@
-"""Log metrics: one line of JSON per step, and TensorBoard or W&B beside it by choice."""
+"""Log metrics: one line of JSON per step, and beside it to a tracker by choice."""
 
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
 from math import isfinite
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
-from dirl_cli.errors import DirlError
 from dirl_cli.files import write_text, writing
 from dirl_cli.report.plot import Panel, plot
 
@@ -18,11 +14,11 @@ Metrics = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """A service or file format that gets the metrics too, beside metrics.jsonl."""
+    """A service or file format that gets the metrics too, beside metrics.jsonl: accelerate's trackers are such."""
 
-    def log(self, step: int, metrics: Metrics) -> None: ...
+    def log(self, values: Metrics, step: int) -> None: ...
 
-    def close(self) -> None: ...
+    def finish(self) -> None: ...
 
 
 class MetricsLog:
@@ -45,7 +41,7 @@ class MetricsLog:
         self.history.append(line)
         with writing(self.path):
             self.file.write(json.dumps(line) + "\n")
-        self.tracker.log(step, metrics)
+        self.tracker.log(metrics, step=step)
 
     def draw(self, panels: Sequence[Panel], title: str, file: Path) -> None:
         """The picture of the run so far."""
@@ -53,7 +49,7 @@ class MetricsLog:
 
     def close(self) -> None:
         self.file.close()
-        self.tracker.close()
+        self.tracker.finish()
 
 
 class NoLog:
@@ -101,83 +97,3 @@ class Logger(Protocol):
 def open_log(out: Path, step: int, logger: Logger, config: Any) -> MetricsLog:
     """The log of the run in `out`, which goes on after `step`. config: what the tracker shows of the run."""
     return MetricsLog(out / "metrics.jsonl", step, logger.open(out, config, step))
-
-
-@dataclass(frozen=True)
-class FileOnly:
-    """No tracker: metrics.jsonl alone."""
-
-    def open(self, out: Path, config: Mapping[str, Any], step: int) -> Tracker:
-        return self
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class TensorBoard:
-    """TensorBoard event files in the run's directory."""
-
-    def open(self, out: Path, config: Mapping[str, Any], step: int) -> Tracker:
-        return TensorBoardTracker(import_tracker("torch.utils.tensorboard", "tensorboard"), out / "tensorboard", step)
-
-
-class TensorBoardTracker:
-    def __init__(self, tensorboard: ModuleType, directory: Path, step: int) -> None:
-        self.writer = tensorboard.SummaryWriter(str(directory), purge_step=step + 1)
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-@dataclass(frozen=True)
-class Wandb:
-    """Weights & Biases; a run that goes on is continued there. mode: online, offline or disabled."""
-
-    project: str
-    mode: str
-    entity: str | None = None
-
-    def open(self, out: Path, config: Mapping[str, Any], step: int) -> Tracker:
-        wandb = import_tracker("wandb", "wandb")
-        # A run that begins anew in the same directory is another one there.
-        id_file = out / "wandb_run_id"
-        is_resumed = step > 0 and id_file.exists()
-        run = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            mode=self.mode,
-            name=out.name,
-            dir=str(out),
-            config=dict(config),
-            id=id_file.read_text() if is_resumed else None,
-            resume="allow" if is_resumed else None,
-        )
-        id_file.write_text(run.id)
-        return WandbTracker(run)
-
-
-class WandbTracker:
-    def __init__(self, run: Any) -> None:
-        self.run = run
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        self.run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def import_tracker(module: str, package: str) -> ModuleType:
-    """Import a tracker's module. Raises DirlError where the package is not installed."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise DirlError(f"logger={package} needs the package {package} ({error}): pip install {package}") from error
