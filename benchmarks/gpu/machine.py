@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.gpu.shapes import REPOSITORY, machine
 
-PACKAGES = ["transformers", "accelerate", "triton", "lmdeploy", "flash-attn", "liger-kernel", "bitsandbytes", "peft"]
+PACKAGES = ["transformers", "accelerate", "triton", "lmdeploy", "bitsandbytes", "peft"]
 
 
 def main() -> None:

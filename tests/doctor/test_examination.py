@@ -12,7 +12,7 @@ from dirl_cli.doctor.requirements import checkout_directory, read_requirements
 from tests.helpers.command_line import dirl
 
 FULL = Check("disk", "broken", "/data is full: " + "a long story " * 12, "make room, or begin in another directory")
-GONE = Check("liger", "absent", "a fused loss", "pip install 'liger-kernel>=0.6'")
+GONE = Check("peft", "absent", "LoRA", "pip install 'peft>=0.21'")
 
 
 def shown(width, terminal):
@@ -25,7 +25,7 @@ def test_in_a_pipe_a_check_and_a_remedy_are_a_line_each():
     lines = shown(60, terminal=False)
     assert lines[0].startswith("broken   disk        /data is full") and lines[0].rstrip().endswith("long story")
     assert lines[1].strip() == f"→ {FULL.remedy}"
-    assert "absent   liger       a fused loss: pip install 'liger-kernel>=0.6'" in lines
+    assert "absent   peft        LoRA: pip install 'peft>=0.21'" in lines
     assert lines[-1] == "1 thing to mend: disk"
 
 

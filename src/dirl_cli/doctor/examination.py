@@ -30,7 +30,7 @@ from dirl_cli.overview.locks import lock_holder
 from dirl_cli.text import counted
 
 HUB_PATIENCE = 3.0  # seconds, while torch is imported anyway
-TRIED = ("lmdeploy", "flash-attn", "bitsandbytes")  # made for one torch or one CUDA: versions tell too little
+TRIED = ("lmdeploy", "bitsandbytes")  # made for one torch or one CUDA: versions tell too little
 STYLES = {"ok": "green", "absent": "dim", "partly": "yellow", "broken": "bold red"}
 LABELS = 7 + 2  # letters before a check's name
 

@@ -92,7 +92,7 @@ EXAMINATIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "cuda": examine_cuda,
     "triton": examine_triton,
 }
-MODULES = {"lmdeploy": "dirl_cli.rollout.lmdeploy", "flash-attn": "flash_attn"}  # where they are not called the same
+MODULES = {"lmdeploy": "dirl_cli.rollout.lmdeploy"}  # where they are not called the same
 
 
 def main(names: Sequence[str]) -> None:
