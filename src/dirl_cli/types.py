@@ -192,7 +192,7 @@ class Trajectory:
     @property
     def completion_ids(self) -> list[int]:
         """The answer's tokens up to and without the first stop token."""
-        for i, token in enumerate(self.token_ids):
-            if token in self.stop_token_ids:
-                return self.token_ids[:i]
-        return self.token_ids[:]
+        import numpy as np  # here, so that a command's help need not wait for it
+
+        stops = np.isin(np.asarray(self.token_ids), self.stop_token_ids).nonzero()[0]
+        return self.token_ids[: int(stops[0])] if len(stops) else self.token_ids[:]

@@ -177,6 +177,27 @@ def test_rows_are_filled_longest_first():
     assert first_fit([3, 6, 4, 9], 10) == [[3], [1, 2], [0]]
 
 
+def first_fit_that_asks_every_bin(lengths, capacity):
+    bins, free = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [b for b, room in enumerate(free) if room >= lengths[i]]
+        if not fitting:
+            fitting = [len(bins)]
+            bins.append([])
+            free.append(capacity)
+        bins[fitting[0]].append(i)
+        free[fitting[0]] -= lengths[i]
+    return bins
+
+
+def test_bins_that_are_too_full_for_the_shortest_are_not_missed():
+    generator = torch.Generator().manual_seed(0)
+    for number in range(200):
+        lengths = torch.randint(1, 80, (number % 40,), generator=generator).tolist()
+        for capacity in (1, 20, 60, 200):
+            assert first_fit(lengths, capacity) == first_fit_that_asks_every_bin(lengths, capacity)
+
+
 def test_a_strip_longer_than_a_row_gets_one_of_its_own():
     one = torch.zeros(5, dtype=torch.long)
     strip = Strip(one, one, one, one, one[:0], one[:0], one[:0], torch.zeros(0))

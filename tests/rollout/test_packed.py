@@ -38,13 +38,15 @@ def test_every_value_comes_back_and_answers_to_one_prompt_share_it():
         assert [x.hex() for x in one.trajectory.logprobs] == [x.hex() for x in other.logprobs]
         assert one.trajectory.num_revealed == other.num_revealed
         assert one.trajectory.is_hinted == other.is_hinted
+        assert list(one.trajectory.completion_ids) == other.completion_ids
+        assert one.trajectory.revealed_at(4) == other.revealed_at(4)
     assert sent[0].trajectory.prompt_ids is sent[1].trajectory.prompt_ids
 
 
 def test_an_answer_takes_nine_bytes_a_token():
     sent = packed([record(SAMPLED)])
     assert len(pickle.dumps(sent)) < 9.5 * 4096 < len(pickle.dumps([record(SAMPLED)])) / 1.5
-    assert sent[0].trajectory.logprobs.itemsize == 4 and sent[0].trajectory.reveal_step.itemsize == 1
+    assert sent[0].trajectory.logprobs.itemsize == 4 and isinstance(sent[0].trajectory.reveal_step, bytearray)
 
 
 def test_files_and_strips_are_those_of_lists(tmp_path):

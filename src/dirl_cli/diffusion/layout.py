@@ -291,13 +291,16 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Bins of indices whose lengths add up to at most `capacity`, filled longest first."""
     bins: list[list[int]] = []
     free: list[int] = []  # what each bin still has room for
+    open_bins: list[int] = []  # those with room for the shortest: the others need not be asked
+    shortest = min(lengths, default=0)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for b in range(len(bins)):
-            if free[b] >= lengths[i]:
-                bins[b].append(i)
-                free[b] -= lengths[i]
-                break
-        else:
-            bins.append([i])
-            free.append(capacity - lengths[i])
+        b = next((b for b in open_bins if free[b] >= lengths[i]), len(bins))
+        if b == len(bins):
+            bins.append([])
+            free.append(capacity)
+            open_bins.append(b)
+        bins[b].append(i)
+        free[b] -= lengths[i]
+        if free[b] < shortest:
+            open_bins.remove(b)
     return bins

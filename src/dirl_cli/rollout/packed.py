@@ -7,7 +7,7 @@ from typing import Any
 
 from dirl_cli.rollout.storage import Record
 
-BYTE, INT32, FLOAT32, FLOAT64 = "B", "i", "f", "d"  # as `array` names them
+INT32, FLOAT32, FLOAT64 = "i", "f", "d"  # as `array` names them
 
 
 def packed(records: Iterable[Record]) -> list[Record]:
@@ -34,10 +34,10 @@ def packed(records: Iterable[Record]) -> list[Record]:
 
 
 def integer_array(values: Sequence[int]) -> Any:
-    """As an array of bytes where they fit, else of int32, which every token's id is."""
+    """As bytes where they fit, as reveal steps do, else as an array of int32, which every token's id is."""
     try:
-        return array(BYTE, values)
-    except OverflowError:
+        return bytearray(values)
+    except ValueError:
         return array(INT32, values)
 
 

@@ -192,7 +192,7 @@ def to_json(record: Record) -> dict[str, Any]:
 def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
     """Its fields, arrays as lists."""
     fields = vars(trajectory)
-    return {name: list(value) if isinstance(value, array) else value for name, value in fields.items()}
+    return {name: list(value) if isinstance(value, array | bytearray) else value for name, value in fields.items()}
 
 
 def from_json(line: Any) -> Record:
