@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -181,6 +182,7 @@ def test_two_processes_and_two_servers(word, servers, tmp_path, tell):
     ways = {
         "own": ["rollout=native"],
         "served": ["rollout=server", servers.url, f"rollout.directory={tmp_path}/weights"],
+        "started": ["rollout=server", "rollout.servers=2"],
     }
     results = []
     for name, words in ways.items():
@@ -190,4 +192,63 @@ def test_two_processes_and_two_servers(word, servers, tmp_path, tell):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         results.append(result(tmp_path / name))
-    tell("none: two processes and two servers, beside two that sample themselves", 1, int(results[0] == results[1]))
+    same = sum(other == results[0] for other in results[1:])
+    tell("none: two processes and two servers, beside two that sample themselves", 2, same)
+
+
+def own_words(out: Path) -> tuple[str, ...]:
+    return ("rollout=server", "rollout.servers=2", "rollout.max_batch=1", f"rollout.directory={out}/weights")
+
+
+def started_servers(word: str, out: Path) -> tuple[Child, list[psutil.Process]]:
+    """A run with two servers of its own, at its third step, and the processes that they are."""
+    child = Child("rl", config("rl", word, *own_words(out)), out, impatient).wait_for("step 2/")
+    servers = [process for process in psutil.Process(child.pid).children() if "beside" in process.cmdline()]
+    assert len(servers) == 2, child.told
+    return child, servers
+
+
+def all_end(processes: list[psutil.Process]) -> bool:
+    """Whether they do, within seconds; one that is dead and was not asked how it ended runs no more."""
+    until = time.monotonic() + 20
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_servers_of_its_own_give_the_same_bytes_and_end_with_the_run(word, expected, tmp_path, tell):
+    out = tmp_path / "run"
+    child, servers = started_servers(word, out)
+    keys = {process.environ()["DIRL_SERVE_KEY"] for process in servers}
+    assert child.end() == 0, child.told
+    assert all_end(servers) and result(out) == expected
+
+    [key] = keys
+    files = [file for file in out.rglob("*") if file.is_file()]
+    assert out / "servers/0.log" in files and len(key) > 20
+    assert not [file for file in files if key.encode() in file.read_bytes()] and key not in child.told
+    tell("none: two servers that the run has started", 1, 1)
+
+
+def test_servers_of_its_own_end_with_a_trainer_that_is_killed_or_stopped(word, expected, tmp_path, tell):
+    survived = 0
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        out = tmp_path / number.name
+        child, servers = started_servers(word, out)
+        child.send(number)
+        child.end()
+        survived += all_end(servers)
+    again = Child("rl", config("rl", word, *own_words(out)), out)
+    assert again.end() == 0 and result(out) == expected, again.told
+    tell("SIGTERM and kill -9 of a run with servers of its own", 2, survived)
+
+
+def test_a_server_of_its_own_that_is_killed_is_left_out(word, expected, tmp_path, tell):
+    out = tmp_path / "run"
+    child, servers = started_servers(word, out)
+    servers[0].kill()
+    assert child.end() == 0 and "is left out until it is back" in child.told, child.told
+    assert all_end(servers)
+    tell("kill -9 of one of two servers that the run has started", 1, int(result(out) == expected))

@@ -372,6 +372,10 @@ def test_who_is_asked_is_who_owes_least(lm, tmp_path):
     assert sampler.pool.least_busy(9) is b  # more than it may be asked at once, and so alone
 
 
+def addressed(url: tuple[str, ...], servers: int | None = None) -> Servers:
+    return Servers(url, servers, "native", "weights", 64, 60, 600, 600)
+
+
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
@@ -386,14 +390,19 @@ def test_who_is_asked_is_who_owes_least(lm, tmp_path):
 )
 def test_addresses_that_are_none_are_told_before_anything_is_loaded(url, sentence):
     with pytest.raises(DirlError, match=sentence):
-        Servers(url, "weights", 64, 60, 600, 600).require()
+        addressed(url).require()
+
+
+def test_servers_are_started_by_dirl_rl_alone():
+    with pytest.raises(DirlError, match=r"rollout.servers is of dirl rl: give rollout.url"):
+        addressed((), servers=2).require()
 
 
 @pytest.mark.parametrize("key", ["secret\n", " secret", "sec\r\nret"])
 def test_a_key_that_no_header_holds_is_told_without_telling_it(key, monkeypatch):
     monkeypatch.setenv("DIRL_SERVE_KEY", key)
     with pytest.raises(DirlError, match=r"^(?!.*sec).*DIRL_SERVE_KEY.* leave that out"):
-        Servers(("http://a:8000",), "weights", 64, 60, 600, 600).require()
+        addressed(("http://a:8000",)).require()
 
 
 def test_a_server_rests_no_longer_where_new_weights_come_more_often_than_its_rest_ends(lm, tmp_path, monkeypatch):

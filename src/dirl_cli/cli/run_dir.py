@@ -32,6 +32,7 @@ WORK = {  # how it is done
     "rollout.max_batch",
     "rollout.cache_share",
     "rollout.url",
+    "rollout.servers",
     "rollout.directory",
     "rollout.silence",
     "rollout.push_timeout",

@@ -1,5 +1,7 @@
 """A command in several processes: `start` runs Accelerate's launcher, which runs `run` of this file once per process.
 
+`beside` runs a command that a run needs beside it, as the servers that it samples with.
+
 No process composes a config of its own: each reads the one that the parent saved in the run directory. A launcher of
 the user's own does the same with `-m dirl_cli.cli.worker COMMAND DIRECTORY`, once `prepare=true` has written that.
 """
@@ -35,8 +37,7 @@ def launch_workers(name: str, out: str, *options: str) -> None:
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGTERM)  # end with the parent, even if it is killed
+    end_with_parent(signal.SIGTERM)
     # Processes that wait for a failed one, as on a GPU, hear no signal and have nothing to save: torch gives them 30 s.
     PContext.close.__defaults__ = (None, PATIENCE)
 
@@ -53,6 +54,12 @@ def launch_workers(name: str, out: str, *options: str) -> None:
         sys.exit(1)
     except SignalException:
         sys.exit(1)
+
+
+def end_with_parent(number: int) -> None:
+    """Let the kernel send this process a signal when its parent ends, even if that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, number)
 
 
 def require_gpus(count: int) -> None:
@@ -79,6 +86,18 @@ def run_under_launcher(name: str, out: str) -> None:
     except DirlError as error:
         print(f"dirl {name}: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)  # skips the atexit handlers: they wait for the other processes
+
+
+def run_beside(parent: str, name: str, out: str) -> None:
+    """Run a command beside the run whose process id is `parent`, with the config in `out`, until that process ends."""
+    end_with_parent(signal.SIGKILL)
+    if os.getppid() != int(parent):
+        return  # it ended before the kernel was asked
+    try:
+        import_module(f"dirl_cli.commands.{name}").run(saved_config(out), Path(out))
+    except DirlError as error:
+        print(f"dirl {name}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def saved_config(out: str) -> DictConfig:
@@ -119,5 +138,7 @@ if __name__ == "__main__":
         launch_workers(*sys.argv[2:])
     elif sys.argv[1] == "run":
         run_worker(*sys.argv[2:])
+    elif sys.argv[1] == "beside":
+        run_beside(*sys.argv[2:])
     else:
         run_under_launcher(*sys.argv[1:])

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 
 from dirl_cli.commands.learner import policy_update, require_teacher_room, teacher_parameters, teacher_prompt_of
+from dirl_cli.commands.own_servers import own_servers, ready_engine
 from dirl_cli.commands.problems import Pools, read_problems
 from dirl_cli.commands.rl_parts import (
     RlParts,
@@ -110,12 +111,13 @@ def run(cfg: DictConfig, out: Path) -> None:
     pools = read_and_plan(cfg, out, parts, accelerator, progress)
     if pools is None:
         return
-    parts.engine.require()
 
-    lm = load_model(cfg, parts.model, parts.peft, accelerator, progress)
-    settled = replace(parts, decoding=lm.decoding(parts.decoding))  # for all that follows
-    growth = block_growth(cfg, parts, lm)
-    session = reinforce(cfg, out, settled, pools, lm, growth, accelerator, progress)
+    with own_servers(cfg, out, parts, pools, progress) as servers:
+        lm = load_model(cfg, parts.model, parts.peft, accelerator, progress)
+        engine = ready_engine(parts.engine, servers, progress)
+        settled = replace(parts, engine=engine, decoding=lm.decoding(parts.decoding))  # for all that follows
+        growth = block_growth(cfg, parts, lm)
+        session = reinforce(cfg, out, settled, pools, lm, growth, accelerator, progress)
     if cfg.rl.rollout_only:
         progress.print_line(
             f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`, or from"

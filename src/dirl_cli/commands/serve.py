@@ -13,9 +13,11 @@ from dirl_cli.cli.build import build
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.diffusion.unmasking import find_strategy
 from dirl_cli.errors import DirlError, Stopped, pip_install, stop_code
+from dirl_cli.files import write_text
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.engines import Native, Servers, require_strategy, strategies_of
 from dirl_cli.rollout.server_client import KEY_VARIABLE
+from dirl_cli.rollout.server_processes import ADDRESS
 from dirl_cli.types import Decoding
 
 PACKAGES = ("prometheus_client", "starlette", "uvicorn")
@@ -23,7 +25,7 @@ JOIN = 10  # seconds for the engine's last step
 
 
 def run(cfg: DictConfig, out: Path | None) -> None:
-    """Serve cfg.model until a signal: SIGTERM, or Ctrl-C."""
+    """Serve cfg.model until a signal: SIGTERM, or Ctrl-C. out: where a run whose server it is looks for its address."""
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise DirlError(f"dirl serve wants {' and '.join(missing)}: {pip_install('serve')}")
@@ -67,6 +69,8 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     )
     if is_new:
         print(f"key: {key}", flush=True)
+    if out:
+        write_text(out / ADDRESS, address_of(listener))
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt as interrupt:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
-from typing import Protocol
+from typing import Annotated, Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -17,7 +17,7 @@ from dirl_cli import hub
 from dirl_cli.diffusion.unmasking import BUILT_IN, REMEMBERING
 from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.ranges import Count, Positive, SomeShare
+from dirl_cli.ranges import Count, OneOf, Positive, SomeShare
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.products import Products
 from dirl_cli.rollout.sampler import Sampler
@@ -27,6 +27,7 @@ from dirl_cli.types import Decoding
 
 LMDEPLOY = "0.18"
 LMDEPLOY_MODELS = ("sdar", "sdar_moe")
+OwnEngine = Annotated[str, OneOf("native", "lmdeploy")]  # of servers that a run starts by itself
 
 
 class Engine(Protocol):
@@ -109,10 +110,13 @@ class Lmdeploy:
 class Servers:
     """Servers (`dirl serve`) on any machines: see `ServerSampler`. url: their addresses.
 
-    max_batch: answers that each process asks of a server at once. silence, push_timeout, patience: see `Patience`.
+    servers: how many `dirl rl` starts by itself instead, of the engine whose name is `engine`. max_batch: answers that
+    each process asks of a server at once. silence, push_timeout, patience: see `Patience`.
     """
 
     url: tuple[str, ...]
+    servers: Count | None
+    engine: OwnEngine
     directory: str
     max_batch: Count
     silence: Positive
@@ -126,8 +130,13 @@ class Servers:
 
     def require(self) -> None:
         """Raises DirlError for addresses that are none."""
+        if self.servers:
+            raise DirlError("rollout.servers is of dirl rl: give rollout.url=[http://HOST:8000] of each `dirl serve`")
         if not self.url:
-            raise DirlError("rollout=server wants addresses: give rollout.url=[http://HOST:8000] of each `dirl serve`")
+            raise DirlError(
+                "rollout=server wants addresses: give rollout.url=[http://HOST:8000] of each `dirl serve`, or for"
+                " dirl rl rollout.servers=N to start N of them"
+            )
         for url in self.addresses:
             if "@" in url:  # which would be in the run's config.yaml, and would be shown instead of the key
                 raise DirlError(f"rollout.url holds a name or a password before an @: give the key in {KEY_VARIABLE}")
