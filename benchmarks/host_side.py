@@ -4,8 +4,8 @@ python -m benchmarks.host_side 8 16           # both ways, by problems a step: a
 python -m benchmarks.host_side 128 --only now # the whole size, as it is: 3 GiB
 
 Rank 0 of 8 at 32 answers of 8,192 tokens to each problem, blocks of 4 in two steps, DiPO. What is sent travels in
-memory: what a network takes comes on top. The runs of the other ranks' groups are taken to be as this one's, and their
-answers as packed as theirs would come.
+memory: what a network takes comes on top. The spans of the other ranks' groups are taken to be as this one's, and their
+answers as they would come.
 """
 
 import argparse
@@ -29,11 +29,11 @@ import torch
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.rl.advantages import AdvantageEstimator
-from dirl_cli.rl.answer_strips import ALONE, Part, Run
+from dirl_cli.rl.answer_strips import ALONE, AnswerSpan, Part
 from dirl_cli.rl.batch import ObjectiveRows, TrajectoryGroup
 from dirl_cli.rl.rollout_metrics import records, rollout_metrics
 from dirl_cli.rl.rollouts import Group, Rollout, add_advantages
-from dirl_cli.rollout.packed import packed
+from dirl_cli.rollout.arrays import with_arrays
 from dirl_cli.rollout.storage import Record, write_rollout
 from dirl_cli.types import Problem, Trajectory
 from tests.helpers.algorithms import algorithm
@@ -98,19 +98,19 @@ def exchanged(blobs: list[bytes], own: list[Group], pack: Callable[[Group], Grou
     return groups
 
 
-def others_runs(groups: int) -> Callable[[list[Run]], list[Run]]:
-    """Joins this rank's runs with those of the others, which are like them."""
+def others_spans(groups: int) -> Callable[[list[AnswerSpan]], list[AnswerSpan]]:
+    """Joins this rank's spans with those of the others, which are like them."""
 
-    def gather(own: list[Run]) -> list[Run]:
-        by_group: dict[int, list[Run]] = {}
-        for run in own:
-            by_group.setdefault(run.group, []).append(run)
+    def gather(own: list[AnswerSpan]) -> list[AnswerSpan]:
+        by_group: dict[int, list[AnswerSpan]] = {}
+        for span in own:
+            by_group.setdefault(span.group, []).append(span)
         pattern = next(iter(by_group.values()))
-        runs = list(own)
+        spans = list(own)
         for group in set(range(groups)) - set(by_group):
             shift = (group - pattern[0].group) * GROUP
-            runs += [replace(run, group=group, first=run.first + shift) for run in pattern]
-        return runs
+            spans += [replace(span, group=group, first=span.first + shift) for span in pattern]
+        return spans
 
     return gather
 
@@ -130,7 +130,7 @@ def objective_rows(groups: list[Group], part: Part) -> ObjectiveRows:
 
 def own_rows(groups: list[Group]) -> list[Rows]:
     """This rank's micro-batches, made alone."""
-    rows = objective_rows(groups, Part(0, RANKS, others_runs(len(groups))))
+    rows = objective_rows(groups, Part(0, RANKS, others_spans(len(groups))))
     starts = range(0, len(rows.bins), MICRO_ROWS)[::RANKS]
     return [rows.rows(rows.bins[start : start + MICRO_ROWS]) for start in starts]
 
@@ -144,7 +144,7 @@ def all_rows(groups: list[Group]) -> list[Rows]:
 def step(problems: int, now: bool, directory: Path) -> dict[str, float]:
     """CPU seconds of each part of a step's host side on rank 0."""
     own = [sampled_group(number) for number in range(problems // RANKS)]
-    pack: Callable[[Group], Group] = packed if now else list
+    pack: Callable[[Group], Group] = with_arrays if now else list
     blobs = []
     for rank in range(1, RANKS):
         theirs = [sampled_group(rank * 1000 + number) for number in range(problems // RANKS)]

@@ -147,7 +147,7 @@ class Decoding:
 class Trajectory:
     """A completion and how it came about; one entry per answer token, whole blocks, stop token and tail included.
 
-    What other processes sampled has arrays for lists, which read alike: see rollout/packed.py.
+    What other processes sampled has arrays for lists, which read alike: see rollout/arrays.py.
     reveal_step: the denoising step inside its block, from 1, at which a token was revealed; HELD for a token of a hint,
         which stood there from the start.
     logprobs: its log-probability then, under the distribution it was drawn from

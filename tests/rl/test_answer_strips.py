@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dirl_cli.diffusion.layout import Rows, join_strips, pack
-from dirl_cli.rl.answer_strips import AnswerStrips, Part, all_runs
+from dirl_cli.rl.answer_strips import AnswerStrips, Part, all_spans
 from dirl_cli.rl.batch import ObjectiveRows, TrajectoryGroup
 from dirl_cli.training.trainer import Trainer
 from tests.helpers.algorithms import algorithm
@@ -32,15 +32,15 @@ def trainer(index: int, count: int) -> Trainer:
     return one
 
 
-def gathered_runs(name: str, row_tokens: int, processes: int) -> list:
-    """The runs of all processes, each of which lays out its share alone."""
-    runs = []
+def gathered_spans(name: str, row_tokens: int, processes: int) -> list:
+    """The spans of all processes, each of which lays out its share alone."""
+    spans = []
     for index in range(processes):
         strips = AnswerStrips(
             [group.trajectories for group in GROUPS], algorithm(name).views, TOKENS, row_tokens, generator()
         )
-        runs += all_runs(strips, Part(index, processes, lambda own: own))
-    return runs
+        spans += all_spans(strips, Part(index, processes, lambda own: own))
+    return spans
 
 
 def assert_same_rows(ours: Rows, theirs: Rows) -> None:
@@ -59,10 +59,10 @@ def assert_same_rows(ours: Rows, theirs: Rows) -> None:
 @pytest.mark.parametrize("processes", [1, 2, 3, 40])  # of 40 most have nothing of their own
 def test_what_processes_make_apart_is_what_one_makes_and_splits(name, row_tokens, micro_rows, processes):
     whole, lengths = objective_rows(GROUPS, algorithm(name), TOKENS, PAD, row_tokens, True, generator())
-    runs = gathered_runs(name, row_tokens, processes)
+    spans = gathered_spans(name, row_tokens, processes)
     computed = set()
     for index in range(processes):
-        part = Part(index, processes, lambda own: runs)
+        part = Part(index, processes, lambda own: spans)
         rows = ObjectiveRows(GROUPS, algorithm(name), TOKENS, PAD, row_tokens, True, generator(), part)
         assert (rows.lengths, rows.num_tokens, rows.num_scored) == (lengths, whole.num_tokens, len(whole.targets))
         ours = trainer(index, processes)
@@ -82,16 +82,16 @@ def test_a_process_lays_out_its_share_of_the_groups_and_then_its_own_rows():
         calls.append(trajectory)
         return algorithm("dipo").views(trajectory, *rest)
 
-    runs = gathered_runs("dipo", 40, 4)
+    spans = gathered_spans("dipo", 40, 4)
     strips = AnswerStrips([group.trajectories for group in GROUPS], views, TOKENS, 40, generator())
     own: list = []
-    all_runs(strips, Part(1, 4, lambda runs: own.extend(runs) or runs))
-    assert 0 < len(calls) == sum(run.count for run in own) < len(strips.trajectories) / 2
+    all_spans(strips, Part(1, 4, lambda spans: own.extend(spans) or spans))
+    assert 0 < len(calls) == sum(span.count for span in own) < len(strips.trajectories) / 2
     strips.strip(own[0])  # which it has already
-    assert len(calls) == sum(run.count for run in own)
-    other = next(run for run in runs if run not in own)
+    assert len(calls) == sum(span.count for span in own)
+    other = next(span for span in spans if span not in own)
     strips.strip(other)
-    assert len(calls) == sum(run.count for run in own) + other.count
+    assert len(calls) == sum(span.count for span in own) + other.count
 
 
 def test_the_runs_are_packed_as_all_strips_laid_out_by_hand_are():

@@ -32,7 +32,7 @@ ALONE = Part(0, 1, lambda own: own)
 
 
 @dataclass(frozen=True)
-class Run:
+class AnswerSpan:
     """Successive answers of a group that share a strip.
 
     group: of the strips'. first: which of all answers is the first. count: of answers. tokens, scored: of the strip.
@@ -77,25 +77,25 @@ class AnswerStrips:
         self._seeds = torch.randint(SEEDS, (len(self.trajectories),), generator=generator).tolist()
         self._waiting: dict[int, Strip] = {}  # by first answer: laid out, and not asked for yet
 
-    def runs(self, group: int) -> list[Run]:
+    def spans(self, group: int) -> list[AnswerSpan]:
         """Which answers of a group share a strip."""
         first = self._first[group]
         strips = [self._answer(i) for i in range(first, self._first[group + 1])]
         together = [strips] if self._keeps_groups else fitting(strips, self._row_tokens, self.spec.block_size)
-        runs = []
+        spans = []
         for answers in together:
             strip = self._joined(group, answers)
             self._waiting[first] = strip
-            runs.append(Run(group, first, len(answers), len(strip), len(strip.targets)))
+            spans.append(AnswerSpan(group, first, len(answers), len(strip), len(strip.targets)))
             first += len(answers)
-        return runs
+        return spans
 
-    def strip(self, run: Run) -> Strip:
-        """The strip of a run, whoever found it."""
-        waiting = self._waiting.pop(run.first, None)
+    def strip(self, span: AnswerSpan) -> Strip:
+        """The strip of a span, whichever process found it."""
+        waiting = self._waiting.pop(span.first, None)
         if waiting is not None:
             return waiting
-        return self._joined(run.group, [self._answer(i) for i in range(run.first, run.first + run.count)])
+        return self._joined(span.group, [self._answer(i) for i in range(span.first, span.first + span.count)])
 
     def _answer(self, i: int) -> Strip:
         return self._views(self.trajectories[i], self.spec, Generator().manual_seed(self._seeds[i]))
@@ -104,13 +104,13 @@ class AnswerStrips:
         return without_first(join_strips(answers, self.spec.block_size), self._fillers[group])
 
 
-def all_runs(strips: AnswerStrips, part: Part = ALONE) -> list[Run]:
-    """The runs of all groups in order, of which each process lays out about as many tokens."""
+def all_spans(strips: AnswerStrips, part: Part = ALONE) -> list[AnswerSpan]:
+    """The spans of all groups in order, of which each process lays out about as many tokens."""
     costs = [sum(len(answer.token_ids) for answer in group) for group in strips.groups]
-    own: list[Run] = []
+    own: list[AnswerSpan] = []
     for group in split_by_cost(costs, part.count)[part.index]:
-        own += strips.runs(group)
-    return sorted(part.gather(own), key=lambda run: run.first)
+        own += strips.spans(group)
+    return sorted(part.gather(own), key=lambda span: span.first)
 
 
 def fitting(strips: Sequence[Strip], row_tokens: int, block_size: int) -> list[list[Strip]]:

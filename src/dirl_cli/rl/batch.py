@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from dirl_cli.diffusion.layout import Rows, fill_rows, first_fit
 from dirl_cli.diffusion.states import BlockSpec, Views, as_floats
 from dirl_cli.reward.process import by_step
-from dirl_cli.rl.answer_strips import ALONE, AnswerStrips, Part, Run, all_runs
+from dirl_cli.rl.answer_strips import ALONE, AnswerSpan, AnswerStrips, Part, all_spans
 from dirl_cli.rl.objective import Objective
 from dirl_cli.types import HELD, Trajectory
 
@@ -64,18 +64,18 @@ class ObjectiveRows:
         answers = [group.trajectories for group in groups]
         fillers = [group.filler for group in groups]
         self._strips = AnswerStrips(answers, objective.views, spec, row_tokens, generator, fillers=fillers)
-        self._runs = all_runs(self._strips, part)
-        self.bins = first_fit([run.tokens for run in self._runs], row_tokens)
-        self.num_tokens = sum(run.tokens for run in self._runs)
-        self.num_scored = sum(run.scored for run in self._runs)
+        self._spans = all_spans(self._strips, part)
+        self.bins = first_fit([span.tokens for span in self._spans], row_tokens)
+        self.num_tokens = sum(span.tokens for span in self._spans)
+        self.num_scored = sum(span.scored for span in self._spans)
 
     def rows(self, bins: Sequence[Sequence[int]]) -> Rows:
         """Some of the rows.
 
-        Extras of each scored token: those of `packed_runs`, its advantage, sampler_logprobs and the version of the
+        Extras of each scored token: those of `packed_spans`, its advantage, sampler_logprobs and the version of the
         weights that it was sampled from; and process_reward where there are any.
         """
-        rows = packed_runs(self._strips, self._runs, bins, self._trained, self.lengths, self._pad_id)
+        rows = packed_spans(self._strips, self._spans, bins, self._trained, self.lengths, self._pad_id)
         sample, index = rows.extras["sample"], rows.extras["index"]
         versions = torch.tensor([trajectory.weights_version for trajectory in self._trajectories])
         extras = {
@@ -100,37 +100,37 @@ def answer_rows(
     row_tokens: int,
     generator: Generator,
 ) -> Rows:
-    """Packed rows of groups of answers in these views, each group in one row however long; see `packed_runs`.
+    """Packed rows of groups of answers in these views, each group in one row however long; see `packed_spans`.
 
     lengths: how many tokens of each answer are trained, from its first on; those after them weigh 0.
     """
     strips = AnswerStrips(groups, views, spec, row_tokens, generator, keeps_groups=True)
-    runs = all_runs(strips)
-    bins = first_fit([run.tokens for run in runs], row_tokens)
+    spans = all_spans(strips)
+    bins = first_fit([span.tokens for span in spans], row_tokens)
     revealed = revealed_lengths(list(chain.from_iterable(groups)), lengths)
-    return packed_runs(strips, runs, bins, lengths, revealed, pad_id)
+    return packed_spans(strips, spans, bins, lengths, revealed, pad_id)
 
 
-def packed_runs(
+def packed_spans(
     strips: AnswerStrips,
-    runs: Sequence[Run],
+    spans: Sequence[AnswerSpan],
     bins: Sequence[Sequence[int]],
     trained: Sequence[int],
     revealed: Sequence[int],
     pad_id: int,
 ) -> Rows:
-    """Rows of the strips of these runs. Tokens that were held are context, like a prompt's.
+    """Rows of the strips of these spans. Tokens that were held are context, like a prompt's.
 
     trained: how many tokens of each answer are, from its first on; those after them weigh 0. revealed: how many of
     those were not held.
     Extras of each scored token: `sample`, the answer it belongs to, counted over all groups; `index`, which of its
     tokens it is; and `length`, the trained tokens of its answer that were not held, or 1 where there are none.
     """
-    laid_out = {i: strips.strip(runs[i]) for i in chain.from_iterable(bins)}
+    laid_out = {i: strips.strip(spans[i]) for i in chain.from_iterable(bins)}
     rows = fill_rows(bins, laid_out, strips.spec.block_size, pad_id)
 
     # Of a group that is too long for a row there are several strips.
-    first_of_strip = torch.tensor([run.first for run in runs])
+    first_of_strip = torch.tensor([span.first for span in spans])
     sample = first_of_strip[rows.at_targets(rows.strip)] + rows.at_targets(rows.sequence) - 1  # (N,)
     prompt_lengths = torch.tensor([len(trajectory.prompt_ids) for trajectory in strips.trajectories])
     index = rows.at_targets(rows.position) - prompt_lengths[sample]  # (N,)

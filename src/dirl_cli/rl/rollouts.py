@@ -25,7 +25,7 @@ from dirl_cli.rl.batch import steps_of_tokens
 from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
 from dirl_cli.rl.hints import NO_HINTS, Hints, is_all_wrong
-from dirl_cli.rollout.packed import packed
+from dirl_cli.rollout.arrays import with_arrays
 from dirl_cli.rollout.sampler import Hint, Sampler
 from dirl_cli.rollout.storage import Record, from_json, to_json
 from dirl_cli.types import HELD, Decoding, Problem, Trajectory
@@ -244,7 +244,8 @@ class SampledRollouts:
         answers = own_answers
         if self.accelerator.num_processes > 1:
             own_indices = [index for index, _ in own_answers]
-            answers = gather_object(list(zip(own_indices, packed(record for _, record in own_answers), strict=True)))
+            records = with_arrays(record for _, record in own_answers)
+            answers = gather_object(list(zip(own_indices, records, strict=True)))
         groups: dict[int, Group] = {index: [] for index in indices}
         for index, record in answers:
             groups[index].append(record)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from dirl_cli.diffusion.states import trajectory_strip
-from dirl_cli.rollout.packed import packed
+from dirl_cli.rollout.arrays import with_arrays
 from dirl_cli.rollout.storage import Record, read_rollout, write_rollout
 from dirl_cli.types import Problem, Trajectory
 
@@ -31,7 +31,7 @@ def record(trajectory: Trajectory) -> Record:
 
 def test_every_value_comes_back_and_answers_to_one_prompt_share_it():
     rounded_by_float32 = replace(SAMPLED, token_ids=[7, 2], reveal_step=[0, 300], logprobs=[0.0, -0.1])
-    sent = packed([record(SAMPLED), record(rounded_by_float32)])
+    sent = with_arrays([record(SAMPLED), record(rounded_by_float32)])
     for one, other in zip(pickle.loads(pickle.dumps(sent)), (SAMPLED, rounded_by_float32), strict=True):
         assert list(one.trajectory.token_ids) == other.token_ids
         assert list(one.trajectory.reveal_step) == other.reveal_step
@@ -44,7 +44,7 @@ def test_every_value_comes_back_and_answers_to_one_prompt_share_it():
 
 
 def test_an_answer_takes_nine_bytes_a_token():
-    sent = packed([record(SAMPLED)])
+    sent = with_arrays([record(SAMPLED)])
     assert len(pickle.dumps(sent)) < 9.5 * 4096 < len(pickle.dumps([record(SAMPLED)])) / 1.5
     assert sent[0].trajectory.logprobs.itemsize == 4 and isinstance(sent[0].trajectory.reveal_step, bytearray)
 
@@ -53,7 +53,7 @@ def test_files_and_strips_are_those_of_lists(tmp_path):
     first, second = tmp_path / "step-000001.jsonl", tmp_path / "step-000002.jsonl"
     answer = replace(SAMPLED, prompt_ids=[1, 2, 3, 4])
     write_rollout(first, [record(answer)])
-    [sent] = packed([record(answer)])
+    [sent] = with_arrays([record(answer)])
     write_rollout(second, [sent])
     assert first.read_bytes() == second.read_bytes()
     assert isinstance(sent.trajectory.token_ids, array) and read_rollout(second) == [record(answer)]

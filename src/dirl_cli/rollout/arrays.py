@@ -10,7 +10,7 @@ from dirl_cli.rollout.storage import Record
 INT32, FLOAT32, FLOAT64 = "i", "f", "d"  # as `array` names them
 
 
-def packed(records: Iterable[Record]) -> list[Record]:
+def with_arrays(records: Iterable[Record]) -> list[Record]:
     """The same answers with arrays for the lists of their trajectories; every value stays what it is.
 
     Answers to one prompt share its array, which so is sent once.
