@@ -153,8 +153,9 @@ class Trajectory:
     logprobs: its log-probability then, under the distribution it was drawn from
         (under the model's own at temperature 0); 0 for a token that was held.
     denoise_forwards: forwards that revealed tokens; forwards: those and the ones that only cached.
-    weights_version: optimizer steps that the weights had taken.
+    weights_version: optimizer steps that the weights had taken at its first block.
     block_size: tokens per block; None where that was not noted.
+    versions: of the weights that drew each token, where there were new ones before it ended; else empty.
     """
 
     prompt_ids: list[int]
@@ -167,6 +168,12 @@ class Trajectory:
     weights_version: int = 0
     stop_token_ids: tuple[int, ...] = ()
     block_size: int | None = None
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def token_versions(self) -> list[int]:
+        """The version of the weights that drew each token."""
+        return self.versions or [self.weights_version] * len(self.token_ids)
 
     @property
     def num_revealed(self) -> int:

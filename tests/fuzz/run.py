@@ -256,9 +256,9 @@ def replays(home: Path) -> tuple[list[bytes], Target]:
     from dirl_cli.models.load import diffusion_lm
     from dirl_cli.models.sdar import SDARConfig, SDARForCausalLM
     from dirl_cli.rl.corrections import Correction
+    from dirl_cli.rl.groups import add_advantages
     from dirl_cli.rl.replay import ReplayedRollouts, rollouts_of
     from dirl_cli.rl.rollout_metrics import rollout_metrics
-    from dirl_cli.rl.rollouts import add_advantages
     from dirl_cli.rl.update import PolicyUpdate
     from dirl_cli.rollout.native import NativeSampler
     from dirl_cli.rollout.storage import Record, rollout_path, to_json

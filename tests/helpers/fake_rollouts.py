@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from dirl_cli.reward.scoring import RewardResult, RewardSettings
 from dirl_cli.rl.rollouts import SampledRollouts, problem_order
+from dirl_cli.rollout.sampler import Window
 from dirl_cli.types import Decoding, Problem, Trajectory
 
 POOL = [Problem(str(i), f"what is {i}?", str(i)) for i in range(6)]
@@ -17,23 +18,42 @@ POOL = [Problem(str(i), f"what is {i}?", str(i)) for i in range(6)]
 class FakeSampler:
     """Answers are the number of the sample, or the first token of its hint, the last ones first.
 
-    Notes every request.
+    What a window does not wait for is left with one block, and ends in the next. Notes every request, and with what
+    windows began: pairs of prompt and sample that were under way.
     """
 
     asked: list[tuple[int, int]] = field(default_factory=list)  # prompt, seed
     lm: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(block_size=2))
+    weights_version: int = 3
+    went_on: list[set[tuple[int, int]]] = field(default_factory=list)
 
     def set_block_size(self, block_size: int) -> None:
         self.lm.block_size = block_size
 
-    def stream(self, prompts, n, decoding, seeds, hints=None) -> Iterator[tuple[int, int, Trajectory]]:
+    def stream(self, prompts, n, decoding, seeds, hints=None, window=None) -> Iterator[tuple[int, int, Trajectory]]:
         self.asked += [(prompt[0], seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        window = window or Window(len(prompts))
+        self.went_on.append({(prompts[i][0], sample) for i, sample in window.under_way})
         for i in reversed(range(len(prompts))):
             for sample in reversed(range(n)):
+                key = i, sample
+                if key in window.finished:
+                    continue
+                if i >= window.waited_for and key not in window.under_way:
+                    version = self.weights_version
+                    window.under_way[key] = Trajectory(
+                        prompts[i], [sample], [1], [-0.5], forwards=1, denoise_forwards=1, weights_version=version
+                    )
+                    continue
+                window.under_way.pop(key, None)
                 hint = hints[i][sample] if hints else {}
                 step = 0 if 0 in hint else 1
                 tokens = [hint.get(0, sample), 9]
-                yield i, sample, Trajectory(prompts[i], tokens, [step, 1], [-0.5, -0.25], "stop", 1, 2, 3, (9,))
+                yield (
+                    i,
+                    sample,
+                    Trajectory(prompts[i], tokens, [step, 1], [-0.5, -0.25], "stop", 1, 2, self.weights_version, (9,)),
+                )
 
 
 ACCURACY = RewardSettings({"accuracy": 1.0})

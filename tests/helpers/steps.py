@@ -24,8 +24,8 @@ from dirl_cli.dpo.preference import Preference
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, LearnedCritic, StepAdvantages
+from dirl_cli.rl.groups import add_advantages
 from dirl_cli.rl.objective import Objective
-from dirl_cli.rl.rollouts import add_advantages
 from dirl_cli.rl.teacher import TeacherPrompt
 from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.native import NativeSampler

@@ -10,7 +10,7 @@ from dirl_cli.reward.process import by_step
 from dirl_cli.reward.rewards import Answer
 from dirl_cli.reward.scoring import RewardComputer, RewardSettings
 from dirl_cli.rl.batch import reward_shares
-from dirl_cli.rl.rollouts import revealed_blocks
+from dirl_cli.rl.groups import revealed_blocks
 from dirl_cli.types import Problem
 from tests.helpers.answers import BLOCK, answer
 

@@ -22,7 +22,7 @@ from tests.helpers.rl_runs import config, lines, run, save_sharp_model, updates,
 from tests.helpers.small import MASK, small_lm
 
 GROWING = ("model.block_size=8", "annealing.block_sizes=[2,4]", "annealing.share=0.5", "steps=4", "save_every=1")
-EVERYTHING = ("rl.async_rollout=true", "critic=model", "algo.beta=0.1", "eval_every=1", "keep_checkpoints=0")
+EVERYTHING = ("rl.async_rollout=1", "critic=model", "algo.beta=0.1", "eval_every=1", "keep_checkpoints=0")
 SIZES = [2, 4, 8, 8]
 
 
@@ -69,9 +69,9 @@ def test_what_is_left_over_from_smaller_blocks_is_dropped_and_sampled_anew():
     assert rollout.groups[0] == in_blocks(large, 2) and len(rollout.groups) == 2
 
     ours.state = replace(ours.state, surplus=[in_blocks(small, 1)] * 2)
-    with prefetch_rollout(ours, 2):
+    with prefetch_rollout(ours, 2, 1):
         pass
-    assert len(ours.state.prefetched) == 2, "two that cannot be used do not suffice"
+    assert len(ours.state.rounds[0].groups) == 2, "two that cannot be used do not suffice"
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_blocks_grow_as_held_out_accuracy_stops_rising_and_a_run_goes_on_to_the_
     ("words", "sentence"),
     [
         ([*MEASURED, "eval_every=0"], r"annealing\.patience counts evaluations: give eval_every=N"),
-        ([*MEASURED, "rl.async_rollout=true"], r"leave out rl\.async_rollout, rl\.replay and"),
+        ([*MEASURED, "rl.async_rollout=1"], r"leave out rl\.async_rollout, rl\.replay and"),
         ([*MEASURED, "eval_problems=0"], r"ends a stage by what is held out, and nothing is"),
         (["annealing.patience=1", "eval_every=1"], r"annealing\.patience is of annealing\.block_sizes"),
         (["annealing.most_steps=1"], r"bound what annealing\.patience ends"),

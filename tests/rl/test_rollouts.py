@@ -12,9 +12,10 @@ from dirl_cli.reward.scoring import RewardComputer, RewardSettings
 from dirl_cli.rl.advantages import AdvantageEstimator
 from dirl_cli.rl.curriculum import Curriculum
 from dirl_cli.rl.during_update import prefetch_rollout
+from dirl_cli.rl.groups import add_advantages, group_has_signal, ranked_group
 from dirl_cli.rl.replay import ReplayedRollouts, Rescorer, continues, rollouts_of
 from dirl_cli.rl.rollout_metrics import answer_table, records, rollout_metrics
-from dirl_cli.rl.rollouts import Rollout, RolloutState, add_advantages, group_has_signal, ranked_group
+from dirl_cli.rl.rollouts import Rollout, RolloutState
 from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
 from dirl_cli.types import Problem, Trajectory
 from tests.helpers.fake_rollouts import MIXED, POOL, SAME, FakeScorer, each, ids, order, source
@@ -79,7 +80,7 @@ def test_what_is_prefetched_is_what_the_curriculum_asks_next():
     for step in range(6):
         rollout = ahead.collect(step)
         assert ids(rollout.sampled) == ids(plain.collect(step).sampled)
-        with prefetch_rollout(ahead, step + 1):
+        with prefetch_rollout(ahead, step + 1, 1):
             pass
 
 

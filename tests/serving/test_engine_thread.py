@@ -30,7 +30,7 @@ class Batch:
     def has_room(self, decoding):
         return self.answer is None
 
-    def add(self, prompt, sample, prompt_ids, decoding):
+    def add(self, prompt, sample, prompt_ids, decoding, answer_ids):
         self.answer = prompt, sample
 
     def remove(self, prompt, sample):

@@ -133,7 +133,8 @@ class ReinforcementConfig:
     hints: Natural
     hint_share: list[Share]
     hint_tokens: list[Count]
-    async_rollout: bool
+    async_rollout: Natural
+    partial_rollouts: bool
     old: Annotated[str, OneOf("auto", "sampler", "trainer")]
     correction: Annotated[str, OneOf("truncate", "mask")]
     correction_cap: Annotated[float, Range(at_least=0, infinite=True, remark="0 is off")] | None
@@ -183,7 +184,7 @@ class ReinforcementConfig:
         if self.rescore and not self.replay:
             raise DirlError("rl.rescore rewards an earlier run's answers anew: say which with rl.replay=DIR")
         if self.async_rollout and (self.replay or self.rollout_only):
-            raise DirlError("rl.async_rollout=true samples while it learns: leave rl.replay and rl.rollout_only out")
+            raise DirlError("rl.async_rollout samples while it learns: leave rl.replay and rl.rollout_only out")
         if self.replay and self.rollout_only:
             raise DirlError("rl.replay learns without sampling and rl.rollout_only samples without learning: give one")
 

@@ -18,6 +18,7 @@ from dirl_cli.commands.rl_parts import (
     RlParts,
     block_growth,
     build_rl_parts,
+    require_ahead,
     require_compatible,
     require_growth,
     require_hints,
@@ -105,6 +106,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     require_hints(cfg.rl, parts.engine)
     require_strategy(parts.engine, parts.decoding)
     require_measured_growth(cfg, parts.annealing)
+    require_ahead(cfg.rl.async_rollout, parts.engine, parts.annealing)
     require_steps(parts, cfg.launch)
     parts.peft.require(cfg.launch)
     require_measured(cfg.keep_best, rl_metrics(cfg))

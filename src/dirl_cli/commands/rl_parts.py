@@ -14,7 +14,7 @@ from dirl_cli.reward.scoring import RewardSettings
 from dirl_cli.rl.block_growth import BlockGrowth
 from dirl_cli.rl.critic import LearnedCritic, NoCritic, require_whole_trace
 from dirl_cli.rl.objective import Objective
-from dirl_cli.rollout.engines import Engine, Native
+from dirl_cli.rollout.engines import Engine, Native, Servers
 from dirl_cli.sft.annealing import Annealing
 from dirl_cli.types import Decoding, Instruction
 
@@ -88,6 +88,17 @@ def require_hints(rl: DictConfig, engine: Engine) -> None:
     """Raises DirlError where hints are asked for of an engine that cannot hold tokens."""
     if rl.hints and not isinstance(engine, Native):
         raise DirlError("rl.hints wants rollout=native, the engine that can hold parts of a solution in an answer")
+
+
+def require_ahead(rounds: int, engine: Engine, annealing: Annealing) -> None:
+    """Raises DirlError where answers are to be under way while weights are pushed, and something keeps them from it."""
+    if rounds > 1 and not isinstance(engine, Native | Servers):
+        raise DirlError("rl.async_rollout above 1 leaves answers half done, which LMDeploy cannot: give rollout=native")
+    if rounds > 1 and annealing.block_sizes:
+        raise DirlError(
+            "rl.async_rollout above 1 samples the answers of several steps together, and annealing.block_sizes gives"
+            " these blocks of several sizes: give rl.async_rollout=1, or leave annealing.block_sizes out"
+        )
 
 
 def require_growth(parts: RlParts, lm: DiffusionLM) -> None:

@@ -77,10 +77,9 @@ class ObjectiveRows:
         """
         rows = packed_spans(self._strips, self._spans, bins, self._trained, self.lengths, self._pad_id)
         sample, index = rows.extras["sample"], rows.extras["index"]
-        versions = torch.tensor([trajectory.weights_version for trajectory in self._trajectories])
         extras = {
             "advantage": self._advantages[sample],
-            "version": versions[sample],
+            "version": of_tokens(lambda i: self._trajectories[i].token_versions, sample, index).long(),
             "sampler_logprobs": of_tokens(lambda i: self._trajectories[i].logprobs, sample, index),
         }
         if any(self._process):

@@ -1,4 +1,4 @@
-"""What the sampler does while the policy is updated: give up its memory, or prefetch the next step's answers."""
+"""What the sampler does while the policy is updated: give up its memory, or sample answers ahead."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,16 +7,19 @@ from threading import Event
 
 import torch
 
-from dirl_cli.rl.rollouts import Indexed, RolloutSource, SampledRollouts
+from dirl_cli.rl.rollouts import RolloutSource, SampledRollouts
+from dirl_cli.rl.rounds import Outcome
 from dirl_cli.rollout.sampler import Sampler
 
 
 def sampler_during_update(
-    rollouts: RolloutSource, sampler: Sampler, step: int, is_last: bool
+    rollouts: RolloutSource, sampler: Sampler, step: int, steps: int
 ) -> AbstractContextManager[None]:
-    """What the sampler does while the policy is updated at step `step` (from 0): it rests, or prefetches."""
-    if isinstance(rollouts, SampledRollouts) and rollouts.prefetches and not is_last:
-        return prefetch_rollout(rollouts, step + 1)
+    """What the sampler does while the policy is updated at step `step` (from 0) of `steps`: it rests, or prefetches."""
+    if isinstance(rollouts, SampledRollouts):
+        most = min(rollouts.rounds_ahead, steps - step - 1)
+        if most:
+            return prefetch_rollout(rollouts, step + 1, most)
     return offloaded(sampler)
 
 
@@ -29,32 +32,35 @@ def offloaded(sampler: Sampler) -> Iterator[None]:
 
 
 @contextmanager
-def prefetch_rollout(rollouts: SampledRollouts, step: int) -> Iterator[None]:
-    """The first round of step `step` is sampled meanwhile, in a thread, and kept in the rollouts' state.
+def prefetch_rollout(rollouts: SampledRollouts, step: int, most: int) -> Iterator[None]:
+    """The round of step `step` (from 0) and those of later ones, `most` together, are sampled meanwhile, in a thread.
 
-    The sampler must hold weights of its own, which nobody touches inside. Nothing is sampled where what is left over
-    from earlier rounds will do.
+    They are kept in the rollouts' state. The first is waited for at the end, and of the second half of the answers: so
+    how far each has come is decided by what was sampled and not by the clock, and the same again after a resume. The
+    sampler must hold weights of its own, which nobody touches inside. Nothing is sampled where what is left over from
+    earlier rounds will do.
     """
     state = rollouts.state
     if len(rollouts.surplus(step)) >= rollouts.problems_per_step:
         yield
         return
 
-    indices, _ = rollouts.next_indices(state.drawn, state.rests_until)
+    rounds = rollouts.draw_ahead(step, most)
+    more = rollouts.half_of_next(rounds)
     device = rollouts.accelerator.device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream:
         stream.wait_stream(torch.cuda.current_stream(device))  # on which the weights were pushed
     stopped = Event()
 
-    def sample() -> list[Indexed]:
-        answers = []
+    def sample() -> list[Outcome]:
+        outcomes = []
         with torch.cuda.stream(stream) if stream else nullcontext():
-            for answer in rollouts.sample_share(indices, step, round_number=0):
-                answers.append(answer)
+            for outcome in rollouts.sample_share(rounds, more):
+                outcomes.append(outcome)
                 if stopped.is_set():
                     break
-        return answers
+        return outcomes
 
     with ThreadPoolExecutor(1) as thread:
         under_way = thread.submit(sample)
@@ -63,4 +69,4 @@ def prefetch_rollout(rollouts: SampledRollouts, step: int) -> Iterator[None]:
         except BaseException:
             stopped.set()  # the answer that is being written is the last
             raise
-        state.prefetched = rollouts.gather(under_way.result(), indices)
+        state.rounds = rollouts.gather(under_way.result(), rounds)

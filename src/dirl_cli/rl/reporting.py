@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Self
 
 from dirl_cli.report.progress import StepProgress, due
+from dirl_cli.rl.groups import Group
 from dirl_cli.rl.rollout_metrics import answer_table, records
-from dirl_cli.rl.rollouts import Group
 from dirl_cli.rollout.storage import rollout_path, write_rollout
 
 REMEDIES = (

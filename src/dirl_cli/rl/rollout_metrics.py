@@ -8,7 +8,8 @@ from statistics import fmean
 from rich.table import Table
 from rich.text import Text
 
-from dirl_cli.rl.rollouts import Group, Rollout
+from dirl_cli.rl.groups import Group
+from dirl_cli.rl.rollouts import Rollout
 from dirl_cli.rollout.storage import Record
 
 
@@ -17,13 +18,16 @@ def rollout_metrics(rollout: Rollout, group_size: int) -> dict[str, float]:
 
     kept: the share of sampled groups with a signal. hinted: the share that was all wrong, and so sampled again with
     hints. hinted_accuracy: the share of these further answers that is right. excluded: how many of `group_size` answers
-    to each problem have no reward; 0 where it is not known how many there should be.
+    to each problem have no reward; 0 where it is not known how many there should be. too_stale: groups with a signal
+    that were dropped for the age of their weights. Of `excluded` and `too_stale` there is nothing where there are none.
     """
     answers = [record for record in chain.from_iterable(rollout.sampled) if not record.trajectory.is_hinted]
     metrics: dict[str, float] = {"groups": len(rollout.groups)}
     excluded = len(rollout.sampled) * group_size - len(answers)
     if excluded > 0:
         metrics["excluded"] = excluded
+    if rollout.too_stale:
+        metrics["too_stale"] = rollout.too_stale
     if not answers:
         return metrics
 

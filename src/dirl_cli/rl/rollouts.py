@@ -1,8 +1,9 @@
-"""Groups of answers with what they earned, and where they come from: sampled, with dynamic sampling."""
+"""Where a step's groups of answers come from: rounds of problems that are sampled, with dynamic sampling."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -14,25 +15,29 @@ from dirl_cli.data.chat import answer_text
 from dirl_cli.data.order import MixtureOrder, epochs
 from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.distributed import split_by_cost
-from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
-from dirl_cli.reward.process import RevealedBlock
-from dirl_cli.reward.ranking import Contender
 from dirl_cli.reward.rewards import Answer
-from dirl_cli.reward.scoring import RewardComputer, RewardResult, RewardSettings
-from dirl_cli.rl.advantages import AdvantageEstimator, GroupRewards, has_signal
-from dirl_cli.rl.batch import steps_of_tokens
+from dirl_cli.reward.scoring import RewardComputer
 from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
+from dirl_cli.rl.groups import (
+    Decode,
+    Group,
+    group_has_signal,
+    groups_from_json,
+    groups_to_json,
+    pass_rate,
+    ranked_group,
+    revealed_blocks,
+    with_reward,
+)
 from dirl_cli.rl.hints import NO_HINTS, Hints, is_all_wrong
+from dirl_cli.rl.rounds import Outcome, Round, with_outcomes
 from dirl_cli.rollout.arrays import with_arrays
-from dirl_cli.rollout.sampler import Hint, Sampler
-from dirl_cli.rollout.storage import Record, from_json, to_json
-from dirl_cli.types import HELD, Decoding, Problem, Trajectory
+from dirl_cli.rollout.sampler import Hint, Sampler, Window
+from dirl_cli.rollout.storage import Record
+from dirl_cli.types import Decoding, Problem
 
-Group = list[Record]  # the group of one problem: the answers to it, with what they earned
-Indexed = tuple[int, Record]  # an answer, and where in the endless order its problem stands
-Decode = Callable[[list[int]], str]
 HINTING, TAKING_IN = 1, 2  # at the end of a seed's numbers: what it is for
 
 
@@ -40,37 +45,28 @@ HINTING, TAKING_IN = 1, 2  # at the end of a seed's numbers: what it is for
 class RolloutState:
     """How far into the endless order of problems a run is, which its checkpoints keep.
 
-    drawn: problems drawn so far. surplus: groups left over for the next step. prefetched: the answers to the next
-    step's first problems, where they are sampled while the policy is updated. rests_until: see curriculum.py.
+    drawn: problems drawn so far, for rounds that a step has taken. surplus: groups left over for the next step. rounds:
+    those that are sampled ahead, the next one first. rests_until: see curriculum.py.
     """
 
     drawn: int = 0
     surplus: list[Group] = field(default_factory=list)
-    prefetched: list[Group] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
     rests_until: dict[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "drawn": self.drawn,
             "surplus": groups_to_json(self.surplus),
-            "prefetched": groups_to_json(self.prefetched),
+            "rounds": [one.to_json() for one in self.rounds],
             "rests_until": {str(problem): index for problem, index in self.rests_until.items()},
         }
 
     @staticmethod
     def from_json(saved: dict[str, Any]) -> "RolloutState":
-        prefetched = saved["ahead"] if "ahead" in saved else saved["prefetched"]  # "ahead" in earlier versions
         rests_until = {int(problem): index for problem, index in saved.get("rests_until", {}).items()}
-        surplus = groups_from_json(saved["surplus"])
-        return RolloutState(saved["drawn"], surplus, groups_from_json(prefetched), rests_until)
-
-
-def groups_to_json(groups: Sequence[Group]) -> list[list[dict[str, Any]]]:
-    return [list(map(to_json, group)) for group in groups]
-
-
-def groups_from_json(groups: list[list[dict[str, Any]]]) -> list[Group]:
-    return [list(map(from_json, group)) for group in groups]
+        rounds = [Round.from_json(one) for one in saved.get("rounds", [])]  # earlier versions' are sampled anew
+        return RolloutState(saved["drawn"], groups_from_json(saved["surplus"]), rounds, rests_until)
 
 
 @dataclass(frozen=True)
@@ -79,13 +75,15 @@ class Rollout:
 
     groups: those it learns from, what earlier steps left over first. sampled: all that were sampled for it, as they
     were before hints. num_with_signal: how many of them passed the filter, be it for a later step. hinted: what was
-    sampled again with hints, a group for each that was all wrong; None where that is not done.
+    sampled again with hints, a group for each that was all wrong; None where that is not done. too_stale: groups with a
+    signal that were dropped, since their answers are of weights that are too old.
     """
 
     groups: list[Group]
     sampled: list[Group]
     num_with_signal: int
     hinted: list[Group] | None = None
+    too_stale: int = 0
 
 
 class RolloutSource(Protocol):
@@ -120,10 +118,11 @@ class SampledRollouts:
     """Groups sampled from the policy: problems are drawn in their order, answered and rewarded until enough pass.
 
     pool, prompts: the problems and their prompts. sources: the names of what they come from. filter: see `has_signal`.
-    max_rounds: draws in which to find a step's problems. seed: of the answers. prefetches: whether the next step's
-    answers are sampled while the policy is updated. curriculum: which problems are passed over. decode: the text of
-    tokens, where steps are rewarded by it. hints: for groups that are all wrong, from the problems' `solutions`, in
-    tokens. growth: of the blocks to sample in.
+    max_rounds: draws in which to find a step's problems. seed: of the answers. rounds_ahead: how many may be under way
+    while the policy is updated. partial_rollouts: whether answers that are under way go on with new weights, or begin
+    again. most_stale: optimizer steps that weights may have fallen behind when their answers are learned from.
+    curriculum: which problems are passed over. decode: the text of tokens, where steps are rewarded by it. hints: for
+    groups that are all wrong, from the problems' `solutions`, in tokens. growth: of the blocks to sample in.
     """
 
     pool: Sequence[Problem]
@@ -140,7 +139,9 @@ class SampledRollouts:
     order: MixtureOrder
     seed: int
     sources: Sequence[str] = ("",)
-    prefetches: bool = False
+    rounds_ahead: int = 0
+    partial_rollouts: bool = True
+    most_stale: float = inf
     curriculum: Curriculum = EVERYTHING
     decode: Decode | None = None
     hints: Hints = NO_HINTS
@@ -155,37 +156,42 @@ class SampledRollouts:
         return self.group_size
 
     def collect(self, step: int) -> Rollout:
-        """See `RolloutSource.collect`; groups left over from earlier steps come first."""
+        """See `RolloutSource.collect`; groups left over from earlier steps come first, then rounds sampled ahead."""
         drawn = self.state.drawn
         rests_until = dict(self.state.rests_until)
-        prefetched = self.state.prefetched
-        selected = self.surplus(step)
+        rounds = self.state.rounds
+        surplus = self.surplus(step)
+        selected = self.fresh(surplus)
+        too_stale = len(surplus) - len(selected)
         sampled: list[Group] = []
         hinted: list[Group] = []
         num_with_signal = 0
 
         # Dynamic sampling (DAPO): groups without a signal make way for other problems, up to max_rounds times.
-        for round_number in range(self.max_rounds):
+        for number in range(self.max_rounds):
             if len(selected) >= self.problems_per_step:
                 break
-            indices, drawn = self.next_indices(drawn, rests_until)
-            groups = prefetched or self.sample(indices, step, round_number)
-            prefetched = []
-            rests_until |= self.curriculum.rests(self.order, indices, [pass_rate(group) for group in groups])
+            rounds = self.sample(rounds or [self.draw(step, number, drawn, rests_until)])
+            whole, rounds = rounds[0], rounds[1:]
+            drawn = whole.drawn
+            groups = [self.ranked(group) for group in whole.groups]
+            rests_until |= self.curriculum.rests(self.order, whole.indices, [pass_rate(group) for group in groups])
 
             sampled += groups
             if self.hints.most:
-                groups, sampled_again = self.take_in_hinted(groups, indices, step, round_number)
+                groups, sampled_again = self.take_in_hinted(groups, whole.indices, step, number)
                 hinted += sampled_again
             passing = [group for group in groups if group_has_signal(group, self.filter)]
-            selected += passing
+            fresh = self.fresh(passing)
+            selected += fresh
             num_with_signal += len(passing)
+            too_stale += len(passing) - len(fresh)
 
         # Set at the end alone: a rollout that is interrupted has not happened.
         resting = {problem: index for problem, index in rests_until.items() if index > drawn}
-        self.state = RolloutState(drawn, selected[self.problems_per_step :], prefetched, resting)
+        self.state = RolloutState(drawn, selected[self.problems_per_step :], rounds, resting)
         with_hints = hinted if self.hints.most else None
-        return Rollout(selected[: self.problems_per_step], sampled, num_with_signal, with_hints)
+        return Rollout(selected[: self.problems_per_step], sampled, num_with_signal, with_hints, too_stale)
 
     def surplus(self, step: int) -> list[Group]:
         """The groups left over that step `step` can learn from: those in blocks of its size."""
@@ -196,15 +202,29 @@ class SampledRollouts:
                 fitting.append(group)
         return fitting
 
+    def fresh(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups of answers none of which has a block of weights that are too old to learn from it."""
+        oldest = self.sampler.weights_version - self.most_stale
+        return [group for group in groups if all(record.trajectory.weights_version >= oldest for record in group)]
+
     def epochs(self) -> dict[str, float]:
         metrics = epochs(self.order, self.sources, self.state.drawn)
         if self.curriculum != EVERYTHING:
             metrics["resting"] = len(self.state.rests_until)
         return metrics
 
-    def next_indices(self, drawn: int, rests_until: Mapping[int, int]) -> tuple[list[int], int]:
-        """The next problems of the endless order, from `drawn` on, and where it goes on."""
-        return self.curriculum.indices(self.order, drawn, self.problems_per_step, rests_until)
+    def draw(self, step: int, number: int, drawn: int, rests_until: Mapping[int, int]) -> Round:
+        """The next problems of the endless order, from `drawn` on, of which no answer is there yet."""
+        indices, drawn = self.curriculum.indices(self.order, drawn, self.problems_per_step, rests_until)
+        return Round(step, number, indices, drawn, self.group_size)
+
+    def draw_ahead(self, step: int, most: int) -> list[Round]:
+        """The rounds under way, the first of them for step `step` (from 0), with as many more as make `most`."""
+        rounds = list(self.state.rounds)
+        for i in range(len(rounds), most):
+            drawn = rounds[-1].drawn if rounds else self.state.drawn
+            rounds.append(self.draw(step + i, 0, drawn, self.state.rests_until))
+        return rounds
 
     def take_in_hinted(
         self, groups: Sequence[Group], indices: Sequence[int], step: int, round_number: int
@@ -213,7 +233,8 @@ class SampledRollouts:
         all_wrong = [index for index, group in zip(indices, groups, strict=True) if is_all_wrong(group)]
         if not all_wrong:
             return list(groups), []
-        sampled_again = self.sample(all_wrong, step, round_number, with_hints=True)
+        again = Round(step, round_number, all_wrong, 0, self.group_size)
+        sampled_again = [self.ranked(group) for group in self.sample([again], with_hints=True)[0].groups]
         by_index = dict(zip(all_wrong, sampled_again, strict=True))
 
         improved = []
@@ -224,37 +245,51 @@ class SampledRollouts:
             improved.append(group)
         return improved, sampled_again
 
-    def sample(self, indices: Sequence[int], step: int, round_number: int, with_hints: bool = False) -> list[Group]:
-        """The answers to some problems of the endless order, of which every process samples its share."""
-        return self.gather(list(self.sample_share(indices, step, round_number, with_hints)), indices)
+    def sample(self, rounds: list[Round], with_hints: bool = False) -> list[Round]:
+        """The rounds once the first of them is whole; what there was time for of the others goes along."""
+        if rounds[0].is_whole:
+            return rounds
+        return self.gather(list(self.sample_share(rounds, with_hints=with_hints)), rounds)
 
-    def sample_share(
-        self, indices: Sequence[int], step: int, round_number: int, with_hints: bool = False
-    ) -> Iterator[Indexed]:
-        """The answers to this process's share of the problems; all shares take about as long."""
-        costs = [self.cost(self.order[index]) for index in indices]
-        shares = split_by_cost(costs, self.accelerator.num_processes)
-        own_indices = [indices[i] for i in shares[self.accelerator.process_index]]
-        self.sampler.set_block_size(self.growth.at(self.lm, step).block_size)
+    def sample_share(self, rounds: Sequence[Round], more: int = 0, with_hints: bool = False) -> Iterator[Outcome]:
+        """What one window gives of this process's share of the rounds, each as it ends; all shares take about as long.
+
+        It ends when the first round is whole, and `more` answers to the others have ended.
+        """
+        processes = self.accelerator.num_processes
+        asked = []  # the place of a round, and the index of a problem
+        for place, one in enumerate(rounds):
+            missing = one.missing
+            shares = split_by_cost([self.cost(self.order[index]) for index in missing], processes)
+            asked += [(place, missing[i]) for i in shares[self.accelerator.process_index]]
+        self.sampler.set_block_size(self.growth.at(self.lm, rounds[0].step).block_size)
         with self.accelerator.autocast():
-            yield from self.answers(own_indices, step, round_number, with_hints)
+            yield from self.answers(rounds, asked, more // processes, with_hints)
 
-    def gather(self, own_answers: list[Indexed], indices: Sequence[int]) -> list[Group]:
-        """Every process's answers as groups, in the order of their problems and samples."""
-        answers = own_answers
+    def half_of_next(self, rounds: Sequence[Round]) -> int:
+        """How many answers to the second round are to end while the policy is updated: up to half of it.
+
+        So an update never passes without anything sampled because its round was whole before, and no update waits for
+        the longest answers of two.
+        """
+        if len(rounds) < 2:
+            return 0
+        ended = sum(len(one.answers) for one in rounds[1:])
+        return max(rounds[1].size // 2 - ended, 0)
+
+    def gather(self, own_outcomes: list[Outcome], rounds: Sequence[Round]) -> list[Round]:
+        """The rounds with what came of every process's share."""
+        outcomes = own_outcomes
         if self.accelerator.num_processes > 1:
-            own_indices = [index for index, _ in own_answers]
-            records = with_arrays(record for _, record in own_answers)
-            answers = gather_object(list(zip(own_indices, records, strict=True)))
-        groups: dict[int, Group] = {index: [] for index in indices}
-        for index, record in answers:
-            groups[index].append(record)
-
-        for index, group in groups.items():
-            if group:
-                self.lengths[self.order[index]] = fmean(len(record.trajectory.token_ids) for record in group)
-        in_order = [sorted(group, key=lambda record: record.sample) for group in groups.values()]
-        return [self.ranked(group) for group in in_order]
+            answers = with_arrays(outcome for *_, outcome in own_outcomes)
+            own_places = [outcome[:3] for outcome in own_outcomes]
+            outcomes = gather_object([(*place, answer) for place, answer in zip(own_places, answers, strict=True)])
+        lengths: dict[int, list[int]] = {}  # of the answers to each problem
+        for _, index, _, outcome in outcomes:
+            if isinstance(outcome, Record):
+                lengths.setdefault(self.order[index], []).append(len(outcome.trajectory.token_ids))
+        self.lengths |= {problem: fmean(tokens) for problem, tokens in lengths.items()}
+        return with_outcomes(rounds, outcomes)
 
     def ranked(self, group: Group) -> Group:
         """The group with the rewards that compare its answers."""
@@ -265,19 +300,31 @@ class SampledRollouts:
         usual = fmean(self.lengths.values()) if self.lengths else 0.0
         return len(self.prompts[problem]) + self.lengths.get(problem, usual)
 
-    def answers(self, indices: Sequence[int], step: int, round_number: int, with_hints: bool) -> Iterator[Indexed]:
-        """Each rewarded answer to the problems at these indices of the endless order, as it is ready."""
-        # With the index, step and round make the seed, since a problem may come up again.
+    def answers(
+        self, rounds: Sequence[Round], asked: Sequence[tuple[int, int]], more: int, with_hints: bool
+    ) -> Iterator[Outcome]:
+        """Each rewarded answer to some problems as it is ready, then what there is of others.
+
+        asked: for each problem the place of its round, and its index in the endless order. more: see `sample_share`.
+        """
+        # With the index, step and number make the seed, since a problem may come up again.
         purpose = [HINTING] if with_hints else []
-        seeds = [request_key(self.seed, [step, round_number, index, *purpose], 0) for index in indices]
-        hints = [self.draw_hints(index, step, round_number) for index in indices] if with_hints else None
-        problems = [self.pool[self.order[index]] for index in indices]
-        prompts = [self.prompts[self.order[index]] for index in indices]
+        problems, prompts, seeds, hints = [], [], [], []
+        for place, index in asked:
+            step, number = rounds[place].step, rounds[place].number
+            problems.append(self.pool[self.order[index]])
+            prompts.append(self.prompts[self.order[index]])
+            seeds.append(request_key(self.seed, [step, number, index, *purpose], 0))
+            if with_hints:
+                hints.append(self.draw_hints(index, step, number))
+        window = self.window(rounds, asked, more)
         tokenizer = self.lm.require_tokenizer()
         waiting: dict[tuple[int, int], Record] = {}  # for their rewards
 
         def sampled_answers() -> Iterator[tuple[tuple[int, int], Answer]]:
-            stream = self.sampler.stream(prompts, self.group_size, self.decoding, seeds=seeds, hints=hints)
+            stream = self.sampler.stream(
+                prompts, self.group_size, self.decoding, seeds=seeds, hints=hints or None, window=window
+            )
             for i, sample, trajectory in stream:
                 text = answer_text(tokenizer, trajectory.completion_ids)
                 waiting[i, sample] = Record(problems[i], sample, text, trajectory)
@@ -286,10 +333,30 @@ class SampledRollouts:
                 yield (i, sample), Answer.of(problems[i], trajectory, text, longest, block_size, blocks)
 
         # `compute` draws from the answers, so that sampling goes on while earlier answers are graded.
-        for key, result in self.reward_computer.compute(sampled_answers()):
-            record = waiting.pop(key)
-            if result is not None:
-                yield indices[key[0]], with_reward(record, result)
+        for (i, sample), result in self.reward_computer.compute(sampled_answers()):
+            record = waiting.pop((i, sample))
+            yield *asked[i], sample, record if result is None else with_reward(record, result)
+        for (i, sample), trajectory in window.under_way.items():
+            yield *asked[i], sample, trajectory
+
+    def window(self, rounds: Sequence[Round], asked: Sequence[tuple[int, int]], more: int) -> Window:
+        """What a stream is to sample of what is asked: all of the first round, as much of others as there is time for.
+
+        Where answers do not go on with new weights, they begin again.
+        """
+        prompt_of = {place_and_index: i for i, place_and_index in enumerate(asked)}
+        window = Window(waited_for=sum(place == 0 for place, _ in asked), more=more)
+        finished = set()
+        for place, one in enumerate(rounds):
+            for index, record in one.answers:
+                if (place, index) in prompt_of:
+                    finished.add((prompt_of[place, index], record.sample))
+            for index, sample, trajectory in one.under_way:
+                is_current = trajectory.token_versions[-1] == self.sampler.weights_version
+                if (place, index) in prompt_of and (self.partial_rollouts or is_current):
+                    window.under_way[prompt_of[place, index], sample] = trajectory
+        window.finished = finished
+        return window
 
     def draw_hints(self, index: int, step: int, round_number: int) -> list[Hint]:
         """A hint for each answer to the problem at an index of the endless order."""
@@ -298,80 +365,6 @@ class SampledRollouts:
         longest = min(self.decoding.max_new_tokens, room)
         generator = seeded(self.seed, step, round_number, index, HINTING)
         return [self.hints.hint(self.solutions[problem], longest, generator) for _ in range(self.group_size)]
-
-
-def revealed_blocks(decode: Decode | None, trajectory: Trajectory, block_size: int) -> tuple[RevealedBlock, ...]:
-    """An answer's blocks with the texts that their steps revealed; none without `decode`."""
-    if decode is None:
-        return ()
-    by_block: dict[int, dict[int, list[int]]] = {}  # token ids by block and step
-    for token, (block, step) in zip(trajectory.token_ids, steps_of_tokens(trajectory, block_size), strict=True):
-        by_block.setdefault(block, {}).setdefault(step, []).append(token)
-
-    first = len(trajectory.prompt_ids)
-    blocks = []
-    for block, steps in by_block.items():
-        own = slice(max(block * block_size - first, 0), (block + 1) * block_size - first)
-        texts = [tuple(decode([token]) for token in steps[step]) for step in sorted(steps) if step != HELD]
-        blocks.append(RevealedBlock(decode(trajectory.token_ids[own]), tuple(texts)))
-    return tuple(blocks)
-
-
-def group_has_signal(group: Group, rule: str) -> bool:
-    """Whether a group is worth learning from; see `has_signal`."""
-    rewards = [record.reward or 0.0 for record in group]
-    return len(group) > 0 and has_signal(rewards, [record.correct for record in group], rule)
-
-
-def pass_rate(group: Group) -> float | None:
-    """The share of a group's answers that are correct; None where none is left."""
-    return fmean(record.correct for record in group) if group else None
-
-
-def with_reward(record: Record, result: RewardResult) -> Record:
-    return replace(record, reward=result.total, parts=result.parts, process=result.process, correct=result.correct)
-
-
-def ranked_group(group: Group, settings: RewardSettings, block_size: int) -> Group:
-    """The group with the rewards that compare its answers, where there are any.
-
-    An answer's forwards are as its reveal steps tell. block_size: that they were sampled in where they do not say.
-    """
-    if not settings.ranks:
-        return group
-    contenders = []
-    for record in group:
-        answer = record.trajectory
-        forwards = max(answer.revealed_at(answer.block_size or block_size))
-        contenders.append(Contender(record.correct, len(answer.completion_ids), forwards, answer.is_hinted))
-    rewards = settings.ranked(contenders, [record.parts for record in group])
-    return [replace(record, reward=reward, parts=parts) for record, (reward, parts) in zip(group, rewards, strict=True)]
-
-
-def add_advantages(groups: Sequence[Group], estimator: AdvantageEstimator) -> list[Group]:
-    """The groups with each answer's advantage over the others to its problem."""
-    advantages = estimator([rewards_of(group, estimator.parts) for group in groups])
-    with_advantages = []
-    for group, values in zip(groups, advantages, strict=True):
-        pairs = zip(group, values.tolist(), strict=True)
-        with_advantages.append([replace(record, advantage=value, learned_from=True) for record, value in pairs])
-    return with_advantages
-
-
-def rewards_of(group: Group, parts: Sequence[str]) -> GroupRewards:
-    """What a group's answers earned. parts: the names of the rewards that are compared one by one.
-
-    Raises DirlError for a replayed answer that lacks one of them.
-    """
-    for record in group:
-        missing = [name for name in parts if name not in record.parts]
-        if missing:
-            raise DirlError(f"an answer on record has no reward {missing[0]}: reward it anew with rl.rescore=true")
-    return GroupRewards(
-        total=torch.tensor([record.reward for record in group]),
-        parts=torch.tensor([[record.parts[name] for name in parts] for record in group]),
-        tokens=torch.tensor([record.trajectory.num_revealed for record in group]),
-    )
 
 
 def problem_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> MixtureOrder:

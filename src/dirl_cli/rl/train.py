@@ -1,9 +1,10 @@
 """Reinforcement learning, from top to bottom: sample groups of answers, reward them, and update the policy."""
 
 from dirl_cli.rl.during_update import sampler_during_update
+from dirl_cli.rl.groups import add_advantages
 from dirl_cli.rl.reporting import RolloutReport
 from dirl_cli.rl.rollout_metrics import rollout_metrics
-from dirl_cli.rl.rollouts import RolloutSource, add_advantages
+from dirl_cli.rl.rollouts import RolloutSource
 from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.session import Evaluation, Session
@@ -29,10 +30,9 @@ def train(
         report.write(step + 1, groups, rollout.sampled + (rollout.hinted or []))
 
         # Update: optimizer steps on the groups, each token in the state in which it was revealed. Meanwhile the
-        # sampler is offloaded, or prefetches the next step's answers.
+        # sampler is offloaded, or prefetches answers for the next steps.
         if groups and learns:
-            is_last = step + 1 == run.steps
-            with sampler_during_update(rollouts, sampler, step, is_last), run.showing("update"):
+            with sampler_during_update(rollouts, sampler, step, run.steps), run.showing("update"):
                 metrics |= update.run(groups, step)
             update.publish(sampler)
 

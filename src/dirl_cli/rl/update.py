@@ -21,8 +21,8 @@ from dirl_cli.rl.batch import ObjectiveRows, TrajectoryGroup
 from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, StepAdvantages, require_whole_trace, value_metrics
+from dirl_cli.rl.groups import Group
 from dirl_cli.rl.objective import Objective, k3
-from dirl_cli.rl.rollouts import Group
 from dirl_cli.rl.teacher import TeacherPrompt, of_the_same_tokens, token_keys
 from dirl_cli.rl.units import at_level
 from dirl_cli.rollout.sampler import Sampler
@@ -84,7 +84,7 @@ class PolicyUpdate:
     def run(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Learn from the groups of step `step` (from 0); returns the mean metrics of the optimizer steps, if any.
 
-        staleness: optimizer steps since the answers were sampled.
+        Beside them `staleness_metrics`.
         """
         if self.objective.passes_over and not self.critic:
             groups = with_advantage(groups)
@@ -117,10 +117,9 @@ class PolicyUpdate:
         metrics |= mean_metrics(sums)
         if value_sums:
             metrics |= value_metrics(value_sums)
-        versions = [record.trajectory.weights_version for record in chain.from_iterable(groups)]
         if self.growth != NO_GROWTH:
             metrics["block_size"] = self.growth.at(self.lm, step).block_size
-        metrics["staleness"] = version - fmean(versions)
+        metrics |= staleness_metrics(groups, version)
         metrics["token_forwards"] = sum(batch.num_tokens for batch in batches)
         return metrics
 
@@ -287,6 +286,22 @@ def with_advantage(groups: Sequence[Group]) -> list[Group]:
         if kept := [record for record in group if record.advantage or record.process]:
             learned_from.append(kept)
     return learned_from
+
+
+def staleness_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """How many optimizer steps ago what is learned from was sampled.
+
+    version: of the policy. staleness: of an answer's tokens, the mean over answers. staleness_max: of the oldest block.
+    spanning: the share of answers with blocks of several versions, where there are any.
+    """
+    answers = [record.trajectory for record in chain.from_iterable(groups)]
+    metrics = {
+        "staleness": version - fmean(fmean(answer.token_versions) for answer in answers),
+        "staleness_max": float(version - min(answer.weights_version for answer in answers)),
+    }
+    if any(answer.versions for answer in answers):
+        metrics["spanning"] = fmean(bool(answer.versions) for answer in answers)
+    return metrics
 
 
 def split_evenly(groups: Sequence[Group], mini_batches: int) -> list[Sequence[Group]]:

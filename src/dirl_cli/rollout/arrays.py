@@ -6,19 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 from dirl_cli.rollout.storage import Record
+from dirl_cli.types import Trajectory
 
 INT32, FLOAT32, FLOAT64 = "i", "f", "d"  # as `array` names them
 
 
-def with_arrays(records: Iterable[Record]) -> list[Record]:
+def with_arrays(answers: Iterable[Record | Trajectory]) -> list[Record | Trajectory]:
     """The same answers with arrays for the lists of their trajectories; every value stays what it is.
 
     Answers to one prompt share its array, which so is sent once.
     """
     prompts: dict[int, Any] = {}  # by the list they were
-    smaller = []
-    for record in records:
-        trajectory = record.trajectory
+    smaller: list[Record | Trajectory] = []
+    for answer in answers:
+        trajectory = answer.trajectory if isinstance(answer, Record) else answer
         key = id(trajectory.prompt_ids)
         if key not in prompts:
             prompts[key] = integer_array(trajectory.prompt_ids)
@@ -28,8 +29,9 @@ def with_arrays(records: Iterable[Record]) -> list[Record]:
             token_ids=integer_array(trajectory.token_ids),
             reveal_step=integer_array(trajectory.reveal_step),
             logprobs=float_array(trajectory.logprobs),
+            versions=integer_array(trajectory.versions),
         )
-        smaller.append(replace(record, trajectory=arrays))
+        smaller.append(replace(answer, trajectory=arrays) if isinstance(answer, Record) else arrays)
     return smaller
 
 

@@ -29,7 +29,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.save import published_weights
 from dirl_cli.rollout.engines import require_forgetful
 from dirl_cli.rollout.lmdeploy_strategies import KeyedSampling, RequestTrace, TracedSequences, UnmaskingAgent
-from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Watch, collect_samples, cut_to
+from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Watch, Window, collect_samples, cut_to
 from dirl_cli.rollout.scheduler import Request, make_requests, rule_of
 from dirl_cli.types import Decoding, StopReason, Trajectory
 
@@ -75,9 +75,12 @@ class LmdeploySampler:
         seeds: Sequence[int] | None = None,
         watch: Watch | None = None,
         hints: Sequence[Sequence[Hint]] | None = None,
+        window: Window | None = None,
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """See `Sampler.stream`. Raises DirlError for what LMDeploy cannot do."""
         check_prompts(prompts, decoding, self.lm, watch)
+        if window and window.waited_for < len(prompts):
+            raise DirlError("LMDeploy ends every answer that it begins: give rollout=native, or rl.async_rollout=1")
         if hints:
             raise DirlError("hints want rollout=native: LMDeploy begins every answer with nothing but masked tokens")
         self.strategy.decoding = decoding
@@ -203,8 +206,14 @@ class LmdeployBatch:
             return True
         return len(self.running) < self.slots and rule_of(decoding) == rule_of(self.sampler.strategy.decoding)
 
-    def add(self, prompt: int, sample: int, prompt_ids: list[int], decoding: Decoding) -> None:
-        """See `LiveBatch.add`."""
+    def add(
+        self, prompt: int, sample: int, prompt_ids: list[int], decoding: Decoding, answer_ids: Sequence[int] = ()
+    ) -> None:
+        """See `LiveBatch.add`. An answer that has blocks already is given up."""
+        if answer_ids:
+            self.running[prompt, sample] = Future()
+            self.news.put(GivenUp(prompt, sample, "LMDeploy goes on with no answer: start dirl serve rollout=native"))
+            return
         decoding = cut_to(decoding, prompt_ids, self.length)
         self.sampler.strategy.decoding = decoding
         request = Request(prompt, sample, prompt_ids, decoding, request_key(decoding.seed, prompt_ids, sample))

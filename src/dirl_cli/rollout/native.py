@@ -21,7 +21,7 @@ from dirl_cli.rollout.decoder import Decoder, decoder_of
 from dirl_cli.rollout.forward import EagerForward, Forward
 from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attention, page_size, run_eagerly
 from dirl_cli.rollout.products import Products
-from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Watch, collect_samples, cut_to
+from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Watch, Window, collect_samples, cut_to, joined
 from dirl_cli.rollout.scheduler import Finished, FullBlock, Request, Scheduler, make_requests, require_free_end
 from dirl_cli.types import Decoding, Trajectory
 
@@ -72,12 +72,16 @@ class NativeSampler:
         seeds: Sequence[int] | None = None,
         watch: Watch | None = None,
         hints: Sequence[Sequence[Hint]] | None = None,
+        window: Window | None = None,
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """See `Sampler.stream`."""
         block_size = self._block_size(decoding)
-        queue = list(reversed(make_requests(prompts, n, decoding, first, seeds, hints)))
-        if not queue:
+        window = window or Window(len(prompts))
+        requests = unfinished(make_requests(prompts, n, decoding, first, seeds, hints), window)
+        remaining = window.begin((request.prompt, request.sample) for request in requests)
+        if remaining.is_over:
             return
+        queue = list(reversed(requests))
         longest = max(len(request.prompt_ids) for request in queue)
         if longest > self.lm.longest_prompt:
             raise DirlError(
@@ -96,11 +100,18 @@ class NativeSampler:
 
         # Continuous batching: a slot that falls free takes the next request before the next forward.
         scheduler = Scheduler(forward, slots)
-        while queue or scheduler.running:
+        while not remaining.is_over and (queue or scheduler.running):
             while queue and scheduler.free:
                 scheduler.add(queue.pop())
-            for finished in scheduler.step(watch):
-                yield finished.request.prompt, finished.request.sample, self._trajectory(finished)
+            for finished in list(scheduler.step(watch)):
+                prompt, sample = finished.request.prompt, finished.request.sample
+                remaining.take(prompt, sample)
+                yield prompt, sample, joined(window.under_way.pop((prompt, sample), None), self._trajectory(finished))
+
+        # What is left under way is kept up to its last full block: the tokens of the next one are drawn anew.
+        for part in scheduler.under_way():
+            key = part.request.prompt, part.request.sample
+            window.under_way[key] = joined(window.under_way.get(key), self._trajectory(part))
         self.keep_idle(forward)
 
     def open_batch(self, length: int) -> "NativeBatch":
@@ -248,6 +259,18 @@ class NativeSampler:
         )
 
 
+def unfinished(requests: Sequence[Request], window: Window) -> list[Request]:
+    """The requests that have not ended yet, each with what there is of its answer."""
+    left = []
+    for request in requests:
+        key = request.prompt, request.sample
+        if key in window.under_way:
+            left.append(replace(request, answer_ids=window.under_way[key].token_ids))
+        elif key not in window.finished:
+            left.append(request)
+    return left
+
+
 def storages(model: PreTrainedModel) -> list[tuple[torch.UntypedStorage, int]]:
     """The storages of a model's parameters with their bytes, each once, though several parameters may share one."""
     by_address = {}
@@ -281,11 +304,14 @@ class NativeBatch:
         """See `LiveBatch.has_room`."""
         return bool(self.scheduler.free)
 
-    def add(self, prompt: int, sample: int, prompt_ids: list[int], decoding: Decoding) -> None:
+    def add(
+        self, prompt: int, sample: int, prompt_ids: list[int], decoding: Decoding, answer_ids: Sequence[int] = ()
+    ) -> None:
         """See `LiveBatch.add`."""
         self.sampler.require_start(prompt_ids)
         key = request_key(decoding.seed, prompt_ids, sample)
-        self.scheduler.add(Request(prompt, sample, prompt_ids, cut_to(decoding, prompt_ids, self.length), key))
+        decoding = cut_to(decoding, prompt_ids, self.length)
+        self.scheduler.add(Request(prompt, sample, prompt_ids, decoding, key, answer_ids=answer_ids))
 
     def remove(self, prompt: int, sample: int) -> None:
         """See `LiveBatch.remove`."""

@@ -1,7 +1,7 @@
 """What every engine offers: prompts in, trajectories out, weights replaced between calls."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -15,6 +15,63 @@ Watch = Callable[[int, int, list[int]], None]
 
 Hint = Mapping[int, int]
 """Tokens that are held in an answer, which stand there from the start: by their index in it, the token id."""
+
+
+@dataclass
+class Window:
+    """Which answers a stream waits for, and what there is of the others: they are gone on with in another stream.
+
+    waited_for: prompts, the first ones, whose answers all have to be there. more: how many answers to the others, too.
+    finished: by prompt and sample, answers that are there already and not asked for. under_way: what there is of
+    others, in whole blocks, which a stream begins with; at its end, of those that it leaves under way. Their
+    `stop_reason` says nothing.
+    """
+
+    waited_for: int
+    more: int = 0
+    finished: Collection[tuple[int, int]] = ()
+    under_way: dict[tuple[int, int], Trajectory] = field(default_factory=dict)
+
+    def begin(self, asked: Iterable[tuple[int, int]]) -> "Remaining":
+        """What a stream has to wait for, of the answers that it is asked for."""
+        waited_for = {key for key in asked if key[0] < self.waited_for}
+        return Remaining(waited_for, self.more)
+
+
+@dataclass
+class Remaining:
+    """What a stream still waits for: some answers, and a number of others."""
+
+    waited_for: set[tuple[int, int]]
+    more: int
+
+    def take(self, prompt: int, sample: int) -> None:
+        """An answer has ended."""
+        if (prompt, sample) in self.waited_for:
+            self.waited_for.remove((prompt, sample))
+        else:
+            self.more -= 1
+
+    @property
+    def is_over(self) -> bool:
+        return not self.waited_for and self.more <= 0
+
+
+def joined(so_far: Trajectory | None, rest: Trajectory) -> Trajectory:
+    """A whole answer, of what there was of it and what a stream has sampled to it."""
+    if so_far is None:
+        return rest
+    versions = [*so_far.token_versions, *rest.token_versions]
+    return replace(
+        rest,
+        token_ids=[*so_far.token_ids, *rest.token_ids],
+        reveal_step=[*so_far.reveal_step, *rest.reveal_step],
+        logprobs=[*so_far.logprobs, *rest.logprobs],
+        denoise_forwards=so_far.denoise_forwards + rest.denoise_forwards,
+        forwards=so_far.forwards + rest.forwards,
+        weights_version=versions[0],
+        versions=versions if len(set(versions)) > 1 else [],
+    )
 
 
 @dataclass(frozen=True)
@@ -60,10 +117,13 @@ class LiveBatch(Protocol):
         """Whether an answer that is decoded so may be added now."""
         ...
 
-    def add(self, prompt: int, sample: int, prompt_ids: list[int], decoding: Decoding) -> None:
+    def add(
+        self, prompt: int, sample: int, prompt_ids: list[int], decoding: Decoding, answer_ids: Sequence[int] = ()
+    ) -> None:
         """Begin an answer; it depends on its tokens, decoding.seed and sample index alone.
 
-        prompt: a number that answers to the same prompt share; what is computed of it is computed once.
+        prompt: a number that answers to the same prompt share; what is computed of it is computed once. answer_ids:
+        whole blocks that it has already and goes on from; of these it tells nothing.
         """
         ...
 
@@ -108,6 +168,7 @@ class Sampler(Protocol):
         seeds: Sequence[int] | None = None,
         watch: Watch | None = None,
         hints: Sequence[Sequence[Hint]] | None = None,
+        window: Window | None = None,
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """Sample `n` answers to each prompt; yields (prompt index, sample index, trajectory) as they finish.
 
@@ -117,6 +178,8 @@ class Sampler(Protocol):
             prompt then gets those from first[i] up to `n`.
         seeds: one per prompt, in place of decoding.seed.
         hints: for each prompt one per answer, in order; what follows the answer's end of it is left out.
+        window: which answers end the stream; None for all. An answer that goes on from whole blocks is the one that it
+            would have been, but for what newer weights draw: keys and values are computed anew.
         """
         ...
 

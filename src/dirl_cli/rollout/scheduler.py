@@ -32,7 +32,10 @@ SLOT, START, STEP, KEY = range(4)  # the rows of `Scheduler.blocks`
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to sample. prompt, sample: their indices. key: seed of its randomness (`request_key`)."""
+    """One completion to sample. prompt, sample: their indices. key: seed of its randomness (`request_key`).
+
+    answer_ids: what it has already, in whole blocks; what is sampled begins after that.
+    """
 
     prompt: int
     sample: int
@@ -40,6 +43,12 @@ class Request:
     decoding: Decoding
     key: int
     hint: Hint = field(default_factory=dict)
+    answer_ids: Sequence[int] = ()
+
+    @property
+    def prefix(self) -> tuple[int, int]:
+        """What answers have in common that begin with the same tokens: a prompt, or an answer's own beginning."""
+        return self.prompt, self.sample if self.answer_ids else -1
 
 
 def make_requests(
@@ -85,7 +94,7 @@ def require_free_end(hint: Hint, longest: int, stop_token_ids: Sequence[int]) ->
 
 @dataclass(frozen=True)
 class Finished:
-    """A request's completion, whole blocks.
+    """A request's completion, or what there is of it: whole blocks, after those that it began with.
 
     token_ids, reveal_step, logprobs: an entry a token. forwards: that it took. stopped: at a stop token.
     """
@@ -131,7 +140,7 @@ class Scheduler:
         self.free = list(reversed(range(slots)))
         self.running: dict[int, Request] = {}  # by slot, the oldest first
         self.active = np.zeros(slots, bool)  # running, and has its pages
-        self.prompt_in: dict[int, int] = {}  # slot to the prompt that its pages begin with, also after the answer ended
+        self.prompt_in: dict[int, tuple[int, int]] = {}  # slot to the prefix in its pages, also after the answer ended
 
         self.blocks = np.zeros((4, slots), np.int64)  # the current block of each slot, as in `Forward.step`
         self.blocks[SLOT] = range(slots)
@@ -147,11 +156,12 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Give a request a free slot. What its prompt has beyond whole blocks begins its first block."""
-        length = len(request.prompt_ids)
-        has_prompt = [slot for slot in self.free if self.prompt_in.get(slot) == request.prompt]
+        given_ids = [*request.prompt_ids, *request.answer_ids]
+        length = len(given_ids)
+        has_prompt = [slot for slot in self.free if self.prompt_in.get(slot) == request.prefix]
         slot = has_prompt[-1] if has_prompt else self.free[-1]
         self.free.remove(slot)
-        self.forward.sequences.open(slot, request.prompt_ids, request.hint)
+        self.forward.sequences.open(slot, given_ids, request.hint)
         self.running[slot] = request
         start = length // self.block_size * self.block_size
         self.blocks[START:, slot] = start, 0, request.key
@@ -159,6 +169,7 @@ class Scheduler:
         self.prompt_length[slot] = length
         self.forwards[slot] = 0
         self._note_decoding(slot, request.decoding)
+        self.max_new_tokens[slot] -= len(request.answer_ids)
         self._begin_block(slot)
 
     def _note_decoding(self, slot: int, decoding: Decoding) -> None:
@@ -194,6 +205,19 @@ class Scheduler:
             self._release(slot)  # what an earlier answer left there, of a prompt whose length is forgotten
         del self.running[slot]
         self.free.append(slot)
+
+    def under_way(self) -> list[Finished]:
+        """What running requests have by now, those that have a full block; forwards: up to its end."""
+        starts = self.blocks[START]
+        slots = np.array([slot for slot in self.running if starts[slot] > self.prompt_length[slot]], np.int64)
+        if not len(slots):
+            return []
+        forwards = self.forwards[slots] - self.blocks[STEP, slots]
+        answers = self.forward.sequences.fetch(slots, self.prompt_length[slots], starts[slots])
+        parts = []
+        for slot, answer, count in zip(slots.tolist(), answers, forwards.tolist(), strict=True):
+            parts.append(Finished(self.running[slot], *answer, count, stopped=False))
+        return parts
 
     def step(self, watch: Watch | None = None) -> Iterator[Finished]:
         """Run one forward, which reveals some tokens of each active block; yields what thereby finishes."""
@@ -272,7 +296,7 @@ class Scheduler:
         A prompt is computed once: its other answers wait for that, share the pages that it fills, and copy what it has
         of the next one.
         """
-        prompt = self.running[slot].prompt
+        prompt = self.running[slot].prefix
         if self.prompt_in.get(slot, prompt) != prompt:
             self._release(slot)
 
@@ -312,7 +336,7 @@ class Scheduler:
 
     def _prompt_holder(self, slot: int) -> int | None:
         """The slot that has this one's prompt in its pages, or will after the next forward: this one, or another."""
-        prompt = self.running[slot].prompt
+        prompt = self.running[slot].prefix
         holders = [holder for holder, held in self.prompt_in.items() if held == prompt]
         if slot in holders:
             return slot

@@ -23,7 +23,7 @@ from dirl_cli.distributed import first_tells, is_first_of_group, is_group, wait_
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.pushed_weights import WeightsId, remove_other_weights, write_weights
-from dirl_cli.rollout.sampler import Hint, LiveBatch, Watch, collect_samples
+from dirl_cli.rollout.sampler import Hint, LiveBatch, Watch, Window, collect_samples, joined
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
 from dirl_cli.rollout.server_pool import POLL, ServerPool, cancelled
 from dirl_cli.rollout.storage import trajectory_from_json
@@ -51,7 +51,8 @@ Answer = tuple[int, int, Trajectory]  # with the indices of its prompt and sampl
 class Question:
     """The answers to a prompt that are to be asked for together, since what is computed of it is computed once.
 
-    first, n: sample indices from `first` to `first` + `n`. answered: those that have come. tries: that have failed.
+    first, n: sample indices from `first` to `first` + `n`. so_far: what there is of the one answer that is asked for.
+    answered: those that have come. tries: that have failed. parts: what the present try has brought of each.
     """
 
     prompt: int
@@ -59,8 +60,24 @@ class Question:
     first: int
     n: int
     seed: int
+    so_far: Trajectory | None = None
     answered: set[int] = field(default_factory=set)
     tries: int = 0
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+    def trajectory(self, index: int) -> Trajectory:
+        """An answer, or what there is of it."""
+        part = {"stop_reason": "length", **self.parts[index], "prompt_ids": self.prompt_ids}
+        return joined(self.so_far, trajectory_from_json(part))
+
+    @property
+    def under_way(self) -> dict[tuple[int, int], Trajectory]:
+        """What there is of answers that have not ended, by prompt and sample."""
+        parts = {}
+        for index, part in enumerate(self.parts):
+            if part["token_ids"] and index not in self.answered:
+                parts[self.prompt, self.first + index] = self.trajectory(index)
+        return parts
 
 
 class ServerSampler:
@@ -97,6 +114,7 @@ class ServerSampler:
         seeds: Sequence[int] | None = None,
         watch: Watch | None = None,
         hints: Sequence[Sequence[Hint]] | None = None,
+        window: Window | None = None,
     ) -> Iterator[Answer]:
         """See `Sampler.stream`. Raises DirlError for what servers cannot do, and where none answers any more."""
         require_servable(prompts, decoding, self.lm, watch, hints)
@@ -107,20 +125,21 @@ class ServerSampler:
                 )
             self.update_weights(self.lm.model.named_parameters(), 0)
 
+        window = window or Window(len(prompts))
         questions = []
         for prompt, prompt_ids in enumerate(prompts):
-            begin = first[prompt] if first else 0
-            if begin < n:
-                seed = seeds[prompt] if seeds else decoding.seed
-                questions.append(Question(prompt, prompt_ids, begin, n - begin, seed))
+            seed = seeds[prompt] if seeds else decoding.seed
+            samples = range(first[prompt] if first else 0, n)
+            questions += questions_of(prompt, prompt_ids, samples, seed, window)
 
-        told: queue.SimpleQueue[Answer | Future[None]] = queue.SimpleQueue()
-        work = asyncio.run_coroutine_threadsafe(self._answer_all(questions, decoding, told.put), self.loop)
+        told: queue.SimpleQueue[Answer | Future[dict[tuple[int, int], Trajectory]]] = queue.SimpleQueue()
+        work = asyncio.run_coroutine_threadsafe(self._answer_all(questions, decoding, window, told.put), self.loop)
         work.add_done_callback(told.put)
         try:
             while not isinstance(news := told.get(), Future):
+                window.under_way.pop(news[:2], None)
                 yield news
-            news.result()  # raises what ended it
+            window.under_way |= news.result()  # raises what ended it
         finally:
             work.cancel()
 
@@ -168,16 +187,26 @@ class ServerSampler:
     # In the loop's thread
 
     async def _answer_all(
-        self, questions: Sequence[Question], decoding: Decoding, tell: Callable[[Answer], None]
-    ) -> None:
-        """Ask all questions, each of the server that owes least, again where it fails; tell answers as they come."""
+        self, questions: Sequence[Question], decoding: Decoding, window: Window, tell: Callable[[Answer], None]
+    ) -> dict[tuple[int, int], Trajectory]:
+        """Ask all questions, each of the server that owes least, again where it fails; tell answers as they come.
+
+        Returns what there is of those that the window does not wait for, once it has all that it does.
+        """
         waiting = deque(questions)
         running: set[asyncio.Task[Question | None]] = set()
+        remaining = window.begin(asked_by(questions))
+        others = any(question.prompt >= window.waited_for for question in questions)
+
+        def take(answer: Answer) -> None:
+            remaining.take(*answer[:2])
+            tell(answer)
+
         self.pool.heard()
         try:
-            while waiting or running:
+            while (waiting or running) and not (others and remaining.is_over):
                 while waiting and (server := self.pool.least_busy(waiting[0].n)):
-                    running.add(self._begin(server, waiting.popleft(), decoding, tell))
+                    running.add(self._begin(server, waiting.popleft(), decoding, take))
 
                 self.pool.require_hope()
                 if not running:
@@ -189,6 +218,10 @@ class ServerSampler:
                     waiting.extend(question for question in unanswered if question)
         finally:
             await cancelled(running)
+        under_way: dict[tuple[int, int], Trajectory] = {}
+        for question in questions:
+            under_way |= question.under_way
+        return under_way
 
     def _begin(
         self, server: ServerClient, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
@@ -236,19 +269,19 @@ class ServerSampler:
         Raises ServerFailed where some are missing at the end, or are of other weights.
         """
         body = body_of(question, decoding, weights, self.lm.block_size)
-        parts: list[dict[str, Any]] = [{name: [] for name in LISTS} for _ in range(question.n)]
+        question.parts = [{name: [] for name in LISTS} for _ in range(question.n)]
         async with aclosing(server.choices(body)) as choices:
             async for choice in choices:
                 self.pool.heard()
                 index, block = choice["index"], choice["trajectory"]
                 if block["weights_version"] != weights.version:
                     raise ServerFailed(f"answers with version {block['weights_version']} of the weights")
-                part = parts[index]
+                part = question.parts[index]
                 for name in LISTS:
                     part[name] += block.pop(name)
                 part |= block  # the other fields hold up to its end
                 if "stop_reason" in block and index not in question.answered:
-                    trajectory = trajectory_from_json({**part, "prompt_ids": question.prompt_ids})
+                    trajectory = question.trajectory(index)
                     question.answered.add(index)
                     tell((question.prompt, question.first + index, trajectory))
 
@@ -270,6 +303,7 @@ class ServerSampler:
             if server.is_up:
                 self.pool.pause(server, failure)
             return question
+        question.parts = []
         question.tries += 1
         if question.tries == MOST_TRIES:
             raise DirlError(
@@ -286,6 +320,33 @@ class ServerSampler:
             return future.result()
         finally:
             future.cancel()
+
+
+def questions_of(
+    prompt: int, prompt_ids: list[int], samples: Iterable[int], seed: int, window: Window
+) -> list[Question]:
+    """What is to be asked of a prompt: answers that are begun one by one, and the others in runs of their samples."""
+    questions: list[Question] = []
+    run: Question | None = None  # which the next sample may be added to
+    for sample in samples:
+        so_far = window.under_way.get((prompt, sample))
+        if so_far is None and (prompt, sample) in window.finished:
+            run = None
+        elif so_far is None and run:
+            run.n += 1
+        else:
+            question = Question(prompt, prompt_ids, sample, 1, seed, so_far)
+            questions.append(question)
+            run = None if so_far else question
+    return questions
+
+
+def asked_by(questions: Iterable[Question]) -> list[tuple[int, int]]:
+    """The prompt and sample of every answer that some questions ask for."""
+    asked = []
+    for question in questions:
+        asked += [(question.prompt, question.first + i) for i in range(question.n)]
+    return asked
 
 
 def require_servable(
@@ -311,6 +372,7 @@ def body_of(question: Question, decoding: Decoding, weights: WeightsId, block_si
     """The request that a question is, with all that decides its answers, whatever the server's own defaults are."""
     return {
         "prompt": question.prompt_ids,
+        "answer_ids": question.so_far.token_ids if question.so_far else None,
         "first": question.first,
         "n": question.n,
         "max_tokens": decoding.max_new_tokens,

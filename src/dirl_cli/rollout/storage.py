@@ -190,8 +190,10 @@ def to_json(record: Record) -> dict[str, Any]:
 
 
 def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
-    """Its fields, arrays as lists."""
-    fields = vars(trajectory)
+    """Its fields, arrays as lists; `versions` only where there are several."""
+    fields = dict(vars(trajectory))
+    if not trajectory.versions:
+        del fields["versions"]
     return {name: list(value) if isinstance(value, array | bytearray) else value for name, value in fields.items()}
 
 
@@ -244,11 +246,14 @@ def trajectory_from_json(line: dict[str, Any]) -> Trajectory:
         weights_version=integer(line, "weights_version"),
         stop_token_ids=tuple(integers(line, "stop_token_ids")),
         block_size=block_size,
+        versions=integers(line, "versions") if "versions" in line else [],
     )
     if trajectory.stop_reason not in get_args(StopReason):
         raise ValueError(f"no stop_reason is called {trajectory.stop_reason}")
     if not len(trajectory.token_ids) == len(trajectory.reveal_step) == len(trajectory.logprobs):
         raise ValueError("token_ids, reveal_step and logprobs differ in length")
+    if len(trajectory.token_versions) != len(trajectory.token_ids):
+        raise ValueError("token_ids and versions differ in length")
     if not trajectory.token_ids:
         raise ValueError("token_ids is empty, and an answer is at least a block")
     if not all(-FLOAT_LIMIT < logprob < ROUNDING for logprob in trajectory.logprobs):

@@ -6,7 +6,7 @@ weights waits until nothing is under way, so that no answer has two versions of 
 
 import queue
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,8 @@ class Query:
     """Several answers to a prompt that somebody waits for.
 
     samples: their indices, which decide their randomness together with decoding.seed. deliver: called in the engine's
-    thread with whatever becomes of them. weights: that it is asked of; None for whichever there are.
+    thread with whatever becomes of them. weights: that it is asked of; None for whichever there are. answer_ids: blocks
+    that the one answer has already.
     """
 
     prompt_ids: list[int]
@@ -46,6 +47,7 @@ class Query:
     decoding: Decoding
     deliver: Callable[[NewBlock | GivenUp], None]
     weights: WeightsId | None = None
+    answer_ids: Sequence[int] = ()
     number: int = -1  # the engine's, of its prompt
 
 
@@ -200,7 +202,7 @@ class EngineThread:
             if not batch.has_room(query.decoding):
                 return
             self.waiting.popleft()
-            batch.add(query.number, sample, query.prompt_ids, query.decoding)
+            batch.add(query.number, sample, query.prompt_ids, query.decoding, query.answer_ids)
             self.running[query.number, sample] = query
 
     def _step(self) -> None:

@@ -76,7 +76,8 @@ class Asked:
 
     decoding: how they are sampled, a seed of its own included. stops: texts before which an answer ends.
     with_usage: whether a stream ends with the counts of tokens. with_logprobs: whether to fill OpenAI's field of them.
-    weights: that are to answer; None for whichever there are.
+    weights: that are to answer; None for whichever there are. answer_ids: blocks that the one answer asked for has
+    already, and goes on from.
     """
 
     prompts: list[list[int]]
@@ -88,6 +89,7 @@ class Asked:
     with_usage: bool
     with_logprobs: bool
     weights: WeightsId | None
+    answer_ids: Sequence[int] = ()
 
 
 class RequestReader:
@@ -122,14 +124,15 @@ class RequestReader:
     def completion(self, body: Mapping[str, Any]) -> Asked:
         """Of /v1/completions. Raises Refusal or DirlError for what cannot be answered."""
         body = present(body)
-        self._require_known(body, ("prompt",))
+        self._require_known(body, ("prompt", "answer_ids"))
         prompts = self._prompts(body.get("prompt"), self._answers(body))
         value = body.get("logprobs")
         if value is not None and (type(value) is not int or value != 0):
             raise Refusal(
                 400, "logprobs is the number of alternatives, and none are kept: give 0 for the tokens' own", "logprobs"
             )
-        return self._asked(body, prompts, with_logprobs=value is not None)
+        asked = self._asked(body, prompts, with_logprobs=value is not None)
+        return replace(asked, answer_ids=self._answer_ids(body, asked))
 
     def chat(self, body: Mapping[str, Any]) -> Asked:
         """Of /v1/chat/completions. Raises Refusal or DirlError for what cannot be answered."""
@@ -174,6 +177,32 @@ class RequestReader:
             weights=weights_of(body),
         )
 
+    def _answer_ids(self, body: Mapping[str, Any], asked: Asked) -> Sequence[int]:
+        """What there is already of the answer that a request asks for."""
+        value = body.get("answer_ids", [])
+        if value == []:
+            return ()
+        is_one = len(asked.prompts) == asked.n == 1
+        if not is_one or not self._are_token_ids(value):
+            raise Refusal(
+                400,
+                "answer_ids must be a list of token ids that the one answer to one prompt goes on from: give such",
+                "answer_ids",
+            )
+        length = len(asked.prompts[0]) + len(value)
+        is_room = len(value) < asked.decoding.max_new_tokens and length <= self.longest_prompt
+        if length % self.lm.block_size or not is_room:
+            raise Refusal(
+                400,
+                f"answer_ids ends at token {length} with its prompt: give whole blocks of {self.lm.block_size}, and"
+                " fewer than the answer may have",
+                "answer_ids",
+            )
+        return list(value)
+
+    def _are_token_ids(self, value: Any) -> bool:
+        return is_token_ids(value) and all(0 <= token < self.lm.vocab_size for token in value)
+
     def _answers(self, body: Mapping[str, Any]) -> int:
         """How many answers to each prompt a request asks for."""
         return int(checked_value("n", body.get("n", 1), Count))
@@ -211,7 +240,7 @@ class RequestReader:
                 self._require_short(text)
             return tokenize(self.tokenizer, value)
         for prompt_ids in value:
-            if not is_token_ids(prompt_ids) or not all(0 <= token < self.lm.vocab_size for token in prompt_ids):
+            if not self._are_token_ids(prompt_ids):
                 raise Refusal(
                     400, f"prompt must be text, or a list of token ids below {self.lm.vocab_size}: give one", "prompt"
                 )

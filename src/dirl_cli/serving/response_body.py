@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dirl_cli.rollout.storage import trajectory_to_json
 from dirl_cli.serving.request_body import Asked
 from dirl_cli.serving.service import AnswerState
 
@@ -41,7 +42,7 @@ class ResponseWriter:
                     **content,
                     "logprobs": self._logprobs(state, 0),
                     "finish_reason": state.text.finish_reason,
-                    "trajectory": vars(state.trajectory),
+                    "trajectory": trajectory_to_json(state.trajectory),
                 }
             )
         return {**self.head, "choices": choices, "usage": self.usage(states)}
@@ -57,7 +58,7 @@ class ResponseWriter:
         self.begun.add(state.index)
 
         # Lists are the block's, to be joined; the other fields hold up to its end.
-        trajectory = dict(vars(state.trajectory))
+        trajectory = trajectory_to_json(state.trajectory)
         block = state.last_block
         if block:
             trajectory |= {"token_ids": block.token_ids, "reveal_step": block.reveal_step, "logprobs": block.logprobs}

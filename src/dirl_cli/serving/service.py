@@ -182,7 +182,7 @@ class Service:
                     loop.call_soon_threadsafe(self._receive, open_answers, first + news.sample - asked.first, news)
 
             samples = range(asked.first, asked.first + asked.n)
-            query = Query(prompt_ids, samples, asked.decoding, deliver, asked.weights)
+            query = Query(prompt_ids, samples, asked.decoding, deliver, asked.weights, asked.answer_ids)
             queries.append(query)
             self.metrics.prompt_tokens.inc(len(prompt_ids))
             self.engine.submit(query)
