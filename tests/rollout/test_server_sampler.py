@@ -18,12 +18,13 @@ from dirl_cli.rollout import server_pool, server_sampler
 from dirl_cli.rollout.engines import Servers
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.pushed_weights import WeightsId
+from dirl_cli.rollout.sampler import Window
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
-from dirl_cli.rollout.server_sampler import ServerSampler
+from dirl_cli.rollout.server_sampler import ServerSampler, questions_of
 from dirl_cli.rollout.storage import rollout_path
 from dirl_cli.serving import routes
 from dirl_cli.serving.engine_thread import Query
-from dirl_cli.types import Decoding
+from dirl_cli.types import Decoding, Trajectory
 from tests.helpers import rl_runs
 from tests.helpers.flaky_network import Line, line_to
 from tests.helpers.served import KEY, Served, listening, speaking_lm, wait_until
@@ -338,13 +339,77 @@ def test_answers_that_are_there_already_are_not_asked_for(lm, decoding, expected
     assert all(answer.token_ids == expected[prompt, sample].token_ids for prompt, sample, answer in asked)
 
 
-def test_a_run_that_samples_with_servers_ends_in_the_bytes_of_one_that_samples_itself(tmp_path):
+def beginning(answer: Trajectory, blocks: int) -> Trajectory:
+    """The first blocks of an answer, as a sampler leaves it under way."""
+    end = blocks * 4 - len(answer.prompt_ids) % 4
+    lists = {name: getattr(answer, name)[:end] for name in ("token_ids", "reveal_step", "logprobs")}
+    return replace(answer, **lists, denoise_forwards=1, forwards=1, weights_version=0)
+
+
+def test_an_answer_goes_on_from_its_blocks_as_it_would_have_been_and_notes_whose_weights_drew_them(
+    lm, decoding, expected, tmp_path
+):
+    longest = {key: answer for key, answer in expected.items() if len(answer.token_ids) > 8}
+    under_way = {key: beginning(answer, 1) for key, answer in longest.items()}
+    window = Window(len(PROMPTS), finished=set(expected) - set(longest), under_way=dict(under_way))
+    with farm(lm, tmp_path, count=1) as one:
+        one.sampler.update_weights(lm.model.named_parameters(), 5)
+        answers = {(i, k): t for i, k, t in one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS, window=window)}
+    assert answers.keys() == longest.keys() and not window.under_way
+    for key, answer in answers.items():
+        begun = len(under_way[key].token_ids)
+        assert answer.token_ids == expected[key].token_ids
+        assert answer.reveal_step == expected[key].reveal_step
+        assert answer.logprobs == pytest.approx(expected[key].logprobs, abs=1e-5)
+        assert answer.versions == [0] * begun + [5] * (len(answer.token_ids) - begun)
+        assert answer.weights_version == 0
+
+
+def test_what_a_window_does_not_wait_for_is_left_with_the_blocks_that_have_come(lm, decoding, expected, tmp_path):
+    first = Window(1)
+    with farm(lm, tmp_path, count=1, max_batch=9) as one:
+        answers = {(i, k): t for i, k, t in one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS, window=first)}
+        assert {(0, 0), (0, 1), (0, 2)} <= answers.keys()
+        assert not first.under_way.keys() & answers.keys()
+        for key, part in first.under_way.items():
+            assert part.token_ids == expected[key].token_ids[: len(part.token_ids)]
+        wait_until(lambda: one.servers[0].service.open_answers == 0)
+
+        second = Window(len(PROMPTS), finished=set(answers), under_way=dict(first.under_way))
+        answers |= {(i, k): t for i, k, t in one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS, window=second)}
+    assert {key: answer.token_ids for key, answer in answers.items()} == {
+        key: answer.token_ids for key, answer in expected.items()
+    }
+
+
+def test_each_answer_that_has_begun_is_asked_for_alone_and_the_others_together():
+    begun = Trajectory([1], [2, 3, 4], [1, 1, 1], [-0.5] * 3, denoise_forwards=1, forwards=1, weights_version=3)
+    window = Window(1, finished={(0, 2)}, under_way={(0, 4): begun})
+    questions = questions_of(0, [1], range(7), 9, window)
+    assert [(one.first, one.n, one.so_far) for one in questions] == [
+        (0, 2, None),
+        (3, 1, None),
+        (4, 1, begun),
+        (5, 2, None),
+    ]
+    block = {"token_ids": [7] * 4, "reveal_step": [1] * 4, "logprobs": [-1.0] * 4, "weights_version": 4}
+    question = questions[2]
+    question.parts = [block | {"denoise_forwards": 2, "forwards": 2, "stop_token_ids": [], "block_size": 4}]
+    part = question.under_way[0, 4]
+    assert (part.token_ids, part.versions, part.forwards) == ([2, 3, 4, 7, 7, 7, 7], [3, 3, 3, 4, 4, 4, 4], 3)
+    question.answered.add(0)
+    assert not question.under_way
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_run_that_samples_with_servers_ends_in_the_bytes_of_one_that_samples_itself(tmp_path, ahead):
     model = rl_runs.save_sharp_model(tmp_path / "model")
-    words = ("steps=2", "eval_problems=2", "save_every=0", "show_every=0", "rollout.max_batch=1")
+    words = ("steps=3", "eval_problems=2", "save_every=0", "show_every=0", "rollout.max_batch=1")
+    words += (f"rl.async_rollout={ahead}",)
     rl_runs.run(rl_runs.config(model, *words), tmp_path / "own")
     with ExitStack() as stack:
         addresses = []
-        for _ in range(2):
+        for _ in range(1 if ahead > 1 else 2):  # several leave off where the clock says
             lm = SavedModel("sharp", str(model)).load("float32", "cpu", "sdpa")
             addresses.append(stack.enter_context(listening(lm, max_batch=1, key=None))[0])
         url = f"rollout.url=[{','.join(addresses)}]"
@@ -352,10 +417,10 @@ def test_a_run_that_samples_with_servers_ends_in_the_bytes_of_one_that_samples_i
         rl_runs.run(rl_runs.config(model, *words, *served), tmp_path / "served")
 
     assert rl_runs.weights(tmp_path / "served") == rl_runs.weights(tmp_path / "own")
-    for step in (1, 2):
+    for step in (1, 2, 3):
         own, other = (rollout_path(tmp_path / name / "rollouts", step) for name in ("own", "served"))
         assert own.read_bytes() == other.read_bytes()
-    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-000002"]
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-000003"]
 
 
 def test_who_is_asked_is_who_owes_least(lm, tmp_path):

@@ -35,7 +35,7 @@ def offloaded(sampler: Sampler) -> Iterator[None]:
 def prefetch_rollout(rollouts: SampledRollouts, step: int, most: int) -> Iterator[None]:
     """The round of step `step` (from 0) and those of later ones, `most` together, are sampled meanwhile, in a thread.
 
-    They are kept in the rollouts' state. The first is waited for at the end, and of the second half of the answers: so
+    They are kept in the rollouts' state. The first is waited for at the end, and half as many answers to others: so
     how far each has come is decided by what was sampled and not by the clock, and the same again after a resume. The
     sampler must hold weights of its own, which nobody touches inside. Nothing is sampled where what is left over from
     earlier rounds will do.

@@ -267,15 +267,15 @@ class SampledRollouts:
             yield from self.answers(rounds, asked, more // processes, with_hints)
 
     def half_of_next(self, rounds: Sequence[Round]) -> int:
-        """How many answers to the second round are to end while the policy is updated: up to half of it.
+        """How many answers to later rounds are to end while the policy is updated: up to those of half a round.
 
-        So an update never passes without anything sampled because its round was whole before, and no update waits for
-        the longest answers of two.
+        So no update passes with nothing sampled because its round was whole before, and none waits for the longest
+        answers of two. Whole groups, so that a server that is asked for one after the other is asked for no part of it.
         """
         if len(rounds) < 2:
             return 0
         ended = sum(len(one.answers) for one in rounds[1:])
-        return max(rounds[1].size // 2 - ended, 0)
+        return max(len(rounds[1].indices) // 2 * self.group_size - ended, 0)
 
     def gather(self, own_outcomes: list[Outcome], rounds: Sequence[Round]) -> list[Round]:
         """The rounds with what came of every process's share."""
