@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from dirl_cli.reward.scoring import RewardResult, RewardSettings
 from dirl_cli.rl.rollouts import SampledRollouts, problem_order
-from dirl_cli.rollout.sampler import Window
+from dirl_cli.rollout.sampler import Stint
 from dirl_cli.types import Decoding, Problem, Trajectory
 
 POOL = [Problem(str(i), f"what is {i}?", str(i)) for i in range(6)]
@@ -18,8 +18,8 @@ POOL = [Problem(str(i), f"what is {i}?", str(i)) for i in range(6)]
 class FakeSampler:
     """Answers are the number of the sample, or the first token of its hint, the last ones first.
 
-    What a window does not wait for is left with one block, and ends in the next. Notes every request, and with what
-    windows began: pairs of prompt and sample that were under way.
+    What a stint does not wait for is left with one block, and ends in the next. Notes every request, and with what
+    stints began: pairs of prompt and sample that were under way.
     """
 
     asked: list[tuple[int, int]] = field(default_factory=list)  # prompt, seed
@@ -30,22 +30,22 @@ class FakeSampler:
     def set_block_size(self, block_size: int) -> None:
         self.lm.block_size = block_size
 
-    def stream(self, prompts, n, decoding, seeds, hints=None, window=None) -> Iterator[tuple[int, int, Trajectory]]:
+    def stream(self, prompts, n, decoding, seeds, hints=None, stint=None) -> Iterator[tuple[int, int, Trajectory]]:
         self.asked += [(prompt[0], seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        window = window or Window(len(prompts))
-        self.went_on.append({(prompts[i][0], sample) for i, sample in window.under_way})
+        stint = stint or Stint(len(prompts))
+        self.went_on.append({(prompts[i][0], sample) for i, sample in stint.under_way})
         for i in reversed(range(len(prompts))):
             for sample in reversed(range(n)):
                 key = i, sample
-                if key in window.finished:
+                if key in stint.finished:
                     continue
-                if i >= window.waited_for and key not in window.under_way:
+                if i >= stint.waited_for and key not in stint.under_way:
                     version = self.weights_version
-                    window.under_way[key] = Trajectory(
+                    stint.under_way[key] = Trajectory(
                         prompts[i], [sample], [1], [-0.5], forwards=1, denoise_forwards=1, weights_version=version
                     )
                     continue
-                window.under_way.pop(key, None)
+                stint.under_way.pop(key, None)
                 hint = hints[i][sample] if hints else {}
                 step = 0 if 0 in hint else 1
                 tokens = [hint.get(0, sample), 9]

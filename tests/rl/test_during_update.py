@@ -123,7 +123,7 @@ def test_a_run_is_one_step_off_policy_and_corrects_for_it(model, tmp_path):
     assert (cfg.rl.old, cfg.rl.correction_cap) == ("trainer", 2.0)
 
 
-def window(ours, step: int, most: int = 2) -> list[list[str]]:
+def stint(ours, step: int, most: int = 2) -> list[list[str]]:
     """The problems of the rounds under way after an update, first those of the step that follows."""
     with prefetch_rollout(ours, step, most):
         pass
@@ -135,7 +135,7 @@ def test_several_rounds_are_under_way_and_each_step_takes_the_oldest():
     ours, plain = source(each(MIXED)), source(each(MIXED))
     in_order = [ids(plain.collect(step).sampled) for step in range(3)]
     assert ids(ours.collect(0).sampled) == in_order[0]
-    assert window(ours, 1) == in_order[1:]
+    assert stint(ours, 1) == in_order[1:]
     first, second = ours.state.rounds
     assert first.is_whole and len(second.under_way) == 4 and not second.answers
 
@@ -143,7 +143,7 @@ def test_several_rounds_are_under_way_and_each_step_takes_the_oldest():
     asked = len(ours.sampler.asked)
     assert ids(ours.collect(1).groups) == in_order[1]
     assert len(ours.sampler.asked) == asked
-    window(ours, 2)
+    stint(ours, 2)
     assert ours.sampler.went_on[-1] == {(int(problem), sample) for problem in in_order[2] for sample in (0, 1)}
     assert ours.state.rounds[0].is_whole
     assert ids(ours.collect(2).groups) == in_order[2]
@@ -154,7 +154,7 @@ def test_further_draws_of_a_step_take_what_is_under_way_before_they_ask_anew():
     first, second, third = [ids(plain.collect(step).sampled) for step in range(3)]
     ours = source({**each(MIXED), **dict.fromkeys(second, SAME)}, max_rounds=2)
     ours.collect(0)
-    window(ours, 1)
+    stint(ours, 1)
     rollout = ours.collect(1)
     assert (ids(rollout.sampled), ids(rollout.groups)) == (second + third, third)
     assert not ours.state.rounds and ours.state.drawn == 6
@@ -164,13 +164,13 @@ def test_further_draws_of_a_step_take_what_is_under_way_before_they_ask_anew():
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_new_weights_find_answers_under_way_which_go_on_or_begin_again(goes_on):
     ours = source(each(MIXED), partial_rollouts=goes_on)
-    window(ours, 1)
+    stint(ours, 1)
     ours.collect(1)
-    window(ours, 2)
+    stint(ours, 2)
     assert len(ours.sampler.went_on[-1]) == 4, "the weights are the same"
     ours.collect(2)
     ours.sampler.weights_version += 1
-    window(ours, 3)
+    stint(ours, 3)
     assert len(ours.sampler.went_on[-1]) == (4 if goes_on else 0)
 
 

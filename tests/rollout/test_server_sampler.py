@@ -18,7 +18,7 @@ from dirl_cli.rollout import server_pool, server_sampler
 from dirl_cli.rollout.engines import Servers
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.pushed_weights import WeightsId
-from dirl_cli.rollout.sampler import Window
+from dirl_cli.rollout.sampler import Stint
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
 from dirl_cli.rollout.server_sampler import ServerSampler, questions_of
 from dirl_cli.rollout.storage import rollout_path
@@ -351,11 +351,11 @@ def test_an_answer_goes_on_from_its_blocks_as_it_would_have_been_and_notes_whose
 ):
     longest = {key: answer for key, answer in expected.items() if len(answer.token_ids) > 8}
     under_way = {key: beginning(answer, 1) for key, answer in longest.items()}
-    window = Window(len(PROMPTS), finished=set(expected) - set(longest), under_way=dict(under_way))
+    stint = Stint(len(PROMPTS), finished=set(expected) - set(longest), under_way=dict(under_way))
     with farm(lm, tmp_path, count=1) as one:
         one.sampler.update_weights(lm.model.named_parameters(), 5)
-        answers = {(i, k): t for i, k, t in one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS, window=window)}
-    assert answers.keys() == longest.keys() and not window.under_way
+        answers = {(i, k): t for i, k, t in one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS, stint=stint)}
+    assert answers.keys() == longest.keys() and not stint.under_way
     for key, answer in answers.items():
         begun = len(under_way[key].token_ids)
         assert answer.token_ids == expected[key].token_ids
@@ -365,18 +365,18 @@ def test_an_answer_goes_on_from_its_blocks_as_it_would_have_been_and_notes_whose
         assert answer.weights_version == 0
 
 
-def test_what_a_window_does_not_wait_for_is_left_with_the_blocks_that_have_come(lm, decoding, expected, tmp_path):
-    first = Window(1)
+def test_what_a_stint_does_not_wait_for_is_left_with_the_blocks_that_have_come(lm, decoding, expected, tmp_path):
+    first = Stint(1)
     with farm(lm, tmp_path, count=1, max_batch=9) as one:
-        answers = {(i, k): t for i, k, t in one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS, window=first)}
+        answers = {(i, k): t for i, k, t in one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS, stint=first)}
         assert {(0, 0), (0, 1), (0, 2)} <= answers.keys()
         assert not first.under_way.keys() & answers.keys()
         for key, part in first.under_way.items():
             assert part.token_ids == expected[key].token_ids[: len(part.token_ids)]
         wait_until(lambda: one.servers[0].service.open_answers == 0)
 
-        second = Window(len(PROMPTS), finished=set(answers), under_way=dict(first.under_way))
-        answers |= {(i, k): t for i, k, t in one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS, window=second)}
+        second = Stint(len(PROMPTS), finished=set(answers), under_way=dict(first.under_way))
+        answers |= {(i, k): t for i, k, t in one.sampler.stream(PROMPTS, 3, decoding, seeds=SEEDS, stint=second)}
     assert {key: answer.token_ids for key, answer in answers.items()} == {
         key: answer.token_ids for key, answer in expected.items()
     }
@@ -384,8 +384,8 @@ def test_what_a_window_does_not_wait_for_is_left_with_the_blocks_that_have_come(
 
 def test_each_answer_that_has_begun_is_asked_for_alone_and_the_others_together():
     begun = Trajectory([1], [2, 3, 4], [1, 1, 1], [-0.5] * 3, denoise_forwards=1, forwards=1, weights_version=3)
-    window = Window(1, finished={(0, 2)}, under_way={(0, 4): begun})
-    questions = questions_of(0, [1], range(7), 9, window)
+    stint = Stint(1, finished={(0, 2)}, under_way={(0, 4): begun})
+    questions = questions_of(0, [1], range(7), 9, stint)
     assert [(one.first, one.n, one.so_far) for one in questions] == [
         (0, 2, None),
         (3, 1, None),

@@ -34,7 +34,7 @@ from dirl_cli.rl.groups import (
 from dirl_cli.rl.hints import NO_HINTS, Hints, is_all_wrong
 from dirl_cli.rl.rounds import Outcome, Round, with_outcomes
 from dirl_cli.rollout.arrays import with_arrays
-from dirl_cli.rollout.sampler import Hint, Sampler, Window
+from dirl_cli.rollout.sampler import Hint, Sampler, Stint
 from dirl_cli.rollout.storage import Record
 from dirl_cli.types import Decoding, Problem
 
@@ -252,7 +252,7 @@ class SampledRollouts:
         return self.gather(list(self.sample_share(rounds, with_hints=with_hints)), rounds)
 
     def sample_share(self, rounds: Sequence[Round], more: int = 0, with_hints: bool = False) -> Iterator[Outcome]:
-        """What one window gives of this process's share of the rounds, each as it ends; all shares take about as long.
+        """What one stint gives of this process's share of the rounds, each as it ends; all shares take about as long.
 
         It ends when the first round is whole, and `more` answers to the others have ended.
         """
@@ -317,13 +317,13 @@ class SampledRollouts:
             seeds.append(request_key(self.seed, [step, number, index, *purpose], 0))
             if with_hints:
                 hints.append(self.draw_hints(index, step, number))
-        window = self.window(rounds, asked, more)
+        stint = self.stint(rounds, asked, more)
         tokenizer = self.lm.require_tokenizer()
         waiting: dict[tuple[int, int], Record] = {}  # for their rewards
 
         def sampled_answers() -> Iterator[tuple[tuple[int, int], Answer]]:
             stream = self.sampler.stream(
-                prompts, self.group_size, self.decoding, seeds=seeds, hints=hints or None, window=window
+                prompts, self.group_size, self.decoding, seeds=seeds, hints=hints or None, stint=stint
             )
             for i, sample, trajectory in stream:
                 text = answer_text(tokenizer, trajectory.completion_ids)
@@ -336,16 +336,16 @@ class SampledRollouts:
         for (i, sample), result in self.reward_computer.compute(sampled_answers()):
             record = waiting.pop((i, sample))
             yield *asked[i], sample, record if result is None else with_reward(record, result)
-        for (i, sample), trajectory in window.under_way.items():
+        for (i, sample), trajectory in stint.under_way.items():
             yield *asked[i], sample, trajectory
 
-    def window(self, rounds: Sequence[Round], asked: Sequence[tuple[int, int]], more: int) -> Window:
+    def stint(self, rounds: Sequence[Round], asked: Sequence[tuple[int, int]], more: int) -> Stint:
         """What a stream is to sample of what is asked: all of the first round, as much of others as there is time for.
 
         Where answers do not go on with new weights, they begin again.
         """
         prompt_of = {place_and_index: i for i, place_and_index in enumerate(asked)}
-        window = Window(waited_for=sum(place == 0 for place, _ in asked), more=more)
+        stint = Stint(waited_for=sum(place == 0 for place, _ in asked), more=more)
         finished = set()
         for place, one in enumerate(rounds):
             for index, record in one.answers:
@@ -354,9 +354,9 @@ class SampledRollouts:
             for index, sample, trajectory in one.under_way:
                 is_current = trajectory.token_versions[-1] == self.sampler.weights_version
                 if (place, index) in prompt_of and (self.partial_rollouts or is_current):
-                    window.under_way[prompt_of[place, index], sample] = trajectory
-        window.finished = finished
-        return window
+                    stint.under_way[prompt_of[place, index], sample] = trajectory
+        stint.finished = finished
+        return stint
 
     def draw_hints(self, index: int, step: int, round_number: int) -> list[Hint]:
         """A hint for each answer to the problem at an index of the endless order."""

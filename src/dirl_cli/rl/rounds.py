@@ -78,7 +78,7 @@ class Round:
 
 
 def with_outcomes(rounds: Sequence[Round], outcomes: Sequence[Outcome]) -> list[Round]:
-    """The rounds after a window, with the answers that ended in it and what it left under way."""
+    """The rounds after a stint, with the answers that ended in it and what it left under way."""
     taken = []
     for place, one in enumerate(rounds):
         answers: list[Indexed] = []

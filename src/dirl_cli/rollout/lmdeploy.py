@@ -29,7 +29,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.save import published_weights
 from dirl_cli.rollout.engines import require_forgetful
 from dirl_cli.rollout.lmdeploy_strategies import KeyedSampling, RequestTrace, TracedSequences, UnmaskingAgent
-from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Watch, Window, collect_samples, cut_to
+from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Stint, Watch, collect_samples, cut_to
 from dirl_cli.rollout.scheduler import Request, make_requests, rule_of
 from dirl_cli.types import Decoding, StopReason, Trajectory
 
@@ -75,11 +75,11 @@ class LmdeploySampler:
         seeds: Sequence[int] | None = None,
         watch: Watch | None = None,
         hints: Sequence[Sequence[Hint]] | None = None,
-        window: Window | None = None,
+        stint: Stint | None = None,
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """See `Sampler.stream`. Raises DirlError for what LMDeploy cannot do."""
         check_prompts(prompts, decoding, self.lm, watch)
-        if window and window.waited_for < len(prompts):
+        if stint and stint.waited_for < len(prompts):
             raise DirlError("LMDeploy ends every answer that it begins: give rollout=native, or rl.async_rollout=1")
         if hints:
             raise DirlError("hints want rollout=native: LMDeploy begins every answer with nothing but masked tokens")

@@ -21,7 +21,7 @@ from dirl_cli.rollout.decoder import Decoder, decoder_of
 from dirl_cli.rollout.forward import EagerForward, Forward
 from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attention, page_size, run_eagerly
 from dirl_cli.rollout.products import Products
-from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Watch, Window, collect_samples, cut_to, joined
+from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Stint, Watch, collect_samples, cut_to, joined
 from dirl_cli.rollout.scheduler import Finished, FullBlock, Request, Scheduler, make_requests, require_free_end
 from dirl_cli.types import Decoding, Trajectory
 
@@ -72,13 +72,13 @@ class NativeSampler:
         seeds: Sequence[int] | None = None,
         watch: Watch | None = None,
         hints: Sequence[Sequence[Hint]] | None = None,
-        window: Window | None = None,
+        stint: Stint | None = None,
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """See `Sampler.stream`."""
         block_size = self._block_size(decoding)
-        window = window or Window(len(prompts))
-        requests = unfinished(make_requests(prompts, n, decoding, first, seeds, hints), window)
-        remaining = window.begin((request.prompt, request.sample) for request in requests)
+        stint = stint or Stint(len(prompts))
+        requests = unfinished(make_requests(prompts, n, decoding, first, seeds, hints), stint)
+        remaining = stint.begin((request.prompt, request.sample) for request in requests)
         if remaining.is_over:
             return
         queue = list(reversed(requests))
@@ -106,12 +106,12 @@ class NativeSampler:
             for finished in list(scheduler.step(watch)):
                 prompt, sample = finished.request.prompt, finished.request.sample
                 remaining.take(prompt, sample)
-                yield prompt, sample, joined(window.under_way.pop((prompt, sample), None), self._trajectory(finished))
+                yield prompt, sample, joined(stint.under_way.pop((prompt, sample), None), self._trajectory(finished))
 
         # What is left under way is kept up to its last full block: the tokens of the next one are drawn anew.
         for part in scheduler.under_way():
             key = part.request.prompt, part.request.sample
-            window.under_way[key] = joined(window.under_way.get(key), self._trajectory(part))
+            stint.under_way[key] = joined(stint.under_way.get(key), self._trajectory(part))
         self.keep_idle(forward)
 
     def open_batch(self, length: int) -> "NativeBatch":
@@ -259,14 +259,14 @@ class NativeSampler:
         )
 
 
-def unfinished(requests: Sequence[Request], window: Window) -> list[Request]:
+def unfinished(requests: Sequence[Request], stint: Stint) -> list[Request]:
     """The requests that have not ended yet, each with what there is of its answer."""
     left = []
     for request in requests:
         key = request.prompt, request.sample
-        if key in window.under_way:
-            left.append(replace(request, answer_ids=window.under_way[key].token_ids))
-        elif key not in window.finished:
+        if key in stint.under_way:
+            left.append(replace(request, answer_ids=stint.under_way[key].token_ids))
+        elif key not in stint.finished:
             left.append(request)
     return left
 

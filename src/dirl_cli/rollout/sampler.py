@@ -18,7 +18,7 @@ Hint = Mapping[int, int]
 
 
 @dataclass
-class Window:
+class Stint:
     """Which answers a stream waits for, and what there is of the others: they are gone on with in another stream.
 
     waited_for: prompts, the first ones, whose answers all have to be there. more: how many answers to the others, too.
@@ -168,7 +168,7 @@ class Sampler(Protocol):
         seeds: Sequence[int] | None = None,
         watch: Watch | None = None,
         hints: Sequence[Sequence[Hint]] | None = None,
-        window: Window | None = None,
+        stint: Stint | None = None,
     ) -> Iterator[tuple[int, int, Trajectory]]:
         """Sample `n` answers to each prompt; yields (prompt index, sample index, trajectory) as they finish.
 
@@ -178,7 +178,7 @@ class Sampler(Protocol):
             prompt then gets those from first[i] up to `n`.
         seeds: one per prompt, in place of decoding.seed.
         hints: for each prompt one per answer, in order; what follows the answer's end of it is left out.
-        window: which answers end the stream; None for all. An answer that goes on from whole blocks is the one that it
+        stint: which answers end the stream; None for all. An answer that goes on from whole blocks is the one that it
             would have been, but for what newer weights draw: keys and values are computed anew.
         """
         ...

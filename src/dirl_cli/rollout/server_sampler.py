@@ -23,7 +23,7 @@ from dirl_cli.distributed import first_tells, is_first_of_group, is_group, wait_
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.pushed_weights import WeightsId, remove_other_weights, write_weights
-from dirl_cli.rollout.sampler import Hint, LiveBatch, Watch, Window, collect_samples, joined
+from dirl_cli.rollout.sampler import Hint, LiveBatch, Stint, Watch, collect_samples, joined
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
 from dirl_cli.rollout.server_pool import POLL, ServerPool, cancelled
 from dirl_cli.rollout.storage import trajectory_from_json
@@ -114,7 +114,7 @@ class ServerSampler:
         seeds: Sequence[int] | None = None,
         watch: Watch | None = None,
         hints: Sequence[Sequence[Hint]] | None = None,
-        window: Window | None = None,
+        stint: Stint | None = None,
     ) -> Iterator[Answer]:
         """See `Sampler.stream`. Raises DirlError for what servers cannot do, and where none answers any more."""
         require_servable(prompts, decoding, self.lm, watch, hints)
@@ -125,21 +125,21 @@ class ServerSampler:
                 )
             self.update_weights(self.lm.model.named_parameters(), 0)
 
-        window = window or Window(len(prompts))
+        stint = stint or Stint(len(prompts))
         questions = []
         for prompt, prompt_ids in enumerate(prompts):
             seed = seeds[prompt] if seeds else decoding.seed
             samples = range(first[prompt] if first else 0, n)
-            questions += questions_of(prompt, prompt_ids, samples, seed, window)
+            questions += questions_of(prompt, prompt_ids, samples, seed, stint)
 
         told: queue.SimpleQueue[Answer | Future[dict[tuple[int, int], Trajectory]]] = queue.SimpleQueue()
-        work = asyncio.run_coroutine_threadsafe(self._answer_all(questions, decoding, window, told.put), self.loop)
+        work = asyncio.run_coroutine_threadsafe(self._answer_all(questions, decoding, stint, told.put), self.loop)
         work.add_done_callback(told.put)
         try:
             while not isinstance(news := told.get(), Future):
-                window.under_way.pop(news[:2], None)
+                stint.under_way.pop(news[:2], None)
                 yield news
-            window.under_way |= news.result()  # raises what ended it
+            stint.under_way |= news.result()  # raises what ended it
         finally:
             work.cancel()
 
@@ -187,16 +187,16 @@ class ServerSampler:
     # In the loop's thread
 
     async def _answer_all(
-        self, questions: Sequence[Question], decoding: Decoding, window: Window, tell: Callable[[Answer], None]
+        self, questions: Sequence[Question], decoding: Decoding, stint: Stint, tell: Callable[[Answer], None]
     ) -> dict[tuple[int, int], Trajectory]:
         """Ask all questions, each of the server that owes least, again where it fails; tell answers as they come.
 
-        Returns what there is of those that the window does not wait for, once it has all that it does.
+        Returns what there is of those that the stint does not wait for, once it has all that it does.
         """
         waiting = deque(questions)
         running: set[asyncio.Task[Question | None]] = set()
-        remaining = window.begin(asked_by(questions))
-        others = any(question.prompt >= window.waited_for for question in questions)
+        remaining = stint.begin(asked_by(questions))
+        others = any(question.prompt >= stint.waited_for for question in questions)
 
         def take(answer: Answer) -> None:
             remaining.take(*answer[:2])
@@ -322,15 +322,13 @@ class ServerSampler:
             future.cancel()
 
 
-def questions_of(
-    prompt: int, prompt_ids: list[int], samples: Iterable[int], seed: int, window: Window
-) -> list[Question]:
+def questions_of(prompt: int, prompt_ids: list[int], samples: Iterable[int], seed: int, stint: Stint) -> list[Question]:
     """What is to be asked of a prompt: answers that are begun one by one, and the others in runs of their samples."""
     questions: list[Question] = []
     run: Question | None = None  # which the next sample may be added to
     for sample in samples:
-        so_far = window.under_way.get((prompt, sample))
-        if so_far is None and (prompt, sample) in window.finished:
+        so_far = stint.under_way.get((prompt, sample))
+        if so_far is None and (prompt, sample) in stint.finished:
             run = None
         elif so_far is None and run:
             run.n += 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.rollout.sampler import Window, joined
+from dirl_cli.rollout.sampler import Stint, joined
 from dirl_cli.rollout.storage import trajectory_from_json, trajectory_to_json
 from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding, Trajectory
@@ -17,24 +17,24 @@ OPTIONS = Decoding(strategy="sequential", temperature=1.0, max_new_tokens=30, st
 Key = tuple[int, int]
 
 
-def stream(sampler: NativeSampler, window: Window) -> dict[Key, Trajectory]:
+def stream(sampler: NativeSampler, stint: Stint) -> dict[Key, Trajectory]:
     answers = {}
-    for prompt, sample, trajectory in sampler.stream(PROMPTS, 3, OPTIONS, seeds=[1, 2, 3], window=window):
+    for prompt, sample, trajectory in sampler.stream(PROMPTS, 3, OPTIONS, seeds=[1, 2, 3], stint=stint):
         answers[prompt, sample] = trajectory
     return answers
 
 
-def in_windows(sampler: NativeSampler, windows: list[Window]) -> dict[Key, Trajectory]:
-    """All answers, each window going on with what the one before it left, after a push of other weights."""
+def in_stints(sampler: NativeSampler, stints: list[Stint]) -> dict[Key, Trajectory]:
+    """All answers, each stint going on with what the one before it left, after a push of other weights."""
     answers: dict[Key, Trajectory] = {}
     under_way: dict[Key, Trajectory] = {}
-    for version, window in enumerate(windows):
+    for version, stint in enumerate(stints):
         if version:
             push(sampler, version)
-        window.finished = set(answers)
-        window.under_way = under_way
-        answers |= stream(sampler, window)
-        saved = json.loads(json.dumps([[*key, trajectory_to_json(part)] for key, part in window.under_way.items()]))
+        stint.finished = set(answers)
+        stint.under_way = under_way
+        answers |= stream(sampler, stint)
+        saved = json.loads(json.dumps([[*key, trajectory_to_json(part)] for key, part in stint.under_way.items()]))
         under_way = {(prompt, sample): trajectory_from_json(part) for prompt, sample, part in saved}
     return answers
 
@@ -51,14 +51,14 @@ def push(sampler: NativeSampler, version: int) -> None:
 
 @pytest.mark.parametrize("by_blocks", [False, True])
 def test_what_is_left_under_way_and_gone_on_with_is_the_answer_that_it_would_have_been(by_blocks):
-    whole = stream(NativeSampler(small_lm(), 4, by_blocks), Window(3))
+    whole = stream(NativeSampler(small_lm(), 4, by_blocks), Stint(3))
     sampler = NativeSampler(small_lm(), 4, by_blocks)
-    first = Window(1)
+    first = Stint(1)
     answers = stream(sampler, first)
     assert {key for key in whole if key[0] == 0} <= set(answers) < set(whole)
     assert first.under_way, "more than one prompt's answers were under way"
 
-    second = Window(3, finished=set(answers), under_way=first.under_way)
+    second = Stint(3, finished=set(answers), under_way=first.under_way)
     answers |= stream(sampler, second)
     assert not second.under_way
     assert answers.keys() == whole.keys()
@@ -75,17 +75,17 @@ def test_what_is_left_under_way_and_gone_on_with_is_the_answer_that_it_would_hav
 
 def test_a_stream_ends_once_what_it_waits_for_is_there():
     sampler = NativeSampler(small_lm(), 9)
-    assert stream(sampler, Window(0)) == {}
-    assert {key for key in stream(sampler, Window(1)) if key[0] == 0} == {(0, 0), (0, 1), (0, 2)}
-    more = Window(1, more=3)
+    assert stream(sampler, Stint(0)) == {}
+    assert {key for key in stream(sampler, Stint(1)) if key[0] == 0} == {(0, 0), (0, 1), (0, 2)}
+    more = Stint(1, more=3)
     assert len(stream(sampler, more)) >= 6
-    assert len(stream(sampler, Window(1, more=100))) == 9
+    assert len(stream(sampler, Stint(1, more=100))) == 9
 
 
 def test_the_log_probs_of_each_token_are_those_of_the_weights_that_drew_it():
     """Scored again, answer by answer, by a model of each version: the ratio of a correction has nothing else in it."""
     sampler = NativeSampler(small_lm(), 4)
-    answers = in_windows(sampler, [Window(0, more=1), Window(1), Window(2), Window(3)])
+    answers = in_stints(sampler, [Stint(0, more=1), Stint(1), Stint(2), Stint(3)])
     assert len(answers) == 9
     mixed = [answer for answer in answers.values() if answer.versions]
     assert mixed
@@ -106,10 +106,10 @@ def test_the_log_probs_of_each_token_are_those_of_the_weights_that_drew_it():
             )
 
 
-def test_windows_are_the_same_whenever_they_are_sampled():
+def test_stints_are_the_same_whenever_they_are_sampled():
     """In a sampler that was just started, as after a resume, to the last bit."""
-    windows = [Window(0, more=1), Window(1), Window(2), Window(3)]
-    answers, again = (in_windows(NativeSampler(small_lm(), 4), list(windows)) for _ in range(2))
+    stints = [Stint(0, more=1), Stint(1), Stint(2), Stint(3)]
+    answers, again = (in_stints(NativeSampler(small_lm(), 4), list(stints)) for _ in range(2))
     assert answers == again
 
 
