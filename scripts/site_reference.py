@@ -1,4 +1,7 @@
-"""A hook of the docs site: the configuration reference, a page for each command and each group, made as the site is."""
+"""A hook of the docs site: the pages that are made of the configuration and the code each time the site is built.
+
+The configuration has a page for each command and each group, the Python interface one, of its docstrings.
+"""
 
 import html
 import re
@@ -48,7 +51,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages |= {f"groups/{group}": group_page(group) for group in GROUPS}
     for name, text in pages.items():
         files.append(File.generated(config, f"{FOLDER}/{name}.md", content=text))
+    files.append(File.generated(config, "python.md", content=python()))
     return files
+
+
+def python() -> str:
+    """The names that `dirl_cli` exports, and the sampler that one of them returns, for mkdocstrings to fill in."""
+    objects = [f"dirl_cli.api.{name}" for name in ("load_sampler", "score")]
+    objects += [f"dirl_cli.types.{name}" for name in ("Decoding", "Trajectory", "Problem")]
+    objects.append("dirl_cli.rollout.sampler.Sampler")
+    text = "# From Python\n\n`from dirl_cli import Decoding, Problem, Trajectory, load_sampler, score`: two functions, and"
+    text += " what they take and return. The [quick start](quickstart.md#from-python) uses them.\n\n"
+    return text + "".join(f"::: {name}\n\n" for name in objects)
 
 
 def index() -> str:
