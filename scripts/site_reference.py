@@ -20,8 +20,6 @@ from dirl_cli.cli.schema import SCHEMAS
 from dirl_cli.files import conf_dir
 
 FOLDER = "configuration"
-GUIDES = {"generate": "eval.md#generate", "chat": "eval.md#chat", "merge": "models.md#lora-and-qlora"}
-GUIDES["download"] = "models.md#fetching"
 GROUPS = [*site_settings.groups(), "experiment"]
 INTRODUCTION = """# Configuration
 
@@ -60,7 +58,9 @@ def python() -> str:
     objects = [f"dirl_cli.api.{name}" for name in ("load_sampler", "score")]
     objects += [f"dirl_cli.types.{name}" for name in ("Decoding", "Trajectory", "Problem")]
     objects.append("dirl_cli.rollout.sampler.Sampler")
-    text = "# From Python\n\n`from dirl_cli import Decoding, Problem, Trajectory, load_sampler, score`: two functions, and"
+    text = (
+        "# From Python\n\n`from dirl_cli import Decoding, Problem, Trajectory, load_sampler, score`: two functions, and"
+    )
     text += " what they take and return. The [quick start](quickstart.md#from-python) uses them.\n\n"
     return text + "".join(f"::: {name}\n\n" for name in objects)
 
@@ -74,8 +74,7 @@ def index() -> str:
 
 
 def command_page(command: str) -> str:
-    guide = GUIDES.get(command, f"{command}.md")
-    page = f"# dirl {command}\n\n{summary(command)} [How to use it](../{guide})\n\n"
+    page = f"# dirl {command}\n\n{summary(command)} [How to use it](../{command}.md)\n\n"
 
     chosen = site_settings.chosen_groups(command)
     if chosen:
