@@ -387,6 +387,17 @@ def test_longer_rollouts_want_fewer_at_once(shared, tmp_path):
     assert set(UPDATE) <= set(asked)
 
 
+def test_where_servers_sample_and_nothing_is_learned_what_every_phase_holds_is_planned():
+    asked = {"launch": "auto", "steps": 1, "micro_rows": 1, "gradient_checkpointing": True, "row_tokens": 64}
+    asked |= {"rl.problems": 8, "rl.group_size": 2, "rl.mini_batches": 1, "rl.epochs": 1, "rollout.max_batch": 8}
+    asked |= {"rl.async_rollout": False, "decoding.max_new_tokens": 16}
+    setup = TrainingSetup(small_lm(), ADAMW, replace(LAPTOP, memory_gb=1), asked)
+    budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 4, engine=None, learns=False)
+    [phase] = budget.phases(asked).values()
+    held = phase["parameters"] + phase["optimizer states"]
+    assert phase["parameters"] > 0 and sum(phase.values()) == held and budget.fits({})
+
+
 def test_a_tiny_model_under_the_published_recipe_is_told_what_it_costs_and_of_the_recipe_of_its_size(monkeypatch, here):
     monkeypatch.setattr("dirl_cli.plan.duration.operations_per_second", lambda: 1e10)
     said = []

@@ -157,6 +157,8 @@ class RlForecast:
             phases["rollout"] = self.rollout(memory, self.engine, settings)
         if self.learns:
             phases["update"] = update_phase(memory, self.batch(settings), settings, logit_bytes(self.decoding))
+        if not phases:  # servers sample, and nothing is learned
+            phases["rollout"] = memory.resident()
         if settings["rl.async_rollout"]:
             phases = {"update and rollout": overlapping(phases.values(), memory.resident())}
         return loading_phase(memory) | phases
