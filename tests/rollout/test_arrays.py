@@ -8,7 +8,7 @@ import torch
 
 from dirl_cli.diffusion.states import trajectory_strip
 from dirl_cli.rollout.arrays import with_arrays
-from dirl_cli.rollout.storage import Record, read_rollout, write_rollout
+from dirl_cli.rollout.storage import Record, read_rollout, trajectory_to_json, write_rollout
 from dirl_cli.types import Problem, Trajectory
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -41,6 +41,13 @@ def test_every_value_comes_back_and_answers_to_one_prompt_share_it():
         assert list(one.trajectory.completion_ids) == other.completion_ids
         assert one.trajectory.revealed_at(4) == other.revealed_at(4)
     assert sent[0].trajectory.prompt_ids is sent[1].trajectory.prompt_ids
+
+
+def test_of_an_answer_under_way_the_versions_of_its_weights_are_sent_too():
+    part = replace(SAMPLED, versions=[3] * 4000 + [400] * 96)
+    [sent] = with_arrays([part])
+    assert list(sent.token_versions) == part.versions
+    assert trajectory_to_json(sent) == trajectory_to_json(part)
 
 
 def test_an_answer_takes_nine_bytes_a_token():
