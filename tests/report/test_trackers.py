@@ -94,10 +94,12 @@ def test_trackio_holds_each_step_once_in_one_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_mlflow_holds_each_step_once_in_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database takes seconds to make
     mlflow = pytest.importorskip("mlflow")
 
     crash_twice(Mlflow("dirl"), tmp_path / "my-run")
+    assert mlflow.telemetry.utils.is_telemetry_disabled()
     client = mlflow.MlflowClient()
     [experiment] = mlflow.search_experiments(filter_string="name = 'dirl'")
     [run] = client.search_runs([experiment.experiment_id])

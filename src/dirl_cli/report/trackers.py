@@ -5,6 +5,7 @@ service calls the run is kept in the run's directory, so that it is the same run
 """
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Mapping
@@ -95,6 +96,7 @@ class Mlflow:
     project: str
 
     def open(self, out: Path, config: Config, step: int) -> Tracker:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it else reports its use to its makers
         file = out / "mlflow_run_id"
         run_id, told = known_run(file, step)
         tracker = MLflowTracker(self.project, run_id=run_id, run_name=out.name)
