@@ -45,7 +45,11 @@ check: install
 test: check .venv/lmdeploy .venv/lm_eval .venv/docs .venv/tracking
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
-test-slow: install .venv/tracking
+# And what runs the notebooks.
+.venv/notebooks: pyproject.toml constraints.txt | install
+	@$(BIN)/pip install -qq -c constraints.txt $(PIP_FLAGS) -e '.[notebooks]' && touch $@ || echo "nbclient is not there: the notebooks are skipped"
+
+test-slow: install .venv/tracking .venv/notebooks
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'slow and not gpu and not faults and not browser'
 
 # Of the page that `dirl view` writes, in a headless Chromium: apt-get install chromium chromium-driver

@@ -1,9 +1,11 @@
 """A hook of the docs site: pages link into the repository as they stand in it, and the site holds what they link to.
 
 README.md is the site's first page, docs/NAME.md is NAME.html, and directories of conf/ are pages of the configuration
-reference. Every other file that a page links to is a page of its own, a text that is no page as a listing.
+reference. Every other file that a page links to is a page of its own: a notebook as prose and code, a text that is no
+page as a listing.
 """
 
+import json
 import posixpath
 import re
 from collections.abc import Callable
@@ -88,9 +90,20 @@ def origin(uri: str) -> str:
 def generated(name: str, config: MkDocsConfig) -> File:
     """A file of the repository outside docs/ as one of the site."""
     file, uri = ROOT / name, place(name)
+    if file.suffix == ".ipynb":
+        return File.generated(config, uri, content=prose_and_code(file), inclusion=InclusionLevel.NOT_IN_NAV)
     if uri == f"{name}.md":
         return File.generated(config, uri, content=listing(name), inclusion=InclusionLevel.NOT_IN_NAV)
     return File.generated(config, uri, abs_src_path=str(file), inclusion=InclusionLevel.INCLUDED)
+
+
+def prose_and_code(notebook: Path) -> str:
+    """A notebook as a page."""
+    parts = []
+    for cell in json.loads(notebook.read_text())["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def listing(name: str) -> str:

@@ -127,3 +127,8 @@ def test_each_file_of_the_repository_has_a_place():
     names = ("README.md", "docs/rl.md", "benchmarks/RESULTS.md", "conf/rl.yaml", "conf/algo")
     pages = ["index.md", "rl.md", "benchmarks/RESULTS.md", "conf/rl.yaml.md", "configuration/groups/algo.md"]
     assert [place(name) for name in names] == pages
+
+
+def test_a_notebook_is_a_page_of_prose_and_code(site):
+    page = (site / "notebooks" / "look_inside.ipynb.html").read_text()
+    assert "Why order matters" in page and "load_sampler" in page and "cell_type" not in page

