@@ -194,3 +194,12 @@ def test_a_start_that_fails_leaves_nothing_and_takes_nothing_away(tmp_path):
     with pytest.raises(DirlError, match="no"), open_run(tmp_path / "run", OmegaConf.create(CONFIG), NOTHING, "auto"):
         raise DirlError("no")
     assert (tmp_path / "run/work").read_text() == "done"
+
+
+def test_where_a_runs_servers_failed_their_logs_stay_and_another_configuration_may_start(tmp_path):
+    with pytest.raises(DirlError, match="no"), open_run(tmp_path / "run", OmegaConf.create(CONFIG), NOTHING, "auto"):
+        (tmp_path / "run/servers").mkdir()
+        raise DirlError("no")
+    assert (tmp_path / "run/servers").is_dir()
+    with open_run(tmp_path / "run", OmegaConf.create({**CONFIG, "seed": 7}), NOTHING, "auto"):
+        pass

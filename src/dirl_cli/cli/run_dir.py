@@ -48,6 +48,7 @@ FREE = frozenset(START | MACHINES | WORK | SHOWING | SAVING | ANSWERS)
 MAPPINGS = ("options", "weights")  # whose keys are a run's own: one that is absent stands for nothing
 
 BEGINNINGS = {"config.yaml", "environment.json", "lock", "failure.txt"}  # files of a run that failed at once
+BEGUN = BEGINNINGS | {"servers"}  # nor is one more than begun whose servers failed, and left logs that tell why
 PATH_MODEL = "dirl_cli.models.load.SavedModel"  # the model whose path may be a run's, or one of its checkpoints
 PACKAGES = ("dirl", "torch", "transformers", "accelerate")
 MOMENT = 1.0  # seconds that a start tries to lock: `dirl runs` and `dirl doctor` hold a lock while they look at it
@@ -188,7 +189,7 @@ def take_lock(lock: IO[str]) -> bool:
 
 def refuse_other(out: Path, config: str, said: Said) -> None:
     """Raises DirlError where the run in `out` has another configuration and is more than begun."""
-    if not (out / "config.yaml").exists() or {path.name for path in out.iterdir()} <= BEGINNINGS:
+    if not (out / "config.yaml").exists() or {path.name for path in out.iterdir()} <= BEGUN:
         return
     earlier = (out / "config.yaml").read_text(encoding="utf-8")
     changed = differences(flatten(earlier), flatten(config), said)
