@@ -50,6 +50,12 @@ def test_of_an_answer_under_way_the_versions_of_its_weights_are_sent_too():
     assert trajectory_to_json(sent) == trajectory_to_json(part)
 
 
+def test_what_is_still_under_way_is_sent_again_as_it_is():
+    part = replace(SAMPLED, reveal_step=[300] * 4096, versions=[3] * 4000 + [400] * 96)
+    again = with_arrays(with_arrays([part]))
+    assert trajectory_to_json(again[0]) == trajectory_to_json(part)
+
+
 def test_an_answer_takes_nine_bytes_a_token():
     sent = with_arrays([record(SAMPLED)])
     assert len(pickle.dumps(sent)) < 9.5 * 4096 < len(pickle.dumps([record(SAMPLED)])) / 1.5

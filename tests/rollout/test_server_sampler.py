@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,12 +16,13 @@ pytest.importorskip("starlette", reason="servers want starlette: make install br
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import SavedModel
 from dirl_cli.rollout import server_pool, server_sampler
+from dirl_cli.rollout.arrays import with_arrays
 from dirl_cli.rollout.engines import Servers
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.pushed_weights import WeightsId
 from dirl_cli.rollout.sampler import Stint
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
-from dirl_cli.rollout.server_sampler import ServerSampler, questions_of
+from dirl_cli.rollout.server_sampler import ServerSampler, body_of, questions_of
 from dirl_cli.rollout.storage import rollout_path
 from dirl_cli.serving import routes
 from dirl_cli.serving.engine_thread import Query
@@ -399,6 +401,14 @@ def test_each_answer_that_has_begun_is_asked_for_alone_and_the_others_together()
     assert (part.token_ids, part.versions, part.forwards) == ([2, 3, 4, 7, 7, 7, 7], [3, 3, 3, 4, 4, 4, 4], 3)
     question.answered.add(0)
     assert not question.under_way
+
+
+def test_what_another_process_has_begun_can_be_asked_on():
+    begun = Trajectory([1], [2, 3, 400], [1, 1, 1], [-0.5] * 3, denoise_forwards=1, forwards=1)
+    [sent] = with_arrays([begun])
+    [question] = questions_of(0, [1], range(1), 9, Stint(0, under_way={(0, 0): sent}))
+    body = body_of(question, Decoding(max_new_tokens=8), WeightsId(3, "0" * 64), 4)
+    assert json.loads(json.dumps(body))["answer_ids"] == [2, 3, 400]
 
 
 @pytest.mark.parametrize("ahead", [0, 2])

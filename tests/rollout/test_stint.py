@@ -80,6 +80,9 @@ def test_a_stream_ends_once_what_it_waits_for_is_there():
     more = Stint(1, more=3)
     assert len(stream(sampler, more)) >= 6
     assert len(stream(sampler, Stint(1, more=100))) == 9
+    everything = {(prompt, sample) for prompt in range(3) for sample in range(3)}
+    assert stream(sampler, Stint(0, more=1, finished=everything)) == {}, "as a process may have no answer to sample"
+    assert list(sampler.stream([], 3, OPTIONS, seeds=[], stint=Stint(0, more=1))) == []
 
 
 def test_the_log_probs_of_each_token_are_those_of_the_weights_that_drew_it():

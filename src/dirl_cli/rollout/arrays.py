@@ -38,7 +38,7 @@ def with_arrays(answers: Iterable[Record | Trajectory]) -> list[Record | Traject
 def integer_array(values: Sequence[int]) -> Any:
     """As bytes where they fit, as reveal steps do, else as an array of int32, which every token's id is."""
     try:
-        return bytearray(values)
+        return bytearray(iter(values))  # of an array itself it would copy the memory, several bytes an item
     except ValueError:
         return array(INT32, values)
 

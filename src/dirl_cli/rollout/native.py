@@ -79,7 +79,7 @@ class NativeSampler:
         stint = stint or Stint(len(prompts))
         requests = unfinished(make_requests(prompts, n, decoding, first, seeds, hints), stint)
         remaining = stint.begin((request.prompt, request.sample) for request in requests)
-        if remaining.is_over:
+        if not requests or remaining.is_over:
             return
         queue = list(reversed(requests))
         longest = max(len(request.prompt_ids) for request in queue)

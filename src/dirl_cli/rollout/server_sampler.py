@@ -370,7 +370,7 @@ def body_of(question: Question, decoding: Decoding, weights: WeightsId, block_si
     """The request that a question is, with all that decides its answers, whatever the server's own defaults are."""
     return {
         "prompt": question.prompt_ids,
-        "answer_ids": question.so_far.token_ids if question.so_far else None,
+        "answer_ids": list(question.so_far.token_ids) if question.so_far else None,  # an array is no JSON
         "first": question.first,
         "n": question.n,
         "max_tokens": decoding.max_new_tokens,
