@@ -15,6 +15,7 @@ MAY_IMPORT = {
         "cli/build",
         "cli/config_tree",
         "cli/explain",
+        "cli/former",
         "cli/group_help",
         "cli/gym_choices",
         "cli/overrides",

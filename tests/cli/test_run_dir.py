@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dirl_cli.cli.build import find_class
-from dirl_cli.cli.former import MODULES
+from dirl_cli.cli.former import MODULES, renew_values
 from dirl_cli.cli.run_dir import Said, environment, git_state, open_run
 from dirl_cli.errors import DirlError
 
@@ -113,6 +113,17 @@ def test_a_class_is_found_under_the_name_that_an_earlier_version_gave_it(tmp_pat
     assert found.__name__ == today
     start(tmp_path / "run", part={"_target_": f"dirl_cli.{earlier}"})
     start(tmp_path / "run", part={"_target_": f"{found.__module__}.{today}"})
+
+
+@pytest.mark.parametrize(("earlier", "today"), [(True, 1), (False, 0)])
+def test_a_run_goes_on_where_a_number_was_true_or_false(tmp_path, earlier, today):
+    start(tmp_path / "run", rl={"async_rollout": earlier})
+    same_command = OmegaConf.create({"rl": {"async_rollout": earlier}})
+    renew_values(same_command)
+    assert type(same_command.rl.async_rollout) is int and same_command.rl.async_rollout == today
+    start(tmp_path / "run", rl=same_command.rl)
+    with pytest.raises(DirlError, match=r"rl\.async_rollout"):
+        start(tmp_path / "run", rl={"async_rollout": 2})
 
 
 def test_never_sets_the_old_run_aside(tmp_path):

@@ -1,4 +1,6 @@
-"""Import paths in the config.yaml of runs that an earlier version began, under the names they have today."""
+"""What runs of an earlier version were told, as it is said today, so that their own commands go on with them."""
+
+from omegaconf import DictConfig, OmegaConf
 
 MODULES = {
     "dirl_cli.algo.objective": "dirl_cli.rl.objective",
@@ -21,6 +23,16 @@ CLASSES = {  # in the modules of today
     "dirl_cli.report.metrics_log.Wandb": "dirl_cli.report.trackers.Wandb",
     "dirl_cli.reward.scoring.Rewards": "dirl_cli.reward.scoring.RewardSettings",
 }
+
+NUMBERS = ("rl.async_rollout",)  # which were true or false
+
+
+def renew_values(cfg: DictConfig) -> None:
+    """Give settings that are numbers today and are given as true or false the numbers 1 and 0."""
+    for key in NUMBERS:
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, bool):
+            OmegaConf.update(cfg, key, int(value))
 
 
 def todays_target(target: str) -> str:
