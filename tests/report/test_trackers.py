@@ -77,10 +77,12 @@ def test_a_run_of_an_earlier_version_of_which_only_the_id_is_kept_goes_on_in_wan
 def test_trackio_holds_each_step_once_in_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
+    from trackio import context_vars
     from trackio.sqlite_storage import SQLiteStorage
 
     out = tmp_path / "my-run"
     crash_twice(Trackio("dirl-test"), out)
+    assert context_vars.current_run.get() is None, "which would be ended again at exit"
     [record] = SQLiteStorage.get_run_records("dirl-test")
     assert record["name"].startswith("my-run-")
     logs = SQLiteStorage.get_logs("dirl-test", record["name"])
@@ -106,6 +108,13 @@ def test_mlflow_holds_each_step_once_in_one_run(tmp_path, monkeypatch):
     assert run.info.run_name == "my-run" and run.info.status == "FINISHED"
     assert run.data.params == {"steps": "9", "rl.beta": "0.0", "rl.hints": "None"}
     assert [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")] == TOLD
+
+
+def test_a_place_where_mlflow_cannot_keep_a_run_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://runs")
+    pytest.importorskip("mlflow")
+    with pytest.raises(DirlError, match=r"cannot keep a run in nowhere://runs \(.*\): let MLFLOW_TRACKING_URI name"):
+        Mlflow("dirl").open(tmp_path, CONFIG, -1)
 
 
 def test_mlflow_is_told_settings_by_names_that_it_admits():

@@ -84,7 +84,7 @@ class Trackio:
         name, told = known_run(file, step)
         own_name = name or f"{out.name}-{secrets.token_hex(3)}"  # it finds runs by name: no two may share one
         resume = "allow" if name else "never"
-        tracker = TrackioTracker(self.project, name=own_name, resume=resume, config=dict(config))
+        tracker = FinishedOnce(self.project, name=own_name, resume=resume, config=dict(config))
         start(tracker, "trackio")
         return ToldOnce(tracker, file, own_name, told)
 
@@ -100,7 +100,7 @@ class Mlflow:
         file = out / "mlflow_run_id"
         run_id, told = known_run(file, step)
         tracker = MLflowTracker(self.project, run_id=run_id, run_name=out.name)
-        start(tracker, "mlflow")
+        start_mlflow(tracker)
         if run_id is None:  # it lets no parameter change
             tracker.store_init_configuration(flat(config))
         return ToldOnce(tracker, file, tracker.tracker.info.run_id, told)
@@ -111,7 +111,37 @@ def start(tracker: GeneralTracker, package: str) -> None:
     try:
         tracker.start()
     except ImportError as error:
-        raise DirlError(f"logger={package} needs the package {package} ({error}): pip install {package}") from error
+        raise not_installed(package, error) from error
+
+
+def start_mlflow(tracker: MLflowTracker) -> None:
+    """Begin, where MLflow can keep a run. Raises DirlError where no server answers or its database is not installed."""
+    try:
+        from mlflow.exceptions import MlflowException
+    except ImportError as error:
+        raise not_installed("mlflow", error) from error
+
+    try:
+        start(tracker, "mlflow")
+    except MlflowException as error:
+        place = os.environ.get("MLFLOW_TRACKING_URI", "mlflow.db")
+        raise DirlError(
+            f"MLflow cannot keep a run in {place} ({' '.join(str(error).split())[:200]}): let MLFLOW_TRACKING_URI name "
+            "where it can, or for a file pip install sqlalchemy alembic"
+        ) from error
+
+
+def not_installed(package: str, error: ImportError) -> DirlError:
+    return DirlError(f"logger={package} needs the package {package} ({error}): pip install {package}")
+
+
+class FinishedOnce(TrackioTracker):
+    """accelerate's, which ends the run but leaves it Trackio's current one, to be ended again at exit."""
+
+    def finish(self) -> None:
+        import trackio
+
+        trackio.finish()
 
 
 def known_run(file: Path, step: int) -> tuple[str | None, int]:
