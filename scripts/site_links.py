@@ -102,7 +102,8 @@ def prose_and_code(notebook: Path) -> str:
     parts = []
     for cell in json.loads(notebook.read_text())["cells"]:
         text = "".join(cell["source"])
-        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        language = "bash" if text.startswith("%%bash") else "python"
+        parts.append(text if cell["cell_type"] == "markdown" else f"```{language}\n{text}\n```")
     return "\n\n".join(parts) + "\n"
 
 
