@@ -18,6 +18,7 @@ LEARNING = (
     "+reward.weights={soft_overlong: 1.0}",
     "+reward.options={soft_overlong: {cache: 12}}",
     "reward.workers=1",
+    "reward.timeout=100",  # what a busy machine grades is graded, not given up
     "rl.problems=2",
     "rl.group_size=3",
     "rl.filter=reward",

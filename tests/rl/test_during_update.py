@@ -282,6 +282,30 @@ def test_two_processes_that_share_the_model_prefetch_as_one_does(model, tmp_path
     assert shared == pytest.approx(losses, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_two_steps_ahead_share_what_is_under_way_and_go_on_to_the_same_bytes(model, tmp_path):
+    words = [*SMALL, *ARITHMETIC, f"model.path={model}", *AHEAD, "rl.problems=3"]
+    command = [Path(sys.executable).with_name("dirl"), "rl", *words, "gpus=2", f"out={tmp_path}"]
+
+    def run_both() -> None:
+        ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280)
+        assert ended.returncode == 0
+
+    run_both()
+    whole, learned = weights(tmp_path), updates(tmp_path)
+    rollouts = [path.read_bytes() for path in sorted(tmp_path.glob("rollouts/*"))]
+    assert all(line["staleness_max"] <= 4 for line in lines(tmp_path)), "two steps of two optimizer steps"
+    assert any("spanning" in line for line in lines(tmp_path))
+
+    shutil.rmtree(tmp_path / "model")
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / f"checkpoints/step-00000{step}")
+    run_both()
+    assert (weights(tmp_path), updates(tmp_path)) == (whole, learned)
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("rollouts/*"))] == rollouts
+
+
 def test_more_than_a_step_ahead_wants_an_engine_that_can_leave_answers_and_blocks_of_one_size(model):
     for words, sentence in {
         ("rollout=lmdeploy",): "which LMDeploy cannot: give rollout=native",

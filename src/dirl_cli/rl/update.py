@@ -296,7 +296,7 @@ def staleness_metrics(groups: Sequence[Group], version: int) -> dict[str, float]
     """
     answers = [record.trajectory for record in chain.from_iterable(groups)]
     metrics = {
-        "staleness": version - fmean(fmean(answer.token_versions) for answer in answers),
+        "staleness": version - fmean(fmean(answer.versions or [answer.weights_version]) for answer in answers),
         "staleness_max": float(version - min(answer.weights_version for answer in answers)),
     }
     if any(answer.versions for answer in answers):
