@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dirl_cli.cli.build import find_class
-from dirl_cli.cli.former import MODULES, renew_values
+from dirl_cli.cli.former import MODULES, todays_word
 from dirl_cli.cli.run_dir import Said, environment, git_state, open_run
 from dirl_cli.errors import DirlError
 
@@ -115,14 +115,16 @@ def test_a_class_is_found_under_the_name_that_an_earlier_version_gave_it(tmp_pat
     start(tmp_path / "run", part={"_target_": f"{found.__module__}.{today}"})
 
 
-@pytest.mark.parametrize(("earlier", "today"), [(True, 1), (False, 0)])
-def test_a_run_goes_on_where_a_number_was_true_or_false(tmp_path, earlier, today):
-    start(tmp_path / "run", rl={"async_rollout": earlier})
-    same_command = OmegaConf.create({"rl": {"async_rollout": earlier}})
-    renew_values(same_command)
-    assert type(same_command.rl.async_rollout) is int and same_command.rl.async_rollout == today
-    start(tmp_path / "run", rl=same_command.rl)
-    with pytest.raises(DirlError, match=r"rl\.async_rollout"):
+def test_a_run_goes_on_where_a_number_was_true_or_false(tmp_path):
+    assert [todays_word(f"rl.async_rollout={value}") for value in ("true", "False", "2")] == [
+        "rl.async_rollout=1",
+        "rl.async_rollout=0",
+        "rl.async_rollout=2",
+    ]
+    assert todays_word("rl.train_tail=true") == "rl.train_tail=true"
+    start(tmp_path / "run", rl={"async_rollout": True})
+    start(tmp_path / "run", rl={"async_rollout": 1})
+    with pytest.raises(DirlError, match=r"rl\.async_rollout: 1 → 2"):
         start(tmp_path / "run", rl={"async_rollout": 2})
 
 

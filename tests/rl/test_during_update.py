@@ -64,6 +64,14 @@ def test_a_checkpoint_keeps_what_was_prefetched():
     assert len(restored.rounds[0].groups) == 2
 
 
+def test_a_checkpoint_keeps_by_what_processes_share_the_work():
+    ours = source(each(MIXED))
+    ours.collect(0)
+    restored = RolloutState.from_json(json.loads(json.dumps(ours.state.to_json())))
+    assert len(restored.lengths) == 2 and restored.lengths == ours.state.lengths
+    assert set(restored.lengths.values()) == {2.0}
+
+
 def test_of_an_earlier_versions_checkpoint_what_was_prefetched_is_sampled_anew():
     ours = source(each(MIXED))
     with prefetch_rollout(ours, 1, 1):

@@ -1,7 +1,5 @@
 """What runs of an earlier version were told, as it is said today, so that their own commands go on with them."""
 
-from omegaconf import DictConfig, OmegaConf
-
 MODULES = {
     "dirl_cli.algo.objective": "dirl_cli.rl.objective",
     "dirl_cli.algo.views": "dirl_cli.diffusion.states",
@@ -27,12 +25,12 @@ CLASSES = {  # in the modules of today
 NUMBERS = ("rl.async_rollout",)  # which were true or false
 
 
-def renew_values(cfg: DictConfig) -> None:
-    """Give settings that are numbers today and are given as true or false the numbers 1 and 0."""
-    for key in NUMBERS:
-        value = OmegaConf.select(cfg, key)
-        if isinstance(value, bool):
-            OmegaConf.update(cfg, key, int(value))
+def todays_word(word: str) -> str:
+    """A word of the command line, with 1 or 0 for the true or false of a setting that is a number today."""
+    key, _, value = word.partition("=")
+    if key in NUMBERS and value.lower() in ("true", "false"):
+        return f"{key}={int(value.lower() == 'true')}"
+    return word
 
 
 def todays_target(target: str) -> str:

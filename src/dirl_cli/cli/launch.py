@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dirl_cli.cli import config_tree, explain, overrides, schema
 from dirl_cli.cli.build import build
-from dirl_cli.cli.former import renew_values
+from dirl_cli.cli.former import todays_word
 from dirl_cli.cli.group_help import show_asked_groups, show_choices
 from dirl_cli.cli.gym_choices import name_gym_tasks
 from dirl_cli.cli.processes import check_launch, start_workers
@@ -108,6 +108,7 @@ def rewrite_words(name: str, flags: Sequence[str], words: Sequence[str]) -> Hydr
             words = expanded
     if name == "eval":
         words = name_gym_tasks(words)
+    words = [todays_word(word) for word in words]
 
     is_sweep = "--multirun" in flags
     learns_from_answers = name == "sft"
@@ -228,7 +229,6 @@ def settle_config(name: str, cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise DirlError(explain.explain(error, name, [])) from error
 
-    renew_values(cfg)
     refuse_secrets(config_tree.leaves(OmegaConf.to_container(cfg)))
     check_values(name, cfg)
     if OmegaConf.select(cfg, "model._target_") == PATH_MODEL:

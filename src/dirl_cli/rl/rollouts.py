@@ -46,13 +46,15 @@ class RolloutState:
     """How far into the endless order of problems a run is, which its checkpoints keep.
 
     drawn: problems drawn so far, for rounds that a step has taken. surplus: groups left over for the next step. rounds:
-    those that are sampled ahead, the next one first. rests_until: see curriculum.py.
+    those that are sampled ahead, the next one first. rests_until: see curriculum.py. lengths: by problem, the mean of
+    its last answers in tokens, by which processes share the work: what each leaves under way depends on that.
     """
 
     drawn: int = 0
     surplus: list[Group] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
     rests_until: dict[int, int] = field(default_factory=dict)
+    lengths: dict[int, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -60,13 +62,15 @@ class RolloutState:
             "surplus": groups_to_json(self.surplus),
             "rounds": [one.to_json() for one in self.rounds],
             "rests_until": {str(problem): index for problem, index in self.rests_until.items()},
+            "lengths": {str(problem): tokens for problem, tokens in self.lengths.items()},
         }
 
     @staticmethod
     def from_json(saved: dict[str, Any]) -> "RolloutState":
         rests_until = {int(problem): index for problem, index in saved.get("rests_until", {}).items()}
         rounds = [Round.from_json(one) for one in saved.get("rounds", [])]  # earlier versions' are sampled anew
-        return RolloutState(saved["drawn"], groups_from_json(saved["surplus"]), rounds, rests_until)
+        lengths = {int(problem): tokens for problem, tokens in saved.get("lengths", {}).items()}
+        return RolloutState(saved["drawn"], groups_from_json(saved["surplus"]), rounds, rests_until, lengths)
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,6 @@ class SampledRollouts:
     solutions: Sequence[Sequence[int]] = ()
     growth: BlockGrowth = NO_GROWTH
     state: RolloutState = field(default_factory=RolloutState)
-    lengths: dict[int, float] = field(default_factory=dict)  # by problem: the mean of its last answers, in tokens
     is_new = True
 
     @property
@@ -159,6 +162,7 @@ class SampledRollouts:
         """See `RolloutSource.collect`; groups left over from earlier steps come first, then rounds sampled ahead."""
         drawn = self.state.drawn
         rests_until = dict(self.state.rests_until)
+        lengths = dict(self.state.lengths)
         rounds = self.state.rounds
         surplus = self.surplus(step)
         selected = self.fresh(surplus)
@@ -174,6 +178,7 @@ class SampledRollouts:
             rounds = self.sample(rounds or [self.draw(step, number, drawn, rests_until)])
             whole, rounds = rounds[0], rounds[1:]
             drawn = whole.drawn
+            lengths |= {self.order[index]: tokens for index, tokens in whole.lengths.items()}
             groups = [self.ranked(group) for group in whole.groups]
             rests_until |= self.curriculum.rests(self.order, whole.indices, [pass_rate(group) for group in groups])
 
@@ -189,7 +194,7 @@ class SampledRollouts:
 
         # Set at the end alone: a rollout that is interrupted has not happened.
         resting = {problem: index for problem, index in rests_until.items() if index > drawn}
-        self.state = RolloutState(drawn, selected[self.problems_per_step :], rounds, resting)
+        self.state = RolloutState(drawn, selected[self.problems_per_step :], rounds, resting, lengths)
         with_hints = hinted if self.hints.most else None
         return Rollout(selected[: self.problems_per_step], sampled, num_with_signal, with_hints, too_stale)
 
@@ -284,11 +289,6 @@ class SampledRollouts:
             answers = with_arrays(outcome for *_, outcome in own_outcomes)
             own_places = [outcome[:3] for outcome in own_outcomes]
             outcomes = gather_object([(*place, answer) for place, answer in zip(own_places, answers, strict=True)])
-        lengths: dict[int, list[int]] = {}  # of the answers to each problem
-        for _, index, _, outcome in outcomes:
-            if isinstance(outcome, Record):
-                lengths.setdefault(self.order[index], []).append(len(outcome.trajectory.token_ids))
-        self.lengths |= {problem: fmean(tokens) for problem, tokens in lengths.items()}
         return with_outcomes(rounds, outcomes)
 
     def ranked(self, group: Group) -> Group:
@@ -297,8 +297,9 @@ class SampledRollouts:
 
     def cost(self, problem: int) -> float:
         """Tokens of a prompt and an answer to it, as long as its last or, until it has one, as all problems'."""
-        usual = fmean(self.lengths.values()) if self.lengths else 0.0
-        return len(self.prompts[problem]) + self.lengths.get(problem, usual)
+        lengths = self.state.lengths
+        usual = fmean(lengths.values()) if lengths else 0.0
+        return len(self.prompts[problem]) + lengths.get(problem, usual)
 
     def answers(
         self, rounds: Sequence[Round], asked: Sequence[tuple[int, int]], more: int, with_hints: bool

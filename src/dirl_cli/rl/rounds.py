@@ -6,6 +6,7 @@ With `rl.async_rollout` above 1 several are under way at once, and a push of new
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from dirl_cli.rl.groups import Group
@@ -57,6 +58,14 @@ class Round:
             if record.reward is not None:
                 by_index[index].append(record)
         return [sorted(group, key=lambda record: record.sample) for group in by_index.values()]
+
+    @property
+    def lengths(self) -> dict[int, float]:
+        """The mean length of the answers to each problem in tokens, by its index."""
+        tokens: dict[int, list[int]] = {}
+        for index, record in self.answers:
+            tokens.setdefault(index, []).append(len(record.trajectory.token_ids))
+        return {index: fmean(of_answers) for index, of_answers in tokens.items()}
 
     def take(self, answers: Sequence[Indexed], under_way: Sequence[Partial]) -> "Round":
         """The round with more answers, and what there is now of those that have not ended."""
