@@ -15,6 +15,7 @@ from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 
 from dirl_cli.cli.schema import SCHEMAS
+from scripts.site_docstrings import with_lists
 from scripts.site_links import outside_code, place, targets
 from scripts.site_settings import command_settings, explanations, group_settings, groups, of_docstring
 
@@ -115,6 +116,12 @@ def test_a_key_is_explained_by_a_docstring():
 
     lines = [of_docstring(Kind, name) for name in ("high", "steps", "seed")]
     assert lines == ["the bounds", "how many of them", "What it is, drawn from `seed`"]
+
+
+def test_parameters_of_a_docstring_are_a_list():
+    docstring = "Load it.\n\npath, name: where\nit lies.\nseed: of all.\nRaises DirlError: never."
+    listed = "Load it.\n\n\n* `path`, `name`: where\n  it lies.\n* `seed`: of all.\n\nRaises DirlError: never."
+    assert with_lists(docstring) == listed
 
 
 def test_code_is_left_alone_and_links_of_code_are_links():
