@@ -74,7 +74,8 @@ def main() -> None:
     for size, name in models:
         group = [trained(size, name, seed) for seed in SEEDS]
         order = [agreement(start(seed), model, size) for seed, model in zip(SEEDS, group, strict=True)]
-        print(f"| {size} | {name} | {' | '.join(cells(group))} | {mean_and_error(order, 2)} |")
+        shown = "" if None in order else mean_and_error(order, 2)
+        print(f"| {size} | {name} | {' | '.join(cells(group))} | {shown} |")
     for size in sizes:
         draw(size, [name for of, name in models if of == size])
 
@@ -213,8 +214,11 @@ def ordered(model: Path) -> Path:
     return ROOT / "generate" / f"{model.parent.name}-order"
 
 
-def agreement(before: Path, after: Path, size: int) -> float:
-    """Mean rank correlation (Spearman's) of two models' orders within blocks, where they gave the same answer."""
+def agreement(before: Path, after: Path, size: int) -> float | None:
+    """Mean rank correlation (Spearman's) of two models' orders within blocks, where they gave the same answer.
+
+    None where they gave none.
+    """
     correlations = []
     for one, other in zip(answers(before), answers(after), strict=True):
         if one["token_ids"] != other["token_ids"]:
@@ -222,7 +226,7 @@ def agreement(before: Path, after: Path, size: int) -> float:
         first, second = order_of(one), order_of(other)
         for low in range(0, len(first) - size + 1, size):  # whole blocks alone
             correlations.append(spearman(first[low : low + size], second[low : low + size]))
-    return mean(correlations)
+    return mean(correlations) if correlations else None
 
 
 def answers(model: Path) -> list[dict[str, Any]]:
