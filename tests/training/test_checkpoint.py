@@ -343,7 +343,7 @@ def test_what_fails_in_the_background_is_told_at_the_next_save_or_at_the_end(tmp
         with pytest.raises(DirlError, match=r"step-000002.* cannot be written"):
             kept.save(3, *run, {})
         kept.save(2, *run, {})
-        while not kept._pending_write.done():
+        while not kept._background_write.pending.done():
             time.sleep(0.01)
     with pytest.raises(ZeroDivisionError), kept:  # what ended the run is not hidden by what its checkpoint came to
         kept.save(4, *run, {})

@@ -1,8 +1,7 @@
 """What a reinforcement step leaves on the disk and on the screen besides its metrics."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from dirl_cli.report.progress import StepProgress, due
 from dirl_cli.rl.groups import Group
 from dirl_cli.rl.rollout_metrics import answer_table, records
 from dirl_cli.rollout.storage import rollout_path, write_rollout
+from dirl_cli.training.background_write import BackgroundWrite
 
 REMEDIES = (
     "give easier problems or a model that is right at times, more decoding.max_new_tokens,"
@@ -34,7 +34,7 @@ class RolloutReport:
     learns: bool
     progress: StepProgress
     without_signal: int = 0  # steps in a row
-    pending_write: Future[None] | None = None
+    background_write: BackgroundWrite = field(default_factory=lambda: BackgroundWrite("rollout"))
 
     def __enter__(self) -> Self:
         return self
@@ -42,20 +42,12 @@ class RolloutReport:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.wait()
-        elif self.pending_write:
-            self.pending_write.exception()  # it is written to its end, but what is reported is why the run ended
+        self.background_write.__exit__(kind, error, trace)
 
     def write(self, step: int, groups: Sequence[Group], sampled: Sequence[Group]) -> None:
         """Write and show step `step` (from 1). groups: those learned from, with their advantages."""
-        self.wait()
         if self.directory:
-            thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
-            self.pending_write = thread.submit(
-                write_rollout, rollout_path(self.directory, step), records(groups, sampled)
-            )
-            thread.shutdown(wait=False)  # which ends it with what it writes
+            self.background_write.start(write_rollout, rollout_path(self.directory, step), records(groups, sampled))
         self.without_signal = 0 if any_advantage(groups) else self.without_signal + 1
         if self.without_signal == PATIENCE and self.learns:
             self.progress.print_line(f"nothing is learned: {why_without_signal(sampled)}")
@@ -64,10 +56,7 @@ class RolloutReport:
 
     def wait(self) -> None:
         """Wait until the last step's answers are on the disk. Raises DirlError where they could not be written."""
-        pending = self.pending_write
-        self.pending_write = None
-        if pending:
-            pending.result()
+        self.background_write.wait()
 
 
 def any_advantage(groups: Sequence[Group]) -> bool:

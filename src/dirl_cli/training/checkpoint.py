@@ -6,7 +6,6 @@ What is in one, and how it is read, is in stored_checkpoint.py.
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from math import inf, isfinite, nan
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from dirl_cli.errors import DirlError, did_you_mean
 from dirl_cli.files import atomic_directory, partial_path, remove, sync, writing
 from dirl_cli.models.peft import trainable_parameters
+from dirl_cli.training.background_write import BackgroundWrite
 from dirl_cli.training.shards import Shard, write_shards
 from dirl_cli.training.stored_checkpoint import (
     MODEL,
@@ -62,7 +62,7 @@ class RunCheckpoints:
         self.best = best
         self._record: tuple[float, int] | None = None  # how good the best is, and minus its step
         self._in_background = in_background
-        self._pending_write: Future[None] | None = None
+        self._background_write = BackgroundWrite("checkpoint")
         # The thread's own group, so that its messages do not get between the training's.
         self._group = None
         if accelerator.num_processes > 1:
@@ -78,10 +78,7 @@ class RunCheckpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.wait()
-        elif self._pending_write:
-            self._pending_write.exception()  # it is written to its end, but what is reported is why the run ended
+        self._background_write.__exit__(kind, error, trace)
 
     def begin(self, resume: str, say: Callable[[str], None]) -> Path | None:
         """Where the run goes on: from the last good checkpoint here, or without any from the one that `resume` names.
@@ -153,19 +150,14 @@ class RunCheckpoints:
             copies = {}
             for name, shards in files.items():
                 copies[name] = {key: shard.copy() for key, shard in shards.items()}
-            thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._pending_write = thread.submit(self._write, path, copies, state)
-            thread.shutdown(wait=False)  # which ends it with what it writes
+            self._background_write.start(self._write, path, copies, state)
         else:
             self._write(path, files, state)
         return path
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk; raises what came in between."""
-        pending = self._pending_write
-        self._pending_write = None
-        if pending:
-            pending.result()
+        self._background_write.wait()
 
     def _own_files(self, kind: str, tensors: Mapping[str, Tensor]) -> Files:
         """What this process writes: its shards, and the main process all tensors that are not sharded."""
