@@ -33,7 +33,7 @@ from dirl_cli.rl.answer_strips import ALONE, AnswerSpan, Part
 from dirl_cli.rl.batch import ObjectiveRows, TrajectoryGroup
 from dirl_cli.rl.groups import Group, add_advantages
 from dirl_cli.rl.rollout_metrics import records, rollout_metrics
-from dirl_cli.rl.rollouts import Rollout
+from dirl_cli.rl.rollout_state import Rollout
 from dirl_cli.rollout.arrays import with_arrays
 from dirl_cli.rollout.storage import Record, write_rollout
 from dirl_cli.types import Problem, Trajectory

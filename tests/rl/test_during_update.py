@@ -16,7 +16,7 @@ from dirl_cli.commands.rl_parts import build_rl_parts, require_ahead
 from dirl_cli.errors import DirlError
 from dirl_cli.rl.during_update import prefetch_rollout
 from dirl_cli.rl.rollout_metrics import rollout_metrics
-from dirl_cli.rl.rollouts import RolloutState
+from dirl_cli.rl.rollout_state import RolloutState
 from dirl_cli.rl.update import staleness_metrics
 from dirl_cli.rollout.storage import read_rollout
 from tests.helpers.fake_rollouts import MIXED, POOL, SAME, each, ids, order, source

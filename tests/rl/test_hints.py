@@ -18,7 +18,7 @@ from dirl_cli.rl.curriculum import Curriculum
 from dirl_cli.rl.hints import Hints, cut_at
 from dirl_cli.rl.replay import continues
 from dirl_cli.rl.rollout_metrics import records, rollout_metrics
-from dirl_cli.rl.rollouts import RolloutState
+from dirl_cli.rl.rollout_state import RolloutState
 from dirl_cli.rollout.storage import Record, read_rollout
 from dirl_cli.types import HELD, Problem, Trajectory
 from tests.helpers.fake_rollouts import MIXED, POOL, SAME, each, order, source

@@ -15,7 +15,7 @@ from dirl_cli.rl.during_update import prefetch_rollout
 from dirl_cli.rl.groups import add_advantages, group_has_signal, ranked_group
 from dirl_cli.rl.replay import ReplayedRollouts, Rescorer, continues, rollouts_of
 from dirl_cli.rl.rollout_metrics import answer_table, records, rollout_metrics
-from dirl_cli.rl.rollouts import Rollout, RolloutState
+from dirl_cli.rl.rollout_state import Rollout, RolloutState
 from dirl_cli.rollout.storage import Record, rollout_path, write_rollout
 from dirl_cli.types import Problem, Trajectory
 from tests.helpers.fake_rollouts import MIXED, POOL, SAME, FakeScorer, each, ids, order, source

@@ -53,7 +53,7 @@ from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.scoring import RewardComputer
 from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.reporting import REMEDIES, RolloutReport
-from dirl_cli.rl.rollouts import RolloutState
+from dirl_cli.rl.rollout_state import RolloutState
 from dirl_cli.rl.train import train
 from dirl_cli.rollout.engines import Servers, require_strategy
 from dirl_cli.text import shell_word

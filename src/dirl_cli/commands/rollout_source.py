@@ -18,7 +18,8 @@ from dirl_cli.rl.block_growth import BlockGrowth
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
 from dirl_cli.rl.hints import Hints, cut_at
 from dirl_cli.rl.replay import ReplayedRollouts, Rescorer, rollouts_of
-from dirl_cli.rl.rollouts import RolloutSource, SampledRollouts, problem_order
+from dirl_cli.rl.rollout_state import RolloutSource
+from dirl_cli.rl.rollouts import SampledRollouts, problem_order
 from dirl_cli.rollout.engines import Native, Servers
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.parallel import unsharded_model

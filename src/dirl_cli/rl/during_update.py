@@ -7,7 +7,8 @@ from threading import Event
 
 import torch
 
-from dirl_cli.rl.rollouts import RolloutSource, SampledRollouts
+from dirl_cli.rl.rollout_state import RolloutSource
+from dirl_cli.rl.rollouts import SampledRollouts
 from dirl_cli.rl.rounds import Outcome
 from dirl_cli.rollout.sampler import Sampler
 

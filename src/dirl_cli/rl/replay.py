@@ -13,7 +13,7 @@ from dirl_cli.reward.scoring import RewardComputer
 from dirl_cli.rl.batch import steps_of_blocks
 from dirl_cli.rl.block_growth import NO_GROWTH, BlockGrowth
 from dirl_cli.rl.groups import Decode, Group, group_has_signal, ranked_group, revealed_blocks, with_reward
-from dirl_cli.rl.rollouts import Rollout, RolloutState
+from dirl_cli.rl.rollout_state import Rollout, RolloutState
 from dirl_cli.rollout.storage import Record, read_lines, require_learnable, rollout_files
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dirl_cli.rl.groups import Group
-from dirl_cli.rl.rollouts import Rollout
+from dirl_cli.rl.rollout_state import Rollout
 from dirl_cli.rollout.storage import Record
 
 

@@ -4,7 +4,7 @@ from dirl_cli.rl.during_update import sampler_during_update
 from dirl_cli.rl.groups import add_advantages
 from dirl_cli.rl.reporting import RolloutReport
 from dirl_cli.rl.rollout_metrics import rollout_metrics
-from dirl_cli.rl.rollouts import RolloutSource
+from dirl_cli.rl.rollout_state import RolloutSource
 from dirl_cli.rl.update import PolicyUpdate
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.session import Evaluation, Session
