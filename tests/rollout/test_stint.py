@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.rollout.sampler import Stint, joined
+from dirl_cli.rollout.sampler import Stint, continued
 from dirl_cli.rollout.storage import trajectory_from_json, trajectory_to_json
 from dirl_cli.training.logprobs import trajectory_logprobs
 from dirl_cli.types import Decoding, Trajectory
@@ -119,11 +119,11 @@ def test_stints_are_the_same_whenever_they_are_sampled():
 def test_joined_answers_count_forwards_and_keep_versions_only_where_they_differ():
     old = Trajectory([1], [2, 3], [1, 1], [-0.5, -0.5], denoise_forwards=1, forwards=2, weights_version=4)
     new = Trajectory([1], [4], [2], [-0.25], "stop", denoise_forwards=2, forwards=2, weights_version=6)
-    both = joined(old, new)
+    both = continued(old, new)
     assert both == Trajectory(
         [1], [2, 3, 4], [1, 1, 2], [-0.5, -0.5, -0.25], "stop", 3, 4, weights_version=4, versions=[4, 4, 6]
     )
-    assert joined(old, joined(None, old)).versions == []
+    assert continued(old, continued(None, old)).versions == []
     assert trajectory_from_json(json.loads(json.dumps(trajectory_to_json(both)))) == both
     assert "versions" not in trajectory_to_json(old)
     with pytest.raises(ValueError, match="token_ids and versions differ in length"):

@@ -21,7 +21,7 @@ from dirl_cli.rollout.decoder import Decoder, decoder_of
 from dirl_cli.rollout.forward import EagerForward, Forward
 from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attention, page_size, run_eagerly
 from dirl_cli.rollout.products import Products
-from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Stint, Watch, collect_samples, cut_to, joined
+from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Stint, Watch, collect_samples, continued, cut_to
 from dirl_cli.rollout.scheduler import Finished, FullBlock, Request, Scheduler, make_requests, require_free_end
 from dirl_cli.types import Decoding, Trajectory
 
@@ -106,12 +106,12 @@ class NativeSampler:
             for finished in list(scheduler.step(watch)):
                 prompt, sample = finished.request.prompt, finished.request.sample
                 remaining.take(prompt, sample)
-                yield prompt, sample, joined(stint.under_way.pop((prompt, sample), None), self._trajectory(finished))
+                yield prompt, sample, continued(stint.under_way.pop((prompt, sample), None), self._trajectory(finished))
 
         # What is left under way is kept up to its last full block: the tokens of the next one are drawn anew.
         for part in scheduler.under_way():
             key = part.request.prompt, part.request.sample
-            stint.under_way[key] = joined(stint.under_way.get(key), self._trajectory(part))
+            stint.under_way[key] = continued(stint.under_way.get(key), self._trajectory(part))
         self.keep_idle(forward)
 
     def open_batch(self, length: int) -> "NativeBatch":

@@ -57,7 +57,7 @@ class Remaining:
         return not self.waited_for and self.more <= 0
 
 
-def joined(so_far: Trajectory | None, rest: Trajectory) -> Trajectory:
+def continued(so_far: Trajectory | None, rest: Trajectory) -> Trajectory:
     """A whole answer, of what there was of it and what a stream has sampled to it."""
     if so_far is None:
         return rest

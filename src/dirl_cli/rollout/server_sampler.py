@@ -23,7 +23,7 @@ from dirl_cli.distributed import first_tells, is_first_of_group, is_group, wait_
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.pushed_weights import WeightsId, remove_other_weights, write_weights
-from dirl_cli.rollout.sampler import Hint, LiveBatch, Stint, Watch, collect_samples, joined
+from dirl_cli.rollout.sampler import Hint, LiveBatch, Stint, Watch, collect_samples, continued
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
 from dirl_cli.rollout.server_pool import POLL, ServerPool, cancelled
 from dirl_cli.rollout.storage import trajectory_from_json
@@ -68,7 +68,7 @@ class Question:
     def trajectory(self, index: int) -> Trajectory:
         """An answer, or what there is of it."""
         part = {"stop_reason": "length", **self.parts[index], "prompt_ids": self.prompt_ids}
-        return joined(self.so_far, trajectory_from_json(part))
+        return continued(self.so_far, trajectory_from_json(part))
 
     @property
     def under_way(self) -> dict[tuple[int, int], Trajectory]:
