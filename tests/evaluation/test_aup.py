@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dirl_cli.commands.eval import after_sweep
+from dirl_cli.commands.eval_comparison import after_sweep
 from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.aup import Speed, curve_of
 from dirl_cli.evaluation.metrics import measure

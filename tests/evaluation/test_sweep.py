@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
-from dirl_cli.commands.eval import after_sweep
+from dirl_cli.commands.eval_comparison import after_sweep
 from dirl_cli.evaluation.answers import GradedAnswer
 from dirl_cli.evaluation.metrics import mean_over_seeds, measure
 from dirl_cli.evaluation.result_card import read_evaluation
