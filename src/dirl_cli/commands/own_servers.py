@@ -94,6 +94,8 @@ def ready_engine(engine: Engine, servers: list[ServerProcess], progress: StepPro
 
 def require_alone(engine: Servers, nodes: int) -> None:
     """Raises DirlError where the run has other servers too, or machines that do not see this one's."""
+    if engine.is_sglang:
+        engine.require()
     if engine.url:
         raise DirlError("rollout.servers starts servers and rollout.url has others: give one of the two")
     if nodes > 1:

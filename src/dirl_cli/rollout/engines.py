@@ -27,7 +27,7 @@ from dirl_cli.types import Decoding
 
 LMDEPLOY = "0.18"
 LMDEPLOY_MODELS = ("sdar", "sdar_moe")
-OwnEngine = Annotated[str, OneOf("native", "lmdeploy")]  # of servers that a run starts by itself
+ServedEngine = Annotated[str, OneOf("native", "lmdeploy", "sglang")]
 
 
 class Engine(Protocol):
@@ -108,20 +108,25 @@ class Lmdeploy:
 
 @dataclass(frozen=True)
 class Servers:
-    """Servers (`dirl serve`) on any machines: see `ServerSampler`. url: their addresses.
+    """Servers (`dirl serve`, or SGLang's own) on any machines: see `ServerSampler`. url: their addresses.
 
-    servers: how many `dirl rl` starts by itself instead, of the engine whose name is `engine`. max_batch: answers that
-    each process asks of a server at once. silence, push_timeout, patience: see `Patience`.
+    engine: what they sample with. servers: how many `dirl rl` starts by itself instead, not of SGLang. max_batch:
+    answers that each process asks of a server at once. silence, push_timeout, patience: see `Patience`.
     """
 
     url: tuple[str, ...]
     servers: Count | None
-    engine: OwnEngine
+    engine: ServedEngine
     directory: str
     max_batch: Count
     silence: Positive
     push_timeout: Positive
     patience: Positive
+
+    @property
+    def is_sglang(self) -> bool:
+        """Whether they are SGLang's own."""
+        return self.engine == "sglang"
 
     @property
     def addresses(self) -> list[str]:
@@ -130,6 +135,11 @@ class Servers:
 
     def require(self) -> None:
         """Raises DirlError for addresses that are none."""
+        if self.is_sglang and (self.servers or not self.url):
+            raise DirlError(
+                "rollout=sglang wants the addresses of SGLang's servers, which docs/sglang.md shows how to start: give"
+                " rollout.url=[http://HOST:30000] and leave out rollout.servers"
+            )
         if self.servers:
             raise DirlError("rollout.servers is of dirl rl: give rollout.url=[http://HOST:8000] of each `dirl serve`")
         if not self.url:
@@ -151,7 +161,7 @@ class Servers:
         self.require()
         patience = Patience(self.silence, self.push_timeout, self.patience)
         key = os.environ.get(KEY_VARIABLE)
-        return ServerSampler(lm, self.addresses, Path(self.directory), self.max_batch, patience, key)
+        return ServerSampler(lm, self.addresses, Path(self.directory), self.max_batch, patience, key, self.is_sglang)
 
 
 def is_address(url: str) -> bool:

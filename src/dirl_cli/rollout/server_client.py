@@ -52,6 +52,8 @@ class ServerClient:
     it may be asked. failure: why it may not. rests_until: when it is to be asked again how it is, by `time.monotonic`.
     """
 
+    length_option = "serve.max_length"
+
     def __init__(self, url: str, key: str | None, lm: DiffusionLM, patience: Patience, connections: int) -> None:
         self.url = url
         self.lm = lm

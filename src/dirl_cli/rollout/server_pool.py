@@ -7,17 +7,42 @@ runs in one event loop.
 import asyncio
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dirl_cli.distributed import is_first_of_group
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.pushed_weights import WeightsId
-from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
+from dirl_cli.rollout.server_client import Patience, ServerFailed
 
 POLL = 0.05  # seconds between looks at who has room
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a server that failed is asked again
+
+
+class Server(Protocol):
+    """A server of any kind, and what is known of it: see `ServerClient`, of `dirl serve`.
+
+    length_option: what it is started with for more room.
+    """
+
+    url: str
+    length_option: str
+    tokens: int
+    answers: int
+    failures: int
+    is_up: bool
+    failure: str
+    rests_until: float
+    length: int
+
+    async def prepare(self, path: Path, weights: WeightsId) -> None:
+        """See `ServerClient.prepare`."""
+        ...
+
+    def choices(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        """See `ServerClient.choices`."""
+        ...
 
 
 class ServerPool:
@@ -27,7 +52,7 @@ class ServerPool:
     by `time.monotonic`.
     """
 
-    def __init__(self, servers: Sequence[ServerClient], max_batch: int, patience: Patience) -> None:
+    def __init__(self, servers: Sequence[Server], max_batch: int, patience: Patience) -> None:
         self.servers = servers
         self.max_batch = max_batch
         self.patience = patience
@@ -40,7 +65,7 @@ class ServerPool:
         """Some server has done something just now."""
         self.last_heard = time.monotonic()
 
-    def least_busy(self, answers: int) -> ServerClient | None:
+    def least_busy(self, answers: int) -> Server | None:
         """The server with the fewest tokens outstanding, among those that have room for so many answers."""
         able = []
         for server in self.servers:
@@ -48,7 +73,7 @@ class ServerPool:
                 able.append(server)
         return min(able, key=lambda server: server.tokens, default=None)
 
-    def leave_out(self, server: ServerClient, failure: ServerFailed | DirlError) -> None:
+    def leave_out(self, server: Server, failure: ServerFailed | DirlError) -> None:
         """Ask a server nothing until it has the weights that count; from now on that is looked after."""
         server.is_up = False
         server.length = 0  # what comes back may be started otherwise
@@ -59,13 +84,13 @@ class ServerPool:
         self._let_rest(server, failure)
         self._look_after(server)
 
-    def pause(self, server: ServerClient, failure: ServerFailed) -> None:
+    def pause(self, server: Server, failure: ServerFailed) -> None:
         """Ask a server nothing for a while that has too much to do, which is no fault of its own."""
         server.is_up = False
         self._let_rest(server, failure)
         self._look_after(server)
 
-    def _let_rest(self, server: ServerClient, failure: ServerFailed | DirlError) -> None:
+    def _let_rest(self, server: Server, failure: ServerFailed | DirlError) -> None:
         """Ask a server nothing for as long as it says, and the longer the more often it has failed."""
         doublings = min(max(server.failures - 1, 0), 16)
         pause = min(FIRST_PAUSE * 2**doublings, LONGEST_PAUSE)
@@ -73,12 +98,12 @@ class ServerPool:
             pause = max(pause, failure.pause)
         server.rests_until = time.monotonic() + pause
 
-    def _look_after(self, server: ServerClient) -> None:
+    def _look_after(self, server: Server) -> None:
         task = asyncio.create_task(self._bring_back(server))
         self.returning.add(task)
         task.add_done_callback(self.returning.discard)
 
-    async def _bring_back(self, server: ServerClient) -> None:
+    async def _bring_back(self, server: Server) -> None:
         """Look after a server that was left out, ever more rarely, until it may be asked again.
 
         A rest that has begun goes on where new weights have come meanwhile: they may come more often than it ends.
@@ -92,14 +117,14 @@ class ServerPool:
                 server.failures += 1
                 self._let_rest(server, failure)
 
-    async def _prepare(self, server: ServerClient) -> None:
+    async def _prepare(self, server: Server) -> None:
         """Let a server be asked, once it has the weights that count. Raises what keeps it from that."""
         if self.weights is None:
             raise ServerFailed("waits for weights")
         try:
             await server.prepare(self.path, self.weights)
         except (LookupError, TypeError, ValueError) as error:
-            raise ServerFailed("is no server of dirl, or of another version") from error
+            raise ServerFailed("is no such server, or of another version") from error
         server.is_up = True
         self.heard()
 

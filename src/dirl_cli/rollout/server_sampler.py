@@ -1,4 +1,4 @@
-"""Samples with any number of servers (`dirl serve`): each prompt's answers are asked of the one that owes least.
+"""Samples with any number of servers (`dirl serve`, SGLang): each prompt is asked of the one that owes least.
 
 What a server does not answer is asked of another with the same seed, and so has the same answer; server_pool.py says
 which may be asked. Every answer is of the weights that its request names, or there is none: see `WeightsId`.
@@ -25,7 +25,8 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.pushed_weights import WeightsId, remove_other_weights, write_weights
 from dirl_cli.rollout.sampler import Hint, LiveBatch, Stint, Watch, collect_samples, continued
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
-from dirl_cli.rollout.server_pool import POLL, ServerPool, cancelled
+from dirl_cli.rollout.server_pool import POLL, Server, ServerPool, cancelled
+from dirl_cli.rollout.sglang_client import SglangClient
 from dirl_cli.rollout.storage import trajectory_from_json
 from dirl_cli.types import Decoding, Trajectory
 
@@ -85,15 +86,24 @@ class ServerSampler:
 
     urls: of the servers. directory: where weights are handed over, on a disk that all see under this path. max_batch:
     answers that are asked of each server at once, by each process. key: that servers want to be shown.
+    is_sglang: whether they are SGLang's and not `dirl serve`.
     """
 
     def __init__(
-        self, lm: DiffusionLM, urls: Sequence[str], directory: Path, max_batch: int, patience: Patience, key: str | None
+        self,
+        lm: DiffusionLM,
+        urls: Sequence[str],
+        directory: Path,
+        max_batch: int,
+        patience: Patience,
+        key: str | None,
+        is_sglang: bool = False,
     ) -> None:
         self.lm = lm
         self.weights_version = 0
         self.directory = directory
-        servers = [ServerClient(url, key, lm, patience, 2 * max_batch + 4) for url in urls]
+        client = SglangClient if is_sglang else ServerClient
+        servers = [client(url, key, lm, patience, 2 * max_batch + 4) for url in urls]
         self.pool = ServerPool(servers, max_batch, patience)
 
         self.loop = asyncio.new_event_loop()
@@ -224,7 +234,7 @@ class ServerSampler:
         return under_way
 
     def _begin(
-        self, server: ServerClient, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
+        self, server: Server, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
     ) -> "asyncio.Task[Question | None]":
         """Ask a server a question, what it owes thereby counted from now on."""
         tokens = question.n * (len(question.prompt_ids) + decoding.max_new_tokens)
@@ -240,7 +250,7 @@ class ServerSampler:
         return task
 
     async def _ask(
-        self, server: ServerClient, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
+        self, server: Server, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
     ) -> Question | None:
         """Have a server answer a question; returns the question where some answers are missing."""
         weights = self.pool.weights
@@ -258,7 +268,7 @@ class ServerSampler:
 
     async def _tell_answers(
         self,
-        server: ServerClient,
+        server: Server,
         question: Question,
         decoding: Decoding,
         weights: WeightsId,
@@ -288,16 +298,16 @@ class ServerSampler:
         if len(question.answered) < question.n:
             raise ServerFailed("leaves answers out")
 
-    def _require_room(self, server: ServerClient, question: Question, decoding: Decoding) -> None:
+    def _require_room(self, server: Server, question: Question, decoding: Decoding) -> None:
         """Raises DirlError where a server would cut an answer short that may be longer here."""
         longest = min(len(question.prompt_ids) + decoding.max_new_tokens, self.lm.longest_prompt + 1)
         if server.length < longest:
             raise DirlError(
                 f"{server.url} has room for {server.length} tokens, and a prompt and its answer may have {longest}:"
-                f" start it with serve.max_length={longest + self.lm.block_size}"
+                f" start it with {server.length_option}={longest + self.lm.block_size}"
             )
 
-    def _failed(self, server: ServerClient, question: Question, failure: ServerFailed) -> Question:
+    def _failed(self, server: Server, question: Question, failure: ServerFailed) -> Question:
         """Leave a server out whose answer failed; returns the question, to be asked again."""
         if failure.is_busy:
             if server.is_up:
