@@ -30,6 +30,10 @@ check: install
 .venv/lmdeploy: tests/lmdeploy.txt | install
 	@$(BIN)/pip install -qq --no-deps $(PIP_FLAGS) -r $< && touch $@ || echo "LMDeploy is not there: its tests are skipped"
 
+# SGLang's released code for its contract tests, in a directory of its own: nothing else is to import it.
+.venv/sglang: tests/sglang.txt | install
+	@rm -rf $@ && $(BIN)/pip install -qq --no-deps --target $@ $(PIP_FLAGS) -r $< && touch $@ || echo "SGLang is not there: its tests are skipped"
+
 # Likewise what lm-evaluation-harness takes: sixteen packages, a hundred megabytes of tasks among them.
 .venv/lm_eval: tests/lm_eval.txt | install
 	@$(BIN)/pip install -qq --no-deps $(PIP_FLAGS) -r $< && touch $@ || echo "lm-eval is not there: its tests are skipped"
@@ -42,7 +46,7 @@ check: install
 .venv/tracking: tests/tracking.txt | install
 	@$(BIN)/pip install -qq --no-deps $(PIP_FLAGS) -r $< && touch $@ || echo "Trackio and MLflow are not there: their tests are skipped"
 
-test: check .venv/lmdeploy .venv/lm_eval .venv/docs .venv/tracking
+test: check .venv/lmdeploy .venv/sglang .venv/lm_eval .venv/docs .venv/tracking
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 # And what runs the notebooks.

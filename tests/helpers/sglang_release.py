@@ -55,7 +55,7 @@ def source(file: str) -> str:
     return (SRT / file).read_text()
 
 
-def methods(file: str, owner: str, *names: str, **names_in_file: Any) -> dict[str, Any]:
+def released_methods(file: str, owner: str, *names: str, **names_in_file: Any) -> dict[str, Any]:
     """Methods of a class, compiled from its file. names_in_file: what they find there."""
     classes = [node for node in ast.parse(source(file)).body if isinstance(node, ast.ClassDef) and node.name == owner]
     chosen = [node for node in classes[0].body if isinstance(node, ast.FunctionDef) and node.name in names]
