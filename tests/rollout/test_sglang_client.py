@@ -1,6 +1,7 @@
 """Sampling with SGLang's servers: the native engine's answers, out of responses in SGLang's format."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("starlette", reason="SGLang's stand-in wants starlette: make install brings it")
 
 from dirl_cli.errors import DirlError
+from dirl_cli.models.load import SavedModel
 from dirl_cli.rollout import server_pool
 from dirl_cli.rollout.engines import Servers
 from dirl_cli.rollout.native import NativeSampler
@@ -20,7 +22,9 @@ from dirl_cli.rollout.server_client import Patience, ServerFailed
 from dirl_cli.rollout.server_sampler import ServerSampler
 from dirl_cli.rollout.sglang_client import AnswerStream, message_of
 from dirl_cli.rollout.sglang_plugin import require_version
+from dirl_cli.rollout.storage import rollout_path
 from dirl_cli.types import Decoding
+from tests.helpers import rl_runs
 from tests.helpers.fake_sglang import FakeSglang, serving
 from tests.helpers.served import speaking_lm
 
@@ -107,8 +111,8 @@ def test_weights_of_somebody_else_are_no_answer_and_are_replaced(lm, tmp_path):
     with sampler_of(lm, tmp_path, fake) as sampler:
         sampler.update_weights(lm.model.named_parameters(), 7)
         fake.weight_version = "8:somebody's"
-        assert_versions = {answer.weights_version for answer in answers_of(sampler, decoding).values()}
-    assert assert_versions == {7}
+        versions = {answer.weights_version for answer in answers_of(sampler, decoding).values()}
+    assert versions == {7}
     assert len(fake.pushes) == 2
 
 
@@ -168,6 +172,31 @@ def test_an_answer_goes_on_from_the_blocks_that_it_has(lm, tmp_path):
         answers = answers_of(sampler, decoding, n=1, stint=Stint(len(PROMPTS), under_way=so_far))
     for key, answer in answers.items():
         assert (answer.token_ids, answer.reveal_step) == (expected[key].token_ids, expected[key].reveal_step)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_run_learns_from_the_answers_that_its_own_sampler_would_give(tmp_path, ahead):
+    model = rl_runs.save_sharp_model(tmp_path / "model")
+    words = ("steps=2", "eval_problems=2", "save_every=0", "show_every=0", f"rl.async_rollout={ahead}")
+    rl_runs.run(rl_runs.config(model, *words), tmp_path / "own")
+    fake = FakeSglang(SavedModel("sharp", str(model)).load("float32", "cpu", "sdpa"))
+    fake.info["max_req_input_len"] = 1000
+    with serving(fake) as url:
+        served = ("rollout=sglang", f"rollout.url=[{url}]", f"rollout.directory={tmp_path}/weights")
+        rl_runs.run(rl_runs.config(model, *words, *served), tmp_path / "served")
+
+    # Of the first step; log-probs, and so what is learned, are the same to rounding.
+    own, other = (read_rollout(tmp_path / name / "rollouts", 1) for name in ("own", "served"))
+    assert [tokens_of(record) for record in own] == [tokens_of(record) for record in other]
+    assert fake.weight_version.startswith("2:")
+
+
+def read_rollout(directory, step):
+    return [json.loads(line) for line in rollout_path(directory, step).read_text().splitlines()]
+
+
+def tokens_of(record):
+    return {name: record[name] for name in ("prompt_ids", "token_ids", "reveal_step", "weights_version")}
 
 
 @pytest.mark.parametrize(

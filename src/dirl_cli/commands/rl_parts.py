@@ -92,7 +92,7 @@ def require_hints(rl: DictConfig, engine: Engine) -> None:
 
 def require_ahead(rounds: int, engine: Engine, annealing: Annealing) -> None:
     """Raises DirlError where answers are to be under way while weights are pushed, and something keeps them from it."""
-    can_leave = isinstance(engine, Native) or (isinstance(engine, Servers) and engine.engine == "native")
+    can_leave = isinstance(engine, Native) or (isinstance(engine, Servers) and engine.engine != "lmdeploy")
     if rounds > 1 and not can_leave:
         raise DirlError("rl.async_rollout above 1 leaves answers half done, which LMDeploy cannot: give rollout=native")
     if rounds > 1 and annealing.block_sizes:
