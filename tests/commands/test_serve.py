@@ -104,3 +104,9 @@ def test_a_process_answers_until_a_signal_and_leaves_without_a_traceback(tmp_pat
     assert process.returncode == code
     assert "Traceback" not in out + err
     assert err.endswith("stopped: what was under way is finished or given back\n")
+
+
+def test_a_server_that_a_run_starts_again_listens_where_it_did(tmp_path):
+    assert serve.earlier_port(None) is None and serve.earlier_port(tmp_path) is None
+    (tmp_path / serve.ADDRESS).write_text("http://[::1]:8123")
+    assert serve.earlier_port(tmp_path) == 8123

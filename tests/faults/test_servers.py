@@ -245,10 +245,13 @@ def test_servers_of_its_own_end_with_a_trainer_that_is_killed_or_stopped(word, e
     tell("SIGTERM and kill -9 of a run with servers of its own", 2, survived)
 
 
-def test_a_server_of_its_own_that_is_killed_is_left_out(word, expected, tmp_path, tell):
+def test_servers_of_its_own_that_are_killed_are_started_again(word, expected, tmp_path, tell):
     out = tmp_path / "run"
     child, servers = started_servers(word, out)
-    servers[0].kill()
-    assert child.end() == 0 and "is left out until it is back" in child.told, child.told
-    assert all_end(servers)
-    tell("kill -9 of one of two servers that the run has started", 1, int(result(out) == expected))
+    for server in servers:
+        server.kill()
+    assert child.end() == 0, child.told
+    for number in (0, 1):
+        assert f"server {number} of the run has ended (killed by SIGKILL) and is started again" in child.told
+    assert not [process for process in psutil.process_iter() if str(out / "servers") in " ".join(process.cmdline())]
+    tell("kill -9 of both servers that the run has started", 1, int(result(out) == expected))

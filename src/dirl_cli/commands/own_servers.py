@@ -20,13 +20,8 @@ from dirl_cli.models.load import pick_device
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.rollout.engines import Engine, Servers
 from dirl_cli.rollout.server_client import KEY_VARIABLE
-from dirl_cli.rollout.server_processes import (
-    ServerProcess,
-    gpus_of_servers,
-    server_environment,
-    start_server,
-    wait_for_servers,
-)
+from dirl_cli.rollout.server_keeper import ServerKeeper
+from dirl_cli.rollout.server_processes import gpus_of_servers, server_environment, wait_for_servers
 from dirl_cli.text import counted
 
 DAY = 86400  # seconds that a server may take for a group: the run itself sees whether it hangs
@@ -35,8 +30,8 @@ DAY = 86400  # seconds that a server may take for a group: the run itself sees w
 @contextmanager
 def own_servers(
     cfg: DictConfig, out: Path, parts: RlParts, pools: Pools, progress: StepProgress
-) -> Iterator[list[ServerProcess]]:
-    """The servers that rollout.servers asks for, while they load the model, until the end of the block.
+) -> Iterator[ServerKeeper]:
+    """Keeps the servers that rollout.servers asks for, while they load the model, until the end of the block.
 
     The first process of the run starts them; others have none, and of another engine no process has.
     Raises DirlError for what this machine lacks, be it of another engine.
@@ -44,7 +39,7 @@ def own_servers(
     engine = parts.engine
     if not (isinstance(engine, Servers) and engine.servers):
         engine.require()
-        yield []
+        yield ServerKeeper()
         return
 
     require_alone(engine, cfg.nodes)
@@ -54,7 +49,7 @@ def own_servers(
 
     with ExitStack() as stack:
         stack.callback(set_key, os.environ.get(KEY_VARIABLE))
-        servers = []
+        keeper = stack.enter_context(ServerKeeper())
         if is_first_of_group():
             set_key(secrets.token_urlsafe(24))
             config = OmegaConf.to_yaml(server_config(cfg, engine, served_tokens(cfg, parts, pools)))
@@ -63,14 +58,12 @@ def own_servers(
             for number, gpu in enumerate(gpus):
                 directory = out / "servers" / str(number)
                 write_text(directory / "config.yaml", config)
-                server = start_server(directory, server_environment(os.environ, gpu))
-                stack.callback(server.end)
-                servers.append(server)
-        yield servers
+                keeper.start(directory, server_environment(os.environ, gpu))
+        yield keeper
 
 
-def ready_engine(engine: Engine, servers: list[ServerProcess], progress: StepProgress) -> Engine:
-    """The engine that samples: with the addresses of servers of its own, once they answer.
+def ready_engine(engine: Engine, keeper: ServerKeeper, progress: StepProgress) -> Engine:
+    """The engine that samples: with the addresses of servers of its own, once they answer, which are kept from then on.
 
     Every process of the run has to call, and is told the servers' key too. Raises DirlError where one does not answer.
     """
@@ -80,7 +73,8 @@ def ready_engine(engine: Engine, servers: list[ServerProcess], progress: StepPro
     if is_first_of_group():
         try:
             with progress.working("waiting for the servers to load the model"):
-                outcome = wait_for_servers(servers, engine.patience), os.environ[KEY_VARIABLE]
+                outcome = wait_for_servers(keeper.servers, engine.patience), os.environ[KEY_VARIABLE]
+            keeper.watch()
         except DirlError as error:
             outcome = error
 

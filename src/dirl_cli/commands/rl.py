@@ -56,6 +56,7 @@ from dirl_cli.rl.reporting import REMEDIES, RolloutReport
 from dirl_cli.rl.rollout_state import RolloutState
 from dirl_cli.rl.train import train
 from dirl_cli.rollout.engines import Servers, require_strategy
+from dirl_cli.rollout.server_keeper import ServerKeeper
 from dirl_cli.text import shell_word
 from dirl_cli.training.block_stages import NOTHING_TELLS, StagedEvaluation
 from dirl_cli.training.checkpoint import require_measured
@@ -114,12 +115,12 @@ def run(cfg: DictConfig, out: Path) -> None:
     if pools is None:
         return
 
-    with own_servers(cfg, out, parts, pools, progress) as servers:
+    with own_servers(cfg, out, parts, pools, progress) as keeper:
         lm = load_model(cfg, parts.model, parts.peft, accelerator, progress)
-        engine = ready_engine(parts.engine, servers, progress)
+        engine = ready_engine(parts.engine, keeper, progress)
         settled = replace(parts, engine=engine, decoding=lm.decoding(parts.decoding))  # for all that follows
         growth = block_growth(cfg, parts, lm)
-        session = reinforce(cfg, out, settled, pools, lm, growth, accelerator, progress)
+        session = reinforce(cfg, out, settled, pools, lm, growth, keeper, accelerator, progress)
     if cfg.rl.rollout_only:
         progress.print_line(
             f"the rollouts are in {out / 'rollouts'}: learn from them with `{shell_word('rl.replay', out)}`, or from"
@@ -194,6 +195,7 @@ def reinforce(
     pools: Pools,
     lm: DiffusionLM,
     growth: BlockGrowth,
+    keeper: ServerKeeper,
     accelerator: Accelerator,
     progress: StepProgress,
 ) -> Session:
@@ -214,7 +216,7 @@ def reinforce(
     if growth.measured and remembered and "stages" in remembered:
         growth.measured.restore(remembered["stages"])
     open_run_log(cfg, out, session)
-    sampler = start_sampler(cfg, parts, inference_lm)
+    sampler = start_sampler(cfg, parts, inference_lm, keeper)
     update.publish(sampler)
 
     def block_size() -> int:

@@ -22,6 +22,7 @@ from dirl_cli.rl.rollout_state import RolloutSource
 from dirl_cli.rl.rollouts import SampledRollouts, problem_order
 from dirl_cli.rollout.engines import Native, Servers
 from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.rollout.server_keeper import ServerKeeper
 from dirl_cli.training.parallel import unsharded_model
 
 
@@ -81,10 +82,10 @@ def hintable_solutions(pools: Pools, parts: RlParts, lm: DiffusionLM) -> list[li
     return solutions
 
 
-def start_sampler(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> Sampler:
+def start_sampler(cfg: DictConfig, parts: RlParts, lm: DiffusionLM, keeper: ServerKeeper) -> Sampler:
     """The engine with weights to sample from; a copy of them where they would change while it samples."""
     if isinstance(parts.engine, Servers):  # which hold weights of their own
-        return parts.engine.start(lm)
+        return parts.engine.start(lm, end=keeper.end)
     sampler_lm = unsharded_model(lm, pick_dtype(cfg.dtype, lm.device.type))
     if cfg.rl.async_rollout and sampler_lm is lm and isinstance(parts.engine, Native):
         sampler_lm = FullFinetune().reference(lm)

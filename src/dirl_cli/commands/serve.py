@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig
 
@@ -48,7 +49,7 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     require_strategy(rollout, decoding)
     find_strategy(decoding.strategy)
     rollout.require()
-    listener = listener_at(settings.host, settings.port)
+    listener = listener_at(settings.host, earlier_port(out) or settings.port)
     with working(console, "loading the model"):
         lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
         lm.require_tokenizer()
@@ -97,6 +98,13 @@ def key_of(settings: Any) -> tuple[str | None, bool]:
     if key:
         return key, False
     return secrets.token_urlsafe(24), True
+
+
+def earlier_port(out: Path | None) -> int | None:
+    """The port of an earlier start in the same directory, by which the run that started it knows it."""
+    if out is None or not (out / ADDRESS).exists():
+        return None
+    return urlsplit((out / ADDRESS).read_text()).port
 
 
 def is_loopback(host: str) -> bool:

@@ -22,6 +22,7 @@ from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.products import Products
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.rollout.server_client import KEY_VARIABLE, Patience, require_showable
+from dirl_cli.rollout.server_pool import End, unknown_end
 from dirl_cli.rollout.server_sampler import ServerSampler
 from dirl_cli.types import Decoding
 
@@ -156,12 +157,17 @@ class Servers:
             raise DirlError("rollout.url holds an address twice: give each server once")
         require_showable(os.environ.get(KEY_VARIABLE, ""))
 
-    def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
-        """A sampler that has the weights of `lm` once it is given them, or asked before it is given any."""
+    def start(self, lm: DiffusionLM, own_weights: bool = False, end: End = unknown_end) -> Sampler:
+        """A sampler that has the weights of `lm` once it is given them, or asked before it is given any.
+
+        end: see `ServerPool`.
+        """
         self.require()
         patience = Patience(self.silence, self.push_timeout, self.patience)
         key = os.environ.get(KEY_VARIABLE)
-        return ServerSampler(lm, self.addresses, Path(self.directory), self.max_batch, patience, key, self.is_sglang)
+        return ServerSampler(
+            lm, self.addresses, Path(self.directory), self.max_batch, patience, key, self.is_sglang, end
+        )
 
 
 def is_address(url: str) -> bool:

@@ -7,7 +7,7 @@ runs in one event loop.
 import asyncio
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,11 @@ from dirl_cli.rollout.server_client import Patience, ServerFailed
 
 POLL = 0.05  # seconds between looks at who has room
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a server that failed is asked again
+End = Callable[[], str | None]  # why no server will ever answer again
+
+
+def unknown_end() -> None:
+    """Nobody knows of servers that somebody else has started whether they come back."""
 
 
 class Server(Protocol):
@@ -46,16 +51,18 @@ class Server(Protocol):
 
 
 class ServerPool:
-    """Servers, and the weights that count. max_batch: answers that are asked of each at once.
+    """Servers, and the weights that count. max_batch: answers that are asked of each at once. end: tells at once what
+    else is found out by waiting, where it is known.
 
     weights: None while nothing is to be asked. path: where they lie. last_heard: when any server last did something,
     by `time.monotonic`.
     """
 
-    def __init__(self, servers: Sequence[Server], max_batch: int, patience: Patience) -> None:
+    def __init__(self, servers: Sequence[Server], max_batch: int, patience: Patience, end: End = unknown_end) -> None:
         self.servers = servers
         self.max_batch = max_batch
         self.patience = patience
+        self.end = end
         self.weights: WeightsId | None = None
         self.path = Path()
         self.last_heard = 0.0
@@ -164,9 +171,11 @@ class ServerPool:
             await asyncio.sleep(POLL)
 
     def require_hope(self) -> None:
-        """Raises DirlError where no server has answered for as long as the run may wait."""
+        """Raises DirlError where no server has answered for as long as the run may wait, or will any more."""
         if any(server.is_up for server in self.servers):
             return
+        if reason := self.end():
+            raise DirlError(reason)
         if time.monotonic() - self.last_heard > self.patience.outage:
             reasons = "; ".join(f"{server.url} {server.failure}" for server in self.servers)
             raise DirlError(

@@ -5,6 +5,7 @@ beside that. They are killed in the end, since a server has nothing to save.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,17 +40,23 @@ class ServerProcess:
     def url(self) -> str | None:
         """Where it answers, or None where it does not yet. Raises DirlError where it never will."""
         if self.process.poll() is not None:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-            reason = " / ".join(lines[-LAST_LINES:]) or f"exit code {self.process.returncode}"
             raise DirlError(
-                f"a server ended before it answered ({reason}): mend that and give the same command; all that it said"
-                f" is in {self.log}"
+                f"a server ended before it answered ({self.last_lines}): mend that and give the same command; all that"
+                f" it said is in {self.log}"
             )
         try:
             url = (self.directory / ADDRESS).read_text()
             return url if httpx.get(f"{url}/health", timeout=CONNECT, trust_env=False).is_success else None
         except (FileNotFoundError, httpx.HTTPError):
             return None
+
+    @property
+    def last_lines(self) -> str:
+        """What it said last, once it has ended."""
+        if self.process.returncode < 0:
+            return f"killed by {signal.Signals(-self.process.returncode).name}"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return " / ".join(lines[-LAST_LINES:]) or f"exit code {self.process.returncode}"
 
     def end(self) -> None:
         self.process.kill()
@@ -59,7 +66,7 @@ class ServerProcess:
 def start_server(directory: Path, environment: Mapping[str, str]) -> ServerProcess:
     """Start the server whose configuration is in a directory. environment: see `server_environment`."""
     command = [sys.executable, "-m", "dirl_cli.cli.worker", "beside", str(os.getpid()), "serve", str(directory)]
-    with log_of(directory).open("wb") as log:
+    with log_of(directory).open("ab") as log:  # where an earlier start may have said why it ended
         # In a session of its own it does not see Ctrl-C, after which the run still finishes its step.
         process = subprocess.Popen(
             command,

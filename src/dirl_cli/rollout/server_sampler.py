@@ -25,7 +25,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.pushed_weights import WeightsId, remove_other_weights, write_weights
 from dirl_cli.rollout.sampler import Hint, LiveBatch, Stint, Watch, collect_samples, continued
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
-from dirl_cli.rollout.server_pool import POLL, Server, ServerPool, cancelled
+from dirl_cli.rollout.server_pool import POLL, End, Server, ServerPool, cancelled, unknown_end
 from dirl_cli.rollout.sglang_client import SglangClient
 from dirl_cli.rollout.storage import trajectory_from_json
 from dirl_cli.types import Decoding, Trajectory
@@ -86,7 +86,7 @@ class ServerSampler:
 
     urls: of the servers. directory: where weights are handed over, on a disk that all see under this path. max_batch:
     answers that are asked of each server at once, by each process. key: that servers want to be shown.
-    is_sglang: whether they are SGLang's and not `dirl serve`.
+    is_sglang: whether they are SGLang's and not `dirl serve`. end: see `ServerPool`.
     """
 
     def __init__(
@@ -98,13 +98,14 @@ class ServerSampler:
         patience: Patience,
         key: str | None,
         is_sglang: bool = False,
+        end: End = unknown_end,
     ) -> None:
         self.lm = lm
         self.weights_version = 0
         self.directory = directory
         client = SglangClient if is_sglang else ServerClient
         servers = [client(url, key, lm, patience, 2 * max_batch + 4) for url in urls]
-        self.pool = ServerPool(servers, max_batch, patience)
+        self.pool = ServerPool(servers, max_batch, patience, end)
 
         self.loop = asyncio.new_event_loop()
         Thread(target=self.loop.run_forever, name="servers", daemon=True).start()
