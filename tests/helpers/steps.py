@@ -35,7 +35,7 @@ from dirl_cli.sft.certainty import finetuning_loss
 from dirl_cli.training.layers import compile_layers
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, Muon
-from dirl_cli.training.parallel import start_accelerator, unsharded, unsharded_model
+from dirl_cli.training.parallel import context_group, start_accelerator, unsharded, unsharded_model
 from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Instruction, Problem, Trajectory
 from tests.helpers.algorithms import algorithm
@@ -109,8 +109,9 @@ def with_critic(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> li
     settings = LearnedCritic(True, 0.9, 0.8, 0.02, 1e-2, (0.9, 0.95), 1e-8, 0.0)
     as_it_began = small_lm(scale=1.0)  # since the policy's own parameters are shared out already
     as_it_began.model.to(trainer.accelerator.device)
-    model = settings.model(as_it_began)
-    learner = Trainer(trainer.accelerator, model, [settings.optimizer(model)], lambda step: 1.0, clip_norm=0.5)
+    model = settings.model(as_it_began, trainer.context)
+    optimizers = [settings.optimizer(model)]
+    learner = Trainer(trainer.accelerator, model, optimizers, lambda step: 1.0, clip_norm=0.5, context=trainer.context)
     critic, advantages = Critic(learner, settings.value_clip), StepAdvantages(settings.gamma, settings.gae_lambda)
     return rl(lm, trainer, micro_rows, critic=critic, step_advantages=advantages)
 
@@ -150,7 +151,7 @@ def rl(
         objective,
         objective.estimator({}),
         lm,
-        reference=LogprobModel(deepcopy(still.model).requires_grad_(False)).to(still.device),
+        reference=LogprobModel(deepcopy(still.model).requires_grad_(False), context=trainer.context).to(still.device),
         old_from_sampler=False,
         correction=correction or Correction(cap=2.0),
         mini_batches=2,
@@ -185,7 +186,7 @@ def dpo(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[
     """Pairs of answers that a model which stays as it is gave to five prompts, on their trace and by random masks."""
     still = small_lm(seed=1)
     still.model.to(trainer.accelerator.device)
-    reference = LogprobModel(still.model.requires_grad_(False)).to(still.device)
+    reference = LogprobModel(still.model.requires_grad_(False), context=trainer.context).to(still.device)
     decoding = Decoding(temperature=1.0, max_new_tokens=16, denoising_steps=3, stop_token_ids=tuple(range(2, 12)))
     answers = NativeSampler(still).sample([numbers(i, 3 + 2 * i) for i in range(5)], 2, decoding)
     pairs = [Pair(*group) for group in answers]
@@ -221,6 +222,7 @@ def take(
     compiled: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
+    context: int = 1,
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """What each step reports, and the parameters after the last."""
     accelerator = start_accelerator(device, dtype, launch)
@@ -231,7 +233,9 @@ def take(
     if compiled:
         compile_layers(lm.model, "aot_eager")
     optimizers = OPTIMIZERS[optimizer].build(lm.model)
-    trainer = Trainer(accelerator, LogprobModel(lm.model), optimizers, lambda step: 1.0, clip_norm=0.5)
+    group = context_group(accelerator, context)
+    model = LogprobModel(lm.model, context=group)
+    trainer = Trainer(accelerator, model, optimizers, lambda step: 1.0, clip_norm=0.5, context=group)
     found = TASKS[task](lm, trainer, micro_rows)
     assert not compiled or counters["stats"]["unique_graphs"] > 0
     assert all(isinstance(one, DTensor) == (launch in SHARDED_LAUNCHES) for one in lm.model.parameters())

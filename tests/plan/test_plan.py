@@ -175,6 +175,15 @@ def test_what_processes_share_is_divided_and_buckets_stay_in_every_phase():
     assert together.rollout(1, 4, 8, 4, decoding)["gradients"] == 4 * model.parameters
 
 
+def test_each_of_four_that_divide_a_row_keeps_a_quarter_of_its_activations():
+    model = architecture(small_lm().model.config, ADAMW)
+    whole = Memory(model, bf16=False, dense=False, checkpointing=True)
+    divided = replace(whole, context=4)
+    assert 4 * divided.activations(4096 // 4, 4096) == whole.activations(4096, 4096)
+    batch = MicroBatch(1, 4096, 2048, 4096)
+    assert 3.5 < whole.update(batch)["activations"] / divided.update(batch)["activations"] <= 4
+
+
 def test_the_second_stage_keeps_all_parameters_from_forward_to_backward():
     model = architecture(small_lm().model.config, ADAMW)
     second, third = (

@@ -37,6 +37,12 @@ def test_two_processes_take_the_same_steps_as_one(alone, tmp_path, launch):
     assert_same(alone, among(2, tmp_path, launch))
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+def test_two_processes_that_divide_every_row_take_the_same_steps_as_one(alone, tmp_path, launch):
+    assert_same(alone, among(2, tmp_path, launch, context=2))
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_how_many_rows_a_micro_batch_has_changes_nothing(alone, rows):
     assert_same(alone, [{task: take(task, micro_rows=rows) for task in alone}])

@@ -28,6 +28,7 @@ START = {"name", "out", "resume", "prepare", "dry_run", "plan", "price_per_gpu_h
 MACHINES = {"gpus", "nodes", "node_rank", "main_address", "launch", "memory_gb"}
 WORK = {  # how it is done
     "gradient_checkpointing",
+    "context_parallel",
     "compile",
     "rollout.max_batch",
     "rollout.cache_share",

@@ -84,6 +84,7 @@ class TrainConfig(RunConfig):
     row_tokens: Count
     micro_rows: Count | None
     gradient_checkpointing: Checkpointing
+    context_parallel: Count
     compile: Compiling
     clip_norm: Limit
     max_skipped: Natural

@@ -42,6 +42,7 @@ from dirl_cli.sft.validation import FinetuneEvaluation
 from dirl_cli.training.checkpoint import require_measured
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import warmup_remark
+from dirl_cli.training.parallel import context_group
 from dirl_cli.training.prepare import fingerprint_of
 from dirl_cli.training.session import Session
 from dirl_cli.training.stop_signal import StopSignal
@@ -161,17 +162,19 @@ def open_training(
         "data_fingerprint": fingerprint_of([*data.training, *data.held_out]),
     }
     # The reference is made before processes share the parameters, and before a checkpoint changes them.
-    reference = reference_model(parts.peft.reference(lm), parts.decoding)
+    context = context_group(accelerator, cfg.context_parallel)
+    reference = reference_model(parts.peft.reference(lm), parts.decoding, context)
     compile_as_asked(cfg, reference.model)
     trainer = Trainer(
         accelerator,
-        LogprobModel(lm.model, lm.unsampled_ids, parts.decoding),
+        LogprobModel(lm.model, lm.unsampled_ids, parts.decoding, context=context),
         parts.optim.build(lm.model),
         partial(parts.schedule, steps=cfg.steps),
         cfg.clip_norm,
         cfg.max_skipped,
         cfg.skip_norm,
         stop.raising_if_alone,
+        context=context,
     )
     spec = BlockSpec(lm.block_size, lm.mask_token_id)
     rows = PairRows(parts.views, spec, lm.pad_token_id, cfg.row_tokens, cfg.dpo.train_tail)

@@ -10,6 +10,7 @@ from dirl_cli.commands.problems import Pools
 from dirl_cli.commands.rl_parts import RlParts
 from dirl_cli.commands.start import compile_as_asked, shapes_of
 from dirl_cli.errors import DirlError
+from dirl_cli.models.context import ContextGroup
 from dirl_cli.models.load import DiffusionLM, SavedModel
 from dirl_cli.models.peft import FullFinetune
 from dirl_cli.rl.block_growth import BlockGrowth
@@ -19,6 +20,7 @@ from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.teacher import TeacherPrompt
 from dirl_cli.rl.update import PolicyUpdate, reference_model
 from dirl_cli.training.logprobs import LogprobModel
+from dirl_cli.training.parallel import context_group
 from dirl_cli.training.trainer import Trainer
 
 
@@ -36,27 +38,29 @@ def policy_update(
     inference_lm: the model without an adapter.
     """
     objective = parts.objective
+    context = context_group(accelerator, cfg.context_parallel)
     schedule = partial(parts.schedule, steps=updates)
     critic = None
     gae_lambda = 1.0
     if isinstance(parts.critic, LearnedCritic):
-        critic = start_critic(cfg, parts.critic, lm, accelerator, schedule)
+        critic = start_critic(cfg, parts.critic, lm, accelerator, schedule, context)
         gae_lambda = parts.critic.gae_lambda
     trainer = Trainer(
         accelerator,
-        LogprobModel(lm.model, lm.unsampled_ids, parts.decoding),
+        LogprobModel(lm.model, lm.unsampled_ids, parts.decoding, context=context),
         parts.optim.build(lm.model),
         schedule,
         cfg.clip_norm,
         cfg.max_skipped,
         cfg.skip_norm,
+        context=context,
     )
     return PolicyUpdate(
         trainer,
         objective,
         objective.estimator(parts.reward_settings.weights),
         lm,
-        reference=start_reference(cfg, parts, lm, inference_lm),
+        reference=start_reference(cfg, parts, lm, inference_lm, context),
         old_from_sampler=cfg.rl.old == "sampler" and objective.is_exact,
         correction=Correction(
             cfg.rl.correction_cap, cfg.rl.correction_floor, cfg.rl.correction_level, cfg.rl.correction
@@ -76,7 +80,9 @@ def policy_update(
     )
 
 
-def start_reference(cfg: DictConfig, parts: RlParts, lm: DiffusionLM, inference_lm: DiffusionLM) -> LogprobModel | None:
+def start_reference(
+    cfg: DictConfig, parts: RlParts, lm: DiffusionLM, inference_lm: DiffusionLM, context: ContextGroup
+) -> LogprobModel | None:
     """The model to stay near, where the objective asks for one.
 
     inference_lm: the model without an adapter, whose copy a reference that moves is.
@@ -92,7 +98,7 @@ def start_reference(cfg: DictConfig, parts: RlParts, lm: DiffusionLM, inference_
     else:
         return None
     compile_as_asked(cfg, teacher.model)
-    return reference_model(teacher, parts.decoding)
+    return reference_model(teacher, parts.decoding, context)
 
 
 def teacher_prompt_of(cfg: DictConfig, parts: RlParts, lm: DiffusionLM) -> TeacherPrompt | None:
@@ -150,13 +156,22 @@ def start_critic(
     lm: DiffusionLM,
     accelerator: Accelerator,
     schedule: Callable[[int], float],
+    context: ContextGroup,
 ) -> Critic:
     """The critic of a policy that has not learned yet, which takes a step with every one of the policy's."""
-    model = settings.model(lm)
+    model = settings.model(lm, context)
     if settings.separate:
         compile_as_asked(cfg, model.decoder)
     optimizers = [settings.optimizer(model)]
     trainer = Trainer(
-        accelerator, model, optimizers, schedule, cfg.clip_norm, cfg.max_skipped, cfg.skip_norm, rate="critic.lr"
+        accelerator,
+        model,
+        optimizers,
+        schedule,
+        cfg.clip_norm,
+        cfg.max_skipped,
+        cfg.skip_norm,
+        rate="critic.lr",
+        context=context,
     )
     return Critic(trainer, settings.value_clip)

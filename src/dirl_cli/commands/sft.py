@@ -57,6 +57,7 @@ from dirl_cli.training.block_stages import NOTHING_TELLS, BlockStages, StagedEva
 from dirl_cli.training.checkpoint import require_measured
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, warmup_remark
+from dirl_cli.training.parallel import context_group
 from dirl_cli.training.prepare import Questions, Reader, fingerprint_of
 from dirl_cli.training.session import Evaluation, Session
 from dirl_cli.training.stop_signal import StopSignal
@@ -322,15 +323,18 @@ def open_training(
         cfg.seed,
         data.names,
     )
+    entropy_temperature = cfg.certainty_temperature if cfg.certainty else None
+    context = context_group(accelerator, cfg.context_parallel)
     trainer = Trainer(
         accelerator,
-        LogprobModel(lm.model, entropy_temperature=cfg.certainty_temperature if cfg.certainty else None),
+        LogprobModel(lm.model, entropy_temperature=entropy_temperature, context=context),
         parts.optim.build(lm.model),
         partial(parts.schedule, steps=cfg.steps),
         cfg.clip_norm,
         cfg.max_skipped,
         cfg.skip_norm,
         stop.raising_if_alone,
+        context=context,
     )
 
     # Held-out demonstrations are hidden once, under the noise of the run's end, so that their losses compare.

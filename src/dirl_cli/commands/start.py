@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dirl_cli.cli.build import build, build_choice
 from dirl_cli.errors import DirlError
+from dirl_cli.models.context import require_shared_heads
 from dirl_cli.models.load import LEAST_HEAD, DiffusionLM, pick_attention
 from dirl_cli.models.peft import ModelSource, Peft
 from dirl_cli.models.shapes import outline, shapes
@@ -30,7 +31,7 @@ from dirl_cli.training.checkpoint import RunCheckpoints
 from dirl_cli.training.export import export_model
 from dirl_cli.training.layers import checkpoint_layers, compile_layers, compile_seconds, is_compiled, pick_compile
 from dirl_cli.training.optim import Optim
-from dirl_cli.training.parallel import start_accelerator
+from dirl_cli.training.parallel import require_whole_groups, start_accelerator
 from dirl_cli.training.session import Session
 from dirl_cli.training.stop_signal import StopSignal
 from dirl_cli.training.trainer import Trainer
@@ -135,7 +136,10 @@ def training_setup(
     """What the memory budget of the run on this machine depends on, and in a dry run its time.
 
     keys: the settings it may propose to change. recorded: what is known of its answers.
+    Raises DirlError where rows cannot be divided as asked.
     """
+    require_whole_groups(cfg.context_parallel, cfg.gpus * cfg.nodes)
+    require_shared_heads(lm.model.config, cfg.context_parallel)
     machine = planned_machine(cfg, cfg.memory_gb)
     settings = {key: OmegaConf.select(cfg, key) for key in keys}
     # Where the package for it is installed, an adapter may be proposed instead of full fine-tuning.

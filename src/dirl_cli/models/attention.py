@@ -3,6 +3,7 @@
 Shapes: R rows of L tokens, T = L / 128 tiles of queries and as many of keys, D values of a hidden state.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from dirl_cli.diffusion.layout import PADDING, Coordinates, Rows, attends
 from dirl_cli.errors import DirlError
 from dirl_cli.models.attention_cpu import TILES, attention_tiles
+from dirl_cli.models.context import UNDIVIDED, ContextGroup, pad_rows
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -109,9 +111,10 @@ def attention_inputs(rows: Rows, implementation: str, dtype: torch.dtype, is_com
     return {"attention_mask": attention_mask(rows, implementation, dtype)}
 
 
-def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
-    """The decoder's last hidden states under the attention rule: (R, L, D).
+def hidden_states(model: PreTrainedModel, rows: Rows, context: ContextGroup = UNDIVIDED) -> Tensor:
+    """The decoder's last hidden states under the attention rule: (R, L, D), or of this process's slices alone.
 
+    Where a context divides rows, they are as wide as `padded` makes them.
     Raises DirlError for a gradient through FlexAttention on a CPU.
     """
     implementation = model.config._attn_implementation
@@ -129,10 +132,38 @@ def hidden_states(model: PreTrainedModel, rows: Rows) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
     decoder = model.get_decoder()
     is_compiled = any(module._compiled_call_impl for module in decoder.modules())
+    inputs = attention_inputs(rows, implementation, dtype, is_compiled)
+    if context.size > 1:
+        inputs["context"] = context
     output = decoder(
-        input_ids=pad(rows.token_ids, padding),
-        position_ids=pad(rows.position, padding),
+        input_ids=context.slice_of(pad(rows.token_ids, padding)),
+        position_ids=context.slice_of(pad(rows.position, padding)),
         use_cache=False,
-        **attention_inputs(rows, implementation, dtype, is_compiled),
+        **inputs,
     )
     return output.last_hidden_state[:, :length]
+
+
+def states_at(
+    model: PreTrainedModel, rows: Rows, context: ContextGroup, shifted: bool = False
+) -> tuple[Tensor, Tensor | slice]:
+    """The hidden states that predict this process's scored tokens, and which of the N these are: (n, D) and (n,).
+
+    shifted: whether a token is predicted where the one before it stands.
+    """
+    if context.size > 1:
+        rows = padded(rows, context, model.config._attn_implementation)
+    index = rows.shifted_index if shifted else rows.target_index
+    hidden = hidden_states(model, rows, context).flatten(0, 1)
+    if context.size == 1:
+        return hidden[index], slice(None)
+    own, place = context.own_tokens(index, rows.token_ids.shape[1])
+    return hidden[place], own
+
+
+def padded(rows: Rows, context: ContextGroup, implementation: str) -> Rows:
+    """The rows as wide as it takes to divide them into equal slices."""
+    multiple = context.size
+    if implementation == "flex_attention":
+        multiple = math.lcm(context.size, TILE)
+    return pad_rows(rows, multiple)

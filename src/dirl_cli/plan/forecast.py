@@ -40,7 +40,7 @@ from dirl_cli.training.layers import pick_compile
 from dirl_cli.training.optim import Optim
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Trajectory
 
-UPDATE = ("micro_rows", "gradient_checkpointing", "row_tokens", "decoding.max_new_tokens")
+UPDATE = ("micro_rows", "gradient_checkpointing", "context_parallel", "row_tokens", "decoding.max_new_tokens")
 TIMED = ("compile", "eval_problems", "eval_every")
 GPUS = (2, 4, 8)  # of one machine
 ADAPTERS = ("lora", "qlora")
@@ -122,6 +122,7 @@ class MemoryByPeft:
         return replace(
             self.counted[name],
             parallelism=parallelism(launch, processes(settings, self.setup.machine)),
+            context=settings.get("context_parallel", 1),
             critic=settings.get("critic", self.critic) == "model",
             products=settings.get("rollout.products") or "auto",
         )
@@ -185,7 +186,7 @@ def update_times(
     work: of all that the step learns from, which `count` processes share. scorings: forwards of it without a backward.
     """
     own = work.times(1 / count)
-    micro_batches = math.ceil(own.tokens / (batch.rows * batch.width))
+    micro_batches = math.ceil(own.tokens * memory.context / (batch.rows * batch.width))  # of which each has a slice
     phases = {"rows": rows_seconds(work.tokens)}
     if scorings:
         phases["logprobs"] = scorings * forward_seconds(memory.model, own, device, compiled)
@@ -260,7 +261,7 @@ def overlapping(phases: Iterable[Bytes], resident: Bytes) -> Bytes:
 
 def micro_batch_of(strip: Strip, strips: float, settings: Settings, machine: Machine) -> MicroBatch:
     """The largest micro-batch of a step on as many tokens as `strips` times this strip, the longest, has."""
-    count = processes(settings, machine)
+    count = processes(settings, machine) // settings.get("context_parallel", 1)
     return largest_micro_batch(strip, strips, settings["row_tokens"], settings["micro_rows"], count)
 
 

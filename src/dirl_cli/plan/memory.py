@@ -75,7 +75,7 @@ def largest_micro_batch(
     """The largest micro-batch of a step on as many tokens as `strips` times this strip, the longest, has.
 
     row_tokens: tokens that a row is packed to, unless one strip is longer. micro_rows: rows of a micro-batch; None for
-    all that a process has.
+    all that a process has. processes: those that have micro-batches of their own; a group that divides rows is one.
     """
     tokens = math.ceil(strips * len(strip))
     width = max(len(strip), min(row_tokens, tokens))
@@ -119,7 +119,8 @@ class Memory:
     parameters of another model that it is; 0 where it is what the policy began as. critic: whether a second model
     learns values, with AdamW.
     samples: whether a sampler is there. copy_stays: whether its own copy of the weights does during an update.
-    products: what the native engine multiplies with on a CPU. cuda: whether the device is a GPU.
+    products: what the native engine multiplies with on a CPU. cuda: whether the device is a GPU. context: processes
+    that divide each row among them.
     """
 
     model: Architecture
@@ -136,6 +137,7 @@ class Memory:
     products: Products = "auto"
     cuda: bool = False
     parallelism: Parallelism = Parallelism()
+    context: int = 1
 
     def __str__(self) -> str:
         model = self.model
@@ -227,7 +229,7 @@ class Memory:
         """
         if self.tiled and batch.width <= DENSE_TOKENS:
             return replace(self, dense=True, tiled=False).update(batch, scoring)
-        tokens = batch.rows * batch.width
+        tokens = math.ceil(batch.rows * batch.width / self.context)
         activations = self.activations(tokens, batch.width)
 
         # Backpropagation begins at the head, with logits, and goes on through layers, with the gradients inside one:
@@ -235,7 +237,7 @@ class Memory:
         at_head = {
             "bf16 copies": self.copies_at_head(),
             "activations": activations,
-            "logits": self.logits(batch.scored, scoring),
+            "logits": self.logits(batch.scored, scoring),  # a slice may hold all scored tokens
         }
         in_layer = {
             "bf16 copies": self.copies_in_layers(),
@@ -245,7 +247,7 @@ class Memory:
         return self.resident() | {"gradients": self.gradients(), "gathered": self.gathered()} | peak
 
     def activations(self, tokens: int, width: int) -> int:
-        """Bytes kept for backpropagation by a forward of so many tokens, in rows of `width`."""
+        """Bytes kept for backpropagation by a forward of so many tokens of this process, in rows of `width`."""
         # the hidden states between layers, in fp32 where the embedding is
         number = 4 if self.model.is_full_finetune else self.value
         between = number * self.model.hidden * tokens
@@ -254,11 +256,11 @@ class Memory:
             of_layer = between
         if self.checkpointing == "attention":  # all but what comes out of attention; its sums are small
             of_layer += tokens * self.value * self.model.queries
-        mask = 0
+        mask = 0  # of whole rows, also where each process has a slice of them
         if self.dense:  # a row's tokens by its tokens
-            mask = self.value * tokens * width
+            mask = self.value * tokens * self.context * width
         elif self.tiled:  # by the keys that not all of a tile see: the tile itself, and about as many before it
-            mask = self.value * tokens * 2 * QUERIES
+            mask = self.value * tokens * self.context * 2 * QUERIES
         return self.model.layers * of_layer + 2 * between + mask
 
     def layer(self) -> int:
@@ -285,6 +287,8 @@ class Memory:
         attention = value * (2 * model.queries + 2 * model.keys)
         if self.dense:
             attention = value * 4 * model.queries
+        if self.context > 1:  # what comes out also as it has travelled back
+            attention += value * model.queries
         # gate, up, silu(gate) and their product; an expert's tokens are gathered, and weighted afterwards
         mlp = value * (4 * model.inner + 2 * model.experts * model.hidden)
         return norms + heads + linear_inputs + attention + mlp

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.states import MergedTrace, Trace
 from dirl_cli.errors import DirlError
-from dirl_cli.models.attention import hidden_states
+from dirl_cli.models.attention import states_at
+from dirl_cli.models.context import UNDIVIDED, ContextGroup
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.ranges import NotNegative, Positive, Share, ShareBelowOne, SomeShare
@@ -81,11 +82,11 @@ class LearnedCritic:
                 " launch=auto"
             )
 
-    def model(self, lm: DiffusionLM) -> "ValueModel":
+    def model(self, lm: DiffusionLM, context: ContextGroup = UNDIVIDED) -> "ValueModel":
         """What gives the values; to be called before the policy learns and before processes share it."""
         if self.separate:
-            return ValueModel(copy.deepcopy(lm.model.get_decoder()), is_own=True)
-        return ValueModel(lm.model, is_own=False)
+            return ValueModel(copy.deepcopy(lm.model.get_decoder()), is_own=True, context=context)
+        return ValueModel(lm.model, is_own=False, context=context)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return adamw(list(model.parameters()), self.lr, self.betas, self.eps, self.weight_decay)
@@ -95,12 +96,14 @@ class ValueModel(nn.Module):
     """A value for each scored token: its mask's last hidden state times a weight (D,), which begins as 0.
 
     is_own: whether the decoder learns, too; the policy's does not, and is kept out of this model's parameters.
+    context: the processes that divide rows among them.
     """
 
-    def __init__(self, decoder: PreTrainedModel, is_own: bool) -> None:
+    def __init__(self, decoder: PreTrainedModel, is_own: bool, context: ContextGroup = UNDIVIDED) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(decoder.config.hidden_size, device=decoder.device))
         self.is_own = is_own
+        self.context = context
         self._no_split_modules: Collection[str] = ()  # the layers that Accelerate shards one by one
         self._policy: list[PreTrainedModel] = []
         if is_own:
@@ -112,12 +115,12 @@ class ValueModel(nn.Module):
     def forward(self, rows: Rows) -> tuple[Tensor]:
         """Values in fp32, (N,), alone in a tuple as scores are."""
         if self.is_own:
-            hidden = hidden_states(self.decoder, rows)
+            at_masks, own = states_at(self.decoder, rows, self.context)
         else:
             with torch.no_grad():
-                hidden = hidden_states(self._policy[0].eval(), rows)
-        at_masks = hidden.flatten(0, 1)[rows.target_index]  # (N, D)
-        return ((at_masks.float() * self.weight).sum(-1),)  # no product of matrices, which autocast would round
+                at_masks, own = states_at(self._policy[0].eval(), rows, self.context)
+        values = (at_masks.float() * self.weight).sum(-1)  # no product of matrices, which autocast would round
+        return (self.context.gather(values, own, len(rows.targets)),)
 
 
 @dataclass(frozen=True)

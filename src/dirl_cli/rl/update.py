@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dirl_cli.data.order import generator
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.diffusion.states import BlockSpec
+from dirl_cli.models.context import UNDIVIDED, ContextGroup
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.rl.advantages import AdvantageEstimator
@@ -329,9 +330,9 @@ def mean_metrics(sums: Sequence[dict[str, float]]) -> dict[str, float]:
     return metrics
 
 
-def reference_model(lm: DiffusionLM, decoding: Decoding) -> LogprobModel:
+def reference_model(lm: DiffusionLM, decoding: Decoding, context: ContextGroup = UNDIVIDED) -> LogprobModel:
     """What gives the log-probs of a model to stay near, its tokens drawn as `decoding` says."""
-    return LogprobModel(lm.model, lm.unsampled_ids, decoding).to(lm.device)
+    return LogprobModel(lm.model, lm.unsampled_ids, decoding, context=context).to(lm.device)
 
 
 @dataclass

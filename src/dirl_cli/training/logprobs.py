@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from dirl_cli.diffusion.layout import Rows, pack
 from dirl_cli.diffusion.sampling import entropy, temper, truncate
 from dirl_cli.diffusion.states import trajectory_strip
-from dirl_cli.models.attention import hidden_states
+from dirl_cli.models.attention import states_at
+from dirl_cli.models.context import UNDIVIDED, ContextGroup
 from dirl_cli.models.load import DiffusionLM, is_shifted
 from dirl_cli.types import Decoding, Trajectory
 
@@ -228,6 +229,7 @@ class LogprobModel(nn.Module):
     entropy_temperature: of the softmax whose entropies are taken, where it is another.
     chunk: how many tokens go through the language-model head at once (default: 2048, fewer where their logits
     would take more than 2 GiB); their logits are recomputed in the backward.
+    context: the processes that divide rows among them, all of which are to call with the same ones.
     """
 
     def __init__(
@@ -237,6 +239,7 @@ class LogprobModel(nn.Module):
         decoding: Decoding | None = None,
         chunk: int | None = None,
         entropy_temperature: float | None = None,
+        context: ContextGroup = UNDIVIDED,
     ) -> None:
         super().__init__()
         self.model = model
@@ -244,29 +247,35 @@ class LogprobModel(nn.Module):
         self.decoding = decoding or Decoding(temperature=1.0)
         self.chunk = chunk or tokens_at_once(model.config.vocab_size)
         self.entropy_temperature = entropy_temperature
+        self.context = context
         self.unsampled: Tensor
         self.register_buffer("unsampled", torch.tensor(unsampled_ids, dtype=torch.long), persistent=False)
 
     def forward(self, rows: Rows) -> Scores:
         """Log-probability and entropy in nats, in fp32, of the N scored tokens, and whether each is the likeliest."""
-        predicted_at = rows.shifted_index if is_shifted(self.model) else rows.target_index
-        hidden = hidden_states(self.model, rows).flatten(0, 1)[predicted_at]  # (N, D)
+        hidden, own = states_at(self.model, rows, self.context, is_shifted(self.model))
+        logprobs, entropies, is_likeliest = self._scores(hidden, rows.targets[own])
+        if self.context.size == 1:
+            return logprobs, entropies, is_likeliest
+        count = len(rows.targets)
+        return (
+            self.context.gather(logprobs, own, count),
+            self.context.gather(entropies, own, count),
+            self.context.gather(is_likeliest.float(), own, count).bool(),
+        )
+
+    def _scores(self, hidden: Tensor, targets: Tensor) -> Scores:
+        """Scores (n,) from hidden states (n, D) and targets (n,)."""
         head = self.model.get_output_embeddings()
         options = self.decoding
         if is_plain(head) and not options.truncates:
             return linear_logprobs(
-                hidden,
-                head.weight,
-                rows.targets,
-                options.temperature,
-                self.unsampled,
-                self.chunk,
-                self.entropy_temperature,
+                hidden, head.weight, targets, options.temperature, self.unsampled, self.chunk, self.entropy_temperature
             )
 
         # Another head, such as one with an adapter, is called as it is; checkpointing keeps its logits from adding up.
         chunks = []
-        for hidden_and_targets in zip(hidden.split(self.chunk), rows.targets.split(self.chunk), strict=True):
+        for hidden_and_targets in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True):
             if torch.is_grad_enabled():
                 chunks.append(checkpoint(self._score, *hidden_and_targets, use_reentrant=False))
             else:

@@ -14,11 +14,13 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
 )
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from dirl_cli.errors import DirlError
+from dirl_cli.models.context import UNDIVIDED, ContextGroup
 from dirl_cli.models.load import DiffusionLM, pick_device, pick_dtype
 from dirl_cli.models.low_precision import multiplied_weights
 from dirl_cli.ranges import DEVICES
@@ -57,6 +59,28 @@ def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelera
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     return accelerator
+
+
+def require_whole_groups(size: int, processes: int) -> None:
+    """Raises DirlError where so many processes are no multiple of those that divide a row."""
+    if processes % size:
+        raise DirlError(
+            f"context_parallel={size} divides each row among so many processes, of which there are {processes}:"
+            f" give gpus={size}, or a multiple of it"
+        )
+
+
+def context_group(accelerator: Accelerator, size: int) -> ContextGroup:
+    """Those of the run's processes that divide rows with this one: `size` neighbours. All have to call.
+
+    Parameters are shared out, and gradients summed, among all processes, as if none divided rows.
+    """
+    if size == 1:
+        return UNDIVIDED
+    processes = accelerator.num_processes
+    require_whole_groups(size, processes)
+    mesh = init_device_mesh(accelerator.device.type, (processes // size, size), mesh_dim_names=("data", "context"))
+    return ContextGroup(mesh.get_group("context").group_name, size, mesh.get_local_rank("context"))
 
 
 def fsdp2(keeps_gathered: bool) -> FullyShardedDataParallelPlugin:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError
+from dirl_cli.models.context import UNDIVIDED, ContextGroup
 from dirl_cli.training.parallel import reshard
 
 
@@ -72,6 +73,7 @@ class Trainer:
     model: gives a micro-batch's scores, such as LogprobModel. schedule: the factor on every learning rate at a step.
     clip_norm: the gradient is scaled down to this norm. max_skipped, skip_norm: see `step`. stoppable: surrounds what
     may be given up by raising. rate: the key of the learning rate, for the sentence where steps cannot be taken.
+    context: the processes among which the model divides rows, which compute the same micro-batches.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Trainer:
         skip_norm: float = math.inf,
         stoppable: Callable[[], AbstractContextManager[None]] = nullcontext,
         rate: str = "optim.lr",
+        context: ContextGroup = UNDIVIDED,
     ) -> None:
         self.accelerator = accelerator
         self.model, *prepared = accelerator.prepare(model, *optimizers)
@@ -102,6 +105,8 @@ class Trainer:
         self.skip_norm = skip_norm
         self.stoppable = stoppable
         self.rate = rate
+        self.context = context
+        self.groups = accelerator.num_processes // context.size  # that compute micro-batches of their own
         self.skipped = 0  # updates in a row
         self.steps_taken = 0
         self.updates_applied = 0  # that moved the parameters: not skipped, and neither gradient nor rate is 0
@@ -127,7 +132,8 @@ class Trainer:
                 waits = not (is_last or self.accelerator.is_fsdp2)
                 with self.accelerator.no_sync(self.model) if waits else nullcontext():
                     sums = self.sums(rows, loss, counts / normalizer)
-                    # Data parallelism takes the mean over processes; the sum is meant.
+                    # Data parallelism takes the mean over processes; the sum is meant, also of the parts of a gradient
+                    # that come of the slices of a row.
                     self.accelerator.backward(sums["loss"] * self.accelerator.num_processes)
                 totals.append({name: value.detach() for name, value in sums.items()})
             metrics = self.reduce(totals)
@@ -209,13 +215,13 @@ class Trainer:
         return annotated
 
     def cut(self, rows: Rows, micro_rows: int | None) -> list[Rows]:
-        """Micro-batches of at most `micro_rows` rows, one for every process at least where the rows allow it."""
+        """Micro-batches of at most `micro_rows` rows, one for every group at least where the rows allow it."""
         return rows.split(self.rows_each(len(rows.token_ids), micro_rows))
 
     def rows_each(self, rows: int, micro_rows: int | None) -> int:
         """The rows of each micro-batch that `rows` of them are cut into; see `cut`."""
-        rows_per_process = -(-rows // self.accelerator.num_processes)  # rounded up
-        return min(micro_rows or rows_per_process, rows_per_process)
+        rows_per_group = -(-rows // self.groups)  # rounded up
+        return min(micro_rows or rows_per_group, rows_per_group)
 
     def share(self, micro_batches: MicroBatches) -> list[tuple[Rows, float]]:
         """This process's micro-batches with their weights, as many as every other process has."""
@@ -227,9 +233,9 @@ class Trainer:
         Processes wait for each other in every backward, so that one with less to do repeats the first micro-batch with
         weight 0; the others weigh 1.
         """
-        processes = self.accelerator.num_processes
-        own = [(i, 1.0) for i in range(self.accelerator.process_index, micro_batches, processes)]
-        most = -(-micro_batches // processes)  # rounded up
+        group = self.accelerator.process_index // self.context.size
+        own = [(i, 1.0) for i in range(group, micro_batches, self.groups)]
+        most = -(-micro_batches // self.groups)  # rounded up
         while len(own) < most:
             own.append((0, 0.0))
         return own
@@ -251,7 +257,7 @@ class Trainer:
         for sums in totals:
             rows.append(torch.stack([sums[name].float() for name in names]))
         own = torch.stack(rows).sum(0)  # (metrics,), one tensor so that processes meet once
-        reduced = self.accelerator.reduce(own, "sum")
+        reduced = self.accelerator.reduce(own / self.context.size, "sum")  # all processes of a group have the same
         return dict(zip(names, reduced.tolist(), strict=True))
 
     def set_learning_rates(self) -> dict[str, float]:
