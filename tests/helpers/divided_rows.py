@@ -1,6 +1,7 @@
 """Rows divided among processes beside the same rows in one: python -m tests.helpers.divided_rows  # by torchrun."""
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -97,6 +98,10 @@ if __name__ == "__main__":
     accelerator = start_accelerator("cpu", "float32")
     group = context_group(accelerator, int(os.environ["WORLD_SIZE"]))
     assert rows(45).token_ids.shape[1] % group.size, "some rows are to be no multiple"
+    if sys.argv[1:] == ["compiled"]:
+        compare(group, compiled=True)
+        compare(group, 1, compiled=True, checkpointing=True)
+        sys.exit()
     for key_heads in (1, 2, 4):
         compare(group, key_heads)
         compare(group, key_heads, TILES, answer=450)
@@ -105,6 +110,4 @@ if __name__ == "__main__":
     compare(group, shifted=True)
     compare(group, checkpointing=True)
     compare(group, 1, TILES, answer=450, checkpointing="attention")
-    compare(group, compiled=True)
-    compare(group, 1, compiled=True, checkpointing=True)
     compare(group, options=Decoding(temperature=0.7, top_k=5))

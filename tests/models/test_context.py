@@ -41,6 +41,12 @@ def test_log_probs_and_gradients_are_those_of_one_process(processes):
     run_together("tests.helpers.divided_rows", [[]] * processes, seconds=240)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_so_are_those_of_compiled_layers():
+    run_together("tests.helpers.divided_rows", [["compiled"]] * 2, seconds=540)
+
+
 def test_rows_that_cannot_be_divided_are_told_by_what_they_can():
     with pytest.raises(DirlError, match=r"the 4 heads of the model's attention.*: give one of 2, 4"):
         require_shared_heads(small_lm().model.config, 3)
