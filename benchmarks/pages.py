@@ -13,6 +13,7 @@ import numpy as np
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.pages import PageTable
 from dirl_cli.rollout.scheduler import Scheduler, make_requests
+from dirl_cli.rollout.sequences import SequencePart
 from dirl_cli.types import Decoding
 
 BLOCK, PAGE, STEPS, STOP = 4, 32, 2, 1
@@ -37,8 +38,8 @@ class EmptyForward:
     def open(self, slot, prompt_ids, hint) -> None: ...
     def copy_page(self, source, target, tokens) -> None: ...
 
-    def slice(self, slot, begin, end):
-        return [0] * (end - begin), [STEPS] * (end - begin), [0.0] * (end - begin)
+    def fetch(self, slots, begin, end):
+        return [SequencePart([0] * n, [STEPS] * n, [0.0] * n) for n in (end - begin).tolist()]
 
     def step(self, blocks, cached, count, unmask, reads=True):
         began = time.process_time()

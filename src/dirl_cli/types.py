@@ -156,6 +156,8 @@ class Trajectory:
     weights_version: optimizer steps that the weights had taken at its first block.
     block_size: tokens per block; None where that was not noted.
     versions: of the weights that drew each token, where there were new ones before it ended; else empty.
+    entropies: in nats, of the distribution before top-k and top-p when a token was revealed, 0 for one that was held;
+        empty where the sampler was not asked to record them.
     """
 
     prompt_ids: list[int]
@@ -169,6 +171,7 @@ class Trajectory:
     stop_token_ids: tuple[int, ...] = ()
     block_size: int | None = None
     versions: list[int] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
     @property
     def token_versions(self) -> list[int]:

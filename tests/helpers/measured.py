@@ -221,7 +221,7 @@ class Trial:
         with start_accelerator(self.device, self.dtype).autocast():
             NativeSampler(lm, 8, products=self.products).sample([[1] * self.prompt] * 8, 1, decoding)
         setup = TrainingSetup(lm, Untrained(), self.machine, self.settings)
-        return rl_budget(setup, dipo(0.0), decoding, self.prompt, Native(8, self.products, 0.8), learns=False)
+        return rl_budget(setup, dipo(0.0), decoding, self.prompt, Native(8, self.products, 0.8, False), learns=False)
 
 
 def measured(trial: Trial, work: str) -> tuple[int, int]:

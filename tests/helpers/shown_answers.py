@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from dirl_cli.evaluation.answers import GradedAnswer
-from dirl_cli.rollout.storage import TRAJECTORY_COLUMNS, Record, rollout_path, write_rollout
+from dirl_cli.rollout.storage import Record, rollout_path, trajectory_columns, write_rollout
 from dirl_cli.types import Problem, Trajectory
 
 WORDS = {1: "two", 2: " plus", 3: " two", 4: "=", 5: "four", 6: "five", 9: "<end>", 10: "\n"}
@@ -55,7 +55,7 @@ def completions_of(directory: Path, question: str = "two plus two?", answers: tu
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for sample, answer in enumerate(answers):
-        fields = {column: getattr(answer, column) for column in TRAJECTORY_COLUMNS}
+        fields = trajectory_columns(answer)
         text = Words().decode(answer.completion_ids)
         lines.append(json.dumps({"question": question, "index": 0, "sample": sample, "text": text, **fields}) + "\n")
     (directory / "completions.jsonl").write_text("".join(lines))

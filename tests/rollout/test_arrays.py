@@ -30,12 +30,15 @@ def record(trajectory: Trajectory) -> Record:
 
 
 def test_every_value_comes_back_and_answers_to_one_prompt_share_it():
-    rounded_by_float32 = replace(SAMPLED, token_ids=[7, 2], reveal_step=[0, 300], logprobs=[0.0, -0.1])
+    rounded_by_float32 = replace(
+        SAMPLED, token_ids=[7, 2], reveal_step=[0, 300], logprobs=[0.0, -0.1], entropies=[0.1, 2.0]
+    )
     sent = with_arrays([record(SAMPLED), record(rounded_by_float32)])
     for one, other in zip(pickle.loads(pickle.dumps(sent)), (SAMPLED, rounded_by_float32), strict=True):
         assert list(one.trajectory.token_ids) == other.token_ids
         assert list(one.trajectory.reveal_step) == other.reveal_step
         assert [x.hex() for x in one.trajectory.logprobs] == [x.hex() for x in other.logprobs]
+        assert list(one.trajectory.entropies) == other.entropies
         assert one.trajectory.num_revealed == other.num_revealed
         assert one.trajectory.is_hinted == other.is_hinted
         assert list(one.trajectory.completion_ids) == other.completion_ids

@@ -80,7 +80,7 @@ def answers(forward: GraphForward, options: Decoding, prompts=PROMPTS, n: int = 
             while queue and scheduler.free:
                 scheduler.add(queue.pop(0))
             for finished in scheduler.step():
-                found[finished.request.prompt, finished.request.sample] = finished.token_ids
+                found[finished.request.prompt, finished.request.sample] = finished.part.token_ids
     return [[found[prompt, sample] for sample in range(n)] for prompt in range(len(prompts))]
 
 

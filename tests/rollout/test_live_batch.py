@@ -117,7 +117,7 @@ def test_of_a_full_block_its_own_tokens_alone_are_fetched(monkeypatch):
 
     def noting(self, slots, begin, end):
         parts = fetch(self, slots, begin, end)
-        sizes.append([len(tokens) for tokens, _, _ in parts])
+        sizes.append([len(part.token_ids) for part in parts])
         return parts
 
     monkeypatch.setattr(SequenceState, "fetch", noting)
@@ -133,7 +133,7 @@ def test_what_is_fetched_of_some_slots_ends_where_each_says():
     sequences = SequenceState(small_lm(), 3, 8)
     sequences.tokens = torch.arange(24).reshape(3, 8)
     parts = sequences.fetch(np.array([2, 0]), np.array([5, 1]), np.array([8, 7]))
-    assert [tokens for tokens, _, _ in parts] == [[21, 22, 23], [1, 2, 3, 4, 5, 6]]
+    assert [part.token_ids for part in parts] == [[21, 22, 23], [1, 2, 3, 4, 5, 6]]
 
 
 def test_an_answer_has_no_more_room_than_the_batch():

@@ -1,5 +1,6 @@
 """The native sampler against a loop that a reader can check, and what its users count on."""
 
+import math
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from dirl_cli.diffusion.unmasking import BUILT_IN
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.decoder import JoinedDecoder, ModelDecoder
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.sampler import continued
 from dirl_cli.training.logprobs import trajectory_logprobs
-from dirl_cli.types import HELD, Decoding
+from dirl_cli.types import HELD, Decoding, Trajectory
 from tests.helpers.small import MASK, VOCABULARY, small_lm
-from tests.reference.sampling import sequential_answer
+from tests.reference.sampling import last_block_logits, sequential_answer
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6], [11] * 9, [3], []]
 
@@ -281,3 +283,39 @@ def test_a_sampler_with_weights_of_its_own_keeps_none_while_it_sleeps():
     sampler.wake()
     sampler.update_weights(trained.items(), version=0)
     assert sampler.sample([[5, 6, 7]], 1, decoding) == before
+
+
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_recorded_entropies_are_those_of_the_states_in_which_tokens_were_revealed(by_blocks):
+    lm = small_lm()
+    options = decoding("low_confidence_dynamic", temperature=0.7, top_k=5)
+    [plain] = NativeSampler(lm, by_blocks=by_blocks).sample([PROMPTS[0]], 2, options)
+    [answers] = NativeSampler(lm, by_blocks=by_blocks, record_entropy=True).sample([PROMPTS[0]], 2, options)
+    assert [replace(one, entropies=[]) for one in answers] == plain
+    for one in answers:
+        assert one.entropies == pytest.approx(entropies_by_hand(lm, one, 0.7), abs=1e-4)
+
+
+def entropies_by_hand(lm, answer, temperature) -> list[float]:
+    """A forward for each token: all before its block, and of that what earlier steps had revealed."""
+    size, first = lm.block_size, len(answer.prompt_ids)
+    sequence = [*answer.prompt_ids, *answer.token_ids]
+    found = []
+    for i, step in enumerate(answer.reveal_step):
+        begin = (first + i) // size * size
+        state = list(sequence[: begin + size])
+        for position in range(max(begin, first), begin + size):
+            if answer.reveal_step[position - first] >= step:
+                state[position] = MASK
+        logits = last_block_logits(lm, state)[first + i - begin] / temperature
+        logits[list(lm.unsampled_ids)] = -torch.inf
+        probabilities = logits.softmax(-1)
+        found.append(-sum(p * math.log(p) for p in probabilities.tolist() if p))
+    return found
+
+
+def test_an_answer_that_goes_on_without_entropies_has_none():
+    begun = Trajectory([5], [6, 7], [1, 2], [-1.0, -1.0], entropies=[0.5, 0.1])
+    rest = Trajectory([5], [8, 9], [1, 2], [-1.0, -1.0])
+    assert continued(begun, rest).entropies == continued(rest, begun).entropies == []
+    assert continued(begun, replace(rest, entropies=[0.2, 0.3])).entropies == [0.5, 0.1, 0.2, 0.3]

@@ -15,6 +15,7 @@ from dirl_cli.rollout.forward_gpu import GraphForward, block_attention, run_eage
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.pages import PageTable
 from dirl_cli.rollout.scheduler import Scheduler, make_requests
+from dirl_cli.rollout.sequences import SequencePart
 from dirl_cli.types import Decoding
 from tests.helpers.small import small_lm
 
@@ -85,7 +86,7 @@ class Ledger:
         self.texts[slot] = prompt_ids
 
     def fetch(self, slots, begin, end):
-        return [([0] * n, [1] * n, [0.0] * n) for n in (end - begin).tolist()]
+        return [SequencePart([0] * n, [1] * n, [0.0] * n) for n in (end - begin).tolist()]
 
     def copy_page(self, source: int, target: int, tokens: int) -> None:
         for offset in range(tokens):
@@ -165,7 +166,7 @@ def test_every_answer_comes_to_its_end_and_sees_nothing_but_its_own_however_few_
     found = answers(forward, requests, slots)
     assert len(found) == 20
     for request in requests:
-        tokens = len(found[request.prompt, request.sample].token_ids)
+        tokens = len(found[request.prompt, request.sample].part.token_ids)
         assert tokens == lengths[request.key] * 2 - len(request.prompt_ids) % 2
 
 
@@ -216,9 +217,9 @@ def test_answers_from_few_pages_are_those_from_enough(kind, shifted, pages, stra
     assert stalled
     for key, other in expected.items():
         one = found[key]
-        assert (one.token_ids, one.reveal_step) == (other.token_ids, other.reveal_step)
+        assert (one.part.token_ids, one.part.reveal_step) == (other.part.token_ids, other.part.reveal_step)
         assert (one.forwards, one.stopped) == (other.forwards, other.stopped)
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        assert one.part.logprobs == pytest.approx(other.part.logprobs, abs=1e-5)
 
 
 @pytest.fixture

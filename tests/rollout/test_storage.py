@@ -53,6 +53,17 @@ def test_records_come_back_to_the_last_bit(tmp_path):
     assert [x.hex() for x in after] == [x.hex() for x in before]
 
 
+def test_entropies_come_back_where_they_were_recorded_and_take_no_room_elsewhere(tmp_path):
+    path = rollout_path(tmp_path, 1)
+    recorded = replace(RECORD, trajectory=replace(TRAJECTORY, entropies=[0.5, 0.0, 1.25, 2.0]))
+    write_rollout(path, [recorded, RECORD])
+    assert read_rollout(path) == [recorded, RECORD]
+    assert path.read_text().count("entropies") == 1
+    path.write_text(path.read_text().replace("[0.5, 0.0, ", "["))
+    with pytest.raises(DirlError, match="line 1: token_ids and entropies differ in length; correct"):
+        read_rollout(path)
+
+
 def test_an_answer_of_before_its_block_size_was_noted_is_read(tmp_path):
     path = tmp_path / "step-000001.jsonl"
     write_rollout(path, [replace(RECORD, trajectory=replace(TRAJECTORY, block_size=2))])

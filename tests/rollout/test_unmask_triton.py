@@ -39,7 +39,7 @@ def on_device(block_size: int) -> DiffusionLM:
 
 def some_sequences(lm: DiffusionLM) -> tuple[SequenceState, torch.Tensor]:
     """Four slots, three of them with blocks in which some tokens are given, some held and some revealed earlier."""
-    sequences = SequenceState(lm, 4, 48)
+    sequences = SequenceState(lm, 4, 48, record_entropy=True)
     sequences.open(0, [5, 6, 7], {})
     sequences.open(1, [9] * 16, {2: 8, 5: 6})
     sequences.open(2, [3] * 9, {})
@@ -92,7 +92,7 @@ def test_they_reveal_what_plain_operations_do(strategy, block_size, steps, monke
             assert ours.tolist() == theirs.tolist()
             for name in ("tokens", "revealed_at"):
                 assert torch.equal(getattr(sequences, name), getattr(others, name)), name
-            for name in ("logprobs", "confidences"):
+            for name in ("logprobs", "confidences", "entropies"):
                 torch.testing.assert_close(getattr(sequences, name), getattr(others, name), atol=1e-5, rtol=1e-5)
             if (ours >= 0).all():
                 break
@@ -166,12 +166,11 @@ assert compiled(
     kernels._select_masked, ["*i64"] * 5 + ["i32"] * 5, 4, size=4, tile=kernels.TILE, masked_is=0
 ).asm["cubin"]
 for strategy in kernels.STRATEGIES.values():
-    written, read = ["*i64", "*i64", "*fp32", "*fp32"], ["*i64", "*i64", "*i64", *["*fp32"] * 4]
+    written, read = ["*i64", "*i64", "*fp32", "*fp32", "*fp32"], ["*i64", "*i64", "*i64", *["*fp32"] * 5]
     types = [*written, *read, "*i64", *["i32"] * 6, "fp32", "fp32"]
-    for size in (4, 32):
-        assert compiled(
-            kernels._reveal_drawn, types, 4, size=size, width=size, strategy=strategy.value, masked_is=0
-        ).asm["cubin"]
+    for size, records in ((4, True), (32, False)):
+        options = dict(size=size, width=size, strategy=strategy.value, masked_is=0, record_entropy=records)
+        assert compiled(kernels._reveal_drawn, types, 4, **options).asm["cubin"]
 """
 
 

@@ -1,6 +1,7 @@
 """The page in a real browser: what it shows, by mouse and keyboard, and that hostile answers stay text."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -196,6 +197,18 @@ def test_every_colour_has_a_legend_and_numbers(show, tmp_path, colour):
     )
     assert float(shares[2]) == {"step": 1, "order": 0.333, "probability": 0.5, "logprob": 0.139}[colour]
     assert window.text("#legend") in ("step 1\nlast step", "first\nlast", "1\n0", "0\n−5 or less")
+
+
+def test_entropies_are_a_colour_where_an_answer_has_them(show, tmp_path):
+    recorded = replace(FOUR, entropies=[1.5, 0.0, 6.0])
+    window = show(completions_of(tmp_path / "a", answers=(recorded,)), completions_of(tmp_path / "b", answers=(FIVE,)))
+    window.press("c", "c", "c", "c", "n")
+    assert window.run("return state.colour") == "entropy" and window.text("#legend") == "0\n3 nats or more"
+    tokens = "return [...document.querySelectorAll('[data-i]')].slice(0, 4)"
+    assert window.run(f"{tokens}.map(t => t.style.getPropertyValue('--share'))") == ["0.500", "0.000", "1.000", "0.000"]
+    assert window.run(f"{tokens}.map(t => t.querySelector('.number').innerText)") == ["1.50", "0.00", "6.00", ""]
+    window.run("document.querySelector('[data-i]').dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))")
+    assert "entropy 1.5 nats" in window.text("#tip")
 
 
 def test_hostile_answers_are_text(show, tmp_path, monkeypatch):

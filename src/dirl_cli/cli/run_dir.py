@@ -32,6 +32,7 @@ WORK = {  # how it is done
     "compile",
     "rollout.max_batch",
     "rollout.cache_share",
+    "rollout.record_entropy",
     "rollout.url",
     "rollout.servers",
     "rollout.directory",

@@ -22,7 +22,7 @@ from dirl_cli.files import unused_name, writing
 from dirl_cli.models.load import fingerprint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.engines import require_strategy
-from dirl_cli.rollout.storage import TRAJECTORY_COLUMNS
+from dirl_cli.rollout.storage import trajectory_columns
 from dirl_cli.types import Decoding, Trajectory
 
 SOURCE = "sampled_from.json"
@@ -174,7 +174,7 @@ def write(
                 "index": index,
                 "sample": sample,
                 "text": text,
-                **{column: getattr(trajectory, column) for column in TRAJECTORY_COLUMNS},
+                **trajectory_columns(trajectory),
             }
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             lines.flush()

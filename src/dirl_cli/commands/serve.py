@@ -45,6 +45,10 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     rollout = build(cfg.rollout)
     if isinstance(rollout, Servers):
         raise DirlError("rollout=server asks servers, and this is one: give rollout=native or rollout=lmdeploy")
+    if isinstance(rollout, Native) and rollout.record_entropy:
+        raise DirlError(
+            "a server's answers hold no entropies: leave rollout.record_entropy out, or use `dirl generate`"
+        )
     decoding = build(cfg.decoding, Decoding)
     require_strategy(rollout, decoding)
     find_strategy(decoding.strategy)

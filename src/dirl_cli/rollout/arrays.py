@@ -30,6 +30,7 @@ def with_arrays(answers: Iterable[Record | Trajectory]) -> list[Record | Traject
             reveal_step=integer_array(trajectory.reveal_step),
             logprobs=float_array(trajectory.logprobs),
             versions=integer_array(trajectory.versions),
+            entropies=float_array(trajectory.entropies),
         )
         smaller.append(replace(answer, trajectory=arrays) if isinstance(answer, Record) else arrays)
     return smaller

@@ -53,13 +53,19 @@ class Native:
     max_batch: Count
     products: Products
     cache_share: SomeShare
+    record_entropy: bool
 
     def require(self) -> None:
         """It runs anywhere."""
 
     def start(self, lm: DiffusionLM, own_weights: bool = False) -> Sampler:
         return NativeSampler(
-            lm, self.max_batch, own_weights=own_weights, products=self.products, cache_share=self.cache_share
+            lm,
+            self.max_batch,
+            own_weights=own_weights,
+            products=self.products,
+            cache_share=self.cache_share,
+            record_entropy=self.record_entropy,
         )
 
 

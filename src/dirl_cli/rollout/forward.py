@@ -111,12 +111,13 @@ class EagerForward:
         length: int,
         page_size: int | None = None,
         pages: int | None = None,
+        record_entropy: bool = False,
     ) -> None:
         self.lm = lm
         self.device = lm.device
         self.decoder = decoder
         self.length = length
-        self.sequences = SequenceState(lm, slots, length)
+        self.sequences = SequenceState(lm, slots, length, record_entropy)
         self.pages = PageTable(slots, length, page_size or length, pages)
         self.cache = KVCache(self.pages.count, self.pages.size, length)
         self.offsets = np.arange(lm.block_size)

@@ -104,6 +104,7 @@ class GraphForward:
         attention: Attention,
         replay: Replay,
         pages: int | None = None,
+        record_entropy: bool = False,
     ) -> None:
         self.lm = lm
         self.decoder = decoder
@@ -111,7 +112,8 @@ class GraphForward:
         self.length = length
         self.attention = attention
         self.replay = replay
-        self.sequences = SequenceState(lm, slots + 1, length)  # the spare slot is for blocks that only fill a graph
+        # The spare slot is for blocks that only fill a graph.
+        self.sequences = SequenceState(lm, slots + 1, length, record_entropy)
         self.pages = PageTable(slots, length, page_size(lm.block_size), pages)
         self.cache = KVCache(self.pages.count + 1, self.pages.size, length)  # and a page for the spare slot
         self.offsets = torch.arange(lm.block_size, device=lm.device)

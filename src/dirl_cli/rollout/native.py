@@ -33,6 +33,7 @@ class NativeSampler:
     `lm`, so that they are not kept while it sleeps. products: what it multiplies with on a CPU. cache_share: of the
     memory that is free on a GPU when the first answer begins, the part for keys and values; what all of `max_batch`
     could need at most is enough. Where it is less, fewer are sampled at once, as long as they are long.
+    record_entropy: whether trajectories have `entropies`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class NativeSampler:
         own_weights: bool = False,
         products: Products = "auto",
         cache_share: float = 0.8,
+        record_entropy: bool = False,
     ) -> None:
         if max_batch < 1:
             raise DirlError("max_batch must be at least 1")
@@ -54,6 +56,7 @@ class NativeSampler:
         self.idle_forward: GraphForward | None = None  # with its graphs, from one stream to the next
         self.products = products
         self.cache_share = cache_share
+        self.record_entropy = record_entropy
         self.emptied: list[tuple[torch.UntypedStorage, int]] = []  # while it sleeps, with their bytes
         self.decoder: Decoder | None = None  # with weights that it reordered, from one stream to the next
         self.low_precision_model: PreTrainedModel | None = None
@@ -178,11 +181,11 @@ class NativeSampler:
         del idle  # its memory has to be free before there is another
         pages = self._pages(lm, slots, length)
         if lm.device.type != "cuda":
-            return GraphForward(lm, decoder, slots, length, block_attention, run_eagerly, pages)
+            return GraphForward(lm, decoder, slots, length, block_attention, run_eagerly, pages, self.record_entropy)
         from dirl_cli.rollout.attention_triton import decode_attention  # which only a GPU has the package for
 
         torch.cuda.set_device(lm.device)  # on which Triton starts
-        return GraphForward(lm, decoder, slots, length, decode_attention, GraphCache(), pages)
+        return GraphForward(lm, decoder, slots, length, decode_attention, GraphCache(), pages, self.record_entropy)
 
     def _pages(self, lm: DiffusionLM, slots: int, length: int) -> int:
         """The pages of the KV cache: those that all slots may take, or as many as there is memory for.
@@ -242,14 +245,15 @@ class NativeSampler:
         decoder = self._decoder(lm.model)
         if self.by_blocks:
             return self._graph_forward(lm, decoder, slots, length)
-        return EagerForward(lm, decoder, slots, length)
+        return EagerForward(lm, decoder, slots, length, record_entropy=self.record_entropy)
 
     def _trajectory(self, finished: Finished) -> Trajectory:
         return Trajectory(
             prompt_ids=finished.request.prompt_ids,
-            token_ids=finished.token_ids,
-            reveal_step=finished.reveal_step,
-            logprobs=finished.logprobs,
+            token_ids=finished.part.token_ids,
+            reveal_step=finished.part.reveal_step,
+            logprobs=finished.part.logprobs,
+            entropies=finished.part.entropies,
             stop_reason="stop" if finished.stopped else "length",
             denoise_forwards=finished.forwards,
             forwards=finished.forwards,  # commits ride on denoising forwards
@@ -331,9 +335,9 @@ class NativeBatch:
                 NewBlock(
                     prompt=request.prompt,
                     sample=request.sample,
-                    token_ids=block.token_ids,
-                    reveal_step=block.reveal_step,
-                    logprobs=block.logprobs,
+                    token_ids=block.part.token_ids,
+                    reveal_step=block.part.reveal_step,
+                    logprobs=block.part.logprobs,
                     denoise_forwards=block.forwards,
                     forwards=block.forwards,
                     weights_version=self.sampler.weights_version,

@@ -62,11 +62,13 @@ def continued(so_far: Trajectory | None, rest: Trajectory) -> Trajectory:
     if so_far is None:
         return rest
     versions = [*so_far.token_versions, *rest.token_versions]
+    is_recorded = bool(so_far.entropies and rest.entropies)  # a run may go on with another choice
     return replace(
         rest,
         token_ids=[*so_far.token_ids, *rest.token_ids],
         reveal_step=[*so_far.reveal_step, *rest.reveal_step],
         logprobs=[*so_far.logprobs, *rest.logprobs],
+        entropies=[*so_far.entropies, *rest.entropies] if is_recorded else [],
         denoise_forwards=so_far.denoise_forwards + rest.denoise_forwards,
         forwards=so_far.forwards + rest.forwards,
         weights_version=versions[0],

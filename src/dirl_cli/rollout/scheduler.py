@@ -24,7 +24,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.rollout.forward import Forward
 from dirl_cli.rollout.pages import Integers
 from dirl_cli.rollout.sampler import Hint, Watch
-from dirl_cli.rollout.sequences import MixedUnmasker, Unmasker, UnmaskerPart
+from dirl_cli.rollout.sequences import MixedUnmasker, SequencePart, Unmasker, UnmaskerPart
 from dirl_cli.types import Decoding, StopReason
 
 SLOT, START, STEP, KEY = range(4)  # the rows of `Scheduler.blocks`
@@ -96,28 +96,21 @@ def require_free_end(hint: Hint, longest: int, stop_token_ids: Sequence[int]) ->
 class Finished:
     """A request's completion, or what there is of it: whole blocks, after those that it began with.
 
-    token_ids, reveal_step, logprobs: an entry a token. forwards: that it took. stopped: at a stop token.
+    part: its tokens. forwards: that it took. stopped: at a stop token.
     """
 
     request: Request
-    token_ids: list[int]
-    reveal_step: list[int]
-    logprobs: list[float]
+    part: SequencePart
     forwards: int
     stopped: bool
 
 
 @dataclass(frozen=True)
 class FullBlock:
-    """The part of a running completion that one block is; fields as those of `Finished`.
-
-    forwards: up to its end. stop_reason: of the last one.
-    """
+    """The part of a running completion that one block is. forwards: up to its end. stop_reason: of the last one."""
 
     request: Request
-    token_ids: list[int]
-    reveal_step: list[int]
-    logprobs: list[float]
+    part: SequencePart
     forwards: int
     stop_reason: StopReason | None
 
@@ -216,7 +209,7 @@ class Scheduler:
         answers = self.forward.sequences.fetch(slots, self.prompt_length[slots], starts[slots])
         parts = []
         for slot, answer, count in zip(slots.tolist(), answers, forwards.tolist(), strict=True):
-            parts.append(Finished(self.running[slot], *answer, count, stopped=False))
+            parts.append(Finished(self.running[slot], answer, count, stopped=False))
         return parts
 
     def step(self, watch: Watch | None = None) -> Iterator[Finished]:
@@ -404,7 +397,7 @@ class Scheduler:
                 stop_reason: StopReason | None = None
                 if is_over[i]:
                     stop_reason = "stop" if stopped[i] else "length"
-                self.show_block(FullBlock(self.running[slot], *part, int(self.forwards[slot]), stop_reason))
+                self.show_block(FullBlock(self.running[slot], part, int(self.forwards[slot]), stop_reason))
 
         # Those that end are moved on too, so that START is where their answer ends.
         self.blocks[START, slots] = end
@@ -421,7 +414,7 @@ class Scheduler:
             return
         answers = self.forward.sequences.fetch(over, self.prompt_length[over], self.blocks[START, over])
         for slot, answer, by_stop_token in zip(over.tolist(), answers, stopped[is_over].tolist(), strict=True):
-            yield Finished(self._end(slot), *answer, int(self.forwards[slot]), by_stop_token)
+            yield Finished(self._end(slot), answer, int(self.forwards[slot]), by_stop_token)
 
     def _end(self, slot: int) -> Request:
         """Free a slot, whose request has ended; returns that."""
@@ -437,6 +430,6 @@ class Scheduler:
     def _show(self, slots: Integers, watch: Watch) -> None:
         ends = self.blocks[START, slots] + self.block_size
         answers = self.forward.sequences.fetch(slots, self.prompt_length[slots], ends)
-        for slot, (tokens, _, _) in zip(slots.tolist(), answers, strict=True):
+        for slot, answer in zip(slots.tolist(), answers, strict=True):
             request = self.running[slot]
-            watch(request.prompt, request.sample, tokens)
+            watch(request.prompt, request.sample, answer.token_ids)

@@ -6,7 +6,7 @@ Shapes: S slots, N blocks of B tokens in a forward, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,14 +34,24 @@ from dirl_cli.types import HELD, Decoding
 MASKED, GIVEN = 0, -1  # in `revealed_at`, where no step has revealed the token; GIVEN of prompts and hints
 
 
+@dataclass(frozen=True)
+class SequencePart:
+    """Tokens of a sequence and how each came about; entropies: empty where they are not recorded."""
+
+    token_ids: list[int]
+    reveal_step: list[int]
+    logprobs: list[float]
+    entropies: list[float] = field(default_factory=list)
+
+
 class SequenceState:
     """The tokens of each slot's sequence and when they were revealed, by position: (S, length) each.
 
     tokens: the mask token where masked. revealed_at: the denoising step, from 1, or MASKED or GIVEN.
-    logprobs, confidences: of revealed tokens, when they were revealed.
+    logprobs, confidences: of revealed tokens, when they were revealed. entropies: likewise, None where nobody asked.
     """
 
-    def __init__(self, lm: DiffusionLM, slots: int, length: int) -> None:
+    def __init__(self, lm: DiffusionLM, slots: int, length: int, record_entropy: bool = False) -> None:
         self.mask_token_id = lm.mask_token_id
         self.length = length
         self.opened: dict[int, Integers] = {}  # by slot, what is not on the device yet, -1 where masked
@@ -49,6 +59,7 @@ class SequenceState:
         self.revealed_at = torch.full((slots, length), GIVEN, device=lm.device)
         self.logprobs = torch.zeros(slots, length, device=lm.device)
         self.confidences = torch.zeros(slots, length, device=lm.device)  # read where the token was revealed only
+        self.entropies = torch.zeros(slots, length, device=lm.device) if record_entropy else None
 
     def open(self, slot: int, prompt_ids: list[int], hint: Hint) -> None:
         """Begin a sequence in `slot`: the prompt, and masked tokens after it but for those that the hint holds.
@@ -73,21 +84,23 @@ class SequenceState:
         self.tokens[slots] = torch.where(is_masked, self.mask_token_id, tokens)
         self.revealed_at[slots] = torch.where(is_masked, MASKED, GIVEN)
         self.logprobs.index_fill_(0, slots, 0)
+        if self.entropies is not None:
+            self.entropies.index_fill_(0, slots, 0)
 
-    def fetch(self, slots: Integers, begin: Integers, end: Integers) -> list[tuple[list[int], list[int], list[float]]]:
-        """Tokens, reveal steps and log-probs of some slots, each from its own position `begin` to `end`; all (n,)."""
+    def fetch(self, slots: Integers, begin: Integers, end: Integers) -> list[SequencePart]:
+        """What some slots hold, each from its own position `begin` to `end`; all (n,)."""
         length = end - begin
         position = begin[:, None] + np.arange(length.max())  # (n, the longest), of which the shorter ones need less
         index = upload(slots[:, None] * self.length + np.minimum(position, self.length - 1), self.tokens.device)
-        tokens, revealed_at, logprobs = (
-            each.take(index).cpu().numpy() for each in (self.tokens, self.revealed_at, self.logprobs)
-        )
+        recorded = [self.tokens, self.revealed_at, self.logprobs]
+        if self.entropies is not None:
+            recorded.append(self.entropies)
+        tokens, revealed_at, *numbers = (each.take(index).cpu().numpy() for each in recorded)
         revealed_at[revealed_at == GIVEN] = HELD
-        answers = []
-        for i, last in enumerate(length):
-            part = slice(0, last)
-            answers.append((tokens[i, part].tolist(), revealed_at[i, part].tolist(), logprobs[i, part].tolist()))
-        return answers
+        return [
+            SequencePart(*(each[i, :last].tolist() for each in (tokens, revealed_at, *numbers)))
+            for i, last in enumerate(length)
+        ]
 
 
 def upload(values: NDArray[Any], device: torch.device) -> Tensor:
@@ -159,6 +172,9 @@ class Unmasker:
         logprobs = torch.where(revealed, spread(drawn.logprobs, masked), sequences.logprobs.take(index))
         sequences.logprobs.put_(index, logprobs)
         sequences.confidences.put_(index, torch.where(revealed, state.confidence, confidences))
+        if sequences.entropies is not None:
+            entropies = torch.where(revealed, spread(drawn.entropy, masked), sequences.entropies.take(index))
+            sequences.entropies.put_(index, entropies)
         return torch.where(masked & ~revealed, -1, tokens)
 
     def _unmask_fused(self, sequences: SequenceState, blocks: Tensor, hidden: Tensor, count: int) -> Tensor:

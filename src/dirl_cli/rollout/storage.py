@@ -27,6 +27,7 @@ TRAJECTORY_COLUMNS = (  # what `dirl generate` writes of an answer's trajectory,
     "forwards",
     "stop_token_ids",
     "block_size",
+    "entropies",  # only where they were recorded
 )
 
 
@@ -190,11 +191,18 @@ def to_json(record: Record) -> dict[str, Any]:
 
 
 def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
-    """Its fields, arrays as lists; `versions` only where there are several."""
+    """Its fields, arrays as lists; those that most answers do not have only where this one does."""
     fields = dict(vars(trajectory))
-    if not trajectory.versions:
-        del fields["versions"]
+    for name in ("versions", "entropies"):
+        if not fields[name]:
+            del fields[name]
     return {name: list(value) if isinstance(value, array | bytearray) else value for name, value in fields.items()}
+
+
+def trajectory_columns(trajectory: Trajectory) -> dict[str, Any]:
+    """What `dirl generate` writes of an answer's trajectory: see TRAJECTORY_COLUMNS."""
+    fields = trajectory_to_json(trajectory)
+    return {column: fields[column] for column in TRAJECTORY_COLUMNS if column in fields}
 
 
 def from_json(line: Any) -> Record:
@@ -247,6 +255,7 @@ def trajectory_from_json(line: dict[str, Any]) -> Trajectory:
         stop_token_ids=tuple(integers(line, "stop_token_ids")),
         block_size=block_size,
         versions=integers(line, "versions") if "versions" in line else [],
+        entropies=finite_numbers(line, "entropies") if "entropies" in line else [],
     )
     if trajectory.stop_reason not in get_args(StopReason):
         raise ValueError(f"no stop_reason is called {trajectory.stop_reason}")
@@ -254,6 +263,8 @@ def trajectory_from_json(line: dict[str, Any]) -> Trajectory:
         raise ValueError("token_ids, reveal_step and logprobs differ in length")
     if len(trajectory.token_versions) != len(trajectory.token_ids):
         raise ValueError("token_ids and versions differ in length")
+    if trajectory.entropies and len(trajectory.entropies) != len(trajectory.token_ids):
+        raise ValueError("token_ids and entropies differ in length")
     if not trajectory.token_ids:
         raise ValueError("token_ids is empty, and an answer is at least a block")
     if not all(-FLOAT_LIMIT < logprob < ROUNDING for logprob in trajectory.logprobs):

@@ -74,16 +74,19 @@ def reveal_drawn(
     elif strategy is MARGIN:
         scores = drawn.margin
     steps = decoding.denoising_steps or size
+    record_entropy = sequences.entropies is not None
     _reveal_drawn[n,](
         sequences.tokens,
         sequences.revealed_at,
         sequences.logprobs,
         sequences.confidences,
+        sequences.entropies if record_entropy else sequences.logprobs,
         blocks,
         first,
         drawn.tokens,
         drawn.logprobs,
         drawn.confidence,
+        drawn.entropy if record_entropy else drawn.logprobs,
         scores,
         thresholds,
         tokens,
@@ -98,6 +101,7 @@ def reveal_drawn(
         width=triton.next_power_of_2(size),
         strategy=strategy,
         masked_is=MASKED,
+        record_entropy=record_entropy,
         num_warps=4 if size > 16 else 1,
     )
     return tokens
@@ -154,11 +158,13 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
     revealed_at,
     logprobs,
     confidences,
+    entropies,
     blocks,
     first,
     drawn,
     drawn_logprobs,
     drawn_confidences,
+    drawn_entropies,
     scores,
     thresholds,
     blocks_after,
@@ -174,8 +180,12 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
     width: tl.constexpr,
     strategy: tl.constexpr,
     masked_is: tl.constexpr,
+    record_entropy: tl.constexpr,
 ):
-    """One block. scores: of the candidates, entropies for BOUNDED, margins for MARGIN, else confidences."""
+    """One block. scores: of the candidates, entropies for BOUNDED, margins for MARGIN, else confidences.
+
+    entropies, drawn_entropies: neither read nor written but with record_entropy.
+    """
     block = tl.program_id(0)
     fields = blocks + block * to_next_block
     slot = tl.load(fields)
@@ -230,4 +240,6 @@ def _reveal_drawn(  # type: ignore[no-untyped-def]
     tl.store(revealed_at + at, step + tl.zeros([width], tl.int64), is_revealed)
     tl.store(logprobs + at, tl.load(drawn_logprobs + candidate, is_revealed, 0.0), is_revealed)
     tl.store(confidences + at, tl.load(drawn_confidences + candidate, is_revealed, 0.0), is_revealed)
+    if record_entropy:
+        tl.store(entropies + at, tl.load(drawn_entropies + candidate, is_revealed, 0.0), is_revealed)
     tl.store(blocks_after + block * size + place, tl.where(is_masked & ~is_revealed, -1, token), inside)

@@ -133,11 +133,15 @@ def trace(trajectory: Trajectory, reader: TokenReader, texts: Table) -> dict[str
     order: the denoising forward of the answer that revealed a token. offset: tokens of the prompt in the first block.
     """
     block_size = reader.block_size_of(trajectory)
+    entropies = {}
+    if trajectory.entropies:
+        entropies = {"entropies": [rounded(entropy) for entropy in trajectory.entropies]}
     return {
         "tokens": [texts.index(text) for text in reader.pieces(trajectory.token_ids)],
         "steps": trajectory.reveal_step,
         "order": trajectory.revealed_at(block_size),
         "logprobs": [rounded(logprob) for logprob in trajectory.logprobs],
+        **entropies,
         "block_size": block_size,
         "offset": len(trajectory.prompt_ids) % block_size,
     }

@@ -5,7 +5,7 @@ function fillChoices() {
   steps.sort((a, b) => a - b);
   options("step", [["", "all steps"], ...steps.map((step) => [step, `step ${step}`])]);
   options("source", [["", "all sources"], ...data.sources.map((source, n) => [n, visible(source.name)])]);
-  options("colour", Object.entries(COLOURS).map(([name, colour]) => [name, colour.name]));
+  options("colour", offeredColours().map((name) => [name, COLOURS[name].name]));
   $("step").hidden = steps.length < 2;
   $("source").hidden = data.sources.length < 2;
   $("correctness").hidden = data.answers.every((answer) => answer.correct === undefined);
@@ -50,7 +50,7 @@ function onKey(event) {
 }
 
 function nextColour() {
-  const names = Object.keys(COLOURS);
+  const names = offeredColours();
   state.colour = names[(names.indexOf(state.colour) + 1) % names.length];
   showColour();
 }

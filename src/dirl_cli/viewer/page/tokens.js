@@ -5,13 +5,22 @@ const COLOURS = {
   order: { name: "forward that revealed it", low: "first", high: "last" },
   probability: { name: "probability when revealed", low: "1", high: "0" },
   logprob: { name: "log-prob when revealed", low: "0", high: "−5 or less" },
+  entropy: { name: "entropy when revealed", low: "0", high: "3 nats or more" },
 };
 const LEAST_LOGPROB = -5;  // from there on the scale is at its end
+const MOST_ENTROPY = 3;    // likewise
+
+// The colours that there are numbers for: entropies are recorded on demand.
+function offeredColours() {
+  const hasEntropy = data.answers.some((answer) => answer.entropies);
+  return Object.keys(COLOURS).filter((name) => name !== "entropy" || hasEntropy);
+}
 
 // Where each token is on a colour's scale, from 0 to 1.
 function shares(answer, colour) {
   if (colour === "probability") return answer.logprobs.map((logprob) => 1 - Math.exp(logprob));
   if (colour === "logprob") return answer.logprobs.map((logprob) => Math.min(1, logprob / LEAST_LOGPROB));
+  if (colour === "entropy") return answer.tokens.map((_, i) => Math.min(1, (answer.entropies?.[i] ?? 0) / MOST_ENTROPY));
   const numbers = colour === "step" ? answer.steps : answer.order;
   const last = Math.max(2, numbers.reduce((a, b) => Math.max(a, b), 0));
   return numbers.map((number) => (Math.max(1, number) - 1) / (last - 1));
@@ -21,6 +30,7 @@ function numberOf(answer, i, colour) {
   if (answer.steps[i] === 0) return "";
   if (colour === "probability") return Math.exp(answer.logprobs[i]).toFixed(2);
   if (colour === "logprob") return answer.logprobs[i].toFixed(2).replace("-", "−");
+  if (colour === "entropy") return answer.entropies?.[i].toFixed(2) ?? "";
   return String(colour === "step" ? answer.steps[i] : answer.order[i]);
 }
 
@@ -101,6 +111,7 @@ function showTip(token) {
   else {
     lines.push(`revealed at forward ${answer.order[i]}, step ${answer.steps[i]} of its block`);
     lines.push(`probability ${short(Math.exp(answer.logprobs[i]))}, log-prob ${short(answer.logprobs[i])}`);
+    if (answer.entropies) lines.push(`entropy ${short(answer.entropies[i])} nats`);
   }
   if (text === "") lines.push("spells a letter together with the token before");
   if (i === answer.length && answer.stop === "stop") lines.push("stop token: the answer ends before it");
