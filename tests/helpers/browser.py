@@ -38,7 +38,11 @@ class Browser:
     def open(self, file: Path, at: str = "") -> None:
         """Open a page of `dirl view` and wait until it is ready."""
         self.call("POST", "/url", url="about:blank")
-        self.call("POST", "/url", url=f"{file.absolute().as_uri()}{at}")
+        self.visit(f"{file.absolute().as_uri()}{at}")
+
+    def visit(self, address: str) -> None:
+        """Open a page at an address and wait until it is ready."""
+        self.call("POST", "/url", url=address)
         ends = time.monotonic() + 60
         while not self.run("return document.body.dataset.ready"):
             assert time.monotonic() < ends, f"the page is not ready: {self.complaints()}"

@@ -1,14 +1,19 @@
 """The page in a real browser: what it shows, by mouse and keyboard, and that hostile answers stay text."""
 
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import uvicorn
 
 from dirl_cli.rollout.storage import rollout_path, write_rollout
 from dirl_cli.types import Problem
+from dirl_cli.viewer import served_answers
 from dirl_cli.viewer.answer_sources import read_source
 from dirl_cli.viewer.html_page import page
+from dirl_cli.viewer.page_server import listener_on, page_app
 from dirl_cli.viewer.payload import TokenReader, payload
 from tests.helpers.browser import browser, missing_browser
 from tests.helpers.shown_answers import (
@@ -22,6 +27,7 @@ from tests.helpers.shown_answers import (
     run_of,
     trajectory,
 )
+from tests.viewer.test_page_server import served
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(missing_browser() is not None, reason=str(missing_browser()))]
 
@@ -303,3 +309,51 @@ def test_ten_thousand_answers_open_in_under_three_seconds(show, tmp_path):
     window.run("$('list').scrollTop = 48 * 9990")
     time.sleep(0.3)
     assert "10000" in window.text("#rows")
+
+
+@contextmanager
+def served_at(answers, names):
+    """The address of a page that is served by this process."""
+    listener = listener_on(0)
+    app = page_app(page(answers.head(names), is_served=True), answers, "key")
+    config = uvicorn.Config(app, http="h11", lifespan="off", log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/key/"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_a_served_page_asks_for_what_it_shows(window, tmp_path, monkeypatch):
+    monkeypatch.setattr(served_answers, "PIECE", 5)
+    hostile = "<img src=x onerror=\"document.title='owned'\">"
+    monkeypatch.setitem(WORDS, 5, hostile)
+    answers = served(run_of(tmp_path / "words", steps=20))
+    window.prefer()
+    window.complaints()
+    with served_at(answers, ["words"]) as address:
+        window.visit(address)
+        assert window.text("#summary") == "40 answers in 20 steps of a reinforcement run."
+        assert hostile in window.text("#shown .tokens") and "two plus two?" in window.text("#question")
+        assert "The same problem at other steps" in window.text("#others")
+        assert window.run("return data.answers.filter(answer => answer.isLoaded).length") == 1
+        window.press("down", "home")
+        wait_for(window, "return document.querySelector('#shown h2').innerText === 'answer 2'")
+        assert "number=2 export=answer.svg" in window.text("#others")
+        window.run("$('search').value = 'FIVE='; filter()")
+        wait_for(window, "return $('count').textContent === '20 of 40 answers'")
+        wait_for(window, "return $('rows').innerText.includes('five=')")
+        window.run("$('search').value = ''; filter(); $('list').scrollTop = 1e9")
+        wait_for(window, "return $('rows').innerText.includes('five=') && $('rows').innerText.includes('40')")
+        assert window.run("return document.querySelectorAll('img').length") == 0
+    assert window.complaints() == []
+
+
+def wait_for(window, script):
+    ends = time.monotonic() + 30
+    while not window.run(script):
+        assert time.monotonic() < ends, script
+        time.sleep(0.05)

@@ -330,6 +330,8 @@ class ViewConfig:
     limit: Count
     export: str | None
     number: Count
+    serve: bool
+    port: Annotated[int, Range(at_least=0, at_most=65535)]
     model: Any = None
 
 

@@ -1,7 +1,9 @@
 """`dirl view`: answers of a rollout, an evaluation or `dirl generate` as one HTML file, or one of them as a picture."""
 
 import json
+import secrets
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ from yaml import YAMLError
 
 from dirl_cli.cli.build import build, build_settings
 from dirl_cli.console import PlainConsole, working
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, pip_install
 from dirl_cli.files import write_bytes, write_text
 from dirl_cli.text import counted, shell_word
-from dirl_cli.viewer.answer_sources import AnswerSource, read_source
+from dirl_cli.viewer.answer_sources import REMEDY, Kind, files_by_step, kind_of, read_source, source_name
 from dirl_cli.viewer.html_page import page
 from dirl_cli.viewer.payload import TokenReader, payload
 from dirl_cli.viewer.picture import gif, svg
@@ -28,9 +30,12 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     if not cfg.answers:
         raise DirlError("say whose answers, such as `dirl view runs/rl/tiny-arithmetic-dipo`")
     console = PlainConsole(soft_wrap=True)
+    if cfg.serve:
+        serve(cfg, console)
+        return
     with working(console, "reading the answers"):
         sources = [read_source(Path(path), cfg.limit) for path in cfg.answers]
-        readers = [token_reader(cfg, source) for source in sources]
+        readers = [token_reader(cfg, source.path, source.kind) for source in sources]
 
     data = payload(sources, readers, command_line(cfg))
     if cfg.export:
@@ -45,6 +50,45 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     for source in sources:
         if source.left_out:
             console.print(f"{source.left_out:,} more answers of {source.path} are left out: raise limit={cfg.limit}")
+
+
+def serve(cfg: DictConfig, console: PlainConsole) -> None:
+    """Serve the page of all of cfg.answers to this machine until Ctrl-C."""
+    missing = [package for package in ("starlette", "uvicorn") if find_spec(package) is None]
+    if missing:
+        raise DirlError(f"serve=true wants {' and '.join(missing)}: {pip_install('serve')}")
+    if cfg.export:
+        raise DirlError("export= draws a picture and serve=true shows a page: leave one of them out")
+    from dirl_cli.viewer.page_server import listener_on, page_app, serve_page  # which import what is optional
+    from dirl_cli.viewer.served_answers import AnswerFile, ServedAnswers
+
+    listener = listener_on(cfg.port)  # one that is taken is told before the answers take their time to be read
+    files = []
+    readers = []
+    with working(console, "reading the answers"):
+        for source, path in enumerate(map(Path, cfg.answers)):
+            steps = files_by_step(path)
+            kind = kind_of(next(iter(steps.values())))
+            readers.append(token_reader(cfg, path, kind))
+            files += [AnswerFile(source, file, kind, step) for step, file in steps.items()]
+        answers = ServedAnswers(files, readers, lambda file, number: picture_command(cfg, file, number))
+        if not len(answers):
+            raise DirlError(f"{cfg.answers[0]} holds no answers yet: {REMEDY}")
+
+    key = secrets.token_urlsafe(12)
+    head = answers.head([source_name(Path(path)) for path in cfg.answers])
+    app = page_app(page(head, is_served=True), answers, key)
+    host, port = listener.getsockname()
+    console.print(f"{counted(len(answers), 'answer')} at http://{host}:{port}/{key}/ until Ctrl-C")
+    serve_page(listener, app)
+
+
+def picture_command(cfg: DictConfig, file: Path, number: int) -> str:
+    """The command that draws an answer, by its number in its file, but for the picture's name."""
+    words = [shlex.quote(str(file))]
+    if cfg.model:
+        words.append(shell_word("model", cfg.model.path))
+    return " ".join(["dirl view", *words, f"limit={number} number={number}"])
 
 
 def command_line(cfg: DictConfig) -> str:
@@ -72,24 +116,22 @@ def export(data: dict[str, Any], number: int, file: Path) -> None:
         raise DirlError(f"export={file}: give a name that ends in .gif or .svg")
 
 
-def token_reader(cfg: DictConfig, source: AnswerSource) -> TokenReader:
-    """What reads the tokens of a source: the tokenizer of cfg.model, or that of the model its run names.
+def token_reader(cfg: DictConfig, path: Path, kind: Kind) -> TokenReader:
+    """What reads the tokens of answers: the tokenizer of cfg.model, or that of the model their run names.
 
     Raises DirlError where there are tokens and no tokenizer is to be had.
     """
-    if source.kind == "evaluation":
+    if kind == "evaluation":
         return TokenReader(None)
-    model = build(cfg.model) if cfg.model else named_model(source.path)
+    model = build(cfg.model) if cfg.model else named_model(path)
     if model is None:
-        raise DirlError(f"nothing beside {source.path} says which model it is of: give it with model=DIR")
+        raise DirlError(f"nothing beside {path} says which model it is of: give it with model=DIR")
     try:
         lm = model.load("auto", "meta")
     except DirlError as error:
         if cfg.model:
             raise
-        raise DirlError(
-            f"the model that {source.path} is of cannot be read ({error}): give it with model=DIR"
-        ) from error
+        raise DirlError(f"the model that {path} is of cannot be read ({error}): give it with model=DIR") from error
     return TokenReader(lm.tokenizer, lm.block_size)
 
 

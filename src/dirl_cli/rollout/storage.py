@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from dirl_cli.errors import DirlError
 from dirl_cli.files import write_text
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import HELD, Problem, StopReason, Trajectory
 
+T = TypeVar("T")
 INTEGER_LIMIT = 2**31  # no step, token or count reaches it
 FLOAT_LIMIT = 1e15  # no reward or log-prob reaches it: float32 holds its square
 ROUNDING = 1e-3  # by which a log-prob may be above 0
@@ -156,8 +157,8 @@ def problem_key(record: Record) -> tuple[str, tuple[int, ...]]:
     return record.problem.id, tuple(record.trajectory.prompt_ids)
 
 
-def read_line(location: str, line: bytes, parse: Callable[[Any], Record]) -> Record:
-    """A record from its line. Raises DirlError that begins with `location` for anything else."""
+def read_line(location: str, line: bytes, parse: Callable[[Any], T]) -> T:
+    """What `parse` makes of a line. Raises DirlError that begins with `location` for anything else."""
     try:
         return parse(json.loads(line))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

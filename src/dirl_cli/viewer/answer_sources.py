@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dirl_cli.errors import DirlError
-from dirl_cli.evaluation.answers import GradedAnswer, read_answers
+from dirl_cli.evaluation.answers import GradedAnswer, checked, read_answers
 from dirl_cli.evaluation.predictions import NEEDED
 from dirl_cli.evaluation.result_card import ANSWERS
-from dirl_cli.rollout.storage import Record, integer, read_lines, rollout_files, trajectory_from_json
+from dirl_cli.rollout.storage import (
+    Record,
+    from_json,
+    integer,
+    read_line,
+    read_lines,
+    rollout_files,
+    trajectory_from_json,
+)
 from dirl_cli.sft.answer_files import COMPLETIONS
 from dirl_cli.types import Problem, Trajectory
 
@@ -59,13 +67,17 @@ class AnswerSource:
 
     @property
     def name(self) -> str:
-        """What to call it: the directory of the run, with the step where there is one alone, or the file's name."""
-        path = self.path.resolve()
-        if path.name in ("rollouts", ANSWERS, COMPLETIONS):
-            return path.parent.name
-        if path.parent.name == "rollouts":
-            return f"{path.parents[1].name} {path.stem}"
-        return path.stem if path.is_file() else path.name
+        return source_name(self.path)
+
+
+def source_name(path: Path) -> str:
+    """What to call answers: the directory of the run, with the step where there is one alone, or the file's name."""
+    path = path.resolve()
+    if path.name in ("rollouts", ANSWERS, COMPLETIONS):
+        return path.parent.name
+    if path.parent.name == "rollouts":
+        return f"{path.parents[1].name} {path.stem}"
+    return path.stem if path.is_file() else path.name
 
 
 def read_source(path: Path, limit: int) -> AnswerSource:
@@ -154,6 +166,20 @@ def of_record(record: Record, step: int | None) -> ShownAnswer:
         advantage=record.advantage,
         learned_from=record.learned_from if is_graded else None,
     )
+
+
+def parse_line(kind: Kind, step: int, location: str, line: bytes) -> ShownAnswer:
+    """An answer by its line in a file of a kind. Raises DirlError that begins with `location` for anything else."""
+    if kind == "evaluation":
+        return of_evaluation(read_line(location, line, graded))
+    if kind == "completions":
+        return of_record(read_line(location, line, completion), None)
+    return of_record(read_line(location, line, from_json), step)
+
+
+def graded(line: Any) -> GradedAnswer:
+    """A line that `dirl eval` wrote. Raises TypeError for anything else."""
+    return checked(GradedAnswer(**line))
 
 
 def of_evaluation(answer: GradedAnswer) -> ShownAnswer:

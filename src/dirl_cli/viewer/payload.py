@@ -40,6 +40,7 @@ class TokenReader:
     tokenizer: PreTrainedTokenizerBase | None
     block_size: int | None = None
     known: dict[int, str] = field(default_factory=dict)
+    incomplete: set[int] = field(default_factory=set)  # of these, those that are a part of a letter
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Tokens as one text, special ones included."""
@@ -49,11 +50,13 @@ class TokenReader:
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token. Of a letter that several tokens spell the first has all, the others nothing."""
-        texts = []
-        for token in token_ids:
-            if token not in self.known:
-                self.known[token] = self.text([token]) or f"⟨{token}⟩"
-            texts.append(self.known[token])
+        for token in set(token_ids) - self.known.keys():
+            self.known[token] = self.text([token]) or f"⟨{token}⟩"
+            if INCOMPLETE in self.known[token]:
+                self.incomplete.add(token)
+        texts = [self.known[token] for token in token_ids]
+        if self.incomplete.isdisjoint(token_ids):
+            return texts
 
         first = 0
         while first < len(texts):

@@ -1,15 +1,20 @@
 // The chosen answer: what was asked, its tokens beside other answers to the problem, its group, other steps.
 
-function choose(place) {
+async function choose(place) {
   state.answer = place;
   pause();
   history.replaceState(null, "", `#${place + 1}`);
   const columns = columnsOf(data.answers[place]);
+  if (data.served) await loadAnswers(columns);
+  if (state.answer !== place) return;  // another was chosen meanwhile
   state.forward = Math.max(...columns.map(lastForward));
   showQuestion(data.answers[place]);
   showColumns(columns);
   showOthers(data.answers[place]);
   scrollToChosen();
+  if (!data.served) return;
+  const isNew = await loadExcerpts(othersOf(data.answers[place]).flat());
+  if (isNew && state.answer === place) showOthers(data.answers[place]);
 }
 
 // The answers side by side: each source's to the problem, and the one that is kept beside them.
@@ -106,10 +111,16 @@ function mark(answer, whenRight = "", whenWrong = "") {
   return answer.correct ? element("span", "right", `✓${whenRight}`) : element("span", "wrong", `✗${whenWrong}`);
 }
 
+// The answers of the same group, and those of other steps and sources, of which 200 are shown.
+function othersOf(answer) {
+  const all = byProblem[answer.problem];
+  const isOfGroup = (other) => other.group === answer.group;
+  return [all.filter(isOfGroup), all.filter((other) => !isOfGroup(other)).slice(0, 200)];
+}
+
 // What else there is to the problem: the answers of its group, and those of other steps and sources.
 function showOthers(answer) {
-  const group = byProblem[answer.problem].filter((other) => other.group === answer.group);
-  const others = byProblem[answer.problem].filter((other) => other.group !== answer.group);
+  const [group, others] = othersOf(answer);
   const parts = [];
   if (group.length > 1) {
     const where = answer.step === undefined ? "" : ` in step ${answer.step}`;
@@ -118,9 +129,9 @@ function showOthers(answer) {
   }
   if (others.length) {
     parts.push(element("h2", "", data.sources.length > 1 ? "The same problem elsewhere" : "The same problem at other steps"));
-    parts.push(table(others.slice(0, 200), answer));
+    parts.push(table(others, answer));
   }
-  parts.push(element("p", "faint", "This answer as a picture: ", element("code", "", `${data.command} number=${answer.place + 1} export=answer.svg`), " (or .gif)"));
+  parts.push(element("p", "faint", "This answer as a picture: ", element("code", "", `${answer.picture ?? `${data.command} number=${answer.place + 1}`} export=answer.svg`), " (or .gif)"));
   $("others").replaceChildren(...parts);
 }
 

@@ -9,6 +9,8 @@ const state = {
   forward: 0,      // how far the answers shown are denoised
   colour: "step",
   playing: null,   // the timer of playback
+  words: "",       // what a server was last asked to search for
+  found: new Set(),  // the answers that hold them, by place
 };
 const $ = (id) => document.getElementById(id);
 
@@ -18,6 +20,7 @@ async function readPayload() {
   for (let i = 0; i < letters.length; i++) packed[i] = letters.charCodeAt(i);
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   const payload = JSON.parse(await new Response(stream).text());
+  if (payload.served) await readFacts(payload);
   payload.answers.forEach((answer, place) => {
     answer.place = place;
     answer.speed = answer.forwards ? answer.length / answer.forwards : undefined;
@@ -56,6 +59,7 @@ function longText(text, most = 4000) {
 
 // The text of an answer up to its stop token, at most `most` characters of it.
 function answerText(answer, most = Infinity) {
+  if (data.served && !answer.isLoaded) return (answer.excerpt ?? "").slice(0, most);
   if (answer.text !== undefined) return answer.text.slice(0, most);
   let text = "";
   for (let i = 0; i < answer.length && text.length < most; i++) text += data.texts[answer.tokens[i]];

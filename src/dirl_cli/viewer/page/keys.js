@@ -88,13 +88,13 @@ async function start() {
   $("title").textContent = visible(data.title);
   const lines = data.sources.map((source) => (data.sources.length > 1 ? `${source.name}: ` : "") + source.summary);
   $("summary").textContent = visible(lines.join(". ")) + ".";
-  $("explanation").hidden = data.answers.every((answer) => !answer.tokens);
+  $("explanation").hidden = data.sources.every((source) => source.kind === "evaluation");
   groupByProblem();
   fillChoices();
   listen();
   filter();
   showColour();
-  choose(placeInAddress());
+  await choose(placeInAddress());
   document.body.dataset.ready = Math.round(performance.now());  // milliseconds since the page was asked for
 }
 

@@ -11,6 +11,7 @@ function groupByProblem() {
 
 function filter() {
   const words = $("search").value.toLowerCase().trim();
+  if (data.served) search(words);
   const source = $("source").value;
   const step = $("step").value;
   const correctness = $("correctness").value;
@@ -21,7 +22,7 @@ function filter() {
     (!step || answer.step === Number(step)) &&
     (!correctness || answer.correct === (correctness === "right")) &&
     bounds.every(([name, least, most]) => answer[name] >= least && answer[name] <= most) &&
-    (!words || searchText(answer).includes(words)));
+    (!words || (data.served ? state.found.has(answer.place) : searchText(answer).includes(words))));
 
   const key = $("sort").value.replace("-", "");
   const sign = $("sort").value.startsWith("-") ? 1 : -1;
@@ -56,6 +57,12 @@ function drawRows() {
   for (let n = first; n < end; n++) rows.push(entry(state.listed[n], n));
   $("rows").replaceChildren(...rows);
   markChosen();
+  clearTimeout(drawRows.waiting);  // one that scrolls on asks for nothing on the way
+  if (data.served) drawRows.waiting = setTimeout(() => fillRows(first, end), 50);
+}
+
+async function fillRows(first, end) {
+  if (await loadExcerpts(state.listed.slice(first, end))) drawRows();
 }
 
 function entry(answer, n) {

@@ -12,7 +12,7 @@ const MOST_ENTROPY = 3;    // likewise
 
 // The colours that there are numbers for: entropies are recorded on demand.
 function offeredColours() {
-  const hasEntropy = data.answers.some((answer) => answer.entropies);
+  const hasEntropy = data.hasEntropy ?? data.answers.some((answer) => answer.entropies);
   return Object.keys(COLOURS).filter((name) => name !== "entropy" || hasEntropy);
 }
 
