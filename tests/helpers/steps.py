@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +23,8 @@ from dirl_cli.dpo.batches import PairRows
 from dirl_cli.dpo.pairs import Pair
 from dirl_cli.dpo.preference import Preference
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.peft import FullFinetune, LoraFinetune, Peft, trainable_parameters
+from dirl_cli.models.sharded_tensors import unsharded
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, LearnedCritic, StepAdvantages
 from dirl_cli.rl.groups import add_advantages
@@ -35,7 +38,8 @@ from dirl_cli.sft.certainty import finetuning_loss
 from dirl_cli.training.layers import compile_layers
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.optim import AdamW, Muon
-from dirl_cli.training.parallel import context_group, start_accelerator, unsharded, unsharded_model
+from dirl_cli.training.parallel import context_group, start_accelerator
+from dirl_cli.training.sharded_model import load_sharded, model_to_sample
 from dirl_cli.training.trainer import Sums, Trainer
 from dirl_cli.types import SHARDED_LAUNCHES, Decoding, Instruction, Problem, Trajectory
 from tests.helpers.algorithms import algorithm
@@ -43,6 +47,7 @@ from tests.helpers.processes import run_together
 from tests.helpers.small import MASK, PAD, Numbers, small_lm
 
 STEPS = 5
+LORA = LoraFinetune(("q_proj", "o_proj", "down_proj"), rank=3, alpha=6, dropout=0.0, four_bit=False, seed=0)
 COMPARED = (
     "loss",
     "grad_norm",
@@ -223,11 +228,12 @@ def take(
     device: str = "cpu",
     dtype: str = "float32",
     context: int = 1,
+    lora: bool = False,
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """What each step reports, and the parameters after the last."""
     accelerator = start_accelerator(device, dtype, launch)
-    lm = small_lm(scale=1.0)
-    lm.model.to(accelerator.device)
+    peft: Peft = LORA if lora else FullFinetune()
+    lm = on_device(peft, accelerator)
     if checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
@@ -239,15 +245,33 @@ def take(
     found = TASKS[task](lm, trainer, micro_rows)
     assert not compiled or counters["stats"]["unique_graphs"] > 0
     assert all(isinstance(one, DTensor) == (launch in SHARDED_LAUNCHES) for one in lm.model.parameters())
-    copied = {name: tensor.detach().cpu().clone() for name, tensor in unsharded(lm.model.named_parameters())}
-    sampler_lm = unsharded_model(lm)
+    copied = {name: tensor.detach().cpu().clone() for name, tensor in unsharded(peft.pushed(lm))}
+    sampler_lm = model_to_sample(lm, peft)
     assert (sampler_lm.model.config is lm.model.config) == (sampler_lm is lm), "a copy is switched by itself"
     sampled_from = dict(sampler_lm.model.named_parameters())
     assert all(torch.equal(sampled_from[name].cpu(), copied[name]) for name in copied)
-    narrow = dict(unsharded_model(lm, torch.bfloat16).model.named_parameters())
+    narrow = dict(model_to_sample(lm, peft, torch.bfloat16).model.named_parameters())
     assert all(torch.equal(narrow[name].cpu(), copied[name].to(narrow[name].dtype)) for name in copied)
     assert (narrow["lm_head.weight"].dtype == torch.bfloat16) == (launch in SHARDED_LAUNCHES)
-    return found, copied
+    trained = {
+        name: tensor.detach().cpu().clone() for name, tensor in unsharded(trainable_parameters(lm.model).items())
+    }
+    return found, copied | trained
+
+
+def on_device(peft: Peft, accelerator: Accelerator) -> DiffusionLM:
+    """The same model for every process, shared from the first on where processes share it."""
+
+    def load() -> DiffusionLM:
+        lm = small_lm(scale=1.0)
+        peft.adapt(lm.model)
+        return lm
+
+    if accelerator.is_fsdp2:
+        return load_sharded(load, accelerator, "sdpa")
+    lm = load()
+    lm.model.to(accelerator.device)
+    return lm
 
 
 def among(

@@ -93,9 +93,9 @@ def test_an_interrupted_save_leaves_the_model_that_was_there(saved, tmp_path, mo
     other = small_lm(seed=1)
     monkeypatch.setattr(other.model, "save_pretrained", lambda path, **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_model(other, "float32", directory, "", Accelerator(cpu=True))
+        save_model(other, torch.float32, directory, "", Accelerator(cpu=True))
     assert (directory / "model.safetensors").read_bytes() == before
-    save_model(small_lm(seed=1), "float32", directory, "# Another\n", Accelerator(cpu=True))
+    save_model(small_lm(seed=1), torch.float32, directory, "# Another\n", Accelerator(cpu=True))
     assert (directory / "model.safetensors").read_bytes() != before
     assert (directory / "README.md").read_text() == "# Another\n"
 

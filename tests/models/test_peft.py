@@ -413,9 +413,10 @@ def test_qlora_saves_a_merged_model_that_acts_as_the_packed_one(base, tmp_path):
     torch.testing.assert_close(logits(saved.model), logits(lm.model), rtol=1e-4, atol=1e-4)
 
 
-def test_processes_do_not_share_a_model_with_an_adapter(base, tmp_path):
-    words = ("model=path", f"model.path={base}", "launch=fsdp2", "gpus=2", "dry_run=true")
-    with pytest.raises(DirlError, match="launch=fsdp2 shares out what is trained, which peft leaves small"):
+def test_processes_do_not_share_weights_in_4_bits(base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    words = ("model=path", f"model.path={base}", "launch=fsdp2", "gpus=2", "dry_run=true", "peft=qlora")
+    with pytest.raises(DirlError, match="launch=fsdp2 would cut weights in 4 bits apart from the scales that unpack"):
         sft.run(config("sft", *SFT, *words), tmp_path)
 
 

@@ -364,7 +364,7 @@ def files_that_cannot_grow(size: int) -> Iterator[None]:
 
 def test_a_model_is_saved_in_the_type_it_was_trained_in(tmp_path):
     lm = small_lm()
-    save_model(lm, "bfloat16", tmp_path / "model", "", Accelerator(cpu=True))
+    save_model(lm, torch.bfloat16, tmp_path / "model", "", Accelerator(cpu=True))
     weights = load_file(tmp_path / "model/model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "model/config.json").read_text())["torch_dtype"] == "bfloat16"

@@ -43,6 +43,20 @@ def test_two_processes_that_divide_every_row_take_the_same_steps_as_one(alone, t
     assert_same(alone, among(2, tmp_path, launch, context=2))
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+def test_so_do_two_that_train_an_adapter_beside_weights_that_they_share(tmp_path, launch):
+    alone = {task: take(task, lora=True) for task in ("sft", "rl")}
+    assert_same(alone, among(2, tmp_path, launch, "sft+rl", lora=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_so_do_four_of_which_one_has_no_row_of_a_factor_of_rank_three(tmp_path):
+    alone = {"sft": take("sft", lora=True)}
+    assert_same(alone, among(4, tmp_path, "fsdp2", "sft", lora=True))
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_how_many_rows_a_micro_batch_has_changes_nothing(alone, rows):
     assert_same(alone, [{task: take(task, micro_rows=rows) for task in alone}])
@@ -131,6 +145,7 @@ def test_a_critic_that_processes_share_learns_what_one_does_and_goes_on_to_the_s
 
     whole = kept()
     assert len(whole) == 4, "values and optimizer states of two processes"
+    assert len(list((tmp_path / "shared/checkpoints/step-000004").glob("model-*"))) == 2, "and the policy"
     shutil.rmtree(tmp_path / "shared/model")
     shutil.rmtree(tmp_path / "shared/checkpoints/step-000004")
     assert dirl_rl(tmp_path, *words, *shared) == 0

@@ -45,6 +45,7 @@ from dirl_cli.training.optim import warmup_remark
 from dirl_cli.training.parallel import context_group
 from dirl_cli.training.prepare import fingerprint_of
 from dirl_cli.training.session import Session
+from dirl_cli.training.sharded_model import reference_copy
 from dirl_cli.training.stop_signal import StopSignal
 from dirl_cli.training.trainer import Trainer
 
@@ -161,9 +162,9 @@ def open_training(
         "base_fingerprint": fingerprint(lm.model),
         "data_fingerprint": fingerprint_of([*data.training, *data.held_out]),
     }
-    # The reference is made before processes share the parameters, and before a checkpoint changes them.
+    # The reference is made before a checkpoint changes the parameters.
     context = context_group(accelerator, cfg.context_parallel)
-    reference = reference_model(parts.peft.reference(lm), parts.decoding, context)
+    reference = reference_model(reference_copy(lm, parts.peft), parts.decoding, context)
     compile_as_asked(cfg, reference.model)
     trainer = Trainer(
         accelerator,

@@ -8,19 +8,22 @@ from omegaconf import DictConfig
 
 from dirl_cli.commands.problems import Pools
 from dirl_cli.commands.rl_parts import RlParts
-from dirl_cli.commands.start import compile_as_asked, shapes_of
+from dirl_cli.commands.start import compile_as_asked, load_on_device, shapes_of
 from dirl_cli.errors import DirlError
 from dirl_cli.models.context import ContextGroup
 from dirl_cli.models.load import DiffusionLM, SavedModel
 from dirl_cli.models.peft import FullFinetune
+from dirl_cli.models.sharded_tensors import is_sharded
 from dirl_cli.rl.block_growth import BlockGrowth
 from dirl_cli.rl.corrections import Correction
 from dirl_cli.rl.critic import Critic, LearnedCritic, StepAdvantages
 from dirl_cli.rl.objective import Objective
 from dirl_cli.rl.teacher import TeacherPrompt
 from dirl_cli.rl.update import PolicyUpdate, reference_model
+from dirl_cli.training.layers import checkpoint_layers
 from dirl_cli.training.logprobs import LogprobModel
 from dirl_cli.training.parallel import context_group
+from dirl_cli.training.sharded_model import reference_copy
 from dirl_cli.training.trainer import Trainer
 
 
@@ -60,7 +63,7 @@ def policy_update(
         objective,
         objective.estimator(parts.reward_settings.weights),
         lm,
-        reference=start_reference(cfg, parts, lm, inference_lm, context),
+        reference=start_reference(cfg, parts, lm, inference_lm, accelerator, context),
         old_from_sampler=cfg.rl.old == "sampler" and objective.is_exact,
         correction=Correction(
             cfg.rl.correction_cap, cfg.rl.correction_floor, cfg.rl.correction_level, cfg.rl.correction
@@ -81,7 +84,12 @@ def policy_update(
 
 
 def start_reference(
-    cfg: DictConfig, parts: RlParts, lm: DiffusionLM, inference_lm: DiffusionLM, context: ContextGroup
+    cfg: DictConfig,
+    parts: RlParts,
+    lm: DiffusionLM,
+    inference_lm: DiffusionLM,
+    accelerator: Accelerator,
+    context: ContextGroup,
 ) -> LogprobModel | None:
     """The model to stay near, where the objective asks for one.
 
@@ -89,12 +97,12 @@ def start_reference(
     """
     objective = parts.objective
     if objective.other_teacher:
-        teacher = SavedModel("teacher", objective.other_teacher).load(cfg.dtype, str(lm.device), cfg.attention)
+        teacher = load_on_device(cfg, SavedModel("teacher", objective.other_teacher).load, accelerator)
         teacher.model.requires_grad_(False)
-    elif objective.beta and objective.reference_every:
+    elif objective.beta and objective.reference_every and not is_sharded(lm.model):
         teacher = FullFinetune().reference(inference_lm)
     elif objective.beta:
-        teacher = parts.peft.reference(lm)
+        teacher = reference_copy(lm, parts.peft)
     else:
         return None
     compile_as_asked(cfg, teacher.model)
@@ -161,6 +169,7 @@ def start_critic(
     """The critic of a policy that has not learned yet, which takes a step with every one of the policy's."""
     model = settings.model(lm, context)
     if settings.separate:
+        checkpoint_layers(model.decoder, cfg.gradient_checkpointing)
         compile_as_asked(cfg, model.decoder)
     optimizers = [settings.optimizer(model)]
     trainer = Trainer(

@@ -46,6 +46,7 @@ from dirl_cli.evaluation.sweep_table import Column, show_sweep
 from dirl_cli.models.load import DiffusionLM, fingerprint, in_blocks_of
 from dirl_cli.models.peft import FullFinetune
 from dirl_cli.models.save import require_pushable
+from dirl_cli.models.sharded_tensors import is_sharded
 from dirl_cli.plan.forecast import PROMPT
 from dirl_cli.plan.rl_forecast import RL, rl_budget
 from dirl_cli.report.panels import RL_PANELS
@@ -201,7 +202,8 @@ def reinforce(
 ) -> Session:
     """Take the steps that are left of the run, with everything they need around them."""
     fingerprints = {"base_fingerprint": fingerprint(lm.model), "data_fingerprint": pools.fingerprint}
-    inference_lm = parts.peft.merged(lm)  # before processes share the parameters
+    # Of a model that processes share there is no whole one yet.
+    inference_lm = lm if is_sharded(lm.model) else parts.peft.merged(lm)
     stop = StopSignal(accelerator)
     update = policy_update(cfg, parts, lm, inference_lm, accelerator, updates_of(cfg), growth)
     if parts.objective.other_teacher and update.reference:

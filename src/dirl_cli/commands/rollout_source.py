@@ -13,6 +13,7 @@ from dirl_cli.data.chat import answer_text
 from dirl_cli.data.files import trusted_scorers
 from dirl_cli.models.load import DiffusionLM, pick_dtype
 from dirl_cli.models.peft import FullFinetune
+from dirl_cli.models.sharded_tensors import is_sharded
 from dirl_cli.reward.scoring import RewardComputer
 from dirl_cli.rl.block_growth import BlockGrowth
 from dirl_cli.rl.curriculum import EVERYTHING, Curriculum
@@ -23,7 +24,7 @@ from dirl_cli.rl.rollouts import SampledRollouts, problem_order
 from dirl_cli.rollout.engines import Native, Servers
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.rollout.server_keeper import ServerKeeper
-from dirl_cli.training.parallel import unsharded_model
+from dirl_cli.training.sharded_model import model_to_sample
 
 
 def rollout_source(
@@ -86,7 +87,9 @@ def start_sampler(cfg: DictConfig, parts: RlParts, lm: DiffusionLM, keeper: Serv
     """The engine with weights to sample from; a copy of them where they would change while it samples."""
     if isinstance(parts.engine, Servers):  # which hold weights of their own
         return parts.engine.start(lm, end=keeper.end)
-    sampler_lm = unsharded_model(lm, pick_dtype(cfg.dtype, lm.device.type))
+    sampler_lm = lm
+    if is_sharded(lm.model):
+        sampler_lm = model_to_sample(lm, parts.peft, pick_dtype(cfg.dtype, lm.device.type))
     if cfg.rl.async_rollout and sampler_lm is lm and isinstance(parts.engine, Native):
         sampler_lm = FullFinetune().reference(lm)
     sampler: Sampler = parts.engine.start(sampler_lm, own_weights=sampler_lm is not lm)

@@ -1,7 +1,7 @@
 """What `dirl sft`, `dirl rl` and `dirl dpo` do alike around their training."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dirl_cli.cli.build import build, build_choice
 from dirl_cli.errors import DirlError
 from dirl_cli.models.context import require_shared_heads
-from dirl_cli.models.load import LEAST_HEAD, DiffusionLM, pick_attention
+from dirl_cli.models.load import LEAST_HEAD, DiffusionLM, pick_attention, pick_dtype
 from dirl_cli.models.peft import ModelSource, Peft
 from dirl_cli.models.shapes import outline, shapes
 from dirl_cli.plan.budget import Budget, Machine
@@ -33,6 +33,7 @@ from dirl_cli.training.layers import checkpoint_layers, compile_layers, compile_
 from dirl_cli.training.optim import Optim
 from dirl_cli.training.parallel import require_whole_groups, start_accelerator
 from dirl_cli.training.session import Session
+from dirl_cli.training.sharded_model import load_sharded
 from dirl_cli.training.stop_signal import StopSignal
 from dirl_cli.training.trainer import Trainer
 from dirl_cli.types import Decoding
@@ -158,7 +159,7 @@ def load_model(
 ) -> DiffusionLM:
     """The model as it is trained, on this process's device."""
     with progress.working("loading the model"):
-        lm = peft.load(model, cfg.dtype, str(accelerator.device), cfg.attention)
+        lm = load_on_device(cfg, partial(peft.load, model), accelerator)
     if lm.model.config._attn_implementation != pick_attention(cfg.attention, lm.device.type):
         progress.print_line(f"attention=sdpa, as FlexAttention wants heads of at least {LEAST_HEAD} values on a GPU")
     checkpoint_layers(lm.model, cfg.gradient_checkpointing)
@@ -166,6 +167,17 @@ def load_model(
     if is_compiled(lm.model):
         progress.print_line(f"compiling: the first steps take {COMPILING_TAKES[lm.device.type]} longer, once a start")
     return lm
+
+
+def load_on_device(
+    cfg: DictConfig, load: Callable[[str, str, str], DiffusionLM], accelerator: Accelerator
+) -> DiffusionLM:
+    """What `load` gives of dtype, device and attention, on this process's device; shared where `launch` says so."""
+    device = accelerator.device
+    if not accelerator.is_fsdp2:
+        return load(cfg.dtype, str(device), cfg.attention)
+    dtype = str(pick_dtype(cfg.dtype, device.type)).removeprefix("torch.")
+    return load_sharded(partial(load, dtype, "cpu", cfg.attention), accelerator, cfg.attention)
 
 
 def compile_as_asked(cfg: DictConfig, model: PreTrainedModel) -> None:

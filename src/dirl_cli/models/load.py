@@ -16,6 +16,7 @@ from dirl_cli.models.attention_cpu import TILES
 from dirl_cli.models.experts import choose_experts
 from dirl_cli.models.model_directory import ModelDirectory
 from dirl_cli.models.save import save_published
+from dirl_cli.models.sharded_tensors import full_tensor
 from dirl_cli.ranges import ATTENTIONS, DEVICES, DTYPES, Count, Natural
 from dirl_cli.types import Decoding
 
@@ -265,7 +266,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A fingerprint of the weights from some 64 values of each, as quick for a large model as for a small one."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        values = tensor.flatten()
+        values = full_tensor(tensor).flatten()
         sample = values[:: max(1, len(values) // 64)]
         digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from dirl_cli.files import atomic_directory
 from dirl_cli.models.experts import choose_experts
 from dirl_cli.models.load import DiffusionLM, fitting_attention, pick_attention, pick_dtype
 from dirl_cli.models.low_precision import inference_model
+from dirl_cli.models.sharded_tensors import full_tensor
 from dirl_cli.ranges import Count, Seed, ShareBelowOne
 from dirl_cli.types import SHARDED_LAUNCHES
 
@@ -76,8 +77,11 @@ class Peft(Protocol):
         """The model as it was before training; to be called before that begins."""
         ...
 
-    def save(self, lm: DiffusionLM, directory: Path, base: str | None, card: str) -> None:
-        """Save the adapter, if one was trained, as PEFT does. base: the model it belongs to. card: its README.md."""
+    def save(self, lm: DiffusionLM, directory: Path, base: str | None, card: str, writes: bool = True) -> None:
+        """Save the adapter, if one was trained, as PEFT does; every process of those that share it has to call.
+
+        base: the model it belongs to. card: its README.md. writes: whether this process is the one that does.
+        """
         ...
 
 
@@ -112,7 +116,7 @@ class FullFinetune:
     def reference(self, lm: DiffusionLM) -> DiffusionLM:
         return replace(lm, model=copy.deepcopy(lm.model).requires_grad_(False).eval())
 
-    def save(self, lm: DiffusionLM, directory: Path, base: str | None, card: str) -> None:
+    def save(self, lm: DiffusionLM, directory: Path, base: str | None, card: str, writes: bool = True) -> None:
         pass
 
 
@@ -140,8 +144,11 @@ class LoraFinetune:
         for package, extra in packages.items():
             if find_spec(package) is None:
                 raise DirlError(f"this choice of peft needs the package {package}: {pip_install(extra)}")
-        if launch in SHARDED_LAUNCHES:
-            raise DirlError(f"launch={launch} shares out what is trained, which peft leaves small: give launch=auto")
+        if launch in SHARDED_LAUNCHES and self.four_bit:
+            raise DirlError(
+                f"launch={launch} would cut weights in 4 bits apart from the scales that unpack them: give launch=auto,"
+                " or peft=lora"
+            )
 
     def load(self, model: ModelSource, dtype: str, device: str, attention: str) -> DiffusionLM:
         base_dtype = str(self.base_dtype(dtype, device)).removeprefix("torch.")
@@ -217,7 +224,7 @@ class LoraFinetune:
         # No copy: the weights beside the factors never change.
         return replace(lm, model=without_adapter(lm.model))
 
-    def save(self, lm: DiffusionLM, directory: Path, base: str | None, card: str) -> None:
+    def save(self, lm: DiffusionLM, directory: Path, base: str | None, card: str, writes: bool = True) -> None:
         config = self._config()
         config.base_model_name_or_path = base
         config.inference_mode = True
@@ -226,7 +233,9 @@ class LoraFinetune:
         tensors = {}
         for name, factor in trainable_parameters(lm.model).items():
             name_in_file = name.replace(".default.", ".")  # `default` is the adapter's name in the model
-            tensors[f"base_model.model.{name_in_file}"] = factor.detach().cpu()
+            tensors[f"base_model.model.{name_in_file}"] = full_tensor(factor.detach()).cpu()
+        if not writes:
+            return
 
         with atomic_directory(directory) as partial:
             config.save_pretrained(str(partial))
@@ -291,13 +300,20 @@ def effective_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, effective weight) of every linear layer with LoRA factors or 4-bit storage."""
     factors = lora_layers(model)
     for name, layer in frozen_linears(model):
-        weight = dequantised(layer)  # (out, in)
+        weight = full_tensor(dequantised(layer))  # (out, in)
         if name in factors:
             with torch.autocast(weight.device.type, enabled=False):  # the factors' product is not to be rounded
-                effective = (weight + factors[name].get_delta_weight("default")).to(weight.dtype)
+                effective = (weight + factors_product(factors[name])).to(weight.dtype)
             yield name, effective
         elif weight is not layer.weight:
             yield name, weight
+
+
+def factors_product(layer: "LoraLinear") -> Tensor:
+    """What a layer's factors add to its weight: B A alpha ÷ rank, (out, in). Of sharded ones every process has it."""
+    a = full_tensor(cast(nn.Linear, layer.lora_A["default"]).weight)  # (rank, in)
+    b = full_tensor(cast(nn.Linear, layer.lora_B["default"]).weight)  # (out, rank)
+    return (b @ a) * layer.scaling["default"]
 
 
 def frozen_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:

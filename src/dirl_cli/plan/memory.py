@@ -179,24 +179,30 @@ class Memory:
             "reference model": 0,
             "critic": 0,
         }
-        if self.samples:
+        if self.samples and not self.parallelism.gathers:  # whose sampler has a copy of the whole
             sizes["merged weights"] = self.model.merged_bytes
         if self.copy_stays:
             sizes["sampler's copy"] = self.sampler_copy()
         if self.parallelism.gradients_stay:
             sizes["gradients"] = self.gradients()
-        if self.teacher:
-            sizes["reference model"] = self.value * self.teacher
-        elif self.reference and self.model.is_full_finetune:  # an adapter's is the model without it
-            sizes["reference model"] = 4 * self.model.parameters
-        elif self.reference_moves:  # and so is none of the weights beside the adapter
-            sizes["reference model"] = self.value * self.model.parameters
+        sizes["reference model"] = self.reference_bytes() // self.parallelism.parameters
         if self.critic:  # its weights and the two states of each; its own update holds less than the policy's
             sizes["critic"] = 4 * self.critic_parameters() // self.parallelism.parameters
             sizes["critic"] += 2 * 4 * self.critic_parameters() // self.parallelism.states
             if self.parallelism.gradients_stay:
                 sizes["critic"] += 4 * self.critic_parameters()
         return sizes
+
+    def reference_bytes(self) -> int:
+        """Bytes of a model to stay near, of which processes that share the policy have a part each."""
+        if self.teacher:
+            return self.value * self.teacher
+        if self.reference and self.model.is_full_finetune:
+            return 4 * self.model.parameters
+        # An adapter's is the model without it, where that moves or processes share it a copy of it.
+        if self.reference_moves or (self.reference and self.parallelism.gathers):
+            return self.value * self.model.parameters
+        return 0
 
     def critic_parameters(self) -> int:
         """The number of parameters of a second model that has no language-model head, and a value for each state."""
@@ -210,6 +216,8 @@ class Memory:
     def sampler_copy(self) -> int:
         """Bytes of the sampler's own copy of the weights, where it cannot use those that are trained."""
         copy = 4 * self.model.parameters
+        if self.parallelism.gathers and not self.model.is_full_finetune:
+            copy = self.value * self.model.parameters
         if self.parallelism.gathers:  # a copy that is gathered from the processes has its linear layers cast at once
             copy -= self.linear_copies()
         return copy
@@ -335,11 +343,14 @@ class Memory:
             return 0
         # FSDP2 gathers the next layer while it computes one, and both layers' gradients are whole until reduced.
         two_layers = 2 * self.model.layer_parameters // self.model.layers
-        gradients = self.model.vocabulary_parameters + two_layers
-        parameters = gradients
+        gradients = parameters = self.model.vocabulary_parameters + two_layers
+        number = 4  # bytes
+        if not self.model.is_full_finetune:
+            gradients = 2 * self.model.trained // self.model.layers
+            number = self.value
         if self.parallelism.keeps_gathered:
             parameters = self.model.parameters
-        return 4 * gradients + 4 * parameters
+        return 4 * gradients + number * parameters
 
     # Sampling
 

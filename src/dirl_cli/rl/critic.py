@@ -31,10 +31,12 @@ from dirl_cli.models.attention import states_at
 from dirl_cli.models.context import UNDIVIDED, ContextGroup
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import FullFinetune, Peft
+from dirl_cli.models.sharded_tensors import is_sharded
 from dirl_cli.ranges import NotNegative, Positive, Share, ShareBelowOne, SomeShare
 from dirl_cli.rl.objective import Cap, Objective
 from dirl_cli.rl.units import unit_index
 from dirl_cli.training.optim import Rate, adamw
+from dirl_cli.training.sharded_model import second_model
 from dirl_cli.training.trainer import MicroBatches, Sums, Trainer
 from dirl_cli.types import SHARDED_LAUNCHES
 
@@ -83,8 +85,11 @@ class LearnedCritic:
             )
 
     def model(self, lm: DiffusionLM, context: ContextGroup = UNDIVIDED) -> "ValueModel":
-        """What gives the values; to be called before the policy learns and before processes share it."""
+        """What gives the values; to be called before the policy learns."""
         if self.separate:
+            if is_sharded(lm.model):
+                lm = second_model(lm, FullFinetune(), shards=True, learns=True)
+                return ValueModel(lm.model.get_decoder(), is_own=True, context=context)
             return ValueModel(copy.deepcopy(lm.model.get_decoder()), is_own=True, context=context)
         return ValueModel(lm.model, is_own=False, context=context)
 

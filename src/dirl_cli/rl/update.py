@@ -16,6 +16,7 @@ from dirl_cli.diffusion.states import BlockSpec
 from dirl_cli.models.context import UNDIVIDED, ContextGroup
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.peft import FullFinetune, Peft
+from dirl_cli.models.sharded_tensors import own_shard, unsharded
 from dirl_cli.rl.advantages import AdvantageEstimator
 from dirl_cli.rl.answer_strips import ALONE, Part
 from dirl_cli.rl.batch import ObjectiveRows, TrajectoryGroup
@@ -28,7 +29,7 @@ from dirl_cli.rl.teacher import TeacherPrompt, of_the_same_tokens, token_keys
 from dirl_cli.rl.units import at_level
 from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.training.logprobs import LogprobModel
-from dirl_cli.training.parallel import unsharded
+from dirl_cli.training.sharded_model import share_root
 from dirl_cli.training.trainer import MicroBatches, Trainer, of_each, own
 from dirl_cli.types import Decoding
 
@@ -274,8 +275,8 @@ def move_towards(reference: nn.Module, weights: Iterable[tuple[str, Tensor]], ra
     """
     parameters = dict(reference.named_parameters())
     for name, weight in weights:
-        parameter = parameters.pop(name)
-        parameter.lerp_(weight.to(parameter), rate)
+        target, own = own_shard(weight, parameters.pop(name))
+        target.lerp_(own.to(target), rate)
     if parameters:  # a name that does not fit would leave a weight where it was, in silence
         raise KeyError(f"the policy has no {min(parameters)}")
 
@@ -332,7 +333,9 @@ def mean_metrics(sums: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def reference_model(lm: DiffusionLM, decoding: Decoding, context: ContextGroup = UNDIVIDED) -> LogprobModel:
     """What gives the log-probs of a model to stay near, its tokens drawn as `decoding` says."""
-    return LogprobModel(lm.model, lm.unsampled_ids, decoding, context=context).to(lm.device)
+    model = LogprobModel(lm.model, lm.unsampled_ids, decoding, context=context).to(lm.device)
+    share_root(model)
+    return model
 
 
 @dataclass

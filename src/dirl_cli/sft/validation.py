@@ -15,7 +15,7 @@ from dirl_cli.report.progress import StepProgress
 from dirl_cli.reward.grading import Grader
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.sft.batches import Noise
-from dirl_cli.training.parallel import unsharded_model
+from dirl_cli.training.sharded_model import model_to_sample
 from dirl_cli.training.trainer import Loss, Sums, Trainer
 
 STAGE_LOSS = "stage_loss"
@@ -78,7 +78,7 @@ class FinetuneEvaluation:
         """That, and how many of the held-out problems are answered right. Raises Interrupted where it was stopped."""
         metrics = self.validate()
         if self.held_out.problems:
-            sampler = NativeSampler(unsharded_model(self.peft.merged(self.lm), self.dtype))
+            sampler = NativeSampler(model_to_sample(self.lm, self.peft, self.dtype))
             metrics |= self.held_out.run(sampler, self.grader)
         return metrics
 

@@ -1,25 +1,25 @@
 """What a training run leaves: the model with its card, on the disk and where it is asked for on the Hub."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from dirl_cli.models.load import DiffusionLM, pick_dtype
 from dirl_cli.models.model_card import adapter_card, model_card
 from dirl_cli.models.peft import Peft
 from dirl_cli.models.save import push
+from dirl_cli.models.sharded_tensors import is_sharded, unsharded
 from dirl_cli.report.metrics_log import metric_curves
 from dirl_cli.report.plot import Panel
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.text import shell_word
+from dirl_cli.training.sharded_model import skeleton
 from dirl_cli.types import Decoding
-
-UNSHARDED_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 def export_model(
@@ -40,8 +40,7 @@ def export_model(
     """
     base = settings["model"].get("path")
     shown_settings = {name: settings[name] for name in recipe}
-    if accelerator.is_main_process:
-        save_adapter(lm, peft, run / "adapter", summary, settings, shown_settings)
+    save_adapter(lm, peft, run / "adapter", summary, settings, shown_settings, accelerator.is_main_process)
 
     repository = settings["push_to_hub"]
     card = model_card(
@@ -55,10 +54,13 @@ def export_model(
         lm.model.config,
     )
 
-    # Where the weights are sharded all processes give theirs, but one saves: the others need no memory for them.
     saved = run / "model"
-    device = "cpu" if accelerator.is_main_process else "meta"
-    save_model(peft.merged(lm, device), settings["dtype"], saved, card, accelerator)
+    dtype = pick_dtype(settings["dtype"], str(lm.device))
+    if is_sharded(lm.model):
+        save_sharded(lm, peft, dtype, saved, card, accelerator)
+    else:
+        device = "cpu" if accelerator.is_main_process else "meta"  # the others need no memory for what is merged
+        save_model(peft.merged(lm, device), dtype, saved, card, accelerator)
     progress.print_line(f"the model is in {saved}: run `dirl eval {shell_word('model', saved)}`")
     if repository and accelerator.is_main_process:
         progress.print_line(f"and at {push(saved, repository)}")
@@ -71,6 +73,7 @@ def save_adapter(
     summary: str,
     settings: Mapping[str, Any],
     shown_settings: Mapping[str, Any],
+    writes: bool,
 ) -> None:
     """Save what `peft` trained beside the weights, if anything, with a card. shown_settings: those that the card shows.
 
@@ -83,15 +86,28 @@ def save_adapter(
     if merged_first:
         summary = f"{summary} It stands beside {base} with {merged_first} merged into it."
     if not base or merged_first:
-        peft.save(lm, directory, None, adapter_card(settings["name"], summary, None, shown_settings))
+        peft.save(lm, directory, None, adapter_card(settings["name"], summary, None, shown_settings), writes)
     else:
-        peft.save(lm, directory, base, adapter_card(settings["name"], summary, model, shown_settings))
+        peft.save(lm, directory, base, adapter_card(settings["name"], summary, model, shown_settings), writes)
 
 
-def save_model(lm: DiffusionLM, dtype: str, directory: Path, card: str, accelerator: Accelerator) -> None:
+def save_model(lm: DiffusionLM, dtype: torch.dtype, directory: Path, card: str, accelerator: Accelerator) -> None:
     """Write the trained model in the published layout, its weights as `dtype`, which they keep from now on."""
-    nn.Module.to(lm.model, dtype=pick_dtype(dtype, str(lm.device)))
-    state: Any = get_model_state_dict(lm.model, options=UNSHARDED_ON_CPU)
+    nn.Module.to(lm.model, dtype=dtype)
     if accelerator.is_main_process:
-        lm.save(directory, card, state)
+        lm.save(directory, card)
+    accelerator.wait_for_everyone()
+
+
+def save_sharded(
+    lm: DiffusionLM, peft: Peft, dtype: torch.dtype, directory: Path, card: str, accelerator: Accelerator
+) -> None:
+    """Write a trained model that processes share, likewise; one of them holds all of it, in its CPU's memory."""
+    state = {}
+    for name, weight in unsharded(peft.pushed(lm)):
+        if accelerator.is_main_process:
+            state[name] = weight.detach().to(dtype).cpu()
+    if accelerator.is_main_process:
+        model = nn.Module.to(skeleton(lm), dtype=dtype)
+        replace(lm, model=model).save(directory, card, state)
     accelerator.wait_for_everyone()

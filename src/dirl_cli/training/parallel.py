@@ -1,28 +1,25 @@
 """How processes share a model: what `launch=` chooses, by Accelerate's FSDP2 plugin."""
 
-import copy
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
 
 from dirl_cli.errors import DirlError
 from dirl_cli.models.context import UNDIVIDED, ContextGroup
-from dirl_cli.models.load import DiffusionLM, pick_device, pick_dtype
-from dirl_cli.models.low_precision import multiplied_weights
+from dirl_cli.models.load import pick_device, pick_dtype
 from dirl_cli.ranges import DEVICES
 from dirl_cli.types import SHARDED_LAUNCHES
 
@@ -56,6 +53,7 @@ def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelera
     if is_sharded and accelerator.num_processes == 1:
         raise DirlError(f"launch={launch} shares a model among processes: give gpus=2 or more, or launch=single")
     if is_sharded and device == "cpu":  # where Accelerate ignores its plugin, though torch shards over gloo too
+        PartialState().distributed_type = DistributedType.FSDP  # which every other state takes it from, again and again
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     return accelerator
@@ -104,39 +102,21 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def unsharded(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors, one by one as full tensors. Every process has to iterate over all: gathering is collective."""
-    for name, tensor in named:
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        yield name, tensor
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """The model and its optimizers as this process takes part in training them."""
+    # Accelerate tells parameters apart by where their memory begins, and empty shards of a layer begin nowhere.
+    sharded: list[tuple[dict[str, Any], int, DTensor]] = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for i, parameter in enumerate(group["params"]):
+                if isinstance(parameter, DTensor):
+                    sharded.append((group, i, parameter))
 
-
-def unsharded_model(lm: DiffusionLM, dtype: torch.dtype = torch.float32) -> DiffusionLM:
-    """A model to sample from: the same one, or where its parameters are sharded a copy with all of them.
-
-    dtype: of the copy's linear layers and experts, which autocast casts to it in any case.
-    """
-    if not any(isinstance(parameter, DTensor) for parameter in lm.model.parameters()):
-        return lm
-
-    # The copy's modules, without memory for the parameters yet.
-    config = copy.deepcopy(lm.model.config)  # of which a model changes the dtype, and a sampler the attention
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    multiplied = {weight for layer in model.modules() for weight in multiplied_weights(layer)}
-    multiplied.discard(model.get_input_embeddings().weight)  # which may be the head's too
-
-    # A tensor that two modules share, such as a tied embedding, gets one replacement, so that it stays shared.
-    replacements: dict[Tensor, Tensor] = {}
-    for parameter in model.parameters():
-        values = torch.empty(parameter.shape, dtype=dtype if parameter in multiplied else None, device=lm.device)
-        replacements[parameter] = nn.Parameter(values, requires_grad=False)
-    for buffer, trained_buffer in zip(model.buffers(), lm.model.buffers(), strict=True):
-        replacements[buffer] = trained_buffer
-    for module in model.modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            setattr(module, name, replacements[tensor])
-
-    model.load_state_dict(dict(unsharded(lm.model.named_parameters())), strict=False)  # tied ones are there once
-    return replace(lm, model=model)
+    if sharded:  # of such a model there is left what is around the layers
+        accelerator.state.fsdp_plugin.auto_wrap_policy = None
+    model, *wrapped = accelerator.prepare(model, *optimizers)
+    for group, i, parameter in sharded:
+        group["params"][i] = parameter
+    return model, [one.optimizer for one in wrapped]

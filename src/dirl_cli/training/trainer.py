@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dirl_cli.diffusion.layout import Rows
 from dirl_cli.errors import DirlError
 from dirl_cli.models.context import UNDIVIDED, ContextGroup
-from dirl_cli.training.parallel import reshard
+from dirl_cli.models.sharded_tensors import full_tensor
+from dirl_cli.training.parallel import prepare, reshard
 
 
 class PhaseTimes:
@@ -90,8 +91,7 @@ class Trainer:
         context: ContextGroup = UNDIVIDED,
     ) -> None:
         self.accelerator = accelerator
-        self.model, *prepared = accelerator.prepare(model, *optimizers)
-        self.optimizers: list[torch.optim.Optimizer] = [wrapped.optimizer for wrapped in prepared]
+        self.model, self.optimizers = prepare(accelerator, model, optimizers)
         self.schedule = schedule
         self.clip_norm = clip_norm
         # The schedule multiplies these: an optimizer's own rates are overwritten at every step.
@@ -139,7 +139,8 @@ class Trainer:
             metrics = self.reduce(totals)
 
         with self.times("optimizer"):
-            norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
+            # Not Accelerate's, which looks for the model among all that it has by comparing tensors, and shards fail.
+            norm = float(full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)))
             skip = not (math.isfinite(metrics["loss"]) and norm < self.skip_norm)  # the same in every process
             self.skipped = self.skipped + 1 if skip else 0
             if self.skipped > self.max_skipped:
