@@ -46,9 +46,11 @@ def test_every_implementation_gives_what_a_loop_over_the_experts_gives(implement
     logits, gradients = outcome(mixture(implementation), ids)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert any("experts" in name for name in gradients)
+    largest = max(gradient.norm() for gradient in expected_gradients.values())
     for name, gradient in gradients.items():
         error = (gradient - expected_gradients[name]).norm()
-        assert error <= 1e-4 * expected_gradients[name].norm() + 1e-9, name  # of a token alone no query has one
+        # Of a token alone a query has none but what rounding leaves.
+        assert error <= 1e-4 * expected_gradients[name].norm() + 3e-6 * largest, name
 
 
 def test_products_are_in_the_dtype_of_autocast():
