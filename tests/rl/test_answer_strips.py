@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dirl_cli.diffusion.layout import Rows, join_strips, pack
+from dirl_cli.models.context import UNDIVIDED
 from dirl_cli.rl.answer_strips import AnswerStrips, Part, all_spans
 from dirl_cli.rl.batch import ObjectiveRows, TrajectoryGroup
 from dirl_cli.training.trainer import Trainer
@@ -29,6 +30,8 @@ def trainer(index: int, count: int) -> Trainer:
     """One that only shares out."""
     one = Trainer.__new__(Trainer)
     one.accelerator = SimpleNamespace(process_index=index, num_processes=count)
+    one.context = UNDIVIDED
+    one.groups = count
     return one
 
 

@@ -90,6 +90,6 @@ def test_a_model_decodes_with_it():
             scheduler = Scheduler(GraphForward(lm, decoder_of(lm.model), 2, 16, attention, run_eagerly), 2)
             for request in make_requests([[5] * 6, [7] * 9], 1, options, None, None):
                 scheduler.add(request)
-            found.append({one.request.prompt: one.token_ids for _ in range(2) for one in scheduler.step()})
+            found.append({one.request.prompt: one.part.token_ids for _ in range(2) for one in scheduler.step()})
     assert found[0] == found[1]
     assert len(found[0]) == 2

@@ -53,7 +53,7 @@ class Native:
     max_batch: Count
     products: Products
     cache_share: SomeShare
-    record_entropy: bool
+    record_entropy: bool = False
 
     def require(self) -> None:
         """It runs anywhere."""
