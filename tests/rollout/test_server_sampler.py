@@ -276,7 +276,7 @@ def test_an_outage_that_ends_in_time_costs_nothing(lm, decoding, expected, tmp_p
 
 
 def test_a_server_that_has_too_much_to_do_is_asked_again_when_it_says_so(lm, decoding, expected, tmp_path):
-    with listening(speaking_lm(0), max_batch=1, max_queue=1) as (address, served, _):
+    with listening(speaking_lm(0), max_batch=1, max_queue=1) as (address, _, _):
         sampler = ServerSampler(lm, [address], tmp_path / "weights", 8, PATIENCE, KEY)
         sampler.update_weights(lm.model.named_parameters(), 0)
         answers = answers_of(sampler, decoding, n=1)
