@@ -5,6 +5,7 @@ import gc
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -276,12 +277,17 @@ def test_an_outage_that_ends_in_time_costs_nothing(lm, decoding, expected, tmp_p
 
 
 def test_a_server_that_has_too_much_to_do_is_asked_again_when_it_says_so(lm, decoding, expected, tmp_path):
-    with listening(speaking_lm(0), max_batch=1, max_queue=1) as (address, _, _):
+    with listening(speaking_lm(0), max_batch=1, max_queue=1) as (address, served, _):
         sampler = ServerSampler(lm, [address], tmp_path / "weights", 8, PATIENCE, KEY)
         sampler.update_weights(lm.model.named_parameters(), 0)
-        answers = answers_of(sampler, decoding, n=1)
+        served.gate.shut()  # until a question has found the queue full
+        with ThreadPoolExecutor(1) as thread:
+            answering = thread.submit(answers_of, sampler, decoding, n=1)
+            wait_until(served.service.metrics.refused.labels(429)._value.get)
+            served.gate.open.set()
+            answers = answering.result()
         assert answers == {key: answer for key, answer in expected.items() if key[1] == 0}
-        assert sampler.pool.servers[0].failures == 0  # be it refused or, where answers are as fast as questions, not
+        assert sampler.pool.servers[0].failures == 0
 
 
 def test_a_server_that_comes_back_with_less_room_does_not_cut_answers_short(lm, decoding, tmp_path):
