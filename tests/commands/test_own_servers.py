@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from dirl_cli.cli import run_dir
 from dirl_cli.cli.build import build
-from dirl_cli.commands.own_servers import require_alone, server_config
+from dirl_cli.commands.own_servers import require_no_others, server_config
 from dirl_cli.errors import DirlError
 from tests.helpers.rl_runs import config
 
@@ -34,11 +34,11 @@ def test_a_server_has_the_engine_that_is_asked_for():
 def test_other_servers_and_other_machines_are_told_in_one_sentence():
     _, engine = of_run("rollout.url=[http://a:8000]")
     with pytest.raises(DirlError, match=r"rollout\.url has others: give one of the two"):
-        require_alone(engine, nodes=1)
+        require_no_others(engine, nodes=1)
     _, engine = of_run()
-    require_alone(engine, nodes=1)
+    require_no_others(engine, nodes=1)
     with pytest.raises(DirlError, match="nodes=2: start them with `srun dirl serve`"):
-        require_alone(engine, nodes=2)
+        require_no_others(engine, nodes=2)
 
 
 def test_a_run_goes_on_with_more_servers_or_with_others():

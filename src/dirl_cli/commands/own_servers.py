@@ -42,7 +42,7 @@ def own_servers(
         yield ServerKeeper()
         return
 
-    require_alone(engine, cfg.nodes)
+    require_no_others(engine, cfg.nodes)
     gpus: list[str | None] = [None] * engine.servers
     if pick_device(cfg.device) != "cpu":
         gpus = [*gpus_of_servers(cfg.gpus, engine.servers, os.environ)]
@@ -86,7 +86,7 @@ def ready_engine(engine: Engine, keeper: ServerKeeper, progress: StepProgress) -
     return replace(engine, url=tuple(urls), servers=None)
 
 
-def require_alone(engine: Servers, nodes: int) -> None:
+def require_no_others(engine: Servers, nodes: int) -> None:
     """Raises DirlError where the run has other servers too, or machines that do not see this one's."""
     if engine.is_sglang:
         engine.require()

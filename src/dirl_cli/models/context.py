@@ -98,7 +98,7 @@ def require_shared_heads(config: PreTrainedConfig, size: int) -> None:
         )
 
 
-class Heads(NamedTuple):
+class AttentionLayer(NamedTuple):
     """What attention functions ask of the layer that they are called for."""
 
     training: bool
@@ -125,8 +125,8 @@ def divided(attend: Attend) -> Attend:
         query = trade(query.to(value.dtype), context)
         key = trade(key.to(value.dtype).repeat_interleave(copies, 1), context)
         value = trade(value.repeat_interleave(copies, 1), context)
-        heads = Heads(module.training, query.shape[1] // key.shape[1])
-        output, _ = attend(heads, query, key, value, *args, **kwargs)  # (R, L, H / P, D)
+        layer = AttentionLayer(module.training, query.shape[1] // key.shape[1])
+        output, _ = attend(layer, query, key, value, *args, **kwargs)  # (R, L, H / P, D)
         return trade(output, context), None
 
     return attend_divided

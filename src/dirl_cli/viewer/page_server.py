@@ -1,6 +1,7 @@
 """Serve a page and the answers that it asks for to a browser on this machine."""
 
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -88,7 +89,7 @@ def places_of(request: Request) -> list[int]:
     return places
 
 
-def answered(work: Any) -> Response:
+def answered(work: Callable[[], Any]) -> Response:
     """What `work` returns as JSON, or what is wrong with the request or the files."""
     try:
         return JSONResponse(work(), headers=HEADERS)
