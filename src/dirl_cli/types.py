@@ -143,6 +143,19 @@ class Decoding:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
+SENT_AS_IT_IS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "strategy",
+    "threshold",
+    "threshold_by_step",
+    "threshold_by_position",
+    "lowest_threshold",
+    "confidence",
+)  # of `Decoding`: what a request to a server says by the same names
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """A completion and how it came about; one entry per answer token, whole blocks, stop token and tail included.

@@ -58,14 +58,7 @@ class ServerClient:
         self.url = url
         self.lm = lm
         self.patience = patience
-        headers = [(b"Authorization", f"Bearer {key}".encode())] if key else []
-        self.http = httpx.AsyncClient(
-            base_url=url,
-            headers=headers,
-            timeout=httpx.Timeout(CONNECT, read=None, pool=None),  # `_while` bounds reading
-            limits=httpx.Limits(max_connections=connections),
-            trust_env=False,  # a proxy for the world is none for a neighbour
-        )
+        self.http = http_client(url, key, connections)
         self.tokens = 0
         self.answers = 0
         self.failures = 0
@@ -170,20 +163,41 @@ class ServerClient:
 
     async def _while(self, is_well: Callable[[Health, Health], bool], work: Awaitable[T]) -> T:
         """What comes of the work, as long as the server is well from one look to the next. Raises ServerFailed else."""
-        task = asyncio.ensure_future(work)
-        before = None
-        try:
-            while not (await asyncio.wait({task}, timeout=self.patience.silence))[0]:
-                now = await self._get("/health")
-                is_hanging = before is not None and not is_well(before, now)
-                before = now
-                if is_hanging:
-                    raise ServerFailed(f"takes no step in {self.patience.silence:g} s")
-            return task.result()
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
+        before: Health | None = None
+
+        async def look() -> None:
+            nonlocal before
+            now = await self._get("/health")
+            is_hanging = before is not None and not is_well(before, now)
+            before = now
+            if is_hanging:
+                raise ServerFailed(f"takes no step in {self.patience.silence:g} s")
+
+        return await watched(work, self.patience.silence, look)
+
+
+def http_client(url: str, key: str | None, connections: int) -> httpx.AsyncClient:
+    """What asks one server, over so many connections at once; reading is bounded by `watched`."""
+    return httpx.AsyncClient(
+        base_url=url,
+        headers=[(b"Authorization", f"Bearer {key}".encode())] if key else [],
+        timeout=httpx.Timeout(CONNECT, read=None, pool=None),
+        limits=httpx.Limits(max_connections=connections),
+        trust_env=False,  # a proxy for the world is none for a neighbour
+    )
+
+
+async def watched(work: Awaitable[T], every: float, look: Callable[[], Awaitable[None]]) -> T:
+    """What comes of the work, which ends with what `look` raises. every: seconds between looks at who does it."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=every))[0]:
+            await look()
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
 
 
 def steps(before: Health, now: Health) -> bool:

@@ -28,21 +28,10 @@ from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
 from dirl_cli.rollout.server_pool import POLL, End, Server, ServerPool, cancelled, unknown_end
 from dirl_cli.rollout.sglang_client import SglangClient
 from dirl_cli.rollout.storage import trajectory_from_json
-from dirl_cli.types import Decoding, Trajectory
+from dirl_cli.types import SENT_AS_IT_IS, Decoding, Trajectory
 
 T = TypeVar("T")
 MOST_TRIES = 20  # of a prompt, each failed by a server that goes on otherwise
-SENT = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "strategy",
-    "threshold",
-    "threshold_by_step",
-    "threshold_by_position",
-    "lowest_threshold",
-    "confidence",
-)  # of `Decoding`, by the same names
 LISTS = ("token_ids", "reveal_step", "logprobs")  # of which a chunk has a block's
 
 Answer = tuple[int, int, Trajectory]  # with the indices of its prompt and sample
@@ -386,7 +375,7 @@ def body_of(question: Question, decoding: Decoding, weights: WeightsId, block_si
         "n": question.n,
         "max_tokens": decoding.max_new_tokens,
         "weights": {"version": weights.version, "sha256": weights.sha256},
-        **{name: getattr(decoding, name) for name in SENT},
+        **{name: getattr(decoding, name) for name in SENT_AS_IT_IS},
         "denoising_steps": decoding.denoising_steps or block_size,
         "stop_token_ids": list(decoding.stop_token_ids) or None,
         "seed": question.seed,

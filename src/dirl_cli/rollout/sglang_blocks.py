@@ -27,24 +27,13 @@ from dirl_cli.diffusion.unmasking import (
     threshold_table,
 )
 from dirl_cli.errors import DirlError, did_you_mean
-from dirl_cli.types import Decoding
+from dirl_cli.types import SENT_AS_IT_IS, Decoding
 
 VERSION = "0.5.23"  # of SGLang, whose code this was written to
 ALGORITHM = "Dirl"  # as --dllm-algorithm names it
 FIELD = "dirl"  # of a response's `meta_info`, the blocks; and of a request's `custom_params`, which form they have
 FORM = 1  # of both; another number where they change
-SENT = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "strategy",
-    "threshold",
-    "threshold_by_step",
-    "threshold_by_position",
-    "lowest_threshold",
-    "confidence",
-    "denoising_steps",
-)  # of `Decoding`, by the same names in `custom_params`
+SENT = (*SENT_AS_IT_IS, "denoising_steps")  # of `Decoding`, by the same names in `custom_params`
 
 
 @dataclass(frozen=True)

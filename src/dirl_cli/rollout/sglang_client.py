@@ -12,7 +12,15 @@ from dirl_cli.diffusion.sampling import request_key
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.pushed_weights import WeightsId
-from dirl_cli.rollout.server_client import CONNECT, KEY_VARIABLE, REFUSED, Patience, ServerFailed, described
+from dirl_cli.rollout.server_client import (
+    KEY_VARIABLE,
+    REFUSED,
+    Patience,
+    ServerFailed,
+    described,
+    http_client,
+    watched,
+)
 from dirl_cli.rollout.sglang_blocks import ALGORITHM, FIELD, custom_params
 from dirl_cli.rollout.sglang_plugin import require_version
 
@@ -29,13 +37,7 @@ class SglangClient:
         self.url = url
         self.lm = lm
         self.patience = patience
-        self.http = httpx.AsyncClient(
-            base_url=url,
-            headers=[(b"Authorization", f"Bearer {key}".encode())] if key else [],
-            timeout=httpx.Timeout(CONNECT, read=None, pool=None),  # `_while_alive` bounds reading
-            limits=httpx.Limits(max_connections=connections),
-            trust_env=False,  # a proxy for the world is none for a neighbour
-        )
+        self.http = http_client(url, key, connections)
         self.tokens = 0
         self.answers = 0
         self.failures = 0
@@ -51,9 +53,9 @@ class SglangClient:
         """
         if not self.length:
             self.length = self._checked_length(await self._get("/server_info"))
-        if (await self._get("/model_info"))["weight_version"] == name_of(weights):
+        if (await self._get("/model_info"))["weight_version"] == weights_name(weights):
             return
-        body = {"model_path": str(path), "weight_version": name_of(weights)}
+        body = {"model_path": str(path), "weight_version": weights_name(weights)}
         try:
             async with asyncio.timeout(self.patience.push):
                 response = await self.http.post("/update_weights_from_disk", json=body)
@@ -142,15 +144,7 @@ class SglangClient:
 
     async def _while_alive(self, work: Awaitable[T]) -> T:
         """What comes of the work, as long as the engine gives a sign of life in time. Raises ServerFailed else."""
-        task = asyncio.ensure_future(work)
-        try:
-            while not (await asyncio.wait({task}, timeout=self.patience.silence))[0]:
-                await self._require_alive()
-            return task.result()
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
+        return await watched(work, self.patience.silence, self._require_alive)
 
     async def _require_alive(self) -> None:
         """Raises ServerFailed where neither an answer under way nor a token of a trial goes on."""
@@ -237,7 +231,7 @@ def request_body(body: Mapping[str, Any], lm: DiffusionLM) -> dict[str, Any]:
     return {"input_ids": [input_ids] * len(params), "sampling_params": params, "stream": True}
 
 
-def name_of(weights: WeightsId) -> str:
+def weights_name(weights: WeightsId) -> str:
     """The weights as SGLang names them, in each response too: the version first."""
     return f"{weights.version}:{weights.sha256}"
 
