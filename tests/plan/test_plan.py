@@ -379,6 +379,7 @@ def test_longer_rollouts_want_fewer_at_once(shared, tmp_path):
         "rl.epochs": 1,
         "micro_rows": 1,
         "gradient_checkpointing": True,
+        "context_parallel": 1,
         "row_tokens": 64,
         "decoding.max_new_tokens": 200,
     }
