@@ -1,42 +1,21 @@
-"""The quick start: its commands are accepted word for word, and run on the embedded model with the native engine."""
+"""The quick start: its commands run on the embedded model with the native engine."""
 
 import json
-import re
-import shlex
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from dirl_cli.cli.app import app
 from dirl_cli.models.tiny import Tiny
-from tests.helpers.paths import ROOT
+from tests.helpers.pages import code_blocks, commands, page
 
-PAGE = (ROOT / "docs" / "quickstart.md").read_text().replace("\\\n", "")
-LINES = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
-COMMANDS = [shlex.split(line, comments=True)[1:] for line in LINES if line.startswith("dirl ")]
+COMMANDS = commands(page("quickstart"))
 
 
 def dirl(*words):
     return CliRunner().invoke(app, list(words))
-
-
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_every_command_is_accepted(words, here, monkeypatch):
-    handed = []
-    for name in ("download", "eval", "generate", "rl"):
-        stand_in = SimpleNamespace(run=lambda cfg, out: handed.append(OmegaConf.to_container(cfg)))
-        monkeypatch.setitem(sys.modules, f"dirl_cli.commands.{name}", stand_in)
-    Path("runs/rl/sdar1b-1gpu/model").mkdir(parents=True)
-    result = dirl(*words)
-    assert result.exit_code == 0, result.output
-    assert handed
-    if "rollout=lmdeploy" in words:
-        assert {cfg["rollout"]["_target_"] for cfg in handed} == {"dirl_cli.rollout.engines.Lmdeploy"}
 
 
 @pytest.fixture
@@ -68,7 +47,7 @@ def test_the_example_of_evaluating_runs(model):
 
 
 def test_the_example_in_python_runs(model, capsys):
-    [code] = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    [code] = code_blocks("python", page("quickstart"))
     code = code.replace("OpenMOSS-Team/DiRL-8B-Instruct", model).replace("lmdeploy", "native").replace("2048", "8")
     names: dict = {}
     exec(code, names)

@@ -1,17 +1,12 @@
 """What may be launched together, and how Accelerate is told of it."""
 
-import re
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from dirl_cli.cli import config_tree
 from dirl_cli.cli.processes import accelerate_options, check_launch
 from dirl_cli.errors import DirlError
-from dirl_cli.files import conf_dir
-from tests.helpers.paths import ROOT
 
 
 def settings(**chosen):
@@ -50,20 +45,3 @@ def test_two_machines_find_each_other_at_the_first_ones_address():
     assert [chosen[f"--main_process_{key}"] for key in ("ip", "port")] == ["node7", "4000"]
     usual = accelerate_options(settings(gpus=4, nodes=2, node_rank=0, main_address="node7"))
     assert usual[usual.index("--main_process_port") + 1] == "29500"
-
-
-def commands():
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/multi_gpu.md").read_text(), re.S)
-    return re.findall(r"(?:^|srun )dirl (\w+) ([^#\n]*)", "\n".join(blocks), re.M)
-
-
-@pytest.mark.parametrize(("command", "words"), commands())
-def test_the_commands_of_the_page_on_several_gpus_compose(command, words, monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "node1")
-    monkeypatch.setenv("SLURM_NODEID", "0")
-    words = [re.sub(r",\w+", "", word) for word in words.split() if word != "-m" and not word.startswith("hydra")]
-    words = [word.replace("data=my.jsonl", "data=file") for word in words]
-    config_tree.prepare(None)
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose(command, words)
-    check_launch(command, cfg)

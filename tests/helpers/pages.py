@@ -1,7 +1,11 @@
 """The pages of the repository, and what stands in their blocks of code."""
 
 import re
-import shlex
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import dedent
 
 from tests.helpers.paths import ROOT
@@ -9,6 +13,21 @@ from tests.helpers.paths import ROOT
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 README = PAGES[0].read_text()
+BASH = shutil.which("bash") or "bash"
+# What bash is told before it runs a page's block. There are no programs, and one of them notes its words. Those of the
+# others in which it stands are launchers, as `srun dirl rl`; but `lm_eval --model dirl --tasks …` is none.
+STAND_INS = r"""
+PROGRAM() { printf '%s\0' "$@" $'\n' >> "$NOTED"; }
+bash() { "$BASH" "$@"; }
+exec() { "$@"; }
+command_not_found_handle() {
+    while [ $# != 0 ]; do
+        case "$1 $2" in "PROGRAM "[a-z]* | "bash -c") "$@"; return ;; esac
+        shift
+    done
+}
+export -f PROGRAM bash exec command_not_found_handle
+"""
 
 
 def page(name: str) -> str:
@@ -20,10 +39,33 @@ def code_blocks(language: str, text: str) -> list[str]:
     return [dedent(block) for block in re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.S | re.M)]
 
 
-def commands(text: str) -> list[list[str]]:
-    """The words of each `dirl` command in a page's blocks for the shell."""
-    lines = "".join(code_blocks("bash", text)).replace("\\\n", "").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("dirl ")]
+@cache
+def commands(text: str, program: str = "dirl") -> list[list[str]]:
+    """The words of each `dirl` command in a page's blocks for the shell, or of another `program`, sorted.
+
+    Bash itself finds them: behind a pipe, in `$(…)`, after variables or a launcher, and in the background.
+    """
+    blocks = code_blocks("bash", text)
+    return sorted(words for block in blocks for words in commands_of_block(block, program))
+
+
+def commands_of_block(block: str, program: str) -> list[list[str]]:
+    with TemporaryDirectory() as directory:
+        noted = Path(directory, "noted")
+        noted.touch()
+        run_block(STAND_INS.replace("PROGRAM", program) + block, noted)
+        return [words.split("\0")[:-1] for words in noted.read_text().split("\n\0")[:-1]]
+
+
+def run_block(script: str, noted: Path) -> None:
+    """Run a script in an empty directory, with no program to be found."""
+    empty = noted.with_name("empty")
+    empty.mkdir()
+    env = {"PATH": str(empty), "NOTED": str(noted)}
+    told = subprocess.run(
+        [BASH, "-c", f"{script}\nwait"], env=env, cwd=empty, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert "syntax error" not in told.stderr, told.stderr
 
 
 def files(text: str) -> dict[str, str]:
