@@ -8,7 +8,7 @@ SOURCE = ROOT / "src" / "dirl_cli"
 
 # A room is a folder, a module at the top, or a module of `cli`, where who knows whom decides how fast help is.
 # Everyone may import these:
-FREE = {"console", "distributed", "errors", "files", "ranges", "text", "types"}
+FREE = {"console", "distributed", "errors", "files", "line_files", "ranges", "text", "types"}
 MAY_IMPORT = {
     "cli/app": {"cli/launch", "cli/complete", "cli/overrides", "cli/runs", "doctor"},  # when a command starts
     "cli/launch": {

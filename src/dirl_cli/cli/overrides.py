@@ -15,10 +15,12 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from dirl_cli.errors import DirlError, UnknownChoice, did_you_mean, pip_install
+from dirl_cli.line_files import lines_of
 from dirl_cli.text import literal, shell_word
 
 PATH_CHOICE = {"data": "file", "bench": "file", "model": "path"}  # the choice whose `path` takes any path
-ANSWERS = ("rollouts/step-*.jsonl", "step-*.jsonl", "completions.jsonl")  # in a directory that data=rollouts reads
+STEPS = ("step-*.jsonl", "step-*.jsonl.gz")
+ANSWERS = (*(f"rollouts/{step}" for step in STEPS), *STEPS, "completions.jsonl")  # in what data=rollouts reads
 TEXTS = ("prompt", "messages", "instruction.text", "algo.teacher_prompt")  # their whole value, also with -m
 # Last parts of the keys whose values are paths.
 PATHS = (
@@ -42,7 +44,7 @@ MAPPINGS = ("options", "weights")  # whose keys are the user's: a new mapping re
 MOST_COMMAS = 20  # in the name of a path; a longer list is taken for separate paths
 MANY_CHOICES = 8  # more are told with a line each, where none is like the one that was typed
 LONGEST_KEY = 200  # characters; a file name, as Hydra looks for, may have few more
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
+DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv")
 
 
 def rewrite(words: Sequence[str], choices: Callable[[str], list[str]], sweep: bool, answers: bool = False) -> list[str]:
@@ -153,9 +155,8 @@ def holds_answers(path: Path) -> bool:
 def begins_with_answer(file: Path) -> bool:
     """Whether the first line of a file is an answer with the steps that revealed it."""
     try:
-        with file.open("rb") as lines:
-            line = json.loads(next(lines, b"null"))
-    except (OSError, ValueError, RecursionError):
+        line = json.loads(next(lines_of(file), b"null"))
+    except (DirlError, ValueError, RecursionError):
         return False
     return isinstance(line, dict) and {"token_ids", "reveal_step"} <= line.keys()
 

@@ -43,7 +43,15 @@ WORK = {  # how it is done
     "grade_workers",
 }
 SHOWING = {"logger", "log_every", "show_every", "eval_every", "eval_problems", "mask_rates"}
-SAVING = {"save_every", "keep_checkpoints", "keep_best", "async_checkpoints", "push_to_hub", "model.made_by"}
+SAVING = {
+    "save_every",
+    "keep_checkpoints",
+    "keep_best",
+    "async_checkpoints",
+    "rl.compress_rollouts",
+    "push_to_hub",
+    "model.made_by",
+}
 ANSWERS = {"samples", "limit", "ids"}  # which answers an evaluation has, not what they are
 FREE = frozenset(START | MACHINES | WORK | SHOWING | SAVING | ANSWERS)
 

@@ -143,6 +143,7 @@ class ReinforcementConfig:
     correction_level: Annotated[str, OneOf("token", "step", "sequence", "answer")]
     train_tail: bool
     rollout_only: bool
+    compress_rollouts: bool
     replay: str | None
     rescore: bool
 

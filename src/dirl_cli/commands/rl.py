@@ -237,7 +237,8 @@ def reinforce(
             rollouts.state = RolloutState.from_json(remembered)
         session.state = lambda: rollouts.state.to_json() | growth_state()
         writes = accelerator.is_main_process and rollouts.is_new
-        report = RolloutReport(out / "rollouts" if writes else None, cfg.show_every, learns, progress)
+        directory = out / "rollouts" if writes else None
+        report = RolloutReport(directory, cfg.show_every, learns, progress, cfg.rl.compress_rollouts)
         session.before_saving = report.wait
 
         questions = pools.held_out

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dirl_cli.overview.files import read_objects, step_files
+from dirl_cli.line_files import step_files
+from dirl_cli.overview.files import read_objects
 
 LOOKED_AT = 400  # answers of a file, from which some are chosen
 PROBLEMS = 4  # that are shown of a step
@@ -26,22 +27,19 @@ class AnswerExcerpt:
 
 def answers_to_read(run: Path) -> dict[str, list[AnswerExcerpt]]:
     """Answers to look at, under headings; nothing where the run kept none."""
-    files = step_files(run)
+    files = step_files(run / "rollouts")
+    steps = list(files)
     shown = {}
-    for file in dict.fromkeys([*files[:1], *files[-1:]]):
-        answers = of_some_problems(read_objects(file, LOOKED_AT))
+    for step in dict.fromkeys([*steps[:1], *steps[-1:]]):
+        answers = of_some_problems(read_objects(files[step], LOOKED_AT))
         if answers:
-            shown[f"Step {int(file.stem.removeprefix('step-'))}" if is_numbered(file) else file.stem] = answers
+            shown[f"Step {step}"] = answers
     rows = read_objects(run / "answers.jsonl", LOOKED_AT)
     for heading, is_correct in (("Wrong", False), ("Right", True)):
         chosen = [excerpt(row) for row in rows if bool(row.get("correct")) == is_correct][:OF_EACH]
         if chosen:
             shown[heading] = chosen
     return shown
-
-
-def is_numbered(file: Path) -> bool:
-    return file.stem.removeprefix("step-").isdigit()
 
 
 def of_some_problems(rows: Sequence[Mapping[str, Any]]) -> list[AnswerExcerpt]:

@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+from dirl_cli.errors import DirlError
+from dirl_cli.line_files import lines_of
+
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C it takes a tenth of the time
 COMMANDS = {"rl": "rl", "dpo": "dpo", "bench": "eval", "masking": "sft"}  # by a key that only its config has
 
@@ -89,20 +92,19 @@ def last_measured(lines: Sequence[str], names: Iterable[str]) -> Numbers:
 
 
 def read_objects(file: Path, most: int) -> list[dict[str, Any]]:
-    """The first objects of a file with one a line."""
+    """The first objects of a file with one a line, which may be compressed."""
     rows: list[dict[str, Any]] = []
     try:
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            for text in lines:
-                if len(rows) == most:
-                    break
-                try:
-                    row = json.loads(text)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict):
-                    rows.append(row)
-    except OSError:
+        for line in lines_of(file):
+            if len(rows) == most:
+                break
+            try:
+                row = json.loads(line.decode(errors="replace"))
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    except DirlError:
         return rows
     return rows
 
@@ -115,8 +117,3 @@ def checkpoint_steps(run: Path) -> list[int]:
         if number.isdigit():
             steps.append(int(number))
     return sorted(steps)
-
-
-def step_files(run: Path) -> list[Path]:
-    """The files of a run's rollouts, by step."""
-    return sorted((run / "rollouts").glob("step-*.jsonl"))

@@ -10,6 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from dirl_cli.console import PlainConsole
+from dirl_cli.line_files import step_files
 from dirl_cli.overview.curves import course_cells, course_of, format_metric, is_leading, names_of, phase_seconds
 from dirl_cli.overview.files import (
     Numbers,
@@ -17,7 +18,6 @@ from dirl_cli.overview.files import (
     read_history,
     read_mapping,
     read_settings,
-    step_files,
 )
 from dirl_cli.overview.listing import EVERYWHERE, GAP, STYLES, print_table
 from dirl_cli.overview.status import RunStatus, status_of
@@ -113,7 +113,7 @@ def run_facts(run: RunFiles, departures: Sequence[str]) -> list[tuple[str, str]]
         best = best_checkpoint(directory, run.settings, steps)
         names = ", ".join(f"{step} (best)" if step == best else str(step) for step in steps[-6:])
         lines.append(("checkpoints", f"{directory / 'checkpoints'}: {'… ' if len(steps) > 6 else ''}{names}"))
-    if rollouts := step_files(directory):
+    if rollouts := step_files(directory / "rollouts"):
         lines.append(("rollouts", f"{directory / 'rollouts'}: {counted(len(rollouts), 'step')}"))
     for name, what in PARTS.items():
         if (directory / name).exists():

@@ -26,13 +26,14 @@ class RolloutReport:
 
     A thread writes them while the policy is updated.
     directory: None where the answers are on the disk already, and in all processes but one. show_every: steps; 0 for
-    never. learns: whether anything is to be learned at all.
+    never. learns: whether anything is to be learned at all. compress: whether the thread compresses them.
     """
 
     directory: Path | None
     show_every: int
     learns: bool
     progress: StepProgress
+    compress: bool = False
     without_signal: int = 0  # steps in a row
     background_write: BackgroundWrite = field(default_factory=lambda: BackgroundWrite("rollout"))
 
@@ -47,7 +48,8 @@ class RolloutReport:
     def write(self, step: int, groups: Sequence[Group], sampled: Sequence[Group]) -> None:
         """Write and show step `step` (from 1). groups: those learned from, with their advantages."""
         if self.directory:
-            self.background_write.start(write_rollout, rollout_path(self.directory, step), records(groups, sampled))
+            path = rollout_path(self.directory, step, self.compress)
+            self.background_write.start(write_rollout, path, records(groups, sampled))
         self.without_signal = 0 if any_advantage(groups) else self.without_signal + 1
         if self.without_signal == PATIENCE and self.learns:
             self.progress.print_line(f"nothing is learned: {why_without_signal(sampled)}")

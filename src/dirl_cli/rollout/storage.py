@@ -1,7 +1,6 @@
-"""Rollouts on disk: `step-000012.jsonl` with a line for each answer of a step, to look at, score again or replay."""
+"""Rollouts on disk: a line for each answer of a step in `step-000012.jsonl`, or by gzip in `step-000012.jsonl.gz`."""
 
 import json
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +9,8 @@ from types import NoneType
 from typing import Any, TypeVar, get_args
 
 from dirl_cli.errors import DirlError
-from dirl_cli.files import write_text
+from dirl_cli.files import write_bytes
+from dirl_cli.line_files import compressed, lines_of, plain_name, step_files
 from dirl_cli.models.load import DiffusionLM
 from dirl_cli.types import HELD, Problem, StopReason, Trajectory
 
@@ -54,9 +54,9 @@ class Record:
     process: list[float] = field(default_factory=list)
 
 
-def rollout_path(directory: Path, step: int) -> Path:
+def rollout_path(directory: Path, step: int, compress: bool = False) -> Path:
     """The file of a step, in the directory `rollouts` of a run."""
-    return directory / f"step-{step:06d}.jsonl"
+    return directory / f"step-{step:06d}.jsonl{'.gz' if compress else ''}"
 
 
 def rollout_files(directory: Path) -> dict[int, Path]:
@@ -64,18 +64,23 @@ def rollout_files(directory: Path) -> dict[int, Path]:
     rollouts = directory / "rollouts"
     if not rollouts.is_dir():
         rollouts = directory
-    steps = {}
-    for path in rollouts.glob("step-*.jsonl"):
-        if match := re.fullmatch(r"step-(\d+)", path.stem):
-            steps[int(match[1])] = path
+    steps = step_files(rollouts)
     if not steps:
         raise DirlError(f"{directory} holds no step-….jsonl: give a run's directory or the rollouts/ in it")
-    return dict(sorted(steps.items()))
+    return steps
 
 
 def write_rollout(path: Path, records: Iterable[Record]) -> None:
-    """Write a step's answers, atomically: a reader finds the complete file or none, even after a crash."""
-    write_text(path, (json.dumps(to_json(record)) + "\n" for record in records))
+    """Write a step's answers, atomically: a reader finds the complete file or none, even after a crash.
+
+    path: compressed where it ends in .gz. The step's other file, of before a run went on with the other setting, goes.
+    """
+    lines = (f"{json.dumps(to_json(record))}\n".encode() for record in records)
+    plain = plain_name(path)
+    packed = plain.with_name(f"{plain.name}.gz")
+    write_bytes(path, compressed(lines) if path == packed else lines)
+    other = plain if path == packed else packed
+    other.unlink(missing_ok=True)
 
 
 def read_rollout(path: Path) -> list[Record]:
@@ -88,13 +93,9 @@ def read_lines(path: Path, parse: Callable[[Any], Record] | None = None) -> Iter
 
     parse: makes a record of what a line holds, where that is not what `write_rollout` writes.
     """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                location = f"{path} line {number}"
-                yield location, read_line(location, line, parse or from_json)
-    except OSError as error:
-        raise DirlError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    for number, line in enumerate(lines_of(path), start=1):
+        location = f"{path} line {number}"
+        yield location, read_line(location, line, parse or from_json)
 
 
 def require_learnable(location: str, answer: Trajectory, lm: DiffusionLM) -> None:

@@ -10,6 +10,7 @@ from dirl_cli.data.columns import rename_columns
 from dirl_cli.data.rows import Row
 from dirl_cli.data.verified_rows import is_verifiable, name_verifiers, verified_problem, verified_question
 from dirl_cli.errors import DirlError
+from dirl_cli.line_files import lines_of
 from dirl_cli.rollout.storage import (
     TRAJECTORY_COLUMNS,
     Record,
@@ -66,10 +67,8 @@ def answer_files(path: Path) -> list[Path]:
 
 def is_rollout(file: Path) -> bool:
     """Whether a file's first line is one of rollouts, which alone say of what problem it is and if it was kept."""
-    with file.open("rb") as lines:
-        first = next(lines, b"{}")
     try:
-        line = json.loads(first)
+        line = json.loads(next(lines_of(file), b"{}"))
     except (ValueError, RecursionError):
         return True  # who reads it says what is wrong with it
     return isinstance(line, dict) and {"problem", "kept"} <= line.keys()

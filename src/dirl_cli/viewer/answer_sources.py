@@ -11,6 +11,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.evaluation.answers import GradedAnswer, checked, read_answers
 from dirl_cli.evaluation.predictions import NEEDED
 from dirl_cli.evaluation.result_card import ANSWERS
+from dirl_cli.line_files import lines_of, plain_name, step_files, step_of
 from dirl_cli.rollout.storage import (
     Record,
     from_json,
@@ -76,8 +77,8 @@ def source_name(path: Path) -> str:
     if path.name in ("rollouts", ANSWERS, COMPLETIONS):
         return path.parent.name
     if path.parent.name == "rollouts":
-        return f"{path.parents[1].name} {path.stem}"
-    return path.stem if path.is_file() else path.name
+        return f"{path.parents[1].name} {plain_name(path).stem}"
+    return plain_name(path).stem if path.is_file() else path.name
 
 
 def read_source(path: Path, limit: int) -> AnswerSource:
@@ -109,29 +110,25 @@ def read_source(path: Path, limit: int) -> AnswerSource:
 def files_by_step(path: Path) -> dict[int, Path]:
     """The files of answers of a directory by step, or a file itself. Raises DirlError where there is none."""
     if path.is_file():
-        number = path.stem.removeprefix("step-")
-        return {int(number) if number.isdecimal() else 0: path}
+        return {step_of(path) or 0: path}
     if not path.is_dir():
         raise DirlError(f"{path} is not there: {REMEDY}")
     for name in (ANSWERS, COMPLETIONS):
         if (path / name).is_file():
             return {0: path / name}
-    if not list(path.glob("step-*.jsonl")) and not list(path.glob("rollouts/step-*.jsonl")):
+    if not step_files(path) and not step_files(path / "rollouts"):
         raise DirlError(f"{path} holds no answers: {REMEDY}")
     return rollout_files(path)
 
 
 def count_lines(file: Path) -> int:
-    with file.open("rb") as lines:
-        return sum(1 for _ in lines)
+    return sum(1 for _ in lines_of(file))
 
 
 def kind_of(file: Path) -> Kind:
     """What a file holds, by its first line. Raises DirlError where those are no answers."""
-    with file.open("rb") as lines:
-        first = next(lines, b"null")
     try:
-        line = json.loads(first)
+        line = json.loads(next(lines_of(file), b"null"))
     except (ValueError, RecursionError) as error:
         raise DirlError(f"{file} line 1 is not valid JSON: {REMEDY}") from error
     for kind, keys in LINES_OF.items():

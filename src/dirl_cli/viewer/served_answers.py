@@ -6,16 +6,20 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from dirl_cli.errors import DirlError
+from dirl_cli.line_files import lines_of
 from dirl_cli.text import counted
 from dirl_cli.viewer.answer_sources import Kind, ShownAnswer, parse_line
 from dirl_cli.viewer.payload import KINDS, Table, TokenReader, answer_facts, trace
 
 PIECE = 5000  # answers
 EXCERPT = 200  # characters, of which the page shows fewer
+KEPT = 4  # compressed files, as they are decompressed
 SEARCH = 0.5  # seconds, after which a search tells what it has
 
 
@@ -100,9 +104,7 @@ class ServedAnswers:
             raise IndexError(place)
         file = self.files[self.file_of[place]]
         try:
-            with file.path.open("rb") as lines:
-                lines.seek(self.offsets[place])
-                line = lines.readline()
+            line = line_at(file.path, self.offsets[place])
         except OSError as error:
             raise DirlError(f"{file.path} cannot be read ({error.strerror}): start dirl view again") from error
         return parse_line(file.kind, file.step, f"{file.path} line {self.number_of[place]}", line)
@@ -157,7 +159,23 @@ class ServedAnswers:
 def answers_of(file: AnswerFile) -> Iterator[tuple[int, ShownAnswer]]:
     """The answers of a file, each with the byte at which its line begins."""
     offset = 0
-    with file.path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            yield offset, parse_line(file.kind, file.step, f"{file.path} line {number}", line)
-            offset += len(line)
+    for number, line in enumerate(lines_of(file.path), start=1):
+        yield offset, parse_line(file.kind, file.step, f"{file.path} line {number}", line)
+        offset += len(line)
+
+
+def line_at(path: Path, offset: int) -> bytes:
+    """The line that begins at a byte of a file, or of what it is decompressed to."""
+    with compressed_file(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        lines.seek(offset)
+        return lines.readline()
+
+
+def compressed_file(path: Path) -> BytesIO:
+    return BytesIO(decompressed(path, path.stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=KEPT)
+def decompressed(path: Path, changed: int) -> bytes:
+    """What a gzip file holds, kept for the next line of it. changed: when, so that a new file is read anew."""
+    return b"".join(lines_of(path))
