@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,25 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig
 from transformers import AutoConfig
 
+from dirl_cli.cli.build import build_choice
 from dirl_cli.commands import dpo, rl, sft
 from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.hub import configured_repositories
 from dirl_cli.models.load import SavedModel
+from dirl_cli.models.peft import FullFinetune
 from dirl_cli.models.sdar import SDARMoeConfig
 from dirl_cli.models.shapes import PUBLISHED, outline
 from dirl_cli.plan.architecture import Architecture, architecture
 from dirl_cli.plan.budget import Budget, Machine, halvings
 from dirl_cli.plan.duration import Duration, update_operations
-from dirl_cli.plan.forecast import UPDATE, TrainingSetup, update_knobs, worst_case_trajectory
+from dirl_cli.plan.forecast import (
+    UPDATE,
+    TrainingSetup,
+    alternatives,
+    sharding_knobs,
+    update_knobs,
+    worst_case_trajectory,
+)
 from dirl_cli.plan.memory import Memory, MicroBatch, Parallelism, parallelism
 from dirl_cli.plan.rl_forecast import rl_budget
 from dirl_cli.rollout.engines import Lmdeploy, Native
@@ -209,6 +219,56 @@ def test_processes_share_a_critic_that_is_a_model_and_are_not_told_to_put_a_head
         budget = rl_budget(setup, dipo(0.0), Decoding(temperature=1.0), 4, Native(64, "auto", 0.8), True, critic=critic)
         knobs[gpus, critic] = (budget.knobs["critic"], budget.knobs.get("launch"))
     assert knobs == {(1, "model"): (["head"], []), (2, "model"): ([], ["fsdp2"]), (2, "head"): ([], None)}
+
+
+@pytest.mark.parametrize("launch", ["fsdp2", "zero2"])
+def test_of_a_model_that_is_loaded_to_be_shared_a_gpu_holds_its_part_the_ends_and_one_tensor_more(launch):
+    model = architecture(small_lm().model.config, ADAMW)
+    memory = Memory(model, bf16=True, dense=False, cuda=True, parallelism=parallelism(launch, 2))
+    ends = 4 * model.vocabulary_parameters
+    assert memory.loading()["parameters"] == 4 * model.layer_parameters // 2 + ends
+    assert memory.loading()["gathered"] == 4 * max(
+        model.layer_parameters // model.layers, model.vocabulary * model.hidden
+    )
+    assert (memory.loading()["loaded model"], replace(memory, cuda=False).loading()["loaded model"]) == (
+        0,
+        model.weight_bytes,
+    )
+
+
+def test_adapters_are_shared_where_they_can_be_and_are_proposed_with_what_goes_with_them():
+    lora, packed = (build_choice("peft", name) for name in ("lora", "qlora"))
+    asked = {"launch": "fsdp2"}
+    many = TrainingSetup(small_lm(), ADAMW, replace(BIG_GPU, gpus=2), asked, adapter=partial(build_choice, "peft"))
+    more_gpus = [{"gpus": 4, "launch": "fsdp2"}, {"gpus": 8, "launch": "fsdp2"}]
+    assert alternatives(many, "none") == [more_gpus, [{"peft": "lora"}, {"peft": "qlora", "launch": "auto"}]]
+    assert alternatives(many, "model") == [
+        [{"peft": name, "critic": "head", "launch": "auto"} for name in ("lora", "qlora")]
+    ]
+    assert alternatives(replace(many, peft=lora), "none") == [more_gpus]
+    assert alternatives(replace(many, peft=packed), "none") == []
+
+    asked = {"launch": "ddp"}
+    knobs = [sharding_knobs(asked, many.machine, peft)["launch"] for peft in (FullFinetune(), lora, packed)]
+    assert knobs == [["fsdp2"], ["fsdp2"], []]
+
+
+def test_what_an_alternative_fixes_is_not_turned_by_a_knob_and_not_said_where_it_is_so():
+    def phases(asked):
+        return {"update": {"all": 100 - 30 * (asked["launch"] == "fsdp2") - 20 * (asked["peft"] == "qlora")}}
+
+    def proposals(launch, free):
+        asked = {"launch": launch, "peft": "none"}
+        fixed = [[{"peft": "qlora", "launch": launch}]]
+        machine = replace(LAPTOP, memory_gb=free / 1e9)
+        return Budget(phases, asked, {"launch": []}, machine, "", fixed).proposals()
+
+    assert proposals("auto", 90) == [{"peft": "qlora"}]
+    budget = Budget(
+        phases, {"launch": "auto", "peft": "none"}, {"launch": ["fsdp2"]}, replace(LAPTOP, memory_gb=60e-9), ""
+    )
+    assert budget.smallest_fitting_change({"peft": "qlora", "launch": "auto"}) is None
+    assert budget.smallest_fitting_change({"peft": "qlora"}) == {"peft": "qlora", "launch": "fsdp2"}
 
 
 def test_a_sampler_keeps_copies_of_linear_weights_in_bf16():
@@ -523,7 +583,8 @@ def test_a_model_that_is_too_large_for_a_gpu_is_told_to_be_shared_among_eight(ei
     sft.run(config("sft", "experiment=dirl8b_sft", *words), tmp_path / "out")
     said = capsys.readouterr().out
     assert "this fits: " in said
-    assert re.search(r"^parameters +32.8 GB +4.1 GB +4.1 GB *$", said, re.M)  # loading, update, evaluation
+    assert re.search(r"^parameters +8.5 GB +4.1 GB +4.1 GB *$", said, re.M)  # loading, update, evaluation
+    assert "the first process holds 32.8 GB while the model is loaded, 16.4 GB while it is written\n" in said
 
 
 def test_the_published_reinforcement_fits_the_eight_gpus_it_asks_for(eight_billion, tmp_path, capsys):

@@ -277,6 +277,33 @@ def test_a_dry_run_tells_the_seconds_of_each_phase(command, words, phases, nothi
     assert re.search(r"100 steps on h100: at most .+ GPU-hours$", said, re.M)
 
 
+def test_what_is_sampled_ahead_fills_the_sampler_and_is_computed_anew_at_a_push(nothing_here, capsys):
+    shown = {}
+    for ahead in (0, 1, 2):
+        words = ("rl.problems=4", "rl.group_size=4", "plan.length=500", "plan.tokens_per_forward=2")
+        show(rl, nothing_here, f"rl.async_rollout={ahead}", *words)
+        said = capsys.readouterr().out
+        seconds = {name: float(number) for name, number in re.findall(r"^(\w+) +([\d.]+) +\d+ %", said, re.M)}
+        left_out = " ".join(said.split())
+        shown[ahead] = (
+            seconds,
+            re.findall(r"is (\d+),?\d* for each of (\d+) at once", left_out)[0][1],
+            "the end of a rollout" in left_out,
+            "counted one after the other" in left_out,
+        )
+    assert [told[1:] for told in shown.values()] == [("16", True, False), ("16", True, True), ("32", False, True)]
+    assert shown[1][0]["rollout"] == shown[0][0]["rollout"] > shown[2][0]["rollout"]
+    assert shown[2][0]["push"] > shown[1][0]["push"]
+
+
+def test_of_a_runs_own_servers_it_is_said_whether_one_fits(nothing_here, capsys):
+    show(rl, nothing_here, "rollout=server", "rollout.servers=3")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 servers on 3 GPUs after the run's own, whose hours are not in this plan; of each, this fits: the" in said
+    show(rl, nothing_here, "rollout=server", "rollout.url=[http://a:1]")
+    assert "what servers take, in memory and time, is theirs" in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_is_assumed_of_answers_makes_a_bound_a_guess_and_is_said(nothing_here, capsys):
     words = ("plan.length=500", "plan.tokens_per_forward=2", "price_per_gpu_hour=2")
     show(rl, nothing_here, "decoding.denoising_steps=4", *words)

@@ -10,19 +10,23 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from dirl_cli.cli.build import build
 from dirl_cli.commands.problems import Pools
 from dirl_cli.commands.rl_parts import RlParts
-from dirl_cli.commands.start import shapes_of
+from dirl_cli.commands.start import planned_machine, shapes_of
 from dirl_cli.distributed import first_tells, is_first_of_group
 from dirl_cli.errors import DirlError
 from dirl_cli.files import conf_dir, write_text
-from dirl_cli.models.load import pick_device
+from dirl_cli.models.load import DiffusionLM, pick_device
+from dirl_cli.plan.eval_forecast import eval_budget
+from dirl_cli.plan.time import NOTHING_ASSUMED
 from dirl_cli.report.progress import StepProgress
 from dirl_cli.rollout.engines import Engine, Servers
 from dirl_cli.rollout.server_client import KEY_VARIABLE
 from dirl_cli.rollout.server_keeper import ServerKeeper
 from dirl_cli.rollout.server_processes import gpus_of_servers, server_environment, wait_for_servers
 from dirl_cli.text import counted
+from dirl_cli.types import Decoding
 
 DAY = 86400  # seconds that a server may take for a group: the run itself sees whether it hangs
 
@@ -114,10 +118,39 @@ def server_config(cfg: DictConfig, engine: Servers, tokens: int) -> DictConfig:
     served = OmegaConf.load(conf_dir() / "serve.yaml").serve
     served.update({"host": "127.0.0.1", "port": 0, "max_length": tokens, "timeout": DAY})
     served.max_queue += cfg.gpus * engine.max_batch  # what every process asks at once may wait
-    rollout = OmegaConf.load(conf_dir() / "rollout" / f"{engine.engine}.yaml")
-    rollout.max_batch = engine.max_batch
+    rollout = engine_of_server(engine)
     same = {key: cfg[key] for key in ("model", "decoding", "dtype", "attention", "device")}
     return OmegaConf.create({**same, "serve": served, "rollout": rollout})
+
+
+def engine_of_server(engine: Servers) -> DictConfig:
+    """The settings of what a server samples with."""
+    rollout = OmegaConf.load(conf_dir() / "rollout" / f"{engine.engine}.yaml")
+    rollout.max_batch = engine.max_batch
+    return DictConfig(rollout)
+
+
+def servers_plan(cfg: DictConfig, engine: Servers, lm: DiffusionLM, decoding: Decoding, longest_prompt: int) -> str:
+    """What the servers of a run take, in words, as far as they are its own. longest_prompt: tokens."""
+    if not engine.servers:
+        return "what servers take, in memory and time, is theirs and not in this plan"
+    served = engine_of_server(engine)
+    settings = {
+        "rollout.max_batch": engine.max_batch,
+        "rollout.cache_share": served.cache_share,
+        "rollout.products": served.get("products"),
+        "decoding.max_new_tokens": decoding.max_new_tokens,
+    }
+    # Each has a GPU of its own; on a CPU all share the memory, with the processes that learn.
+    machine = planned_machine(cfg, cfg.memory_gb)
+    is_gpu = machine.kind == "cuda"
+    machine = replace(machine, gpus=1 if is_gpu else machine.gpus + engine.servers)
+    prompts = [[0] * longest_prompt] * (1 if is_gpu else machine.gpus)
+    sampler = build(served)
+    budget = eval_budget(lm, machine, settings, sampler, decoding, prompts, engine.max_batch, NOTHING_ASSUMED)
+    gpus = f" on {counted(engine.servers, 'GPU')} after the run's own" if is_gpu else ""
+    servers = counted(engine.servers, "server")
+    return f"{servers}{gpus}, whose hours are not in this plan; of each, {budget.verdict()}"
 
 
 def set_key(key: str | None) -> None:

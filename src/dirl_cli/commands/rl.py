@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 
 from dirl_cli.commands.learner import policy_update, require_teacher_room, teacher_parameters, teacher_prompt_of
-from dirl_cli.commands.own_servers import own_servers, ready_engine
+from dirl_cli.commands.own_servers import own_servers, ready_engine, servers_plan
 from dirl_cli.commands.problems import Pools, read_problems
 from dirl_cli.commands.rl_parts import (
     RlParts,
@@ -159,6 +159,7 @@ def read_and_plan(
             f" {longest:,} tokens"
         )
         asked = [[0] * longest] * cfg.eval_problems
+        show_servers(cfg, parts, lm, longest, progress)
         budget = rl_budget(setup, parts.objective, decoding, longest, engine, learns, teacher, critic, asked)
         show_budget(budget, cfg, progress)
         return None
@@ -169,10 +170,9 @@ def read_and_plan(
         require_teacher_room(teacher_prompt, pools, lm, decoding.max_new_tokens)
     longest = pools.longest_prompt
     asked = [] if isinstance(parts.engine, Servers) else pools.held_out.prompts
-    if cfg.dry_run and isinstance(parts.engine, Servers):
-        progress.print_line("what servers take, in memory and time, is theirs and not in this plan")
     budget = rl_budget(setup, parts.objective, decoding, longest, engine, learns, teacher, critic, asked)
     if cfg.dry_run:
+        show_servers(cfg, parts, lm, longest, progress)
         show_budget(budget, cfg, progress)
         return None
     for warning in budget.warnings():
@@ -181,6 +181,12 @@ def read_and_plan(
     if remark and learns:
         progress.print_line(remark)
     return pools
+
+
+def show_servers(cfg: DictConfig, parts: RlParts, lm: DiffusionLM, longest: int, progress: StepProgress) -> None:
+    """Say in a dry run what servers take, where these sample. longest: tokens of the longest prompt."""
+    if isinstance(parts.engine, Servers):
+        progress.print_line(servers_plan(cfg, parts.engine, lm, lm.decoding(parts.decoding), longest))
 
 
 def updates_of(cfg: DictConfig) -> int:

@@ -38,6 +38,11 @@ class ModelSource(Protocol):
 class Peft(Protocol):
     """What of a model is trained, and how the rest is kept: full fine-tuning, LoRA or QLoRA."""
 
+    @property
+    def can_be_sharded(self) -> bool:
+        """Whether processes can share the model."""
+        ...
+
     def require(self, launch: str) -> None:
         """Raises DirlError where a package is missing, or where `launch` cannot be used with it."""
         ...
@@ -89,6 +94,8 @@ class Peft(Protocol):
 class FullFinetune:
     """Full fine-tuning: all parameters are trained, and so are kept in float32."""
 
+    can_be_sharded = True
+
     def require(self, launch: str) -> None:
         pass
 
@@ -137,6 +144,10 @@ class LoraFinetune:
     four_bit: bool
     seed: Seed
 
+    @property
+    def can_be_sharded(self) -> bool:
+        return not self.four_bit
+
     def require(self, launch: str) -> None:
         packages = {"peft": "peft"}  # and the extras of this package that install them
         if self.four_bit:
@@ -144,7 +155,7 @@ class LoraFinetune:
         for package, extra in packages.items():
             if find_spec(package) is None:
                 raise DirlError(f"this choice of peft needs the package {package}: {pip_install(extra)}")
-        if launch in SHARDED_LAUNCHES and self.four_bit:
+        if launch in SHARDED_LAUNCHES and not self.can_be_sharded:
             raise DirlError(
                 f"launch={launch} would cut weights in 4 bits apart from the scales that unpack them: give launch=auto,"
                 " or peft=lora"

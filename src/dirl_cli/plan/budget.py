@@ -116,6 +116,8 @@ class Budget:
 
         # Turn knobs until it fits, those first that cost least.
         for key, values in self.knobs.items():
+            if key in fixed:
+                continue
             for value in values:
                 if not self.fits(changes):
                     changes[key] = value
@@ -155,8 +157,8 @@ class Budget:
                 changes = self.smallest_fitting_change(fixed)
             except DirlError:
                 continue  # an adapter to layers that this model does not have
-            if changes:
-                return changes
+            if changes:  # of which some may say only that a setting stays what it is
+                return {key: value for key, value in changes.items() if self.settings.get(key) != value}
         return None
 
     def warnings(self) -> Iterator[str]:

@@ -12,7 +12,7 @@ from dirl_cli.models.attention_cpu import TILES
 from dirl_cli.models.load import DiffusionLM, fitting_attention, pick_attention, pick_dtype
 from dirl_cli.models.peft import FullFinetune, Peft
 from dirl_cli.plan.architecture import architecture
-from dirl_cli.plan.budget import Budget, Machine, Settings, halvings
+from dirl_cli.plan.budget import Budget, Machine, Settings, format_bytes, halvings
 from dirl_cli.plan.devices import Device
 from dirl_cli.plan.duration import Duration
 from dirl_cli.plan.memory import (
@@ -87,8 +87,8 @@ def budget_of(forecast: Forecast, knobs: Mapping[str, Sequence[Any]], facts: str
         setup.settings,
         knobs,
         setup.machine,
-        facts,
-        alternatives=alternatives(setup, forecast.memories.critic) if setup.adapter else [],
+        facts + host_facts(forecast.memories.of(setup.settings)),
+        alternatives=alternatives(setup, forecast.memories.critic),
         duration=forecast.duration(setup.settings),
         time=forecast.time(setup.settings, device) if device else None,
     )
@@ -159,10 +159,17 @@ def attends_densely(lm: DiffusionLM, machine: Machine) -> bool:
 
 
 def loading_phase(memory: Memory) -> dict[str, Bytes]:
-    """A phase of its own where processes will share the model: it is loaded whole by each."""
-    if not memory.parallelism.gathers:
-        return {}
-    return {"loading": {"parameters": memory.model.weight_bytes}}
+    """A phase of its own where processes will share the model, which they do from its first layer on."""
+    return {"loading": memory.loading()} if memory.parallelism.gathers else {}
+
+
+def host_facts(memory: Memory) -> str:
+    """What is held beside the GPUs of processes that share a model, in words, as a further line; else nothing."""
+    if not (memory.cuda and memory.parallelism.gathers):
+        return ""
+    loaded = format_bytes(memory.model.weight_bytes)
+    written = format_bytes(memory.value * memory.model.parameters)
+    return f"\nbeside its GPU the first process holds {loaded} while the model is loaded, {written} while it is written"
 
 
 def update_phase(memory: Memory, batch: MicroBatch, settings: Settings, scoring: int = SCORING) -> Bytes:
@@ -302,25 +309,29 @@ def update_knobs(settings: Settings, batch: MicroBatch) -> dict[str, Sequence[An
 
 def sharding_knobs(settings: Settings, machine: Machine, peft: Peft) -> dict[str, Sequence[Any]]:
     """What makes each of several processes take less: that they share the model."""
-    can_shard = machine.gpus > 1 and settings["launch"] != "fsdp2" and isinstance(peft, FullFinetune)
+    can_shard = machine.gpus > 1 and settings["launch"] != "fsdp2" and peft.can_be_sharded
     return {"launch": ["fsdp2"] if can_shard else []}
 
 
 def alternatives(setup: TrainingSetup, critic: str) -> list[list[Settings]]:
     """Other ways to train the same model, each from the least change on: more GPUs that share it, and adapters.
 
-    critic: none, head or model. With an adapter there is no second model; more GPUs that share the policy are not
-    proposed with a critic, since a head, which is, could not be there.
+    critic: none, head or model. More GPUs that share the policy are not proposed with a critic, since a head, which may
+    be, could not be there.
     """
-    if not isinstance(setup.peft, FullFinetune):
-        return []
+    ways: list[list[Settings]] = []
+    if setup.machine.kind == "cuda" and critic == "none" and setup.peft.can_be_sharded:
+        ways.append([{"gpus": count, "launch": "fsdp2"} for count in GPUS if count > setup.machine.gpus])
+    if setup.adapter and isinstance(setup.peft, FullFinetune):
+        ways.append([adapter_change(name, setup.adapter(name), setup.settings["launch"], critic) for name in ADAPTERS])
+    return ways
 
-    more_gpus: list[Settings] = []
-    if setup.machine.kind == "cuda" and critic == "none":
-        more_gpus = [{"gpus": count, "launch": "fsdp2"} for count in GPUS if count > setup.machine.gpus]
-    adapters: list[Settings] = [{"peft": name} for name in ADAPTERS]
-    if setup.settings["launch"] in SHARDED_LAUNCHES:  # which adapters leave too little for
-        adapters = [{**adapter, "launch": "auto"} for adapter in adapters]
-    if critic == "model":
-        adapters = [{**adapter, "critic": "head"} for adapter in adapters]
-    return [more_gpus, adapters]
+
+def adapter_change(name: str, adapter: Peft, launch: str, critic: str) -> Settings:
+    """The settings with which an adapter is trained instead of all parameters. launch, critic: what they are now."""
+    changes = {"peft": name}
+    if critic == "model":  # with an adapter there is no second model
+        changes["critic"] = "head"
+    if critic == "model" or not adapter.can_be_sharded:  # nor does a head go with a model that is shared
+        changes["launch"] = "auto" if launch in SHARDED_LAUNCHES else launch
+    return changes

@@ -228,6 +228,21 @@ class Memory:
             return 0
         return 2 * (self.model.layer_parameters + self.model.vocabulary * self.model.hidden)
 
+    def loading(self) -> Bytes:
+        """Bytes of the first process while it loads a model that processes share, and sends the others their parts.
+
+        Embedding and head are whole until training begins, a layer until it is cut, a tensor while it is sent.
+        """
+        model = self.model
+        number = model.weight_bytes / model.parameters  # bytes of a parameter, with what stands beside it
+        kept = model.layer_parameters / self.parallelism.parameters + model.vocabulary_parameters
+        largest = max(model.layer_parameters / model.layers, model.vocabulary * model.hidden)
+        return {
+            "parameters": int(number * kept),
+            "gathered": int(number * largest),
+            "loaded model": 0 if self.cuda else model.weight_bytes,  # beside a GPU, which never has it
+        }
+
     # An update
 
     def update(self, batch: MicroBatch, scoring: int = SCORING) -> Bytes:

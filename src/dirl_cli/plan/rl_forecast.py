@@ -47,6 +47,7 @@ from dirl_cli.plan.time import (
     lmdeploy_push_seconds,
     mean_steps,
     mean_trajectory,
+    prefill_seconds,
     push_seconds,
     sampling_seconds,
 )
@@ -120,6 +121,16 @@ def rl_budget(
     return budget_of(forecast, knobs, facts)
 
 
+def not_timed(ahead: int) -> str:
+    """What a plan of seconds leaves out, in words. ahead: steps that are sampled ahead."""
+    parts = [NOT_TIMED, "problems that are drawn anew"]
+    if ahead < 2:  # beyond it no step waits for its longest answer
+        parts.append("the end of a rollout, when few long answers are left")
+    if ahead:
+        parts.append("what it saves that a GPU samples while it learns, which is counted one after the other")
+    return f"{', '.join(parts[:-1])}, and {parts[-1]}"
+
+
 @dataclass(frozen=True)
 class RlForecast:
     """What the phases of an RL run hold under any settings. The fields are `rl_budget`'s parameters."""
@@ -174,9 +185,10 @@ class RlForecast:
         return rollout_phase(memory, slots, self.longest_prompt, setup.lm, setup.machine, self.decoding, settings)
 
     def slots(self, settings: Settings) -> int:
-        """How many answers a process samples at once, if memory suffices."""
+        """How many answers a process samples at once, if memory suffices: of as many steps as are sampled ahead."""
         problems = math.ceil(settings["rl.problems"] / processes(settings, self.setup.machine))
-        return filled_slots(settings, problems * settings["rl.group_size"])
+        steps = max(settings["rl.async_rollout"], 1)
+        return filled_slots(settings, steps * problems * settings["rl.group_size"])
 
     def duration(self, settings: Settings) -> Duration:
         """What rollouts and updates compute."""
@@ -237,10 +249,14 @@ class RlForecast:
             rates["learned from"] = work.tokens / sum(seconds for name, seconds in phases.items() if name != "rollout")
         if self.engine and self.learns:
             phases["push"] = self.push(memory, settings, count, device)
+            if settings["rl.async_rollout"] > 1:  # what is under way gets its keys and values from new weights
+                reached = self.longest_prompt + length // 2
+                phases["push"] += prefill_seconds(memory.model, slots, reached, speed, device)
         if self.eval_prompts and self.learns:
             asked = math.ceil(len(self.eval_prompts) / count)
             prompt = sum(map(len, self.eval_prompts)) // len(self.eval_prompts)
-            greedy = Answers(asked, asked, settings["rollout.max_batch"] or asked, prompt, length, steps)
+            at_once = min(settings["rollout.max_batch"] or asked, asked)
+            greedy = Answers(asked, asked, at_once, prompt, length, steps)
             seconds = sampling_seconds(memory.model, greedy, block_size, speed, device)
             phases["evaluation"] = seconds * evaluations(settings, before=True) / settings["steps"]
 
@@ -252,7 +268,7 @@ class RlForecast:
             rates,
             is_most(setup.assumptions, self.decoding),
             describe_answers(setup.assumptions, self.decoding, length, steps, block_size, speed),
-            f"{NOT_TIMED}, problems that are drawn anew, and the end of a rollout, when few long answers are left",
+            not_timed(settings["rl.async_rollout"] if self.engine else 0),
             setup.assumptions.price_per_gpu_hour,
         )
 

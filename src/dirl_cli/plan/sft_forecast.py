@@ -202,7 +202,8 @@ class FinetuneForecast:
             answers = math.ceil(len(evaluated) / count)
             steps = mean_steps(setup.assumptions, self.decoding, setup.lm.block_size, NATIVE)
             prompt = sum(map(len, evaluated)) // len(evaluated)
-            greedy = Answers(answers, answers, NativeSampler(setup.lm).max_batch, prompt, length, steps)
+            slots = min(NativeSampler(setup.lm).max_batch, answers)
+            greedy = Answers(answers, answers, slots, prompt, length, steps)
             seconds = push_seconds(memory, count, device)
             seconds += sampling_seconds(memory.model, greedy, setup.lm.block_size, NATIVE, device)
             phases["evaluation"] = seconds * evaluations(settings, self.before) / settings["steps"]

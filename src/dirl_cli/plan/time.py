@@ -219,16 +219,21 @@ def sampling_seconds(
     model: Architecture, answers: Answers, block_size: int, engine: EngineSpeed, device: Device
 ) -> float:
     """Seconds in which a process samples its answers. Slots are taken to be full until the last answer ends."""
-    batch = min(answers.slots, answers.count)
-    if not batch:
+    batch = answers.slots
+    if not answers.count:
         return 0.0
     forwards = answers.count / batch * -(-answers.length // block_size) * answers.steps
     if not engine.fuses_commits:
         forwards *= (answers.steps + 1) / answers.steps
     context = answers.prompt + answers.length / 2
-    prompts = Work(answers.prompts * answers.prompt, 0.0, answers.prompts * answers.prompt**2 / 2)
-    prefill = forward_operations(model, prompts) / (engine.share * device.operations)
+    prefill = prefill_seconds(model, answers.prompts, answers.prompt, engine, device)
     return prefill + forwards * decoding_seconds(model, batch, answers.steps, context, block_size, engine, device)
+
+
+def prefill_seconds(model: Architecture, texts: float, tokens: int, engine: EngineSpeed, device: Device) -> float:
+    """Seconds in which the keys and values of so many texts of so many tokens are computed."""
+    work = Work(texts * tokens, 0.0, texts * tokens**2 / 2)
+    return forward_operations(model, work) / (engine.share * device.operations)
 
 
 def decoding_seconds(
