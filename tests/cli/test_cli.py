@@ -127,6 +127,7 @@ def test_an_unknown_choice_is_answered_with_what_each_is():
     [
         (["optim.lrr=1"], "dirl sft: optim.lrr: no such key; did you mean optim.lr?"),
         (["lr=1"], "dirl sft: lr: no such key; did you mean optim.lr?"),
+        (["masking.low=0.1"], "dirl sft: masking.low: no such key; it is a key of masking=band"),
         (["decoding=dynamc"], "dirl sft: decoding=dynamc: did you mean dynamic?"),
         (["optim=sgd"], "dirl sft: optim=sgd: choose one of adamw, adamw_dpo, adamw_rl, adamw_rl_tiny, muon"),
         (["steps=few"], "dirl sft: steps=few: give a whole number of at least 1"),

@@ -88,6 +88,16 @@ def test_a_run_goes_on_although_its_classes_have_moved(tmp_path):
     start(tmp_path / "run", algo={"_target_": "dirl_cli.rl.objective.Objective"})
 
 
+def test_another_choice_is_told_by_the_names_of_the_classes(tmp_path):
+    start(tmp_path / "run", masking={"_target_": "dirl_cli.diffusion.masking.Band"}, mine={"_target_": "a.Same"})
+    with pytest.raises(DirlError, match=r"\(masking: Band → TraceWindows, mine\._target_: a\.Same → b\.Same\)"):
+        start(
+            tmp_path / "run",
+            masking={"_target_": "dirl_cli.diffusion.reveal_order.TraceWindows"},
+            mine={"_target_": "b.Same"},
+        )
+
+
 def test_a_class_is_found_where_an_earlier_version_had_it():
     for module, name in [("algo.views", "Trace"), ("models.causal", "FromCausal"), ("training.schedule", "Cosine")]:
         assert find_class(f"dirl_cli.{module}.{name}", "group").__name__ == name

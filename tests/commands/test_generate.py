@@ -95,7 +95,7 @@ def test_a_prompt_becomes_a_user_turn_and_its_answer_is_shown_and_written(model,
     shown = capsys.readouterr().out
     assert escape_controls(line["text"]) in shown
     assert f"{len(line['token_ids'])} tokens in {line['forwards']} forwards" in shown
-    assert f"1 completions in {tmp_path}/completions.jsonl" in shown
+    assert f"1 completion in {tmp_path}/completions.jsonl" in shown
 
 
 @pytest.mark.parametrize("decoding", sorted(path.stem for path in (conf_dir() / "decoding").iterdir()))
@@ -382,7 +382,7 @@ def test_what_a_forward_revealed_is_lit(model):
 def test_odd_characters_in_paths_and_answers_are_shown_as_they_are(model, tmp_path, capsys):
     out = tmp_path / "[bold]x[/bold]"
     dirl_generate(model, out, prompt="[red]hi[/red]")
-    assert f"1 completions in {out}/completions.jsonl" in capsys.readouterr().out
+    assert f"1 completion in {out}/completions.jsonl" in capsys.readouterr().out
 
 
 def test_the_mask_token_is_never_written(bare, tmp_path):

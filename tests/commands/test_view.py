@@ -47,7 +47,13 @@ def test_several_paths_are_side_by_side_and_one_may_have_an_equals_sign_in_its_n
 
 def test_a_limit_tells_what_it_leaves_out(run):
     result = dirl("view", "words", "limit=2", "to=a.html")
-    assert "2 more answers of words are left out: raise limit=2\n" in result.stdout
+    assert "2 more answers of words are left out: raise limit=2, or give serve=true\n" in result.stdout
+
+
+def test_a_limit_is_no_limit_of_a_page_that_is_served(run):
+    assert refusal("view", "words", "limit=2", "serve=true") == (
+        "dirl view: limit= leaves answers out of a file and serve=true shows all: leave one of them out"
+    )
 
 
 def test_completions_are_read_by_the_model_that_they_note_or_that_is_given(here):

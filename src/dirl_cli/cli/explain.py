@@ -3,12 +3,16 @@
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
+from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from dirl_cli.cli import config_tree, schema
+from dirl_cli.files import conf_dir
 from dirl_cli.ranges import describe_type, type_at
 from dirl_cli.text import literal, shell_word
 
@@ -27,6 +31,7 @@ ELSEWHERE = {  # what other toolkits call our keys
     "output_dir": "out",
     "tasks": "bench",
 }
+FEW = 3  # choices that a sentence names
 GROUP_OF_CHOICE = {("eval", "data"): "bench=likelihood"}  # groups that a command has with one choice of another alone
 
 
@@ -104,10 +109,13 @@ def known_keys(command: str, words: Sequence[str]) -> list[str]:
 
 
 def hint(command: str, key: str, valid: Sequence[str]) -> str:
-    """The keys that a mistyped or shortened one may have meant, in words to append to an error.
+    """The keys that a mistyped or shortened one may have meant, or the choices that have it, to append to an error.
 
     valid: the full keys to choose from.
     """
+    others = choices_with(key) if key.partition(".")[0] in valid else []
+    if 0 < len(others) <= FEW:
+        return f"it is a key of {' and '.join(others)}"
     if ELSEWHERE.get(key) in valid:
         matches = [ELSEWHERE[key]]
     else:
@@ -119,6 +127,18 @@ def hint(command: str, key: str, valid: Sequence[str]) -> str:
     if not matches:
         return f"`dirl {command} --cfg job` prints every key"
     return f"did you mean {' or '.join(matches)}?"
+
+
+def choices_with(key: str) -> list[str]:
+    """The choices of a key's group that have it, such as rollout=native of rollout.products."""
+    group, _, rest = key.partition(".")
+    files = sorted((conf_dir() / group).glob("*.yaml"))
+    return [f"{group}={file.stem}" for file in files if rest in dict(config_tree.leaves(yaml_settings(file)))]
+
+
+def yaml_settings(file: Path) -> Any:
+    """What a file of conf/ says by itself."""
+    return OmegaConf.to_container(OmegaConf.load(file))
 
 
 def quoting_hint(key: str, value: str) -> str:

@@ -220,8 +220,17 @@ def differences(old: dict[str, Any], new: dict[str, Any], said: Said) -> list[st
         is_free = key in FREE or key.partition(".")[0] in FREE
         is_new = key not in old and not is_said(key, old, said)
         if before != after and not is_free and not is_new:
-            lines.append(f"{key}: {null_or_text(before)} → {null_or_text(after)}")
+            lines.append(difference(key, null_or_text(before), null_or_text(after)))
     return lines
+
+
+def difference(key: str, before: str, after: str) -> str:
+    """A difference as it is told: classes by their names alone, where these differ."""
+    old_name = before.rpartition(".")[2]
+    new_name = after.rpartition(".")[2]
+    if key.endswith("._target_") and old_name != new_name:
+        return f"{key.removesuffix('._target_')}: {old_name} → {new_name}"
+    return f"{key}: {before} → {after}"
 
 
 def is_said(key: str, old: dict[str, Any], said: Said) -> bool:

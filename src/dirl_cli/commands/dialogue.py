@@ -202,7 +202,7 @@ def require_form(command: str, argument: str) -> None:
     forms = {form.split()[0]: form for form in COMMANDS}
     if command not in forms:
         hint = did_you_mean(command, forms)
-        raise DirlError(f"{command}: no such command; {hint} A text that begins with / is written between {FENCE}")
+        raise DirlError(f"{command}: no such command (a text that begins with / is written between {FENCE}); {hint}")
     takes_argument = forms[command] != command
     if argument and not takes_argument:
         raise DirlError(f"{command} stands alone: leave out {argument}")

@@ -23,6 +23,7 @@ from dirl_cli.models.load import fingerprint
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.engines import require_strategy
 from dirl_cli.rollout.storage import trajectory_columns
+from dirl_cli.text import counted
 from dirl_cli.types import Decoding, Trajectory
 
 SOURCE = "sampled_from.json"
@@ -97,7 +98,7 @@ def run(cfg: DictConfig, out: Path) -> None:
         hint = ", and the same command goes on" if cfg.input else ""
         sentence = f"stopped: {finished} of {total} completions are in {file}{hint}"
         raise Stopped(sentence, stop_code(interrupt)) from None
-    console.print(f"{total} completions in {file}", style="dim")
+    console.print(f"{counted(total, 'completion')} in {file}", style="dim")
 
 
 def resume_or_begin(

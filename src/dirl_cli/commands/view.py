@@ -22,6 +22,7 @@ from dirl_cli.viewer.payload import TokenReader, payload
 from dirl_cli.viewer.picture import gif, svg
 
 SAVED = "dirl_cli.models.load.SavedModel"
+LIMIT = 10_000  # answers of each source in a file, which a browser reads in a moment
 NOTES = ("sampled_from.json", "config.yaml")  # which name a model: of `dirl generate`, of a run
 
 
@@ -33,11 +34,12 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     if cfg.serve:
         serve(cfg, console)
         return
+    limit = cfg.limit or LIMIT
     with working(console, "reading the answers"):
-        sources = [read_source(Path(path), cfg.limit) for path in cfg.answers]
+        sources = [read_source(Path(path), limit) for path in cfg.answers]
         readers = [token_reader(cfg, source.path, source.kind) for source in sources]
 
-    data = payload(sources, readers, command_line(cfg))
+    data = payload(sources, readers, command_line(cfg, limit))
     if cfg.export:
         export(data, cfg.number, Path(cfg.export))
         console.print(f"answer {cfg.number} in {cfg.export}")
@@ -49,7 +51,8 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     console.print(f"{counted(total, 'answer')} in {to} ({decimal(len(content))}): open it in a browser")
     for source in sources:
         if source.left_out:
-            console.print(f"{source.left_out:,} more answers of {source.path} are left out: raise limit={cfg.limit}")
+            more = f"{source.left_out:,} more answers of {source.path} are left out"
+            console.print(f"{more}: raise limit={limit}, or give serve=true")
 
 
 def serve(cfg: DictConfig, console: PlainConsole) -> None:
@@ -59,6 +62,8 @@ def serve(cfg: DictConfig, console: PlainConsole) -> None:
         raise DirlError(f"serve=true wants {' and '.join(missing)}: {pip_install('serve')}")
     if cfg.export:
         raise DirlError("export= draws a picture and serve=true shows a page: leave one of them out")
+    if cfg.limit:
+        raise DirlError("limit= leaves answers out of a file and serve=true shows all: leave one of them out")
     from dirl_cli.viewer.page_server import listener_on, page_app, serve_page  # which import what is optional
     from dirl_cli.viewer.served_answers import AnswerFile, ServedAnswers
 
@@ -91,12 +96,12 @@ def picture_command(cfg: DictConfig, file: Path, number: int) -> str:
     return " ".join(["dirl view", *words, f"limit={number} number={number}"])
 
 
-def command_line(cfg: DictConfig) -> str:
+def command_line(cfg: DictConfig, limit: int) -> str:
     """The command that makes this page, as it is typed in a shell."""
     words = [shlex.quote(path) for path in cfg.answers]
     if cfg.model:
         words.append(shell_word("model", cfg.model.path))
-    return " ".join(["dirl view", *words, f"limit={cfg.limit}"])
+    return " ".join(["dirl view", *words, f"limit={limit}"])
 
 
 def export(data: dict[str, Any], number: int, file: Path) -> None:
