@@ -121,6 +121,16 @@ def with_critic(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> li
     return rl(lm, trainer, micro_rows, critic=critic, step_advantages=advantages)
 
 
+def with_head(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
+    """As `rl`, with a layer on the policy's hidden states that learns values."""
+    settings = LearnedCritic(False, 0.9, 0.8, 0.02, 1e-1, (0.9, 0.95), 1e-8, 0.0)
+    model = settings.model(lm, trainer.context)
+    optimizers = [settings.optimizer(model)]
+    learner = Trainer(trainer.accelerator, model, optimizers, lambda step: 1.0, clip_norm=0.5, context=trainer.context)
+    critic, advantages = Critic(learner, settings.value_clip), StepAdvantages(settings.gamma, settings.gae_lambda)
+    return rl(lm, trainer, micro_rows, critic=critic, step_advantages=advantages)
+
+
 def with_teacher(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
     """As `rl`, the reference behind a prompt of its own; it follows the policy every second step."""
     told = TeacherPrompt("{question} {answer}", Numbers(), Instruction(), lm.block_size, lm.max_length)
@@ -211,6 +221,7 @@ TASKS = {
     "certain": certain,
     "rl": rl,
     "critic": with_critic,
+    "head": with_head,
     "teacher": with_teacher,
     "corrected": corrected,
     "weighted": weighted,

@@ -44,6 +44,26 @@ def test_two_processes_that_divide_every_row_take_the_same_steps_as_one(alone, t
 
 
 @pytest.mark.timeout(300)
+def test_so_do_two_with_a_critic_that_is_a_layer_and_with_certainty(tmp_path):
+    tasks = ("head", "certain")
+    assert_same({task: take(task) for task in tasks}, among(2, tmp_path, "ddp", "+".join(tasks), context=2))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("launch", ["fsdp2", "zero2"])
+def test_so_do_two_that_share_the_model_and_a_teacher_that_moves_and_a_critic(tmp_path, launch):
+    tasks = ("rl", "teacher", "critic")
+    assert_same({task: take(task) for task in tasks}, among(2, tmp_path, launch, "+".join(tasks), context=2))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("launch", "tasks"), [("ddp", "sft+rl+dpo"), ("fsdp2", "sft")])
+def test_so_do_two_with_an_adapter(tmp_path, launch, tasks):
+    alone = {task: take(task, lora=True) for task in tasks.split("+")}
+    assert_same(alone, among(2, tmp_path, launch, tasks, context=2, lora=True))
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
 def test_so_do_two_that_train_an_adapter_beside_weights_that_they_share(tmp_path, launch):
     alone = {task: take(task, lora=True) for task in ("sft", "rl")}
