@@ -12,7 +12,8 @@ import numpy as np
 
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.pages import PageTable
-from dirl_cli.rollout.scheduler import Scheduler, make_requests
+from dirl_cli.rollout.requests import make_requests
+from dirl_cli.rollout.scheduler import Scheduler
 from dirl_cli.rollout.sequences import SequencePart
 from dirl_cli.types import Decoding
 

@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 from dirl_cli.rollout.attention_triton import decode_attention
 from dirl_cli.rollout.decoder import decoder_of
 from dirl_cli.rollout.forward_gpu import GraphForward, block_attention, run_eagerly
-from dirl_cli.rollout.scheduler import Scheduler, make_requests
+from dirl_cli.rollout.requests import make_requests
+from dirl_cli.rollout.scheduler import Scheduler
 from dirl_cli.types import Decoding
 from tests.helpers.small import small_lm
 

@@ -15,7 +15,8 @@ from dirl_cli.rollout.decoder import JoinedDecoder, decoder_of
 from dirl_cli.rollout.forward import EagerForward
 from dirl_cli.rollout.forward_gpu import GraphForward, block_attention, bucket
 from dirl_cli.rollout.native import NativeSampler
-from dirl_cli.rollout.scheduler import Scheduler, make_requests
+from dirl_cli.rollout.requests import make_requests
+from dirl_cli.rollout.scheduler import Scheduler
 from dirl_cli.types import Decoding
 from tests.helpers.small import random_lm, small_lm
 from tests.rollout.test_decoder import Kernels

@@ -44,8 +44,8 @@ from dirl_cli.rollout.lmdeploy import (
 )
 from dirl_cli.rollout.lmdeploy_strategies import KeyedSampling, RequestTrace, TracedSequences, UnmaskingAgent
 from dirl_cli.rollout.native import NativeSampler
+from dirl_cli.rollout.requests import make_requests
 from dirl_cli.rollout.sampler import GivenUp, NewBlock
-from dirl_cli.rollout.scheduler import make_requests
 from dirl_cli.types import Decoding
 
 STRATEGIES = {

@@ -14,7 +14,8 @@ from dirl_cli.rollout.forward import EagerForward
 from dirl_cli.rollout.forward_gpu import GraphForward, block_attention, run_eagerly
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.pages import PageTable
-from dirl_cli.rollout.scheduler import Scheduler, make_requests
+from dirl_cli.rollout.requests import make_requests
+from dirl_cli.rollout.scheduler import Scheduler
 from dirl_cli.rollout.sequences import SequencePart
 from dirl_cli.types import Decoding
 from tests.helpers.small import small_lm

@@ -29,8 +29,8 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.models.save import published_weights
 from dirl_cli.rollout.engines import require_forgetful
 from dirl_cli.rollout.lmdeploy_strategies import KeyedSampling, RequestTrace, TracedSequences, UnmaskingAgent
+from dirl_cli.rollout.requests import Request, make_requests, rule_of
 from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Stint, Watch, collect_samples, cut_to
-from dirl_cli.rollout.scheduler import Request, make_requests, rule_of
 from dirl_cli.types import Decoding, StopReason, Trajectory
 
 PATIENCE = 0.02  # seconds that a step of a live batch waits for news, in which newcomers wait too

@@ -21,8 +21,9 @@ from dirl_cli.rollout.decoder import Decoder, decoder_of
 from dirl_cli.rollout.forward import EagerForward, Forward
 from dirl_cli.rollout.forward_gpu import GraphCache, GraphForward, block_attention, page_size, run_eagerly
 from dirl_cli.rollout.products import Products
+from dirl_cli.rollout.requests import Request, make_requests, require_free_end
 from dirl_cli.rollout.sampler import GivenUp, Hint, NewBlock, Stint, Watch, collect_samples, continued, cut_to
-from dirl_cli.rollout.scheduler import Finished, FullBlock, Request, Scheduler, make_requests, require_free_end
+from dirl_cli.rollout.scheduler import Finished, FullBlock, Scheduler
 from dirl_cli.types import Decoding, Trajectory
 
 
