@@ -15,9 +15,9 @@ SEEDS = (0, 1, 2)
 BIN = Path(sys.executable).parent / "dirl"
 
 
-def dirl(*words: object) -> None:
-    """Run one command on one thread, quietly; its output is shown only if it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def dirl(*words: object, threads: int = 1) -> None:
+    """Run one command, quietly; its output is shown only if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([BIN, *map(str, words)], env=environment, text=True, capture_output=True)
     if done.returncode:
         sys.exit(f"dirl {' '.join(map(str, words))}\n{done.stdout}{done.stderr}")

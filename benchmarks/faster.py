@@ -145,9 +145,9 @@ def reinforcing(size: int, method: Method, seed: int) -> list[object]:
             f"seed={seed}", f"out={home(size, [*method.tuning, *words], seed)}"]  # fmt: skip
 
 
-def sweep(model: Path) -> list[object]:
+def sweep(model: Path, *words: str) -> list[object]:
     return ["eval", "-m", "bench=arithmetic", f"model={model}", f"decoding.threshold={THRESHOLDS}",
-            f"out={measured(model)}"]  # fmt: skip
+            f"out={measured(model)}", *words]  # fmt: skip
 
 
 def measured(model: Path) -> Path:
@@ -168,7 +168,7 @@ def settings(model: Path) -> list[Setting]:
 def cells(models: Sequence[Path]) -> list[str]:
     """A row of the table, over seeds."""
     found = [settings(model) for model in models]
-    fastest = [as_accurate(some, seed) for some, seed in zip(found, SEEDS, strict=True)]
+    fastest = [as_accurate(some, settings(start(seed))) for some, seed in zip(found, SEEDS, strict=True)]
     reached = [one.tpf for one in fastest if one]
     if len(reached) == len(SEEDS):
         speed = mean_and_error(reached, 2)
@@ -179,21 +179,21 @@ def cells(models: Sequence[Path]) -> list[str]:
         speed,
         percent([one.accuracy for one in best]),
         mean_and_error([one.tpf for one in best], 2),
-        mean_and_error([area(some, seed) for some, seed in zip(found, SEEDS, strict=True)], 0),
+        mean_and_error([area(some, settings(start(seed))) for some, seed in zip(found, SEEDS, strict=True)], 0),
     ]
 
 
-def as_accurate(found: Sequence[Setting], seed: int) -> Setting | None:
+def as_accurate(found: Sequence[Setting], of_start: Sequence[Setting]) -> Setting | None:
     """The fastest setting that is within a standard error of the start at its threshold of 0.9, if there is one."""
-    (before,) = [one for one in settings(start(seed)) if one.threshold == 0.9]
+    (before,) = [one for one in of_start if one.threshold == 0.9]
     close = [one for one in found if one.accuracy >= before.accuracy - before.error]
     return max(close, key=lambda one: one.tpf) if close else None
 
 
-def area(found: Sequence[Setting], seed: int) -> float:
+def area(found: Sequence[Setting], of_start: Sequence[Setting]) -> float:
     """AUP over the settings that lose at most 5 points; the best accuracy is the start's."""
     kept = [one for one in found if one.accuracy >= found[0].accuracy - ALLOWED_LOSS / 100]
-    best = max(one.accuracy for one in settings(start(seed)))
+    best = max(one.accuracy for one in of_start)
     area = curve_of([Speed(one.tpf, 100 * one.accuracy) for one in kept], 100 * best).area
     assert area is not None  # what it is refused for is not kept
     return area
@@ -251,6 +251,12 @@ def draw(size: int, names: Sequence[str]) -> None:
     curves = {"the start, in blocks of 4": [settings(start(seed)) for seed in SEEDS]}
     for name in names:
         curves[name] = [settings(trained(size, name, seed)) for seed in SEEDS]
+    title = f"blocks of {size}, thresholds {THRESHOLDS}, mean of {len(SEEDS)} seeds"
+    plot(curves, title, f"faster_{size}.png")
+
+
+def plot(curves: dict[str, list[list[Setting]]], title: str, file: str) -> None:
+    """One line a model, each of its settings the mean over the sweeps of its seeds."""
     figure = Figure(figsize=(8, 5), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     for (name, seeds), color in zip(curves.items(), colormaps["Dark2"].colors, strict=False):
@@ -259,8 +265,8 @@ def draw(size: int, names: Sequence[str]) -> None:
         accuracy = [mean(one.accuracy for one in group) for group in by_threshold]
         axes.plot(tpf, accuracy, color=color, marker="o", markersize=4, linewidth=1.5, label=name)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    style(axes, f"blocks of {size}, thresholds {THRESHOLDS}, mean of {len(SEEDS)} seeds", "TPF", legend=True)
-    figure.savefig(Path(__file__).parent / f"faster_{size}.png", dpi=120)
+    style(axes, title, "TPF", legend=True)
+    figure.savefig(Path(__file__).parent / file, dpi=120)
 
 
 if __name__ == "__main__":
