@@ -190,13 +190,13 @@ def test_a_block_of_another_version_is_no_part_of_an_answer(lm, decoding, expect
     with farm(lm, tmp_path) as two:
         two.sampler.update_weights(lm.model.named_parameters(), 0)
         liar = two.sampler.pool.servers[0]
-        honest = liar.choices
+        honest = liar.client.choices
 
         async def choices(body):
             async for choice in honest(body):
                 yield {**choice, "trajectory": {**choice["trajectory"], "weights_version": 7}}
 
-        liar.choices = choices
+        liar.client.choices = choices
         assert answers_of(two.sampler, decoding) == expected
         assert liar.failure == "answers with version 7 of the weights"
 
@@ -490,10 +490,15 @@ def test_a_server_rests_no_longer_where_new_weights_come_more_often_than_its_res
     sound, failing = sampler.pool.servers
     asked = []
 
-    async def prepare(server, path, weights):
-        asked.append(server)
+    async def room(client):
+        return 64
 
-    monkeypatch.setattr(ServerClient, "prepare", prepare)
+    async def lacks(client, weights):
+        asked.append(client)
+        return False
+
+    monkeypatch.setattr(ServerClient, "room", room)
+    monkeypatch.setattr(ServerClient, "lacks", lacks)
     monkeypatch.setattr(server_pool, "FIRST_PAUSE", 0.3)
 
     async def updates():
@@ -501,12 +506,12 @@ def test_a_server_rests_no_longer_where_new_weights_come_more_often_than_its_res
         for version in range(20):
             await sampler.pool.forget_weights()
             await sampler.pool.adopt(tmp_path, WeightsId(version, "a" * 64))
-            if failing in asked:
+            if failing.client in asked:
                 return
             await asyncio.sleep(0.05)
 
     asyncio.run(updates())
-    assert failing in asked and asked.count(sound) > 1
+    assert failing.client in asked and asked.count(sound.client) > 1
 
 
 def test_the_pause_before_a_server_is_asked_again_doubles(lm, tmp_path, monkeypatch):

@@ -235,8 +235,8 @@ def test_an_end_that_was_not_asked_for_is_told(lm, tmp_path):
 def test_a_failed_push_leaves_the_server_out(lm, tmp_path):
     fake = FakeSglang(speaking_lm(3))
     with sampler_of(lm, tmp_path, fake) as sampler:
-        client = sampler.pool.servers[0]
-        work = client.prepare(tmp_path / "nowhere", WeightsId(1, "0" * 64))
+        client = sampler.pool.servers[0].client
+        work = client.take({"path": str(tmp_path / "nowhere")}, WeightsId(1, "0" * 64))
         with pytest.raises(ServerFailed, match=r"took no new weights: .*nowhere"):
             asyncio.run_coroutine_threadsafe(work, sampler.loop).result(30)
 

@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -15,6 +14,7 @@ from dirl_cli.rollout.pushed_weights import WeightsId
 
 T = TypeVar("T")
 Health = Mapping[str, Any]  # what a server says at /health
+Source = Mapping[str, Any]  # where weights are, as a request to take them says it
 KEY_VARIABLE = "DIRL_SERVE_KEY"
 CONNECT = 10  # seconds to connect, and to tell how it is
 REFUSED = (400, 401, 403, 404, 405, 413, 415)  # statuses of requests that would be refused again
@@ -46,11 +46,7 @@ class Patience:
 
 
 class ServerClient:
-    """One server, and what is known of it.
-
-    connections: that are held at once. tokens, answers: that it still owes, at most. failures: in a row. is_up: whether
-    it may be asked. failure: why it may not. rests_until: when it is to be asked again how it is, by `time.monotonic`.
-    """
+    """One server. connections: that are held at once."""
 
     length_option = "serve.max_length"
 
@@ -59,25 +55,22 @@ class ServerClient:
         self.lm = lm
         self.patience = patience
         self.http = http_client(url, key, connections)
-        self.tokens = 0
-        self.answers = 0
-        self.failures = 0
-        self.is_up = False
-        self.failure = "was not asked yet"
-        self.rests_until = 0.0
-        self.length = 0  # tokens of a prompt and its answer
 
-    async def prepare(self, path: Path, weights: WeightsId) -> None:
-        """See to it that it answers with these weights, which lie in `path`.
+    async def room(self) -> int:
+        """The tokens that a prompt and its answer may have.
 
-        Raises ServerFailed where it does not, and DirlError where it serves another model.
+        Raises ServerFailed where it does not say, and DirlError where it serves another model.
         """
-        if not self.length:
-            self.length = self._checked_length((await self._get("/v1/models"))["data"][0])
+        return self._checked_length((await self._get("/v1/models"))["data"][0])
+
+    async def lacks(self, weights: WeightsId) -> bool:
+        """Whether it answers with others. Raises ServerFailed where it cannot answer now."""
         health = await self._get("/health")
-        if WeightsId(health["weights_version"], health["weights_sha256"]) == weights:
-            return
-        body = {"path": str(path), "version": weights.version, "sha256": weights.sha256}
+        return WeightsId(health["weights_version"], health["weights_sha256"]) != weights
+
+    async def take(self, source: Source, weights: WeightsId) -> None:
+        """Have it answer with these weights from now on. Raises ServerFailed where it does not."""
+        body = {**source, "version": weights.version, "sha256": weights.sha256}
         try:
             async with asyncio.timeout(self.patience.push):
                 response = await self._while(steps_or_rests, self.http.post("/update_weights", json=body))

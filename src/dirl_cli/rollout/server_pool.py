@@ -8,13 +8,14 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from dirl_cli.distributed import is_first_of_group
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.pushed_weights import WeightsId
-from dirl_cli.rollout.server_client import Patience, ServerFailed
+from dirl_cli.rollout.server_client import Patience, ServerFailed, Source
 
 POLL = 0.05  # seconds between looks at who has room
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a server that failed is asked again
@@ -25,29 +26,49 @@ def unknown_end() -> None:
     """Nobody knows of servers that somebody else has started whether they come back."""
 
 
-class Server(Protocol):
-    """A server of any kind, and what is known of it: see `ServerClient`, of `dirl serve`.
+class Client(Protocol):
+    """A server of any kind, as it is asked: see `ServerClient`, of `dirl serve`.
 
     length_option: what it is started with for more room.
     """
 
     url: str
     length_option: str
-    tokens: int
-    answers: int
-    failures: int
-    is_up: bool
-    failure: str
-    rests_until: float
-    length: int
 
-    async def prepare(self, path: Path, weights: WeightsId) -> None:
-        """See `ServerClient.prepare`."""
+    async def room(self) -> int:
+        """See `ServerClient.room`."""
+        ...
+
+    async def lacks(self, weights: WeightsId) -> bool:
+        """See `ServerClient.lacks`."""
+        ...
+
+    async def take(self, source: Source, weights: WeightsId) -> None:
+        """See `ServerClient.take`."""
         ...
 
     def choices(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """See `ServerClient.choices`."""
         ...
+
+
+@dataclass(eq=False)
+class PooledServer:
+    """A server, and what is known of it.
+
+    tokens, answers: that it still owes, at most. length: of a prompt and its answer, for which it has room; 0 where it
+    has not said. failures: in a row. is_up: whether it may be asked. failure: why it may not. rests_until: when it is
+    to be asked again how it is, by `time.monotonic`.
+    """
+
+    client: Client
+    tokens: int = 0
+    answers: int = 0
+    length: int = 0
+    failures: int = 0
+    is_up: bool = False
+    failure: str = "was not asked yet"
+    rests_until: float = 0.0
 
 
 class ServerPool:
@@ -58,8 +79,8 @@ class ServerPool:
     by `time.monotonic`.
     """
 
-    def __init__(self, servers: Sequence[Server], max_batch: int, patience: Patience, end: End = unknown_end) -> None:
-        self.servers = servers
+    def __init__(self, clients: Sequence[Client], max_batch: int, patience: Patience, end: End = unknown_end) -> None:
+        self.servers = [PooledServer(client) for client in clients]
         self.max_batch = max_batch
         self.patience = patience
         self.end = end
@@ -72,7 +93,7 @@ class ServerPool:
         """Some server has done something just now."""
         self.last_heard = time.monotonic()
 
-    def least_busy(self, answers: int) -> Server | None:
+    def least_busy(self, answers: int) -> PooledServer | None:
         """The server with the fewest tokens outstanding, among those that have room for so many answers."""
         able = []
         for server in self.servers:
@@ -80,24 +101,24 @@ class ServerPool:
                 able.append(server)
         return min(able, key=lambda server: server.tokens, default=None)
 
-    def leave_out(self, server: Server, failure: ServerFailed | DirlError) -> None:
+    def leave_out(self, server: PooledServer, failure: ServerFailed | DirlError) -> None:
         """Ask a server nothing until it has the weights that count; from now on that is looked after."""
         server.is_up = False
         server.length = 0  # what comes back may be started otherwise
         server.failure = str(failure)
         server.failures += 1
         if is_first_of_group():
-            print(f"{server.url} is left out until it is back: {failure}", file=sys.stderr, flush=True)
+            print(f"{server.client.url} is left out until it is back: {failure}", file=sys.stderr, flush=True)
         self._let_rest(server, failure)
         self._look_after(server)
 
-    def pause(self, server: Server, failure: ServerFailed) -> None:
+    def pause(self, server: PooledServer, failure: ServerFailed) -> None:
         """Ask a server nothing for a while that has too much to do, which is no fault of its own."""
         server.is_up = False
         self._let_rest(server, failure)
         self._look_after(server)
 
-    def _let_rest(self, server: Server, failure: ServerFailed | DirlError) -> None:
+    def _let_rest(self, server: PooledServer, failure: ServerFailed | DirlError) -> None:
         """Ask a server nothing for as long as it says, and the longer the more often it has failed."""
         doublings = min(max(server.failures - 1, 0), 16)
         pause = min(FIRST_PAUSE * 2**doublings, LONGEST_PAUSE)
@@ -105,12 +126,12 @@ class ServerPool:
             pause = max(pause, failure.pause)
         server.rests_until = time.monotonic() + pause
 
-    def _look_after(self, server: Server) -> None:
+    def _look_after(self, server: PooledServer) -> None:
         task = asyncio.create_task(self._bring_back(server))
         self.returning.add(task)
         task.add_done_callback(self.returning.discard)
 
-    async def _bring_back(self, server: Server) -> None:
+    async def _bring_back(self, server: PooledServer) -> None:
         """Look after a server that was left out, ever more rarely, until it may be asked again.
 
         A rest that has begun goes on where new weights have come meanwhile: they may come more often than it ends.
@@ -124,12 +145,15 @@ class ServerPool:
                 server.failures += 1
                 self._let_rest(server, failure)
 
-    async def _prepare(self, server: Server) -> None:
+    async def _prepare(self, server: PooledServer) -> None:
         """Let a server be asked, once it has the weights that count. Raises what keeps it from that."""
         if self.weights is None:
             raise ServerFailed("waits for weights")
         try:
-            await server.prepare(self.path, self.weights)
+            if not server.length:
+                server.length = await server.client.room()
+            if await server.client.lacks(self.weights):
+                await server.client.take({"path": str(self.path)}, self.weights)
         except (LookupError, TypeError, ValueError) as error:
             raise ServerFailed("is no such server, or of another version") from error
         server.is_up = True
@@ -177,7 +201,7 @@ class ServerPool:
         if reason := self.end():
             raise DirlError(reason)
         if time.monotonic() - self.last_heard > self.patience.outage:
-            reasons = "; ".join(f"{server.url} {server.failure}" for server in self.servers)
+            reasons = "; ".join(f"{server.client.url} {server.failure}" for server in self.servers)
             raise DirlError(
                 f"no server has answered for {self.patience.outage:g} s ({reasons}): start them again and give the same"
                 " command, which goes on"

@@ -25,7 +25,7 @@ from dirl_cli.models.load import DiffusionLM
 from dirl_cli.rollout.pushed_weights import WeightsId, remove_other_weights, write_weights
 from dirl_cli.rollout.sampler import Hint, LiveBatch, Stint, Watch, collect_samples, continued
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
-from dirl_cli.rollout.server_pool import POLL, End, Server, ServerPool, cancelled, unknown_end
+from dirl_cli.rollout.server_pool import POLL, End, PooledServer, ServerPool, cancelled, unknown_end
 from dirl_cli.rollout.sglang_client import SglangClient
 from dirl_cli.rollout.storage import trajectory_from_json
 from dirl_cli.types import SENT_AS_IT_IS, Decoding, Trajectory
@@ -93,8 +93,8 @@ class ServerSampler:
         self.weights_version = 0
         self.directory = directory
         client = SglangClient if is_sglang else ServerClient
-        servers = [client(url, key, lm, patience, 2 * max_batch + 4) for url in urls]
-        self.pool = ServerPool(servers, max_batch, patience, end)
+        clients = [client(url, key, lm, patience, 2 * max_batch + 4) for url in urls]
+        self.pool = ServerPool(clients, max_batch, patience, end)
 
         self.loop = asyncio.new_event_loop()
         Thread(target=self.loop.run_forever, name="servers", daemon=True).start()
@@ -224,7 +224,7 @@ class ServerSampler:
         return under_way
 
     def _begin(
-        self, server: Server, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
+        self, server: PooledServer, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
     ) -> "asyncio.Task[Question | None]":
         """Ask a server a question, what it owes thereby counted from now on."""
         tokens = question.n * (len(question.prompt_ids) + decoding.max_new_tokens)
@@ -240,7 +240,7 @@ class ServerSampler:
         return task
 
     async def _ask(
-        self, server: Server, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
+        self, server: PooledServer, question: Question, decoding: Decoding, tell: Callable[[Answer], None]
     ) -> Question | None:
         """Have a server answer a question; returns the question where some answers are missing."""
         weights = self.pool.weights
@@ -258,7 +258,7 @@ class ServerSampler:
 
     async def _tell_answers(
         self,
-        server: Server,
+        server: PooledServer,
         question: Question,
         decoding: Decoding,
         weights: WeightsId,
@@ -270,7 +270,7 @@ class ServerSampler:
         """
         body = body_of(question, decoding, weights, self.lm.block_size)
         question.parts = [{name: [] for name in LISTS} for _ in range(question.n)]
-        async with aclosing(server.choices(body)) as choices:
+        async with aclosing(server.client.choices(body)) as choices:
             async for choice in choices:
                 self.pool.heard()
                 index, block = choice["index"], choice["trajectory"]
@@ -288,16 +288,16 @@ class ServerSampler:
         if len(question.answered) < question.n:
             raise ServerFailed("leaves answers out")
 
-    def _require_room(self, server: Server, question: Question, decoding: Decoding) -> None:
+    def _require_room(self, server: PooledServer, question: Question, decoding: Decoding) -> None:
         """Raises DirlError where a server would cut an answer short that may be longer here."""
         longest = min(len(question.prompt_ids) + decoding.max_new_tokens, self.lm.longest_prompt + 1)
         if server.length < longest:
             raise DirlError(
-                f"{server.url} has room for {server.length} tokens, and a prompt and its answer may have {longest}:"
-                f" start it with {server.length_option}={longest + self.lm.block_size}"
+                f"{server.client.url} has room for {server.length} tokens, and a prompt and its answer may have"
+                f" {longest}: start it with {server.client.length_option}={longest + self.lm.block_size}"
             )
 
-    def _failed(self, server: Server, question: Question, failure: ServerFailed) -> Question:
+    def _failed(self, server: PooledServer, question: Question, failure: ServerFailed) -> Question:
         """Leave a server out whose answer failed; returns the question, to be asked again."""
         if failure.is_busy:
             if server.is_up:
@@ -307,7 +307,7 @@ class ServerSampler:
         question.tries += 1
         if question.tries == MOST_TRIES:
             raise DirlError(
-                f"{server.url} {failure}, as servers did {MOST_TRIES} times at the same prompt: see their logs"
+                f"{server.client.url} {failure}, as servers did {MOST_TRIES} times at the same prompt: see their logs"
             )
         if server.is_up:
             self.pool.leave_out(server, failure)

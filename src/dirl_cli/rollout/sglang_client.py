@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -17,6 +16,7 @@ from dirl_cli.rollout.server_client import (
     REFUSED,
     Patience,
     ServerFailed,
+    Source,
     described,
     http_client,
     watched,
@@ -29,7 +29,7 @@ ALIVE = 30  # seconds in which it answers whether its engine still does, for whi
 
 
 class SglangClient:
-    """One server of SGLang with this toolkit's plug-in; its attributes are those of `ServerClient`."""
+    """One server of SGLang with this toolkit's plug-in; see `ServerClient`."""
 
     length_option = "--context-length"
 
@@ -38,24 +38,23 @@ class SglangClient:
         self.lm = lm
         self.patience = patience
         self.http = http_client(url, key, connections)
-        self.tokens = 0
-        self.answers = 0
-        self.failures = 0
-        self.is_up = False
-        self.failure = "was not asked yet"
-        self.rests_until = 0.0
-        self.length = 0  # tokens of a prompt and its answer
 
-    async def prepare(self, path: Path, weights: WeightsId) -> None:
-        """See to it that it answers with these weights, which lie in `path`.
+    async def room(self) -> int:
+        """The tokens that a prompt and its answer may have.
 
-        Raises ServerFailed where it does not, and DirlError where it is started otherwise than it has to be.
+        Raises ServerFailed where it does not say, and DirlError where it is started otherwise than it has to be.
         """
-        if not self.length:
-            self.length = self._checked_length(await self._get("/server_info"))
-        if (await self._get("/model_info"))["weight_version"] == weights_name(weights):
-            return
-        body = {"model_path": str(path), "weight_version": weights_name(weights)}
+        return self._checked_length(await self._get("/server_info"))
+
+    async def lacks(self, weights: WeightsId) -> bool:
+        """Whether it answers with others. Raises ServerFailed where it cannot answer now."""
+        return bool((await self._get("/model_info"))["weight_version"] != weights_name(weights))
+
+    async def take(self, source: Source, weights: WeightsId) -> None:
+        """Have it answer with these weights, which lie in a directory, from now on. Raises ServerFailed where it does
+        not.
+        """
+        body = {"model_path": source["path"], "weight_version": weights_name(weights)}
         try:
             async with asyncio.timeout(self.patience.push):
                 response = await self.http.post("/update_weights_from_disk", json=body)
