@@ -2,107 +2,21 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 pytest.importorskip("starlette", reason="servers want starlette: make install brings it")
 
-from dirl_cli.rollout import server_client
-from tests.faults.trials import RL, Child, config, finished, result, save_random_model, without_pictures
+from tests.faults.served_runs import impatient, own_words, run_of, served_config
+from tests.faults.trials import RL, Child, config, finished, result
 from tests.helpers.flaky_network import line_to
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
-
-
-class Servers:
-    """Two servers that can be killed, stopped and started again at the same addresses."""
-
-    def __init__(self, word: str, directory: Path) -> None:
-        self.word = word
-        self.directory = directory
-        self.ports = [free_port() for _ in range(2)]
-        self.children: list[Child] = []
-        self.starts = 0
-        for number in range(2):
-            self.children.append(self._started(number))
-        self.wait()
-
-    @property
-    def url(self) -> str:
-        return f"rollout.url=[{','.join(f'http://127.0.0.1:{port}' for port in self.ports)}]"
-
-    def _started(self, number: int) -> Child:
-        self.starts += 1
-        cfg = config("serve", self.word, f"serve.port={self.ports[number]}")
-        return Child("serve", cfg, self.directory / f"server-{self.starts}")
-
-    def wait(self) -> None:
-        for child in self.children:
-            child.wait_for(" answers at once")
-
-    def kill(self, number: int) -> None:
-        assert self.children[number].kill()
-
-    def start(self, number: int) -> None:
-        self.children[number] = self._started(number)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def word(tmp_path_factory) -> str:
-    torch.set_num_threads(1)
-    return save_random_model(tmp_path_factory.mktemp("model"), 8.0)
-
-
-@pytest.fixture(scope="module")
-def expected(word, tmp_path_factory) -> dict:
-    """Of a run that samples itself, each answer alone in its batch."""
-    out = tmp_path_factory.mktemp("own") / "run"
-    assert finished("rl", config("rl", word, "rollout.max_batch=1"), out)
-    return result(out)
-
-
-@pytest.fixture(scope="module")
-def servers(word, tmp_path_factory):
-    two = Servers(word, tmp_path_factory.mktemp("servers"))
-    yield two
-    for child in two.children:
-        child.send(signal.SIGKILL)
-        child.end()
-
-
-def served_config(word: str, url: str, out: Path, *words: str):
-    own = ("rollout=server", url, "rollout.max_batch=1", f"rollout.directory={out}/weights", "rollout.silence=2")
-    return config("rl", word, *own, *words)
-
-
-def impatient() -> None:
-    server_client.CONNECT = 2
-    sys.stderr = sys.stdout  # where it says which servers are left out
-    without_pictures()
-
-
-@contextmanager
-def run_of(cfg, out: Path, survives: list[int], expected: dict):
-    """A run under way at its third step, which is to end with the expected bytes."""
-    child = Child("rl", cfg, out, impatient).wait_for("step 2/")
-    yield child
-    code = child.end()
-    assert code == 0 and "is left out until it is back" in child.told, child.told
-    survives.append(int(result(out) == expected))
 
 
 def test_a_server_that_is_killed_in_mid_rollout(word, servers, expected, tmp_path, tell):
@@ -194,10 +108,6 @@ def test_two_processes_and_two_servers(word, servers, tmp_path, tell):
         results.append(result(tmp_path / name))
     same = sum(other == results[0] for other in results[1:])
     tell("none: two processes and two servers, beside two that sample themselves", 2, same)
-
-
-def own_words(out: Path) -> tuple[str, ...]:
-    return ("rollout=server", "rollout.servers=2", "rollout.max_batch=1", f"rollout.directory={out}/weights")
 
 
 def started_servers(word: str, out: Path) -> tuple[Child, list[psutil.Process]]:

@@ -12,6 +12,7 @@ from dirl_cli.rollout.server_client import Patience
 from dirl_cli.rollout.server_keeper import MOST_STARTS, ServerKeeper
 from dirl_cli.rollout.server_pool import ServerPool
 from dirl_cli.rollout.server_processes import ServerProcess
+from dirl_cli.rollout.weight_push import DiskPush
 
 SLEEPS = "import time; time.sleep(60)"
 
@@ -56,7 +57,7 @@ def test_servers_that_end_again_and_again_end_the_run_at_once(started, tmp_path)
     with ServerKeeper() as keeper:
         keeper.start(tmp_path / "0", {"CODE": "raise SystemExit(1)"})
         keeper.watch()
-        pool = ServerPool([], 4, Patience(60, 60, 3600), keeper.end)
+        pool = ServerPool([], 4, Patience(60, 60, 3600), DiskPush(), keeper.end)
         pool.heard()
         wait_until(keeper.end)
         with pytest.raises(DirlError, match=r"all servers of the run have ended, after 4 starts each: .* same command"):

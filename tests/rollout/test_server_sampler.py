@@ -4,11 +4,9 @@ import asyncio
 import gc
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from threading import Lock
+from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -22,19 +20,15 @@ from dirl_cli.rollout.engines import Servers
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.pushed_weights import WeightsId
 from dirl_cli.rollout.sampler import Stint
-from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
+from dirl_cli.rollout.server_client import ServerClient, ServerFailed
 from dirl_cli.rollout.server_sampler import ServerSampler, body_of, questions_of
 from dirl_cli.rollout.storage import rollout_path
 from dirl_cli.serving import routes
 from dirl_cli.serving.engine_thread import Query
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers import rl_runs
-from tests.helpers.flaky_network import Line, line_to
-from tests.helpers.served import KEY, Served, listening, speaking_lm, wait_until
-
-PROMPTS = [[20, 30, 40], [50, 60, 70, 80], [90] * 9]
-SEEDS = [2**62 + 1, 5, 6]
-PATIENCE = Patience(silence=30, push=30, outage=30)
+from tests.helpers.farm import PATIENCE, PROMPTS, SEEDS, answers_of, farm, read_one_by_one
+from tests.helpers.served import KEY, listening, speaking_lm, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +38,7 @@ def quick_returns(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def one_by_one(monkeypatch):
-    """These servers share a process, in which transformers loads one model at a time."""
-    read_weights, loading = routes.read_weights, Lock()
-
-    def read(*arguments):
-        with loading:
-            return read_weights(*arguments)
-
-    monkeypatch.setattr(routes, "read_weights", read)
+    read_one_by_one(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -68,36 +55,6 @@ def decoding(lm):
 def expected(lm, decoding):
     """The in-process sampler's answers, each alone in its batch."""
     return answers_of(NativeSampler(lm, max_batch=1), decoding)
-
-
-def answers_of(sampler, decoding, n=3):
-    return {(prompt, i): answer for prompt, i, answer in sampler.stream(PROMPTS, n, decoding, seeds=SEEDS)}
-
-
-@dataclass
-class Farm:
-    """Some servers, each behind a line, and a sampler that asks them."""
-
-    sampler: ServerSampler
-    servers: list[Served]
-    lines: list[Line]
-
-    def is_up(self, number: int) -> bool:
-        return self.sampler.pool.servers[number].is_up
-
-
-@contextmanager
-def farm(lm, directory, count: int = 2, patience: Patience = PATIENCE, max_batch: int = 1, key=KEY) -> Iterator[Farm]:
-    """Servers that begin with weights of their own."""
-    with ExitStack() as stack:
-        servers = []
-        lines = []
-        for seed in range(count):
-            address, served, _ = stack.enter_context(listening(speaking_lm(seed), max_batch=max_batch))
-            servers.append(served)
-            lines.append(stack.enter_context(line_to(address)))
-        urls = [line.address for line in lines]
-        yield Farm(ServerSampler(lm, urls, directory / "weights", max_batch, patience, key), servers, lines)
 
 
 def test_the_answers_are_the_in_process_samplers_to_the_bit(lm, decoding, expected, tmp_path):

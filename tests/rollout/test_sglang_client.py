@@ -236,7 +236,7 @@ def test_a_failed_push_leaves_the_server_out(lm, tmp_path):
     fake = FakeSglang(speaking_lm(3))
     with sampler_of(lm, tmp_path, fake) as sampler:
         client = sampler.pool.servers[0].client
-        work = client.take({"path": str(tmp_path / "nowhere")}, WeightsId(1, "0" * 64))
+        work = client.take({"path": str(tmp_path / "nowhere")}, WeightsId(1, "0" * 64), sampler.loop.time() + 30)
         with pytest.raises(ServerFailed, match=r"took no new weights: .*nowhere"):
             asyncio.run_coroutine_threadsafe(work, sampler.loop).result(30)
 

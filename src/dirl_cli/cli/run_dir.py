@@ -37,6 +37,8 @@ WORK = {  # how it is done
     "rollout.servers",
     "rollout.directory",
     "rollout.silence",
+    "rollout.push",
+    "rollout.push_host",
     "rollout.push_timeout",
     "rollout.patience",
     "reward.workers",

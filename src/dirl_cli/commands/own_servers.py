@@ -94,6 +94,7 @@ def require_no_others(engine: Servers, nodes: int) -> None:
     """Raises DirlError where the run has other servers too, or machines that do not see this one's."""
     if engine.is_sglang:
         engine.require()
+    engine.require_push()
     if engine.url:
         raise DirlError("rollout.servers starts servers and rollout.url has others: give one of the two")
     if nodes > 1:

@@ -24,11 +24,13 @@ from dirl_cli.rollout.sampler import Sampler
 from dirl_cli.rollout.server_client import KEY_VARIABLE, Patience, require_showable
 from dirl_cli.rollout.server_pool import End, unknown_end
 from dirl_cli.rollout.server_sampler import ServerSampler
+from dirl_cli.rollout.weight_push import BroadcastPush, DiskPush, WeightPush, meeting_host
 from dirl_cli.types import Decoding
 
 LMDEPLOY = "0.18"
 LMDEPLOY_MODELS = ("sdar", "sdar_moe")
 ServedEngine = Annotated[str, OneOf("native", "lmdeploy", "sglang")]
+PushWay = Annotated[str, OneOf("disk", "broadcast")]
 
 
 class Engine(Protocol):
@@ -117,8 +119,10 @@ class Lmdeploy:
 class Servers:
     """Servers (`dirl serve`, or SGLang's own) on any machines: see `ServerSampler`. url: their addresses.
 
-    engine: what they sample with. servers: how many `dirl rl` starts by itself instead, not of SGLang. max_batch:
-    answers that each process asks of a server at once. silence, push_timeout, patience: see `Patience`.
+    engine: what they sample with. servers: how many `dirl rl` starts by itself instead, not of SGLang. directory: in
+    which weights are written. max_batch: answers that each process asks of a server at once. silence, push_timeout,
+    patience: see `Patience`. push: whether servers read new weights from a disk, or are sent them. push_host: the
+    address of this machine where they are sent; None for the one by which it reaches them.
     """
 
     url: tuple[str, ...]
@@ -129,6 +133,8 @@ class Servers:
     silence: Positive
     push_timeout: Positive
     patience: Positive
+    push: PushWay = "disk"
+    push_host: str | None = None
 
     @property
     def is_sglang(self) -> bool:
@@ -147,6 +153,7 @@ class Servers:
                 "rollout=sglang wants the addresses of SGLang's servers, which docs/sglang.md shows how to start: give"
                 " rollout.url=[http://HOST:30000] and leave out rollout.servers"
             )
+        self.require_push()
         if self.servers:
             raise DirlError("rollout.servers is of dirl rl: give rollout.url=[http://HOST:8000] of each `dirl serve`")
         if not self.url:
@@ -163,6 +170,16 @@ class Servers:
             raise DirlError("rollout.url holds an address twice: give each server once")
         require_showable(os.environ.get(KEY_VARIABLE, ""))
 
+    def require_push(self) -> None:
+        """Raises DirlError for a way of giving servers weights that they do not have."""
+        if self.is_sglang and self.push != "disk":
+            raise DirlError(
+                f"rollout.push={self.push} is for `dirl serve`, and SGLang's servers read weights from a disk: leave it"
+                " at disk, and let rollout.directory be on one that they see"
+            )
+        if self.push_host and self.push == "disk":
+            raise DirlError("rollout.push_host is where rollout.push=broadcast sends from: give both or neither")
+
     def start(self, lm: DiffusionLM, own_weights: bool = False, end: End = unknown_end) -> Sampler:
         """A sampler that has the weights of `lm` once it is given them, or asked before it is given any.
 
@@ -171,8 +188,11 @@ class Servers:
         self.require()
         patience = Patience(self.silence, self.push_timeout, self.patience)
         key = os.environ.get(KEY_VARIABLE)
+        push: WeightPush = DiskPush()
+        if self.push == "broadcast":
+            push = BroadcastPush(self.push_host or meeting_host(self.addresses), self.push_timeout)
         return ServerSampler(
-            lm, self.addresses, Path(self.directory), self.max_batch, patience, key, self.is_sglang, end
+            lm, self.addresses, Path(self.directory), self.max_batch, patience, key, self.is_sglang, end, push
         )
 
 

@@ -17,6 +17,7 @@ Health = Mapping[str, Any]  # what a server says at /health
 Source = Mapping[str, Any]  # where weights are, as a request to take them says it
 KEY_VARIABLE = "DIRL_SERVE_KEY"
 CONNECT = 10  # seconds to connect, and to tell how it is
+BROKEN_OFF = 424  # the status of weights that others have not passed on whole
 REFUSED = (400, 401, 403, 404, 405, 413, 415)  # statuses of requests that would be refused again
 
 
@@ -30,6 +31,10 @@ class ServerFailed(Exception):  # noqa: N818
         super().__init__(reason)
         self.pause = pause
         self.is_busy = is_busy
+
+
+class BrokenOff(ServerFailed):
+    """Weights that did not come whole, for which others than the server may be at fault, to whom they went too."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,14 @@ class ServerClient:
         health = await self._get("/health")
         return WeightsId(health["weights_version"], health["weights_sha256"]) != weights
 
-    async def take(self, source: Source, weights: WeightsId) -> None:
-        """Have it answer with these weights from now on. Raises ServerFailed where it does not."""
+    async def take(self, source: Source, weights: WeightsId, until: float) -> None:
+        """Have it answer with these weights from now on. until: when at the latest, by the loop's clock.
+
+        Raises BrokenOff where they did not come whole from those with whom it was to meet, else ServerFailed.
+        """
         body = {**source, "version": weights.version, "sha256": weights.sha256}
         try:
-            async with asyncio.timeout(self.patience.push):
+            async with asyncio.timeout_at(until):
                 response = await self._while(steps_or_rests, self.http.post("/update_weights", json=body))
         except TimeoutError:
             raise ServerFailed(f"took no new weights within {self.patience.push:g} s") from None
@@ -80,7 +88,8 @@ class ServerClient:
             raise ServerFailed(described(error)) from error
         if response.status_code != 200:
             self._require_key(response.status_code)
-            raise ServerFailed(f"took no new weights: {sentence_of(response.content)}")
+            kind = BrokenOff if response.status_code == BROKEN_OFF else ServerFailed
+            raise kind(f"took no new weights: {sentence_of(response.content)}")
 
     async def choices(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """The choices of a stream's chunks, a block each.

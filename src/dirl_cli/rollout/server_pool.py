@@ -7,15 +7,15 @@ runs in one event loop.
 import asyncio
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from dirl_cli.distributed import is_first_of_group
 from dirl_cli.errors import DirlError
+from dirl_cli.rollout.pooled_server import Client, Outcomes, PooledServer, cancelled, outcomes_of
 from dirl_cli.rollout.pushed_weights import WeightsId
-from dirl_cli.rollout.server_client import Patience, ServerFailed, Source
+from dirl_cli.rollout.server_client import Patience, ServerFailed
+from dirl_cli.rollout.weight_push import Delivery, WeightPush
 
 POLL = 0.05  # seconds between looks at who has room
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a server that failed is asked again
@@ -26,63 +26,26 @@ def unknown_end() -> None:
     """Nobody knows of servers that somebody else has started whether they come back."""
 
 
-class Client(Protocol):
-    """A server of any kind, as it is asked: see `ServerClient`, of `dirl serve`.
-
-    length_option: what it is started with for more room.
-    """
-
-    url: str
-    length_option: str
-
-    async def room(self) -> int:
-        """See `ServerClient.room`."""
-        ...
-
-    async def lacks(self, weights: WeightsId) -> bool:
-        """See `ServerClient.lacks`."""
-        ...
-
-    async def take(self, source: Source, weights: WeightsId) -> None:
-        """See `ServerClient.take`."""
-        ...
-
-    def choices(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
-        """See `ServerClient.choices`."""
-        ...
-
-
-@dataclass(eq=False)
-class PooledServer:
-    """A server, and what is known of it.
-
-    tokens, answers: that it still owes, at most. length: of a prompt and its answer, for which it has room; 0 where it
-    has not said. failures: in a row. is_up: whether it may be asked. failure: why it may not. rests_until: when it is
-    to be asked again how it is, by `time.monotonic`.
-    """
-
-    client: Client
-    tokens: int = 0
-    answers: int = 0
-    length: int = 0
-    failures: int = 0
-    is_up: bool = False
-    failure: str = "was not asked yet"
-    rests_until: float = 0.0
-
-
 class ServerPool:
-    """Servers, and the weights that count. max_batch: answers that are asked of each at once. end: tells at once what
-    else is found out by waiting, where it is known.
+    """Servers, and the weights that count. max_batch: answers that are asked of each at once. push: how they get
+    weights. end: tells at once what else is found out by waiting, where it is known.
 
     weights: None while nothing is to be asked. path: where they lie. last_heard: when any server last did something,
     by `time.monotonic`.
     """
 
-    def __init__(self, clients: Sequence[Client], max_batch: int, patience: Patience, end: End = unknown_end) -> None:
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        max_batch: int,
+        patience: Patience,
+        push: WeightPush,
+        end: End = unknown_end,
+    ) -> None:
         self.servers = [PooledServer(client) for client in clients]
         self.max_batch = max_batch
         self.patience = patience
+        self.push = push
         self.end = end
         self.weights: WeightsId | None = None
         self.path = Path()
@@ -138,26 +101,32 @@ class ServerPool:
         """
         while not server.is_up:
             await asyncio.sleep(max(server.rests_until - time.monotonic(), 0))
-            try:
-                await self._prepare(server)
-            except (ServerFailed, DirlError) as failure:
+            failure = (await self._prepare([server]))[server]
+            if failure:
                 server.failure = str(failure)
                 server.failures += 1
                 self._let_rest(server, failure)
 
-    async def _prepare(self, server: PooledServer) -> None:
-        """Let a server be asked, once it has the weights that count. Raises what keeps it from that."""
+    async def _prepare(self, servers: Sequence[PooledServer]) -> Outcomes:
+        """Let servers be asked, once they have the weights that count; what keeps each from that."""
         if self.weights is None:
-            raise ServerFailed("waits for weights")
-        try:
+            return dict.fromkeys(servers, ServerFailed("waits for weights"))
+        delivery = Delivery(self.push, self.path, self.weights, self.patience.push)
+        lacking = []
+
+        async def look(server: PooledServer) -> None:
             if not server.length:
                 server.length = await server.client.room()
-            if await server.client.lacks(self.weights):
-                await server.client.take({"path": str(self.path)}, self.weights)
-        except (LookupError, TypeError, ValueError) as error:
-            raise ServerFailed("is no such server, or of another version") from error
-        server.is_up = True
-        self.heard()
+            if await server.client.lacks(delivery.weights):
+                lacking.append(server)
+
+        outcomes = await outcomes_of({server: look(server) for server in servers})
+        outcomes |= await delivery.to(lacking)
+        for server, failure in outcomes.items():
+            if not failure:
+                server.is_up = True
+                self.heard()
+        return outcomes
 
     async def forget_weights(self) -> None:
         """Ask no server any more, and bring none any weights, until `adopt` says which."""
@@ -179,14 +148,11 @@ class ServerPool:
         for server in self.servers:
             if server.failures:  # it may hang, for which the others do not wait
                 self._look_after(server)
-        outcomes = await asyncio.gather(*map(self._prepare, sound), return_exceptions=True)
-        for server, outcome in zip(sound, outcomes, strict=True):
-            if isinstance(outcome, DirlError) and is_start:
-                raise outcome  # a wrong key or model, which waiting does not mend
-            if isinstance(outcome, ServerFailed | DirlError):
-                self.leave_out(server, outcome)
-            elif outcome:
-                raise outcome
+        for server, failure in (await self._prepare(sound)).items():
+            if isinstance(failure, DirlError) and is_start:
+                raise failure  # a wrong key or model, which waiting does not mend
+            if failure:
+                self.leave_out(server, failure)
 
         if is_first_of_group() and not any(server.is_up for server in self.servers):
             print(f"no server answers: waiting for up to {self.patience.outage:g} s", file=sys.stderr, flush=True)
@@ -206,11 +172,3 @@ class ServerPool:
                 f"no server has answered for {self.patience.outage:g} s ({reasons}): start them again and give the same"
                 " command, which goes on"
             )
-
-
-async def cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Give tasks up, and wait until they are; what they raise is taken, since asyncio prints what nobody takes."""
-    tasks = list(tasks)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

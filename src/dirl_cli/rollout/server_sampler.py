@@ -22,16 +22,19 @@ from torch import Tensor
 from dirl_cli.distributed import first_tells, is_first_of_group, is_group, wait_for_group
 from dirl_cli.errors import DirlError
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.rollout.pooled_server import PooledServer, cancelled
 from dirl_cli.rollout.pushed_weights import WeightsId, remove_other_weights, write_weights
 from dirl_cli.rollout.sampler import Hint, LiveBatch, Stint, Watch, collect_samples, continued
 from dirl_cli.rollout.server_client import Patience, ServerClient, ServerFailed
-from dirl_cli.rollout.server_pool import POLL, End, PooledServer, ServerPool, cancelled, unknown_end
+from dirl_cli.rollout.server_pool import POLL, End, ServerPool, unknown_end
 from dirl_cli.rollout.sglang_client import SglangClient
 from dirl_cli.rollout.storage import trajectory_from_json
+from dirl_cli.rollout.weight_push import DiskPush, WeightPush
 from dirl_cli.types import SENT_AS_IT_IS, Decoding, Trajectory
 
 T = TypeVar("T")
 MOST_TRIES = 20  # of a prompt, each failed by a server that goes on otherwise
+DISK = DiskPush()
 LISTS = ("token_ids", "reveal_step", "logprobs")  # of which a chunk has a block's
 
 Answer = tuple[int, int, Trajectory]  # with the indices of its prompt and sample
@@ -73,9 +76,9 @@ class Question:
 class ServerSampler:
     """See `Sampler`. It has no weights until `update_weights` brings them to the servers, but then `lm`'s.
 
-    urls: of the servers. directory: where weights are handed over, on a disk that all see under this path. max_batch:
-    answers that are asked of each server at once, by each process. key: that servers want to be shown.
-    is_sglang: whether they are SGLang's and not `dirl serve`. end: see `ServerPool`.
+    urls: of the servers. directory: in which weights are written. max_batch: answers that are asked of each server at
+    once, by each process. key: that servers want to be shown. is_sglang: whether they are SGLang's and not `dirl
+    serve`. push, end: see `ServerPool`.
     """
 
     def __init__(
@@ -88,13 +91,14 @@ class ServerSampler:
         key: str | None,
         is_sglang: bool = False,
         end: End = unknown_end,
+        push: WeightPush = DISK,
     ) -> None:
         self.lm = lm
         self.weights_version = 0
         self.directory = directory
         client = SglangClient if is_sglang else ServerClient
         clients = [client(url, key, lm, patience, 2 * max_batch + 4) for url in urls]
-        self.pool = ServerPool(clients, max_batch, patience, end)
+        self.pool = ServerPool(clients, max_batch, patience, push, end)
 
         self.loop = asyncio.new_event_loop()
         Thread(target=self.loop.run_forever, name="servers", daemon=True).start()

@@ -50,13 +50,11 @@ class SglangClient:
         """Whether it answers with others. Raises ServerFailed where it cannot answer now."""
         return bool((await self._get("/model_info"))["weight_version"] != weights_name(weights))
 
-    async def take(self, source: Source, weights: WeightsId) -> None:
-        """Have it answer with these weights, which lie in a directory, from now on. Raises ServerFailed where it does
-        not.
-        """
+    async def take(self, source: Source, weights: WeightsId, until: float) -> None:
+        """See `ServerClient.take`; they lie in a directory."""
         body = {"model_path": source["path"], "weight_version": weights_name(weights)}
         try:
-            async with asyncio.timeout(self.patience.push):
+            async with asyncio.timeout_at(until):
                 response = await self.http.post("/update_weights_from_disk", json=body)
         except TimeoutError:
             raise ServerFailed(f"took no new weights within {self.patience.push:g} s") from None

@@ -15,6 +15,7 @@ KINDS = {
     409: "conflict_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    424: "server_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "server_error",

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from dirl_cli.errors import DirlError
 from dirl_cli.ranges import Natural
+from dirl_cli.serving.received_weights import WeightsReceiver, checked_meeting
 from dirl_cli.serving.refusals import KINDS, Refusal
 from dirl_cli.serving.request_body import Asked, checked_sha256, checked_value
 from dirl_cli.serving.response_body import ResponseWriter
@@ -70,6 +72,7 @@ class Routes:
         self.reader = service.reader
         self.key = key
         self.reading = asyncio.Lock()
+        self.receiver = WeightsReceiver(service.reader.lm.model.config)
         self.shapes = published_shapes(service.reader.lm)
 
     def app(self) -> Starlette:
@@ -79,6 +82,7 @@ class Routes:
         async def lifespan(app: Starlette) -> AsyncIterator[None]:
             yield
             self.engine.stop()
+            await self.receiver.close()
 
         routes = [Route("/health", self.health)]
         for path, endpoint, method in (
@@ -205,14 +209,13 @@ class Routes:
     async def update_weights(self, request: Request) -> Response:
         """Answer with the weights of a directory from now on; what is under way ends with the old ones."""
         body = await self._body(request)
-        unknown = sorted(body.keys() - {"path", "version", "sha256"})
+        unknown = sorted(body.keys() - {"path", "broadcast", "version", "sha256"})
         if unknown:
             raise Refusal(
-                400, f"{unknown[0]}: no such field; give path, version if it is not the next, and sha256", unknown[0]
+                400,
+                f"{unknown[0]}: no such field; give path or broadcast, version if it is not the next, and sha256",
+                unknown[0],
             )
-        path = body.get("path")
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise Refusal(400, "path must be a directory with weights, as `dirl sft` leaves it: give one", "path")
         version = body.get("version")
         if version is not None:
             version = checked_value("version", version, Natural)
@@ -221,10 +224,29 @@ class Routes:
         if sha256 is not None:
             sha256 = checked_sha256("sha256", sha256)
 
-        # What is wrong with the files is told before anybody waits for the engine to be idle.
-        await run_in_threadpool(require_weights, path, self.shapes, sha256)
-        update = self.engine.update_weights(lambda: read_weights(self.reader.lm, path), version, sha256)
+        if "broadcast" not in body:
+            update = await self._ordered(checked_path(body.get("path")), version, sha256)
+        elif sha256 is None or "path" in body:
+            raise Refusal(400, "what is sent by broadcast has a sha256 and no path: give the one alone", "broadcast")
+        else:
+            meeting = checked_meeting(body["broadcast"])
+            directory = await unless_hung_up(request, self.receiver.receive(meeting))
+            try:
+                update = await self._ordered(str(directory), version, sha256)
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+            # Whoever asked for it may hang up while the engine reads.
+            update.add_done_callback(lambda _: shutil.rmtree(directory, ignore_errors=True))
         return JSONResponse({"weights_version": await self._done(update)})
+
+    async def _ordered(self, path: str, version: int | None, sha256: str | None) -> Future[int]:
+        """An order to the engine to answer with the weights of a directory.
+
+        What is wrong with its files is told before anybody waits for the engine to be idle.
+        """
+        await run_in_threadpool(require_weights, path, self.shapes, sha256)
+        return self.engine.update_weights(lambda: read_weights(self.reader.lm, path), version, sha256)
 
     async def _done(self, work: Future[T]) -> T:
         """What comes of work of the engine. Raises Refusal where the server cannot, as for want of memory."""
@@ -291,6 +313,13 @@ class Routes:
         refusal = error if isinstance(error, Refusal) else Refusal(400, str(error))
         self.service.metrics.refused.labels(refusal.status).inc()
         return refusal.response()
+
+
+def checked_path(path: Any) -> str:
+    """The directory that a request names. Raises Refusal where it names none."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise Refusal(400, "path must be a directory with weights, as `dirl sft` leaves it: give one", "path")
+    return path
 
 
 def shown_key(request: Request) -> bytes:
