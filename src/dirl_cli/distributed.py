@@ -7,12 +7,23 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+from dirl_cli.errors import DirlError
+
 T = TypeVar("T")
 
 
 def cores() -> int:
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def require_whole_groups(size: int, processes: int) -> None:
+    """Raises DirlError where so many processes are no multiple of those that divide a row."""
+    if processes % size:
+        raise DirlError(
+            f"context_parallel={size} divides each row among so many processes, of which there are {processes}:"
+            f" give gpus={size}, or a multiple of it"
+        )
 
 
 def split_by_cost(costs: Sequence[float], processes: int) -> list[list[int]]:

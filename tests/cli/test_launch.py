@@ -21,6 +21,7 @@ def settings(**chosen):
         ("sft", {"launch": "fsdp2"}, "launch=fsdp2 shares a model among processes: give gpus=2 or more"),
         ("rl", {"launch": "zero2"}, "launch=zero2 shares a model among processes: give gpus=2 or more"),
         ("eval", {"launch": "fsdp2", "gpus": 2}, "leave launch at auto for dirl eval"),
+        ("dpo", {"gpus": 6, "context_parallel": 4}, "context_parallel=4 .* of which there are 6: give gpus=4, or a"),
         ("rl", {"nodes": 2, "node_rank": 1}, "give each machine its node_rank, 0 to 1, and the main_address"),
         ("rl", {"nodes": 2, "main_address": "a"}, "give each machine its node_rank, 0 to 1, and the main_address"),
         ("rl", {"nodes": 2, "node_rank": 2, "main_address": "a"}, "give each machine its node_rank, 0 to 1, and"),

@@ -1,11 +1,14 @@
 """What `dirl rl` tells the servers that it starts, and when it starts none."""
 
+from pathlib import Path
+
 import pytest
 from omegaconf import OmegaConf
 
 from dirl_cli.cli import run_dir
 from dirl_cli.cli.build import build
-from dirl_cli.commands.own_servers import require_no_others, server_config
+from dirl_cli.commands import rl
+from dirl_cli.commands.own_servers import require_no_others, require_servers, server_config
 from dirl_cli.errors import DirlError
 from tests.helpers.rl_runs import config
 
@@ -39,6 +42,16 @@ def test_other_servers_and_other_machines_are_told_in_one_sentence():
     require_no_others(engine, nodes=1)
     with pytest.raises(DirlError, match="nodes=2: start them with `srun dirl serve`"):
         require_no_others(engine, nodes=2)
+
+
+def test_a_run_that_has_neither_servers_nor_addresses_is_told_before_data_are_read():
+    for choice in ("server", "sglang"):
+        cfg = config("models/mine", f"rollout={choice}")
+        with pytest.raises(DirlError, match=f"rollout={choice} wants .*addresses"):
+            require_servers(build(cfg.rollout), nodes=1)
+    cfg, _ = of_run("rollout.url=[http://a:8000]")
+    with pytest.raises(DirlError, match="give one of the two"):
+        rl.run(cfg, Path("never"))
 
 
 def test_a_run_goes_on_with_more_servers_or_with_others():

@@ -56,6 +56,12 @@ def test_a_limit_is_no_limit_of_a_page_that_is_served(run):
     )
 
 
+def test_a_port_is_no_port_of_a_file(run):
+    assert refusal("view", "words", "port=1234") == (
+        "dirl view: port=1234 is of an address, and a file has none: give serve=true, or leave port out"
+    )
+
+
 def test_completions_are_read_by_the_model_that_they_note_or_that_is_given(here):
     small_lm().save(here / "model_a")
     completions_of(here / "mine")

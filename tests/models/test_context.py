@@ -6,7 +6,6 @@ import torch
 from dirl_cli.diffusion.layout import PADDING
 from dirl_cli.errors import DirlError
 from dirl_cli.models.context import ContextGroup, pad_rows, require_shared_heads
-from dirl_cli.training.parallel import require_whole_groups
 from tests.helpers.divided_rows import rows
 from tests.helpers.processes import run_together
 from tests.helpers.small import small_lm
@@ -47,8 +46,6 @@ def test_so_are_those_of_compiled_layers():
     run_together("tests.helpers.divided_rows", [["compiled"]] * 2, seconds=540)
 
 
-def test_rows_that_cannot_be_divided_are_told_by_what_they_can():
+def test_heads_that_cannot_be_divided_are_told_by_what_they_can():
     with pytest.raises(DirlError, match=r"the 4 heads of the model's attention.*: give one of 2, 4"):
         require_shared_heads(small_lm().model.config, 3)
-    with pytest.raises(DirlError, match=r"context_parallel=4 .* of which there are 6: give gpus=4, or a multiple"):
-        require_whole_groups(4, 6)

@@ -12,6 +12,7 @@ from types import FrameType
 from omegaconf import DictConfig
 
 from dirl_cli.cli.worker import FAILURE, require_gpus
+from dirl_cli.distributed import require_whole_groups
 from dirl_cli.errors import DirlError, DoesNotFit, Interrupted, Stopped, stop_code
 from dirl_cli.text import counted
 from dirl_cli.types import SHARDED_LAUNCHES
@@ -23,7 +24,7 @@ PORT = 29500  # of machine 0, where main_address names none
 def check_launch(name: str, cfg: DictConfig) -> None:
     """Settle the device of `launch=cpu_gloo`.
 
-    Raises DirlError where `launch` does not go with the command, `gpus` or `nodes`.
+    Raises DirlError where `launch` does not go with the command, `gpus` or `nodes`, or `context_parallel` with these.
     """
     # Said here, in one process: each of several would say it again, and wait for the others first.
     processes = cfg.gpus * cfg.nodes
@@ -33,6 +34,7 @@ def check_launch(name: str, cfg: DictConfig) -> None:
         raise DirlError(f"launch={cfg.launch} shares a model that is trained: leave launch at auto for dirl eval")
     if cfg.launch in SHARDED_LAUNCHES and processes == 1:
         raise DirlError(f"launch={cfg.launch} shares a model among processes: give gpus=2 or more, or launch=single")
+    require_whole_groups(getattr(cfg, "context_parallel", 1), processes)
 
     has_address = cfg.node_rank is not None and cfg.node_rank < cfg.nodes and cfg.main_address is not None
     if cfg.nodes > 1 and not has_address:

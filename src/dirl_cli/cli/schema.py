@@ -328,7 +328,7 @@ class MergeConfig:
 class ViewConfig:
     answers: list[str]
     to: str
-    limit: Count | None
+    limit: Count
     export: str | None
     number: Count
     serve: bool

@@ -46,7 +46,6 @@ def own_servers(
         yield ServerKeeper()
         return
 
-    require_no_others(engine, cfg.nodes)
     gpus: list[str | None] = [None] * engine.servers
     if pick_device(cfg.device) != "cpu":
         gpus = [*gpus_of_servers(cfg.gpus, engine.servers, os.environ)]
@@ -88,6 +87,14 @@ def ready_engine(engine: Engine, keeper: ServerKeeper, progress: StepProgress) -
     urls, key = outcome
     set_key(key)
     return replace(engine, url=tuple(urls), servers=None)
+
+
+def require_servers(engine: Engine, nodes: int) -> None:
+    """Raises DirlError for servers that this run cannot have: to be asked before the data are read."""
+    if isinstance(engine, Servers) and engine.servers:
+        require_no_others(engine, nodes)
+    elif isinstance(engine, Servers):
+        engine.require()
 
 
 def require_no_others(engine: Servers, nodes: int) -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 
 from dirl_cli.commands.learner import policy_update, require_teacher_room, teacher_parameters, teacher_prompt_of
-from dirl_cli.commands.own_servers import own_servers, ready_engine, servers_plan
+from dirl_cli.commands.own_servers import own_servers, ready_engine, require_servers, servers_plan
 from dirl_cli.commands.problems import Pools, read_problems
 from dirl_cli.commands.rl_parts import (
     RlParts,
@@ -107,6 +107,8 @@ def run(cfg: DictConfig, out: Path) -> None:
     require_kept(cfg.rl, parts.reward_settings)
     require_hints(cfg.rl, parts.engine)
     require_strategy(parts.engine, parts.decoding)
+    if not cfg.dry_run:  # which needs no servers
+        require_servers(parts.engine, cfg.nodes)
     require_measured_growth(cfg, parts.annealing)
     require_ahead(cfg.rl.async_rollout, parts.engine, parts.annealing)
     require_steps(parts, cfg.launch)

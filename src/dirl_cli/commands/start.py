@@ -31,7 +31,7 @@ from dirl_cli.training.checkpoint import RunCheckpoints
 from dirl_cli.training.export import export_model
 from dirl_cli.training.layers import checkpoint_layers, compile_layers, compile_seconds, is_compiled, pick_compile
 from dirl_cli.training.optim import Optim
-from dirl_cli.training.parallel import require_whole_groups, start_accelerator
+from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.session import Session
 from dirl_cli.training.sharded_model import load_sharded
 from dirl_cli.training.stop_signal import StopSignal
@@ -137,9 +137,8 @@ def training_setup(
     """What the memory budget of the run on this machine depends on, and in a dry run its time.
 
     keys: the settings it may propose to change. recorded: what is known of its answers.
-    Raises DirlError where rows cannot be divided as asked.
+    Raises DirlError where attention heads cannot be divided as asked.
     """
-    require_whole_groups(cfg.context_parallel, cfg.gpus * cfg.nodes)
     require_shared_heads(lm.model.config, cfg.context_parallel)
     machine = planned_machine(cfg, cfg.memory_gb)
     settings = {key: OmegaConf.select(cfg, key) for key in keys}

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from dirl_cli.cli.build import build, build_settings
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.errors import DirlError, pip_install
-from dirl_cli.files import write_bytes, write_text
+from dirl_cli.files import conf_dir, write_bytes, write_text
 from dirl_cli.text import counted, shell_word
 from dirl_cli.viewer.answer_sources import REMEDY, Kind, files_by_step, kind_of, read_source, source_name
 from dirl_cli.viewer.html_page import page
@@ -22,7 +22,6 @@ from dirl_cli.viewer.payload import TokenReader, payload
 from dirl_cli.viewer.picture import gif, svg
 
 SAVED = "dirl_cli.models.load.SavedModel"
-LIMIT = 10_000  # answers of each source in a file, which a browser reads in a moment
 NOTES = ("sampled_from.json", "config.yaml")  # which name a model: of `dirl generate`, of a run
 
 
@@ -31,15 +30,15 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     if not cfg.answers:
         raise DirlError("say whose answers, such as `dirl view runs/rl/tiny-arithmetic-dipo`")
     console = PlainConsole(soft_wrap=True)
+    require_used(cfg)
     if cfg.serve:
         serve(cfg, console)
         return
-    limit = cfg.limit or LIMIT
     with working(console, "reading the answers"):
-        sources = [read_source(Path(path), limit) for path in cfg.answers]
+        sources = [read_source(Path(path), cfg.limit) for path in cfg.answers]
         readers = [token_reader(cfg, source.path, source.kind) for source in sources]
 
-    data = payload(sources, readers, command_line(cfg, limit))
+    data = payload(sources, readers, command_line(cfg))
     if cfg.export:
         export(data, cfg.number, Path(cfg.export))
         console.print(f"answer {cfg.number} in {cfg.export}")
@@ -52,7 +51,16 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     for source in sources:
         if source.left_out:
             more = f"{source.left_out:,} more answers of {source.path} are left out"
-            console.print(f"{more}: raise limit={limit}, or give serve=true")
+            console.print(f"{more}: raise limit={cfg.limit}, or give serve=true")
+
+
+def require_used(cfg: DictConfig) -> None:
+    """Raises DirlError for a setting of the page in a file where it is served, or the other way round."""
+    defaults = OmegaConf.load(conf_dir() / "view.yaml")
+    if cfg.serve and cfg.limit != defaults.limit:
+        raise DirlError("limit= leaves answers out of a file and serve=true shows all: leave one of them out")
+    if not cfg.serve and cfg.port != defaults.port:
+        raise DirlError(f"port={cfg.port} is of an address, and a file has none: give serve=true, or leave port out")
 
 
 def serve(cfg: DictConfig, console: PlainConsole) -> None:
@@ -62,8 +70,6 @@ def serve(cfg: DictConfig, console: PlainConsole) -> None:
         raise DirlError(f"serve=true wants {' and '.join(missing)}: {pip_install('serve')}")
     if cfg.export:
         raise DirlError("export= draws a picture and serve=true shows a page: leave one of them out")
-    if cfg.limit:
-        raise DirlError("limit= leaves answers out of a file and serve=true shows all: leave one of them out")
     from dirl_cli.viewer.page_server import listener_on, page_app, serve_page  # which import what is optional
     from dirl_cli.viewer.served_answers import AnswerFile, ServedAnswers
 
@@ -96,12 +102,12 @@ def picture_command(cfg: DictConfig, file: Path, number: int) -> str:
     return " ".join(["dirl view", *words, f"limit={number} number={number}"])
 
 
-def command_line(cfg: DictConfig, limit: int) -> str:
+def command_line(cfg: DictConfig) -> str:
     """The command that makes this page, as it is typed in a shell."""
     words = [shlex.quote(path) for path in cfg.answers]
     if cfg.model:
         words.append(shell_word("model", cfg.model.path))
-    return " ".join(["dirl view", *words, f"limit={limit}"])
+    return " ".join(["dirl view", *words, f"limit={cfg.limit}"])
 
 
 def export(data: dict[str, Any], number: int, file: Path) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from dirl_cli.distributed import require_whole_groups
 from dirl_cli.errors import DirlError
 from dirl_cli.models.context import UNDIVIDED, ContextGroup
 from dirl_cli.models.load import pick_device, pick_dtype
@@ -57,15 +58,6 @@ def start_accelerator(device: str, dtype: str, launch: str = "auto") -> Accelera
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     return accelerator
-
-
-def require_whole_groups(size: int, processes: int) -> None:
-    """Raises DirlError where so many processes are no multiple of those that divide a row."""
-    if processes % size:
-        raise DirlError(
-            f"context_parallel={size} divides each row among so many processes, of which there are {processes}:"
-            f" give gpus={size}, or a multiple of it"
-        )
 
 
 def context_group(accelerator: Accelerator, size: int) -> ContextGroup:
