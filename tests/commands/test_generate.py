@@ -208,6 +208,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids_and_nothing_else(bare, tmp_
     ("options", "sentence"),
     [
         ({}, "nothing came on standard input: give prompt=TEXT, messages=FILE or input=FILE.jsonl"),
+        ({"messages": "{role: user}"}, "messages must be a list of objects with role and content"),
         ({"messages": "none.json"}, "messages=none.json cannot be read"),
         ({"messages": "[{role: user"}, "messages is not a list that can be read"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "give one of prompt=TEXT"),

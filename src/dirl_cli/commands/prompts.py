@@ -53,7 +53,7 @@ def conversation(messages: Any) -> Any:
     """
     if isinstance(messages, ListConfig):
         return OmegaConf.to_container(messages, resolve=True)
-    is_text = messages.lstrip().startswith("[")
+    is_text = messages.lstrip().startswith(("[", "{"))
     if is_text:
         source = "messages"
         content = messages
