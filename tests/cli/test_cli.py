@@ -167,6 +167,7 @@ def test_a_path_takes_the_place_of_a_choice(jobs, here):
     assert (jobs[-1]["data"]["path"], jobs[-1]["name"]) == ("some/demos.jsonl", "tiny-some-demos")
 
 
+@pytest.mark.timeout(600)  # it composes twenty times
 def test_a_path_of_sampled_answers_is_read_as_such(jobs, here):
     for file in ("run/rollouts/step-000001.jsonl", "out/completions.jsonl", "rows/demos.jsonl"):
         (here / file).parent.mkdir(parents=True)

@@ -43,12 +43,14 @@ def test_two_processes_that_divide_every_row_take_the_same_steps_as_one(alone, t
     assert_same(alone, among(2, tmp_path, launch, context=2))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_so_do_two_with_a_critic_that_is_a_layer_and_with_certainty(tmp_path):
     tasks = ("head", "certain")
     assert_same({task: take(task) for task in tasks}, among(2, tmp_path, "ddp", "+".join(tasks), context=2))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("launch", ["fsdp2", "zero2"])
 def test_so_do_two_that_share_the_model_and_a_teacher_that_moves_and_a_critic(tmp_path, launch):
@@ -56,6 +58,7 @@ def test_so_do_two_that_share_the_model_and_a_teacher_that_moves_and_a_critic(tm
     assert_same({task: take(task) for task in tasks}, among(2, tmp_path, launch, "+".join(tasks), context=2))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("launch", "tasks"), [("ddp", "sft+rl+dpo"), ("fsdp2", "sft")])
 def test_so_do_two_with_an_adapter(tmp_path, launch, tasks):
