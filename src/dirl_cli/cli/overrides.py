@@ -15,12 +15,11 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from dirl_cli.errors import DirlError, UnknownChoice, did_you_mean, pip_install
-from dirl_cli.line_files import lines_of
+from dirl_cli.line_files import lines_of, step_files, step_of
 from dirl_cli.text import literal, shell_word
 
 PATH_CHOICE = {"data": "file", "bench": "file", "model": "path"}  # the choice whose `path` takes any path
-STEPS = ("step-*.jsonl", "step-*.jsonl.gz")
-ANSWERS = (*(f"rollouts/{step}" for step in STEPS), *STEPS, "completions.jsonl")  # in what data=rollouts reads
+COMPLETIONS = "completions.jsonl"  # beside the files of steps, what data=rollouts reads
 TEXTS = ("prompt", "messages", "instruction.text", "algo.teacher_prompt")  # their whole value, also with -m
 # Last parts of the keys whose values are paths.
 PATHS = (
@@ -147,9 +146,10 @@ def holds_answers(path: Path) -> bool:
     """Whether a path is of answers that were sampled, or of a directory with a file of them."""
     if not exists(str(path)):
         return False
-    files = [path] if path.is_file() else [file for pattern in ANSWERS for file in path.glob(pattern)]
-    patterns = [pattern.rpartition("/")[2] for pattern in ANSWERS]
-    return any(begins_with_answer(file) for file in files if any(file.match(pattern) for pattern in patterns))
+    if path.is_file():
+        return (path.name == COMPLETIONS or step_of(path) is not None) and begins_with_answer(path)
+    steps = [*step_files(path / "rollouts").values(), *step_files(path).values()]
+    return any(map(begins_with_answer, [*steps, path / COMPLETIONS]))
 
 
 def begins_with_answer(file: Path) -> bool:
