@@ -39,18 +39,22 @@ class WeightsReceiver:
             self.transfers = Transfers(str(self.directory))
         directory = Path(mkdtemp(dir=self.directory))
         try:
-            async with self.transfers.process() as transfer:
-                transfer.begin(directory / WEIGHTS, meeting)
-                await transfer.news()
-            self.config.save_pretrained(directory)
-        except TransferFailed as failure:
-            shutil.rmtree(directory, ignore_errors=True)
-            status = 503 if failure.is_own else BROKEN_OFF
-            raise Refusal(status, f"the weights did not come whole ({failure}): send them again") from failure
+            await self._fill(directory, meeting)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
         return directory
+
+    async def _fill(self, directory: Path, meeting: Meeting) -> None:
+        """Write what is sent at a meeting, and whose weights it is. Raises Refusal where it does not come whole."""
+        try:
+            async with self.transfers.process() as transfer:
+                transfer.begin(directory / WEIGHTS, meeting)
+                await transfer.news()
+        except TransferFailed as failure:
+            status = 503 if failure.is_own else BROKEN_OFF
+            raise Refusal(status, f"the weights did not come whole ({failure}): send them again") from failure
+        self.config.save_pretrained(directory)
 
     async def close(self) -> None:
         """Leave neither processes nor files."""

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from hmac import compare_digest
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -231,13 +232,7 @@ class Routes:
         else:
             meeting = checked_meeting(body["broadcast"])
             directory = await unless_hung_up(request, self.receiver.receive(meeting))
-            try:
-                update = await self._ordered(str(directory), version, sha256)
-            except BaseException:
-                shutil.rmtree(directory, ignore_errors=True)
-                raise
-            # Whoever asked for it may hang up while the engine reads.
-            update.add_done_callback(lambda _: shutil.rmtree(directory, ignore_errors=True))
+            update = await self._ordered_once(directory, version, sha256)
         return JSONResponse({"weights_version": await self._done(update)})
 
     async def _ordered(self, path: str, version: int | None, sha256: str | None) -> Future[int]:
@@ -247,6 +242,17 @@ class Routes:
         """
         await run_in_threadpool(require_weights, path, self.shapes, sha256)
         return self.engine.update_weights(lambda: read_weights(self.reader.lm, path), version, sha256)
+
+    async def _ordered_once(self, directory: Path, version: int | None, sha256: str) -> Future[int]:
+        """The same, of a directory that goes once it is read, or is not to be."""
+        try:
+            update = await self._ordered(str(directory), version, sha256)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        # Whoever asked for it may hang up while the engine reads.
+        update.add_done_callback(lambda _: shutil.rmtree(directory, ignore_errors=True))
+        return update
 
     async def _done(self, work: Future[T]) -> T:
         """What comes of work of the engine. Raises Refusal where the server cannot, as for want of memory."""
