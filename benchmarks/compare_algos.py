@@ -16,7 +16,7 @@ from typing import NamedTuple
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks.experiment import ROOT, SEEDS, at_once, card, evaluated, history, late, mean_and_error, percent
+from benchmarks.experiment import ROOT, SEEDS, at_once, card, early, evaluated, history, late, mean_and_error, percent
 
 DISTILLATION = {"opd", "opsd"}  # which learn from a teacher and not from rewards
 ALGORITHMS = sorted({path.stem for path in Path("conf/algo").glob("*.yaml")} - DISTILLATION)
@@ -83,8 +83,8 @@ def compare(task: str, algorithms: Sequence[str]) -> None:
         runs = [run(task, name, seed) for seed in SEEDS]
         cards = [card(one / "model")["metrics"] for one in runs]
         print(
-            f"| {name} | {percent([mean(accuracies(one)[:WINDOW]) for one in runs])}"
-            f" → {percent([mean(accuracies(one)[-WINDOW:]) for one in runs])}"
+            f"| {name} | {percent([early(one, 'accuracy', WINDOW) for one in runs])}"
+            f" → {percent([late(one, 'accuracy', WINDOW) for one in runs])}"
             f" | {percent([found['accuracy'] for found in cards])}"
             f" | {mean_and_error([found['tokens_per_forward'] for found in cards], 2)}"
             f" | {mean_and_error([late(one, 'token_forwards', 60) for one in runs], 0)} |"

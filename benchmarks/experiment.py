@@ -56,6 +56,11 @@ def late(run: Path, name: str, steps: int = 15) -> float:
     return statistics.mean([line[name] for line in history(run) if name in line][-steps:])
 
 
+def early(run: Path, name: str, steps: int = 15) -> float:
+    """A metric's mean over the first steps of a run."""
+    return statistics.mean([line[name] for line in history(run) if name in line][:steps])
+
+
 def percent(values: Sequence[float]) -> str:
     """Mean ± standard error over seeds, in percent."""
     return mean_and_error([100 * value for value in values], 1)

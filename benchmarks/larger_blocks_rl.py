@@ -8,9 +8,8 @@ One seed.
 """
 
 from pathlib import Path
-from statistics import mean
 
-from benchmarks.experiment import ROOT, at_once, history, late
+from benchmarks.experiment import ROOT, at_once, early, late
 from benchmarks.faster import GROWN, home
 
 STEPS = 90
@@ -46,11 +45,6 @@ def main() -> None:
 
 def run(words: list[str]) -> Path:
     return ROOT / "-".join(["larger-blocks", *words])
-
-
-def early(directory: Path, name: str, steps: int = 15) -> float:
-    """A metric's mean over the first steps of a run."""
-    return mean([line[name] for line in history(directory) if name in line][:steps])
 
 
 if __name__ == "__main__":

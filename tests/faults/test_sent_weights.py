@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import contextmanager
 
 import httpx
 import psutil
@@ -34,6 +35,15 @@ def received(servers) -> list:
     return [path for path in servers.received.rglob("*") if path.is_file()]
 
 
+@contextmanager
+def broken_push(word, servers, out, expected):
+    """A run, of which a push has begun to two servers; in the end whether it has come to what is expected."""
+    survives: list[int] = []
+    with run_of(served_config(word, servers.url, out, *BROADCAST), out, survives, expected, in_small_parts) as child:
+        wait_for_push(servers)
+        yield child, survives
+
+
 def left_out(child, servers) -> set[int]:
     """Which servers the run has ever left out."""
     return {number for number, port in enumerate(servers.ports) if f":{port} is left out" in child.told}
@@ -55,10 +65,7 @@ def test_a_run_that_sends_weights_ends_with_the_bytes_of_one_that_samples_itself
 
 
 def test_a_server_that_is_killed_while_it_is_sent_weights(word, servers, expected, tmp_path, tell):
-    survives: list[int] = []
-    out = tmp_path / "run"
-    with run_of(served_config(word, servers.url, out, *BROADCAST), out, survives, expected, in_small_parts) as child:
-        wait_for_push(servers)
+    with broken_push(word, servers, tmp_path / "run", expected) as (child, survives):
         servers.kill(0)
         child.wait_for("step 4/")
         servers.start(0)
@@ -69,10 +76,7 @@ def test_a_server_that_is_killed_while_it_is_sent_weights(word, servers, expecte
 
 
 def test_a_server_that_hangs_while_it_is_sent_weights(word, servers, expected, tmp_path, tell):
-    survives: list[int] = []
-    out = tmp_path / "run"
-    with run_of(served_config(word, servers.url, out, *BROADCAST), out, survives, expected, in_small_parts) as child:
-        wait_for_push(servers)
+    with broken_push(word, servers, tmp_path / "run", expected) as (child, survives):
         server = psutil.Process(servers.children[1].pid)
         processes = [server, *server.children(recursive=True)]
         for process in processes:
