@@ -85,6 +85,8 @@ def test_every_command_is_accepted(path, words, own_modules, monkeypatch):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert handed or " is prepared: " in result.output
+    if "rollout=lmdeploy" in words:
+        assert {cfg["rollout"]["_target_"] for cfg in handed} == {"dirl_cli.rollout.engines.Lmdeploy"}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
