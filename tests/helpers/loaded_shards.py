@@ -5,6 +5,7 @@ python -m tests.helpers.loaded_shards KIND DIRECTORY [ADAPTER]  # RANK, WORLD_SI
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,15 +18,17 @@ from dirl_cli.models.sharded_tensors import unsharded
 from dirl_cli.training.parallel import start_accelerator
 from dirl_cli.training.sharded_model import load_sharded, reference_copy
 
+LORA = LoraFinetune(("q_proj", "o_proj"), rank=2, alpha=4, dropout=0.0, four_bit=False, seed=0)
 PEFT: dict[str, Peft] = {
     "full": FullFinetune(),
-    "lora": LoraFinetune(("q_proj", "o_proj"), rank=2, alpha=4, dropout=0.0, four_bit=False, seed=0),
+    "lora": LORA,
+    "qlora": replace(LORA, four_bit=True),
 }
 
 
 def report(kind: str, directory: str, adapter: str | None = None) -> dict[str, object]:
     """What is equal to the whole model."""
-    accelerator = start_accelerator("cpu", "bfloat16" if kind == "lora" else "float32", "fsdp2")
+    accelerator = start_accelerator("cpu", "float32" if kind == "full" else "bfloat16", "fsdp2")
     peft = PEFT[kind]
     load = partial(peft.load, SavedModel("model", directory, adapter=adapter), "bfloat16", "cpu", "sdpa")
     try:
@@ -53,8 +56,13 @@ def report(kind: str, directory: str, adapter: str | None = None) -> dict[str, o
 def same(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
     """Whether they are equal to the bit, dtypes too."""
     return some.keys() == others.keys() and all(
-        some[name].dtype == others[name].dtype and torch.equal(some[name], others[name]) for name in some
+        some[name].dtype == others[name].dtype and torch.equal(bits(some[name]), bits(others[name])) for name in some
     )
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """What is stored: weights that are packed are no numbers that equal themselves."""
+    return tensor.detach().view(torch.uint8)
 
 
 def is_tied(lm: DiffusionLM) -> bool:

@@ -6,6 +6,7 @@ python -m tests.helpers.steps FILE LAUNCH sft+rl+… [KEY=VALUE …]  # RANK, WO
 import json
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from tests.helpers.small import MASK, PAD, Numbers, small_lm
 
 STEPS = 5
 LORA = LoraFinetune(("q_proj", "o_proj", "down_proj"), rank=3, alpha=6, dropout=0.0, four_bit=False, seed=0)
+PEFT: dict[str, Peft] = {"none": FullFinetune(), "lora": LORA, "qlora": replace(LORA, four_bit=True)}
 COMPARED = (
     "loss",
     "grad_norm",
@@ -64,6 +66,13 @@ OPTIMIZERS = {
     "adamw": AdamW(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
     "muon": Muon(lr=1e-2, momentum=0.95, adamw_lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
 }
+
+
+class Small:
+    """Settings of a model that is made on the spot."""
+
+    def load(self, dtype: str, device: str, attention: str) -> DiffusionLM:
+        return small_lm(scale=1.0)
 
 
 def numbers(first: int, many: int) -> list[int]:
@@ -239,12 +248,12 @@ def take(
     device: str = "cpu",
     dtype: str = "float32",
     context: int = 1,
-    lora: bool = False,
+    peft: str = "none",
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """What each step reports, and the parameters after the last."""
     accelerator = start_accelerator(device, dtype, launch)
-    peft: Peft = LORA if lora else FullFinetune()
-    lm = on_device(peft, accelerator)
+    form = PEFT[peft]
+    lm = on_device(form, accelerator)
     if checkpointing:
         lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
@@ -256,12 +265,12 @@ def take(
     found = TASKS[task](lm, trainer, micro_rows)
     assert not compiled or counters["stats"]["unique_graphs"] > 0
     assert all(isinstance(one, DTensor) == (launch in SHARDED_LAUNCHES) for one in lm.model.parameters())
-    copied = {name: tensor.detach().cpu().clone() for name, tensor in unsharded(peft.pushed(lm))}
-    sampler_lm = model_to_sample(lm, peft)
+    copied = {name: tensor.detach().cpu().clone() for name, tensor in unsharded(form.pushed(lm))}
+    sampler_lm = model_to_sample(lm, form)
     assert (sampler_lm.model.config is lm.model.config) == (sampler_lm is lm), "a copy is switched by itself"
     sampled_from = dict(sampler_lm.model.named_parameters())
     assert all(torch.equal(sampled_from[name].cpu(), copied[name]) for name in copied)
-    narrow = dict(model_to_sample(lm, peft, torch.bfloat16).model.named_parameters())
+    narrow = dict(model_to_sample(lm, form, torch.bfloat16).model.named_parameters())
     assert all(torch.equal(narrow[name].cpu(), copied[name].to(narrow[name].dtype)) for name in copied)
     assert (narrow["lm_head.weight"].dtype == torch.bfloat16) == (launch in SHARDED_LAUNCHES)
     trained = {
@@ -274,9 +283,7 @@ def on_device(peft: Peft, accelerator: Accelerator) -> DiffusionLM:
     """The same model for every process, shared from the first on where processes share it."""
 
     def load() -> DiffusionLM:
-        lm = small_lm(scale=1.0)
-        peft.adapt(lm.model)
-        return lm
+        return peft.load(Small(), "float32", "cpu", "sdpa")
 
     if accelerator.is_fsdp2:
         return load_sharded(load, accelerator, "sdpa")

@@ -20,7 +20,6 @@ from dirl_cli.commands import dpo, rl, sft
 from dirl_cli.errors import DirlError, DoesNotFit
 from dirl_cli.hub import configured_repositories
 from dirl_cli.models.load import SavedModel
-from dirl_cli.models.peft import FullFinetune
 from dirl_cli.models.sdar import SDARMoeConfig
 from dirl_cli.models.shapes import PUBLISHED, outline
 from dirl_cli.plan.architecture import Architecture, architecture
@@ -236,21 +235,29 @@ def test_of_a_model_that_is_loaded_to_be_shared_a_gpu_holds_its_part_the_ends_an
     )
 
 
-def test_adapters_are_shared_where_they_can_be_and_are_proposed_with_what_goes_with_them():
-    lora, packed = (build_choice("peft", name) for name in ("lora", "qlora"))
+def test_adapters_are_shared_and_are_proposed_with_what_goes_with_them():
     asked = {"launch": "fsdp2"}
     many = TrainingSetup(small_lm(), ADAMW, replace(BIG_GPU, gpus=2), asked, adapter=partial(build_choice, "peft"))
     more_gpus = [{"gpus": 4, "launch": "fsdp2"}, {"gpus": 8, "launch": "fsdp2"}]
-    assert alternatives(many, "none") == [more_gpus, [{"peft": "lora"}, {"peft": "qlora", "launch": "auto"}]]
+    assert alternatives(many, "none") == [more_gpus, [{"peft": "lora"}, {"peft": "qlora"}]]
     assert alternatives(many, "model") == [
         [{"peft": name, "critic": "head", "launch": "auto"} for name in ("lora", "qlora")]
     ]
-    assert alternatives(replace(many, peft=lora), "none") == [more_gpus]
-    assert alternatives(replace(many, peft=packed), "none") == []
+    for name in ("lora", "qlora"):
+        assert alternatives(replace(many, peft=build_choice("peft", name)), "none") == [more_gpus]
+    assert [sharding_knobs({"launch": launch}, many.machine)["launch"] for launch in ("ddp", "fsdp2")] == [
+        ["fsdp2"],
+        [],
+    ]
 
-    asked = {"launch": "ddp"}
-    knobs = [sharding_knobs(asked, many.machine, peft)["launch"] for peft in (FullFinetune(), lora, packed)]
-    assert knobs == [["fsdp2"], ["fsdp2"], []]
+
+def test_processes_share_weights_in_4_bits_and_each_has_all_the_scales():
+    model = architecture(small_lm().model.config, ADAMW, build_choice("peft", "qlora"))
+    alone = Memory(model, bf16=True, dense=False)
+    shared = replace(alone, parallelism=parallelism("fsdp2", 2))
+    assert model.scale_bytes > 0
+    assert alone.resident()["parameters"] == model.weight_bytes + model.scale_bytes
+    assert shared.resident()["parameters"] == model.weight_bytes // 2 + model.scale_bytes
 
 
 def test_what_an_alternative_fixes_is_not_turned_by_a_knob_and_not_said_where_it_is_so():
@@ -343,6 +350,7 @@ def budgets(draw) -> Budget:
         layer_parameters=parameters - parameters // 10,
         trained=parameters,
         weight_bytes=4 * parameters,
+        scale_bytes=0,
         merged_bytes=0,
         state_bytes=8 * parameters,
         vocabulary=number(1000, 150_000),

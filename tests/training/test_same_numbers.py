@@ -62,22 +62,29 @@ def test_so_do_two_that_share_the_model_and_a_teacher_that_moves_and_a_critic(tm
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("launch", "tasks"), [("ddp", "sft+rl+dpo"), ("fsdp2", "sft")])
 def test_so_do_two_with_an_adapter(tmp_path, launch, tasks):
-    alone = {task: take(task, lora=True) for task in tasks.split("+")}
-    assert_same(alone, among(2, tmp_path, launch, tasks, context=2, lora=True))
+    alone = {task: take(task, peft="lora") for task in tasks.split("+")}
+    assert_same(alone, among(2, tmp_path, launch, tasks, context=2, peft="lora"))
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
 def test_so_do_two_that_train_an_adapter_beside_weights_that_they_share(tmp_path, launch):
-    alone = {task: take(task, lora=True) for task in ("sft", "rl")}
-    assert_same(alone, among(2, tmp_path, launch, "sft+rl", lora=True))
+    alone = {task: take(task, peft="lora") for task in ("sft", "rl")}
+    assert_same(alone, among(2, tmp_path, launch, "sft+rl", peft="lora"))
+
+
+@pytest.mark.timeout(300)
+def test_so_do_two_that_share_weights_in_4_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    alone = {task: take(task, peft="qlora") for task in ("sft", "rl")}
+    assert_same(alone, among(2, tmp_path, "fsdp2", "sft+rl", peft="qlora"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_so_do_four_of_which_one_has_no_row_of_a_factor_of_rank_three(tmp_path):
-    alone = {"sft": take("sft", lora=True)}
-    assert_same(alone, among(4, tmp_path, "fsdp2", "sft", lora=True))
+    alone = {"sft": take("sft", peft="lora")}
+    assert_same(alone, among(4, tmp_path, "fsdp2", "sft", peft="lora"))
 
 
 @pytest.mark.parametrize("rows", [1, 2])

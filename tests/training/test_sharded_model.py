@@ -20,9 +20,13 @@ def is_all_the_same(found: dict) -> bool:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(("kind", "peft"), [("untied", "full"), ("tied", "full"), ("moe", "full"), ("moe", "lora")])
+@pytest.mark.parametrize(
+    ("kind", "peft"), [("untied", "full"), ("tied", "full"), ("moe", "full"), ("moe", "lora"), ("untied", "qlora")]
+)
 def test_shards_together_are_the_model_that_one_process_loads_to_the_bit(tmp_path, kind, peft):
     """Experts lie in the files one by one, and are joined."""
+    if peft == "qlora":
+        pytest.importorskip("bitsandbytes")
     random_lm(kind).save(tmp_path / "model")
     for found in loaded(2, peft, str(tmp_path / "model")):
         assert is_all_the_same(found), found

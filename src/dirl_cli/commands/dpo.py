@@ -85,7 +85,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     require_pushable(cfg.push_to_hub)
     parts = build_dpo_parts(cfg)
     require_pairs(cfg, parts)
-    parts.peft.require(cfg.launch)
+    parts.peft.require()
     data = read_and_plan(cfg, parts, accelerator, progress)
     if data is None:
         return

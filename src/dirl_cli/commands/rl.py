@@ -112,7 +112,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     require_measured_growth(cfg, parts.annealing)
     require_ahead(cfg.rl.async_rollout, parts.engine, parts.annealing)
     require_steps(parts, cfg.launch)
-    parts.peft.require(cfg.launch)
+    parts.peft.require()
     require_measured(cfg.keep_best, rl_metrics(cfg))
     pools = read_and_plan(cfg, out, parts, accelerator, progress)
     if pools is None:

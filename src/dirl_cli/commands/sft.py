@@ -130,7 +130,7 @@ def run(cfg: DictConfig, out: Path) -> None:
     require_pushable(cfg.push_to_hub)
     source = build(cfg.data)
     parts = build_sft_parts(cfg)
-    parts.peft.require(cfg.launch)
+    parts.peft.require()
     lm = shapes_of(cfg, parts.model)
     parts.annealing.check(lm.block_size)
     parts.annealing.require_whole_states(parts.masking)

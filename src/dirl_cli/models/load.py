@@ -265,8 +265,8 @@ def is_shifted(model: PreTrainedModel) -> bool:
 def fingerprint(model: PreTrainedModel) -> str:
     """A fingerprint of the weights from some 64 values of each, as quick for a large model as for a small one."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        values = full_tensor(tensor).flatten()
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        values = full_tensor(tensor.detach()).flatten()
         sample = values[:: max(1, len(values) // 64)]
         digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()

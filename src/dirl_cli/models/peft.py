@@ -19,14 +19,14 @@ from dirl_cli.models.load import DiffusionLM, fitting_attention, pick_attention,
 from dirl_cli.models.low_precision import inference_model
 from dirl_cli.models.sharded_tensors import full_tensor
 from dirl_cli.ranges import Count, Seed, ShareBelowOne
-from dirl_cli.types import SHARDED_LAUNCHES
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import Linear as LoraLinear
 
-# Bytes of a weight in 4 bits, with its part of the scales: a byte for 64 weights, and 4 bytes for 256 such scales.
-PACKED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Bytes of a weight in 4 bits, and of its part of the scales: a byte for 64 weights, and 4 bytes for 256 such scales.
+PACKED_BYTES = 0.5
+SCALE_BYTES = 1 / 64 + 4 / (64 * 256)
 
 
 class ModelSource(Protocol):
@@ -38,13 +38,8 @@ class ModelSource(Protocol):
 class Peft(Protocol):
     """What of a model is trained, and how the rest is kept: full fine-tuning, LoRA or QLoRA."""
 
-    @property
-    def can_be_sharded(self) -> bool:
-        """Whether processes can share the model."""
-        ...
-
-    def require(self, launch: str) -> None:
-        """Raises DirlError where a package is missing, or where `launch` cannot be used with it."""
+    def require(self) -> None:
+        """Raises DirlError where a package is missing."""
         ...
 
     def load(self, model: ModelSource, dtype: str, device: str, attention: str) -> DiffusionLM:
@@ -60,7 +55,11 @@ class Peft(Protocol):
         ...
 
     def weight_bytes(self, model: PreTrainedModel) -> int:
-        """Bytes of an adapted model's parameters as they are kept."""
+        """Bytes of an adapted model's parameters as they are kept, without scales."""
+        ...
+
+    def scale_bytes(self, model: PreTrainedModel) -> int:
+        """Bytes of the scales of its quantised weights."""
         ...
 
     def merged(self, lm: DiffusionLM, device: str | None = None) -> DiffusionLM:
@@ -94,9 +93,7 @@ class Peft(Protocol):
 class FullFinetune:
     """Full fine-tuning: all parameters are trained, and so are kept in float32."""
 
-    can_be_sharded = True
-
-    def require(self, launch: str) -> None:
+    def require(self) -> None:
         pass
 
     def load(self, model: ModelSource, dtype: str, device: str, attention: str) -> DiffusionLM:
@@ -110,6 +107,9 @@ class FullFinetune:
 
     def weight_bytes(self, model: PreTrainedModel) -> int:
         return sum(parameter.nbytes for parameter in model.parameters())
+
+    def scale_bytes(self, model: PreTrainedModel) -> int:
+        return 0
 
     def merged(self, lm: DiffusionLM, device: str | None = None) -> DiffusionLM:
         return lm
@@ -144,22 +144,13 @@ class LoraFinetune:
     four_bit: bool
     seed: Seed
 
-    @property
-    def can_be_sharded(self) -> bool:
-        return not self.four_bit
-
-    def require(self, launch: str) -> None:
+    def require(self) -> None:
         packages = {"peft": "peft"}  # and the extras of this package that install them
         if self.four_bit:
             packages["bitsandbytes"] = "qlora"
         for package, extra in packages.items():
             if find_spec(package) is None:
                 raise DirlError(f"this choice of peft needs the package {package}: {pip_install(extra)}")
-        if launch in SHARDED_LAUNCHES and not self.can_be_sharded:
-            raise DirlError(
-                f"launch={launch} would cut weights in 4 bits apart from the scales that unpack them: give launch=auto,"
-                " or peft=lora"
-            )
 
     def load(self, model: ModelSource, dtype: str, device: str, attention: str) -> DiffusionLM:
         base_dtype = str(self.base_dtype(dtype, device)).removeprefix("torch.")
@@ -196,16 +187,17 @@ class LoraFinetune:
         return pick_dtype(dtype, device)
 
     def weight_bytes(self, model: PreTrainedModel) -> int:
-        packed: set[int] = set()
-        if self.four_bit:
-            packed = {id(layer.weight) for _, layer in frozen_linears(model)}
-        total = 0.0
-        for parameter in model.parameters():
-            if id(parameter) in packed:
-                total += parameter.numel() * PACKED_BYTES
-            else:
-                total += parameter.nbytes
-        return int(total)
+        total = sum(parameter.nbytes for parameter in model.parameters())
+        for weight in self._packed(model):
+            total -= weight.nbytes - int(weight.numel() * PACKED_BYTES)
+        return total
+
+    def scale_bytes(self, model: PreTrainedModel) -> int:
+        return int(SCALE_BYTES * sum(weight.numel() for weight in self._packed(model)))
+
+    def _packed(self, model: PreTrainedModel) -> list[Tensor]:
+        """The weights that are packed into 4 bits."""
+        return [layer.weight for _, layer in frozen_linears(model) if self.four_bit]
 
     def merged_bytes(self, model: PreTrainedModel) -> int:
         adapted = lora_layers(model)
@@ -285,9 +277,10 @@ def pack_into_4_bits(model: PreTrainedModel) -> None:
     """Have the linear layers' weights packed into 4 bits when they are next moved to a device."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    nf4 = {"compress_statistics": True, "quant_type": "nf4"}
     for name, layer in linear_layers(model).items():
         weight = layer.weight.data
+        # The packed bytes are stored as floating-point numbers: FSDP2 shards no others.
+        nf4 = {"compress_statistics": True, "quant_type": "nf4", "quant_storage": weight.dtype}
         # `Linear4bit` takes (in, out), and a weight is (out, in).
         packed = Linear4bit(*reversed(weight.shape), bias=False, compute_dtype=weight.dtype, device="meta", **nf4)
         packed.weight = Params4bit(weight, requires_grad=False, module=packed, **nf4)
@@ -295,6 +288,13 @@ def pack_into_4_bits(model: PreTrainedModel) -> None:
         packed.support_avx512bf16_for_cpu = False  # with which it would round its weights once more, in place
         model.set_submodule(name, packed)
     vars(model)["is_loaded_in_4bit"] = True  # PEFT asks
+
+
+def move_scales(model: PreTrainedModel, device: torch.device) -> None:
+    """Bring the scales that unpack 4-bit weights to a device, in place. The packed weights stay where they are."""
+    for layer in linear_layers(model).values():
+        if state := getattr(layer, "quant_state", None):
+            state.to(device)
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
@@ -311,7 +311,7 @@ def effective_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, effective weight) of every linear layer with LoRA factors or 4-bit storage."""
     factors = lora_layers(model)
     for name, layer in frozen_linears(model):
-        weight = full_tensor(dequantised(layer))  # (out, in)
+        weight = dequantised(layer)  # (out, in)
         if name in factors:
             with torch.autocast(weight.device.type, enabled=False):  # the factors' product is not to be rounded
                 effective = (weight + factors_product(factors[name])).to(weight.dtype)
@@ -342,10 +342,11 @@ def lora_layers(model: nn.Module) -> "dict[str, LoraLinear]":
 
 
 def dequantised(layer: nn.Linear) -> Tensor:
-    """Dequantise a layer's weight: (out, in). One that is not packed is returned itself."""
-    state = getattr(layer.weight, "quant_state", None)
+    """A layer's full weight, dequantised: (out, in). One that is neither packed nor sharded is returned itself."""
+    weight = full_tensor(layer.weight)
+    state = getattr(layer, "quant_state", None)
     if state is None:
-        return layer.weight
+        return weight
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(layer.weight.data, state)
+    return dequantize_4bit(weight.data, state)

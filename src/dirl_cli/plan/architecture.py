@@ -17,8 +17,9 @@ class Architecture:
     """What a model's memory depends on.
 
     vocabulary_parameters, layer_parameters: in embedding and head, and in all else, without an adapter.
-    trained: parameters with a gradient. weight_bytes: of all of them, as they are kept. merged_bytes: of the weights
-    that a sampler has instead of adapted ones. state_bytes: of its optimizer.
+    trained: parameters with a gradient. weight_bytes: of all of them, as they are kept. scale_bytes: of what unpacks
+    those in 4 bits. merged_bytes: of the weights that a sampler has instead of adapted ones. state_bytes: of its
+    optimizer.
     queries, keys: heads × head_dim. inner: the MLP's width, or that of all `experts` a token goes to (0: there are
     none).
     """
@@ -27,6 +28,7 @@ class Architecture:
     layer_parameters: int
     trained: int
     weight_bytes: int
+    scale_bytes: int
     merged_bytes: int
     state_bytes: int
     vocabulary: int
@@ -78,6 +80,7 @@ def architecture(
         layer_parameters=parameters - vocabulary_parameters,
         trained=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
         weight_bytes=peft.weight_bytes(model),
+        scale_bytes=peft.scale_bytes(model),
         merged_bytes=peft.merged_bytes(model),
         state_bytes=state_bytes,
         vocabulary=config.vocab_size,

@@ -167,7 +167,7 @@ def host_facts(memory: Memory) -> str:
     """What is held beside the GPUs of processes that share a model, in words, as a further line; else nothing."""
     if not (memory.cuda and memory.parallelism.gathers):
         return ""
-    loaded = format_bytes(memory.model.weight_bytes)
+    loaded = format_bytes(memory.loaded())
     written = format_bytes(memory.value * memory.model.parameters)
     return f"\nbeside its GPU the first process holds {loaded} while the model is loaded, {written} while it is written"
 
@@ -307,9 +307,9 @@ def update_knobs(settings: Settings, batch: MicroBatch) -> dict[str, Sequence[An
     }
 
 
-def sharding_knobs(settings: Settings, machine: Machine, peft: Peft) -> dict[str, Sequence[Any]]:
+def sharding_knobs(settings: Settings, machine: Machine) -> dict[str, Sequence[Any]]:
     """What makes each of several processes take less: that they share the model."""
-    can_shard = machine.gpus > 1 and settings["launch"] != "fsdp2" and peft.can_be_sharded
+    can_shard = machine.gpus > 1 and settings["launch"] != "fsdp2"
     return {"launch": ["fsdp2"] if can_shard else []}
 
 
@@ -320,18 +320,17 @@ def alternatives(setup: TrainingSetup, critic: str) -> list[list[Settings]]:
     be, could not be there.
     """
     ways: list[list[Settings]] = []
-    if setup.machine.kind == "cuda" and critic == "none" and setup.peft.can_be_sharded:
+    if setup.machine.kind == "cuda" and critic == "none":
         ways.append([{"gpus": count, "launch": "fsdp2"} for count in GPUS if count > setup.machine.gpus])
     if setup.adapter and isinstance(setup.peft, FullFinetune):
-        ways.append([adapter_change(name, setup.adapter(name), setup.settings["launch"], critic) for name in ADAPTERS])
+        ways.append([adapter_change(name, setup.settings["launch"], critic) for name in ADAPTERS])
     return ways
 
 
-def adapter_change(name: str, adapter: Peft, launch: str, critic: str) -> Settings:
+def adapter_change(name: str, launch: str, critic: str) -> Settings:
     """The settings with which an adapter is trained instead of all parameters. launch, critic: what they are now."""
     changes = {"peft": name}
-    if critic == "model":  # with an adapter there is no second model
+    if critic == "model":  # with an adapter there is no second model, nor with a model that is shared a head
         changes["critic"] = "head"
-    if critic == "model" or not adapter.can_be_sharded:  # nor does a head go with a model that is shared
         changes["launch"] = "auto" if launch in SHARDED_LAUNCHES else launch
     return changes

@@ -171,7 +171,7 @@ class Memory:
         """Bytes that every phase holds."""
         # All parts are named, also those of which there is nothing: phases and their table have one order.
         sizes = {
-            "parameters": self.model.weight_bytes // self.parallelism.parameters,
+            "parameters": self.model.weight_bytes // self.parallelism.parameters + self.model.scale_bytes,
             "merged weights": 0,
             "sampler's copy": 0,
             "gradients": 0,
@@ -234,14 +234,18 @@ class Memory:
         Embedding and head are whole until training begins, a layer until it is cut, a tensor while it is sent.
         """
         model = self.model
-        number = model.weight_bytes / model.parameters  # bytes of a parameter, with what stands beside it
-        kept = model.layer_parameters / self.parallelism.parameters + model.vocabulary_parameters
-        largest = max(model.layer_parameters / model.layers, model.vocabulary * model.hidden)
+        number = 4 if model.is_full_finetune else self.value  # bytes of a parameter that is not packed
+        ends = number * model.vocabulary_parameters
+        layers = model.weight_bytes - ends
         return {
-            "parameters": int(number * kept),
-            "gathered": int(number * largest),
-            "loaded model": 0 if self.cuda else model.weight_bytes,  # beside a GPU, which never has it
+            "parameters": layers // self.parallelism.parameters + ends + model.scale_bytes,
+            "gathered": max(layers // model.layers, number * model.vocabulary * model.hidden),
+            "loaded model": 0 if self.cuda else self.loaded(),  # beside a GPU, which never has it
         }
+
+    def loaded(self) -> int:
+        """Bytes of the whole model as the first process loads it, before its weights are packed."""
+        return max(self.model.weight_bytes, self.value * self.model.parameters)
 
     # An update
 

@@ -101,7 +101,7 @@ def rl_budget(
     forecast = RlForecast(setup, objective, decoding, longest_prompt, engine, learns, memories, eval_prompts)
     batch = forecast.batch(settings)
     # Processes share a critic that is a model, and do not one that is a layer: of two remedies the better.
-    sharding = {} if critic == "head" else sharding_knobs(settings, setup.machine, setup.peft)
+    sharding = {} if critic == "head" else sharding_knobs(settings, setup.machine)
     is_shared = settings["launch"] in SHARDED_LAUNCHES or any(sharding.values())
     # Keys first whose change costs least: what makes answers shorter changes the result, and goes last.
     knobs = {

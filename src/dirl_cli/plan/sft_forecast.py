@@ -118,7 +118,7 @@ def finetune_budget(forecast: "FinetuneForecast") -> Budget:
     batch = forecast.batch(settings)
     # Keys first whose change costs least: evaluation and long rows go last.
     knobs = {
-        **sharding_knobs(settings, setup.machine, setup.peft),
+        **sharding_knobs(settings, setup.machine),
         **update_knobs(settings, batch),
         "eval_problems": halvings(settings["eval_problems"], 1),
         "max_tokens": halvings(settings["max_tokens"], LEAST),

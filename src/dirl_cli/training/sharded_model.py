@@ -23,7 +23,7 @@ from dirl_cli.errors import DirlError
 from dirl_cli.models.experts import choose_experts
 from dirl_cli.models.load import DiffusionLM, fitting_attention, learn_padding, pick_attention
 from dirl_cli.models.low_precision import multiplied_weights
-from dirl_cli.models.peft import Peft
+from dirl_cli.models.peft import Peft, move_scales
 from dirl_cli.models.sharded_tensors import fill, is_sharded, unsharded
 
 PATIENCE = timedelta(hours=4)  # in which the first process has loaded the model, from however slow a disk
@@ -56,6 +56,7 @@ def load_sharded(load: Callable[[], DiffusionLM], accelerator: Accelerator, atte
     config._attn_implementation = fitting_attention(config, pick_attention(attention, device.type), device.type)
     keeps_gathered = not accelerator.state.fsdp_plugin.reshard_after_forward
     allocate(lm.model, device, shards=True, reshard_after_forward=not keeps_gathered)
+    move_scales(lm.model, device)
     fill(lm.model, sent_by_first(lm.model, whole, device))
     choose_experts(lm.model)
     torch.distributed.destroy_process_group(group)
@@ -66,7 +67,8 @@ def without_weights(lm: DiffusionLM) -> DiffusionLM:
     """The same model with its parameters on `meta`; what was one parameter is one, and buffers are as they are."""
     on_meta = {}  # what deepcopy takes for copied already, by id
     for parameter in lm.model.parameters():
-        on_meta[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        on_meta[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
     return copy.deepcopy(lm, on_meta)
 
 
