@@ -172,7 +172,9 @@ def run(cfg: DictConfig, out: Path) -> None:
             cfg, out, parts, data, lm, stop, grader, stages, accelerator, progress
         )
         with session:
-            train(session, batches, parts.annealing, cfg.certainty, evaluation, cfg.micro_rows)
+            # Where blocks grow by what is held out, an evaluation says how a step's rows are cut.
+            prefetch = stages is None
+            train(session, batches, parts.annealing, cfg.certainty, evaluation, cfg.micro_rows, prefetch)
     session.trainer.require_update(
         "its gradients were skipped or its rates 0 (grad_norm and lr in metrics.jsonl tell which)"
     )

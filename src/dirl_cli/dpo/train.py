@@ -7,6 +7,7 @@ from torch import nn
 from dirl_cli.dpo.batches import PairBatches
 from dirl_cli.dpo.preference import Preference
 from dirl_cli.sft.validation import FinetuneEvaluation
+from dirl_cli.training.prefetch import Prefetched
 from dirl_cli.training.session import Session
 
 
@@ -19,12 +20,13 @@ def train(
     micro_rows: int | None,
 ) -> None:
     """Take the steps that are left of a run. micro_rows: rows in a forward; None for all of a step."""
+    prefetched = Prefetched(batches.__getitem__, run.steps)
     for step in run.remaining_steps(evaluation):
         began = time.perf_counter()
 
         # The step's pairs, both answers of each in one row (1, T), in the states in which they are scored.
         with run.timed("rows"):
-            micro_batches = run.trainer.cut(batches[step], micro_rows)
+            micro_batches = run.trainer.cut(prefetched[step], micro_rows)
 
         # The frozen reference scores the very same states, then one optimizer step on the mean over all pairs.
         with run.showing():
