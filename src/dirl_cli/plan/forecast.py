@@ -194,7 +194,7 @@ def update_times(
     """
     own = work.times(1 / count)
     micro_batches = math.ceil(own.tokens * memory.context / (batch.rows * batch.width))  # of which each has a slice
-    phases = {"rows": rows_seconds(work.tokens)}
+    phases = {"rows": rows_seconds(own.tokens)}
     if scorings:
         phases["logprobs"] = scorings * forward_seconds(memory.model, own, device, compiled)
     of_epoch = backpropagation_seconds(memory, own, micro_batches, count, device, compiled)

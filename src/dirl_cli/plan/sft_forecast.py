@@ -36,7 +36,16 @@ from dirl_cli.plan.forecast import (
     with_answer,
 )
 from dirl_cli.plan.memory import SCORING, Bytes, Memory, MicroBatch
-from dirl_cli.plan.time import Answers, TimePlan, Work, mean_steps, mean_work, push_seconds, sampling_seconds
+from dirl_cli.plan.time import (
+    Answers,
+    TimePlan,
+    Work,
+    mean_steps,
+    mean_work,
+    push_seconds,
+    rows_seconds,
+    sampling_seconds,
+)
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.types import Decoding
 
@@ -193,6 +202,8 @@ class FinetuneForecast:
         phases = update_times(
             memory, self.batch(settings), work, count, device, compiles_layers(settings, setup.machine), scorings
         )
+        # Every process makes the rows of all, while it learns from those of the step before.
+        phases["rows"] = max(0.0, rows_seconds(work.tokens) - phases["backpropagation"])
         assumed = self.learned
         rates = {"learned from": work.tokens / sum(phases.values())}
 

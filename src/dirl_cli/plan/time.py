@@ -166,7 +166,7 @@ def optimizer_seconds(memory: Memory, device: Device) -> float:
 
 
 def rows_seconds(tokens: float) -> float:
-    """Seconds in which a process lays out the rows of a step, of all processes."""
+    """Seconds in which a process lays out rows of so many tokens."""
     return tokens / ROW_TOKENS
 
 
