@@ -53,7 +53,11 @@ test: check .venv/lmdeploy .venv/sglang .venv/lm_eval .venv/docs .venv/tracking
 .venv/notebooks: pyproject.toml constraints.txt | install
 	@$(BIN)/pip install -qq -c constraints.txt $(PIP_FLAGS) -e '.[notebooks]' && touch $@ || echo "nbclient is not there: the notebooks are skipped"
 
-test-slow: install .venv/tracking .venv/notebooks
+# And what packs weights into 4 bits.
+.venv/qlora: pyproject.toml constraints.txt | install
+	@$(BIN)/pip install -qq -c constraints.txt $(PIP_FLAGS) -e '.[qlora]' && touch $@ || echo "bitsandbytes is not there: its tests are skipped"
+
+test-slow: install .venv/tracking .venv/notebooks .venv/qlora
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m 'slow and not gpu and not faults and not browser'
 
 # Of the page that `dirl view` writes, in a headless Chromium: apt-get install chromium chromium-driver

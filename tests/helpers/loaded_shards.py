@@ -1,6 +1,6 @@
-"""A model as one process among several loads it, and how it compares with the whole one.
+"""Models as one process among several loads them, and how they compare with the whole ones.
 
-python -m tests.helpers.loaded_shards KIND DIRECTORY [ADAPTER]  # RANK, WORLD_SIZE, … as torchrun has them; prints JSON
+python -m tests.helpers.loaded_shards KIND,DIRECTORY[,ADAPTER] …  # RANK, WORLD_SIZE, … as torchrun has them; JSON
 """
 
 import json
@@ -70,4 +70,4 @@ def is_tied(lm: DiffusionLM) -> bool:
 
 
 if __name__ == "__main__":
-    print(json.dumps(report(*sys.argv[1:])))
+    print(json.dumps([report(*words.split(",")) for words in sys.argv[1:]]))
