@@ -188,6 +188,7 @@ def test_a_path_of_sampled_answers_is_read_as_such(jobs, here):
     ]:
         assert dirl("sft", f"data={path}").exit_code == 0
         assert (jobs[-1]["data"]["path"], jobs[-1]["data"]["_target_"].rpartition(".")[2]) == (path, kind)
+    for path, kind in [("run", "SampledAnswers"), ("rows", "TrainingFile")]:
         assert dirl("sft", f"data.path={path}").exit_code == 0
         assert jobs[-1]["data"]["_target_"].endswith(kind)
     for path in ("run", "out/completions.jsonl"):  # by any other command they are read as rows

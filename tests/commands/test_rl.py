@@ -256,7 +256,10 @@ def test_every_algorithm_takes_steps(model, tmp_path, algo):
     assert apart(tmp_path, model) > 1e-3
 
 
-@pytest.mark.parametrize(("algo", "every"), [("dipo", 0), ("dipo", 2), ("opsd", 2)])
+@pytest.mark.parametrize(
+    ("algo", "every"),
+    [pytest.param("dipo", 0, marks=pytest.mark.slow), ("dipo", 2), pytest.param("opsd", 2, marks=pytest.mark.slow)],
+)
 def test_a_run_that_goes_on_has_the_reference_that_it_had(model, tmp_path, algo, every):
     """The starting model, or one that follows the policy every second update; where it is told the answer, too."""
     words = (f"algo={algo}", "algo.beta=0.5", f"algo.reference_every={every}", "steps=4", "save_every=1")

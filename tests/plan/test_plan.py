@@ -79,14 +79,17 @@ def test_so_it_does_with_muon_a_tied_head_a_long_row_and_a_large_vocabulary(tria
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_reinforcement_takes_the_bytes_that_were_planned(dtype, checkpointing, beta):
     trial = Trial(GROUPED, dtype, checkpointing=checkpointing, beta=beta, tokens=64)
     found, planned = measured(trial, "reinforce")
     assert planned == pytest.approx(found, rel=0.1)
 
 
-@pytest.mark.parametrize(("critic", "dtype"), [("model", "float32"), ("model", "bfloat16"), ("head", "float32")])
+@pytest.mark.parametrize(
+    ("critic", "dtype"),
+    [("model", "float32"), pytest.param("model", "bfloat16", marks=pytest.mark.slow), ("head", "float32")],
+)
 def test_a_critic_takes_the_bytes_that_were_planned(critic, dtype):
     found, planned = measured(Trial(GROUPED, dtype, critic=critic, tokens=64), "reinforce")
     assert planned == pytest.approx(found, rel=0.1)

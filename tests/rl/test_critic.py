@@ -203,7 +203,7 @@ def model(tmp_path_factory) -> Path:
 WORDS = ("eval_problems=0", "show_every=0", "rl.mini_batches=2", "rl.epochs=2", "row_tokens=64")
 
 
-@pytest.mark.parametrize("critic", ["model", "head"])
+@pytest.mark.parametrize("critic", ["model", pytest.param("head", marks=pytest.mark.slow)])
 def test_a_run_with_a_critic_goes_on_from_a_checkpoint_to_the_same_bytes(model, tmp_path, capsys, critic):
     words = (*WORDS, f"critic={critic}", "critic.lr=1e-2", "critic.gae_lambda=0.9", "steps=4", "save_every=1")
     run(config(model, *words), tmp_path / "through")

@@ -32,13 +32,13 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("launch", ["ddp", "fsdp2", "zero2"])
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_two_processes_take_the_same_steps_as_one(alone, tmp_path, launch):
     assert_same(alone, among(2, tmp_path, launch))
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("launch", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_that_divide_every_row_take_the_same_steps_as_one(alone, tmp_path, launch):
     assert_same(alone, among(2, tmp_path, launch, context=2))
 
@@ -67,12 +67,13 @@ def test_so_do_two_with_an_adapter(tmp_path, launch, tasks):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("launch", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_so_do_two_that_train_an_adapter_beside_weights_that_they_share(tmp_path, launch):
     alone = {task: take(task, peft="lora") for task in ("sft", "rl")}
     assert_same(alone, among(2, tmp_path, launch, "sft+rl", peft="lora"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_so_do_two_that_share_weights_in_4_bits(tmp_path):
     pytest.importorskip("bitsandbytes")
@@ -92,6 +93,7 @@ def test_how_many_rows_a_micro_batch_has_changes_nothing(alone, rows):
     assert_same(alone, [{task: take(task, micro_rows=rows) for task in alone}])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_certainty_critic_teacher_and_corrections_are_the_same_however_rows_are_cut_and_shared_out(tmp_path):
     tasks = ("certain", "critic", "teacher", "corrected", "weighted")

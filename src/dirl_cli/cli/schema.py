@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
@@ -360,6 +361,7 @@ SCHEMAS = {
 }
 
 
+@cache
 def register() -> None:
     """Make the schemas known to Hydra as NAME_schema, and the functions to the config files."""
     for name, kind in SCHEMAS.items():
