@@ -157,6 +157,11 @@ def weighted(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[
     return rl(lm, trainer, micro_rows, algorithm("stabledrl", clip_high=0.5), correction=Correction(cap=0.0), epochs=2)
 
 
+def distilled(lm: DiffusionLM, trainer: Trainer, micro_rows: int | None) -> list[dict[str, float]]:
+    """As `rl`, the reference a teacher."""
+    return rl(lm, trainer, micro_rows, algorithm("opd"))
+
+
 def rl(
     lm: DiffusionLM,
     trainer: Trainer,
@@ -232,6 +237,7 @@ TASKS = {
     "critic": with_critic,
     "head": with_head,
     "teacher": with_teacher,
+    "distilled": distilled,
     "corrected": corrected,
     "weighted": weighted,
     "dpo": dpo,
@@ -295,10 +301,10 @@ def on_device(peft: Peft, accelerator: Accelerator) -> DiffusionLM:
 def among(
     processes: int, directory: Path, launch: str, tasks: str = "sft+rl+dpo+critic", **options: object
 ) -> list[dict]:
-    """What `take` finds in each of so many processes of this machine, by task. They have two minutes for each task."""
+    """What `take` finds in each of so many processes of this machine, by task."""
     options_as_words = [f"{key}={value}" for key, value in options.items()]
     words = [[str(directory / str(rank)), launch, tasks, *options_as_words] for rank in range(processes)]
-    run_together("tests.helpers.steps", words, seconds=240)
+    run_together("tests.helpers.steps", words, seconds=120 * processes)
     return [
         {
             task: (

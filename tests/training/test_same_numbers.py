@@ -45,8 +45,8 @@ def test_two_processes_that_divide_every_row_take_the_same_steps_as_one(alone, t
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_so_do_two_with_a_critic_that_is_a_layer_and_with_certainty(tmp_path):
-    tasks = ("head", "certain")
+def test_so_do_two_with_a_critic_that_is_a_layer_a_teacher_answers_weighted_and_certainty(tmp_path):
+    tasks = ("head", "distilled", "weighted", "certain")
     assert_same({task: take(task) for task in tasks}, among(2, tmp_path, "ddp", "+".join(tasks), context=2))
 
 
@@ -60,10 +60,18 @@ def test_so_do_two_that_share_the_model_and_a_teacher_that_moves_and_a_critic(tm
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("launch", "tasks"), [("ddp", "sft+rl+dpo"), ("fsdp2", "sft")])
-def test_so_do_two_with_an_adapter(tmp_path, launch, tasks):
-    alone = {task: take(task, peft="lora") for task in tasks.split("+")}
-    assert_same(alone, among(2, tmp_path, launch, tasks, context=2, peft="lora"))
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+def test_so_do_two_with_an_adapter(tmp_path, launch):
+    alone = {task: take(task, peft="lora") for task in ("sft", "rl", "dpo")}
+    assert_same(alone, among(2, tmp_path, launch, "sft+rl+dpo", context=2, peft="lora"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+def test_so_do_two_pairs_that_divide_rows_each(alone, tmp_path, launch):
+    expected = {task: alone[task] for task in ("sft", "rl")}
+    assert_same(expected, among(4, tmp_path, launch, "sft+rl", context=2))
 
 
 @pytest.mark.timeout(300)
