@@ -28,7 +28,7 @@ import psutil
 
 from dirl_cli import load_sampler
 from dirl_cli.models.tiny import Tiny
-from dirl_cli.rollout.sampler import Sampler
+from dirl_cli.rollout.sampler import NewBlock, Sampler
 from dirl_cli.types import Decoding, Trajectory
 
 QUESTIONS = [f"Tom has {i} pens. Tom buys {i % 7 + 2}. How many pens?" for i in range(32)]
@@ -57,7 +57,8 @@ def main() -> None:
             Tiny().load("float32", "cpu").save(Path(model))
         sampler = load_sampler(model, device="cpu", dtype="float32", max_batch=SLOTS)
         asked = requests_of(sampler, options.tokens)
-        expected, rate = expect(sampler, asked)
+        expected = expect(sampler, asked)
+        rate = batch_rate(sampler, asked)
         print(f"the engine's own batch: {rate:.0f} tokens a second")
         if options.url:
             load(options, options.url, options.pid, asked, expected, rate)
@@ -76,23 +77,38 @@ def requests_of(sampler: Sampler, tokens: int) -> list[dict]:
     return bodies
 
 
-def expect(sampler: Sampler, asked: list[dict]) -> tuple[list[Trajectory], float]:
-    """The answer to each request, and the tokens a second of the engine on its own, after a first run to warm it."""
+def expect(sampler: Sampler, asked: list[dict]) -> list[Trajectory]:
+    """The answer to each request."""
     answers: dict[int, Trajectory] = {}
-    for _run in range(2):
-        began = time.perf_counter()
-        for which in range(len(DECODINGS)):
-            indices = range(which, len(asked), len(DECODINGS))
-            longest = asked[which]["max_tokens"]
-            decoding = sampler.lm.decoding(Decoding(**DECODINGS[which], max_new_tokens=longest))
-            seeds = [asked[i]["seed"] for i in indices]
-            for place, _sample, trajectory in sampler.stream(
-                [asked[i]["prompt"] for i in indices], 1, decoding, seeds=seeds
-            ):
-                answers[indices[place]] = trajectory
-        seconds = time.perf_counter() - began
-    tokens = sum(len(trajectory.token_ids) for trajectory in answers.values())
-    return [answers[i] for i in range(len(asked))], tokens / seconds
+    for which in range(len(DECODINGS)):
+        indices = range(which, len(asked), len(DECODINGS))
+        prompts = [asked[i]["prompt"] for i in indices]
+        seeds = [asked[i]["seed"] for i in indices]
+        for place, _sample, trajectory in sampler.stream(prompts, 1, decoding_of(sampler, asked[which]), seeds=seeds):
+            answers[indices[place]] = trajectory
+    return [answers[i] for i in range(len(asked))]
+
+
+def batch_rate(sampler: Sampler, asked: list[dict], seconds: float = 10.0) -> float:
+    """Tokens a second of the engine alone, its batch kept full with the same requests in turn."""
+    decodings = [decoding_of(sampler, body) for body in asked]
+    batch = sampler.open_batch(max(len(body["prompt"]) + body["max_tokens"] for body in asked))
+    tokens = added = 0
+    began = time.perf_counter()
+    while time.perf_counter() < began + seconds:
+        while batch.has_room(decodings[added % len(asked)]):
+            i = added % len(asked)
+            batch.add(added, 0, asked[i]["prompt"], decodings[i])
+            added += 1
+        tokens += sum(len(news.token_ids) for news in batch.step() if isinstance(news, NewBlock))
+    batch.close()
+    return tokens / seconds
+
+
+def decoding_of(sampler: Sampler, body: dict) -> Decoding:
+    """What a request's body asks for."""
+    asked = {name: body[name] for name in DECODINGS[0] | DECODINGS[1] if name in body}
+    return sampler.lm.decoding(Decoding(**asked, seed=body["seed"], max_new_tokens=body["max_tokens"]))
 
 
 @contextmanager
