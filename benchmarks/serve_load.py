@@ -225,8 +225,11 @@ def load(
 
 
 def memory_of(pid: int | None) -> int:
-    """The bytes of a process in memory."""
-    return psutil.Process(pid).memory_info().rss if pid else 0
+    """The bytes in memory of a process and of those that it has started."""
+    if pid is None:
+        return 0
+    server = psutil.Process(pid)
+    return sum(process.memory_info().rss for process in [server, *server.children(recursive=True)])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from dirl_cli.rollout.server_client import ServerClient, ServerFailed
 from dirl_cli.rollout.server_sampler import ServerSampler, body_of, questions_of
 from dirl_cli.rollout.storage import rollout_path
 from dirl_cli.serving import routes
-from dirl_cli.serving.engine_thread import Query
+from dirl_cli.serving.engine import Query
 from dirl_cli.types import Decoding, Trajectory
 from tests.helpers import rl_runs
 from tests.helpers.farm import PATIENCE, PROMPTS, SEEDS, answers_of, farm, read_one_by_one

@@ -13,7 +13,8 @@ pytest.importorskip("starlette", reason="dirl serve wants starlette: make instal
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.native import NativeSampler
 from dirl_cli.rollout.sampler import GivenUp, NewBlock
-from dirl_cli.serving.engine_thread import ASLEEP, FAILED, STOPPING, EngineThread, Query
+from dirl_cli.serving.engine import ASLEEP, FAILED, STOPPING, Query
+from dirl_cli.serving.engine_thread import EngineThread
 from dirl_cli.types import Decoding
 from tests.helpers.served import speaking_lm
 
@@ -80,7 +81,7 @@ def query(news):
 def test_asleep_nothing_of_the_batch_is_left_nor_after_other_weights():
     engine = EngineThread(NativeSampler(speaking_lm(), 2), 64)
     assert engine.start() == (2, 64)
-    for change in (engine.sleep, lambda: engine.update_weights(dict, None)):
+    for change in (engine.sleep, lambda: engine.update_weights(lambda lm: {}, None)):
         forward = weakref.ref(engine.batch.forward)
         assert forward()
         change().result(30)
@@ -116,7 +117,7 @@ def test_weights_that_the_engine_does_not_survive_are_told_and_never_counted():
     engine = EngineThread(Sampler(fails=True), 64)
     engine.start()
     with pytest.raises(DirlError, match=FAILED):
-        engine.update_weights(dict, 9).result(30)
+        engine.update_weights(lambda lm: {}, 9).result(30)
     engine.thread.join(30)
     assert engine.weights.version == 0
 

@@ -852,7 +852,7 @@ def test_an_update_whose_client_is_gone_leaves_the_engine_as_it_is(lm):
         server.gate.shut()
         first = in_background(server.client.post, "/v1/completions", json={"prompt": PROMPTS[0]})
         wait_until(lambda: server.engine.running)
-        update = server.engine.update_weights(lambda: 1 / 0, None)
+        update = server.engine.update_weights(lambda lm: 1 / 0, None)
         update.cancel()
         server.gate.open.set()
         assert first.result().status_code == 200

@@ -2,10 +2,11 @@
 
 import os
 import secrets
+from functools import partial
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from omegaconf import DictConfig
@@ -16,10 +17,14 @@ from dirl_cli.diffusion.unmasking import find_strategy
 from dirl_cli.errors import DirlError, Stopped, pip_install, stop_code
 from dirl_cli.files import write_text
 from dirl_cli.models.load import DiffusionLM
+from dirl_cli.models.shapes import shapes
 from dirl_cli.rollout.engines import Native, Servers, require_strategy, strategies_of
 from dirl_cli.rollout.server_client import KEY_VARIABLE
 from dirl_cli.rollout.server_processes import ADDRESS
 from dirl_cli.types import Decoding
+
+if TYPE_CHECKING:
+    from dirl_cli.serving.engine_thread import EngineThread
 
 PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 JOIN = 10  # seconds for the engine's last step
@@ -33,7 +38,7 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     key, is_new = key_of(cfg.serve)
 
     # Imported here, since what they import is optional.
-    from dirl_cli.serving.engine_thread import EngineThread
+    from dirl_cli.serving.engine_process import EngineProcess
     from dirl_cli.serving.listen import StoppingServer, address_of, listener_at
     from dirl_cli.serving.request_body import RequestReader
     from dirl_cli.serving.routes import Routes
@@ -55,12 +60,10 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     rollout.require()
     listener = listener_at(settings.host, earlier_port(out) or settings.port)
     with working(console, "loading the model"):
-        lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
+        lm = shapes(build(cfg.model), cfg.attention)  # what requests are read by; the engine has the weights
         lm.require_tokenizer()
         require_own_block_size(decoding, lm)
-        own_weights = isinstance(rollout, Native) and lm.device.type == "cuda"
-        sampler = rollout.start(lm, own_weights)
-        engine = EngineThread(sampler, served_length(settings.max_length, lm), own_weights)
+        engine = EngineProcess(partial(begin_engine, cfg, served_length(settings.max_length, lm)))
         slots, length = engine.start()
 
     most_answers = slots + settings.max_queue
@@ -78,12 +81,23 @@ def run(cfg: DictConfig, out: Path | None) -> None:
         write_text(out / ADDRESS, address_of(listener))
     try:
         server.run(sockets=[listener])
+        if engine.ended.done():
+            engine.ended.result()  # raises what ended the engine
     except KeyboardInterrupt as interrupt:
         raise Stopped("stopped: what was under way is finished or given back", stop_code(interrupt)) from None
     finally:
         engine.stop()
-        engine.thread.join(JOIN)
-    engine.ended.result()  # raises what ended the engine
+        engine.join(JOIN)
+
+
+def begin_engine(cfg: DictConfig, length: int) -> "EngineThread":
+    """Load the model and its engine, in the engine's process. length: tokens of a prompt and its answer."""
+    from dirl_cli.serving.engine_thread import EngineThread
+
+    rollout = build(cfg.rollout)
+    lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
+    own_weights = isinstance(rollout, Native) and lm.device.type == "cuda"
+    return EngineThread(rollout.start(lm, own_weights), length, own_weights)
 
 
 def key_of(settings: Any) -> tuple[str | None, bool]:

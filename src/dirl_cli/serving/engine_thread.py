@@ -6,9 +6,8 @@ weights waits until nothing is under way, so that no answer has two versions of 
 
 import queue
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from threading import Lock, Thread
@@ -19,43 +18,17 @@ from torch import Tensor
 
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.pushed_weights import WeightsId
-from dirl_cli.rollout.sampler import GivenUp, LiveBatch, NewBlock, Sampler
-from dirl_cli.types import Decoding
+from dirl_cli.rollout.sampler import GivenUp, LiveBatch, Sampler
+from dirl_cli.serving.engine import ASLEEP, FAILED, STOPPING, OtherWeights, Query, ReadWeights, other_weights
 
 T = TypeVar("T")
-STOPPING = "the server is stopping: ask again when it is back"
-ASLEEP = "the server is asleep: POST /wake first"
-FAILED = "the engine has failed: start it again"
-
-
-@dataclass(frozen=True)
-class OtherWeights(GivenUp):
-    """An answer that was asked for of weights which are not those that answer."""
-
-
-@dataclass(eq=False)
-class Query:
-    """Several answers to a prompt that somebody waits for.
-
-    samples: their indices, which decide their randomness together with decoding.seed. deliver: called in the engine's
-    thread with whatever becomes of them. weights: that it is asked of; None for whichever there are. answer_ids: blocks
-    that the one answer has already.
-    """
-
-    prompt_ids: list[int]
-    samples: range
-    decoding: Decoding
-    deliver: Callable[[NewBlock | GivenUp], None]
-    weights: WeightsId | None = None
-    answer_ids: Sequence[int] = ()
-    number: int = -1  # the engine's, of its prompt
 
 
 class EngineThread:
-    """Runs `sampler` in a thread of its own, with room for `length` tokens of a prompt and its answer.
+    """See `Engine`. Runs `sampler` in a thread of its own, with room for `length` tokens of a prompt and its answer.
 
-    own_weights: the sampler gives its weights away while it sleeps, so that they are kept here. ended: done when the
-    thread is over, with the error that ended it.
+    own_weights: the sampler gives its weights away while it sleeps, so that they are kept here. after_turn: called in
+    the thread after each forward, and at the end.
     """
 
     def __init__(self, sampler: Sampler, length: int, own_weights: bool = False) -> None:
@@ -76,7 +49,8 @@ class EngineThread:
         self.is_stopped = False
         self.opened: Future[tuple[int, int]] = Future()  # slots and length of the first batch
         self.ended: Future[None] = Future()
-        self.end = STOPPING  # why nothing comes any more once it is over
+        self.end = STOPPING
+        self.after_turn: Callable[[], None] = nothing
         self.giving_back = Lock()
         self.thread = Thread(target=self._run, name="engine", daemon=True)
 
@@ -90,50 +64,40 @@ class EngineThread:
         self.thread.start()
         return self.opened.result()
 
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
     def submit(self, query: Query) -> None:
-        """Answer a query as soon as there is room."""
         self._order(partial(self._submit, query))
 
     def withdraw(self, query: Query, samples: Iterable[int]) -> None:
-        """Forget some answers of a query; what was computed of them may still be delivered."""
         self.orders.put(partial(self._withdraw, query, set(samples)))
 
     def refuse_waiting(self) -> None:
-        """Give back what has not begun."""
         self.orders.put(partial(self._refuse_waiting, STOPPING))
 
     def drop_running(self) -> None:
-        """Give back what has not ended."""
         self.orders.put(self._drop_running)
 
     def sleep(self) -> Future[None]:
-        """Give the device's memory back once nothing is under way; what waits then, or comes, is given back."""
         return self._do_when_idle(self._sleep)
 
     def wake(self) -> Future[None]:
-        """Go on after `sleep`."""
         return self._do_when_idle(self._wake)
 
-    def update_weights(
-        self, read: Callable[[], dict[str, Tensor]], version: int | None, sha256: str | None = None
-    ) -> Future[int]:
-        """Answer with other weights once nothing is under way; the future holds their version.
-
-        read: gives them by name, in the engine's thread; it is not called where these are the weights already, as their
-        version and sha256 tell. version: None for the next one. A DirlError of `read` is the future's, and the weights
-        stay as they are.
-        """
+    def update_weights(self, read: ReadWeights, version: int | None, sha256: str | None = None) -> Future[int]:
         return self._do_when_idle(partial(self._update_weights, read, version, sha256))
 
-    def refusal_of(self, weights: WeightsId | None) -> str | None:
-        """Why what is asked of these weights is not answered now; None where it is."""
-        if weights is None or weights == self.weights:
-            return None
-        return f"asked of version {weights.version}, and other weights answer, of version {self.weights.version}"
-
     def stop(self) -> None:
-        """End the thread after the current step; whatever waits or runs is given back."""
         self.orders.put(self._stop)
+
+    def join(self, seconds: float) -> None:
+        self.thread.join(seconds)
 
     def _do_when_idle(self, work: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
@@ -161,6 +125,7 @@ class EngineThread:
                 self._admit()
                 if self.running:
                     self._step()
+                self.after_turn()
         except BaseException as error:  # raised again by whoever waits for the end
             self.end = str(error) if isinstance(error, DirlError) else FAILED
             self.batch = None
@@ -171,6 +136,7 @@ class EngineThread:
             self.batch = None
             self.ended.set_result(None)
         self._give_back()  # after `ended`, so that whoever comes later sees that it is over
+        self.after_turn()
 
     def _take_orders(self) -> None:
         """Do what was ordered meanwhile; wait for an order where there is nothing else to do."""
@@ -225,7 +191,7 @@ class EngineThread:
 
     def _wait(self, query: Query, samples: Iterable[int]) -> None:
         """Let answers wait for room, or give them back where they are asked of other weights."""
-        reason = self.refusal_of(query.weights)
+        reason = other_weights(query.weights, self.weights)
         for sample in samples:
             if reason:
                 query.deliver(OtherWeights(query.number, sample, reason))
@@ -304,14 +270,14 @@ class EngineThread:
         self._open()
         self.is_asleep = False
 
-    def _update_weights(self, read: Callable[[], dict[str, Tensor]], version: int | None, sha256: str | None) -> int:
+    def _update_weights(self, read: ReadWeights, version: int | None, sha256: str | None) -> int:
         version = self.weights.version + 1 if version is None else version
         weights = WeightsId(version, sha256)
         if sha256 and weights == self.weights:
             return version  # several processes of a run may each bring them
 
         # Keys and values of the old weights end with their batch.
-        named_tensors = read()
+        named_tensors = read(self.sampler.lm)
         if self.kept:
             self.kept = named_tensors  # which it takes when it wakes
         else:
@@ -333,3 +299,7 @@ class EngineThread:
         except DirlError:
             self._fall_asleep()
             raise
+
+
+def nothing() -> None:
+    """What is done where nothing is to be done."""

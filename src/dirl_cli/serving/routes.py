@@ -120,7 +120,7 @@ class Routes:
             "weights_version": self.engine.weights.version,
             "weights_sha256": self.engine.weights.sha256,
             "forwards": self.engine.forwards,  # which tells a slow engine from one that hangs
-            "running": len(self.engine.running),  # and an idle one
+            "running": self.engine.num_running,  # and an idle one
         }
         return JSONResponse(body, 200 if status == "ok" else 503)
 
@@ -241,7 +241,7 @@ class Routes:
         What is wrong with its files is told before anybody waits for the engine to be idle.
         """
         await run_in_threadpool(require_weights, path, self.shapes, sha256)
-        return self.engine.update_weights(lambda: read_weights(self.reader.lm, path), version, sha256)
+        return self.engine.update_weights(partial(read_weights, path), version, sha256)
 
     async def _ordered_once(self, directory: Path, version: int | None, sha256: str) -> Future[int]:
         """The same, of a directory that goes once it is read, or is not to be."""

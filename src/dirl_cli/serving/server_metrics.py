@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from dirl_cli.serving.engine_thread import EngineThread
+from dirl_cli.serving.engine import Engine
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # the upper ends of a histogram's bins
 
@@ -12,7 +12,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # the upper e
 class ServerMetrics:
     """Counts of one server; what the engine knows is asked when somebody looks."""
 
-    def __init__(self, engine: EngineThread) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self.answers = Counter("dirl_answers", "Answers that ended, by why.", ["finish_reason"], registry=self.registry)
         self.dropped = Counter("dirl_dropped_answers", "Answers given up, by why.", ["reason"], registry=self.registry)
@@ -29,8 +29,8 @@ class ServerMetrics:
         self.seconds = Histogram(
             "dirl_answer_seconds", "From a request to the end of an answer.", buckets=SECONDS, registry=self.registry
         )
-        self._gauge("dirl_running_answers", "Answers under way.", lambda: len(engine.running))
-        self._gauge("dirl_waiting_answers", "Answers that have not begun.", lambda: len(engine.waiting))
+        self._gauge("dirl_running_answers", "Answers under way.", lambda: engine.num_running)
+        self._gauge("dirl_waiting_answers", "Answers that have not begun.", lambda: engine.num_waiting)
         self._gauge("dirl_engine_steps", "Forwards of the engine so far.", lambda: engine.forwards)
         self._gauge("dirl_weights_version", "Version of the weights.", lambda: engine.weights.version)
         self._gauge("dirl_asleep", "1 while the engine sleeps.", lambda: engine.is_asleep)

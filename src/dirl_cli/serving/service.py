@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from dirl_cli.ranges import Count, Natural, NotNegative, Positive
 from dirl_cli.rollout.sampler import GivenUp, NewBlock
-from dirl_cli.serving.engine_thread import ASLEEP, STOPPING, EngineThread, OtherWeights, Query
+from dirl_cli.serving.engine import ASLEEP, STOPPING, Engine, OtherWeights, Query, other_weights
 from dirl_cli.serving.growing_text import GrowingText
 from dirl_cli.serving.refusals import Refusal
 from dirl_cli.serving.request_body import Asked, RequestReader
@@ -79,7 +79,7 @@ class OpenAnswers:
 class Service:
     """Answers what `RequestReader` has read, on `engine`. slots: answers that are under way at once."""
 
-    def __init__(self, engine: EngineThread, reader: RequestReader, limits: Limits, slots: int) -> None:
+    def __init__(self, engine: Engine, reader: RequestReader, limits: Limits, slots: int) -> None:
         self.engine = engine
         self.reader = reader
         self.limits = limits
@@ -102,7 +102,7 @@ class Service:
             raise Refusal(503, STOPPING, headers={"Retry-After": str(LONGEST_PAUSE)})
         if self.engine.is_asleep:
             raise Refusal(503, ASLEEP)
-        if reason := self.engine.refusal_of(asked.weights):
+        if reason := other_weights(asked.weights, self.engine.weights):
             raise Refusal(409, f"{reason}: POST /update_weights first", "weights")
         count = len(asked.prompts) * asked.n
         if self.open_answers + count > self.capacity:

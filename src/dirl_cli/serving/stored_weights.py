@@ -79,7 +79,7 @@ def stored_shapes(directory: Path) -> Shapes:
     return shapes
 
 
-def read_weights(lm: DiffusionLM, path: str) -> dict[str, Tensor]:
+def read_weights(path: str, lm: DiffusionLM) -> dict[str, Tensor]:
     """The weights in a directory by the names of the model that is served, on the CPU.
 
     Raises WrongWeights where they are damaged, incomplete, of another shape, or not finite.
