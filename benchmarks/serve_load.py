@@ -58,13 +58,15 @@ def main() -> None:
         sampler = load_sampler(model, device="cpu", dtype="float32", max_batch=SLOTS)
         asked = requests_of(sampler, options.tokens)
         expected = expect(sampler, asked)
-        rate = batch_rate(sampler, asked)
-        print(f"the engine's own batch: {rate:.0f} tokens a second")
+        rates = [batch_rate(sampler, asked)]
         if options.url:
-            load(options, options.url, options.pid, asked, expected, rate)
-            return
-        with own_server(model, options.key) as (url, pid):
-            load(options, url, pid, asked, expected, rate)
+            served = load(options, options.url, options.pid, asked, expected)
+        else:
+            with own_server(model, options.key) as (url, pid):
+                served = load(options, url, pid, asked, expected)
+        rates.append(batch_rate(sampler, asked))  # since a machine is not always as fast
+        print(f"the engine's own batch, before and after: {rates[0]:.0f} and {rates[1]:.0f} tokens a second")
+        print(f"served of the mean of these: {2 * served / sum(rates):.2f}")
 
 
 def requests_of(sampler: Sampler, tokens: int) -> list[dict]:
@@ -149,7 +151,7 @@ class Clients:
             thread.join()
 
     def _ask_on(self, number: int) -> None:
-        with httpx.Client(headers=self.headers, timeout=600) as client:
+        with httpx.Client(headers=self.headers, timeout=600, verify=False) as client:  # no certificates to load
             i = number
             while time.perf_counter() < self.end:
                 i = (i + 1) % len(self.asked)
@@ -195,9 +197,9 @@ class Clients:
 
 
 def load(
-    options: argparse.Namespace, url: str, pid: int | None, asked: list[dict], expected: list[Trajectory], rate: float
-) -> None:
-    """Ask for so many minutes and print what came of it. pid: of the server. rate: of the engine alone, tokens/s."""
+    options: argparse.Namespace, url: str, pid: int | None, asked: list[dict], expected: list[Trajectory]
+) -> float:
+    """Ask for so many minutes and print what came of it. pid: of the server. Returns tokens a second."""
     seconds = options.minutes * 60
     clients = Clients(url, options.key, asked, expected)
     clients.run(options.clients, seconds / 10)
@@ -213,7 +215,6 @@ def load(
         raise SystemExit("no answer came in time: give more minutes")
     last = ordered[min(int(0.99 * len(ordered)), len(ordered) - 1)]
     print(f"{options.clients} clients, {len(ordered)} answers, {clients.busy} put off: {served:.0f} tokens a second")
-    print(f"of the engine's own batch: {served / rate:.2f}")
     print(f"an answer: median {1000 * median(ordered):.0f} ms, 99th percentile {1000 * last:.0f} ms")
     if pid:
         print(f"the server's memory grew by {(memory_of(pid) - before) / 2**20:.1f} MB, of {before / 2**20:.0f}")
@@ -222,6 +223,7 @@ def load(
     print(f"{len(clients.wrong)} answers were not the sampler's")
     if clients.wrong:
         raise SystemExit(1)
+    return served
 
 
 def memory_of(pid: int | None) -> int:

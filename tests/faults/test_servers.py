@@ -163,5 +163,6 @@ def test_servers_of_its_own_that_are_killed_are_started_again(word, expected, tm
     assert child.end() == 0, child.told
     for number in (0, 1):
         assert f"server {number} of the run has ended (killed by SIGKILL) and is started again" in child.told
-    assert not [process for process in psutil.process_iter() if str(out / "servers") in " ".join(process.cmdline())]
+    commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(out / "servers") in command]
     tell("kill -9 of both servers that the run has started", 1, int(result(out) == expected))

@@ -139,7 +139,7 @@ def test_weights_that_somebody_else_gave_a_server_answer_nothing(lm, decoding, e
     with farm(lm, tmp_path, count=1) as one:
         assert answers_of(one.sampler, decoding) == expected
         other = speaking_lm(1)
-        one.servers[0].engine.update_weights(lambda: dict(other.model.named_parameters()), 0).result(30)
+        one.servers[0].engine.update_weights(lambda lm: dict(other.model.named_parameters()), 0).result(30)
         assert answers_of(one.sampler, decoding) == expected
 
 
