@@ -14,10 +14,11 @@ PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", 
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 README = PAGES[0].read_text()
 BASH = shutil.which("bash") or "bash"
-# What bash is told before it runs a page's block. There are no programs, and one of them notes its words. Those of the
-# others in which it stands are launchers, as `srun dirl rl`; but `lm_eval --model dirl --tasks …` is none.
+# What bash is told before it runs a page's block. There are no programs, and one of them notes its words, each time in
+# a file of its own, since several may run at once. Those of the others in which it stands are launchers, as `srun dirl
+# rl`; but `lm_eval --model dirl --tasks …` is none.
 STAND_INS = r"""
-PROGRAM() { printf '%s\0' "$@" $'\n' >> "$NOTED"; }
+PROGRAM() { TIMES=$((TIMES + 1)); printf '%s\0' "$@" > "$NOTED/$BASHPID-$TIMES"; }
 bash() { "$BASH" "$@"; }
 exec() { "$@"; }
 command_not_found_handle() {
@@ -52,9 +53,9 @@ def commands(text: str, program: str = "dirl") -> list[list[str]]:
 def commands_of_block(block: str, program: str) -> list[list[str]]:
     with TemporaryDirectory() as directory:
         noted = Path(directory, "noted")
-        noted.touch()
+        noted.mkdir()
         run_block(STAND_INS.replace("PROGRAM", program) + block, noted)
-        return [words.split("\0")[:-1] for words in noted.read_text().split("\n\0")[:-1]]
+        return [file.read_text().split("\0")[:-1] for file in noted.iterdir()]
 
 
 def run_block(script: str, noted: Path) -> None:
