@@ -276,6 +276,7 @@ def test_a_run_that_goes_on_has_the_reference_that_it_had(model, tmp_path, algo,
     ]
 
 
+@pytest.mark.slow
 def test_a_policy_comes_nearer_to_its_teacher_whatever_the_rewards(model, tmp_path):
     teacher = save_sharp_model(tmp_path / "teacher", seed=1)
     words = (f"algo.teacher={teacher}", "rl.filter=none", "rl.problems=8", "steps=16", "eval_problems=0")

@@ -109,6 +109,7 @@ def test_a_killed_engine_is_told_and_whatever_waits_or_comes_hears_of_it():
         process.wake().result(60)
 
 
+@pytest.mark.slow
 def test_what_ends_an_engine_is_told_in_the_servers_process(capfd):
     with pytest.raises(DirlError, match="there is no such model: give another"):
         EngineProcess(no_engine).start()
@@ -131,6 +132,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_an_engine_ends_with_its_server_though_that_is_killed():
     with subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         pid = int(server.stdout.readline())

@@ -108,6 +108,7 @@ def config(*words: str) -> DictConfig:
     return cfg
 
 
+@pytest.mark.slow
 def test_a_run_with_it_ends_the_same(tmp_path: Path):
     for kind in ("false", "true"):
         sft.run(config(f"gradient_checkpointing={kind}"), tmp_path / kind)

@@ -152,7 +152,10 @@ def test_a_dry_run_shows_what_is_trained_and_writes_nothing(sources, tmp_path, c
 RL = ("rl.problems=2", "rl.group_size=2", "rl.filter=none", "rl.max_rounds=1", "eval_problems=0")
 
 
-@pytest.mark.parametrize(("command", "run", "more"), [("sft", sft.run, ["batch_size=2"]), ("rl", rl.run, RL)])
+@pytest.mark.parametrize(
+    ("command", "run", "more"),
+    [("sft", sft.run, ["batch_size=2"]), pytest.param("rl", rl.run, RL, marks=pytest.mark.slow)],
+)
 def test_an_unfinished_run_does_not_go_on_with_other_rows(tmp_path, command, run, more):
     rows = [{"question": f"{i}+1?", "response": str(i), "ground_truth_answer": i} for i in range(6)]
     words = ["data=file", f"data.path={save(tmp_path / 'a.jsonl', rows)}", "data.name=mine", "save_every=1", *more]

@@ -155,6 +155,7 @@ def several_steps(one: Trainer) -> list[float]:
     return [one.step(rows_of(5).split(1), weighted, 7)["loss"] for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(tmp_path):
     one = trainer()
     losses = several_steps(one)
