@@ -94,7 +94,8 @@ def expect(sampler: Sampler, asked: list[dict]) -> list[Trajectory]:
 def batch_rate(sampler: Sampler, asked: list[dict], seconds: float = 10.0) -> float:
     """Tokens a second of the engine alone, its batch kept full with the same requests in turn."""
     decodings = [decoding_of(sampler, body) for body in asked]
-    batch = sampler.open_batch(max(len(body["prompt"]) + body["max_tokens"] for body in asked))
+    longest = max(len(body["prompt"]) + body["max_tokens"] for body in asked)
+    batch = sampler.open_batch(longest + -longest % sampler.lm.block_size)  # whole blocks
     tokens = added = 0
     began = time.perf_counter()
     while time.perf_counter() < began + seconds:

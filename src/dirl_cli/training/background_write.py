@@ -1,11 +1,20 @@
-"""A thread that writes one thing while training goes on."""
+"""What a thread does while training goes on: a call of its own, or one write after another."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import ParamSpec, Self
+from typing import ParamSpec, Self, TypeVar
 
 P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def in_thread(name: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """Call `work` in a thread of this name, which ends with it."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+    future = thread.submit(work, *args, **kwargs)
+    thread.shutdown(wait=False)
+    return future
 
 
 class BackgroundWrite:
@@ -29,9 +38,7 @@ class BackgroundWrite:
     def start(self, write: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `write` in a thread, after the last write has ended."""
         self.wait()
-        thread = ThreadPoolExecutor(1, thread_name_prefix=self.name)
-        self.pending = thread.submit(write, *args, **kwargs)
-        thread.shutdown(wait=False)  # which ends it with what it writes
+        self.pending = in_thread(self.name, write, *args, **kwargs)
 
     def wait(self) -> None:
         """Wait until the last write is on the disk; raises what it raised."""

@@ -1,8 +1,10 @@
 """What a step learns from, made by a thread while the step before is learned from."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Generic, TypeVar
+
+from dirl_cli.training.background_write import in_thread
 
 T = TypeVar("T")
 
@@ -24,7 +26,5 @@ class Prefetched(Generic[T]):
         begun = self.begun.pop(step, None)
         made = begun.result() if begun else self.make(step)
         if self.enabled and step + 1 < self.steps:
-            thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-            self.begun[step + 1] = thread.submit(self.make, step + 1)
-            thread.shutdown(wait=False)  # which ends it with what it makes
+            self.begun[step + 1] = in_thread("prefetch", self.make, step + 1)
         return made
