@@ -66,6 +66,12 @@ def stop_code(interrupt: KeyboardInterrupt) -> int:
     return STOP_CODES[signal.Signals(number)]
 
 
+def death(code: int, remedy: str) -> str:
+    """What to say of a process that a signal ended. code: its exit code. remedy: where memory ran out."""
+    name = signal.Signals(-code).name
+    return f"was killed by {name}; if nobody did, the machine may have run out of memory: {remedy}"
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """A hint to append to an error: the valid name that is most like this one, or all of them."""
     names = list(valid)

@@ -39,7 +39,7 @@ def no_engine() -> EngineThread:
     raise DirlError("there is no such model: give another")
 
 
-def other_weights(lm):
+def new_weights(lm):
     return dict(speaking_lm(1).model.named_parameters())
 
 
@@ -61,20 +61,18 @@ def token_ids(news: list, sample: int) -> list[int]:
 @pytest.fixture(scope="module")
 def process():
     """One for several tests, since it takes seconds to begin."""
-    running = EngineProcess(engine)
-    assert running.start() == (2, 64)
-    yield running
-    running.stop()
-    running.join(30)
+    with EngineProcess(engine) as running:
+        assert running.start() == (2, 64)
+        yield running
     assert running.process.exitcode == 0
 
 
 def test_withdrawn_answers_make_room_and_an_idle_engine_is_told_to_be(process):
     query = Query(PROMPT, range(2), Decoding(max_new_tokens=48, denoising_steps=4), lambda news: None)
     process.submit(query)
-    wait_until(lambda: process.forwards > 0)
+    wait_until(lambda: process.state.forwards > 0)
     process.withdraw(query, range(2))
-    wait_until(lambda: process.num_running == process.num_waiting == 0)
+    wait_until(lambda: process.state.running == process.state.waiting == 0)
     assert asked(process)
 
 
@@ -83,19 +81,34 @@ def test_its_answers_are_the_samplers_through_sleep_and_other_weights(process):
     [expected] = NativeSampler(lm).sample([PROMPT], 2, lm.decoding(DECODING))
     news = asked(process)
     assert [token_ids(news, sample) for sample in (0, 1)] == [one.token_ids for one in expected]
-    wait_until(lambda: process.num_running == 0)
-    assert process.forwards > 0
+    wait_until(lambda: process.state.running == 0)
+    assert process.state.forwards > 0
 
     process.sleep().result(60)
-    assert process.is_asleep
+    assert process.state.is_asleep
     assert [one.reason for one in asked(process)] == [ASLEEP] * 2
     process.wake().result(60)
-    assert process.update_weights(other_weights, 7, "its sum").result(60) == 7
-    assert process.weights == WeightsId(7, "its sum") and not process.is_asleep
+    assert process.update_weights(new_weights, 7, "its sum").result(60) == 7
+    assert process.state.weights == WeightsId(7, "its sum") and not process.state.is_asleep
     new = speaking_lm(1)
     [expected] = NativeSampler(new).sample([PROMPT], 2, new.decoding(DECODING))
     assert token_ids(asked(process), 1) == expected[1].token_ids
     assert isinstance(asked(process, range(1), WeightsId(3))[0], OtherWeights)
+
+
+def test_weights_that_nobody_waits_for_any_more_do_not_come(process):
+    """They wait for an answer that is under way, and whoever brings them hangs up meanwhile."""
+    news: SimpleQueue = SimpleQueue()
+    long = Decoding(max_new_tokens=56, denoising_steps=4)
+    process.submit(Query(PROMPT, range(1), long, news.put))
+    wait_until(lambda: process.state.running)
+    before = process.state.weights
+    assert process.update_weights(new_weights, 8).cancel()
+    while not news.get(timeout=60).stop_reason:
+        pass
+    process.sleep().result(60)
+    process.wake().result(60)
+    assert process.state.weights == before
 
 
 def test_a_killed_engine_is_told_and_whatever_waits_or_comes_hears_of_it():

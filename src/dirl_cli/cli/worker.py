@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dirl_cli.cli.run_dir import locked
 from dirl_cli.console import replace_unencodable
-from dirl_cli.errors import DirlError, Stopped
+from dirl_cli.errors import DirlError, Stopped, death
 from dirl_cli.text import counted, redact
 
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in Linux's prctl.h
@@ -48,9 +48,8 @@ def launch_workers(name: str, out: str, *options: str) -> None:
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         if first.exitcode < 0 and not Path(out, FAILURE).exists():
-            killed = f"process {rank} was killed by {signal.Signals(-first.exitcode).name}"
-            hint = "; if nobody did, the machine may have run out of memory: give fewer gpus or a smaller batch"
-            Path(out, FAILURE).write_text(json.dumps([killed + hint, DirlError.exit_code]))
+            killed = f"process {rank} {death(first.exitcode, 'give fewer gpus or a smaller batch')}"
+            Path(out, FAILURE).write_text(json.dumps([killed, DirlError.exit_code]))
         sys.exit(1)
     except SignalException:
         sys.exit(1)

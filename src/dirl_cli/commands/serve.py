@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from dirl_cli.serving.engine_thread import EngineThread
 
 PACKAGES = ("prometheus_client", "starlette", "uvicorn")
-JOIN = 10  # seconds for the engine's last step
 
 
 def run(cfg: DictConfig, out: Path | None) -> None:
@@ -59,35 +58,33 @@ def run(cfg: DictConfig, out: Path | None) -> None:
     find_strategy(decoding.strategy)
     rollout.require()
     listener = listener_at(settings.host, earlier_port(out) or settings.port)
-    with working(console, "loading the model"):
-        lm = shapes(build(cfg.model), cfg.attention)  # what requests are read by; the engine has the weights
-        lm.require_tokenizer()
-        require_own_block_size(decoding, lm)
-        engine = EngineProcess(partial(begin_engine, cfg, served_length(settings.max_length, lm)))
-        slots, length = engine.start()
+    lm = shapes(build(cfg.model), cfg.attention)  # what requests are read by; the engine has the weights
+    lm.require_tokenizer()
+    require_own_block_size(decoding, lm)
+    with EngineProcess(partial(begin_engine, cfg, served_length(settings.max_length, lm))) as engine:
+        with working(console, "loading the model"):
+            slots, length = engine.start()
 
-    most_answers = slots + settings.max_queue
-    reader = RequestReader(lm, settings.name, decoding, length - 1, most_answers, strategies_of(rollout))
-    limits = Limits(settings.max_queue, settings.timeout, settings.grace, settings.max_body)
-    service = Service(engine, reader, limits, slots)
-    server = StoppingServer(Routes(service, key).app(), service)
-    console.print(
-        f"{settings.name} is at {address_of(listener)}/v1: {slots} answers at once, prompt and answer of up to"
-        f" {length} tokens"
-    )
-    if is_new:
-        print(f"key: {key}", flush=True)
-    if out:
-        write_text(out / ADDRESS, address_of(listener))
-    try:
-        server.run(sockets=[listener])
+        most_answers = slots + settings.max_queue
+        reader = RequestReader(lm, settings.name, decoding, length - 1, most_answers, strategies_of(rollout))
+        limits = Limits(settings.max_queue, settings.timeout, settings.grace, settings.max_body)
+        service = Service(engine, reader, limits, slots)
+        server = StoppingServer(Routes(service, key).app(), service)
+        console.print(
+            f"{settings.name} is at {address_of(listener)}/v1: {slots} answers at once, prompt and answer of up to"
+            f" {length} tokens"
+        )
+        if is_new:
+            print(f"key: {key}", flush=True)
+        if out:
+            write_text(out / ADDRESS, address_of(listener))
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt as interrupt:
+            code = stop_code(interrupt)
+            raise Stopped("stopped: what was under way is finished or given back", code) from None
         if engine.ended.done():
             engine.ended.result()  # raises what ended the engine
-    except KeyboardInterrupt as interrupt:
-        raise Stopped("stopped: what was under way is finished or given back", stop_code(interrupt)) from None
-    finally:
-        engine.stop()
-        engine.join(JOIN)
 
 
 def begin_engine(cfg: DictConfig, length: int) -> "EngineThread":

@@ -43,6 +43,17 @@ class Query:
     number: int = -1  # the engine's, of its prompt
 
 
+@dataclass(frozen=True)
+class EngineState:
+    """How an engine is. weights: that answer now. forwards: its steps so far. running, waiting: numbers of answers."""
+
+    weights: WeightsId
+    is_asleep: bool = False
+    forwards: int = 0
+    running: int = 0
+    waiting: int = 0
+
+
 class Engine(Protocol):
     """Answers queries; all may be called from any thread.
 
@@ -53,27 +64,7 @@ class Engine(Protocol):
     end: str
 
     @property
-    def weights(self) -> WeightsId:
-        """Those that answer now."""
-        ...
-
-    @property
-    def is_asleep(self) -> bool: ...
-
-    @property
-    def forwards(self) -> int:
-        """Its steps so far."""
-        ...
-
-    @property
-    def num_running(self) -> int:
-        """Answers under way."""
-        ...
-
-    @property
-    def num_waiting(self) -> int:
-        """Answers that have not begun."""
-        ...
+    def state(self) -> EngineState: ...
 
     def submit(self, query: Query) -> None:
         """Answer a query as soon as there is room."""
@@ -109,10 +100,6 @@ class Engine(Protocol):
 
     def stop(self) -> None:
         """End after the current step; whatever waits or runs is given back."""
-        ...
-
-    def join(self, seconds: float) -> None:
-        """Wait so long for the end."""
         ...
 
 

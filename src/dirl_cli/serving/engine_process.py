@@ -1,82 +1,30 @@
 """An engine in a process of its own, which so has an interpreter of its own: HTTP takes no time from it.
 
-The server's process sends orders over a pipe, and the engine's process what has become of answers, of calls and of
-itself: each a name and what belongs to it, pickled. Either process reads the pipe's end where the other is no more.
+This is the server's end of a pipe, engine_host.py the engine's. The server sends orders, and the engine what has become
+of answers, of calls and of itself: each a name and what belongs to it, pickled. Either reads the pipe's end where the
+other is no more.
 """
 
 import multiprocessing
-import os
 import signal
-import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from multiprocessing.connection import Connection
 from threading import Lock, Thread
-from typing import Any
+from typing import Any, Self
 
-from dirl_cli.errors import DirlError
+from dirl_cli.errors import DirlError, death
 from dirl_cli.rollout.pushed_weights import WeightsId
-from dirl_cli.rollout.sampler import GivenUp, NewBlock
-from dirl_cli.serving.engine import FAILED, STOPPING, Query, ReadWeights
+from dirl_cli.rollout.sampler import GivenUp
+from dirl_cli.serving.engine import FAILED, STOPPING, EngineState, Query, ReadWeights
+from dirl_cli.serving.engine_host import News, run_engine
 from dirl_cli.serving.engine_thread import EngineThread
-from dirl_cli.types import Decoding
+from dirl_cli.serving.open_queries import OpenQueries
 
-REPORT = 0.1  # seconds after which the engine tells of itself where it has nothing else to tell
+JOIN = 10  # seconds for the engine's last step
 LAST_WORDS = 10  # seconds that a process whose pipe has ended may take to end
-
-News = list[tuple[int, NewBlock | GivenUp]]
-"""What has become of answers, with the number of the query."""
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """What an engine tells of itself; see `Engine`."""
-
-    weights: WeightsId
-    is_asleep: bool = False
-    forwards: int = 0
-    num_running: int = 0
-    num_waiting: int = 0
-
-    @staticmethod
-    def of(engine: EngineThread) -> "EngineState":
-        return EngineState(engine.weights, engine.is_asleep, engine.forwards, engine.num_running, engine.num_waiting)
-
-
-class OpenQueries:
-    """Queries by number, each as long as one of its answers is open."""
-
-    def __init__(self) -> None:
-        self.lock = Lock()
-        self.queries: dict[int, tuple[Query, set[int]]] = {}  # with the samples that are open
-
-    def add(self, number: int, query: Query) -> None:
-        with self.lock:
-            self.queries[number] = (query, set(query.samples))
-
-    def get(self, number: int) -> Query | None:
-        with self.lock:
-            query, _ = self.queries.get(number, (None, None))
-            return query
-
-    def close(self, number: int, samples: Iterable[int]) -> None:
-        with self.lock:
-            if number in self.queries:
-                _, is_open = self.queries[number]
-                is_open.difference_update(samples)
-                if not is_open:
-                    del self.queries[number]
-
-    def take_all(self) -> list[tuple[int, Query, set[int]]]:
-        with self.lock:
-            taken = [(number, query, samples) for number, (query, samples) in self.queries.items()]
-            self.queries.clear()
-        return taken
 
 
 class EngineProcess:
@@ -119,25 +67,14 @@ class EngineProcess:
         Thread(target=self._receive, name="engine", daemon=True).start()
         return opened
 
-    @property
-    def weights(self) -> WeightsId:
-        return self.state.weights
+    def __enter__(self) -> Self:
+        return self
 
-    @property
-    def is_asleep(self) -> bool:
-        return self.state.is_asleep
-
-    @property
-    def forwards(self) -> int:
-        return self.state.forwards
-
-    @property
-    def num_running(self) -> int:
-        return self.state.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        return self.state.num_waiting
+    def __exit__(self, *_: object) -> None:
+        """Stop it, and end it where it does not within JOIN seconds."""
+        self.stop()
+        self.process.join(JOIN)
+        self.process.kill()  # it has nothing to save
 
     def submit(self, query: Query) -> None:
         query.number = next(self.numbers)
@@ -171,18 +108,20 @@ class EngineProcess:
     def stop(self) -> None:
         self._send("stop")
 
-    def join(self, seconds: float) -> None:
-        self.process.join(seconds)
-        self.process.kill()  # it has nothing to save
-
     def _call(self, name: str, *arguments: Any) -> Future[Any]:
         number = next(self.numbers)
         future: Future[Any] = Future()
         self.calls[number] = future
         self._send("call", number, name, arguments)
+        future.add_done_callback(partial(self._tell_cancelled, number))
         if self.ended.done():
             self._give_back()
         return future
+
+    def _tell_cancelled(self, number: int, future: Future[Any]) -> None:
+        if future.cancelled():
+            self.calls.pop(number, None)
+            self._send("cancel", number)
 
     def _send(self, *message: Any) -> None:
         with self.sending, suppress(OSError):  # of a process that is over, which the end of the pipe tells
@@ -222,9 +161,9 @@ class EngineProcess:
 
     def _finish(self, number: int, value: Any, error: DirlError | None, state: EngineState) -> None:
         self.state = state
-        future = self.calls.pop(number)
-        if not future.set_running_or_notify_cancel():
-            return
+        future = self.calls.pop(number, None)
+        if future is None or not future.set_running_or_notify_cancel():
+            return  # whoever called is gone
         if error:
             future.set_exception(error)
         else:
@@ -245,115 +184,5 @@ class EngineProcess:
         self.process.join(LAST_WORDS)
         code = self.process.exitcode
         if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            return DirlError(
-                f"the engine was killed by {name}; if nobody did, the machine may have run out of memory: give a"
-                " smaller rollout.max_batch or serve.max_length"
-            )
+            return DirlError(f"the engine {death(code, 'give a smaller rollout.max_batch or serve.max_length')}")
         return DirlError(FAILED)
-
-
-class EngineHost:
-    """The engine's end: obeys orders, and reports."""
-
-    def __init__(self, connection: Connection, engine: EngineThread) -> None:
-        self.connection = connection
-        self.engine = engine
-        self.open = OpenQueries()
-        self.news: News = []
-        self.reported = EngineState.of(engine)
-        self.reported_at = 0.0
-        self.sending = Lock()
-
-    # Orders
-
-    def submit(
-        self,
-        number: int,
-        prompt_ids: list[int],
-        samples: range,
-        decoding: Decoding,
-        weights: WeightsId | None,
-        answer_ids: Sequence[int],
-    ) -> None:
-        query = Query(prompt_ids, samples, decoding, partial(self._take, number), weights, answer_ids)
-        self.open.add(number, query)
-        self.engine.submit(query)
-
-    def withdraw(self, number: int, samples: list[int]) -> None:
-        if query := self.open.get(number):
-            self.open.close(number, samples)
-            self.engine.withdraw(query, samples)
-
-    def refuse_waiting(self) -> None:
-        self.engine.refuse_waiting()
-
-    def drop_running(self) -> None:
-        self.engine.drop_running()
-
-    def call(self, number: int, name: str, arguments: Sequence[Any]) -> None:
-        future: Future[Any] = getattr(self.engine, name)(*arguments)
-        future.add_done_callback(partial(self._tell_done, number))
-
-    def stop(self) -> None:
-        self.engine.stop()
-
-    # In the engine's thread
-
-    def report(self) -> None:
-        """Tell what a forward has brought and how the engine is; of the mere number of forwards only now and then."""
-        now = time.monotonic()
-        state = EngineState.of(self.engine)
-        is_as_told = replace(state, forwards=self.reported.forwards) == self.reported
-        if self.news or not is_as_told or now > self.reported_at + REPORT:
-            self.reported, self.reported_at = state, now
-            news, self.news = self.news, []
-            self.send("news", news, state)
-
-    def _take(self, number: int, news: NewBlock | GivenUp) -> None:
-        if isinstance(news, GivenUp) or news.stop_reason:
-            self.open.close(number, [news.sample])
-        self.news.append((number, news))
-
-    def _tell_done(self, number: int, future: Future[Any]) -> None:
-        self.report()  # of answers that it has given back
-        error = future.exception()
-        value = None if error else future.result()
-        self.send("done", number, value, error, EngineState.of(self.engine))
-
-    def send(self, *message: Any) -> None:
-        with self.sending, suppress(OSError):  # of a server that is no more
-            self.connection.send(message)
-
-
-def run_engine(connection: Connection, begin: Callable[[], EngineThread]) -> None:
-    """The engine's process, from its begin to its end."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # which the server gets too: what is under way is finished first
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        engine = begin()
-        host = EngineHost(connection, engine)
-        engine.after_turn = host.report
-        opened = engine.start()
-    except DirlError as error:
-        connection.send(("ended", error))
-        return
-    host.send("opened", opened, EngineState.of(engine))
-
-    Thread(target=obey, args=(connection, host), name="orders", daemon=True).start()
-    engine.thread.join()
-    failure = engine.ended.exception()
-    if failure and not isinstance(failure, DirlError):
-        traceback.print_exception(failure)
-        failure = DirlError(FAILED)
-    host.send("ended", failure)
-
-
-def obey(connection: Connection, host: EngineHost) -> None:
-    """Take the server's orders as they come."""
-    try:
-        while True:
-            name, *arguments = connection.recv()
-            getattr(host, name)(*arguments)
-    except EOFError:
-        os._exit(0)  # the server is no more, and nobody waits for what is under way

@@ -19,7 +19,16 @@ from torch import Tensor
 from dirl_cli.errors import DirlError
 from dirl_cli.rollout.pushed_weights import WeightsId
 from dirl_cli.rollout.sampler import GivenUp, LiveBatch, Sampler
-from dirl_cli.serving.engine import ASLEEP, FAILED, STOPPING, OtherWeights, Query, ReadWeights, other_weights
+from dirl_cli.serving.engine import (
+    ASLEEP,
+    FAILED,
+    STOPPING,
+    EngineState,
+    OtherWeights,
+    Query,
+    ReadWeights,
+    other_weights,
+)
 
 T = TypeVar("T")
 
@@ -50,7 +59,7 @@ class EngineThread:
         self.opened: Future[tuple[int, int]] = Future()  # slots and length of the first batch
         self.ended: Future[None] = Future()
         self.end = STOPPING
-        self.after_turn: Callable[[], None] = nothing
+        self.after_turn: Callable[[], None] = lambda: None
         self.giving_back = Lock()
         self.thread = Thread(target=self._run, name="engine", daemon=True)
 
@@ -65,12 +74,8 @@ class EngineThread:
         return self.opened.result()
 
     @property
-    def num_running(self) -> int:
-        return len(self.running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self.waiting)
+    def state(self) -> EngineState:
+        return EngineState(self.weights, self.is_asleep, self.forwards, len(self.running), len(self.waiting))
 
     def submit(self, query: Query) -> None:
         self._order(partial(self._submit, query))
@@ -95,9 +100,6 @@ class EngineThread:
 
     def stop(self) -> None:
         self.orders.put(self._stop)
-
-    def join(self, seconds: float) -> None:
-        self.thread.join(seconds)
 
     def _do_when_idle(self, work: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
@@ -299,7 +301,3 @@ class EngineThread:
         except DirlError:
             self._fall_asleep()
             raise
-
-
-def nothing() -> None:
-    """What is done where nothing is to be done."""

@@ -113,14 +113,14 @@ class Routes:
             status = "failed"
         elif self.service.is_stopping:
             status = "stopping"
-        elif self.engine.is_asleep:
+        elif self.engine.state.is_asleep:
             status = "asleep"
         body = {
             "status": status,
-            "weights_version": self.engine.weights.version,
-            "weights_sha256": self.engine.weights.sha256,
-            "forwards": self.engine.forwards,  # which tells a slow engine from one that hangs
-            "running": self.engine.num_running,  # and an idle one
+            "weights_version": self.engine.state.weights.version,
+            "weights_sha256": self.engine.state.weights.sha256,
+            "forwards": self.engine.state.forwards,  # which tells a slow engine from one that hangs
+            "running": self.engine.state.running,  # and an idle one
         }
         return JSONResponse(body, 200 if status == "ok" else 503)
 
@@ -146,7 +146,7 @@ class Routes:
             "block_size": self.reader.lm.block_size,
             "mask_token_id": self.reader.lm.mask_token_id,
             "logit_shift": self.reader.lm.logit_shift,
-            "weights_version": self.engine.weights.version,
+            "weights_version": self.engine.state.weights.version,
         }
 
     async def completions(self, request: Request) -> Response:
@@ -205,7 +205,7 @@ class Routes:
 
     async def wake(self, request: Request) -> Response:
         await self._done(self.engine.wake())
-        return JSONResponse({"status": "ok", "weights_version": self.engine.weights.version})
+        return JSONResponse({"status": "ok", "weights_version": self.engine.state.weights.version})
 
     async def update_weights(self, request: Request) -> Response:
         """Answer with the weights of a directory from now on; what is under way ends with the old ones."""

@@ -29,11 +29,11 @@ class ServerMetrics:
         self.seconds = Histogram(
             "dirl_answer_seconds", "From a request to the end of an answer.", buckets=SECONDS, registry=self.registry
         )
-        self._gauge("dirl_running_answers", "Answers under way.", lambda: engine.num_running)
-        self._gauge("dirl_waiting_answers", "Answers that have not begun.", lambda: engine.num_waiting)
-        self._gauge("dirl_engine_steps", "Forwards of the engine so far.", lambda: engine.forwards)
-        self._gauge("dirl_weights_version", "Version of the weights.", lambda: engine.weights.version)
-        self._gauge("dirl_asleep", "1 while the engine sleeps.", lambda: engine.is_asleep)
+        self._gauge("dirl_running_answers", "Answers under way.", lambda: engine.state.running)
+        self._gauge("dirl_waiting_answers", "Answers that have not begun.", lambda: engine.state.waiting)
+        self._gauge("dirl_engine_steps", "Forwards of the engine so far.", lambda: engine.state.forwards)
+        self._gauge("dirl_weights_version", "Version of the weights.", lambda: engine.state.weights.version)
+        self._gauge("dirl_asleep", "1 while the engine sleeps.", lambda: engine.state.is_asleep)
 
     def _gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
         Gauge(name, what, registry=self.registry).set_function(value)

@@ -100,9 +100,9 @@ class Service:
             raise Refusal(503, self.engine.end)
         if self.is_stopping:
             raise Refusal(503, STOPPING, headers={"Retry-After": str(LONGEST_PAUSE)})
-        if self.engine.is_asleep:
+        if self.engine.state.is_asleep:
             raise Refusal(503, ASLEEP)
-        if reason := other_weights(asked.weights, self.engine.weights):
+        if reason := other_weights(asked.weights, self.engine.state.weights):
             raise Refusal(409, f"{reason}: POST /update_weights first", "weights")
         count = len(asked.prompts) * asked.n
         if self.open_answers + count > self.capacity:
