@@ -70,12 +70,13 @@ def main() -> None:
     make(models)
     print("| blocks of | own answers | TPF as accurate as the start | most accurate % | TPF then | AUP | order |")
     print("|--:|---|--:|--:|--:|--:|--:|")
-    print(f"| 4 | none: the start | {' | '.join(cells([start(seed) for seed in SEEDS]))} | |")
+    starts = [start(seed) for seed in SEEDS]
+    print(f"| 4 | none: the start | {' | '.join(cells(starts, starts))} | |")
     for size, name in models:
         group = [trained(size, name, seed) for seed in SEEDS]
         order = [agreement(start(seed), model, size) for seed, model in zip(SEEDS, group, strict=True)]
         shown = "" if None in order else mean_and_error(order, 2)
-        print(f"| {size} | {name} | {' | '.join(cells(group))} | {shown} |")
+        print(f"| {size} | {name} | {' | '.join(cells(group, starts))} | {shown} |")
     for size in sizes:
         draw(size, [name for of, name in models if of == size])
 
@@ -165,21 +166,22 @@ def settings(model: Path) -> list[Setting]:
     return sorted(rows, key=lambda row: row.tpf)
 
 
-def cells(models: Sequence[Path]) -> list[str]:
-    """A row of the table, over seeds."""
+def cells(models: Sequence[Path], starts: Sequence[Path]) -> list[str]:
+    """A row of the table, over seeds, each beside the model that it started with."""
     found = [settings(model) for model in models]
-    fastest = [as_accurate(some, settings(start(seed))) for some, seed in zip(found, SEEDS, strict=True)]
+    before = [settings(model) for model in starts]
+    fastest = [as_accurate(*pair) for pair in zip(found, before, strict=True)]
     reached = [one.tpf for one in fastest if one]
-    if len(reached) == len(SEEDS):
+    if len(reached) == len(models):
         speed = mean_and_error(reached, 2)
     else:
-        speed = f"{len(reached)} of {len(SEEDS)} seeds: {', '.join(f'{tpf:.2f}' for tpf in reached)}".rstrip(": ")
+        speed = f"{len(reached)} of {len(models)} seeds: {', '.join(f'{tpf:.2f}' for tpf in reached)}".rstrip(": ")
     best = [max(some, key=lambda one: one.accuracy) for some in found]
     return [
         speed,
         percent([one.accuracy for one in best]),
         mean_and_error([one.tpf for one in best], 2),
-        mean_and_error([area(some, settings(start(seed))) for some, seed in zip(found, SEEDS, strict=True)], 0),
+        mean_and_error([area(*pair) for pair in zip(found, before, strict=True)], 0),
     ]
 
 

@@ -1,19 +1,18 @@
 """Does reinforcement make a model of larger blocks faster? The embedded model in blocks of 8, by rewards of speed.
 
 python -m benchmarks.faster 8            # leaves the models that it starts with
-python -m benchmarks.larger_blocks_rl    # fifteen minutes on two cores; continues where it was stopped
+python -m benchmarks.larger_blocks_rl    # an hour on two cores; continues where it was stopped
 
-From the model whose blocks have grown, which has room: 3.5 to 4.5 tokens per forward where three blocks allow 6.1.
-One seed.
+From the models whose blocks have grown, which have room: 3.5 to 4.5 tokens per forward where three blocks allow 6.1.
+First many objectives on one seed, by their rollouts; then rounds of RAFT over three seeds, paid for accuracy or for
+speed, on problems that training never saw, over a sweep of thresholds.
 """
 
 from pathlib import Path
 
-from benchmarks.experiment import ROOT, at_once, early, late
-from benchmarks.faster import GROWN, home
+from benchmarks.experiment import ROOT, SEEDS, at_once, early, late
+from benchmarks.faster import GROWN, cells, home, plot, settings, sweep
 
-STEPS = 90
-START = home(8, GROWN, 0) / "model"
 RANKED = ["reward=speed_rank", "rl.filter=reward"]
 RAFT = ["algo=raft", *RANKED]
 TRIALS = [
@@ -27,24 +26,52 @@ TRIALS = [
     [*RAFT, "optim.lr=1e-3"],
     [*RAFT, "optim.lr=1e-3", "rl.problems=64", "rl.mini_batches=8"],
 ]
+ROUNDS = ["algo=raft", "optim.lr=5e-4", "rl.problems=64", "rl.mini_batches=8"]
+PAID = {"by accuracy": [*ROUNDS, "reward=accuracy"], "by speed": [*ROUNDS, *RANKED]}
 
 
 def main() -> None:
-    at_once(
-        ["rl", "experiment=tiny_rl", f"model={START}", f"steps={STEPS}", "show_every=0", "eval_problems=0",
-         *words, f"out={run(words)}"]
-        for words in TRIALS
-    )  # fmt: skip
+    one_seed()
+    rounds()
+
+
+def one_seed() -> None:
+    """Many objectives from one model, by what their rollouts were at first and at last."""
+    at_once(reinforcing(words, 0, steps=90) for words in TRIALS)
     print("| `dirl rl` | accuracy of rollouts % | tokens per forward |")
     print("|---|--:|--:|")
     for words in TRIALS:
-        accuracy = [100 * part(run(words), "accuracy") for part in (early, late)]
-        speed = [part(run(words), "tokens_per_forward") for part in (early, late)]
+        accuracy = [100 * part(run(words, 0), "accuracy") for part in (early, late)]
+        speed = [part(run(words, 0), "tokens_per_forward") for part in (early, late)]
         print(f"| `{' '.join(words)}` | {accuracy[0]:.1f} → {accuracy[1]:.1f} | {speed[0]:.2f} → {speed[1]:.2f} |")
 
 
-def run(words: list[str]) -> Path:
-    return ROOT / "-".join(["larger-blocks", *words])
+def rounds() -> None:
+    """RAFT by either reward, over seeds: the table and the curve of `benchmarks.faster`."""
+    at_once(reinforcing(words, seed, steps=150) for words in PAID.values() for seed in SEEDS)
+    starts = [start(seed) for seed in SEEDS]
+    models = {"none: the start": starts}
+    models |= {name: [run(words, seed) / "model" for seed in SEEDS] for name, words in PAID.items()}
+    at_once(sweep(model) for group in models.values() for model in group)
+    print("| rounds | TPF as accurate as the start | most accurate % | TPF then | AUP |")
+    print("|---|--:|--:|--:|--:|")
+    for name, group in models.items():
+        print(f"| {name} | {' | '.join(cells(group, starts))} |")
+    title = f"RAFT in blocks of 8, mean of {len(SEEDS)} seeds"
+    plot({name: list(map(settings, group)) for name, group in models.items()}, title, "larger_blocks_rl.png")
+
+
+def start(seed: int) -> Path:
+    return home(8, GROWN, seed) / "model"
+
+
+def reinforcing(words: list[str], seed: int, steps: int) -> list[object]:
+    return ["rl", "experiment=tiny_rl", f"model={start(seed)}", f"steps={steps}", "show_every=0", "eval_problems=0",
+            *words, f"seed={seed}", f"out={run(words, seed)}"]  # fmt: skip
+
+
+def run(words: list[str], seed: int) -> Path:
+    return ROOT / "-".join(["larger-blocks", *words, str(seed)])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`dirl sft`: hide answer tokens of demonstrations and learn to fill them in. The training is sft/train.py."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -339,19 +339,7 @@ def open_training(
         context=context,
     )
 
-    # Held-out demonstrations are hidden once, under the noise of the run's end, so that their losses compare.
-    unseen = Padded(data.held_out, lm.block_size, lm.pad_token_id)
-    validation = None
-    if len(unseen):
-        examples = [unseen[i] for i in range(len(unseen))]
-        unseen_rows = hold_out(examples, noise, cfg.mask_rates, cfg.seed)
-        measure = unseen_rows.measure
-        if stages:
-            size = partial(trained_size, stages, trainer)
-            measure = StageValidation(unseen_rows, examples, noise, cfg.seed, size).measure
-        validation = partial(measure, trainer, cross_entropy, cfg.micro_rows)
-    elif stages:
-        raise DirlError(NOTHING_TELLS)
+    validation = validation_of(cfg, data, lm, noise, stages, trainer)
     questions = data.problems
     decoding = lm.decoding(parts.decoding)
     held_out = HeldOutEval(questions.problems, questions.prompts, lm, decoding, accelerator, progress, stop.raising)
@@ -375,6 +363,33 @@ def open_training(
         session.state = lambda: {"block_size": trained_size(stages, trainer), "stages": stages.to_json()}
         evaluation = StagedEvaluation(evaluation, stages, lambda: session.step)
     return session, batches, evaluation
+
+
+def validation_of(
+    cfg: DictConfig,
+    data: Demonstrations,
+    lm: DiffusionLM,
+    noise: Noise,
+    stages: BlockStages | None,
+    trainer: Trainer,
+) -> Callable[[], dict[str, float]] | None:
+    """What measures held-out demonstrations; None where there are none, which growing blocks cannot do without.
+
+    They are hidden once, under the noise of the run's end, so that their losses compare.
+    """
+    unseen = Padded(data.held_out, lm.block_size, lm.pad_token_id)
+    if not len(unseen):
+        if stages:
+            raise DirlError(NOTHING_TELLS)
+        return None
+
+    examples = [unseen[i] for i in range(len(unseen))]
+    in_the_end = hold_out(examples, noise, cfg.mask_rates, cfg.seed)
+    measure = in_the_end.measure
+    if stages:
+        size = partial(trained_size, stages, trainer)
+        measure = StageValidation(in_the_end, examples, noise, cfg.seed, size).measure
+    return partial(measure, trainer, cross_entropy, cfg.micro_rows)
 
 
 def trained_size(stages: BlockStages, trainer: Trainer) -> int:
