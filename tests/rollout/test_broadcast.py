@@ -26,10 +26,10 @@ def test_all_bytes_arrive_at_everybody(room):
         await room.close()
         return outcomes
 
-    others = psutil.Process().children()  # of other tests
+    others = set(psutil.Process().children())  # of other tests
     assert asyncio.run(pushes()) == [[{"is_whole": True}] * 3] * 2
     assert room.received() == [True, True]
-    assert psutil.Process().children() == others
+    assert set(psutil.Process().children()) <= others
 
 
 def test_a_port_where_nobody_listens_is_a_failure_of_its_own(room):
