@@ -3,9 +3,9 @@
     python -m benchmarks.serve_load --clients 16 --minutes 1
 
 It starts a server on the embedded model in a process of its own, or asks one that runs (--url and --key, of the same
-model and settings). Half of the clients stream. Prints tokens a second, the ratio to the engine's own batch, the
-milliseconds of answers at the median and the 99th percentile, and the growth of the server's memory after its first
-tenth; ends with an error where an answer is not the expected one.
+model and settings). Half of the clients stream. Prints tokens a second, the ratio to the engine's own batch on as many
+threads and on all cores, the milliseconds of answers at the median and the 99th percentile, and the growth of the
+server's memory after its first tenth; ends with an error where an answer is not the expected one.
 """
 
 import argparse
@@ -25,8 +25,10 @@ from statistics import median
 
 import httpx
 import psutil
+import torch
 
 from dirl_cli import load_sampler
+from dirl_cli.commands.serve import leave_a_core
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.sampler import NewBlock, Sampler
 from dirl_cli.types import Decoding, Trajectory
@@ -58,15 +60,19 @@ def main() -> None:
         sampler = load_sampler(model, device="cpu", dtype="float32", max_batch=SLOTS)
         asked = requests_of(sampler, options.tokens)
         expected = expect(sampler, asked)
-        rates = [batch_rate(sampler, asked)]
+        before = rates_alone(sampler, asked)
         if options.url:
             served = load(options, options.url, options.pid, asked, expected)
         else:
             with own_server(model, options.key) as (url, pid):
                 served = load(options, url, pid, asked, expected)
-        rates.append(batch_rate(sampler, asked))  # since a machine is not always as fast
-        print(f"the engine's own batch, before and after: {rates[0]:.0f} and {rates[1]:.0f} tokens a second")
-        print(f"served of the mean of these: {2 * served / sum(rates):.2f}")
+        after = rates_alone(sampler, asked)  # since a machine is not always as fast
+        for threads, rate in before.items():
+            shown = f"{rate:.0f} and {after[threads]:.0f}"
+            ratio = 2 * served / (rate + after[threads])
+            print(
+                f"{threads} threads of the engine alone, before and after: {shown} tokens a second, served {ratio:.2f}"
+            )
 
 
 def requests_of(sampler: Sampler, tokens: int) -> list[dict]:
@@ -89,6 +95,19 @@ def expect(sampler: Sampler, asked: list[dict]) -> list[Trajectory]:
         for place, _sample, trajectory in sampler.stream(prompts, 1, decoding_of(sampler, asked[which]), seeds=seeds):
             answers[indices[place]] = trajectory
     return [answers[i] for i in range(len(asked))]
+
+
+def rates_alone(sampler: Sampler, asked: list[dict]) -> dict[int, float]:
+    """Tokens a second of the engine alone, by its threads: those that a server leaves it, and all."""
+    everything = torch.get_num_threads()
+    leave_a_core()
+    served = torch.get_num_threads()
+    rates = {}
+    for threads in sorted({served, everything}):
+        torch.set_num_threads(threads)
+        rates[threads] = batch_rate(sampler, asked)
+    torch.set_num_threads(everything)
+    return rates
 
 
 def batch_rate(sampler: Sampler, asked: list[dict], seconds: float = 10.0) -> float:

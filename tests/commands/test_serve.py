@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 
 pytest.importorskip("starlette", reason="dirl serve wants starlette: make install brings it")
 
@@ -48,6 +49,18 @@ def test_an_answer_has_room_for_whole_blocks_within_the_models_positions():
     assert [serve.served_length(length, lm) for length in (None, 1000, 66)] == [256, 256, 64]
     with pytest.raises(DirlError, match=r"serve.max_length=3 is less than a block of 4 tokens: give more"):
         serve.served_length(3, lm)
+
+
+@pytest.mark.parametrize(("cores", "threads", "left"), [(8, 8, 7), (8, 3, 3), (2, 2, 1), (1, 1, 1)])
+def test_a_core_is_left_to_http(monkeypatch, cores, threads, left):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(serve, "cores", lambda: cores)
+    try:
+        torch.set_num_threads(threads)
+        serve.leave_a_core()
+        assert torch.get_num_threads() == left
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_port_that_is_taken_is_told():

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import torch
 from omegaconf import DictConfig
 
 from dirl_cli.cli.build import build
 from dirl_cli.console import PlainConsole, working
 from dirl_cli.diffusion.unmasking import find_strategy
+from dirl_cli.distributed import cores
 from dirl_cli.errors import DirlError, Stopped, pip_install, stop_code
 from dirl_cli.files import write_text
 from dirl_cli.models.load import DiffusionLM
@@ -93,8 +95,19 @@ def begin_engine(cfg: DictConfig, length: int) -> "EngineThread":
 
     rollout = build(cfg.rollout)
     lm: DiffusionLM = build(cfg.model).load(cfg.dtype, cfg.device, cfg.attention)
+    if lm.device.type == "cpu":
+        leave_a_core()
     own_weights = isinstance(rollout, Native) and lm.device.type == "cuda"
     return EngineThread(rollout.start(lm, own_weights), length, own_weights)
+
+
+def leave_a_core() -> None:
+    """Compute with a thread less than there are cores, one of which answers HTTP.
+
+    Threads that share each product wait for the slowest, which without a core is far behind: on two cores, two of them
+    under load are slower than one.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores() - 1)))
 
 
 def key_of(settings: Any) -> tuple[str | None, bool]:
