@@ -31,6 +31,7 @@ from dirl_cli import load_sampler
 from dirl_cli.commands.serve import leave_a_core
 from dirl_cli.models.tiny import Tiny
 from dirl_cli.rollout.sampler import NewBlock, Sampler
+from dirl_cli.text import counted
 from dirl_cli.types import Decoding, Trajectory
 
 QUESTIONS = [f"Tom has {i} pens. Tom buys {i % 7 + 2}. How many pens?" for i in range(32)]
@@ -68,10 +69,10 @@ def main() -> None:
                 served = load(options, url, pid, asked, expected)
         after = rates_alone(sampler, asked)  # since a machine is not always as fast
         for threads, rate in before.items():
-            shown = f"{rate:.0f} and {after[threads]:.0f}"
             ratio = 2 * served / (rate + after[threads])
             print(
-                f"{threads} threads of the engine alone, before and after: {shown} tokens a second, served {ratio:.2f}"
+                f"the engine alone on {counted(threads, 'thread')}, before and after: {rate:.0f} and"
+                f" {after[threads]:.0f} tokens a second; served, of their mean: {ratio:.2f}"
             )
 
 
