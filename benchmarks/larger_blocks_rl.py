@@ -1,7 +1,7 @@
 """Does reinforcement make a model of larger blocks faster? The embedded model in blocks of 8, by rewards of speed.
 
 python -m benchmarks.faster 8            # leaves the models that it starts with
-python -m benchmarks.larger_blocks_rl    # an hour on two cores; continues where it was stopped
+python -m benchmarks.larger_blocks_rl    # half an hour on two cores; continues where it was stopped
 
 From the models whose blocks have grown, which have room: 3.5 to 4.5 tokens per forward where three blocks allow 6.1.
 First many objectives on one seed, by their rollouts; then rounds of RAFT over three seeds, paid for accuracy or for
