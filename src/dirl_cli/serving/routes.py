@@ -108,19 +108,20 @@ class Routes:
 
     async def health(self, request: Request) -> Response:
         """200 where requests are answered, else 503, and why."""
+        state = self.engine.state  # once, so that a version and its sum are of the same weights
         status = "ok"
         if self.engine.ended.done():
             status = "failed"
         elif self.service.is_stopping:
             status = "stopping"
-        elif self.engine.state.is_asleep:
+        elif state.is_asleep:
             status = "asleep"
         body = {
             "status": status,
-            "weights_version": self.engine.state.weights.version,
-            "weights_sha256": self.engine.state.weights.sha256,
-            "forwards": self.engine.state.forwards,  # which tells a slow engine from one that hangs
-            "running": self.engine.state.running,  # and an idle one
+            "weights_version": state.weights.version,
+            "weights_sha256": state.weights.sha256,
+            "forwards": state.forwards,  # which tells a slow engine from one that hangs
+            "running": state.running,  # and an idle one
         }
         return JSONResponse(body, 200 if status == "ok" else 503)
 
