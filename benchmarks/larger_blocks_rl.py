@@ -8,10 +8,11 @@ First many objectives on one seed, by their rollouts; then rounds of RAFT over t
 speed, on problems that training never saw, over a sweep of thresholds.
 """
 
+import math
 from pathlib import Path
 
-from benchmarks.experiment import ROOT, SEEDS, at_once, early, late
-from benchmarks.faster import GROWN, cells, home, plot, settings, sweep
+from benchmarks.experiment import ROOT, SEEDS, at_once, early, late, mean_and_error
+from benchmarks.faster import GROWN, as_accurate, cells, home, plot, settings, sweep
 
 RANKED = ["reward=speed_rank", "rl.filter=reward"]
 RAFT = ["algo=raft", *RANKED]
@@ -41,9 +42,7 @@ def one_seed() -> None:
     print("| `dirl rl` | accuracy of rollouts % | tokens per forward |")
     print("|---|--:|--:|")
     for words in TRIALS:
-        accuracy = [100 * part(run(words, 0), "accuracy") for part in (early, late)]
-        speed = [part(run(words, 0), "tokens_per_forward") for part in (early, late)]
-        print(f"| `{' '.join(words)}` | {accuracy[0]:.1f} → {accuracy[1]:.1f} | {speed[0]:.2f} → {speed[1]:.2f} |")
+        print(f"| `{' '.join(words)}` | {rollouts(run(words, 0))} |")
 
 
 def rounds() -> None:
@@ -57,8 +56,30 @@ def rounds() -> None:
     print("|---|--:|--:|--:|--:|")
     for name, group in models.items():
         print(f"| {name} | {' | '.join(cells(group, starts))} |")
+
+    print("\n| rounds | seed | accuracy of rollouts % | tokens per forward | TPF as accurate as the start, gained |")
+    print("|---|--:|--:|--:|--:|")
+    for name, words in PAID.items():
+        gains = [gain(run(words, seed) / "model", start(seed)) for seed in SEEDS]
+        for seed, gained in zip(SEEDS, gains, strict=True):
+            print(f"| {name} | {seed} | {rollouts(run(words, seed))} | {gained:.2f} |")
+        print(f"| {name} | all | | | {mean_and_error(gains, 2)} |")
+
     title = f"RAFT in blocks of 8, mean of {len(SEEDS)} seeds"
     plot({name: list(map(settings, group)) for name, group in models.items()}, title, "larger_blocks_rl.png")
+
+
+def rollouts(directory: Path) -> str:
+    """Two cells: what a run's rollouts were in its first and in its last steps."""
+    accuracy = [100 * part(directory, "accuracy") for part in (early, late)]
+    speed = [part(directory, "tokens_per_forward") for part in (early, late)]
+    return f"{accuracy[0]:.1f} → {accuracy[1]:.1f} | {speed[0]:.2f} → {speed[1]:.2f}"
+
+
+def gain(model: Path, before: Path) -> float:
+    """How many more tokens per forward a model writes that is as accurate as it was before; nan if it is not."""
+    after, at_first = (as_accurate(settings(one), settings(before)) for one in (model, before))
+    return after.tpf - at_first.tpf if after and at_first else math.nan
 
 
 def start(seed: int) -> Path:
